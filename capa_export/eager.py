@@ -1,0 +1,148 @@
+"""CAPA on the Hugging Face model itself: its own modules, called layer by layer. Shares no code with the graphs.
+
+T = prompt tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Eager", "EagerPlan", "Prefill"]
+
+
+@dataclass(frozen=True)
+class EagerPlan:
+    """What to do to the dense model; the default is nothing."""
+
+    keep: Mapping[int, int] = field(default_factory=dict)
+    """Layer -> visual tokens kept from there on."""
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> alpha [D] that stands for the FFN of visual tokens."""
+    forced: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> prompt positions to keep whatever the scores say."""
+    random_seed: int | None = None
+    """Keep random visual tokens instead: the baseline every method has to beat."""
+
+
+@dataclass
+class Prefill:
+    """What a prefill leaves behind."""
+
+    logits: Tensor
+    """[V], last position."""
+    cache: Any
+    """transformers' DynamicCache; layers differ in length."""
+    kept: dict[int, Tensor]
+    """Layer -> prompt positions [K] that survive it, ascending."""
+    scores: dict[int, Tensor]
+    """Layer -> contribution of each token that entered it [T], text included."""
+
+
+class _FrozenCache:
+    """Stands in for the cache when the last query is run again: it is in there already."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+class Eager:
+    """A Hugging Face VLM whose decoder is run by hand."""
+
+    def __init__(self, model: Any) -> None:
+        self.text = model.model.language_model
+        self.head = model.lm_head
+
+    @torch.no_grad()
+    def prefill(self, embeds: Tensor, position_ids: Tensor, is_visual: Tensor, plan: EagerPlan) -> Prefill:
+        """Run the prompt `embeds` [1, T, D] at `position_ids` [3, 1, T]; `is_visual` is [T] bool."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        positions = torch.arange(embeds.shape[1])
+        kept: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
+        hidden = embeds
+        rotary = self.text.rotary_emb(hidden, position_ids)
+        for index, layer in enumerate(self.text.layers):
+            normed = layer.input_layernorm(hidden)
+            mixed, _ = layer.self_attn(normed, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
+            hidden = hidden + mixed
+            if index in plan.keep:
+                stored = cache.layers[index]
+                scores[index] = self._contribution(layer.self_attn, normed, rotary, stored.keys, stored.values)
+                if index in plan.forced:
+                    rows = torch.isin(positions, plan.forced[index]).nonzero()[:, 0]
+                else:
+                    rows = _best(scores[index], is_visual, plan.keep[index], plan.random_seed)
+                hidden, positions, is_visual = hidden[:, rows], positions[rows], is_visual[rows]
+                rotary = tuple(table[:, rows] for table in rotary)
+                stored.keys, stored.values = stored.keys[:, :, rows], stored.values[:, :, rows]
+                kept[index] = positions
+            after = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if index in plan.scales:
+                after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
+            hidden = after
+        return Prefill(self._logits(hidden), cache, kept, scores)
+
+    @torch.no_grad()
+    def step(self, cache: Any, token: int, position: int) -> Tensor:
+        """Logits [V] after one more text token at `position`; the cache grows by it."""
+        hidden = self.text.embed_tokens(torch.tensor([[token]]))
+        rotary = self.text.rotary_emb(hidden, torch.full((3, 1, 1), position))
+        for layer in self.text.layers:
+            mixed, _ = layer.self_attn(
+                layer.input_layernorm(hidden), attention_mask=None, position_embeddings=rotary, past_key_values=cache
+            )
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.text.norm(hidden[:, -1]))[0].float()
+
+    def _contribution(
+        self, attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """|| sum_h A_{i,h} v_i W_O,h ||_2 for the last query (CAPA, eq. 2), head by head as the paper writes it."""
+        with _attention_weights(attention.config):
+            last = tuple(table[:, -1:] for table in rotary)
+            _, weights = attention(
+                normed[:, -1:],
+                attention_mask=None,
+                position_embeddings=last,
+                past_key_values=_FrozenCache(keys, values),
+            )
+        weights = weights[0, :, 0].float()
+        values = values[0].float().repeat_interleave(weights.shape[0] // values.shape[1], dim=0)
+        output = attention.o_proj.weight.float().split(values.shape[-1], dim=1)
+        total = sum(weights[h][:, None] * (values[h] @ output[h].T) for h in range(weights.shape[0]))
+        return torch.linalg.vector_norm(total, dim=-1)
+
+
+@contextmanager
+def _attention_weights(config: Any) -> Iterator[None]:
+    """Use the attention implementation that returns its probabilities."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _best(scores: Tensor, is_visual: Tensor, keep: int, random_seed: int | None) -> Tensor:
+    """Rows of all text and of the `keep` best visual tokens, ascending; a stable sort breaks ties to the lowest."""
+    visual = is_visual.nonzero()[:, 0]
+    if random_seed is None:
+        order = torch.sort(scores[visual].nan_to_num(nan=-1.0), descending=True, stable=True).indices
+    else:
+        order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(random_seed))
+    rows = torch.cat([(~is_visual).nonzero()[:, 0], visual[order[:keep]]])
+    return rows.sort().values

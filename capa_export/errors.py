@@ -1,0 +1,30 @@
+"""The one exception a user's mistake raises, and the exit codes of the command line."""
+
+from enum import IntEnum
+
+__all__ = ["CapaError", "ExitCode"]
+
+
+class ExitCode(IntEnum):
+    """What the process returns; CI may rely on these numbers."""
+
+    OK = 0
+    USAGE = 2
+    """A bad option, an unknown model or target, an unreadable recipe."""
+    PREFLIGHT = 3
+    """The inputs cannot give a good bundle: checkpoint, calibration pictures, disk, memory."""
+    EXPORT = 4
+    """Writing the graphs or their weights failed."""
+    ENGINE = 5
+    """TensorRT refused or crashed."""
+    PARITY = 6
+    """The artefacts do not compute what the eager model computes."""
+    INTERRUPTED = 130
+
+
+class CapaError(Exception):
+    """A failure the user can act on: one line that says what is wrong, where, and what would do."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.PREFLIGHT) -> None:
+        super().__init__(message)
+        self.code = code

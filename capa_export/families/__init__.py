@@ -1,0 +1,1 @@
+"""One module per model family: its dimensions, tensor names, vision tower, positions and prompt format."""

@@ -1,0 +1,1 @@
+"""The ONNX graphs, written module by module with onnxscript.nn."""

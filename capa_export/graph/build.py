@@ -1,0 +1,70 @@
+"""From a traced function to a named, reproducible ONNX model."""
+
+from ast import literal_eval
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder, OpBuilder
+
+import capa_export
+from capa_export.graph.functions import DOMAIN, FUNCTIONS
+from capa_export.graph.opset import IR_VERSION, OPSET
+
+__all__ = ["Input", "Output", "build_model", "call"]
+
+Output = tuple[str, ir.Value, tuple[int | str, ...]]
+"""Name, value and shape of a graph output."""
+
+
+_OUTPUT_DTYPES = {"ContributionScore": ir.DataType.FLOAT, "TopKKeep": ir.DataType.INT64}
+"""Where it is not the dtype of the first input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A graph input; a string in the shape names a dimension that is known at run time only."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...]
+
+
+def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: float) -> ir.Value:
+    """Add a node of domain `capa` whose body is one of `FUNCTIONS`; shape inference does not look into bodies."""
+    output: ir.Value = op.call(FUNCTIONS[function], *inputs, **attributes)
+    output.dtype = _OUTPUT_DTYPES.get(function, inputs[0].dtype)
+    return output
+
+
+def build_model(name: str, inputs: Sequence[Input], trace: Callable[[OpBuilder, dict[str, ir.Value]], list[Output]]) -> ir.Model:
+    """Trace a graph and give every node and value a stable, layer-addressable name."""
+    graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
+    builder = GraphBuilder(graph)
+    values = {entry.name: builder.input(entry.name, entry.dtype, entry.shape) for entry in inputs}
+    outputs = trace(builder.op, dict(values))
+    _name_nodes(graph)
+    for output, value, shape in outputs:
+        builder.add_output(value, output)
+        value.shape = ir.Shape(shape)
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="capa-export",
+        producer_version=capa_export.__version__,
+        functions=[builder.functions[key] for key in sorted(builder.functions)],
+    )
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """`model/layers.3/self_attn/q_proj/Gemm`: names count within their module, so an edit elsewhere moves none."""
+    seen: Counter[str] = Counter()
+    for node in graph:
+        scope = [part for part in literal_eval(node.metadata_props["pkg.onnxscript.name_scopes"]) if part]
+        path = "/".join([*scope, node.op_type])
+        seen[path] += 1
+        node.name = path if seen[path] == 1 else f"{path}_{seen[path]}"
+        node.metadata_props.clear()
+        for index, output in enumerate(node.outputs):
+            output.name = f"{node.name}/output_{index}"

@@ -1,0 +1,116 @@
+"""The CAPA operators as ONNX functions of domain `capa`: any runtime runs their bodies.
+
+T = prompt tokens, K = tokens kept, X = text tokens, D = hidden size, H = query heads, G = KV heads, d = head size.
+"""
+
+import onnx
+import onnx_ir as ir
+
+from capa_export.graph.opset import OPSET
+
+__all__ = ["DOMAIN", "FUNCTIONS"]
+
+DOMAIN = "capa"
+
+_CONTRIBUTION_SCORE = """
+ContributionScore <scale> (query, key, value, output_weight, text_positions) => (scores) {
+    # || concat_h(a_h * v_g(h)) W_O ||_2 (CAPA, eq. 2) of every token for one query, all of it in FP32.
+    query_1H1d = Cast <to = 1> (query)
+    key_1GTd = Cast <to = 1> (key)
+    value_1GTd = Cast <to = 1> (value)
+    weight_DHd = Cast <to = 1> (output_weight)
+    one = Constant <value_ints = [1]> ()
+    rest = Constant <value_ints = [-1]> ()
+    kv_heads = Shape <start = 1, end = 2> (key)
+    num_tokens = Shape <start = 2, end = 3> (key)
+    head_size = Shape <start = 3, end = 4> (key)
+    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
+    query_1Grd = Reshape (query_1H1d, grouped)
+    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
+    product_1GrT = MatMul (query_1Grd, key_1GdT)
+    scale_factor = Constant <value_float: float = @scale> ()
+    logits_1GrT = Mul (product_1GrT, scale_factor)
+    attention_1GrT = Softmax <axis = -1> (logits_1GrT)
+    attention_TGr1 = Transpose <perm = [3, 1, 2, 0]> (attention_1GrT)
+    value_TG1d = Transpose <perm = [2, 1, 0, 3]> (value_1GTd)
+    weighted_TGrd = Mul (attention_TGr1, value_TG1d)
+    rows = Concat <axis = 0> (num_tokens, rest)
+    weighted_THd = Reshape (weighted_TGrd, rows)
+    written_TD = Gemm <transB = 1> (weighted_THd, weight_DHd)
+    last_axis = Constant <value_ints = [1]> ()
+    squares_T = ReduceSumSquare <keepdims = 0> (written_TD, last_axis)
+    norm_T = Sqrt (squares_T)
+    # An overflowed score must not tie with text.
+    largest = Constant <value_float = 3.4028234e38> ()
+    finite_T = Min (norm_T, largest)
+    text_shape = Shape (text_positions)
+    infinity = Constant <value = float[1] {inf}> ()
+    text_scores = Expand (infinity, text_shape)
+    scores = ScatterElements <axis = 0> (finite_T, text_positions, text_scores)
+}
+"""
+
+_TOPK_KEEP = """
+TopKKeep (scores, num_keep) => (kept) {
+    # Ranks by counting, so that any K is exact, ties go to the lowest index and NaN never wins.
+    lowest = Constant <value = float {-inf}> ()
+    is_nan = IsNaN (scores)
+    scores_T = Where (is_nan, lowest, scores)
+    first_axis = Constant <value_ints = [0]> ()
+    second_axis = Constant <value_ints = [1]> ()
+    own_T1 = Unsqueeze (scores_T, second_axis)
+    other_1T = Unsqueeze (scores_T, first_axis)
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    num_tokens = Size (scores)
+    index_T = Range (zero, num_tokens, one)
+    own_index_T1 = Unsqueeze (index_T, second_axis)
+    other_index_1T = Unsqueeze (index_T, first_axis)
+    higher_TT = Greater (other_1T, own_T1)
+    equal_TT = Equal (other_1T, own_T1)
+    earlier_TT = Less (other_index_1T, own_index_T1)
+    tied_TT = And (equal_TT, earlier_TT)
+    ahead_TT = Or (higher_TT, tied_TT)
+    ahead_count_TT = Cast <to = 1> (ahead_TT)
+    rank_T = ReduceSum <keepdims = 0> (ahead_count_TT, second_axis)
+    limit = Cast <to = 1> (num_keep)
+    keep_T = Less (rank_T, limit)
+    # Kept tokens go to the front and the others behind them, each in order: one scatter, then a slice.
+    keep_count_T = Cast <to = 7> (keep_T)
+    kept_so_far_T = CumSum (keep_count_T, zero)
+    kept_slot_T = Sub (kept_so_far_T, one)
+    dropped_so_far_T = Sub (index_T, kept_so_far_T)
+    dropped_slot_T = Add (dropped_so_far_T, num_keep)
+    slot_T = Where (keep_T, kept_slot_T, dropped_slot_T)
+    order_T = ScatterElements <axis = 0> (index_T, slot_T, index_T)
+    kept = Slice (order_T, first_axis, num_keep, first_axis)
+}
+"""
+
+_TOKEN_GATHER = """
+TokenGather <axis> (x, kept) => (y) {
+    y = Gather <axis: int = @axis> (x, kept)
+}
+"""
+
+_VISUAL_SCALE = """
+VisualScale (x, scale, text, text_rows) => (y) {
+    # x * scale where a visual token stands, the given rows where text stands.
+    scaled_TD = Mul (x, scale)
+    last_axis = Constant <value_ints = [1]> ()
+    index_X1 = Unsqueeze (text_rows, last_axis)
+    y = ScatterND (scaled_TD, index_X1, text)
+}
+"""
+
+
+def _function(text: str) -> ir.Function:
+    body = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    header = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
+    return ir.serde.deserialize_function(onnx.parser.parse_function(header + body))
+
+
+FUNCTIONS: dict[str, ir.Function] = {
+    function.name: function
+    for function in map(_function, (_CONTRIBUTION_SCORE, _TOPK_KEEP, _TOKEN_GATHER, _VISUAL_SCALE))
+}

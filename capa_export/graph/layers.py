@@ -1,0 +1,73 @@
+"""Building blocks that every family shares; parameter names equal the checkpoint's.
+
+T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, F = FFN size. Hidden states are 2-D
+[T, D], so that every projection is a Gemm over the [out, in] weights as they are stored.
+"""
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+__all__ = ["GatedMLP", "Linear", "RMSNorm", "attention", "heads_from_tokens", "tokens_from_heads"]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W [out, in] as stored: a Gemm that TensorRT neither transposes nor copies."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: ir.DataType, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([out_features, in_features], dtype)
+        self.bias = nn.Parameter([out_features], dtype) if bias else None
+
+    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
+        return op.Gemm(x_TD, self.weight, *([self.bias] if self.bias is not None else []), transB=1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the operator computes in FP32 whatever the dtype of x."""
+
+    def __init__(self, size: int, epsilon: float, dtype: ir.DataType) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], dtype)
+        self.epsilon = epsilon
+
+    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
+        return op.RMSNormalization(x_TD, self.weight, axis=-1, epsilon=self.epsilon, stash_type=1)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU FFN: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, inner: int, dtype: ir.DataType, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(size, inner, dtype, bias=bias)
+        self.up_proj = Linear(size, inner, dtype, bias=bias)
+        self.down_proj = Linear(inner, size, dtype, bias=bias)
+
+    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
+        gate_TF = self.gate_proj(op, x_TD)
+        silu_TF = op.Mul(gate_TF, op.Sigmoid(gate_TF))
+        return self.down_proj(op, op.Mul(silu_TF, self.up_proj(op, x_TD)))
+
+
+def heads_from_tokens(op: OpBuilder, x_TD: ir.Value, num_heads: int, head_size: int) -> ir.Value:
+    """[T, H*d] -> [1, H, T, d]."""
+    return op.Transpose(op.Reshape(x_TD, [1, -1, num_heads, head_size]), perm=[0, 2, 1, 3])
+
+
+def tokens_from_heads(op: OpBuilder, x_BHTd: ir.Value, size: int) -> ir.Value:
+    """[B, H, T, d] -> [B*T, H*d]."""
+    return op.Reshape(op.Transpose(x_BHTd, perm=[0, 2, 1, 3]), [-1, size])
+
+
+def attention(
+    op: OpBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    *,
+    mask: ir.Value | None = None,
+    causal: bool = False,
+) -> ir.Value:
+    """Scaled dot-product attention over [B, H, T, d] and [B, G, L, d]; `mask` is additive."""
+    inputs = (query, key, value) if mask is None else (query, key, value, mask)
+    return op.Attention(*inputs, is_causal=int(causal))

@@ -1,0 +1,111 @@
+"""From a question and pictures to the arrays that every runtime of a model is fed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
+
+__all__ = ["Picture", "Prompt", "Prompter", "open_picture"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture as the vision graph takes it."""
+
+    patches: np.ndarray
+    """FP32, in the shape of the vision graph's input."""
+    num_tokens: int
+    """Visual tokens it becomes."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A whole prompt. T = tokens, X = text tokens."""
+
+    input_ids: np.ndarray
+    """[T] int64, the placeholder repeated once per visual token."""
+    is_visual: np.ndarray
+    """[T] bool."""
+    pictures: tuple[Picture, ...]
+    position_ids: np.ndarray
+    """[3, T] int64."""
+    next_position: int
+    """Position of the first answer token: pruning does not change it."""
+
+    @cached_property
+    def text_positions(self) -> np.ndarray:
+        """[X] int64, ascending."""
+        return np.flatnonzero(~self.is_visual)
+
+    @property
+    def num_visual(self) -> int:
+        return int(self.is_visual.sum())
+
+
+class Prompter:
+    """Tokenizer, chat template and image processor of a checkpoint or a bundle; needs no weights and no torchvision.
+
+    Raises:
+        CapaError: the folder lacks one of the files, or they do not load.
+    """
+
+    def __init__(self, folder: Path, family: Any, dims: ModelDims) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        self.family, self.dims = family, dims
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.image_processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CapaError(f"{folder}: tokenizer or image processor does not load: {_first_line(error)}") from error
+        if not self.tokenizer.chat_template:
+            raise CapaError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+
+    def __call__(self, question: str, images: Sequence[Image.Image]) -> Prompt:
+        """The pictures, then the question, as one user turn."""
+        content: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        content.append({"type": "text", "text": question})
+        messages = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        shown: list[Picture] = []
+        for image in images:
+            shown += self.family.pictures(self.image_processor(images=[image], return_tensors="np"), self.dims)
+        mark = self.family.placeholder(self.tokenizer, self.dims)
+        pieces = text.split(mark)
+        if len(pieces) != len(shown) + 1:
+            raise CapaError(f"{len(shown)} pictures, but the prompt has {len(pieces) - 1} places for one ({mark})")
+        text = pieces[0] + "".join(mark * picture.num_tokens + rest for picture, rest in zip(shown, pieces[1:], strict=True))
+        input_ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        is_visual = input_ids == self.dims.image_token_id
+        position_ids, next_position = self.family.positions(input_ids, is_visual, shown)
+        return Prompt(input_ids, is_visual, tuple(shown), position_ids, next_position)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture at `path`, upright, in RGB.
+
+    Raises:
+        CapaError: there is none, or it does not decode.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such picture") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise CapaError(f"{path}: not a readable picture: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,136 @@
+"""A recipe: what one model becomes. Read from `graphs/<name>.toml` or from the user's own file."""
+
+from math import ceil
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.settings import Settings, read_toml
+from capa_export.shipped import shipped, shipped_names
+
+__all__ = ["Recipe", "Stage", "kept_tokens", "load_recipe"]
+
+
+class Stage(Settings):
+    """One entry of the pruning schedule."""
+
+    layer: int = Field(ge=0)
+    """0-based decoder layer whose attention scores the visual tokens; they are dropped right after it."""
+    ratio: float = Field(ge=0, lt=1)
+    """Fraction of the prompt's visual tokens that are gone after this layer."""
+
+
+class Prune(Settings):
+    """Where visual tokens are dropped."""
+
+    schedule: tuple[Stage, ...] = Field(min_length=1)
+    alternatives: tuple[int, ...] = ()
+    """Other layers that were published for this model, selectable with `--prune-layer`."""
+
+    @model_validator(mode="after")
+    def _descending(self) -> "Prune":
+        layers = [stage.layer for stage in self.schedule]
+        ratios = [stage.ratio for stage in self.schedule]
+        if layers != sorted(set(layers)) or ratios != sorted(ratios):
+            raise ValueError("layers must rise and ratios must not fall from one stage to the next")
+        return self
+
+
+class FFN(Settings):
+    """Which FFNs of visual tokens become a scale."""
+
+    eta: float = Field(gt=0, lt=1)
+    """A layer is linear when the mean cosine(x, x + FFN(norm(x))) of its visual tokens exceeds this."""
+    paper_layers: tuple[int, ...] = ()
+    """The layers the paper lists; printed beside the measured ones, never used."""
+
+
+class Calibration(Settings):
+    """What the calibration runs on."""
+
+    samples: int = Field(default=500, ge=1)
+    prompt: str = "Describe this image."
+    """Question asked of every picture of a folder."""
+
+
+class Gate(Settings):
+    """Bounds that one precision's ONNX must meet against eager CAPA in FP32."""
+
+    relative_error: float | None = None
+    """Largest |logit difference| over the largest |logit|, worst prompt."""
+    cosine: float
+    """Smallest cosine of the logits, worst prompt."""
+    norm_ratio: float
+    """Largest | |logits| / |eager logits| - 1 |, worst prompt."""
+    kept_iou: float
+    """Smallest mean IoU of the kept sets over the prompts."""
+
+
+class Parity(Settings):
+    """How the artefacts are validated."""
+
+    prompts: int = Field(default=32, ge=1)
+    steps: int = Field(default=16, ge=1)
+    """Greedy tokens compared per prompt."""
+    accuracy_samples: int = Field(default=200, ge=0)
+    """Questions with known answers on which dense, CAPA and random pruning are compared."""
+    fp32: Gate
+    fp16: Gate
+    bf16: Gate
+
+
+class Recipe(Settings):
+    """All that a build needs to know about a model, besides the checkpoint itself."""
+
+    name: str
+    family: str
+    """Module of `capa_export.families` that knows this architecture."""
+    checkpoint: str
+    """Hub id, or a path relative to the recipe's folder, used when `--checkpoint` is not given."""
+    scenes: bool = False
+    """Whether calibration and validation use the built-in scenes when no pictures are given."""
+    prune: Prune
+    ffn: FFN
+    calibration: Calibration = Calibration()
+    parity: Parity
+
+    def with_options(self, *, ratio: float | None, prune_layer: int | None, ffn: bool = True) -> "Recipe":
+        """This recipe with the command line's choices in place.
+
+        Raises:
+            CapaError: an option that a schedule of several stages cannot take.
+        """
+        schedule = self.prune.schedule
+        if (ratio is not None or prune_layer is not None) and len(schedule) > 1:
+            raise CapaError(
+                f"{self.name}: --ratio and --prune-layer need a schedule of one stage, this recipe has "
+                f"{len(schedule)}; edit prune.schedule in a recipe of your own and pass it with --model",
+                ExitCode.USAGE,
+            )
+        changes = {"ratio": ratio, "layer": prune_layer}
+        stage = schedule[0].model_copy(update={key: value for key, value in changes.items() if value is not None})
+        return self.model_copy(update={"prune": self.prune.model_copy(update={"schedule": (stage, *schedule[1:])})})
+
+
+def kept_tokens(num_visual: int, ratio: float) -> int:
+    """Visual tokens that survive: ceil(n * (1 - ratio)), at least 1, and 0 of 0."""
+    # Rounding first keeps ceil(100 * (1 - 0.9)) at 10: 1 - 0.9 is a little more than 0.1 in binary.
+    return min(num_visual, max(1, ceil(round(num_visual * (1 - ratio), 9))))
+
+
+def load_recipe(model: str) -> Recipe:
+    """The shipped recipe called `model`, or the one in the TOML file at that path.
+
+    Raises:
+        CapaError: no such recipe, or a file that is not a valid one.
+    """
+    path = Path(model) if model.endswith(".toml") else shipped("graphs") / f"{model}.toml"
+    if not model.endswith(".toml") and model not in shipped_names("graphs"):
+        raise CapaError(
+            f"unknown model {model!r}; known models: {', '.join(shipped_names('graphs'))}, or the path of a .toml recipe",
+            ExitCode.USAGE,
+        )
+    recipe = read_toml(path, Recipe, name=path.stem)
+    local = path.parent / recipe.checkpoint
+    return recipe.model_copy(update={"checkpoint": str(local)}) if local.is_dir() else recipe

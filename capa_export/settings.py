@@ -1,0 +1,61 @@
+"""Reads TOML into frozen models: unknown keys and wrong types are refused with the file and the key."""
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from capa_export.errors import CapaError, ExitCode
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Settings", "read_toml"]
+
+
+class Settings(BaseModel):
+    """Base of everything read from a TOML file: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+T = TypeVar("T", bound=Settings)
+
+
+def read_toml(path: Path, model: type[T], **extra: object) -> T:
+    """Parse `path` as `model`; `extra` fills fields that the file itself does not hold.
+
+    Raises:
+        CapaError: the file is missing, is no TOML, or does not fit the model.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CapaError(f"{path}: {error}", ExitCode.USAGE) from error
+    try:
+        return model(**data, **extra)
+    except ValidationError as error:
+        raise CapaError(f"{path}: {_first_problem(error, model)}", ExitCode.USAGE) from error
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        owner = _owner(model, problem["loc"])
+        known = f"; known keys: {', '.join(sorted(owner.model_fields))}" if owner else ""
+        return f"unknown key {key}{known}"
+    return f"{key}: {problem['msg']}"
+
+
+def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The nested model that refused the key at `location`, when it is reached by plain fields."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        model = field.annotation
+    return model
