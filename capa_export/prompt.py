@@ -50,23 +50,26 @@ class Prompt:
 
 
 class Prompter:
-    """Tokenizer, chat template and image processor of a checkpoint or a bundle; needs no weights and no torchvision.
+    """Tokenizer, chat template and image processor; needs no weights and no torchvision.
+
+    Args:
+        text: folder with the tokenizer and its chat template.
+        visual: folder with the image processor; in a checkpoint it is the same.
+        family: module of the model's family.
+        dims: of the model.
 
     Raises:
-        CapaError: the folder lacks one of the files, or they do not load.
+        CapaError: a file is missing, or does not load.
     """
 
-    def __init__(self, folder: Path, family: Any, dims: ModelDims) -> None:
+    def __init__(self, text: Path, visual: Path, family: Any, dims: ModelDims) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.family, self.dims = family, dims
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.image_processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise CapaError(f"{folder}: tokenizer or image processor does not load: {_first_line(error)}") from error
+        self.tokenizer = _load(AutoTokenizer, text, "tokenizer")
+        self.image_processor = _load(AutoImageProcessor, visual, "image processor")
         if not self.tokenizer.chat_template:
-            raise CapaError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+            raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
 
     def __call__(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         """The pictures, then the question, as one user turn."""
@@ -90,6 +93,13 @@ class Prompter:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _load(auto_class: Any, folder: Path, what: str) -> Any:
+    try:
+        return auto_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
 
 
 def open_picture(path: Path) -> Image.Image:

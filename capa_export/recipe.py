@@ -9,7 +9,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings, read_toml
 from capa_export.shipped import shipped, shipped_names
 
-__all__ = ["Recipe", "Stage", "kept_tokens", "load_recipe"]
+__all__ = ["FFN", "Recipe", "Stage", "kept_tokens", "load_recipe"]
 
 
 class Stage(Settings):
@@ -40,8 +40,8 @@ class Prune(Settings):
 class FFN(Settings):
     """Which FFNs of visual tokens become a scale."""
 
-    eta: float = Field(gt=0, lt=1)
-    """A layer is linear when the mean cosine(x, x + FFN(norm(x))) of its visual tokens exceeds this."""
+    eta: float = Field(default=0.96, gt=0, lt=1)
+    """A layer is linear when the mean cosine(x, x + FFN(norm(x))) of its visual tokens exceeds this (CAPA's value)."""
     paper_layers: tuple[int, ...] = ()
     """The layers the paper lists; printed beside the measured ones, never used."""
 
@@ -65,6 +65,8 @@ class Gate(Settings):
     """Largest | |logits| / |eager logits| - 1 |, worst prompt."""
     kept_iou: float
     """Smallest mean IoU of the kept sets over the prompts."""
+    same_tokens: bool = False
+    """Whether every greedy token must be the same."""
 
 
 class Parity(Settings):
@@ -88,19 +90,25 @@ class Recipe(Settings):
     """Module of `capa_export.families` that knows this architecture."""
     checkpoint: str
     """Hub id, or a path relative to the recipe's folder, used when `--checkpoint` is not given."""
+    visual_tokens: int = 1024
+    """Visual tokens of the picture that plans are made for."""
     scenes: bool = False
     """Whether calibration and validation use the built-in scenes when no pictures are given."""
     prune: Prune
-    ffn: FFN
+    ffn: FFN = FFN()
     calibration: Calibration = Calibration()
     parity: Parity
 
-    def with_options(self, *, ratio: float | None, prune_layer: int | None, ffn: bool = True) -> "Recipe":
+    def with_options(self, *, ratio: float | None, prune_layer: int | None) -> "Recipe":
         """This recipe with the command line's choices in place.
 
         Raises:
-            CapaError: an option that a schedule of several stages cannot take.
+            CapaError: an option out of range, or one that a schedule of several stages cannot take.
         """
+        if ratio is not None and not 0 <= ratio < 1:
+            raise CapaError(f"--ratio {ratio:g}: the fraction of visual tokens removed is 0 <= r < 1", ExitCode.USAGE)
+        if prune_layer is not None and prune_layer < 0:
+            raise CapaError(f"--prune-layer {prune_layer}: decoder layers count from 0", ExitCode.USAGE)
         schedule = self.prune.schedule
         if (ratio is not None or prune_layer is not None) and len(schedule) > 1:
             raise CapaError(

@@ -1,0 +1,82 @@
+"""Answers a question from a bundle alone."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from capa_export.bundle import Bundle
+from capa_export.pipeline import ONNX, eos_token_ids, load_family
+from capa_export.prompt import Prompter, open_picture
+from capa_export.recipe import Recipe, kept_tokens
+from capa_export.runtime import OnnxModel, greedy
+
+__all__ = ["answer"]
+
+
+def answer(
+    bundle: Bundle,
+    question: str,
+    images: Sequence[Path],
+    *,
+    ratio: float | None = None,
+    max_new_tokens: int = 64,
+    stream: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Generate greedily through ONNX Runtime.
+
+    Args:
+        bundle: with its `onnx` folder as it was built.
+        question: of the user's turn.
+        images: shown before the question.
+        ratio: of visual tokens removed, in place of the bundle's.
+        max_new_tokens: longest answer.
+        stream: told each new piece of the answer.
+
+    Raises:
+        CapaError: a file of the bundle was changed, or a picture does not load.
+    """
+    import json
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    bundle.verify("export")
+    recipe = Recipe(**bundle.manifest["recipe"]).with_options(ratio=ratio, prune_layer=None)
+    pictures = [open_picture(path) for path in images]
+    folder = bundle.folder / ONNX
+    family = load_family(recipe.family)
+    config = json.loads((folder / "llm" / "config.json").read_text(encoding="utf-8"))
+    prompter = Prompter(folder / "llm", folder / "visual", family, family.model_dims(config))
+    prompt = prompter(question, pictures)
+    model = OnnxModel(folder)
+    model.load()
+    num_keep = [kept_tokens(prompt.num_visual, stage.ratio) for stage in recipe.prune.schedule]
+
+    started = time.perf_counter()
+    embeds = model.embed(prompt)
+    seen = time.perf_counter()
+    prefill = model.prefill(prompt, num_keep, embeds)
+    filled = time.perf_counter()
+    tokens: list[int] = []
+    text = ""
+    for token in greedy(model, prompt, prefill, eos_token_ids(folder / "llm"), max_new_tokens):
+        tokens.append(token)
+        longer = prompter.decode(tokens)
+        # A character may need several tokens: wait until it is whole.
+        if stream and not longer.endswith("\ufffd"):
+            stream(longer[len(text) :])
+            text = longer
+    ended = time.perf_counter()
+    return {
+        "answer": prompter.decode(tokens),
+        "prompt_tokens": len(prompt.input_ids),
+        "new_tokens": len(tokens),
+        "stages": [
+            {"layer": stage.layer, "kept": kept, "visual": prompt.num_visual}
+            for stage, kept in zip(recipe.prune.schedule, num_keep, strict=True)
+        ],
+        "vision_ms": (seen - started) * 1e3,
+        "prefill_ms": (filled - seen) * 1e3,
+        "decode_ms_per_token": (ended - filled) * 1e3 / max(len(tokens), 1),
+    }

@@ -1,0 +1,291 @@
+"""Puts the checkpoint's weights behind the graphs: streamed, converted on the way, written once for all of them."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from capa_export.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["bind", "check_disk", "tied", "unused_tensors", "write_embedding"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_SAFETENSORS_DTYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32"}
+_WIDER = {ir.DataType.FLOAT16: "`--precision bf16` or `--precision fp32`", ir.DataType.BFLOAT16: "`--precision fp32`"}
+_PAGE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    """An array that no checkpoint holds, with the part of `StoredTensor` that conversion needs."""
+
+    name: str
+    array: Array
+    path: Path = Path("(computed)")
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return ir.DataType.from_numpy(self.array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator[Array]:
+        flat = np.ascontiguousarray(self.array).reshape(-1)
+        return (flat[start : start + size] for start in range(0, flat.size, size))
+
+
+class _Converted(ir.LazyTensor):
+    """A source seen in another dtype and shape; while it is written, its bytes exist one chunk at a time."""
+
+    def __init__(self, source: StoredTensor | _Given, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
+        super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
+        self.source = source
+
+    def __repr__(self) -> str:
+        return f"{self._repr_base()}({self.source!r}, name={self.name!r})"
+
+    def _whole(self) -> ir.TensorProtocol:
+        array: Array = np.concatenate([chunk.copy() for chunk in self.chunks()])
+        return ir.Tensor(array.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
+
+    def chunks(self) -> Iterator[Array]:
+        """Yield the converted elements.
+
+        Raises:
+            CapaError: a weight is NaN or infinite, or too large for the dtype.
+        """
+        bits = np.dtype(f"u{self.source.dtype.bitwidth // 8}")
+        magnitude = bits.type((1 << (8 * bits.itemsize - 1)) - 1)
+        infinity = np.array(np.inf, self.source.dtype.numpy()).view(bits)
+        largest = bits.type(0)
+        for chunk in self.source.chunks():
+            # Without their sign bit, floats order as integers do, and only infinities and NaN reach `infinity`.
+            largest = max(largest, (chunk.view(bits) & magnitude).max())
+            if largest >= infinity:
+                raise CapaError(
+                    f"{self.source.path}: tensor {self.source.name} holds NaN or infinity; the weights are "
+                    "damaged, download or re-save them"
+                )
+            with np.errstate(over="ignore"):
+                yield chunk.astype(self.dtype.numpy(), copy=False)
+        self._check_range(float(largest.view(self.source.dtype.numpy())))
+
+    def _check_range(self, largest: float) -> None:
+        with np.errstate(over="ignore"):
+            fits = math.isfinite(np.float32(largest).astype(self.dtype.numpy()))
+        if not fits:
+            raise CapaError(
+                f"{self.source.path}: tensor {self.source.name} reaches {largest:g}, more than "
+                f"{float(self.dtype.max):g}, the largest {self.dtype.name}; build with {_WIDER[self.dtype]}",
+                ExitCode.EXPORT,
+            )
+
+    def tofile(self, file: BinaryIO) -> None:
+        file.writelines(chunk.view(np.uint8).data for chunk in self.chunks())
+
+
+def bind(
+    models: Sequence[ir.Model],
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: ir.DataType,
+    data_path: Path,
+    extra: Mapping[str, Array] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Give every initializer that has no value yet its weights, in one data file that the models share.
+
+    The file is complete or absent. Weights that several initializers read in the same dtype are written once.
+
+    Args:
+        models: changed in place; their new initializers refer to `data_path.name`, so save them in its folder.
+        tensors: the checkpoint, by canonical name.
+        dtype: for the initializers that have no dtype of their own.
+        data_path: the external data file.
+        extra: arrays that are not in the checkpoint, by initializer name.
+        progress: called with a tensor's name, bytes written, bytes in all.
+
+    Raises:
+        CapaError: a tensor is missing, has another shape, is not finite, overflows, or the disk is full.
+    """
+    sources = dict(tensors) | {name: _Given(name=name, array=array) for name, array in (extra or {}).items()}
+    waiting = [value for model in models for value in _unbound(model)]
+    if missing := [value.name for value in waiting if value.name not in sources]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CapaError(
+            f"tensor {missing[0]}{more} is missing from the checkpoint, though its config.json implies it; "
+            "check that weights and config belong together"
+        )
+    written: dict[tuple[object, ...], _Converted] = {}
+    uses: list[tuple[ir.Value, tuple[object, ...]]] = []
+    for value in waiting:
+        assert value.name is not None
+        tensor = _converted(value, sources[value.name], dtype)
+        key = (*_place(tensor.source), tensor.dtype)
+        written.setdefault(key, tensor)
+        uses.append((value, key))
+    external = dict(zip(written, _write(list(written.values()), data_path, progress), strict=True))
+    for value, key in uses:
+        stored = external[key]
+        value.type = ir.TensorType(stored.dtype)
+        assert value.name is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            stored.location,
+            stored.offset,
+            stored.length,
+            stored.dtype,
+            shape=ir.Shape(value.shape.numpy()),
+            name=value.name,
+            base_dir=stored.base_dir,
+        )
+
+
+def _unbound(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from (value for value in graph.initializers.values() if value.const_value is None)
+
+
+def _place(source: StoredTensor | _Given) -> tuple[object, ...]:
+    """What tells one source from another; a tied head lies where the embedding lies."""
+    return (source.path, source.offset) if isinstance(source, StoredTensor) else (source.name,)
+
+
+def _converted(value: ir.Value, source: StoredTensor | _Given, dtype: ir.DataType) -> _Converted:
+    assert value.name is not None and value.shape is not None
+    shape = tuple(value.shape.numpy())
+    if not _regroups(source.shape, shape):
+        raise CapaError(
+            f"{source.path}: tensor {source.name} has shape {list(source.shape)}, config.json implies {list(shape)}; "
+            "check that weights and config belong together"
+        )
+    target = dtype if value.dtype is None else value.dtype
+    assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
+    return _Converted(source, target, shape, value.name)
+
+
+def _regroups(stored: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether one shape only merges neighbouring dimensions of the other; a transposed matrix does not."""
+    a, b = ({1, *accumulate(shape, mul)} for shape in (stored, wanted))
+    return math.prod(stored) == math.prod(wanted) and (a <= b or b <= a)
+
+
+def _write(tensors: Sequence[_Converted], path: Path, progress: Progress | None) -> list[ir.ExternalTensor]:
+    # Every large tensor may be preceded by up to a page of padding.
+    needed = sum(tensor.nbytes + _PAGE for tensor in tensors)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    check_disk(path.parent, needed)
+
+    def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        nonlocal done
+        if progress:
+            progress(tensor.name or "", done, total)
+        done += tensor.nbytes
+
+    with _disk_guard(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        external = ir.external_data.convert_tensors_to_external(
+            tensors, path.parent, path.name, callback=report, alignment=_PAGE
+        )
+    if progress and tensors:
+        progress(tensors[-1].name or "", total, total)
+    return external
+
+
+def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Names in the checkpoint whose weights no graph reads, sorted."""
+    names = {name for model in models for graph in model.graphs() for name in graph.initializers}
+    used = {_place(tensor) for name, tensor in tensors.items() if name in names}
+    return sorted(name for name, tensor in tensors.items() if _place(tensor) not in used)
+
+
+def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors, with the embedding as LM head where the checkpoint holds no head of its own."""
+    if HEAD in tensors or EMBEDDING not in tensors:
+        return tensors
+    return MappingProxyType({**tensors, HEAD: tensors[EMBEDDING]})
+
+
+def write_embedding(tensors: Mapping[str, StoredTensor], dtype: ir.DataType, path: Path) -> None:
+    """Write the token embedding alone, as tensor `embedding` of a safetensors file that is complete or absent.
+
+    Raises:
+        CapaError: the checkpoint has no embedding, it overflows, or the disk is full.
+    """
+    if EMBEDDING not in tensors:
+        raise CapaError(f"tensor {EMBEDDING} is missing from the checkpoint; use one that holds the language model")
+    source = tensors[EMBEDDING]
+    tensor = _Converted(source, dtype, source.shape, "embedding")
+    entry = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(source.shape), "data_offsets": [0, tensor.nbytes]}
+    header = json.dumps({"embedding": entry}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    needed = 8 + len(header) + tensor.nbytes
+    check_disk(path.parent, needed)
+    with _disk_guard(path, needed), _replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        tensor.tofile(file)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse to start what cannot be finished.
+
+    Args:
+        folder: where the bytes go; it need not exist yet.
+        needed_bytes: how many there will be.
+
+    Raises:
+        CapaError: the file system has less than that.
+    """
+    free = _free_bytes(folder)
+    if free < needed_bytes:
+        raise CapaError(
+            f"{folder}: {needed_bytes} bytes are needed, {free} are free; free some, or choose another --out"
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    places = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(place for place in places if place.exists())).free
+
+
+@contextmanager
+def _disk_guard(path: Path, needed: int) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapaError(
+                f"{path}: the disk filled up: {needed} bytes are needed, {_free_bytes(path.parent)} are free; "
+                "free some, or choose another --out",
+                ExitCode.EXPORT,
+            ) from error
+        raise CapaError(f"{path}: cannot be written: {error.strerror}", ExitCode.EXPORT) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
+    """A file that takes its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)

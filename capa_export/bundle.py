@@ -1,0 +1,166 @@
+"""The bundle folder: what is in it, what made it, and whether it still is what was built."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
+
+MANIFEST = "capa_manifest.json"
+_VERSION = 1
+_PARTIAL = ".partial"
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 of a JSON-able value: equal values, equal digests."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with a manifest; every stage's outputs are recorded with the key of what they were made from."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> "Bundle":
+        """A bundle that exists.
+
+        Raises:
+            CapaError: there is no manifest, or this version cannot read it.
+        """
+        bundle = cls(folder)
+        if not (folder / MANIFEST).is_file():
+            raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build --out {folder}` makes one")
+        version = bundle.manifest.get("version")
+        if version != _VERSION:
+            raise CapaError(f"{folder / MANIFEST}: version {version}, this capa-export reads {_VERSION}; build it again")
+        return bundle
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is recorded so far; empty for a new bundle.
+
+        Raises:
+            CapaError: the manifest is damaged.
+        """
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return {"version": _VERSION, "stages": {}}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return data if isinstance(data["stages"], dict) else {}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CapaError(f"{path}: damaged manifest ({error}); delete the folder and build it again") from error
+
+    def update(self, **entries: Any) -> None:
+        """Set top-level entries of the manifest, atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{MANIFEST}{_PARTIAL}"
+        partial.write_text(json.dumps({**self.manifest, **entries}, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / MANIFEST)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """Record of a finished stage.
+
+        Raises:
+            CapaError: the stage has not run.
+        """
+        stages = self.manifest["stages"]
+        if name not in stages:
+            raise CapaError(f"{self.folder}: stage {name!r} has not run; `capa-export build --out {self.folder}` runs it")
+        return stages[name]
+
+    def is_current(self, name: str, key: str) -> bool:
+        """Whether the stage ran from the same inputs and its files are still what it wrote."""
+        record = self.manifest["stages"].get(name)
+        return bool(record) and record["key"] == key and not self._changed(record["files"])
+
+    def record(self, name: str, key: str, files: Sequence[str], **entries: Any) -> None:
+        """Note that a stage is done; `files` are relative to the folder."""
+        digests = {file: file_digest(self.folder / file) for file in sorted(files)}
+        record = {"key": key, **entries, "files": digests}
+        self.update(stages={**self.manifest["stages"], name: record})
+
+    def verify(self, *names: str) -> None:
+        """Check that the files of these stages are what was built.
+
+        Raises:
+            CapaError: a file is missing or was changed, or a stage has not run.
+        """
+        for name in names:
+            if changed := self._changed(self.stage(name)["files"]):
+                raise CapaError(
+                    f"{self.folder / changed[0]}: missing or changed since it was built (sha256 differs from "
+                    f"{MANIFEST}); build again, or copy the bundle again"
+                )
+
+    def _changed(self, files: Mapping[str, str]) -> list[str]:
+        return [
+            file
+            for file, digest in files.items()
+            if not (self.folder / file).is_file() or file_digest(self.folder / file) != digest
+        ]
+
+    @contextmanager
+    def replacing(self, *outputs: str) -> Iterator[Path]:
+        """A scratch folder whose `outputs` take their place in the bundle if the block succeeds, and vanish if not."""
+        scratch = self.folder / _PARTIAL
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+            for output in outputs:
+                _put(scratch / output, self.folder / output)
+        except OSError as error:
+            raise CapaError(f"{self.folder}: {error.strerror or error}; nothing was changed", ExitCode.EXPORT) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def files_under(self, *outputs: str) -> list[str]:
+        """Relative names of all files at or below the given outputs."""
+        roots = [self.folder / output for output in outputs]
+        files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()]
+        return sorted(file.relative_to(self.folder).as_posix() for file in files)
+
+    def run_stage(
+        self, name: str, key: object, outputs: Sequence[str], work: Callable[[Path], dict[str, Any]], **entries: Any
+    ) -> tuple[dict[str, Any], bool]:
+        """Do the work unless its outputs are current; returns the stage's record and whether it ran."""
+        digest = digest_of(key)
+        if self.is_current(name, digest):
+            return self.stage(name), False
+        from capa_export.measure import measured
+
+        with self.replacing(*outputs) as scratch, measured() as cost:
+            result = work(scratch)
+        self.record(name, digest, self.files_under(*outputs), **cost.as_dict(), result=result, **entries)
+        return self.stage(name), True
+
+
+def _put(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        old = place.with_name(f"{place.name}{_PARTIAL}")
+        place.rename(old)
+        source.rename(place)
+        shutil.rmtree(old)
+    else:
+        os.replace(source, place)

@@ -1,0 +1,114 @@
+"""Runs the dense eager model over pictures: where visual FFNs are linear, alpha, sinks, activation ranges.
+
+T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
+from capa_export.progress import Report, silent
+from capa_export.prompt import Prompter
+from capa_export.samples import Samples
+
+__all__ = ["calibrate"]
+
+_BLOCK = re.compile(r"(?:layers|blocks)\.\d+(?:\.(?:self_attn|attn|mlp))?$")
+
+
+def calibrate(
+    model: Any, family: Any, prompter: Prompter, samples: Samples, *, checkpoint_digest: str, report: Report = silent
+) -> Calibration:
+    """Stream the samples through the dense model and keep sums only.
+
+    x is the residual stream before the post-attention norm and y = x + FFN(norm(x)) (CAPA, section 4.2).
+    """
+    text = model.model.language_model
+    size, num_layers = model.config.text_config.hidden_size, len(text.layers)
+    sums = [LayerSums.zeros(size) for _ in range(num_layers)]
+    absmax: dict[str, float] = {}
+    with _watch_ranges(model, absmax), _watch_ffns(text.layers) as seen:
+        for done, sample in enumerate(samples):
+            report("calibrate", done, samples.count)
+            prompt = prompter(sample.question, [sample.image])
+            is_visual = torch.from_numpy(prompt.is_visual)
+            with torch.no_grad():
+                embeds, position_ids = family.eager_inputs(model, prompt)
+                text(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+            for layer, (x_TD, y_TD) in seen.items():
+                _add(sums[layer], x_TD, y_TD, is_visual)
+    report("calibrate", samples.count, samples.count)
+    return Calibration(
+        checkpoint_digest=checkpoint_digest,
+        samples=samples.count,
+        layers=sums,
+        absmax=dict(sorted(absmax.items())),
+    )
+
+
+def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None:
+    """Add one prompt to a layer's sums; products of FP32 numbers are exact in FP64."""
+    cosine = torch.nn.functional.cosine_similarity(x_TD, y_TD, dim=-1).double()
+    x, y = x_TD[is_visual].double(), y_TD[is_visual].double()
+    sums.xx += (x * x).sum(0).numpy()
+    sums.xy += (x * y).sum(0).numpy()
+    sums.yy += (y * y).sum(0).numpy()
+    sums.visual_tokens += len(x)
+    sums.visual_cosine += float(cosine[is_visual].sum())
+    sums.text_tokens += int((~is_visual).sum())
+    sums.text_cosine += float(cosine[~is_visual].sum())
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    token, channel = (normed.abs() > SINK_THRESHOLD).nonzero(as_tuple=True)
+    groups: dict[int, list[int]] = {}
+    for index, dim in zip(token.tolist(), channel.tolist(), strict=True):
+        groups.setdefault(index, []).append(dim)
+    sums.sinks += Counter(tuple(dims) for dims in groups.values())
+
+
+@contextmanager
+def _watch_ffns(layers: Any) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    entering: dict[int, Tensor] = {}
+    handles = []
+    for index, layer in enumerate(layers):
+
+        def before(_module: Any, inputs: tuple[Tensor, ...], index: int = index) -> None:
+            entering[index] = inputs[0][0].float()
+
+        def after(_module: Any, _inputs: Any, output: Tensor, index: int = index) -> None:
+            seen[index] = (entering[index], entering[index] + output[0].float())
+
+        handles += [layer.post_attention_layernorm.register_forward_pre_hook(before), layer.mlp.register_forward_hook(after)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watch_ranges(model: Any, absmax: dict[str, float]) -> Iterator[None]:
+    """Largest magnitude of every block's, attention's and FFN's output, by module path."""
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            absmax[name] = max(absmax.get(name, 0.0), float(values.abs().max()))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if _BLOCK.search(name)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

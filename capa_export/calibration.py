@@ -1,0 +1,199 @@
+"""What a calibration measured: sums that merge exactly, and all that follows from them. Needs no torch.
+
+D = hidden size, L = decoder layers.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from capa_export.errors import CapaError
+
+__all__ = ["FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged"]
+
+FP16_MAX = 65504.0
+SINK_THRESHOLD = 20.0
+"""phi above which a token is an attention sink (VisAttnSink, arXiv 2503.03321; CAPA uses the same)."""
+
+_CONSISTENT = 0.25
+"""A sink channel exceeds the threshold in at least this fraction of the layers."""
+
+
+@dataclass
+class LayerSums:
+    """FP64 sums over the visual tokens of one layer; x enters the FFN block, y leaves it."""
+
+    xx: np.ndarray
+    """[D] sum of x * x."""
+    xy: np.ndarray
+    yy: np.ndarray
+    visual_tokens: int = 0
+    visual_cosine: float = 0.0
+    """Sum of cosine(x, y)."""
+    text_tokens: int = 0
+    text_cosine: float = 0.0
+    sinks: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """Channels whose RMS-normed magnitude exceeds the threshold -> visual tokens with exactly those."""
+
+    @classmethod
+    def zeros(cls, size: int) -> "LayerSums":
+        """Sums over nothing."""
+        return cls(*(np.zeros(size) for _ in range(3)))
+
+    @property
+    def alpha(self) -> np.ndarray:
+        """Least-squares scale per channel [D] FP64: sum(x y) / sum(x x), and 1 where x vanishes."""
+        degenerate = self.xx <= np.finfo(np.float64).eps * max(float(self.xx.max(initial=0.0)), 1e-30)
+        return np.where(degenerate, 1.0, self.xy / np.where(degenerate, 1.0, self.xx))
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine(x, y) of the visual tokens."""
+        return self.visual_cosine / max(self.visual_tokens, 1)
+
+    @property
+    def relative_error(self) -> float:
+        """|| y - alpha x || / || y || over all visual tokens."""
+        alpha = self.alpha
+        residual = self.yy - 2 * alpha * self.xy + alpha**2 * self.xx
+        return float(np.sqrt(max(residual.sum(), 0.0) / max(self.yy.sum(), 1e-30)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything measured, over all samples."""
+
+    checkpoint_digest: str
+    """Of the weights it was measured on: another checkpoint's alpha would be wrong."""
+    samples: int
+    layers: Sequence[LayerSums]
+    absmax: dict[str, float]
+    """Largest magnitude of each block's output, by module path."""
+
+    def linear_layers(self, eta: float) -> tuple[int, ...]:
+        """Layers whose visual FFN a scale may replace: mean cosine above eta."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.cosine > eta)
+
+    @property
+    def sink_channels(self) -> tuple[int, ...]:
+        """Channels that mark sinks: beyond the threshold in at least a quarter of the layers."""
+        counts = Counter(channel for layer in self.layers for channel in {c for dims in layer.sinks for c in dims})
+        return tuple(sorted(channel for channel, count in counts.items() if count >= _CONSISTENT * len(self.layers)))
+
+    def sink_tokens(self, layer: int) -> int:
+        """Visual tokens of a layer with phi > 20 on a sink channel."""
+        channels = set(self.sink_channels)
+        return sum(count for dims, count in self.layers[layer].sinks.items() if channels.intersection(dims))
+
+    def summary(self, eta: float, paper_layers: Sequence[int]) -> dict[str, Any]:
+        """For people and for `--json`: per layer, then ranges and sinks."""
+        worst, largest = max(self.absmax.items(), key=lambda item: item[1], default=("", 0.0))
+        return {
+            "samples": self.samples,
+            "visual_tokens": self.layers[0].visual_tokens,
+            "eta": eta,
+            "linear_layers": list(self.linear_layers(eta)),
+            "paper_layers": list(paper_layers),
+            "layers": [
+                {
+                    "layer": index,
+                    "cosine_visual": layer.cosine,
+                    "cosine_text": layer.text_cosine / max(layer.text_tokens, 1),
+                    "relative_error": layer.relative_error,
+                    "sink_tokens": self.sink_tokens(index),
+                }
+                for index, layer in enumerate(self.layers)
+            ],
+            "sink_channels": list(self.sink_channels),
+            "absmax": self.absmax,
+            "largest": {"block": worst, "absmax": largest, "of_fp16_max": largest / FP16_MAX},
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over what it holds."""
+        sums = [getattr(layer, name).tobytes() for layer in self.layers for name in ("xx", "xy", "yy")]
+        return hashlib.sha256(b"".join([*sums, self._about().encode()])).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the sums, so that runs merge, and all else as metadata of the same file."""
+        tensors = {
+            f"layers.{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in ("xx", "xy", "yy")
+        }
+        save_file(tensors, path, metadata={"capa_calibration": self._about()})
+
+    def _about(self) -> str:
+        counts = [
+            {
+                "visual_tokens": layer.visual_tokens,
+                "visual_cosine": layer.visual_cosine,
+                "text_tokens": layer.text_tokens,
+                "text_cosine": layer.text_cosine,
+                "sinks": sorted([list(dims), count] for dims, count in layer.sinks.items()),
+            }
+            for layer in self.layers
+        ]
+        about = {
+            "version": 1,
+            "checkpoint_digest": self.checkpoint_digest,
+            "samples": self.samples,
+            "absmax": self.absmax,
+            "layers": counts,
+        }
+        return json.dumps(about, sort_keys=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            CapaError: the file is missing, damaged, or no calibration.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                about = json.loads((file.metadata() or {})["capa_calibration"])
+                layers = [
+                    LayerSums(
+                        *(file.get_tensor(f"layers.{index}.{name}") for name in ("xx", "xy", "yy")),
+                        **{key: value for key, value in counts.items() if key != "sinks"},
+                        sinks=Counter({tuple(dims): count for dims, count in counts["sinks"]}),
+                    )
+                    for index, counts in enumerate(about["layers"])
+                ]
+                return cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"])
+        except FileNotFoundError as error:
+            raise CapaError(f"{path}: no such calibration; `capa-export calibrate` writes one") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise CapaError(f"{path}: not a calibration of capa-export ({error})") from error
+
+
+def merged(parts: Sequence[Calibration]) -> Calibration:
+    """One calibration from several runs: every figure is a sum or a maximum, so nothing is lost.
+
+    Raises:
+        CapaError: they were measured on different checkpoints.
+    """
+    first = parts[0]
+    if any(part.checkpoint_digest != first.checkpoint_digest for part in parts):
+        raise CapaError("calibrations of different checkpoints do not merge")
+    layers = [
+        LayerSums(
+            *(np.sum([getattr(sums, name) for sums in same], axis=0) for name in ("xx", "xy", "yy")),
+            **{
+                name: sum(getattr(sums, name) for sums in same)
+                for name in ("visual_tokens", "visual_cosine", "text_tokens", "text_cosine")
+            },
+            sinks=sum((sums.sinks for sums in same), Counter()),
+        )
+        for same in zip(*(part.layers for part in parts), strict=True)
+    ]
+    names = sorted({name for part in parts for name in part.absmax})
+    absmax = {name: max(part.absmax.get(name, 0.0) for part in parts) for name in names}
+    return Calibration(first.checkpoint_digest, sum(part.samples for part in parts), layers, absmax)

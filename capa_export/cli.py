@@ -1,0 +1,415 @@
+"""The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import capa_export
+from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    from capa_export.bundle import Bundle
+    from capa_export.pipeline import Job
+    from capa_export.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="capa-export",
+    help="Export vision-language models, pruned with CAPA, to ONNX and TensorRT.",
+    epilog="Exit codes: 0 ok, 2 usage, 3 preflight, 4 export, 5 engine, 6 parity, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Precision(str, Enum):
+    """Of weights and activations."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Weights(str, Enum):
+    """Where an engine finds its weights."""
+
+    embedded = "embedded"
+    external = "external"
+
+
+ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")]
+CheckpointOpt = Annotated[
+    str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
+]
+RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+RatioOpt = Annotated[float | None, typer.Option(help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].")]
+LayerOpt = Annotated[int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")]
+FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
+ImagesOpt = Annotated[Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")]
+SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
+PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
+TargetOpt = Annotated[str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")]
+WeightsOpt = Annotated[Weights, typer.Option(help="In the engines, or inputs that engines share.")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
+BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        print(capa_export.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    model: ModelOpt,
+    out: OutOpt,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    ffn: FfnOpt = True,
+    images: ImagesOpt = None,
+    samples: SamplesOpt = None,
+    precision: PrecisionOpt = Precision.fp16,
+    target: TargetOpt = "rtx",
+    weights: WeightsOpt = Weights.embedded,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Calibrate, export, build engines and validate: checkpoint in, bundle out."""
+    from capa_export.target import load_target
+
+    recipe = _recipe(model, ratio, prune_layer)
+    device = load_target(target)
+    device.require_precision(precision.value)
+    device.engine and device.require_engine()
+    if dry_run:
+        _print_plan(recipe, checkpoint, out, precision.value, ffn=ffn, as_json=as_json)
+        return
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.progress import progress
+
+    with progress() as report:
+        job = pipeline.Job(
+            recipe=recipe,
+            bundle=Bundle(out),
+            checkpoint=checkpoint or recipe.checkpoint,
+            revision=revision,
+            images=images,
+            samples=samples,
+            precision=precision.value,
+            ffn=ffn,
+            weights=weights.value,
+            command=sys.argv[1:],
+            report=report,
+        )
+        parity = pipeline.build(job, device)
+    _finish(job.bundle, parity, as_json=as_json)
+
+
+@app.command()
+def calibrate(
+    out: OutOpt,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")] = None,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    images: ImagesOpt = None,
+    samples: SamplesOpt = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")] = False,
+    parts: Annotated[list[Path] | None, typer.Argument(help="With --merge: calibration files or bundle folders.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure where visual FFNs are linear, alpha, sinks and activation ranges."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.calibration import Calibration, merged
+    from capa_export.progress import progress
+    from capa_export.recipe import FFN
+
+    if merge:
+        if not parts or images or samples or checkpoint:
+            raise CapaError("--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE)
+        files = [part / pipeline.CALIBRATION if part.is_dir() else part for part in parts]
+        calibration = merged([Calibration.load(file) for file in files])
+        pipeline.adopt_calibration(Bundle(out), calibration)
+        ffn = _recipe(model).ffn if model else FFN()
+    else:
+        if model is None or parts:
+            raise CapaError("calibrate needs --model and takes no arguments without --merge", ExitCode.USAGE)
+        recipe = _recipe(model)
+        with progress() as report:
+            job = pipeline.Job(
+                recipe=recipe,
+                bundle=Bundle(out),
+                checkpoint=checkpoint or recipe.checkpoint,
+                revision=revision,
+                images=images,
+                samples=samples,
+                report=report,
+            )
+            calibration = pipeline.calibrate(job)
+        ffn = recipe.ffn
+    summary = calibration.summary(ffn.eta, ffn.paper_layers)
+    if as_json:
+        _print_json(summary)
+    else:
+        from capa_export.tables import calibration_table
+
+        calibration_table(summary)
+
+
+@app.command()
+def export(
+    model: ModelOpt,
+    out: OutOpt,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    ffn: FfnOpt = True,
+    calibration: Annotated[Path | None, typer.Option(help="Calibration file or bundle [default: the one in --out].")] = None,
+    precision: PrecisionOpt = Precision.fp16,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write the ONNX files of a calibrated bundle."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.calibration import Calibration
+    from capa_export.progress import progress
+
+    recipe, bundle = _recipe(model, ratio, prune_layer), Bundle(out)
+    if calibration is not None:
+        file = calibration / pipeline.CALIBRATION if calibration.is_dir() else calibration
+        pipeline.adopt_calibration(bundle, Calibration.load(file))
+    with progress() as report:
+        job = pipeline.Job(
+            recipe=recipe,
+            bundle=bundle,
+            checkpoint=checkpoint or recipe.checkpoint,
+            revision=revision,
+            precision=precision.value,
+            ffn=ffn,
+            command=sys.argv[1:],
+            report=report,
+        )
+        pipeline.export(job)
+    if as_json:
+        _print_json(bundle.stage("export"))
+
+
+@app.command()
+def engine(bundle: BundleArg, target: TargetOpt = "rtx", weights: WeightsOpt = Weights.embedded, as_json: JsonOpt = False) -> None:
+    """Build a bundle's TensorRT engines."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.progress import progress
+    from capa_export.target import load_target
+
+    device = load_target(target)
+    with progress() as report:
+        result = pipeline.engine(Bundle.open(bundle), device, weights=weights.value, report=report)
+    if as_json:
+        _print_json(result)
+    else:
+        from capa_export.tables import engine_table
+
+        engine_table(result)
+
+
+@app.command()
+def validate(
+    bundle: BundleArg,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    images: ImagesOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Hold a bundle against the eager model; exit code 6 if it does not compute the same."""
+    from capa_export import pipeline
+    from capa_export.progress import progress
+
+    opened = _open(bundle)
+    with progress() as report:
+        job = _job(opened, checkpoint, revision, images, report)
+        parity = pipeline.validate(job)
+    _finish(opened, parity, as_json=as_json)
+
+
+@app.command()
+def run(
+    bundle: BundleArg,
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: JsonOpt = False,
+) -> None:
+    """Answer a question about pictures through ONNX Runtime; needs nothing but the bundle."""
+    from capa_export.answer import answer
+
+    def stream(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
+
+    result = answer(_open(bundle), prompt, image or [], ratio=ratio, max_new_tokens=max_new_tokens, stream=stream)
+    if as_json:
+        _print_json(result)
+        return
+    print()
+    kept = ", ".join(f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}" for stage in result["stages"])
+    print(
+        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms, "
+        f"decode {result['decode_ms_per_token']:.1f} ms a token",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
+    """Show what a bundle holds and what made it, and check its files."""
+    opened = _open(bundle)
+    manifest = opened.manifest
+    opened.verify(*manifest["stages"])
+    if as_json:
+        _print_json(manifest)
+    else:
+        from capa_export.tables import bundle_table
+
+        bundle_table(opened.folder, manifest)
+
+
+@app.command()
+def plan(
+    model: ModelOpt,
+    checkpoint: CheckpointOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    ffn: FfnOpt = True,
+    precision: PrecisionOpt = Precision.fp16,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what a build would do, without doing it: what `build --dry-run` prints."""
+    _print_plan(_recipe(model, ratio, prune_layer), checkpoint, out, precision.value, ffn=ffn, as_json=as_json)
+
+
+@app.command()
+def models(as_json: JsonOpt = False) -> None:
+    """List the shipped recipes."""
+    from capa_export.recipe import load_recipe
+    from capa_export.shipped import shipped_names
+
+    recipes = [load_recipe(name) for name in shipped_names("graphs")]
+    if as_json:
+        _print_json([recipe.model_dump(mode="json") for recipe in recipes])
+        return
+    for recipe in recipes:
+        layers = ", ".join(str(stage.layer) for stage in recipe.prune.schedule)
+        others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
+        where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
+        print(f"{recipe.name:<16}{where:<32}prunes at layer {layers}{others}")
+
+
+@app.command()
+def targets(as_json: JsonOpt = False) -> None:
+    """List the shipped targets."""
+    from capa_export.shipped import shipped_names
+    from capa_export.target import load_target
+
+    known = [load_target(name) for name in shipped_names("engines")]
+    if as_json:
+        _print_json([target.model_dump(mode="json") for target in known])
+        return
+    for target in known:
+        made = target.engine
+        print(f"{target.name:<16}" + (f"{made.runtime}, SM {', '.join(made.compute_capabilities)}" if made else "ONNX only"))
+
+
+def _recipe(model: str, ratio: float | None = None, prune_layer: int | None = None) -> "Recipe":
+    from capa_export.recipe import load_recipe
+
+    return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer)
+
+
+def _open(folder: Path) -> "Bundle":
+    from capa_export.bundle import Bundle
+
+    return Bundle.open(folder)
+
+
+def _job(bundle: "Bundle", checkpoint: str | None, revision: str | None, images: Path | None, report: Any) -> "Job":
+    """The job that made a bundle, from its manifest."""
+    from capa_export.pipeline import Job
+    from capa_export.recipe import Recipe
+
+    bundle.stage("export")
+    manifest = bundle.manifest
+    recipe = Recipe(**manifest["recipe"])
+    return Job(
+        recipe=recipe,
+        bundle=bundle,
+        checkpoint=checkpoint or manifest["checkpoint"]["source"],
+        revision=revision or (None if checkpoint else manifest["checkpoint"]["revision"]),
+        images=images,
+        report=report,
+    )
+
+
+def _finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(parity)
+    else:
+        from capa_export.tables import parity_table
+
+        parity_table(parity)
+    if not parity["passed"]:
+        raise CapaError(f"{bundle.folder}: {parity['failures'][0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)
+
+
+def _print_plan(recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, ffn: bool, as_json: bool) -> None:
+    from capa_export.dry_run import dry_run
+
+    result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, ffn=ffn)
+    if as_json:
+        _print_json(result)
+    else:
+        from capa_export.tables import plan_table
+
+        plan_table(result)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the one place where an error becomes a line and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
+        return result if isinstance(result, int) else ExitCode.OK
+    except CapaError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; finished stages are kept, run the same command to go on", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except typer.TyperException as error:
+        error.show()
+        return ExitCode.USAGE

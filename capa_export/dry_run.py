@@ -1,0 +1,91 @@
+"""What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory."""
+
+import json
+from dataclasses import asdict
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from capa_export.calibration import Calibration
+from capa_export.errors import CapaError
+from capa_export.pipeline import CALIBRATION, load_family
+from capa_export.plan import decode_flops, flops, kv_cache, parameters, vision_flops
+from capa_export.recipe import Recipe, kept_tokens
+
+__all__ = ["dry_run"]
+
+_TEXT_TOKENS = 48
+_ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *, ffn: bool) -> dict[str, Any]:
+    """Plan for one picture of the recipe's size; loads no weights and no torch.
+
+    Args:
+        recipe: with the command line's ratio and layer in it.
+        checkpoint: folder, or hub id whose config is then fetched.
+        out: bundle whose calibration says which layers are linear; without one the paper's list is assumed.
+        precision: of weights and activations.
+        ffn: whether visual FFNs are replaced at all.
+
+    Raises:
+        CapaError: the config cannot be read or does not fit the recipe.
+    """
+    config = _config(checkpoint)
+    dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
+    linear, basis = _linear_layers(recipe, out, dims.decoder.num_layers, ffn=ffn)
+    stages = [(stage.layer, kept_tokens(recipe.visual_tokens, stage.ratio)) for stage in recipe.prune.schedule]
+    sizes = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
+    width = _ELEMENT_BYTES[precision]
+    total = parameters(dims)
+    side = 2 * isqrt(recipe.visual_tokens)
+    data = total.total * width
+    return {
+        "model": recipe.name,
+        "checkpoint": checkpoint,
+        "precision": precision,
+        "visual_tokens": recipe.visual_tokens,
+        "text_tokens": _TEXT_TOKENS,
+        "stages": [{"layer": layer, "kept": kept, "visual": recipe.visual_tokens} for layer, kept in stages],
+        "linear_layers": list(linear),
+        "linear_layers_from": basis,
+        "parameters": asdict(total),
+        "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear)),
+        "decode": asdict(decode_flops(dims.decoder, **sizes)),
+        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
+        "vision": asdict(vision_flops(dims.vision, rows=side, cols=side)),
+        "files": {"onnx weights": data, "embedding.safetensors": total.embedding * width},
+        "memory": {
+            "calibrate": total.total * 4,
+            "export": 1 << 30,
+            "engine": 2 * data,
+            "validate": total.total * (8 + width),
+        },
+    }
+
+
+def _config(checkpoint: str) -> dict[str, Any]:
+    folder = Path(checkpoint).expanduser()
+    path = folder / "config.json"
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(checkpoint, "config.json"))
+        except Exception as error:  # The hub client raises many kinds; each means the same here.
+            raise CapaError(
+                f"{checkpoint}: no such folder, and its config cannot be fetched as a hub id "
+                f"({type(error).__name__}); pass --checkpoint FOLDER"
+            ) from error
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CapaError(f"{path}: cannot be read: {error}") from error
+
+
+def _linear_layers(recipe: Recipe, out: Path | None, num_layers: int, *, ffn: bool) -> tuple[tuple[int, ...], str]:
+    if not ffn:
+        return (), "--no-ffn"
+    if out is not None and (out / CALIBRATION).exists():
+        return Calibration.load(out / CALIBRATION).linear_layers(recipe.ffn.eta), "calibration"
+    return tuple(layer for layer in recipe.ffn.paper_layers if layer < num_layers), "the paper, until calibrated"

@@ -1,0 +1,150 @@
+"""Writes the ONNX files of a bundle: graphs from the recipe, weights streamed from the checkpoint."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from capa_export.bind import bind, check_disk, tied, unused_tensors, write_embedding
+from capa_export.checkpoint import Checkpoint, StoredTensor
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
+from capa_export.graph.decoder import decode_model, prefill_model
+from capa_export.progress import Report, silent
+
+__all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "write_onnx"]
+
+PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
+
+DENSE = "dense.onnx"
+"""Prefill without FFN scales, written for validation only."""
+
+_EMBEDDING = "model.embed_tokens.weight"
+_RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+_SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+_TEXT_SIDECARS = ("chat_template.*", "merges.txt", "vocab.json", "*.model")
+_VISUAL_SIDECARS = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as its family reads it."""
+
+    checkpoint: Checkpoint
+    family: Any
+    dims: ModelDims
+    tensors: Mapping[str, StoredTensor]
+    """By the graph's names."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, family: Any) -> "Source":
+        """Read the dimensions and name the tensors.
+
+        Raises:
+            CapaError: the checkpoint is another architecture, or lacks something.
+        """
+        architectures = checkpoint.config.get("architectures") or ["none"]
+        if family.ARCHITECTURE not in architectures:
+            raise CapaError(
+                f"{checkpoint.folder}: holds {', '.join(architectures)}, this recipe is for {family.ARCHITECTURE}; "
+                "`capa-export models` lists the recipes"
+            )
+        dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
+        return cls(checkpoint, family, dims, tied(checkpoint.renamed(family.RENAMES)))
+
+
+def write_onnx(
+    source: Source,
+    precision: str,
+    folder: Path,
+    *,
+    prune_layers: Sequence[int],
+    scales: Mapping[int, np.ndarray],
+    dense: bool = False,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Write llm/{prefill,decode}.onnx over one data file, llm/embedding.safetensors and visual/model.onnx.
+
+    Args:
+        source: the checkpoint.
+        precision: a key of `PRECISIONS`, of weights and activations.
+        folder: receives `llm/` and `visual/`.
+        prune_layers: layers that drop visual tokens, ascending.
+        scales: layer -> alpha [D] that stands for the FFN of visual tokens.
+        dense: also write `DENSE`.
+        report: progress.
+
+    Returns:
+        Counts of nodes and bytes per file.
+
+    Raises:
+        CapaError: a tensor is missing, not finite or out of range, or the disk is too small.
+    """
+    dtype, dims = PRECISIONS[precision], source.dims
+    rotary = source.family.rotary_tables(dims)
+    llm = {
+        "prefill.onnx": prefill_model(
+            dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=sorted(scales)
+        ),
+        "decode.onnx": decode_model(dims.decoder, dtype, rotary, prune_layers=prune_layers),
+    }
+    if dense:
+        llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=())
+    visual = {"model.onnx": source.family.vision_model(dims.vision, dtype)}
+    check_disk(folder, source.checkpoint.num_parameters * dtype.itemsize)
+    extra = {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
+    sizes: dict[str, Any] = {}
+    for part, models in (("llm", llm), ("visual", visual)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+
+        def progress(_tensor: str, done: int, total: int, part: str = part) -> None:
+            report(f"write {part} weights (MB)", done >> 20, total >> 20)
+
+        data = folder / part / "model.onnx.data"
+        bind(list(models.values()), source.tensors, dtype=dtype, data_path=data, extra=extra, progress=progress)
+        for name, model in models.items():
+            ir.save(model, folder / part / name)
+            onnx.checker.check_model(str(folder / part / name))
+            sizes[f"{part}/{name}"] = {"nodes": model.graph.num_nodes()}
+        sizes[f"{part}/{data.name}"] = {"bytes": data.stat().st_size}
+    write_embedding(source.tensors, dtype, folder / "llm" / "embedding.safetensors")
+    return sizes
+
+
+def copy_sidecars(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy config, tokenizer and processor files, so that the bundle needs no checkpoint to run."""
+    for part, patterns in (("llm", (*_SIDECARS, *_TEXT_SIDECARS)), ("visual", _VISUAL_SIDECARS)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            for path in sorted(checkpoint.folder.glob(pattern)):
+                shutil.copyfile(path, folder / part / path.name)
+
+
+def check_tensors(source: Source) -> None:
+    """Hold the checkpoint's tensor names against the graphs', before any weight is read.
+
+    Raises:
+        CapaError: a tensor is missing or superfluous.
+    """
+    dims, dtype = source.dims, ir.DataType.FLOAT
+    decoder = decode_model(dims.decoder, dtype, source.family.rotary_tables(dims), prune_layers=())
+    models = [decoder, source.family.vision_model(dims.vision, dtype)]
+    wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
+    if missing := sorted(wanted - set(source.tensors)):
+        raise CapaError(f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again")
+    extra = [name for name in unused_tensors(models, source.tensors) if name != _EMBEDDING and not _RECOMPUTED.search(name)]
+    if extra:
+        raise CapaError(
+            f"{source.checkpoint.folder}: tensor {_first(extra)} has no place in {source.family.ARCHITECTURE}; "
+            "merge adapters into the weights and re-save with save_pretrained"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,70 @@
+"""Turns the weights of a graph into network inputs, so that engines share one copy of them on the device."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["MIN_WEIGHT_BYTES", "ExternalWeight", "externalize_weights"]
+
+MIN_WEIGHT_BYTES = 64 * 1024
+"""Smaller tensors stay in the plan: an input costs more to bind than they take."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExternalWeight:
+    """A network input that holds a weight, and where its bytes lie."""
+
+    name: str
+    location: str
+    """Data file, relative to the folder of the ONNX file."""
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def externalize_weights(model: ir.Model) -> list[ExternalWeight]:
+    """Make network inputs of the large weights of `model`, in place, without reading their bytes.
+
+    A weight moves when it has `MIN_WEIGHT_BYTES` or more and all its readers take it as B of a `Gemm(transB=1)`: only
+    these are multiplied where they lie. One that is also read otherwise (the output projection of a layer that
+    prunes, which is cast to FP32 for the scores) stays a constant, or TensorRT would transpose or cast it in every run.
+
+    Raises:
+        CapaError: a weight to be moved lies in the ONNX file itself.
+    """
+    graph = model.graph
+    moved: list[ExternalWeight] = []
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < MIN_WEIGHT_BYTES or not _only_gemm_reads(value):
+            continue
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
+            raise CapaError(
+                f"{graph.name}: the bytes of {value.name} are in the ONNX file; external weights need a graph saved "
+                "with external data",
+                ExitCode.ENGINE,
+            )
+        moved.append(
+            ExternalWeight(
+                name=tensor.name,
+                location=str(tensor.location),
+                offset=tensor.offset or 0,
+                length=tensor.length,
+                dtype=tensor.dtype.name,
+                shape=tuple(tensor.shape.numpy()),
+            )
+        )
+        del graph.initializers[tensor.name]
+        value.const_value = None
+        graph.inputs.append(value)
+    return moved
+
+
+def _only_gemm_reads(value: ir.Value) -> bool:
+    uses = value.uses()
+    return bool(uses) and all(
+        use.idx == 1 and use.node.op_type == "Gemm" and use.node.attributes.get_int("transB", 0) == 1 for use in uses
+    )

@@ -1,0 +1,128 @@
+"""How far one run is from another: metrics of logits and kept sets, and the gates on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from capa_export.recipe import Gate
+
+__all__ = ["Comparison", "Trace"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt, prefilled and then fed the same tokens whoever runs it. S = steps, V = vocabulary."""
+
+    logits: np.ndarray
+    """[S, V] FP32."""
+    kept: list[np.ndarray]
+    """Kept prompt positions after each stage."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The likeliest token of each step."""
+        return self.logits.argmax(-1).tolist()
+
+
+@dataclass
+class Comparison:
+    """Worst figures of an artefact against its reference, over all prompts and steps."""
+
+    name: str
+    reference: str
+    noise: float = 0.0
+    """Largest logit difference that the precision alone makes; top-1 counts where the margin exceeds twice that."""
+    prompts: int = 0
+    steps: int = 0
+    relative_error: float = 0.0
+    cosine: float = 1.0
+    norm_ratio: float = 0.0
+    top1_counted: int = 0
+    top1_wrong: int = 0
+    same_tokens: int = 0
+    """Prompts with the reference's token at every step."""
+    kept_iou: list[float] = field(default_factory=list)
+    replayed: int = 0
+    """Prompts whose kept set flipped, so that their logits are held against the reference with the same set."""
+
+    def add(self, trace: Trace, reference: Trace, num_text: int, *, flipped: Sequence[np.ndarray] | None = None) -> None:
+        """Count one prompt.
+
+        Args:
+            trace: of the artefact.
+            reference: of the reference, with the artefact's kept set if that flipped.
+            num_text: text tokens of the prompt, which are in every kept set and do not count.
+            flipped: the kept sets the reference chose itself, where the artefact chose others.
+        """
+        self.prompts += 1
+        self.replayed += flipped is not None
+        expected = reference.kept if flipped is None else flipped
+        self.kept_iou += [_iou(a, b, num_text) for a, b in zip(trace.kept, expected, strict=True)]
+        for logits, wanted in zip(trace.logits.astype(np.float64), reference.logits.astype(np.float64), strict=True):
+            self.steps += 1
+            norm, wanted_norm = np.linalg.norm(logits), np.linalg.norm(wanted)
+            # A NaN must fail every gate, and max() would drop it.
+            finite = bool(np.isfinite(logits).all())
+            self.relative_error = _worse(self.relative_error, np.abs(logits - wanted).max() / np.abs(wanted).max(), finite)
+            self.norm_ratio = _worse(self.norm_ratio, abs(norm / wanted_norm - 1), finite)
+            self.cosine = -_worse(-self.cosine, -float(logits @ wanted) / (norm * wanted_norm), finite)
+            second, first = np.partition(wanted, -2)[-2:]
+            if first - second > 2 * self.noise:
+                self.top1_counted += 1
+                self.top1_wrong += int(logits.argmax() != wanted.argmax())
+        self.same_tokens += trace.tokens == reference.tokens
+
+    def failures(self, gate: Gate) -> list[str]:
+        """One sentence per bound that is not met."""
+        problems: list[str] = []
+        if gate.relative_error is not None and not self.relative_error <= gate.relative_error:
+            problems.append(f"relative error {self.relative_error:.2e} above {gate.relative_error:g}")
+        if not self.cosine >= gate.cosine:
+            problems.append(f"cosine {self.cosine:.6f} below {gate.cosine:g}")
+        if not self.norm_ratio <= gate.norm_ratio:
+            problems.append(f"norm ratio off by {self.norm_ratio:.2e}, above {gate.norm_ratio:g}")
+        if self.kept_iou and not self.mean_iou >= gate.kept_iou:
+            problems.append(f"kept-set IoU {self.mean_iou:.4f} below {gate.kept_iou:g}")
+        if gate.same_tokens and self.same_tokens < self.prompts:
+            problems.append(f"greedy tokens differ on {self.prompts - self.same_tokens} of {self.prompts} prompts")
+        if self.top1_wrong:
+            problems.append(f"top-1 differs at {self.top1_wrong} of {self.top1_counted} steps with a clear margin")
+        return [f"{self.name} against {self.reference}: {problem}" for problem in problems]
+
+    @property
+    def mean_iou(self) -> float:
+        return float(np.mean(self.kept_iou)) if self.kept_iou else 1.0
+
+    def as_dict(self, gate: Gate) -> dict[str, Any]:
+        """For `parity.json`."""
+        return {
+            "artefact": self.name,
+            "reference": self.reference,
+            "prompts": self.prompts,
+            "steps": self.steps,
+            "relative_error": self.relative_error,
+            "cosine": self.cosine,
+            "norm_ratio": self.norm_ratio,
+            "kept_iou_mean": self.mean_iou,
+            "kept_iou_min": min(self.kept_iou, default=1.0),
+            "prompts_with_flips": self.replayed,
+            "same_tokens": self.same_tokens,
+            "top1_counted": self.top1_counted,
+            "top1_wrong": self.top1_wrong,
+            "precision_noise": self.noise,
+            "gate": gate.model_dump(exclude_none=True),
+            "failures": self.failures(gate),
+        }
+
+
+def _worse(worst: float, value: float, finite: bool) -> float:
+    return max(worst, float(value)) if finite and np.isfinite(value) else float("inf")
+
+
+def _iou(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
+    """Intersection over union of two kept sets, text left out."""
+    common = len(np.intersect1d(a, b)) - num_text
+    union = len(np.union1d(a, b)) - num_text
+    return common / union if union else 1.0

@@ -1,0 +1,380 @@
+"""The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import capa_export
+from capa_export.bundle import Bundle, digest_of
+from capa_export.calibration import FP16_MAX, Calibration
+from capa_export.errors import CapaError, ExitCode
+from capa_export.progress import Report, silent
+from capa_export.recipe import Recipe, Stage
+from capa_export.target import Target
+
+__all__ = ["CALIBRATION", "Job", "adopt_calibration", "build", "calibrate", "engine", "export", "load_family", "say", "validate"]
+
+CALIBRATION = "calibration.safetensors"
+PARITY = "parity.json"
+ONNX = "onnx"
+
+
+def say(line: str) -> None:
+    """Talk to the person: stderr, since stdout is data."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def load_family(recipe_family: str) -> Any:
+    """The module of a model family.
+
+    Raises:
+        CapaError: there is none of that name.
+    """
+    try:
+        return import_module(f"capa_export.families.{recipe_family}")
+    except ModuleNotFoundError as error:
+        if error.name != f"capa_export.families.{recipe_family}":
+            raise
+        raise CapaError(f"unknown family {recipe_family!r} in the recipe", ExitCode.USAGE) from error
+
+
+@dataclass
+class Job:
+    """What the user asked for, and what is opened on the way."""
+
+    recipe: Recipe
+    """The command line's ratio and layer already in it."""
+    bundle: Bundle
+    checkpoint: str
+    revision: str | None = None
+    images: Path | None = None
+    samples: int | None = None
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    ffn: bool = True
+    weights: Literal["embedded", "external"] = "embedded"
+    command: Sequence[str] = ()
+    report: Report = field(default=silent)
+
+    @cached_property
+    def family(self) -> Any:
+        return load_family(self.recipe.family)
+
+    @cached_property
+    def source(self) -> Any:
+        """The checkpoint, found to fit the recipe."""
+        from capa_export.checkpoint import open_checkpoint
+        from capa_export.export import Source
+
+        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files."""
+        return self.source.checkpoint.sha256(lambda _name, done, total: self.report("hash checkpoint (MB)", done >> 20, total >> 20))
+
+    @property
+    def checkpoint_digest(self) -> str:
+        return digest_of(self.digests)
+
+    @cached_property
+    def eager_model(self) -> Any:
+        """The Hugging Face model, dense, in FP32."""
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        architecture = getattr(transformers, self.family.ARCHITECTURE)
+        folder = self.source.checkpoint.folder
+        return architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+    @cached_property
+    def prompter(self) -> Any:
+        from capa_export.prompt import Prompter
+
+        folder = self.source.checkpoint.folder
+        return Prompter(folder, folder, self.family, self.source.dims)
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        return self.recipe.prune.schedule
+
+    @property
+    def prune_layers(self) -> tuple[int, ...]:
+        return tuple(stage.layer for stage in self.schedule)
+
+
+def build(job: Job, target: Target) -> dict[str, Any]:
+    """Everything from checkpoint to parity report; returns the report.
+
+    Raises:
+        CapaError: a stage failed; the stages before it are kept.
+    """
+    check_layers(job)
+    calibrate(job)
+    export(job)
+    if target.engine is not None:
+        engine(job.bundle, target, weights=job.weights, report=job.report)
+    return validate(job)
+
+
+def check_layers(job: Job) -> None:
+    """Refuse a schedule that does not fit the model, before anything is run."""
+    num_layers = job.source.dims.decoder.num_layers
+    for layer in job.prune_layers:
+        if layer >= num_layers - 1:
+            raise CapaError(
+                f"{job.recipe.name}: prune layer {layer}, but this checkpoint's decoder has layers 0 to "
+                f"{num_layers - 1} and the last one is too late; choose a smaller --prune-layer"
+            )
+
+
+def calibrate(job: Job) -> Calibration:
+    """Measure the dense model, or read what an earlier run measured."""
+    from capa_export.samples import samples_from
+
+    count = job.samples or job.recipe.calibration.samples
+    samples = samples_from(job.images, job.recipe, count, split="train")
+    key = [_tool("torch", "transformers"), job.checkpoint_digest, samples.digest()]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from capa_export.calibrate import calibrate as measure
+        from capa_export.export import check_tensors
+
+        check_tensors(job.source)
+        calibration = measure(
+            job.eager_model,
+            job.family,
+            job.prompter,
+            samples,
+            checkpoint_digest=job.checkpoint_digest,
+            report=job.report,
+        )
+        calibration.save(scratch / CALIBRATION)
+        return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
+
+    _stage(job.bundle, "calibrate", key, [CALIBRATION], work)
+    calibration = Calibration.load(job.bundle.folder / CALIBRATION)
+    _say_linear(calibration, job.recipe)
+    return calibration
+
+
+def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
+    """Put a calibration made elsewhere into a bundle."""
+
+    def work(scratch: Path) -> dict[str, Any]:
+        calibration.save(scratch / CALIBRATION)
+        return {"samples": calibration.samples, "adopted": True}
+
+    _stage(bundle, "calibrate", ["adopted", calibration.digest()], [CALIBRATION], work)
+
+
+def export(job: Job) -> None:
+    """Write the graphs and stream the weights into them."""
+    check_layers(job)
+    scales = {}
+    calibration = None
+    if (job.bundle.folder / CALIBRATION).exists() or job.ffn:
+        calibration = Calibration.load(job.bundle.folder / CALIBRATION)
+        _audit(calibration, job)
+        if job.ffn:
+            linear = calibration.linear_layers(job.recipe.ffn.eta)
+            scales = {layer: calibration.layers[layer].alpha for layer in linear}
+    alpha = {layer: values.tolist() for layer, values in scales.items()}
+    key = [_tool("onnxscript", "onnx-ir"), job.checkpoint_digest, job.precision, job.prune_layers, digest_of(alpha)]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from capa_export.export import copy_sidecars, write_onnx
+
+        sizes = write_onnx(
+            job.source, job.precision, scratch / ONNX, prune_layers=job.prune_layers, scales=scales, report=job.report
+        )
+        copy_sidecars(job.source.checkpoint, scratch / ONNX)
+        return {"files": sizes, "linear_layers": sorted(scales), "precision": job.precision}
+
+    _stage(job.bundle, "export", key, [ONNX], work)
+    job.bundle.update(
+        tool=_tool("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+        command=list(job.command),
+        recipe=job.recipe.model_dump(mode="json"),
+        checkpoint={"source": job.checkpoint, "revision": job.revision, "sha256": job.digests},
+        calibration_samples=calibration.samples if calibration else 0,
+    )
+
+
+def engine(bundle: Bundle, target: Target, *, weights: Literal["embedded", "external"], report: Report) -> dict[str, Any]:
+    """Build the vision, prefill and decode engines of a bundle for a target."""
+    from capa_export.engine import build_engine
+
+    settings = target.require_engine()
+    bundle.verify("export")
+    export_record = bundle.stage("export")
+    target.require_precision(export_record["result"]["precision"])
+    folder = f"engines/{target.name}"
+    key = [_tool("tensorrt-rtx"), target.model_dump(mode="json"), weights, export_record["files"]]
+    stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
+    graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
+
+    def work(scratch: Path) -> dict[str, Any]:
+        result = {}
+        for done, (onnx, name) in enumerate(graphs.items()):
+            report(f"engines for {target.name}", done, len(graphs))
+            values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
+            built = build_engine(
+                bundle.folder / ONNX / onnx,
+                scratch / folder / f"{name}.engine",
+                dims={},
+                shape_inputs=values,
+                target=target,
+                weights=weights,
+            )
+            if built.weight_copies:
+                raise CapaError(
+                    f"{onnx}: the engine would copy weights at every run ({built.weight_copies[0]}); "
+                    "this is a defect of the graph, please report it",
+                    ExitCode.ENGINE,
+                )
+            result[name] = {
+                "bytes": built.bytes,
+                "seconds": round(built.seconds, 3),
+                "peak_memory_bytes": built.peak_rss_bytes,
+                "layers": built.num_layers,
+                "layers_by_type": built.num_layers_by_type,
+                "custom_layers": built.num_custom_layers,
+                "weight_copies": len(built.weight_copies),
+                "runtime": built.runtime_version,
+                "warnings": list(built.warnings),
+            }
+        return {"weights": weights, "engines": result}
+
+    return _stage(bundle, f"engine/{target.name}", key, [folder], work)
+
+
+def validate(job: Job) -> dict[str, Any]:
+    """Hold the bundle against the eager model.
+
+    Returns:
+        The parity report, which is also in `parity.json`; the caller turns `passed` into an exit code.
+    """
+    from tempfile import TemporaryDirectory
+
+    from capa_export.samples import samples_from
+
+    bundle, parity = job.bundle, job.recipe.parity
+    bundle.verify("export")
+    result = bundle.stage("export")["result"]
+    recorded = digest_of(bundle.manifest["checkpoint"]["sha256"])
+    if recorded != job.checkpoint_digest:
+        raise CapaError(f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint")
+    prompts = samples_from(job.images, job.recipe, parity.prompts, split="held_out", repeat=True)
+    questions = samples_from(job.images, job.recipe, parity.accuracy_samples, split="held_out")
+    key = [
+        _tool("onnxruntime", "torch", "transformers"),
+        bundle.stage("export")["files"],
+        [stage.model_dump() for stage in job.schedule],
+        parity.model_dump(),
+        prompts.digest(),
+        questions.digest(),
+    ]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        import json
+
+        from capa_export.export import write_onnx
+        from capa_export.validate import Subject
+        from capa_export.validate import validate as compare
+
+        scales = {}
+        if result["linear_layers"]:
+            calibration = Calibration.load(bundle.folder / CALIBRATION)
+            scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]}
+        with TemporaryDirectory(dir=scratch) as twin:
+            layers = job.prune_layers
+            write_onnx(job.source, "fp32", Path(twin), prune_layers=layers, scales=scales, dense=True, report=job.report)
+            subject = Subject(
+                model=job.eager_model,
+                family=job.family,
+                prompter=job.prompter,
+                schedule=job.schedule,
+                scales=scales,
+                precision=result["precision"],
+                onnx=bundle.folder / ONNX,
+                fp32_onnx=Path(twin),
+                eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
+            )
+            report = compare(subject, job.recipe, prompts, questions, job.report)
+        (scratch / PARITY).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
+
+    return _stage(bundle, "validate", key, [PARITY], work)
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """Tokens that end an answer, from `generation_config.json`, or from `config.json` where that is missing."""
+    import json
+
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def _stage(
+    bundle: Bundle, name: str, key: object, outputs: Sequence[str], work: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    record, ran = bundle.run_stage(name, key, outputs, work)
+    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 2**30:.2f} GiB" if ran else "up to date"
+    say(f"{name:<14}{took}")
+    return record["result"]
+
+
+def _say_linear(calibration: Calibration, recipe: Recipe) -> None:
+    linear = calibration.linear_layers(recipe.ffn.eta)
+    paper = f"; the paper lists {_ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
+    say(f"{'':<14}visual FFNs linear (cosine > {recipe.ffn.eta:g}) in layers {_ranges(linear)}{paper}")
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`2-5, 13`, or `none`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def _audit(calibration: Calibration, job: Job) -> None:
+    """Refuse FP16 where calibration saw a value that it cannot hold."""
+    if calibration.checkpoint_digest != job.checkpoint_digest:
+        raise CapaError(
+            f"{job.bundle.folder / CALIBRATION}: measured on another checkpoint; delete it and calibrate again"
+        )
+    if job.precision != "fp16":
+        return
+    for name, largest in calibration.absmax.items():
+        if largest > FP16_MAX:
+            raise CapaError(
+                f"{name} reaches {largest:.3g}, above {FP16_MAX:.0f}, the largest FP16 number; build with --precision bf16"
+            )
+        if largest > FP16_MAX / 4:
+            say(f"warning: {name} reaches {largest:.3g}, {largest / FP16_MAX:.0%} of the largest FP16 number")
+
+
+def _tool(*packages: str) -> dict[str, str]:
+    """Versions that a stage's result depends on."""
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {"capa-export": capa_export.__version__, **{package: installed(package) for package in packages}}

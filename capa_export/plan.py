@@ -1,0 +1,344 @@
+"""What a build will cost and save, from the dimensions alone: FLOPs, KV cache, weights.
+
+One multiply-accumulate is 2 FLOPs. Matrix products are counted, and the scale that stands for a visual FFN; norms,
+rotary positions, softmax, activations and the ranking of scores are not: they are far below 1 %.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from capa_export.dims import DecoderDims, ModelDims, VisionDims
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = [
+    "DecodeFlops",
+    "DecoderFlops",
+    "KVCache",
+    "KVGroup",
+    "Parameters",
+    "PrefillFlops",
+    "VisionFlops",
+    "decode_flops",
+    "flops",
+    "kv_cache",
+    "parameters",
+    "vision_flops",
+]
+
+Schedule = Sequence[tuple[int, int]]
+"""(layer, visual tokens kept from its FFN on), in the order of layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Json:
+    def to_json(self) -> dict[str, Any]:
+        """The fields, ready for `json.dumps`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderFlops(_Json):
+    """One pass through the decoder."""
+
+    projections: int
+    """Query, key, value and output."""
+    attention: int
+    """QK^T and AV over all S x S pairs, as a dense kernel computes them."""
+    attention_causal: int
+    """The same for the pairs at or below the diagonal only."""
+    ffn: int
+    score: int
+    """Contribution scores at the prune layers."""
+    lm_head: int
+    """Of the last token."""
+    total: int
+    """With `attention`."""
+    total_causal: int
+    """With `attention_causal`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillFlops(_Json):
+    """The prompt's pass, dense and with CAPA."""
+
+    num_visual: int
+    num_text: int
+    schedule: tuple[tuple[int, int], ...]
+    linear_layers: tuple[int, ...]
+    dense: DecoderFlops
+    capa: DecoderFlops
+    dense_visual: DecoderFlops
+    """The same prompt without its text and without the LM head."""
+    capa_visual: DecoderFlops
+    ratio: float
+    """Dense over CAPA, `total`."""
+    ratio_visual: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVGroup(_Json):
+    """Neighbouring layers whose caches have the same length."""
+
+    first_layer: int
+    last_layer: int
+    num_tokens: int
+    dense_bytes: int
+    capa_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCache(_Json):
+    """Keys and values of one prompt."""
+
+    groups: tuple[KVGroup, ...]
+    dense_bytes: int
+    capa_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeFlops(_Json):
+    """The first generated token, whose attention reads the prompt's cache and itself; its FFNs are all full."""
+
+    dense: int
+    capa: int
+    dense_attention: int
+    capa_attention: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters(_Json):
+    """Weights by part; a tied head is counted once, as the embedding."""
+
+    embedding: int
+    decoder: int
+    """Layers and last norm."""
+    lm_head: int
+    """0 when tied."""
+    vision: int
+    total: int
+    bytes: dict[str, int]
+    """Of `total`, by precision."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionFlops(_Json):
+    """One picture's pass through the vision tower."""
+
+    num_patches: int
+    num_visual: int
+    """Tokens that the decoder gets."""
+    patch_embed: int
+    linear: int
+    """Attention projections and FFNs of all blocks."""
+    window_attention: int
+    """Windows as they lie on the picture, without padding."""
+    full_attention: int
+    merger: int
+    total: int
+
+
+def flops(
+    dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule, linear_layers: Collection[int]
+) -> PrefillFlops:
+    """Count the prefill.
+
+    Attention of a prune layer runs on the tokens that enter it; its FFN and all that follows on those it keeps.
+
+    Args:
+        dims: of the decoder.
+        num_visual: visual tokens in the prompt.
+        num_text: all the others.
+        schedule: where visual tokens are dropped, and how many stay.
+        linear_layers: layers in which visual tokens take a scale instead of the FFN.
+
+    Raises:
+        CapaError: the schedule or the linear layers do not fit the model or the prompt.
+    """
+    _check(dims, num_visual, schedule, linear_layers)
+    dense, dense_visual = (_prefill(dims, num_visual, text, (), ()) for text in (num_text, 0))
+    capa, capa_visual = (_prefill(dims, num_visual, text, schedule, linear_layers) for text in (num_text, 0))
+    return PrefillFlops(
+        num_visual=num_visual,
+        num_text=num_text,
+        schedule=tuple(schedule),
+        linear_layers=tuple(sorted(linear_layers)),
+        dense=dense,
+        capa=capa,
+        dense_visual=dense_visual,
+        capa_visual=capa_visual,
+        ratio=_ratio(dense.total, capa.total),
+        ratio_visual=_ratio(dense_visual.total, capa_visual.total),
+    )
+
+
+def _check(dims: DecoderDims, num_visual: int, schedule: Schedule, linear_layers: Collection[int]) -> None:
+    layers, kept = [layer for layer, _ in schedule], [num_visual, *(kept for _, kept in schedule)]
+    for layer in (*layers, *linear_layers):
+        if not 0 <= layer < dims.num_layers:
+            raise CapaError(f"layer {layer}: the decoder has layers 0 to {dims.num_layers - 1}", ExitCode.USAGE)
+    if layers != sorted(set(layers)) or kept != sorted(kept, reverse=True) or kept[-1] < 0:
+        raise CapaError(
+            f"schedule {list(schedule)}: layers must rise and kept tokens must not, from {num_visual}", ExitCode.USAGE
+        )
+
+
+def _ratio(dense: int, capa: int) -> float:
+    return dense / capa if capa else 1.0
+
+
+def _visual_by_layer(num_layers: int, num_visual: int, schedule: Schedule) -> list[tuple[int, int]]:
+    """Visual tokens in the attention and in the FFN of every layer."""
+    kept, counts = dict(schedule), list[tuple[int, int]]()
+    for layer in range(num_layers):
+        entering, num_visual = num_visual, kept.get(layer, num_visual)
+        counts.append((entering, num_visual))
+    return counts
+
+
+def _projections(dims: DecoderDims) -> int:
+    """Weights of q, k, v and o, biases left out."""
+    return dims.hidden_size * dims.head_dim * 2 * (dims.num_heads + dims.num_kv_heads)
+
+
+def _prefill(
+    dims: DecoderDims, num_visual: int, num_text: int, schedule: Schedule, linear_layers: Collection[int]
+) -> DecoderFlops:
+    width = dims.num_heads * dims.head_dim
+    pruned = {layer for layer, _ in schedule}
+    projections = attention = causal = ffn = score = 0
+    for layer, (entering, leaving) in enumerate(_visual_by_layer(dims.num_layers, num_visual, schedule)):
+        tokens = entering + num_text
+        projections += 2 * tokens * _projections(dims)
+        attention += 4 * tokens * tokens * width
+        causal += 2 * tokens * (tokens + 1) * width
+        if layer in pruned:
+            # The last query's row of QK^T, the weighting of V, and its projection, for every token that enters.
+            score += tokens * (2 * width + width + 2 * width * dims.hidden_size)
+        through_ffn = num_text if layer in linear_layers else num_text + leaving
+        ffn += 6 * through_ffn * dims.hidden_size * dims.intermediate_size
+        ffn += leaving * dims.hidden_size if layer in linear_layers else 0
+    lm_head = 2 * dims.hidden_size * dims.vocab_size if num_text else 0
+    rest = projections + ffn + score + lm_head
+    return DecoderFlops(
+        projections=projections,
+        attention=attention,
+        attention_causal=causal,
+        ffn=ffn,
+        score=score,
+        lm_head=lm_head,
+        total=rest + attention,
+        total_causal=rest + causal,
+    )
+
+
+def kv_cache(
+    dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule, element_bytes: int = 2
+) -> KVCache:
+    """Size the caches that prefill leaves, by group of layers of equal length.
+
+    Raises:
+        CapaError: the schedule does not fit the model or the prompt.
+    """
+    _check(dims, num_visual, schedule, ())
+    per_token = 2 * dims.num_kv_heads * dims.head_dim * element_bytes
+    lengths = [entering + num_text for entering, _ in _visual_by_layer(dims.num_layers, num_visual, schedule)]
+    groups: list[KVGroup] = []
+    for length, members in groupby(range(dims.num_layers), key=lengths.__getitem__):
+        layers = list(members)
+        groups.append(
+            KVGroup(
+                first_layer=layers[0],
+                last_layer=layers[-1],
+                num_tokens=length,
+                dense_bytes=len(layers) * (num_visual + num_text) * per_token,
+                capa_bytes=len(layers) * length * per_token,
+            )
+        )
+    return KVCache(
+        groups=tuple(groups),
+        dense_bytes=sum(group.dense_bytes for group in groups),
+        capa_bytes=sum(group.capa_bytes for group in groups),
+    )
+
+
+def decode_flops(dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule) -> DecodeFlops:
+    """Count the first generated token.
+
+    Raises:
+        CapaError: the schedule does not fit the model or the prompt.
+    """
+    _check(dims, num_visual, schedule, ())
+    layer_weights = _projections(dims) + 3 * dims.hidden_size * dims.intermediate_size
+    linear = 2 * (dims.num_layers * layer_weights + dims.hidden_size * dims.vocab_size)
+    dense, capa = (
+        sum(
+            4 * (entering + num_text + 1) * dims.num_heads * dims.head_dim
+            for entering, _ in _visual_by_layer(dims.num_layers, num_visual, stages)
+        )
+        for stages in ((), schedule)
+    )
+    return DecodeFlops(dense=linear + dense, capa=linear + capa, dense_attention=dense, capa_attention=capa)
+
+
+def parameters(dims: ModelDims) -> Parameters:
+    """Count the weights, biases and norms included."""
+    decoder, vision = dims.decoder, dims.vision
+    size, inner = decoder.hidden_size, decoder.intermediate_size
+    biases = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim if decoder.attention_bias else 0
+    layers = decoder.num_layers * (_projections(decoder) + biases + 3 * size * inner + 2 * size) + size
+    embedding = decoder.vocab_size * size
+    lm_head = 0 if decoder.tie_word_embeddings else embedding
+    d, f, merged = vision.hidden_size, vision.intermediate_size, _merged_size(vision)
+    block = 4 * d * d + 4 * d + 3 * d * f + 2 * f + d + 2 * d
+    merger = d + merged * merged + merged + merged * vision.out_hidden_size + vision.out_hidden_size
+    tower = d * _patch_values(vision) + vision.depth * block + merger
+    total = embedding + layers + lm_head + tower
+    return Parameters(
+        embedding=embedding,
+        decoder=layers,
+        lm_head=lm_head,
+        vision=tower,
+        total=total,
+        bytes={"fp32": 4 * total, "fp16": 2 * total, "bf16": 2 * total},
+    )
+
+
+def _merged_size(dims: VisionDims) -> int:
+    return dims.hidden_size * dims.spatial_merge_size**2
+
+
+def _patch_values(dims: VisionDims) -> int:
+    return dims.in_channels * dims.temporal_patch_size * dims.patch_size**2
+
+
+def vision_flops(dims: VisionDims, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:
+    """Count one picture.
+
+    Args:
+        dims: of the vision tower.
+        rows: patches from top to bottom.
+        cols: patches from left to right.
+        frames: temporal patches; full attention stays within one.
+
+    Raises:
+        CapaError: the grid cannot be merged.
+    """
+    merge, d = dims.spatial_merge_size, dims.hidden_size
+    if rows % merge or cols % merge or min(rows, cols, frames) < 1:
+        raise CapaError(f"a grid of {frames} x {rows} x {cols} patches must be a multiple of {merge}", ExitCode.USAGE)
+    patches = frames * rows * cols
+    side = dims.window_size // merge // dims.patch_size * merge
+    heights, widths = ([min(side, length - start) for start in range(0, length, side)] for length in (rows, cols))
+    window_pairs = frames * sum((h * w) ** 2 for h in heights for w in widths)
+    num_full = len(set(dims.fullatt_block_indexes) & set(range(dims.depth)))
+    merged, tokens = _merged_size(dims), patches // merge**2
+    parts = {
+        "patch_embed": 2 * patches * d * _patch_values(dims),
+        "linear": dims.depth * 2 * patches * (4 * d * d + 3 * d * dims.intermediate_size),
+        "window_attention": (dims.depth - num_full) * 4 * window_pairs * d,
+        "full_attention": num_full * 4 * frames * (rows * cols) ** 2 * d,
+        "merger": 2 * tokens * (merged * merged + merged * dims.out_hidden_size),
+    }
+    return VisionFlops(num_patches=patches, num_visual=tokens, total=sum(parts.values()), **parts)

@@ -1,0 +1,54 @@
+"""Progress with an estimate of the time left, on stderr: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["Report", "progress", "silent"]
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+_LOG_SECONDS = 10.0
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A report that shows itself on stderr until the block ends."""
+    if not sys.stderr.isatty():
+        yield _LogLines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total, visible=done < total)
+
+        yield report
+
+
+class _LogLines:
+    """One line when a piece of work has run for a while, then every ten seconds."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+        self.printed = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        started = self.started.setdefault(what, now)
+        if done < total and now - self.printed >= _LOG_SECONDS:
+            self.printed = now
+            left = f", {(now - started) / done * (total - done):.0f} s left" if done else ""
+            print(f"{what}: {done} of {total}{left}", file=sys.stderr, flush=True)

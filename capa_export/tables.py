@@ -1,0 +1,151 @@
+"""Results as tables for people, on stdout."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
+
+
+def _console() -> Console:
+    # Wide enough for every table where stdout is a file.
+    return Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+
+
+def _gflops(number: float) -> str:
+    return f"{number / 1e9:,.2f}"
+
+
+def calibration_table(summary: dict[str, Any]) -> None:
+    """Linearity per layer, then ranges and sinks."""
+    table = _table(
+        f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens",
+        *("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper"),
+    )
+    for row in summary["layers"]:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['cosine_visual']:.4f}",
+            f"{row['cosine_text']:.4f}",
+            f"{row['relative_error']:.4f}",
+            str(row["sink_tokens"]),
+            "yes" if row["layer"] in summary["linear_layers"] else "",
+            "yes" if row["layer"] in summary["paper_layers"] else "",
+        )
+    console = _console()
+    console.print(table)
+    largest = summary["largest"]
+    console.print(f"largest activation: {largest['absmax']:.4g} in {largest['block']} ({largest['of_fp16_max']:.1%} of FP16's range)")
+    console.print(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
+
+
+def engine_table(result: dict[str, Any]) -> None:
+    """One row an engine."""
+    table = _table(f"Engines, weights {result['weights']}", "engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
+    for name, row in result["engines"].items():
+        peak = row["peak_memory_bytes"]
+        table.add_row(
+            name,
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.1f}",
+            f"{peak / 1e9:.2f}" if peak else "",
+            str(row["layers"]),
+            str(row["custom_layers"]),
+            str(row["weight_copies"]),
+        )
+    _console().print(table)
+
+
+def parity_table(parity: dict[str, Any]) -> None:
+    """Verdict first, then export error, then the method's own effect."""
+    console = _console()
+    console.print(f"parity: {'passed' if parity['passed'] else 'FAILED'}", style="bold green" if parity["passed"] else "bold red")
+    for failure in parity["failures"]:
+        console.print(f"  {failure}", style="red")
+    table = _table(
+        "Export error: worst over all prompts and steps",
+        *("artefact", "against", "rel. error", "1 - cosine", "norm ratio", "kept IoU", "top-1 wrong", "same tokens"),
+    )
+    for row in parity["export_error"]:
+        table.add_row(
+            row["artefact"],
+            row["reference"],
+            f"{row['relative_error']:.1e}",
+            f"{1 - row['cosine']:.1e}",
+            f"{row['norm_ratio']:.1e}",
+            f"{row['kept_iou_mean']:.4f}",
+            f"{row['top1_wrong']} of {row['top1_counted']}",
+            f"{row['same_tokens']} of {row['prompts']}",
+        )
+    console.print(table)
+    effect = parity["method_error"]
+    table = _table(f"Method error on {effect['questions']} questions, eager FP32", "", "accuracy", "first token as dense", "KL from dense")
+    for method in ("dense", "capa", "random"):
+        accuracy = effect.get("accuracy", {}).get(method)
+        same, divergence = effect["first_token_same_as_dense"].get(method), effect["kl_from_dense"].get(method)
+        table.add_row(
+            {"capa": "CAPA", "random": "random, same k"}.get(method, method),
+            "" if accuracy is None else f"{accuracy:.1%}",
+            "" if same is None else f"{same:.1%}",
+            "" if divergence is None else f"{divergence:.4f}",
+        )
+    console.print(table)
+    for note in parity["notes"]:
+        console.print(note, style="dim")
+
+
+def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
+    """The stages of a bundle and what each left behind."""
+    console = _console()
+    recipe = manifest.get("recipe")
+    if recipe:
+        schedule = ", ".join(f"{stage['ratio']:.0%} of visual tokens after layer {stage['layer']}" for stage in recipe["prune"]["schedule"])
+        console.print(f"{folder}: {recipe['name']} from {manifest['checkpoint']['source']}, removes {schedule}")
+    table = _table("Stages", "stage", "seconds", "peak GiB", "files", "MB")
+    for name, record in manifest["stages"].items():
+        size = sum((folder / file).stat().st_size for file in record["files"])
+        peak = record["peak_memory_bytes"] / 2**30
+        table.add_row(name, f"{record['seconds']:.1f}", f"{peak:.2f}", str(len(record["files"])), f"{size / 1e6:.1f}")
+    console.print(table)
+    console.print("every file is as it was built")
+
+
+def plan_table(plan: dict[str, Any]) -> None:
+    """What a build would do."""
+    console = _console()
+    for stage in plan["stages"]:
+        console.print(f"after layer {stage['layer']}: kept {stage['kept']} of {stage['visual']} visual tokens")
+    layers = ", ".join(map(str, plan["linear_layers"])) or "none"
+    console.print(f"visual FFNs replaced in layers {layers} (from {plan['linear_layers_from']})")
+    prefill, kv, decode = plan["prefill"], plan["kv_cache"], plan["decode"]
+    table = _table(
+        f"{plan['visual_tokens']} visual and {plan['text_tokens']} text tokens", "", "dense", "CAPA", "ratio"
+    )
+    rows = [
+        ("prefill GFLOPs", prefill["dense"]["total"], prefill["capa"]["total"], _gflops),
+        ("  visual tokens alone", prefill["dense_visual"]["total"], prefill["capa_visual"]["total"], _gflops),
+        ("decode GFLOPs a token", decode["dense"], decode["capa"], _gflops),
+        ("KV cache", kv["dense_bytes"], kv["capa_bytes"], _gb),
+    ]
+    for label, dense, capa, show in rows:
+        table.add_row(label, show(dense), show(capa), f"{dense / capa:.2f}" if capa else "")
+    table.add_row("vision tower GFLOPs", _gflops(plan["vision"]["total"]), _gflops(plan["vision"]["total"]), "1.00")
+    console.print(table)
+    for title, sizes in (("Files", plan["files"]), ("Memory, estimated", plan["memory"])):
+        table = _table(title, "", "")
+        for name, size in sizes.items():
+            table.add_row(name, _gb(size))
+        console.print(table)

@@ -1,0 +1,138 @@
+"""A target: what one kind of device gets. Read from `engines/<name>.toml` or from the user's own file."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.settings import Settings, read_toml
+from capa_export.shipped import shipped, shipped_names
+
+__all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target"]
+
+Precision = Literal["fp16", "bf16", "fp32"]
+
+
+class DimRange(Settings):
+    """What a dimension, or a value that is a size, may be at run time."""
+
+    min: int = Field(ge=0)
+    opt: int
+    """The size the kernels are tuned for."""
+    max: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DimRange":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"must be min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
+        return self
+
+    def repeated(self, count: int) -> "ShapeRange":
+        """The range of an input of `count` values, each within this one."""
+        return ShapeRange(min=(self.min,) * count, opt=(self.opt,) * count, max=(self.max,) * count)
+
+
+class ShapeRange(Settings):
+    """What the values of a shape tensor input may be, element by element."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ShapeRange":
+        same_length = len(self.min) == len(self.opt) == len(self.max)
+        if not same_length or any(not 0 <= a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
+            raise ValueError(f"must be min <= opt <= max in every element, not {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class Engine(Settings):
+    """How engines are built for a device."""
+
+    runtime: Literal["tensorrt-rtx"]
+    version_min: str
+    """First version of the runtime that will do."""
+    version_below: str
+    """First version that is not known to do."""
+    compute_capabilities: tuple[str, ...] = Field(min_length=1)
+    """GPUs that one plan holds kernels for."""
+    possible_compute_capabilities: tuple[str, ...]
+    """All that this runtime can build for."""
+    precisions: tuple[Precision, ...]
+    dims: dict[str, DimRange]
+    """Limits per symbolic dimension."""
+    values: dict[str, DimRange] = Field(default_factory=dict)
+    """Limits per element of the inputs whose values are sizes."""
+
+
+class Target(Settings):
+    """One kind of device."""
+
+    name: str
+    engine: Engine | None = None
+    """None where the ONNX files are all there is to deliver."""
+
+    def require_engine(self) -> Engine:
+        """The engine settings, every compute capability among them possible.
+
+        Raises:
+            CapaError: the target has no engine, or lists a GPU that its runtime cannot build for.
+        """
+        if self.engine is None:
+            raise CapaError(f"target {self.name} has no engine: its ONNX files are what runs", ExitCode.ENGINE)
+        possible = self.engine.possible_compute_capabilities
+        for capability in self.engine.compute_capabilities:
+            if capability not in possible:
+                raise CapaError(
+                    f"target {self.name}: {self.engine.runtime} cannot build for compute capability {capability}; "
+                    f"it can for {', '.join(possible)}",
+                    ExitCode.ENGINE,
+                )
+        return self.engine
+
+    def require_precision(self, precision: Precision) -> None:
+        """Refuse a precision that the target does not list.
+
+        Raises:
+            CapaError: the engine of this target cannot compute in `precision`.
+        """
+        if self.engine is not None and precision not in self.engine.precisions:
+            raise CapaError(
+                f"target {self.name} does not take {precision}; it takes {', '.join(self.engine.precisions)}",
+                ExitCode.USAGE,
+            )
+
+    def dim(self, name: str) -> DimRange:
+        """Limits of a symbolic dimension; `past_kept_1` has those of `past_kept` unless it has its own.
+
+        Raises:
+            CapaError: the target says nothing about it.
+        """
+        dims = self.require_engine().dims
+        limits = dims.get(name) or dims.get(re.sub(r"_\d+$", "", name))
+        if limits is None:
+            raise CapaError(
+                f"target {self.name}: no limits for dimension {name}; add them to [engine.dims], which has "
+                f"{', '.join(dims)}",
+                ExitCode.ENGINE,
+            )
+        return limits
+
+
+def load_target(target: str) -> Target:
+    """The shipped target called `target`, or the one in the TOML file at that path.
+
+    Raises:
+        CapaError: no such target, or a file that is not a valid one.
+    """
+    path = Path(target) if target.endswith(".toml") else shipped("engines") / f"{target}.toml"
+    if not target.endswith(".toml") and target not in shipped_names("engines"):
+        raise CapaError(
+            f"unknown target {target!r}; known targets: {', '.join(shipped_names('engines'))}, "
+            "or the path of a .toml target",
+            ExitCode.USAGE,
+        )
+    return read_toml(path, Target, name=path.stem)

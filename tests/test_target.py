@@ -1,0 +1,81 @@
+"""Targets: the shipped ones load, and what a device cannot take is refused before anything is built."""
+
+from pathlib import Path
+
+import pytest
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.shipped import shipped, shipped_names
+from capa_export.target import DimRange, ShapeRange, Target, load_target
+
+
+def test_every_shipped_target_loads() -> None:
+    targets = {name: load_target(name) for name in shipped_names("engines")}
+    assert {"onnx", "rtx"} <= set(targets)
+    assert targets["onnx"].engine is None
+    assert targets["rtx"].require_engine().compute_capabilities == ("8.6", "8.9", "12.0")
+
+
+def test_an_unknown_target_lists_the_known_ones() -> None:
+    with pytest.raises(CapaError, match=r"unknown target 'rxt'; known targets: .*onnx.*rtx") as caught:
+        load_target("rxt")
+    assert caught.value.code is ExitCode.USAGE
+
+
+def _edited(tmp_path: Path, old: str, new: str) -> str:
+    text = (shipped("engines") / "rtx.toml").read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("capability", ["8.7", "9.0", "11.0"])
+def test_a_gpu_the_builder_refuses_is_refused_first(tmp_path: Path, capability: str) -> None:
+    target = load_target(_edited(tmp_path, '["8.6", "8.9", "12.0"]', f'["8.9", "{capability}"]'))
+    with pytest.raises(CapaError, match=rf"mine: .* capability {capability}; it can for 7.5, .*12.1") as caught:
+        target.require_engine()
+    assert caught.value.code is ExitCode.ENGINE
+
+
+def test_a_range_must_rise(tmp_path: Path) -> None:
+    with pytest.raises(CapaError, match=r"engine\.dims\.text: .*min <= opt <= max, not 1, 4096, 2048"):
+        load_target(_edited(tmp_path, "text = { min = 1, opt = 128", "text = { min = 1, opt = 4096"))
+
+
+def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CapaError, match=r"unknown key engine\.precision"):
+        load_target(_edited(tmp_path, "[engine]", "[engine]\nprecision = 'fp16'"))
+
+
+def test_a_numbered_dimension_has_the_limits_of_its_kind() -> None:
+    target = load_target("rtx")
+    assert target.dim("past_kept_1") == target.require_engine().dims["past_kept"]
+    assert target.dim("past") != target.dim("past_kept_1")
+    with pytest.raises(CapaError, match="target rtx: no limits for dimension batch"):
+        target.dim("batch")
+
+
+def test_a_target_without_engine_says_so() -> None:
+    with pytest.raises(CapaError, match="target onnx has no engine"):
+        load_target("onnx").require_engine()
+
+
+def test_a_precision_the_target_does_not_list_is_refused() -> None:
+    engine = load_target("rtx").require_engine().model_copy(update={"precisions": ("fp16",)})
+    target = Target(name="t", engine=engine)
+    target.require_precision("fp16")
+    with pytest.raises(CapaError, match="target t does not take bf16; it takes fp16"):
+        target.require_precision("bf16")
+
+
+def test_a_shape_input_repeats_its_range() -> None:
+    limits = DimRange(min=0, opt=2, max=5).repeated(2)
+    assert limits == ShapeRange(min=(0, 0), opt=(2, 2), max=(5, 5))
+
+
+@pytest.mark.parametrize("values", [((0, 3), (1, 2), (2, 4)), ((0,), (1, 1), (2, 2))])
+def test_a_shape_range_must_rise_in_every_element(values: tuple[tuple[int, ...], ...]) -> None:
+    low, usual, high = values
+    with pytest.raises(ValueError, match="must be min <= opt <= max"):
+        ShapeRange(min=low, opt=usual, max=high)
