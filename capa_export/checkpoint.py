@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["CHUNK_ELEMENTS", "Checkpoint", "Progress", "StoredTensor", "open_checkpoint", "open_tensors"]
+__all__ = ["CHUNK_ELEMENTS", "Checkpoint", "Progress", "StoredTensor", "fetch_config", "open_checkpoint", "open_tensors"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a file's or tensor's name, the bytes done and the bytes in all."""
@@ -174,6 +175,18 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     return Checkpoint(folder=folder, config=config, tensors=MappingProxyType(tensors))
 
 
+def fetch_config(source: str) -> dict[str, Any]:
+    """`config.json` of a local folder or a hub id, and nothing else of it.
+
+    Raises:
+        CapaError: it cannot be found or read.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _downloaded(source, None, ("config.json",))
+    return _read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+
+
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """Where the tensors of one safetensors file lie.
 
@@ -183,10 +196,12 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in _read_header(path)}
 
 
-def _downloaded(hub_id: str, revision: str | None) -> Path:
+def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str] = _FILES) -> Path:
+    # One line says it: the client's own warnings and retries are noise above it.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = f"{hub_id}@{revision}" if revision else hub_id
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         problem, cause = "is gated; accept its licence on its hub page, then run `hf auth login`", error
     except RevisionNotFoundError as error:

@@ -1,13 +1,12 @@
 """What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory."""
 
-import json
 from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from capa_export.calibration import Calibration
-from capa_export.errors import CapaError
+from capa_export.checkpoint import fetch_config
 from capa_export.pipeline import CALIBRATION, load_family
 from capa_export.plan import decode_flops, flops, kv_cache, parameters, vision_flops
 from capa_export.recipe import Recipe, kept_tokens
@@ -31,7 +30,7 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
     Raises:
         CapaError: the config cannot be read or does not fit the recipe.
     """
-    config = _config(checkpoint)
+    config = fetch_config(checkpoint)
     dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
     linear, basis = _linear_layers(recipe, out, dims.decoder.num_layers, ffn=ffn)
     stages = [(stage.layer, kept_tokens(recipe.visual_tokens, stage.ratio)) for stage in recipe.prune.schedule]
@@ -62,25 +61,6 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
             "validate": total.total * (8 + width),
         },
     }
-
-
-def _config(checkpoint: str) -> dict[str, Any]:
-    folder = Path(checkpoint).expanduser()
-    path = folder / "config.json"
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(checkpoint, "config.json"))
-        except Exception as error:  # The hub client raises many kinds; each means the same here.
-            raise CapaError(
-                f"{checkpoint}: no such folder, and its config cannot be fetched as a hub id "
-                f"({type(error).__name__}); pass --checkpoint FOLDER"
-            ) from error
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CapaError(f"{path}: cannot be read: {error}") from error
 
 
 def _linear_layers(recipe: Recipe, out: Path | None, num_layers: int, *, ffn: bool) -> tuple[tuple[int, ...], str]:

@@ -14,7 +14,7 @@ from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import FP16_MAX, Calibration
 from capa_export.errors import CapaError, ExitCode
 from capa_export.progress import Report, silent
-from capa_export.recipe import Recipe, Stage
+from capa_export.recipe import Recipe, Stage, kept_tokens
 from capa_export.target import Target
 
 __all__ = ["CALIBRATION", "Job", "adopt_calibration", "build", "calibrate", "engine", "export", "load_family", "say", "validate"]
@@ -176,6 +176,9 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
 def export(job: Job) -> None:
     """Write the graphs and stream the weights into them."""
     check_layers(job)
+    for stage in job.schedule:
+        kept, visual = kept_tokens(job.recipe.visual_tokens, stage.ratio), job.recipe.visual_tokens
+        say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
     scales = {}
     calibration = None
     if (job.bundle.folder / CALIBRATION).exists() or job.ffn:
@@ -220,7 +223,7 @@ def engine(bundle: Bundle, target: Target, *, weights: Literal["embedded", "exte
     graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 
     def work(scratch: Path) -> dict[str, Any]:
-        result = {}
+        result: dict[str, Any] = {}
         for done, (onnx, name) in enumerate(graphs.items()):
             report(f"engines for {target.name}", done, len(graphs))
             values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
@@ -231,7 +234,10 @@ def engine(bundle: Bundle, target: Target, *, weights: Literal["embedded", "exte
                 shape_inputs=values,
                 target=target,
                 weights=weights,
+                home=(bundle.folder / folder / name).parent,
+                log=bundle.folder / f"{name.replace('/', '-')}.{target.name}.log",
             )
+            built.log.replace((scratch / folder / name).with_suffix(".log"))
             if built.weight_copies:
                 raise CapaError(
                     f"{onnx}: the engine would copy weights at every run ({built.weight_copies[0]}); "

@@ -15,7 +15,7 @@ import onnxruntime
 
 from capa_export.checkpoint import open_tensors
 from capa_export.errors import CapaError
-from capa_export.prompt import Prompt
+from capa_export.prompt import Picture, Prompt
 
 __all__ = ["OnnxModel", "PrefillRun", "greedy"]
 
@@ -85,10 +85,13 @@ class OnnxModel:
     def embed(self, prompt: Prompt) -> np.ndarray:
         """Input embeddings [1, T, D]: the table's rows, and the vision tower's output where pictures stand."""
         embeds = self._embedding[prompt.input_ids].astype(self.dtype)
-        features = [self._visual.run(None, {"pixel_values": p.patches.astype(self.dtype)})[0] for p in prompt.pictures]
-        if features:
-            embeds[prompt.is_visual] = np.concatenate(features)
+        if prompt.pictures:
+            embeds[prompt.is_visual] = np.concatenate([self.see(picture) for picture in prompt.pictures])
         return embeds[None]
+
+    def see(self, picture: Picture) -> np.ndarray:
+        """Visual tokens [N, D] of one picture."""
+        return self._visual.run(None, {"pixel_values": picture.patches.astype(self.dtype)})[0]
 
     def prefill(self, prompt: Prompt, num_keep: Sequence[int], embeds: np.ndarray | None = None) -> PrefillRun:
         """Run the prompt, keeping `num_keep` visual tokens after each stage."""
@@ -102,12 +105,20 @@ class OnnxModel:
         kept = [result[f"kept_positions.{stage}"] for stage in range(len(num_keep))]
         return PrefillRun(result["logits"][0], _past(result), kept)
 
-    def step(self, cache: Mapping[str, np.ndarray], token: int, position: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits [V] after one more token at `position`, and the grown cache."""
-        embeds = self._embedding[token].astype(self.dtype)[None, None]
-        position_ids = np.full((3, 1), position, np.int64)
+    def append(
+        self, cache: Mapping[str, np.ndarray], tokens: Sequence[int], position: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Logits [V] after more text tokens, the first at `position`, and the grown cache."""
+        embeds = self._embedding[list(tokens)].astype(self.dtype)[None]
+        position_ids = np.tile(np.arange(position, position + len(tokens), dtype=np.int64), (3, 1))
         result = _run(self._decode, {"inputs_embeds": embeds, "position_ids": position_ids, **cache})
         return result["logits"][0], _past(result)
+
+    def step(
+        self, cache: Mapping[str, np.ndarray], token: int, position: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """`append` of a single token."""
+        return self.append(cache, [token], position)
 
 
 def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -58,9 +58,9 @@ class Engine(Settings):
     version_below: str
     """First version that is not known to do."""
     compute_capabilities: tuple[str, ...] = Field(min_length=1)
-    """GPUs that one plan holds kernels for."""
+    """GPUs that one plan is for."""
     possible_compute_capabilities: tuple[str, ...]
-    """All that this runtime can build for."""
+    """All that this runtime can build our graphs for."""
     precisions: tuple[Precision, ...]
     dims: dict[str, DimRange]
     """Limits per symbolic dimension."""
@@ -87,8 +87,8 @@ class Target(Settings):
         for capability in self.engine.compute_capabilities:
             if capability not in possible:
                 raise CapaError(
-                    f"target {self.name}: {self.engine.runtime} cannot build for compute capability {capability}; "
-                    f"it can for {', '.join(possible)}",
+                    f"target {self.name}: {self.engine.runtime} cannot build these graphs for "
+                    f"compute capability {capability}; it can for {', '.join(possible)}",
                     ExitCode.ENGINE,
                 )
         return self.engine

@@ -73,13 +73,14 @@ class VisionAttention(nn.Module):
         self.proj = Linear(self.size, self.size, dtype, bias=True)
 
     def forward(self, op: OpBuilder, x_ND: ir.Value, layout: Layout) -> ir.Value:
-        by_group = op.Concat(op.Shape(layout.cos, start=0, end=2), [self.num_heads, self.size // self.num_heads], axis=0)
+        head_size = self.size // self.num_heads
+        by_group = op.Concat(op.Shape(layout.cos, start=0, end=2), [self.num_heads, head_size], axis=0)
         query, key, value = (
             op.Transpose(op.Reshape(part, by_group), perm=[0, 2, 1, 3])
             for part in op.Split(self.qkv(op, x_ND), axis=1, num_outputs=3, _outputs=3)
         )
         query, key = (op.RotaryEmbedding(part, layout.cos, layout.sin) for part in (query, key))
-        mixed = attention(op, query, key, value, mask=layout.mask)
+        mixed = attention(op, query, key, value, head_size, mask=layout.mask)
         return self.proj(op, tokens_from_heads(op, mixed, self.size))
 
 

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         query, key, value = self.project(op, x_TD, cos, sin)
         if past is not None:
             key, value = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
-        mixed = attention(op, query, key, value, mask=mask, causal=past is None)
+        mixed = attention(op, query, key, value, self.dims.head_dim, mask=mask, causal=past is None)
         size = self.dims.num_heads * self.dims.head_dim
         return self.o_proj(op, tokens_from_heads(op, mixed, size)), query, key, value
 

@@ -64,10 +64,15 @@ def attention(
     query: ir.Value,
     key: ir.Value,
     value: ir.Value,
+    head_size: int,
     *,
     mask: ir.Value | None = None,
     causal: bool = False,
 ) -> ir.Value:
-    """Scaled dot-product attention over [B, H, T, d] and [B, G, L, d]; `mask` is additive."""
-    inputs = (query, key, value) if mask is None else (query, key, value, mask)
-    return op.Attention(*inputs, is_causal=int(causal))
+    """Scaled dot-product attention over [B, H, T, d] and [B, G, L, d]; `mask` is additive.
+
+    The operator's own scale goes half to the queries and half to the keys, and TensorRT would write a second, scaled
+    copy of the KV cache for it at every step.
+    """
+    inputs = (op.Mul(query, head_size**-0.5), key, value)
+    return op.Attention(*inputs, *([] if mask is None else [mask]), is_causal=int(causal), scale=1.0)

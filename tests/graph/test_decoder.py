@@ -1,0 +1,133 @@
+"""Prefill and decode on ONNX Runtime against the eager model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from capa_export.eager import Eager, EagerPlan
+from capa_export.export import Source, write_onnx
+from capa_export.families import qwen25vl
+from capa_export.prompt import Prompt, Prompter
+from capa_export.runtime import OnnxModel
+from tests.conftest import noise
+
+SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.2, 0.8, 64)}
+Build = Callable[..., OnnxModel]
+
+
+@pytest.fixture(scope="module")
+def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """ONNX of the small model, each variant written once."""
+    made: dict[str, OnnxModel] = {}
+
+    def build(layers: tuple[int, ...] = (2,), scales: Mapping[int, np.ndarray] = SCALES, precision: str = "fp32") -> OnnxModel:
+        key = f"{layers} {sorted(scales)} {precision}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("onnx")
+            write_onnx(source, precision, folder, prune_layers=layers, scales=scales)
+            made[key] = OnnxModel(folder, threads=1)
+        return made[key]
+
+    return build
+
+
+def compare(model: Any, onnx: OnnxModel, prompt: Prompt, keep: Mapping[int, int], scales: Mapping[int, np.ndarray], tolerance: float) -> None:
+    """Logits of the prompt and of six more tokens, and the kept positions."""
+    eager = Eager(model)
+    embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
+    plan = EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in scales.items()})
+    expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    run = onnx.prefill(prompt, list(keep.values()))
+    for kept, layer in zip(run.kept, keep, strict=True):
+        np.testing.assert_array_equal(kept, expected.kept[layer].numpy())
+    logits, wanted, cache = run.logits, expected.logits, run.cache
+    for step in range(6):
+        np.testing.assert_allclose(logits, wanted.numpy(), atol=tolerance * float(wanted.abs().max()), rtol=0)
+        token = int(wanted.argmax())
+        wanted = eager.step(expected.cache, token, prompt.next_position + step)
+        logits, cache = onnx.step(cache, token, prompt.next_position + step)
+
+
+PICTURES = {
+    "one": [noise(224, 224)],
+    "no multiple of a window": [noise(140, 196)],
+    "one token": [noise(28, 28)],
+    "several sizes": [noise(196, 280, 1), noise(84, 56, 2), noise(336, 140, 3)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("layers", [(2,), (1, 3)], ids=str)
+def test_fp32_equals_eager_capa(model: Any, prompter: Prompter, built: Build, layers: tuple[int, ...], pictures: list[Any]) -> None:
+    prompt = prompter("what color is the star ?", pictures)
+    keep = {layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)}
+    # 1e-5: FP32 sums in another order, over at most 250 tokens.
+    compare(model, built(layers), prompt, keep, SCALES, 1e-5)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 63, 64])
+def test_the_number_kept_is_a_run_time_input(model: Any, prompter: Prompter, built: Build, kept: int) -> None:
+    compare(model, built(), prompter("what shape is red ?", [noise(224, 224)]), {2: kept}, SCALES, 1e-5)
+
+
+def test_fp16_stays_close(model: Any, prompter: Prompter, built: Build) -> None:
+    # 1e-2: half has 11 bits, and errors of five layers add up.
+    compare(model, built(precision="fp16"), prompter("what shape is red ?", [noise(224, 224)]), {2: 16}, SCALES, 1e-2)
+
+
+def test_without_pruning_or_scales_it_is_the_dense_model(model: Any, prompter: Prompter, built: Build) -> None:
+    prompt = prompter("what shape is red ?", [noise(224, 140)])
+    embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
+    with torch.no_grad():
+        dense = model(inputs_embeds=embeds, position_ids=position_ids).logits[0, -1].numpy()
+    run = built(scales={}).prefill(prompt, [prompt.num_visual])
+    np.testing.assert_allclose(run.logits, dense, atol=1e-5 * np.abs(dense).max(), rtol=0)
+    np.testing.assert_array_equal(run.kept[0], np.arange(len(prompt.input_ids)))
+
+
+def test_text_between_and_around_pictures_is_never_pruned(model: Any, prompter: Prompter, built: Build, source: Source) -> None:
+    one = prompter("what shape is red ?", [noise(112, 84)])
+    # Two turns: text before, between and after the pictures.
+    input_ids = np.concatenate([one.input_ids, one.input_ids])
+    is_visual = input_ids == source.dims.image_token_id
+    pictures = one.pictures * 2
+    position_ids, next_position = qwen25vl.positions(input_ids, is_visual, pictures)
+    prompt = Prompt(input_ids, is_visual, pictures, position_ids, next_position)
+    compare(model, built(), prompt, {2: 5}, SCALES, 1e-5)
+    run = built().prefill(prompt, [5])
+    assert set(prompt.text_positions) <= set(run.kept[0].tolist())
+    assert len(run.kept[0]) == len(prompt.text_positions) + 5
+
+
+def test_several_tokens_can_be_appended_at_once(prompter: Prompter, built: Build) -> None:
+    onnx, prompt = built(), prompter("what shape is red ?", [noise(112, 112)])
+    run = onnx.prefill(prompt, [4])
+    tokens, cache = [9, 12, 15], run.cache
+    for offset, token in enumerate(tokens):
+        logits, cache = onnx.step(cache, token, prompt.next_position + offset)
+    together, grown = onnx.append(run.cache, tokens, prompt.next_position)
+    np.testing.assert_allclose(together, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    for name, value in cache.items():
+        np.testing.assert_allclose(grown[name], value, atol=1e-5)
+
+
+def test_the_cache_shrinks_from_the_pruning_layer_on(prompter: Prompter, built: Build) -> None:
+    prompt = prompter("what shape is red ?", [noise(224, 224)])
+    cache = built().prefill(prompt, [16]).cache
+    total, text = len(prompt.input_ids), len(prompt.text_positions)
+    lengths = [cache[f"past_key_values.{layer}.key"].shape[2] for layer in range(5)]
+    assert lengths == [total, total, text + 16, text + 16, text + 16]
+
+
+def test_same_inputs_give_identical_bytes(source: Source, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_onnx(source, "fp16", tmp_path / name, prune_layers=(2,), scales=SCALES)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 6
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
