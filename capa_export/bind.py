@@ -194,7 +194,7 @@ def _write(tensors: Sequence[_Converted], path: Path, progress: Progress | None)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
     check_disk(path.parent, needed)
 
-    def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+    def report(tensor: ir.TensorProtocol, _info: ir.external_data.CallbackInfo) -> None:
         nonlocal done
         if progress:
             progress(tensor.name or "", done, total)

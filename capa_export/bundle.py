@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,9 @@ class Bundle:
             raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build --out {folder}` makes one")
         version = bundle.manifest.get("version")
         if version != _VERSION:
-            raise CapaError(f"{folder / MANIFEST}: version {version}, this capa-export reads {_VERSION}; build it again")
+            raise CapaError(
+                f"{folder / MANIFEST}: version {version}, this capa-export reads {_VERSION}; build it again"
+            )
         return bundle
 
     @property
@@ -85,7 +87,9 @@ class Bundle:
         """
         stages = self.manifest["stages"]
         if name not in stages:
-            raise CapaError(f"{self.folder}: stage {name!r} has not run; `capa-export build --out {self.folder}` runs it")
+            raise CapaError(
+                f"{self.folder}: stage {name!r} has not run; `capa-export build --out {self.folder}` runs it"
+            )
         return stages[name]
 
     def is_current(self, name: str, key: str) -> bool:
@@ -120,7 +124,7 @@ class Bundle:
         ]
 
     @contextmanager
-    def replacing(self, *outputs: str) -> Iterator[Path]:
+    def replacing(self, *outputs: str) -> Generator[Path]:
         """A scratch folder whose `outputs` take their place in the bundle if the block succeeds, and vanish if not."""
         scratch = self.folder / _PARTIAL
         shutil.rmtree(scratch, ignore_errors=True)
@@ -130,7 +134,9 @@ class Bundle:
             for output in outputs:
                 _put(scratch / output, self.folder / output)
         except OSError as error:
-            raise CapaError(f"{self.folder}: {error.strerror or error}; nothing was changed", ExitCode.EXPORT) from error
+            raise CapaError(
+                f"{self.folder}: {error.strerror or error}; nothing was changed", ExitCode.EXPORT
+            ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -5,7 +5,7 @@ T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,7 @@ def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None
 
 
 @contextmanager
-def _watch_ffns(layers: Any) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+def _watch_ffns(layers: Any) -> Generator[dict[int, tuple[Tensor, Tensor]]]:
     """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     entering: dict[int, Tensor] = {}
@@ -85,7 +85,10 @@ def _watch_ffns(layers: Any) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
         def after(_module: Any, _inputs: Any, output: Tensor, index: int = index) -> None:
             seen[index] = (entering[index], entering[index] + output[0].float())
 
-        handles += [layer.post_attention_layernorm.register_forward_pre_hook(before), layer.mlp.register_forward_hook(after)]
+        handles += [
+            layer.post_attention_layernorm.register_forward_pre_hook(before),
+            layer.mlp.register_forward_hook(after),
+        ]
     try:
         yield seen
     finally:
@@ -94,7 +97,7 @@ def _watch_ffns(layers: Any) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
 
 
 @contextmanager
-def _watch_ranges(model: Any, absmax: dict[str, float]) -> Iterator[None]:
+def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
     """Largest magnitude of every block's, attention's and FFN's output, by module path."""
 
     def watch(name: str) -> Any:

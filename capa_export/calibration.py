@@ -46,7 +46,7 @@ class LayerSums:
     @classmethod
     def zeros(cls, size: int) -> "LayerSums":
         """Sums over nothing."""
-        return cls(*(np.zeros(size) for _ in range(3)))
+        return cls(np.zeros(size), np.zeros(size), np.zeros(size))
 
     @property
     def alpha(self) -> np.ndarray:
@@ -125,7 +125,9 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write the sums, so that runs merge, and all else as metadata of the same file."""
         tensors = {
-            f"layers.{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in ("xx", "xy", "yy")
+            f"layers.{index}.{name}": getattr(layer, name)
+            for index, layer in enumerate(self.layers)
+            for name in ("xx", "xy", "yy")
         }
         save_file(tensors, path, metadata={"capa_calibration": self._about()})
 

@@ -25,7 +25,15 @@ from huggingface_hub.errors import (
 
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["CHUNK_ELEMENTS", "Checkpoint", "Progress", "StoredTensor", "fetch_config", "open_checkpoint", "open_tensors"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "Checkpoint",
+    "Progress",
+    "StoredTensor",
+    "fetch_config",
+    "open_checkpoint",
+    "open_tensors",
+]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a file's or tensor's name, the bytes done and the bytes in all."""

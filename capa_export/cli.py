@@ -49,13 +49,21 @@ CheckpointOpt = Annotated[
     str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
 ]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-RatioOpt = Annotated[float | None, typer.Option(help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].")]
-LayerOpt = Annotated[int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")]
+RatioOpt = Annotated[
+    float | None, typer.Option(help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].")
+]
+LayerOpt = Annotated[
+    int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")
+]
 FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
-ImagesOpt = Annotated[Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")]
+ImagesOpt = Annotated[
+    Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")
+]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
 PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
-TargetOpt = Annotated[str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")]
+TargetOpt = Annotated[
+    str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
+]
 WeightsOpt = Annotated[Weights, typer.Option(help="In the engines, or inputs that engines share.")]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
@@ -95,7 +103,8 @@ def build(
     recipe = _recipe(model, ratio, prune_layer)
     device = load_target(target)
     device.require_precision(precision.value)
-    device.engine and device.require_engine()
+    if device.engine:
+        device.require_engine()
     if dry_run:
         _print_plan(recipe, checkpoint, out, precision.value, ffn=ffn, as_json=as_json)
         return
@@ -124,13 +133,19 @@ def build(
 @app.command()
 def calibrate(
     out: OutOpt,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")
+    ] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")] = False,
-    parts: Annotated[list[Path] | None, typer.Argument(help="With --merge: calibration files or bundle folders.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
+    ] = False,
+    parts: Annotated[
+        list[Path] | None, typer.Argument(help="With --merge: calibration files or bundle folders.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure where visual FFNs are linear, alpha, sinks and activation ranges."""
@@ -142,7 +157,9 @@ def calibrate(
 
     if merge:
         if not parts or images or samples or checkpoint:
-            raise CapaError("--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE)
+            raise CapaError(
+                "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
+            )
         files = [part / pipeline.CALIBRATION if part.is_dir() else part for part in parts]
         calibration = merged([Calibration.load(file) for file in files])
         pipeline.adopt_calibration(Bundle(out), calibration)
@@ -181,7 +198,9 @@ def export(
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     ffn: FfnOpt = True,
-    calibration: Annotated[Path | None, typer.Option(help="Calibration file or bundle [default: the one in --out].")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file or bundle [default: the one in --out].")
+    ] = None,
     precision: PrecisionOpt = Precision.fp16,
     as_json: JsonOpt = False,
 ) -> None:
@@ -212,7 +231,9 @@ def export(
 
 
 @app.command()
-def engine(bundle: BundleArg, target: TargetOpt = "rtx", weights: WeightsOpt = Weights.embedded, as_json: JsonOpt = False) -> None:
+def engine(
+    bundle: BundleArg, target: TargetOpt = "rtx", weights: WeightsOpt = Weights.embedded, as_json: JsonOpt = False
+) -> None:
     """Build a bundle's TensorRT engines."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
@@ -253,8 +274,12 @@ def validate(
 def run(
     bundle: BundleArg,
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: JsonOpt = False,
 ) -> None:
@@ -270,7 +295,10 @@ def run(
         _print_json(result)
         return
     print()
-    kept = ", ".join(f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}" for stage in result["stages"])
+    kept = ", ".join(
+        f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
+        for stage in result["stages"]
+    )
     print(
         f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms, "
         f"decode {result['decode_ms_per_token']:.1f} ms a token",
@@ -300,7 +328,9 @@ def plan(
     prune_layer: LayerOpt = None,
     ffn: FfnOpt = True,
     precision: PrecisionOpt = Precision.fp16,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what a build would do, without doing it: what `build --dry-run` prints."""
@@ -336,7 +366,10 @@ def targets(as_json: JsonOpt = False) -> None:
         return
     for target in known:
         made = target.engine
-        print(f"{target.name:<16}" + (f"{made.runtime}, SM {', '.join(made.compute_capabilities)}" if made else "ONNX only"))
+        print(
+            f"{target.name:<16}"
+            + (f"{made.runtime}, SM {', '.join(made.compute_capabilities)}" if made else "ONNX only")
+        )
 
 
 def _recipe(model: str, ratio: float | None = None, prune_layer: int | None = None) -> "Recipe":
@@ -377,10 +410,14 @@ def _finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
 
         parity_table(parity)
     if not parity["passed"]:
-        raise CapaError(f"{bundle.folder}: {parity['failures'][0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)
+        raise CapaError(
+            f"{bundle.folder}: {parity['failures'][0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY
+        )
 
 
-def _print_plan(recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, ffn: bool, as_json: bool) -> None:
+def _print_plan(
+    recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, ffn: bool, as_json: bool
+) -> None:
     from capa_export.dry_run import dry_run
 
     result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, ffn=ffn)
@@ -401,6 +438,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
+        if result == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else ExitCode.OK
     except CapaError as error:
         if "--debug" in arguments:
@@ -411,5 +450,5 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; finished stages are kept, run the same command to go on", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except typer.TyperException as error:
-        error.show()
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]  # All that parsing raises have it.
         return ExitCode.USAGE

@@ -34,7 +34,7 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
     dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
     linear, basis = _linear_layers(recipe, out, dims.decoder.num_layers, ffn=ffn)
     stages = [(stage.layer, kept_tokens(recipe.visual_tokens, stage.ratio)) for stage in recipe.prune.schedule]
-    sizes = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
+    sizes: dict[str, Any] = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
     width = _ELEMENT_BYTES[precision]
     total = parameters(dims)
     side = 2 * isqrt(recipe.visual_tokens)

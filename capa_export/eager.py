@@ -3,10 +3,10 @@
 T = prompt tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Eager:
             mixed, _ = layer.self_attn(normed, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
             hidden = hidden + mixed
             if index in plan.keep:
-                stored = cache.layers[index]
+                stored = cast("Any", cache.layers[index])
                 scores[index] = self._contribution(layer.self_attn, normed, rotary, stored.keys, stored.values)
                 if index in plan.forced:
                     rows = torch.isin(positions, plan.forced[index]).nonzero()[:, 0]
@@ -127,7 +127,7 @@ class Eager:
 
 
 @contextmanager
-def _attention_weights(config: Any) -> Iterator[None]:
+def _attention_weights(config: Any) -> Generator[None]:
     """Use the attention implementation that returns its probabilities."""
     before = config._attn_implementation
     config._attn_implementation = "eager"

@@ -5,7 +5,7 @@ TensorRT may abort the process and keeps what it allocated; neither must reach t
 """
 
 # The bindings carry no types.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
 
 import json
 import re

@@ -29,7 +29,12 @@ _EMBEDDING = "model.embed_tokens.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 _TEXT_SIDECARS = ("chat_template.*", "merges.txt", "vocab.json", "*.model")
-_VISUAL_SIDECARS = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_VISUAL_SIDECARS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def write_onnx(
     if dense:
         llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=())
     visual = {"model.onnx": source.family.vision_model(dims.vision, dtype)}
-    check_disk(folder, source.checkpoint.num_parameters * dtype.itemsize)
+    check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
     extra = {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
     sizes: dict[str, Any] = {}
     for part, models in (("llm", llm), ("visual", visual)):
@@ -137,8 +142,12 @@ def check_tensors(source: Source) -> None:
     models = [decoder, source.family.vision_model(dims.vision, dtype)]
     wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
     if missing := sorted(wanted - set(source.tensors)):
-        raise CapaError(f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again")
-    extra = [name for name in unused_tensors(models, source.tensors) if name != _EMBEDDING and not _RECOMPUTED.search(name)]
+        raise CapaError(
+            f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again"
+        )
+    extra = [
+        name for name in unused_tensors(models, source.tensors) if name != _EMBEDDING and not _RECOMPUTED.search(name)
+    ]
     if extra:
         raise CapaError(
             f"{source.checkpoint.folder}: tensor {_first(extra)} has no place in {source.family.ARCHITECTURE}; "

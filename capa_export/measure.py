@@ -1,7 +1,7 @@
 """Wall time and peak memory of a piece of work."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class Cost:
 
 
 @contextmanager
-def measured() -> Iterator[Cost]:
+def measured() -> Generator[Cost]:
     """Measure the block; on Linux the peak is the block's own, since the kernel's mark is reset at its start."""
     cost = Cost()
     with suppress(OSError):

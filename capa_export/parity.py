@@ -47,7 +47,9 @@ class Comparison:
     replayed: int = 0
     """Prompts whose kept set flipped, so that their logits are held against the reference with the same set."""
 
-    def add(self, trace: Trace, reference: Trace, num_text: int, *, flipped: Sequence[np.ndarray] | None = None) -> None:
+    def add(
+        self, trace: Trace, reference: Trace, num_text: int, *, flipped: Sequence[np.ndarray] | None = None
+    ) -> None:
         """Count one prompt.
 
         Args:
@@ -65,9 +67,11 @@ class Comparison:
             norm, wanted_norm = np.linalg.norm(logits), np.linalg.norm(wanted)
             # A NaN must fail every gate, and max() would drop it.
             finite = bool(np.isfinite(logits).all())
-            self.relative_error = _worse(self.relative_error, np.abs(logits - wanted).max() / np.abs(wanted).max(), finite)
-            self.norm_ratio = _worse(self.norm_ratio, abs(norm / wanted_norm - 1), finite)
-            self.cosine = -_worse(-self.cosine, -float(logits @ wanted) / (norm * wanted_norm), finite)
+            self.relative_error = _worse(
+                self.relative_error, np.abs(logits - wanted).max() / np.abs(wanted).max(), finite=finite
+            )
+            self.norm_ratio = _worse(self.norm_ratio, abs(norm / wanted_norm - 1), finite=finite)
+            self.cosine = -_worse(-self.cosine, -float(logits @ wanted) / (norm * wanted_norm), finite=finite)
             second, first = np.partition(wanted, -2)[-2:]
             if first - second > 2 * self.noise:
                 self.top1_counted += 1
@@ -117,7 +121,7 @@ class Comparison:
         }
 
 
-def _worse(worst: float, value: float, finite: bool) -> float:
+def _worse(worst: float, value: float, *, finite: bool) -> float:
     return max(worst, float(value)) if finite and np.isfinite(value) else float("inf")
 
 

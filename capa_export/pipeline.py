@@ -17,7 +17,18 @@ from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, kept_tokens
 from capa_export.target import Target
 
-__all__ = ["CALIBRATION", "Job", "adopt_calibration", "build", "calibrate", "engine", "export", "load_family", "say", "validate"]
+__all__ = [
+    "CALIBRATION",
+    "Job",
+    "adopt_calibration",
+    "build",
+    "calibrate",
+    "engine",
+    "export",
+    "load_family",
+    "say",
+    "validate",
+]
 
 CALIBRATION = "calibration.safetensors"
 PARITY = "parity.json"
@@ -75,7 +86,11 @@ class Job:
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the checkpoint's files."""
-        return self.source.checkpoint.sha256(lambda _name, done, total: self.report("hash checkpoint (MB)", done >> 20, total >> 20))
+
+        def progress(_name: str, done: int, total: int) -> None:
+            self.report("hash checkpoint (MB)", done >> 20, total >> 20)
+
+        return self.source.checkpoint.sha256(progress)
 
     @property
     def checkpoint_digest(self) -> str:
@@ -209,7 +224,9 @@ def export(job: Job) -> None:
     )
 
 
-def engine(bundle: Bundle, target: Target, *, weights: Literal["embedded", "external"], report: Report) -> dict[str, Any]:
+def engine(
+    bundle: Bundle, target: Target, *, weights: Literal["embedded", "external"], report: Report
+) -> dict[str, Any]:
     """Build the vision, prefill and decode engines of a bundle for a target."""
     from capa_export.engine import build_engine
 
@@ -300,7 +317,9 @@ def validate(job: Job) -> dict[str, Any]:
             scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]}
         with TemporaryDirectory(dir=scratch) as twin:
             layers = job.prune_layers
-            write_onnx(job.source, "fp32", Path(twin), prune_layers=layers, scales=scales, dense=True, report=job.report)
+            write_onnx(
+                job.source, "fp32", Path(twin), prune_layers=layers, scales=scales, dense=True, report=job.report
+            )
             subject = Subject(
                 model=job.eager_model,
                 family=job.family,

@@ -84,7 +84,9 @@ class Prompter:
         pieces = text.split(mark)
         if len(pieces) != len(shown) + 1:
             raise CapaError(f"{len(shown)} pictures, but the prompt has {len(pieces) - 1} places for one ({mark})")
-        text = pieces[0] + "".join(mark * picture.num_tokens + rest for picture, rest in zip(shown, pieces[1:], strict=True))
+        text = pieces[0] + "".join(
+            mark * picture.num_tokens + rest for picture, rest in zip(shown, pieces[1:], strict=True)
+        )
         input_ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         is_visual = input_ids == self.dims.image_token_id
         position_ids, next_position = self.family.positions(input_ids, is_visual, shown)

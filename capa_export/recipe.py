@@ -116,6 +116,7 @@ class Recipe(Settings):
                 f"{len(schedule)}; edit prune.schedule in a recipe of your own and pass it with --model",
                 ExitCode.USAGE,
             )
+        assert schedule
         changes = {"ratio": ratio, "layer": prune_layer}
         stage = schedule[0].model_copy(update={key: value for key, value in changes.items() if value is not None})
         return self.model_copy(update={"prune": self.prune.model_copy(update={"schedule": (stage, *schedule[1:])})})

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 
 from capa_export.checkpoint import open_tensors
@@ -79,7 +78,9 @@ class OnnxModel:
         """Dtype of the activations."""
         name = self._prefill.get_inputs()[0].type
         if name not in _DTYPES:
-            raise CapaError(f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16")
+            raise CapaError(
+                f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
+            )
         return _DTYPES[name]
 
     def embed(self, prompt: Prompt) -> np.ndarray:
@@ -127,9 +128,7 @@ def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _past(result: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        _PAST + name.removeprefix(_PRESENT): value for name, value in result.items() if name.startswith(_PRESENT)
-    }
+    return {_PAST + name.removeprefix(_PRESENT): value for name, value in result.items() if name.startswith(_PRESENT)}
 
 
 def greedy(model: OnnxModel, prompt: Prompt, prefill: PrefillRun, stop: Sequence[int], limit: int) -> Iterator[int]:

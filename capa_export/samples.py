@@ -33,7 +33,9 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         if self.has_answers:
             return samples(self.count, seed=_SEED, split=self.split)
-        return (Sample(open_picture(path), self.question, "", "picture") for path in islice(cycle(self.files), self.count))
+        return (
+            Sample(open_picture(path), self.question, "", "picture") for path in islice(cycle(self.files), self.count)
+        )
 
     def digest(self) -> str:
         """Changes when the pictures, the question or their number do."""
@@ -51,8 +53,9 @@ def samples_from(
     Args:
         images: the user's folder, searched with its subfolders.
         recipe: says whether scenes stand in for a missing folder.
-        count: how many samples at most; `repeat` goes round the folder again to reach it.
+        count: how many samples at most.
         split: the stream of scenes, disjoint from the other one.
+        repeat: go round the folder again to reach `count`.
 
     Raises:
         CapaError: no folder where one is needed, or no picture in it.

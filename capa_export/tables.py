@@ -48,13 +48,24 @@ def calibration_table(summary: dict[str, Any]) -> None:
     console = _console()
     console.print(table)
     largest = summary["largest"]
-    console.print(f"largest activation: {largest['absmax']:.4g} in {largest['block']} ({largest['of_fp16_max']:.1%} of FP16's range)")
+    console.print(
+        f"largest activation: {largest['absmax']:.4g} in {largest['block']} ({largest['of_fp16_max']:.1%} of FP16's range)"
+    )
     console.print(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 
 
 def engine_table(result: dict[str, Any]) -> None:
     """One row an engine."""
-    table = _table(f"Engines, weights {result['weights']}", "engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
+    table = _table(
+        f"Engines, weights {result['weights']}",
+        "engine",
+        "MB",
+        "seconds",
+        "peak GB",
+        "layers",
+        "custom",
+        "weight copies",
+    )
     for name, row in result["engines"].items():
         peak = row["peak_memory_bytes"]
         table.add_row(
@@ -72,7 +83,9 @@ def engine_table(result: dict[str, Any]) -> None:
 def parity_table(parity: dict[str, Any]) -> None:
     """Verdict first, then export error, then the method's own effect."""
     console = _console()
-    console.print(f"parity: {'passed' if parity['passed'] else 'FAILED'}", style="bold green" if parity["passed"] else "bold red")
+    console.print(
+        f"parity: {'passed' if parity['passed'] else 'FAILED'}", style="bold green" if parity["passed"] else "bold red"
+    )
     for failure in parity["failures"]:
         console.print(f"  {failure}", style="red")
     table = _table(
@@ -92,7 +105,13 @@ def parity_table(parity: dict[str, Any]) -> None:
         )
     console.print(table)
     effect = parity["method_error"]
-    table = _table(f"Method error on {effect['questions']} questions, eager FP32", "", "accuracy", "first token as dense", "KL from dense")
+    table = _table(
+        f"Method error on {effect['questions']} questions, eager FP32",
+        "",
+        "accuracy",
+        "first token as dense",
+        "KL from dense",
+    )
     for method in ("dense", "capa", "random"):
         accuracy = effect.get("accuracy", {}).get(method)
         same, divergence = effect["first_token_same_as_dense"].get(method), effect["kl_from_dense"].get(method)
@@ -112,7 +131,10 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
     console = _console()
     recipe = manifest.get("recipe")
     if recipe:
-        schedule = ", ".join(f"{stage['ratio']:.0%} of visual tokens after layer {stage['layer']}" for stage in recipe["prune"]["schedule"])
+        schedule = ", ".join(
+            f"{stage['ratio']:.0%} of visual tokens after layer {stage['layer']}"
+            for stage in recipe["prune"]["schedule"]
+        )
         console.print(f"{folder}: {recipe['name']} from {manifest['checkpoint']['source']}, removes {schedule}")
     table = _table("Stages", "stage", "seconds", "peak GiB", "files", "MB")
     for name, record in manifest["stages"].items():

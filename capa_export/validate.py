@@ -3,7 +3,7 @@
 S = steps, V = vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from capa_export.recipe import Recipe, Stage, kept_tokens
 from capa_export.runtime import OnnxModel
 from capa_export.samples import Samples
 
-__all__ = ["Subject", "validate"]
+__all__ = ["Subject", "compare_onnx", "eager_trace", "validate"]
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,7 +52,9 @@ class Subject:
         return EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()})
 
 
-def validate(subject: Subject, recipe: Recipe, prompts: Samples, questions: Samples, report: Report = silent) -> dict[str, Any]:
+def validate(
+    subject: Subject, recipe: Recipe, prompts: Samples, questions: Samples, report: Report = silent
+) -> dict[str, Any]:
     """Compare everything; the result says whether each gate is met.
 
     Args:
@@ -68,15 +70,15 @@ def validate(subject: Subject, recipe: Recipe, prompts: Samples, questions: Samp
     references: list[Trace] = []
     for done, prompt in enumerate(built):
         report("validate: eager", done, len(built))
-        references.append(_eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps))
+        references.append(eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps))
     results = [
-        _compare_dense(subject, built, parity.steps, report).as_dict(parity.fp32),
-        _compare(subject, "fp32", subject.fp32_onnx, eager, built, references, 0.0, report).as_dict(parity.fp32),
+        _compare_dense(subject, built, report).as_dict(parity.fp32),
+        compare_onnx(subject, "fp32", subject.fp32_onnx, eager, built, references, 0.0, report).as_dict(parity.fp32),
     ]
     effect = _method_effect(subject, eager, questions, report)
     if subject.precision != "fp32":
         noise = _precision_noise(subject, eager, built, references, report)
-        compared = _compare(subject, subject.precision, subject.onnx, eager, built, references, noise, report)
+        compared = compare_onnx(subject, subject.precision, subject.onnx, eager, built, references, noise, report)
         results.append(compared.as_dict(getattr(parity, subject.precision)))
     failures = [failure for result in results for failure in result["failures"]]
     return {
@@ -95,7 +97,7 @@ def validate(subject: Subject, recipe: Recipe, prompts: Samples, questions: Samp
     }
 
 
-def _eager_trace(
+def eager_trace(
     subject: Subject,
     eager: Eager,
     prompt: Prompt,
@@ -122,7 +124,7 @@ def _onnx_trace(model: OnnxModel, prompt: Prompt, num_keep: Sequence[int], token
     return Trace(np.stack(logits), run.kept)
 
 
-def _compare(
+def compare_onnx(
     subject: Subject,
     name: str,
     folder: Path,
@@ -130,7 +132,7 @@ def _compare(
     prompts: Sequence[Prompt],
     references: Sequence[Trace],
     noise: float,
-    report: Report,
+    report: Report = silent,
 ) -> Comparison:
     """One ONNX against eager CAPA in FP32."""
     model = OnnxModel(folder)
@@ -139,18 +141,18 @@ def _compare(
         report(f"validate: {name} ONNX", done, len(prompts))
         steps = len(reference.logits)
         trace = _onnx_trace(model, prompt, subject.num_keep(prompt), reference.tokens, steps)
-        flipped = None
+        flipped, expected = None, reference
         if any(not np.array_equal(a, b) for a, b in zip(trace.kept, reference.kept, strict=True)):
             # A flip at the cut is a discrete choice: count it in the IoU, and measure the drift with the same set.
             plan = subject.plan(prompt)
             forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, trace.kept, strict=True)}
             flipped = reference.kept
-            reference = _eager_trace(subject, eager, prompt, replace(plan, forced=forced), steps, reference.tokens)
-        comparison.add(trace, reference, len(prompt.text_positions), flipped=flipped)
+            expected = eager_trace(subject, eager, prompt, replace(plan, forced=forced), steps, reference.tokens)
+        comparison.add(trace, expected, len(prompt.text_positions), flipped=flipped)
     return comparison
 
 
-def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, report: Report) -> Comparison:
+def _compare_dense(subject: Subject, prompts: Sequence[Prompt], report: Report) -> Comparison:
     """Ratio 0 without FFN scales against the dense model's own forward pass."""
     model = OnnxModel(subject.fp32_onnx, prefill=DENSE)
     comparison = Comparison("fp32 ONNX at ratio 0, no FFN scales", "dense eager fp32")
@@ -182,7 +184,7 @@ def _precision_noise(
             forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, reference.kept, strict=True)}
             scales = {layer: alpha.to(_HALF[subject.precision]) for layer, alpha in plan.scales.items()}
             plan = replace(plan, forced=forced, scales=scales)
-            trace = _eager_trace(subject, eager, prompt, plan, len(reference.logits), reference.tokens)
+            trace = eager_trace(subject, eager, prompt, plan, len(reference.logits), reference.tokens)
             largest = max(largest, float(np.abs(trace.logits - reference.logits).max()))
     finally:
         subject.model.float()

@@ -76,7 +76,7 @@ def placeholder(tokenizer: Any, dims: ModelDims) -> str:
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
-def positions(input_ids: np.ndarray, is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+def positions(_input_ids: np.ndarray, is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
     """mRoPE positions [3, T], and the position of the first answer token.
 
     A picture's tokens share one time step and count rows and columns from there; the text behind it goes on at

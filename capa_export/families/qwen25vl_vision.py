@@ -172,7 +172,7 @@ class Vision(nn.Module):
         angles = self._angles(op, windows)
         per_frame = op.Concat(windows.frames, [-1, half], axis=0)
 
-        def table(function: str, by_window: bool) -> ir.Value:
+        def table(function: str, *, by_window: bool) -> ir.Value:
             values = windows.split(op, angles, half) if by_window else angles
             shape = [-1, length, half] if by_window else per_frame
             return op.Cast(getattr(op, function)(op.Reshape(values, shape)), to=self.dtype)

@@ -4,6 +4,7 @@ from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
@@ -31,14 +32,18 @@ class Input:
     shape: tuple[int | str, ...]
 
 
-def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: float) -> ir.Value:
+def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
     """Add a node of domain `capa` whose body is one of `FUNCTIONS`; shape inference does not look into bodies."""
-    output: ir.Value = op.call(FUNCTIONS[function], *inputs, **attributes)
-    output.dtype = _OUTPUT_DTYPES.get(function, inputs[0].dtype)
+    output = op.call(FUNCTIONS[function], *inputs, **attributes)
+    dtype = _OUTPUT_DTYPES.get(function, inputs[0].dtype)
+    assert isinstance(output, ir.Value) and dtype is not None
+    output.dtype = dtype
     return output
 
 
-def build_model(name: str, inputs: Sequence[Input], trace: Callable[[OpBuilder, dict[str, ir.Value]], list[Output]]) -> ir.Model:
+def build_model(
+    name: str, inputs: Sequence[Input], trace: Callable[[OpBuilder, dict[str, ir.Value]], list[Output]]
+) -> ir.Model:
     """Trace a graph and give every node and value a stable, layer-addressable name."""
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
     builder = GraphBuilder(graph)

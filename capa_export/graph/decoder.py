@@ -5,6 +5,7 @@ T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, X = t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -49,7 +50,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(dims.hidden_size, kv_size, dtype, bias=dims.attention_bias)
         self.o_proj = Linear(query_size, dims.hidden_size, dtype)
 
-    def project(self, op: OpBuilder, x_TD: ir.Value, cos: ir.Value, sin: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def project(
+        self, op: OpBuilder, x_TD: ir.Value, cos: ir.Value, sin: ir.Value
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Rotated queries [1, H, T, d], rotated keys and plain values [1, G, T, d]."""
         dims = self.dims
         query = heads_from_tokens(op, self.q_proj(op, x_TD), dims.num_heads, dims.head_dim)
@@ -93,6 +96,7 @@ class Prune(nn.Module):
         num_keep: ir.Value,
     ) -> tuple[Tokens, ir.Value, ir.Value, ir.Value]:
         """The surviving tokens, keys, values, and the kept rows [K], ascending."""
+        assert tokens.text_rows_X is not None
         last_query = op.Slice(query, [-1], [_END], [2])
         scores_T = call(
             op, "ContributionScore", last_query, key, value, output_weight, tokens.text_rows_X, scale=self.scale
@@ -104,7 +108,9 @@ class Prune(nn.Module):
             return call(op, "TokenGather", x, kept_K, axis=axis)
 
         zeros_T = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores_T))
-        is_kept_T = op.ScatterElements(zeros_T, kept_K, op.Expand(op.Constant(value_ints=[1]), op.Shape(kept_K)), axis=0)
+        is_kept_T = op.ScatterElements(
+            zeros_T, kept_K, op.Expand(op.Constant(value_ints=[1]), op.Shape(kept_K)), axis=0
+        )
         row_T = op.Sub(op.CumSum(is_kept_T, op.Constant(value_int=0)), op.Constant(value_int=1))
         survivors = Tokens(
             hidden_TD=gather(tokens.hidden_TD, 0),
@@ -146,6 +152,7 @@ class Layer(nn.Module):
             tokens, key, value, kept_K = self.prune(op, tokens, query, key, value, weight, num_keep)
         if self.visual_scale is None:
             return replace(tokens, hidden_TD=self._ffn(op, tokens.hidden_TD)), (key, value), kept_K
+        assert tokens.text_rows_X is not None
         text_XD = self._ffn(op, op.Gather(tokens.hidden_TD, tokens.text_rows_X, axis=0))
         scaled_TD = call(op, "VisualScale", tokens.hidden_TD, self.visual_scale, text_XD, tokens.text_rows_X)
         return replace(tokens, hidden_TD=scaled_TD), (key, value), kept_K
@@ -191,9 +198,12 @@ class Model(nn.Module):
         kept: list[ir.Value] = []
         masks: dict[str, ir.Value] = {}
         for index, layer in enumerate(self.layers):
-            options = {}
+            assert isinstance(layer, Layer)
+            options: dict[str, Any] = {}
             if past is not None:
-                length = str(past[index][0].shape[2])
+                shape = past[index][0].shape
+                assert shape is not None
+                length = str(shape[2])
                 if length not in masks:
                     masks[length] = _append_mask(op, tokens.hidden_TD, past[index][0], self.dtype)
                 options = {"past": past[index], "mask": masks[length]}
@@ -237,7 +247,7 @@ def prefill_model(
     """
     stack = Model(dims, dtype, rotary, prune_layers=prune_layers, linear_layers=linear_layers)
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
-    head._set_name("lm_head")
+    head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
         Input("inputs_embeds", dtype, (1, "sequence", dims.hidden_size)),
         Input("position_ids", ir.DataType.INT64, (3, "sequence")),
@@ -255,12 +265,16 @@ def prefill_model(
             kept.append(op.Gather(kept[-1], row_K, axis=0) if kept else row_K)
         outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
         outputs += [(f"kept_positions.{i}", value, (f"kept_{i}",)) for i, value in enumerate(kept)]
-        return outputs + _cache_outputs(dims, cache, lambda layer: cache_length(layer, prune_layers, "sequence", "kept"))
+        return outputs + _cache_outputs(
+            dims, cache, lambda layer: cache_length(layer, prune_layers, "sequence", "kept")
+        )
 
     return build_model("prefill", inputs, trace)
 
 
-def decode_model(dims: DecoderDims, dtype: ir.DataType, rotary: RotaryTables, *, prune_layers: Sequence[int]) -> ir.Model:
+def decode_model(
+    dims: DecoderDims, dtype: ir.DataType, rotary: RotaryTables, *, prune_layers: Sequence[int]
+) -> ir.Model:
     """Text tokens behind a KV cache in, logits of the last one and the grown cache out; no CAPA nodes.
 
     Inputs: inputs_embeds [1, S, D]; position_ids [3, S], going on from the unpruned prompt;
@@ -268,7 +282,7 @@ def decode_model(dims: DecoderDims, dtype: ir.DataType, rotary: RotaryTables, *,
     """
     stack = Model(dims, dtype, rotary)
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
-    head._set_name("lm_head")
+    head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
         Input("inputs_embeds", dtype, (1, "step", dims.hidden_size)),
         Input("position_ids", ir.DataType.INT64, (3, "step")),
@@ -285,7 +299,9 @@ def decode_model(dims: DecoderDims, dtype: ir.DataType, rotary: RotaryTables, *,
         ]
         last, cache, _ = stack(op, values["inputs_embeds"], values["position_ids"], past=past)
         outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
-        return outputs + _cache_outputs(dims, cache, lambda layer: cache_length(layer, prune_layers, "total", "total_kept"))
+        return outputs + _cache_outputs(
+            dims, cache, lambda layer: cache_length(layer, prune_layers, "total", "total_kept")
+        )
 
     return build_model("decode", inputs, trace)
 

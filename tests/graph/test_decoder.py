@@ -24,7 +24,9 @@ def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """ONNX of the small model, each variant written once."""
     made: dict[str, OnnxModel] = {}
 
-    def build(layers: tuple[int, ...] = (2,), scales: Mapping[int, np.ndarray] = SCALES, precision: str = "fp32") -> OnnxModel:
+    def build(
+        layers: tuple[int, ...] = (2,), scales: Mapping[int, np.ndarray] = SCALES, precision: str = "fp32"
+    ) -> OnnxModel:
         key = f"{layers} {sorted(scales)} {precision}"
         if key not in made:
             folder = tmp_path_factory.mktemp("onnx")
@@ -35,7 +37,14 @@ def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def compare(model: Any, onnx: OnnxModel, prompt: Prompt, keep: Mapping[int, int], scales: Mapping[int, np.ndarray], tolerance: float) -> None:
+def compare(
+    model: Any,
+    onnx: OnnxModel,
+    prompt: Prompt,
+    keep: Mapping[int, int],
+    scales: Mapping[int, np.ndarray],
+    tolerance: float,
+) -> None:
     """Logits of the prompt and of six more tokens, and the kept positions."""
     eager = Eager(model)
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
@@ -63,9 +72,13 @@ PICTURES = {
 
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("layers", [(2,), (1, 3)], ids=str)
-def test_fp32_equals_eager_capa(model: Any, prompter: Prompter, built: Build, layers: tuple[int, ...], pictures: list[Any]) -> None:
+def test_fp32_equals_eager_capa(
+    model: Any, prompter: Prompter, built: Build, layers: tuple[int, ...], pictures: list[Any]
+) -> None:
     prompt = prompter("what color is the star ?", pictures)
-    keep = {layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)}
+    keep = {
+        layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)
+    }
     # 1e-5: FP32 sums in another order, over at most 250 tokens.
     compare(model, built(layers), prompt, keep, SCALES, 1e-5)
 
@@ -90,7 +103,9 @@ def test_without_pruning_or_scales_it_is_the_dense_model(model: Any, prompter: P
     np.testing.assert_array_equal(run.kept[0], np.arange(len(prompt.input_ids)))
 
 
-def test_text_between_and_around_pictures_is_never_pruned(model: Any, prompter: Prompter, built: Build, source: Source) -> None:
+def test_text_between_and_around_pictures_is_never_pruned(
+    model: Any, prompter: Prompter, built: Build, source: Source
+) -> None:
     one = prompter("what shape is red ?", [noise(112, 84)])
     # Two turns: text before, between and after the pictures.
     input_ids = np.concatenate([one.input_ids, one.input_ids])

@@ -23,9 +23,7 @@ def run(name: str, inputs: list[np.ndarray], **attributes: Any) -> np.ndarray:
     node.outputs[0].type = ir.TensorType(out.get(name, values[0].dtype))
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": OPSET, DOMAIN: 1}, name="one")
     model = ir.Model(graph, ir_version=IR_VERSION, functions=[FUNCTIONS[name]])
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {f"x{i}": x for i, x in enumerate(inputs)})[0]
 
 
@@ -33,7 +31,9 @@ def kept(scores: np.ndarray, num_keep: int) -> np.ndarray:
     return run("TopKKeep", [scores.astype(np.float32), np.array([num_keep])])
 
 
-def reference_scores(query: np.ndarray, key: np.ndarray, value: np.ndarray, weight: np.ndarray, scale: float) -> np.ndarray:
+def reference_scores(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, weight: np.ndarray, scale: float
+) -> np.ndarray:
     """|| sum_h A_h v W_O,h ||, one head and one token at a time, in FP64."""
     heads, groups, size = query.shape[1], key.shape[1], query.shape[-1]
     total = np.zeros((key.shape[2], weight.shape[0]))
@@ -46,7 +46,9 @@ def reference_scores(query: np.ndarray, key: np.ndarray, value: np.ndarray, weig
     return np.linalg.norm(total, axis=1)
 
 
-@pytest.mark.parametrize(("heads", "groups", "size", "tokens"), [(4, 4, 8, 7), (6, 2, 16, 63), (4, 1, 80, 33), (1, 1, 64, 1)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "tokens"), [(4, 4, 8, 7), (6, 2, 16, 63), (4, 1, 80, 33), (1, 1, 64, 1)]
+)
 def test_contribution_score_is_the_norm_of_the_sum_over_heads(heads: int, groups: int, size: int, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     query = rng.normal(size=(1, heads, 1, size)).astype(np.float32)

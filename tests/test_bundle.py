@@ -1,0 +1,84 @@
+"""The bundle folder: stages are skipped when current, replaced whole or not at all, and checked on load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capa_export.bundle import MANIFEST, Bundle, digest_of
+from capa_export.errors import CapaError
+
+
+def write(text: str) -> Any:
+    def work(scratch: Path) -> dict[str, Any]:
+        (scratch / "made" / "deep").mkdir(parents=True)
+        (scratch / "made" / "deep" / "file").write_text(text)
+        return {"text": text}
+
+    return work
+
+
+def test_a_stage_runs_once_per_key(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path / "bundle")
+    record, ran = bundle.run_stage("make", {"a": 1}, ["made"], write("one"))
+    assert ran and record["result"] == {"text": "one"} and record["seconds"] >= 0
+    assert list(record["files"]) == ["made/deep/file"]
+    record, ran = bundle.run_stage("make", {"a": 1}, ["made"], write("never"))
+    assert not ran and record["result"] == {"text": "one"}
+    record, ran = bundle.run_stage("make", {"a": 2}, ["made"], write("two"))
+    assert ran and (bundle.folder / "made/deep/file").read_text() == "two"
+
+
+def test_a_changed_output_runs_the_stage_again(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    bundle.run_stage("make", 1, ["made"], write("one"))
+    (tmp_path / "made/deep/file").write_text("edited")
+    with pytest.raises(CapaError, match=r"made/deep/file: missing or changed since it was built"):
+        bundle.verify("make")
+    assert bundle.run_stage("make", 1, ["made"], write("one"))[1]
+    bundle.verify("make")
+
+
+def test_a_failed_stage_leaves_what_was_there(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    bundle.run_stage("make", 1, ["made"], write("one"))
+
+    def fail(scratch: Path) -> dict[str, Any]:
+        write("half")(scratch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bundle.run_stage("make", 2, ["made"], fail)
+    assert (tmp_path / "made/deep/file").read_text() == "one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "made"]
+    bundle.verify("make")
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    def full(_scratch: Path) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CapaError, match="No space left on device; nothing was changed"):
+        Bundle(tmp_path).run_stage("make", 1, ["made"], full)
+
+
+def test_opening_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(CapaError, match="not a bundle"):
+        Bundle.open(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(CapaError, match="damaged manifest"):
+        Bundle.open(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"version": 99, "stages": {}}))
+    with pytest.raises(CapaError, match="version 99"):
+        Bundle.open(tmp_path)
+
+
+def test_a_moved_bundle_is_still_good(tmp_path: Path) -> None:
+    Bundle(tmp_path / "a").run_stage("make", 1, ["made"], write("one"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    Bundle.open(tmp_path / "b").verify("make")
+
+
+def test_digest_does_not_depend_on_order() -> None:
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})

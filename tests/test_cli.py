@@ -1,0 +1,354 @@
+"""The command line end to end on a small model, and every bad input as one line with its exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from capa_export.cli import main
+from capa_export.errors import ExitCode
+from capa_export.shipped import shipped
+from tests.conftest import noise, random_model, save_model
+
+Result = tuple[int, str, str]
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs a command line; gives its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped recipe, made small, over the small checkpoint."""
+    text = (shipped("graphs") / "qwen25vl.toml").read_text(encoding="utf-8")
+    text = text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(checkpoint)).replace("layer = 3,", "layer = 2,")
+    text = text.replace("prompts = 32", "prompts = 4").replace("steps = 16", "steps = 4\naccuracy_samples = 4")
+    # Random weights are linear nowhere near 0.96.
+    text = text.replace("eta = 0.96", "eta = 0.5").replace("alternatives = [11, 21]", "")
+    path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, size in enumerate(((224, 224), (140, 196), (84, 336))):
+        noise(*size, index).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(recipe: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished bundle without engines. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("bundle") / "out"
+    assert main(["build", "-m", str(recipe), "--images", str(pictures), "-t", "onnx", "-o", str(out)]) == ExitCode.OK
+    return out
+
+
+@pytest.fixture
+def spare(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "spare"))
+
+
+def test_a_bundle_holds_what_the_readme_lists(bundle: Path) -> None:
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert {
+        "capa_manifest.json",
+        "calibration.safetensors",
+        "parity.json",
+        "report.html",
+        "onnx/llm/prefill.onnx",
+        "onnx/llm/decode.onnx",
+        "onnx/llm/model.onnx.data",
+        "onnx/llm/embedding.safetensors",
+        "onnx/llm/config.json",
+        "onnx/llm/tokenizer.json",
+        "onnx/visual/model.onnx",
+        "onnx/visual/model.onnx.data",
+        "onnx/visual/preprocessor_config.json",
+    } <= files
+    manifest = json.loads((bundle / "capa_manifest.json").read_text())
+    assert set(manifest["stages"]) == {"calibrate", "export", "validate"}
+    assert manifest["stages"]["export"]["result"]["linear_layers"]
+
+
+def test_a_second_build_does_nothing_and_another_ratio_only_validates(
+    cli: Cli, spare: Path, recipe: Path, pictures: Path
+) -> None:
+    options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", spare)
+    code, _, err = cli("build", *options)
+    assert code == 0
+    assert [line.split(maxsplit=1)[1] for line in err.splitlines() if line[0] != " "] == ["up to date"] * 3
+    code, out, err = cli("build", *options, "--ratio", 0.5, "--json")
+    assert code == 0 and json.loads(out)["schedule"] == [{"layer": 2, "ratio": 0.5}]
+    stages = {line.split()[0]: "up to date" in line for line in err.splitlines() if line[0] != " "}
+    assert stages == {"calibrate": True, "export": True, "validate": False}
+    assert "ratio 0.5 after layer 2: kept 512 of 1024 visual tokens" in err
+
+
+def test_engines_build_from_the_bundle(cli: Cli, spare: Path) -> None:
+    code, out, _ = cli("engine", spare, "-t", "rtx", "--weights", "external", "--json")
+    assert code == 0
+    engines = json.loads(out)["engines"]
+    assert set(engines) == {"visual/visual", "llm/prefill", "llm/decode"}
+    assert all(row["weight_copies"] == 0 and row["custom_layers"] == 0 for row in engines.values())
+    layers = json.loads((spare / "engines/rtx/llm/decode.layers.json").read_text())
+    assert any("model/layers.4/self_attn" in name for layer in layers for name in layer["onnx"])
+
+
+def test_run_answers_from_the_bundle_alone(cli: Cli, spare: Path, pictures: Path) -> None:
+    question = ("--prompt", "what color is the star ?", "--image", pictures / "0.png", "--max-new-tokens", 3)
+    code, out, err = cli("run", spare, *question)
+    assert code == 0 and out.strip() and "kept 16 of 64 visual tokens after layer 2" in err
+    code, streamed, _ = cli("run", spare, *question, "--ratio", 0)
+    code, out, _ = cli("run", spare, *question, "--ratio", 0, "--json")
+    result = json.loads(out)
+    assert result["stages"] == [{"layer": 2, "kept": 64, "visual": 64}]
+    assert result["answer"] == streamed.strip()
+    assert result["new_tokens"] <= 3
+    code, _, err = cli("run", spare, "--prompt", "hello", "--max-new-tokens", 1)
+    assert code == 0 and "kept 0 of 0" in err
+
+
+def test_validate_again_and_inspect(cli: Cli, bundle: Path, pictures: Path) -> None:
+    code, out, _ = cli("validate", bundle, "--images", pictures)
+    assert code == 0 and "parity: passed" in out
+    code, out, _ = cli("inspect", bundle)
+    assert code == 0 and "every file is as it was built" in out
+    code, out, _ = cli("inspect", bundle, "--json")
+    assert json.loads(out)["recipe"]["name"] == "small"
+
+
+def test_calibrate_in_two_halves_and_merge(cli: Cli, recipe: Path, pictures: Path, tmp_path: Path) -> None:
+    for part, names in (("a", ("0.png", "1.png")), ("b", ("2.png",))):
+        (tmp_path / f"pictures-{part}").mkdir()
+        for name in names:
+            shutil.copy(pictures / name, tmp_path / f"pictures-{part}")
+        options = ("-m", recipe, "--images", tmp_path / f"pictures-{part}", "-o", tmp_path / part)
+        assert cli("calibrate", *options)[0] == 0
+    merge = ("calibrate", "--merge", tmp_path / "a", tmp_path / "b" / "calibration.safetensors", "-o", tmp_path / "c")
+    code, out, _ = cli(*merge, "-m", recipe, "--json")
+    merged = json.loads(out)
+    assert code == 0 and merged["samples"] == 3
+    code, out, _ = cli("calibrate", "-m", recipe, "--images", pictures, "-o", tmp_path / "whole", "--json")
+    whole = json.loads(out)
+    assert merged["linear_layers"] == whole["linear_layers"] and merged["absmax"] == whole["absmax"]
+    assert cli("export", "-m", recipe, "-o", tmp_path / "c")[0] == 0
+    other = ("export", "-m", recipe, "-o", tmp_path / "d", "--calibration", tmp_path / "c", "--precision", "fp32")
+    assert cli(*other)[0] == 0
+
+
+def test_plan_needs_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from capa_export.cli import main; "
+        f"status = main(['build', '-m', {str(recipe)!r}, '-o', 'x', '--dry-run', '--json']); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["stages"] == [{"layer": 2, "kept": 256, "visual": 1024}]
+    assert plan["prefill"]["ratio"] > 1.5
+
+
+def test_tables_for_people(cli: Cli, recipe: Path) -> None:
+    assert "kept 256 of 1024" in cli("plan", "-m", recipe)[1]
+    assert "tiny-qwen25vl" in cli("models")[1] and "tensorrt-rtx" in cli("targets")[1]
+    assert json.loads(cli("models", "--json")[1]) and json.loads(cli("targets", "--json")[1])
+    assert cli("--version")[1].strip()
+
+
+USAGE = {
+    "unknown model": (["build", "-m", "llama", "-o", "x"], "unknown model 'llama'; known models: "),
+    "unknown target": (["build", "-m", "qwen25vl", "-o", "x", "-t", "nano"], "unknown target 'nano'; known targets: "),
+    "ratio of one": (["build", "-m", "qwen25vl", "-o", "x", "--ratio", "1"], "--ratio 1: the fraction of visual"),
+    "negative ratio": (["plan", "-m", "qwen25vl", "--ratio", "-0.1"], "--ratio -0.1"),
+    "negative layer": (["plan", "-m", "qwen25vl", "--prune-layer", "-1"], "--prune-layer -1"),
+    "merge of nothing": (["calibrate", "--merge", "-o", "x"], "--merge takes calibrations"),
+    "calibrate nothing": (["calibrate", "-o", "x"], "calibrate needs --model"),
+    "unknown option": (["build", "--mdl"], "No such option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
+def test_usage_errors(cli: Cli, arguments: list[str], message: str) -> None:
+    code, out, err = cli(*arguments)
+    assert code == ExitCode.USAGE and message in err and not out
+
+
+def test_recipe_errors_name_the_key(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text(recipe.read_text().replace("eta = 0.5", "etta = 0.5"))
+    code, _, err = cli("plan", "-m", bad)
+    assert code == ExitCode.USAGE and "unknown key ffn.etta; known keys: eta, paper_layers" in err
+    bad.write_text(recipe.read_text().replace("ratio = 0.75", "ratio = 1.75"))
+    assert "prune.schedule.0.ratio" in cli("plan", "-m", bad)[2]
+    bad.write_text("family = [")
+    assert str(bad) in cli("plan", "-m", bad)[2]
+
+
+def preflight(cli: Cli, message: str, *arguments: object) -> None:
+    code, out, err = cli(*arguments)
+    assert code == ExitCode.PREFLIGHT, err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert message in err, err
+    assert not out
+
+
+def damaged(checkpoint: Path, folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_bad_checkpoints(cli: Cli, checkpoint: Path, recipe: Path, pictures: Path, tmp_path: Path) -> None:
+    options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out", "--checkpoint")
+    preflight(cli, "no such folder", "build", *options, tmp_path / "none")
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = next(
+        key for key in load_file(checkpoint / "model.safetensors") if key.endswith("layers.1.mlp.up_proj.weight")
+    )
+    missing = damaged(checkpoint, tmp_path / "missing", lambda tensors: tensors.pop(stored))
+    preflight(cli, f"tensor {name} is missing", "build", *options, missing)
+    extra = damaged(checkpoint, tmp_path / "extra", lambda tensors: tensors.update({"lora_A": np.ones(2, np.float32)}))
+    preflight(cli, "tensor lora_A has no place", "build", *options, extra)
+    nan = damaged(checkpoint, tmp_path / "nan", lambda tensors: tensors[stored].fill(np.nan))
+    preflight(cli, name, "build", *options, nan)
+
+    shard = tmp_path / "truncated" / "model.safetensors"
+    shutil.copytree(checkpoint, shard.parent)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    preflight(cli, "truncated", "build", *options, shard.parent)
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["LlavaForConditionalGeneration"]}))
+    preflight(cli, "holds LlavaForConditionalGeneration, this recipe is for Qwen2_5", "build", *options, other)
+    preflight(cli, "layers 0 to 4", "build", *options, checkpoint, "--prune-layer", 4)
+    assert not (tmp_path / "out" / "onnx").exists()
+
+
+def test_bad_pictures(cli: Cli, recipe: Path, tmp_path: Path, bundle: Path) -> None:
+    options = ("-m", recipe, "-t", "onnx", "-o", tmp_path / "out", "--images")
+    preflight(cli, "no such folder of pictures", "build", *options, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    preflight(cli, "no pictures in this folder", "build", *options, tmp_path / "empty")
+    (tmp_path / "empty" / "bad.png").write_bytes(b"\x89PNG broken")
+    preflight(cli, "bad.png: not a readable picture", "build", *options, tmp_path / "empty")
+    preflight(cli, "pass --images FOLDER", "build", "-m", recipe, "-t", "onnx", "-o", tmp_path / "out")
+    preflight(cli, "no such picture", "run", bundle, "--prompt", "x", "--image", tmp_path / "none.png")
+    preflight(cli, "not a readable picture", "run", bundle, "--prompt", "x", "--image", tmp_path / "empty" / "bad.png")
+
+
+def test_a_changed_bundle_is_refused(cli: Cli, spare: Path, pictures: Path) -> None:
+    path = spare / "onnx/llm/model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    for command in (
+        ("run", spare, "--prompt", "x"),
+        ("validate", spare, "--images", pictures),
+        ("engine", spare),
+        ("inspect", spare),
+    ):
+        preflight(cli, "onnx/llm/model.onnx.data: missing or changed since it was built", *command)
+
+
+def test_a_bundle_is_validated_with_its_own_checkpoint(cli: Cli, bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other", random_model(7))
+    preflight(
+        cli,
+        "is not the checkpoint this bundle was made from",
+        "validate",
+        bundle,
+        "--images",
+        pictures,
+        "--checkpoint",
+        other,
+    )
+
+
+def test_a_wrong_graph_exits_with_6(cli: Cli, spare: Path, recipe: Path, pictures: Path) -> None:
+    """A fault that was built in, hashes and all: only validation can see it."""
+    path = spare / "onnx/llm/prefill.onnx"
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "RMSNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.3)
+    ir.save(model, path)
+    from capa_export.bundle import Bundle, file_digest
+
+    opened = Bundle(spare)
+    stages: Any = opened.manifest["stages"]
+    stages["export"]["files"]["onnx/llm/prefill.onnx"] = file_digest(path)
+    opened.update(stages=stages)
+    code, out, err = cli("validate", spare, "--images", pictures)
+    assert code == ExitCode.PARITY
+    assert "parity: FAILED" in out and "fp16 ONNX against eager CAPA fp32" in err
+    assert json.loads((spare / "parity.json").read_text())["passed"] is False
+
+
+def test_an_impossible_gpu_is_refused_at_once(cli: Cli, spare: Path, tmp_path: Path) -> None:
+    orin = tmp_path / "orin.toml"
+    text = (shipped("engines") / "rtx.toml").read_text()
+    orin.write_text(text.replace('compute_capabilities = ["8.6", "8.9", "12.0"]', 'compute_capabilities = ["8.7"]', 1))
+    code, _, err = cli("engine", spare, "-t", orin)
+    assert code == ExitCode.ENGINE and "for compute capability 8.7; it can for 8.0" in err
+
+
+def test_fp16_that_would_overflow_is_refused(
+    cli: Cli, model: Any, recipe: Path, pictures: Path, tmp_path: Path
+) -> None:
+    hot = save_model(tmp_path / "hot", random_model())
+    tensors = load_file(hot / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.3.mlp.down_proj.weight"))
+    tensors[name] *= 1e6
+    save_file(tensors, hot / "model.safetensors", metadata={"format": "pt"})
+    options = ("build", "-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out", "--checkpoint", hot)
+    code, _, err = cli(*options)
+    assert code == ExitCode.PREFLIGHT and "above 65504" in err and "--precision bf16" in err
+
+
+def test_interrupt_keeps_finished_stages(
+    cli: Cli, recipe: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("capa_export.export.write_onnx", interrupted)
+    code, _, err = cli("build", "-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out")
+    assert code == ExitCode.INTERRUPTED and "finished stages are kept" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "calibration.safetensors",
+        "capa_manifest.json",
+    ]
+
+
+def test_debug_shows_the_traceback() -> None:
+    from capa_export.errors import CapaError
+
+    with pytest.raises(CapaError):
+        main(["build", "-m", "llama", "-o", "x", "--debug"])

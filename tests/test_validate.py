@@ -1,0 +1,190 @@
+"""The parity gates pass a healthy export and fail every planted fault."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from capa_export.eager import Eager
+from capa_export.export import Source, write_onnx
+from capa_export.families import qwen25vl
+from capa_export.parity import Comparison, Trace
+from capa_export.prompt import Prompter
+from capa_export.recipe import Stage, load_recipe
+from capa_export.samples import samples_from
+from capa_export.validate import Subject, compare_onnx, eager_trace, validate
+from tests.conftest import noise
+
+SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
+RECIPE = load_recipe("qwen25vl")
+
+
+@pytest.fixture(scope="module")
+def subject(model: Any, source: Source, prompter: Prompter, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("validate")
+    for precision in ("fp16", "fp32"):
+        write_onnx(source, precision, folder / precision, prune_layers=(2,), scales=SCALES, dense=precision == "fp32")
+    return Subject(
+        model=model,
+        family=qwen25vl,
+        prompter=prompter,
+        schedule=(Stage(layer=2, ratio=0.75),),
+        scales=SCALES,
+        precision="fp16",
+        onnx=folder / "fp16",
+        fp32_onnx=folder / "fp32",
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, size in enumerate(((224, 224), (140, 196), (84, 336))):
+        noise(*size, index).save(folder / f"{index}.png")
+    return folder
+
+
+def test_a_healthy_export_passes(subject: Subject, pictures: Path) -> None:
+    prompts = samples_from(pictures, RECIPE, 6, split="held_out", repeat=True)
+    recipe = RECIPE.model_copy(update={"parity": RECIPE.parity.model_copy(update={"steps": 4})})
+    parity = validate(subject, recipe, prompts, samples_from(pictures, RECIPE, 3, split="held_out"))
+    assert parity["passed"], parity["failures"]
+    dense, fp32, fp16 = parity["export_error"]
+    assert dense["kept_iou_min"] == fp32["kept_iou_min"] == 1
+    assert fp32["same_tokens"] == 6 and fp32["steps"] == 24
+    assert 0 < fp32["relative_error"] < fp16["relative_error"] < 0.05
+    assert fp16["precision_noise"] > 0
+    assert set(parity["method_error"]["kl_from_dense"]) == {"capa", "random"}
+    assert "accuracy" not in parity["method_error"]
+
+
+def nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
+    return (node for node in model.graph if node.op_type == op_type)
+
+
+def set_weight(model: ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=name)
+
+
+def insert_after(model: ir.Model, node: ir.Node, op_type: str, *others: ir.Value) -> None:
+    """Put one operator between a node's first output and the nodes that read it; graph outputs stay as they are."""
+    old = node.outputs[0]
+    readers = tuple(old.uses())
+    new = ir.node(op_type, [old, *others])
+    new.outputs[0].name, new.outputs[0].type = f"{old.name}/fault", old.type
+    model.graph.insert_after(node, new)
+    for reader in readers:
+        reader.node.replace_input_with(reader.idx, new.outputs[0])
+
+
+def constant(model: ir.Model, array: np.ndarray) -> ir.Value:
+    value = ir.Value(name="fault", type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+    value.const_value = ir.tensor(array, name="fault")
+    model.graph.register_initializer(value)
+    return value
+
+
+def alpha_dropped(model: ir.Model) -> None:
+    set_weight(model, "model.layers.1.visual_scale", np.ones_like)
+
+
+def alpha_of_another_layer(model: ir.Model) -> None:
+    set_weight(model, "model.layers.1.visual_scale", lambda _: SCALES[3].astype(np.float32))
+
+
+def gather_off_by_one(model: ir.Model) -> None:
+    node = next(nodes(model, "TopKKeep"))
+    # 0 becomes -1, which ONNX reads as the last row.
+    insert_after(model, node, "Sub", constant(model, np.array(1)))
+
+
+def heads_swapped(model: ir.Model) -> None:
+    swap = np.r_[16:32, 0:16, 32:64]
+    set_weight(model, "model.layers.3.self_attn.o_proj.weight", lambda w: np.ascontiguousarray(w[:, swap]))
+
+
+def scores_without_output_weight(model: ir.Model) -> None:
+    identity = constant(model, np.eye(64, dtype=np.float32))
+    next(nodes(model, "ContributionScore")).replace_input_with(3, identity)
+
+
+def text_rows_not_merged(model: ir.Model) -> None:
+    node = next(nodes(model, "VisualScale"))
+    scaled = ir.node("Mul", list(node.inputs[:2]))
+    scaled.outputs[0].name, scaled.outputs[0].type = "fault/output", node.outputs[0].type
+    model.graph.insert_before(node, scaled)
+    node.outputs[0].replace_all_uses_with(scaled.outputs[0])
+
+
+def causal_mask_lost(model: ir.Model) -> None:
+    for node in nodes(model, "Attention"):
+        node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+
+
+def nan_weight(model: ir.Model) -> None:
+    set_weight(model, "model.norm.weight", lambda w: np.where(np.arange(64) == 5, np.nan, w).astype(w.dtype))
+
+
+FAULTS = [
+    alpha_dropped,
+    alpha_of_another_layer,
+    gather_off_by_one,
+    heads_swapped,
+    scores_without_output_weight,
+    text_rows_not_merged,
+    causal_mask_lost,
+    nan_weight,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_fails_the_gate(
+    subject: Subject, pictures: Path, tmp_path: Path, fault: Callable[[ir.Model], None]
+) -> None:
+    for part in ("llm", "visual"):
+        (tmp_path / part).mkdir()
+        for path in (subject.fp32_onnx / part).iterdir():
+            (tmp_path / part / path.name).symlink_to(path)
+    model = ir.load(subject.fp32_onnx / "llm" / "prefill.onnx")
+    ir.external_data.load_to_model(model)
+    fault(model)
+    (tmp_path / "llm" / "prefill.onnx").unlink()
+    ir.save(model, tmp_path / "llm" / "prefill.onnx")
+
+    eager = Eager(subject.model)
+    samples = samples_from(pictures, RECIPE, 3, split="held_out")
+    prompts = [subject.prompter(sample.question, [sample.image]) for sample in samples]
+    references = [eager_trace(subject, eager, prompt, subject.plan(prompt), 2) for prompt in prompts]
+    broken = compare_onnx(subject, "fp32", tmp_path, eager, prompts, references, 0.0)
+    assert broken.failures(RECIPE.parity.fp32)
+    healthy = compare_onnx(subject, "fp32", subject.fp32_onnx, eager, prompts, references, 0.0)
+    assert not healthy.failures(RECIPE.parity.fp32)
+
+
+def test_the_fp16_gate_fails_a_dropped_alpha(subject: Subject) -> None:
+    comparison = Comparison("fp16 ONNX", "eager", noise=0.01)
+    wanted = np.array([[3.0, 1.0, -2.0]], np.float32)
+    comparison.add(Trace(np.array([[1.0, 3.0, -2.0]], np.float32), []), Trace(wanted, []), 0)
+    failures = " ".join(comparison.failures(RECIPE.parity.fp16))
+    assert "cosine" in failures and "top-1 differs at 1 of 1" in failures
+
+
+def test_a_nan_never_passes() -> None:
+    comparison = Comparison("x", "y")
+    comparison.add(Trace(np.array([[1.0, np.nan]]), []), Trace(np.array([[1.0, 2.0]]), []), 0)
+    comparison.add(Trace(np.array([[1.0, 2.0]]), []), Trace(np.array([[1.0, 2.0]]), []), 0)
+    assert len(comparison.failures(RECIPE.parity.bf16)) >= 2
+
+
+def test_iou_leaves_text_out() -> None:
+    comparison = Comparison("x", "y")
+    logits = np.ones((1, 4)) + np.arange(4)
+    own, wanted = [np.array([0, 1, 5, 9])], [np.array([0, 1, 5, 8])]
+    comparison.add(Trace(logits, own), Trace(logits, own), 3, flipped=wanted)
+    assert comparison.kept_iou == [0.0] and comparison.replayed == 1
