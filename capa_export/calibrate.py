@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
+from math import isfinite, isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
+from capa_export.errors import CapaError
 from capa_export.progress import Report, silent
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
@@ -28,6 +30,9 @@ def calibrate(
     """Stream the samples through the dense model and keep sums only.
 
     x is the residual stream before the post-attention norm and y = x + FFN(norm(x)) (CAPA, section 4.2).
+
+    Raises:
+        CapaError: the model yields NaN or infinity.
     """
     text = model.model.language_model
     size, num_layers = model.config.text_config.hidden_size, len(text.layers)
@@ -41,6 +46,8 @@ def calibrate(
             with torch.no_grad():
                 embeds, position_ids = family.eager_inputs(model, prompt)
                 text(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+            if broken := [name for name, largest in absmax.items() if not isfinite(largest)]:
+                raise CapaError(_why_not_finite(model, broken[0]))
             for layer, (x_TD, y_TD) in seen.items():
                 _add(sums[layer], x_TD, y_TD, is_visual)
     report("calibrate", samples.count, samples.count)
@@ -50,6 +57,14 @@ def calibrate(
         layers=sums,
         absmax=dict(sorted(absmax.items())),
     )
+
+
+def _why_not_finite(model: Any, block: str) -> str:
+    tensors = (name for name, tensor in model.named_parameters() if not tensor.isfinite().all())
+    tensor = next(tensors, None)
+    if tensor is None:
+        return f"the output of {block} is not finite, even in FP32: the checkpoint does not work as it is"
+    return f"tensor {tensor} holds NaN or infinity; download the checkpoint again"
 
 
 def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None:
@@ -103,7 +118,9 @@ def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
     def watch(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             values = output[0] if isinstance(output, tuple) else output
-            absmax[name] = max(absmax.get(name, 0.0), float(values.abs().max()))
+            largest = float(values.abs().max())
+            # max() would drop a NaN.
+            absmax[name] = largest if isnan(largest) else max(absmax.get(name, 0.0), largest)
 
         return hook
 

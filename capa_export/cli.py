@@ -60,6 +60,7 @@ ImagesOpt = Annotated[
     Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")
 ]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
+CalibrationOpt = Annotated[Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")]
 PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
 TargetOpt = Annotated[
     str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
@@ -91,6 +92,7 @@ def build(
     ffn: FfnOpt = True,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     target: TargetOpt = "rtx",
     weights: WeightsOpt = Weights.embedded,
@@ -120,6 +122,7 @@ def build(
             revision=revision,
             images=images,
             samples=samples,
+            calibration=calibration,
             precision=precision.value,
             ffn=ffn,
             weights=weights.value,
@@ -198,33 +201,30 @@ def export(
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     ffn: FfnOpt = True,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Calibration file or bundle [default: the one in --out].")
-    ] = None,
+    calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
-    from capa_export.calibration import Calibration
     from capa_export.progress import progress
 
     recipe, bundle = _recipe(model, ratio, prune_layer), Bundle(out)
-    if calibration is not None:
-        file = calibration / pipeline.CALIBRATION if calibration.is_dir() else calibration
-        pipeline.adopt_calibration(bundle, Calibration.load(file))
     with progress() as report:
         job = pipeline.Job(
             recipe=recipe,
             bundle=bundle,
             checkpoint=checkpoint or recipe.checkpoint,
             revision=revision,
+            calibration=calibration,
             precision=precision.value,
             ffn=ffn,
             command=sys.argv[1:],
             report=report,
         )
+        if calibration is not None:
+            pipeline.calibrate(job)
         pipeline.export(job)
     if as_json:
         _print_json(bundle.stage("export"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,8 @@ class Job:
     checkpoint: str
     revision: str | None = None
     images: Path | None = None
+    calibration: Path | None = None
+    """Finished elsewhere, in place of a run; a file, or a bundle folder."""
     samples: int | None = None
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     ffn: bool = True
@@ -129,12 +132,25 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
+    if target.engine is not None:
+        check_runtime(target)
     check_layers(job)
     calibrate(job)
     export(job)
     if target.engine is not None:
         engine(job.bundle, target, weights=job.weights, report=job.report)
     return validate(job)
+
+
+def check_runtime(target: Target) -> None:
+    """Refuse a target whose builder is not installed, before anything is run."""
+    runtime = target.require_engine().runtime
+    if find_spec(runtime.replace("-", "_")) is None:
+        raise CapaError(
+            f"target {target.name} needs {runtime}, which is not installed: pip install capa-export[rtx], "
+            "or build with --target onnx",
+            ExitCode.ENGINE,
+        )
 
 
 def check_layers(job: Job) -> None:
@@ -151,6 +167,13 @@ def check_layers(job: Job) -> None:
 def calibrate(job: Job) -> Calibration:
     """Measure the dense model, or read what an earlier run measured."""
     from capa_export.samples import samples_from
+
+    if job.calibration is not None:
+        file = job.calibration / CALIBRATION if job.calibration.is_dir() else job.calibration
+        calibration = Calibration.load(file)
+        adopt_calibration(job.bundle, calibration)
+        _say_linear(calibration, job.recipe)
+        return calibration
 
     count = job.samples or job.recipe.calibration.samples
     samples = samples_from(job.images, job.recipe, count, split="train")
@@ -196,7 +219,7 @@ def export(job: Job) -> None:
         say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
     scales = {}
     calibration = None
-    if (job.bundle.folder / CALIBRATION).exists() or job.ffn:
+    if job.ffn or (job.bundle.folder / CALIBRATION).exists():
         calibration = Calibration.load(job.bundle.folder / CALIBRATION)
         _audit(calibration, job)
         if job.ffn:
@@ -387,7 +410,8 @@ def _audit(calibration: Calibration, job: Job) -> None:
     for name, largest in calibration.absmax.items():
         if largest > FP16_MAX:
             raise CapaError(
-                f"{name} reaches {largest:.3g}, above {FP16_MAX:.0f}, the largest FP16 number; build with --precision bf16"
+                f"{name} reaches {largest:.3g}, above {FP16_MAX:.0f}, the largest FP16 number; "
+                "build with --precision bf16"
             )
         if largest > FP16_MAX / 4:
             say(f"warning: {name} reaches {largest:.3g}, {largest / FP16_MAX:.0%} of the largest FP16 number")

@@ -137,7 +137,8 @@ def load_recipe(model: str) -> Recipe:
     path = Path(model) if model.endswith(".toml") else shipped("graphs") / f"{model}.toml"
     if not model.endswith(".toml") and model not in shipped_names("graphs"):
         raise CapaError(
-            f"unknown model {model!r}; known models: {', '.join(shipped_names('graphs'))}, or the path of a .toml recipe",
+            f"unknown model {model!r}; known models: {', '.join(shipped_names('graphs'))}, "
+            "or the path of a .toml recipe",
             ExitCode.USAGE,
         )
     recipe = read_toml(path, Recipe, name=path.stem)

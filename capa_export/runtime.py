@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnxruntime
 from capa_export.checkpoint import open_tensors
 from capa_export.errors import CapaError
 from capa_export.prompt import Picture, Prompt
+from capa_export.widen import is_bfloat16, widen
 
 __all__ = ["OnnxModel", "PrefillRun", "greedy"]
 
@@ -35,17 +37,22 @@ class PrefillRun:
 
 
 class OnnxModel:
-    """The graphs of one `onnx/` folder and its embedding table."""
+    """The graphs of one `onnx/` folder and its embedding table; bf16 graphs compute in FP32 over their bf16 weights."""
 
     def __init__(self, folder: Path, *, prefill: str = "prefill.onnx", threads: int = 0) -> None:
         self.folder, self.threads = folder, threads
         self.prefill_file = prefill
+        self._scratch = TemporaryDirectory(prefix="capa-export-")
 
     def _session(self, file: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         path = self.folder / file
+        if is_bfloat16(path):
+            widened = Path(self._scratch.name) / file
+            widen(path, widened)
+            path = widened
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.

@@ -49,7 +49,8 @@ def calibration_table(summary: dict[str, Any]) -> None:
     console.print(table)
     largest = summary["largest"]
     console.print(
-        f"largest activation: {largest['absmax']:.4g} in {largest['block']} ({largest['of_fp16_max']:.1%} of FP16's range)"
+        f"largest activation: {largest['absmax']:.4g} in {largest['block']} "
+        f"({largest['of_fp16_max']:.1%} of FP16's range)"
     )
     console.print(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 

@@ -22,6 +22,11 @@ from capa_export.samples import Samples
 
 __all__ = ["Subject", "compare_onnx", "eager_trace", "validate"]
 
+_NOTES = {
+    "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
+    "fp16": "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
+    "bf16": "ONNX Runtime's CPU provider has no bf16 kernels: the bf16 weights were run in FP32 arithmetic.",
+}
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -90,10 +95,7 @@ def validate(
         "linear_layers": sorted(subject.scales),
         "export_error": results,
         "method_error": effect,
-        "notes": [
-            "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
-            "No engine was run.",
-        ],
+        "notes": [_NOTES[subject.precision], "No engine was run."],
     }
 
 

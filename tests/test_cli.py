@@ -235,7 +235,7 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, recipe: Path, pictures: Pat
     extra = damaged(checkpoint, tmp_path / "extra", lambda tensors: tensors.update({"lora_A": np.ones(2, np.float32)}))
     preflight(cli, "tensor lora_A has no place", "build", *options, extra)
     nan = damaged(checkpoint, tmp_path / "nan", lambda tensors: tensors[stored].fill(np.nan))
-    preflight(cli, name, "build", *options, nan)
+    preflight(cli, "layers.1.mlp.up_proj.weight holds NaN or infinity", "build", *options, nan)
 
     shard = tmp_path / "truncated" / "model.safetensors"
     shutil.copytree(checkpoint, shard.parent)
@@ -352,3 +352,18 @@ def test_debug_shows_the_traceback() -> None:
 
     with pytest.raises(CapaError):
         main(["build", "-m", "llama", "-o", "x", "--debug"])
+
+
+def test_bf16_runs_widened(cli: Cli, spare: Path, recipe: Path, pictures: Path) -> None:
+    options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", spare, "--precision", "bf16", "--json")
+    code, out, _ = cli("build", *options)
+    parity = json.loads(out)
+    assert code == 0 and parity["export_error"][-1]["artefact"] == "bf16 ONNX"
+    assert parity["export_error"][-1]["relative_error"] > parity["export_error"][1]["relative_error"]
+    assert "no bf16 kernels" in parity["notes"][0]
+
+
+def test_a_target_without_its_builder_is_refused_first(cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capa_export.pipeline.find_spec", lambda _: None)
+    code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
+    assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()

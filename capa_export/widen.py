@@ -1,0 +1,41 @@
+"""A bf16 graph as FP32, with the values of its bf16 weights: ONNX Runtime's CPU provider has no bf16 kernels."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+__all__ = ["is_bfloat16", "widen"]
+
+_BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def is_bfloat16(path: Path) -> bool:
+    """Whether the ONNX file at `path` has bf16 inputs."""
+    return any(value.dtype == _BF16 for value in ir.load(path).graph.inputs)
+
+
+def widen(source: Path, target: Path) -> None:
+    """Write the graph at `source` to `target`, every bf16 value FP32; weights stream into `<target>.data`."""
+    model = ir.load(source)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype == _BF16:
+            value.const_value = _widened(value.const_value)
+    for node in model.graph:
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _BF16:
+                node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
+            elif (node.op_type, name) == ("Cast", "to") and attribute.as_int() == _BF16:
+                node.attributes[name] = ir.AttrInt64(name, _FP32)
+    everything = [*model.graph.inputs, *model.graph.initializers.values()]
+    for value in [*everything, *(output for node in model.graph for output in node.outputs)]:
+        if value.dtype == _BF16:
+            value.type = ir.TensorType(_FP32)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, target, external_data=f"{target.name}.data")
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def convert() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+    return ir.LazyTensor(convert, _FP32, ir.Shape(tensor.shape), name=tensor.name)
