@@ -35,7 +35,7 @@ def calibrate(
         CapaError: the model yields NaN or infinity.
     """
     text = model.model.language_model
-    size, num_layers = model.config.text_config.hidden_size, len(text.layers)
+    size, num_layers = text.config.hidden_size, len(text.layers)
     sums = [LayerSums.zeros(size) for _ in range(num_layers)]
     absmax: dict[str, float] = {}
     with _watch_ranges(model, absmax), _watch_ffns(text.layers) as seen:

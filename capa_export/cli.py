@@ -60,7 +60,9 @@ ImagesOpt = Annotated[
     Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")
 ]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
-CalibrationOpt = Annotated[Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")]
+CalibrationOpt = Annotated[
+    Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")
+]
 PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
 TargetOpt = Annotated[
     str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")

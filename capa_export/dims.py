@@ -1,12 +1,12 @@
-"""The dimensions of a model, as every stage needs them, and their reading from `config.json`."""
+"""The dimensions of a model, as every stage needs them, and the reading of `config.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from capa_export.errors import CapaError
 
-__all__ = ["DecoderDims", "ModelDims", "VisionDims", "qwen25vl_dims"]
+__all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims", "refuse_quantized"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,87 +28,80 @@ class DecoderDims:
     """Whether the query, key and value projections have biases."""
     tie_word_embeddings: bool
 
+    @property
+    def position_axes(self) -> int:
+        """Rows of the position ids: time, height and width, or one."""
+        return len(self.mrope_section) or 1
+
+
+class VisionDims(Protocol):
+    """What every stage may ask of a vision tower; its family knows the rest."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, biases and norms, projector included."""
+        ...
+
+    def flops(self, num_visual: int) -> int:
+        """FLOPs of one picture that becomes so many visual tokens."""
+        ...
+
+
+V = TypeVar("V", bound=VisionDims)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionDims:
-    """A vision transformer with window attention and 2 x 2 merging."""
-
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    window_size: int
-    """Side of an attention window in pixels."""
-    fullatt_block_indexes: tuple[int, ...]
-    out_hidden_size: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelDims:
+class ModelDims(Generic[V]):
     """A whole model."""
 
     decoder: DecoderDims
-    vision: VisionDims
+    vision: V
     image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    """Stands in the prompt for every visual token."""
 
 
-_VISION_THETA = 10_000.0
-"""Rotary base of the vision tower, which the graph does not vary."""
-
-
-def qwen25vl_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims:
-    """The dimensions of a Qwen2.5-VL, from the `config.json` of transformers 4 (flat) or 5 (`text_config`).
-
-    A key that is absent has the value of transformers' config class, except where that would be a guess at
-    another model's size.
-
-    Args:
-        config: `config.json`, as it is.
-        where: its name in error messages.
-
-    Raises:
-        CapaError: a key is missing or malformed, or the model does something that the graphs do not.
-    """
-    root = _Section(config, where, "")
-    if config.get("model_type") != "qwen2_5_vl":
-        raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'qwen2_5_vl'")
-    text = root.section("text_config") if config.get("text_config") is not None else root
-    for section in (root, text):
+def refuse_quantized(*sections: "Section") -> None:
+    """Refuse a config whose weights are not plain numbers."""
+    for section in sections:
         if section.data.get("quantization_config") is not None:
             raise section.refused(
                 "quantization_config", "use the checkpoint in bf16, fp16 or fp32 that it was made from"
             )
-    return ModelDims(
-        decoder=_decoder(root, text),
-        vision=_vision(root.section("vision_config"), text.count("hidden_size")),
-        image_token_id=root.count("image_token_id", 151655, least=0),
-        video_token_id=root.count("video_token_id", 151656, least=0),
-        vision_start_token_id=root.count("vision_start_token_id", 151652, least=0),
-        vision_end_token_id=root.count("vision_end_token_id", 151653, least=0),
-    )
 
 
-def _decoder(root: "_Section", text: "_Section") -> DecoderDims:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextDefaults:
+    """What transformers' text config takes for a key that `config.json` leaves out."""
+
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    num_kv_heads: int | None
+    """None for as many as query heads."""
+    attention_bias: bool
+    mrope_section: tuple[int, ...] = ()
+    """Empty for one-dimensional positions."""
+
+
+def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> DecoderDims:
+    """The decoder of a `text_config`, or of a flat config that is its own.
+
+    Raises:
+        CapaError: a key is missing or malformed, or the decoder does something that the graphs do not.
+    """
     if text.data.get("use_sliding_window") or "sliding_attention" in (text.data.get("layer_types") or ()):
         raise text.refused("use_sliding_window", "only full attention is supported")
     text.expect("hidden_act", "silu")
     hidden_size, num_heads = text.count("hidden_size"), text.count("num_attention_heads")
-    # transformers reads `null` as "no grouping", an absent key as 8.
-    grouped = "num_key_value_heads" not in text.data or text.data["num_key_value_heads"] is not None
-    num_kv_heads = text.count("num_key_value_heads", 8) if grouped else num_heads
+    # transformers reads `null` as "no grouping".
+    given = text.data.get("num_key_value_heads", defaults.num_kv_heads)
+    num_kv_heads = num_heads if given is None else text.count("num_key_value_heads", defaults.num_kv_heads)
     head_dim = text.count("head_dim", hidden_size // num_heads)
     if head_dim * num_heads != hidden_size:
         raise text.refused("hidden_size", f"{num_heads} heads of {head_dim} must make {hidden_size}")
     if num_heads % num_kv_heads:
         raise text.refused("num_key_value_heads", f"{num_heads} heads must be a multiple of {num_kv_heads}")
-    theta, sections = _rope(text, head_dim)
+    theta, sections = _rope(text, head_dim, defaults)
     return DecoderDims(
         hidden_size=hidden_size,
         intermediate_size=text.count("intermediate_size"),
@@ -116,57 +109,34 @@ def _decoder(root: "_Section", text: "_Section") -> DecoderDims:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=text.count("vocab_size", 152064),
-        rms_norm_eps=text.number("rms_norm_eps", 1e-5),
+        vocab_size=text.count("vocab_size", defaults.vocab_size),
+        rms_norm_eps=text.number("rms_norm_eps", defaults.rms_norm_eps),
         rope_theta=theta,
         mrope_section=sections,
-        attention_bias=True,
+        attention_bias=defaults.attention_bias,
         tie_word_embeddings=bool(root.data.get("tie_word_embeddings") or text.data.get("tie_word_embeddings")),
     )
 
 
-def _rope(text: "_Section", head_dim: int) -> tuple[float, tuple[int, ...]]:
+def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float, tuple[int, ...]]:
     """Base and sections: `rope_parameters` in transformers 5, `rope_scaling` beside `rope_theta` in 4."""
     key = "rope_scaling" if text.data.get("rope_scaling") is not None else "rope_parameters"
-    rope = text.section(key) if text.data.get(key) is not None else _Section({}, text.where, key)
+    rope = text.section(key) if text.data.get(key) is not None else Section({}, text.where, key)
+    supported = ("default", "mrope") if defaults.mrope_section else ("default",)
     rope_type = rope.data.get("rope_type", rope.data.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-        raise rope.refused("rope_type", f"is {rope_type!r}, only 'default' and 'mrope' are supported")
-    sections = rope.counts("mrope_section", (16, 24, 24))
+    if rope_type not in supported:
+        raise rope.refused("rope_type", f"is {rope_type!r}, only {' and '.join(map(repr, supported))} are supported")
+    theta = rope.number("rope_theta", text.number("rope_theta", defaults.rope_theta))
+    if not defaults.mrope_section:
+        return theta, ()
+    sections = rope.counts("mrope_section", defaults.mrope_section)
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         raise rope.refused("mrope_section", f"{list(sections)} must be three numbers that make {head_dim // 2}")
-    return rope.number("rope_theta", text.number("rope_theta", 1_000_000.0)), sections
-
-
-def _vision(vision: "_Section", decoder_size: int) -> VisionDims:
-    vision.expect("hidden_act", "silu")
-    rope = vision.section("rope_parameters") if vision.data.get("rope_parameters") is not None else vision
-    rope.expect("rope_type", "axial")
-    rope.expect("rope_theta", _VISION_THETA)
-    dims = VisionDims(
-        depth=vision.count("depth", 32),
-        hidden_size=vision.count("hidden_size"),
-        intermediate_size=vision.count("intermediate_size", 3420),
-        num_heads=vision.count("num_heads", 16),
-        in_channels=vision.count("in_channels", 3),
-        patch_size=vision.equal_counts("patch_size", 14),
-        temporal_patch_size=vision.equal_counts("temporal_patch_size", 2),
-        spatial_merge_size=vision.count("spatial_merge_size", 2),
-        window_size=vision.count("window_size", 112),
-        fullatt_block_indexes=vision.counts("fullatt_block_indexes", (7, 15, 23, 31), least=0),
-        out_hidden_size=vision.count("out_hidden_size", 3584),
-    )
-    if dims.hidden_size % (4 * dims.num_heads):
-        raise vision.refused("hidden_size", f"{dims.hidden_size} must be a multiple of 4 x {dims.num_heads} heads")
-    if dims.window_size < dims.patch_size * dims.spatial_merge_size:
-        raise vision.refused("window_size", f"{dims.window_size} pixels hold no merged patch")
-    if dims.out_hidden_size != decoder_size:
-        raise vision.refused("out_hidden_size", f"{dims.out_hidden_size} must equal the decoder's {decoder_size}")
-    return dims
+    return theta, sections
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
+class Section:
     """One JSON object of a config, with its place in the file for error messages."""
 
     data: Mapping[str, Any]
@@ -185,11 +155,11 @@ class _Section:
             raise self.refused(key, "is missing; use the config.json that was published with the weights")
         return value
 
-    def section(self, key: str) -> "_Section":
+    def section(self, key: str) -> "Section":
         value = self._value(key, None)
         if not isinstance(value, dict):
             raise self.refused(key, "must be an object")
-        return _Section(cast("dict[str, Any]", value), self.where, f"{self.name}.{key}" if self.name else key)
+        return Section(cast("dict[str, Any]", value), self.where, f"{self.name}.{key}" if self.name else key)
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self._value(key, default)
@@ -202,7 +172,7 @@ class _Section:
         if not isinstance(value, list | tuple):
             raise self.refused(key, f"must be a list of whole numbers, not {value!r}")
         items = cast("list[object]", value)
-        entries = _Section({f"{key}[{i}]": item for i, item in enumerate(items)}, self.where, self.name)
+        entries = Section({f"{key}[{i}]": item for i, item in enumerate(items)}, self.where, self.name)
         return tuple(entries.count(entry, least=least) for entry in entries.data)
 
     def equal_counts(self, key: str, default: int) -> int:

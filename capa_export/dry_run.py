@@ -1,14 +1,13 @@
 """What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory."""
 
 from dataclasses import asdict
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from capa_export.calibration import Calibration
 from capa_export.checkpoint import fetch_config
 from capa_export.pipeline import CALIBRATION, load_family
-from capa_export.plan import decode_flops, flops, kv_cache, parameters, vision_flops
+from capa_export.plan import decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, kept_tokens
 
 __all__ = ["dry_run"]
@@ -37,7 +36,6 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
     sizes: dict[str, Any] = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
     width = _ELEMENT_BYTES[precision]
     total = parameters(dims)
-    side = 2 * isqrt(recipe.visual_tokens)
     data = total.total * width
     return {
         "model": recipe.name,
@@ -52,7 +50,7 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
         "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear)),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
         "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
-        "vision": asdict(vision_flops(dims.vision, rows=side, cols=side)),
+        "vision": {"total": dims.vision.flops(recipe.visual_tokens)},
         "files": {"onnx weights": data, "embedding.safetensors": total.embedding * width},
         "memory": {
             "calibrate": total.total * 4,

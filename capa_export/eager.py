@@ -40,6 +40,8 @@ class Prefill:
     """Layer -> prompt positions [K] that survive it, ascending."""
     scores: dict[int, Tensor]
     """Layer -> contribution of each token that entered it [T], text included."""
+    position_shape: tuple[int, ...]
+    """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
 
 
 class _FrozenCache:
@@ -61,7 +63,7 @@ class Eager:
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, position_ids: Tensor, is_visual: Tensor, plan: EagerPlan) -> Prefill:
-        """Run the prompt `embeds` [1, T, D] at `position_ids` [3, 1, T]; `is_visual` is [T] bool."""
+        """Run the prompt `embeds` [1, T, D] at `position_ids` [3, 1, T] or [1, T]; `is_visual` is [T] bool."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -89,16 +91,19 @@ class Eager:
             if index in plan.scales:
                 after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
             hidden = after
-        return Prefill(self._logits(hidden), cache, kept, scores)
+        return Prefill(self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1))
 
     @torch.no_grad()
-    def step(self, cache: Any, token: int, position: int) -> Tensor:
-        """Logits [V] after one more text token at `position`; the cache grows by it."""
+    def step(self, run: Prefill, token: int, position: int) -> Tensor:
+        """Logits [V] after one more text token at `position`; the run's cache grows by it."""
         hidden = self.text.embed_tokens(torch.tensor([[token]]))
-        rotary = self.text.rotary_emb(hidden, torch.full((3, 1, 1), position))
+        rotary = self.text.rotary_emb(hidden, torch.full(run.position_shape, position))
         for layer in self.text.layers:
             mixed, _ = layer.self_attn(
-                layer.input_layernorm(hidden), attention_mask=None, position_embeddings=rotary, past_key_values=cache
+                layer.input_layernorm(hidden),
+                attention_mask=None,
+                position_embeddings=rotary,
+                past_key_values=run.cache,
             )
             hidden = hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

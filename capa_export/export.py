@@ -43,7 +43,7 @@ class Source:
 
     checkpoint: Checkpoint
     family: Any
-    dims: ModelDims
+    dims: ModelDims[Any]
     tensors: Mapping[str, StoredTensor]
     """By the graph's names."""
 

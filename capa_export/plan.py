@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from capa_export.dims import DecoderDims, ModelDims, VisionDims
+from capa_export.dims import DecoderDims, ModelDims
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = [
@@ -19,12 +19,10 @@ __all__ = [
     "KVGroup",
     "Parameters",
     "PrefillFlops",
-    "VisionFlops",
     "decode_flops",
     "flops",
     "kv_cache",
     "parameters",
-    "vision_flops",
 ]
 
 Schedule = Sequence[tuple[int, int]]
@@ -120,23 +118,6 @@ class Parameters(_Json):
     total: int
     bytes: dict[str, int]
     """Of `total`, by precision."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionFlops(_Json):
-    """One picture's pass through the vision tower."""
-
-    num_patches: int
-    num_visual: int
-    """Tokens that the decoder gets."""
-    patch_embed: int
-    linear: int
-    """Attention projections and FFNs of all blocks."""
-    window_attention: int
-    """Windows as they lie on the picture, without padding."""
-    full_attention: int
-    merger: int
-    total: int
 
 
 def flops(
@@ -282,63 +263,20 @@ def decode_flops(dims: DecoderDims, *, num_visual: int, num_text: int, schedule:
     return DecodeFlops(dense=linear + dense, capa=linear + capa, dense_attention=dense, capa_attention=capa)
 
 
-def parameters(dims: ModelDims) -> Parameters:
+def parameters(dims: ModelDims[Any]) -> Parameters:
     """Count the weights, biases and norms included."""
-    decoder, vision = dims.decoder, dims.vision
+    decoder = dims.decoder
     size, inner = decoder.hidden_size, decoder.intermediate_size
     biases = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim if decoder.attention_bias else 0
     layers = decoder.num_layers * (_projections(decoder) + biases + 3 * size * inner + 2 * size) + size
     embedding = decoder.vocab_size * size
     lm_head = 0 if decoder.tie_word_embeddings else embedding
-    d, f, merged = vision.hidden_size, vision.intermediate_size, _merged_size(vision)
-    block = 4 * d * d + 4 * d + 3 * d * f + 2 * f + d + 2 * d
-    merger = d + merged * merged + merged + merged * vision.out_hidden_size + vision.out_hidden_size
-    tower = d * _patch_values(vision) + vision.depth * block + merger
-    total = embedding + layers + lm_head + tower
+    total = embedding + layers + lm_head + dims.vision.num_parameters
     return Parameters(
         embedding=embedding,
         decoder=layers,
         lm_head=lm_head,
-        vision=tower,
+        vision=dims.vision.num_parameters,
         total=total,
         bytes={"fp32": 4 * total, "fp16": 2 * total, "bf16": 2 * total},
     )
-
-
-def _merged_size(dims: VisionDims) -> int:
-    return dims.hidden_size * dims.spatial_merge_size**2
-
-
-def _patch_values(dims: VisionDims) -> int:
-    return dims.in_channels * dims.temporal_patch_size * dims.patch_size**2
-
-
-def vision_flops(dims: VisionDims, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:
-    """Count one picture.
-
-    Args:
-        dims: of the vision tower.
-        rows: patches from top to bottom.
-        cols: patches from left to right.
-        frames: temporal patches; full attention stays within one.
-
-    Raises:
-        CapaError: the grid cannot be merged.
-    """
-    merge, d = dims.spatial_merge_size, dims.hidden_size
-    if rows % merge or cols % merge or min(rows, cols, frames) < 1:
-        raise CapaError(f"a grid of {frames} x {rows} x {cols} patches must be a multiple of {merge}", ExitCode.USAGE)
-    patches = frames * rows * cols
-    side = dims.window_size // merge // dims.patch_size * merge
-    heights, widths = ([min(side, length - start) for start in range(0, length, side)] for length in (rows, cols))
-    window_pairs = frames * sum((h * w) ** 2 for h in heights for w in widths)
-    num_full = len(set(dims.fullatt_block_indexes) & set(range(dims.depth)))
-    merged, tokens = _merged_size(dims), patches // merge**2
-    parts = {
-        "patch_embed": 2 * patches * d * _patch_values(dims),
-        "linear": dims.depth * 2 * patches * (4 * d * d + 3 * d * dims.intermediate_size),
-        "window_attention": (dims.depth - num_full) * 4 * window_pairs * d,
-        "full_attention": num_full * 4 * frames * (rows * cols) ** 2 * d,
-        "merger": 2 * tokens * (merged * merged + merged * dims.out_hidden_size),
-    }
-    return VisionFlops(num_patches=patches, num_visual=tokens, total=sum(parts.values()), **parts)

@@ -62,7 +62,7 @@ class Prompter:
         CapaError: a file is missing, or does not load.
     """
 
-    def __init__(self, text: Path, visual: Path, family: Any, dims: ModelDims) -> None:
+    def __init__(self, text: Path, visual: Path, family: Any, dims: ModelDims[Any]) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.family, self.dims = family, dims
@@ -85,7 +85,7 @@ class Prompter:
         if len(pieces) != len(shown) + 1:
             raise CapaError(f"{len(shown)} pictures, but the prompt has {len(pieces) - 1} places for one ({mark})")
         text = pieces[0] + "".join(
-            mark * picture.num_tokens + rest for picture, rest in zip(shown, pieces[1:], strict=True)
+            self.family.written(mark, picture) + rest for picture, rest in zip(shown, pieces[1:], strict=True)
         )
         input_ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         is_visual = input_ids == self.dims.image_token_id

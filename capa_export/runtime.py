@@ -90,6 +90,12 @@ class OnnxModel:
             )
         return _DTYPES[name]
 
+    @cached_property
+    def _axes(self) -> int:
+        """Rows of the position ids."""
+        inputs = {entry.name: entry for entry in self._decode.get_inputs()}
+        return inputs["position_ids"].shape[0]
+
     def embed(self, prompt: Prompt) -> np.ndarray:
         """Input embeddings [1, T, D]: the table's rows, and the vision tower's output where pictures stand."""
         embeds = self._embedding[prompt.input_ids].astype(self.dtype)
@@ -118,7 +124,7 @@ class OnnxModel:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Logits [V] after more text tokens, the first at `position`, and the grown cache."""
         embeds = self._embedding[list(tokens)].astype(self.dtype)[None]
-        position_ids = np.tile(np.arange(position, position + len(tokens), dtype=np.int64), (3, 1))
+        position_ids = np.tile(np.arange(position, position + len(tokens), dtype=np.int64), (self._axes, 1))
         result = _run(self._decode, {"inputs_embeds": embeds, "position_ids": position_ids, **cache})
         return result["logits"][0], _past(result)
 

@@ -113,7 +113,7 @@ def eager_trace(
     logits = [run.logits.numpy()]
     for step in range(steps - 1):
         token = int(logits[-1].argmax()) if tokens is None else tokens[step]
-        logits.append(eager.step(run.cache, token, prompt.next_position + step).numpy())
+        logits.append(eager.step(run, token, prompt.next_position + step).numpy())
     return Trace(np.stack(logits), [run.kept[layer].numpy() for layer in plan.keep])
 
 
@@ -232,7 +232,7 @@ def _answer(
     logits = run.logits
     while len(tokens) < 4 and (token := int(logits.argmax())) not in subject.eos_token_ids:
         tokens.append(token)
-        logits = eager.step(run.cache, token, prompt.next_position + len(tokens) - 1)
+        logits = eager.step(run, token, prompt.next_position + len(tokens) - 1)
     return tokens
 
 

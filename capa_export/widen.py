@@ -38,4 +38,4 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def convert() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
 
-    return ir.LazyTensor(convert, _FP32, ir.Shape(tensor.shape), name=tensor.name)
+    return ir.LazyTensor(convert, _FP32, ir.Shape(tensor.shape.numpy()), name=tensor.name)

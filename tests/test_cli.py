@@ -363,7 +363,9 @@ def test_bf16_runs_widened(cli: Cli, spare: Path, recipe: Path, pictures: Path) 
     assert "no bf16 kernels" in parity["notes"][0]
 
 
-def test_a_target_without_its_builder_is_refused_first(cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_without_its_builder_is_refused_first(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("capa_export.pipeline.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
     assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()

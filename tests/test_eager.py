@@ -47,7 +47,7 @@ def test_dense_answer_equals_generate(model: Any, prompt: Prompt) -> None:
     for step in range(8):
         logits[eos] = -torch.inf  # min_new_tokens forbids it
         tokens.append(int(logits.argmax()))
-        logits = Eager(model).step(run.cache, tokens[-1], prompt.next_position + step)
+        logits = Eager(model).step(run, tokens[-1], prompt.next_position + step)
     assert generated[0, ids.shape[1] :].tolist() == tokens
 
 

@@ -19,7 +19,7 @@ DATA = ("graphs", "engines")
 TINY = "capa_export/graphs/checkpoints/tiny-qwen25vl/"
 EXPECTED = {
     "capa_export/cli.py",
-    "capa_export/families/qwen25vl.py",
+    "capa_export/engine_worker.py",
     "capa_export/graphs/qwen25vl.toml",
     "capa_export/graphs/tiny-qwen25vl.toml",
     "capa_export/engines/onnx.toml",

@@ -8,9 +8,10 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
-from capa_export.dims import DecoderDims, qwen25vl_dims
+from capa_export.dims import DecoderDims
 from capa_export.errors import CapaError, ExitCode
-from capa_export.plan import decode_flops, flops, kv_cache, parameters, vision_flops
+from capa_export.families.qwen25vl.dims import model_dims, vision_flops
+from capa_export.plan import decode_flops, flops, kv_cache, parameters
 
 PAPER_LAYERS = (2, 3, 4, 5, 13, 14, 15, 16, 17, 18, 19)
 
@@ -62,9 +63,9 @@ TINY = DecoderDims(
 def test_both_layouts_give_the_dimensions_of_transformers(size: str) -> None:
     flat = published(size)
     config = Qwen2_5_VLConfig(**json.loads(json.dumps(flat)))
-    dims = qwen25vl_dims(flat)
-    assert qwen25vl_dims(json.loads(config.to_json_string(use_diff=False))) == dims
-    assert qwen25vl_dims(json.loads(config.to_json_string())) == dims
+    dims = model_dims(flat)
+    assert model_dims(json.loads(config.to_json_string(use_diff=False))) == dims
+    assert model_dims(json.loads(config.to_json_string())) == dims
     text, vision = config.text_config, config.vision_config
     assert dims.decoder.num_layers == text.num_hidden_layers
     assert dims.decoder.head_dim == 128
@@ -72,7 +73,7 @@ def test_both_layouts_give_the_dimensions_of_transformers(size: str) -> None:
     assert dims.decoder.tie_word_embeddings is config.tie_word_embeddings is (size == "3B")
     assert dims.decoder.mrope_section == (16, 24, 24)
     assert dims.vision.fullatt_block_indexes == tuple(vision.fullatt_block_indexes)
-    assert (dims.image_token_id, dims.vision_end_token_id) == (config.image_token_id, config.vision_end_token_id)
+    assert dims.image_token_id == config.image_token_id
 
 
 def test_absent_keys_have_the_defaults_of_transformers() -> None:
@@ -80,7 +81,7 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
     text = {key: published("7B")[key] for key in keys} | {"num_attention_heads": 56, "hidden_size": 7168}
     vision = {"hidden_size": 1280, "out_hidden_size": 7168}
     config = Qwen2_5_VLConfig(text_config=dict(text), vision_config=dict(vision))
-    dims = qwen25vl_dims({"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision})
+    dims = model_dims({"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision})
     assert dims.decoder.num_kv_heads == config.text_config.num_key_value_heads
     assert dims.decoder.vocab_size == config.text_config.vocab_size
     assert dims.decoder.rms_norm_eps == config.text_config.rms_norm_eps
@@ -88,9 +89,8 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
     assert dims.decoder.tie_word_embeddings is config.tie_word_embeddings
     for key in ("depth", "intermediate_size", "num_heads", "patch_size", "temporal_patch_size", "window_size"):
         assert getattr(dims.vision, key) == getattr(config.vision_config, key)
-    assert dims.video_token_id == config.video_token_id
     text["num_key_value_heads"] = None  # pyright: ignore[reportArgumentType]
-    dims = qwen25vl_dims({"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision})
+    dims = model_dims({"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision})
     assert dims.decoder.num_kv_heads == 56
 
 
@@ -126,7 +126,7 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
 )
 def test_configs_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CapaError) as info:
-        qwen25vl_dims(published("7B") | changes, where="model/config.json")
+        model_dims(published("7B") | changes, where="model/config.json")
     assert str(info.value).startswith("model/config.json: ")
     assert message in str(info.value)
     assert info.value.code == ExitCode.PREFLIGHT
@@ -137,7 +137,7 @@ def test_parameters_are_those_of_the_real_model(size: str) -> None:
     config = published(size)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(json.dumps(config))))
-    counted = parameters(qwen25vl_dims(config))
+    counted = parameters(model_dims(config))
     assert counted.total == sum(weight.numel() for weight in model.parameters())
     assert counted.vision == sum(weight.numel() for weight in model.model.visual.parameters())
     layers = model.model.language_model
@@ -181,7 +181,7 @@ def test_no_pruning_and_no_linear_layers_cost_what_dense_costs() -> None:
 
 def test_the_paper_headline() -> None:
     """75 % pruned at layer 3 with the paper's FFN layers: 78 % of the visual tokens' FLOPs are gone at 7B."""
-    decoder = qwen25vl_dims(published("7B")).decoder
+    decoder = model_dims(published("7B")).decoder
     counted = flops(decoder, num_visual=1024, num_text=48, schedule=[(3, 256)], linear_layers=PAPER_LAYERS)
     assert 1 - 1 / counted.ratio_visual == pytest.approx(0.78, abs=0.015)
     assert counted.ratio < counted.ratio_visual
@@ -214,7 +214,7 @@ def test_schedules_that_do_not_fit_are_refused(schedule: list[tuple[int, int]], 
 
 @pytest.mark.parametrize("grid", [(1, 8, 8), (1, 26, 38), (2, 10, 6)])
 def test_vision_windows_are_those_of_transformers(grid: tuple[int, int, int]) -> None:
-    dims = qwen25vl_dims(published("7B")).vision
+    dims = model_dims(published("7B")).vision
     frames, rows, cols = grid
     _, bounds = get_vision_window_index(torch.tensor([grid]), dims.spatial_merge_size, dims.window_size, 14)
     counted = vision_flops(dims, rows=rows, cols=cols, frames=frames)
@@ -227,4 +227,4 @@ def test_vision_windows_are_those_of_transformers(grid: tuple[int, int, int]) ->
 
 def test_a_grid_that_cannot_be_merged_is_refused() -> None:
     with pytest.raises(CapaError, match="must be a multiple of 2"):
-        vision_flops(qwen25vl_dims(published("7B")).vision, rows=3, cols=4)
+        vision_flops(model_dims(published("7B")).vision, rows=3, cols=4)

@@ -241,7 +241,7 @@ def prefill_model(
 ) -> ir.Model:
     """Whole prompt in, logits of the last position, KV cache and kept positions out (CAPA, sections 4.1 and 4.2).
 
-    Inputs: inputs_embeds [1, T, D]; position_ids [3, T]; text_positions [X], the rows that hold text, ascending and
+    Inputs: inputs_embeds [1, T, D]; position_ids [axes, T]; text_positions [X], the rows that hold text, ascending and
     never dropped; num_keep [stages], the visual tokens each stage keeps. Outputs: logits [1, V] FP32;
     kept_positions.i [K_i], ascending prompt positions that survive stage i; present.l.key and .value [1, G, T_l, d].
     """
@@ -250,7 +250,7 @@ def prefill_model(
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
         Input("inputs_embeds", dtype, (1, "sequence", dims.hidden_size)),
-        Input("position_ids", ir.DataType.INT64, (3, "sequence")),
+        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "sequence")),
         Input("text_positions", ir.DataType.INT64, ("text",)),
     ]
     if prune_layers:
@@ -277,7 +277,7 @@ def decode_model(
 ) -> ir.Model:
     """Text tokens behind a KV cache in, logits of the last one and the grown cache out; no CAPA nodes.
 
-    Inputs: inputs_embeds [1, S, D]; position_ids [3, S], going on from the unpruned prompt;
+    Inputs: inputs_embeds [1, S, D]; position_ids [axes, S], going on from the unpruned prompt;
     past_key_values.l.key and .value [1, G, P_l, d]. Outputs: logits [1, V] FP32; present.l.key and .value.
     """
     stack = Model(dims, dtype, rotary)
@@ -285,7 +285,7 @@ def decode_model(
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
         Input("inputs_embeds", dtype, (1, "step", dims.hidden_size)),
-        Input("position_ids", ir.DataType.INT64, (3, "step")),
+        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "step")),
     ]
     for layer in range(dims.num_layers):
         length = cache_length(layer, prune_layers, "past", "past_kept")

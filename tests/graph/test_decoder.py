@@ -57,7 +57,7 @@ def compare(
     for step in range(6):
         np.testing.assert_allclose(logits, wanted.numpy(), atol=tolerance * float(wanted.abs().max()), rtol=0)
         token = int(wanted.argmax())
-        wanted = eager.step(expected.cache, token, prompt.next_position + step)
+        wanted = eager.step(expected, token, prompt.next_position + step)
         logits, cache = onnx.step(cache, token, prompt.next_position + step)
 
 

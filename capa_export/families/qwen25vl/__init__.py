@@ -5,13 +5,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
-from onnxscript import OpBuilder
 
 from capa_export.dims import ModelDims
-from capa_export.dims import qwen25vl_dims as model_dims
-from capa_export.families.qwen25vl_vision import vision_model
-from capa_export.graph.decoder import RotaryTables
+from capa_export.families.qwen25vl.dims import Vision, model_dims
+from capa_export.families.qwen25vl.vision import vision_model
+from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
@@ -27,6 +25,7 @@ __all__ = [
     "positions",
     "rotary_tables",
     "vision_model",
+    "written",
 ]
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
@@ -40,24 +39,7 @@ RENAMES = [
 """Stored tensor names, as transformers 4 and 5 save them, to the names of the graph."""
 
 
-def rotary_tables(dims: ModelDims) -> RotaryTables:
-    """mRoPE: time, height and width positions turn one section each of the rotary frequencies."""
-    decoder = dims.decoder
-    half = decoder.head_dim // 2
-    exponent = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / np.float32(decoder.head_dim)
-    frequency = (1.0 / np.float32(decoder.rope_theta) ** exponent).astype(np.float32)
-    axis = np.repeat(np.arange(len(decoder.mrope_section)) % 3, decoder.mrope_section)
-
-    def tables(op: OpBuilder, position_ids: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-        position_Td = op.Transpose(op.Gather(position_ids, op.Constant(value=ir.tensor(axis)), axis=0), perm=[1, 0])
-        angle_Td = op.Mul(op.Cast(position_Td, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(frequency)))
-        angle_1Td = op.Reshape(angle_Td, [1, -1, half])
-        return op.Cast(op.Cos(angle_1Td), to=dtype), op.Cast(op.Sin(angle_1Td), to=dtype)
-
-    return tables
-
-
-def pictures(processed: Any, dims: ModelDims) -> list[Picture]:
+def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     """The image processor's flat patches, cut into one array a picture with its grid as the shape."""
     merge = dims.vision.spatial_merge_size
     flat = np.asarray(processed["pixel_values"], dtype=np.float32)
@@ -71,9 +53,14 @@ def pictures(processed: Any, dims: ModelDims) -> list[Picture]:
     return result
 
 
-def placeholder(tokenizer: Any, dims: ModelDims) -> str:
-    """The token that the chat template writes once per picture and every visual token repeats."""
+def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
+    """What the chat template writes where a picture stands."""
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
+
+
+def written(mark: str, picture: Picture) -> str:
+    """What the placeholder becomes: itself, once per visual token."""
+    return mark * picture.num_tokens
 
 
 def positions(_input_ids: np.ndarray, is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:

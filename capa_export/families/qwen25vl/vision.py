@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.dims import VisionDims
+from capa_export.families.qwen25vl.dims import Vision as Dims
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, tokens_from_heads
 
@@ -66,7 +66,7 @@ class Windows:
 class VisionAttention(nn.Module):
     """Attention within each group of patches."""
 
-    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
         super().__init__()
         self.size, self.num_heads = dims.hidden_size, dims.num_heads
         self.qkv = Linear(self.size, 3 * self.size, dtype, bias=True)
@@ -87,7 +87,7 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block over windows, or over the whole picture."""
 
-    def __init__(self, dims: VisionDims, dtype: ir.DataType, *, windowed: bool) -> None:
+    def __init__(self, dims: Dims, dtype: ir.DataType, *, windowed: bool) -> None:
         super().__init__()
         self.size, self.windowed = dims.hidden_size, windowed
         self.norm1 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
@@ -108,9 +108,9 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel: one product per patch."""
 
-    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
         super().__init__()
-        self.proj = Linear(_patch_values(dims), dims.hidden_size, dtype)
+        self.proj = Linear(dims.patch_values, dims.hidden_size, dtype)
 
     def forward(self, op: OpBuilder, patches: ir.Value) -> ir.Value:
         return self.proj(op, patches)
@@ -132,7 +132,7 @@ class MergerMLP(nn.Module):
 class Merger(nn.Module):
     """Each unit of 2 x 2 patches becomes one visual token."""
 
-    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
         super().__init__()
         self.size = dims.hidden_size * dims.spatial_merge_size**2
         self.ln_q = RMSNorm(dims.hidden_size, _EPSILON, dtype)
@@ -145,7 +145,7 @@ class Merger(nn.Module):
 class Vision(nn.Module):
     """The whole tower: pixel values to visual tokens, in the order of the picture."""
 
-    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
         super().__init__("visual")
         self.dims, self.dtype = dims, dtype
         self.patch_embed = PatchEmbed(dims, dtype)
@@ -159,7 +159,7 @@ class Vision(nn.Module):
         side = dims.window_size // dims.spatial_merge_size // dims.patch_size
         windows = Windows(op, pixel_values, side, dims.spatial_merge_size**2)
         whole, windowed = self._layouts(op, windows)
-        x_ND = self.patch_embed(op, op.Reshape(pixel_values, [-1, _patch_values(dims)]))
+        x_ND = self.patch_embed(op, op.Reshape(pixel_values, [-1, dims.patch_values]))
         for block in self.blocks:
             x_ND = block(op, x_ND, whole, windows, windowed)
         return self.merger(op, x_ND)
@@ -205,17 +205,13 @@ class Vision(nn.Module):
         return op.Reshape(op.Concat(row, col, axis=-1), [-1, 2 * quarter])
 
 
-def _patch_values(dims: VisionDims) -> int:
-    return dims.in_channels * dims.temporal_patch_size * dims.patch_size**2
-
-
-def vision_model(dims: VisionDims, dtype: ir.DataType) -> ir.Model:
+def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
     """Pictures of one size, or the frame pairs of a video, to visual tokens.
 
     Input: pixel_values [F, R, C, M, values], the image processor's patches with their grid as the shape. Output:
     image_features [F*R*C, D], in the order of the picture.
     """
-    shape = ("frames", "rows", "cols", dims.spatial_merge_size**2, _patch_values(dims))
+    shape = ("frames", "rows", "cols", dims.spatial_merge_size**2, dims.patch_values)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         features = Vision(dims, dtype)(op, values["pixel_values"])

@@ -1,0 +1,42 @@
+# Stamps in .venv say what is installed: a second call installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check format wheel clean
+
+demo: .venv/demo.stamp
+	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
+	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "what color is the star ?"
+
+test: .venv/dev.stamp
+	$(BIN)/pytest --cov
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+wheel: .venv/dev.stamp
+	$(BIN)/python -m build
+
+# Leaves .venv and the bundles you built.
+clean:
+	rm -rf build dist out/demo htmlcov .coverage .coverage.* .pytest_cache .ruff_cache
+	find capa_export tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e ".[rtx]"
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e ".[dev,rtx]"
+	touch $@ .venv/demo.stamp

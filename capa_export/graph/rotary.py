@@ -1,0 +1,29 @@
+"""Rotary position tables, computed in the graph from position ids."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from capa_export.dims import ModelDims
+from capa_export.graph.decoder import RotaryTables
+
+__all__ = ["rotary_tables"]
+
+
+def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:
+    """Plain RoPE, or mRoPE: time, height and width positions turn one section each of the frequencies."""
+    decoder = dims.decoder
+    half = decoder.head_dim // 2
+    exponent = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / np.float32(decoder.head_dim)
+    frequency = (1.0 / np.float32(decoder.rope_theta) ** exponent).astype(np.float32)
+    axis = np.repeat(np.arange(decoder.position_axes), decoder.mrope_section or half)
+
+    def tables(op: OpBuilder, position_ids: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        position_Td = op.Transpose(op.Gather(position_ids, op.Constant(value=ir.tensor(axis)), axis=0), perm=[1, 0])
+        angle_Td = op.Mul(op.Cast(position_Td, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(frequency)))
+        angle_1Td = op.Reshape(angle_Td, [1, -1, half])
+        return op.Cast(op.Cos(angle_1Td), to=dtype), op.Cast(op.Sin(angle_1Td), to=dtype)
+
+    return tables
