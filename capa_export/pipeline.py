@@ -33,6 +33,7 @@ __all__ = [
 
 CALIBRATION = "calibration.safetensors"
 PARITY = "parity.json"
+REPORT = "report.html"
 ONNX = "onnx"
 
 
@@ -330,14 +331,14 @@ def validate(job: Job) -> dict[str, Any]:
     def work(scratch: Path) -> dict[str, Any]:
         import json
 
+        from capa_export.dry_run import dry_run
         from capa_export.export import write_onnx
-        from capa_export.validate import Subject
+        from capa_export.report import write_report
+        from capa_export.subject import Subject
         from capa_export.validate import validate as compare
 
-        scales = {}
-        if result["linear_layers"]:
-            calibration = Calibration.load(bundle.folder / CALIBRATION)
-            scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]}
+        calibration = _calibration_of(bundle)
+        scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]} if calibration else {}
         with TemporaryDirectory(dir=scratch) as twin:
             layers = job.prune_layers
             write_onnx(
@@ -354,11 +355,27 @@ def validate(job: Job) -> dict[str, Any]:
                 fp32_onnx=Path(twin),
                 eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
             )
-            report = compare(subject, job.recipe, prompts, questions, job.report)
-        (scratch / PARITY).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        return report
+            parity_report, examples = compare(subject, job.recipe, prompts, questions, job.report)
+        (scratch / PARITY).write_text(json.dumps(parity_report, indent=2) + "\n", encoding="utf-8")
+        plan = dry_run(
+            job.recipe, str(job.source.checkpoint.folder), bundle.folder, result["precision"], ffn=bool(scales)
+        )
+        write_report(
+            scratch / REPORT,
+            manifest=bundle.manifest,
+            parity=parity_report,
+            calibration=calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers) if calibration else None,
+            plan=plan,
+            examples=examples,
+        )
+        return parity_report
 
-    return _stage(bundle, "validate", key, [PARITY], work)
+    return _stage(bundle, "validate", key, [PARITY, REPORT], work)
+
+
+def _calibration_of(bundle: Bundle) -> Calibration | None:
+    path = bundle.folder / CALIBRATION
+    return Calibration.load(path) if path.exists() else None
 
 
 def eos_token_ids(folder: Path) -> list[int]:

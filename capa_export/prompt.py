@@ -23,6 +23,8 @@ class Picture:
     """FP32, in the shape of the vision graph's input."""
     num_tokens: int
     """Visual tokens it becomes."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of those tokens, where they make one grid."""
 
 
 @dataclass(frozen=True)

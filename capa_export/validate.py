@@ -3,8 +3,8 @@
 S = steps, V = vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import torch
 
 from capa_export.eager import Eager, EagerPlan
 from capa_export.export import DENSE
+from capa_export.method import method_effect
 from capa_export.parity import Comparison, Trace
 from capa_export.progress import Report, silent
-from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Recipe, Stage, kept_tokens
+from capa_export.prompt import Prompt
+from capa_export.recipe import Recipe
+from capa_export.report import Example
 from capa_export.runtime import OnnxModel
 from capa_export.samples import Samples
+from capa_export.subject import Subject
 
-__all__ = ["Subject", "compare_onnx", "eager_trace", "validate"]
+__all__ = ["compare_onnx", "eager_trace", "validate"]
 
 _NOTES = {
     "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
@@ -30,37 +33,10 @@ _NOTES = {
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is validated, and all that it takes."""
-
-    model: Any
-    """The Hugging Face model in FP32."""
-    family: Any
-    prompter: Prompter
-    schedule: Sequence[Stage]
-    scales: Mapping[int, np.ndarray]
-    precision: str
-    onnx: Path
-    """The bundle's `onnx` folder."""
-    fp32_onnx: Path
-    """The same graphs in FP32, with `DENSE` beside them."""
-    eos_token_ids: Sequence[int]
-
-    def num_keep(self, prompt: Prompt) -> list[int]:
-        """Visual tokens kept after each stage."""
-        return [kept_tokens(prompt.num_visual, stage.ratio) for stage in self.schedule]
-
-    def plan(self, prompt: Prompt) -> EagerPlan:
-        """CAPA as the bundle does it."""
-        keep = {stage.layer: count for stage, count in zip(self.schedule, self.num_keep(prompt), strict=True)}
-        return EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()})
-
-
 def validate(
     subject: Subject, recipe: Recipe, prompts: Samples, questions: Samples, report: Report = silent
-) -> dict[str, Any]:
-    """Compare everything; the result says whether each gate is met.
+) -> tuple[dict[str, Any], list[Example]]:
+    """Compare everything; the result says whether each gate is met, and comes with a few answers to look at.
 
     Args:
         subject: the bundle and the eager model.
@@ -80,13 +56,13 @@ def validate(
         _compare_dense(subject, built, report).as_dict(parity.fp32),
         compare_onnx(subject, "fp32", subject.fp32_onnx, eager, built, references, 0.0, report).as_dict(parity.fp32),
     ]
-    effect = _method_effect(subject, eager, questions, report)
+    effect, examples = method_effect(subject, eager, questions, report)
     if subject.precision != "fp32":
         noise = _precision_noise(subject, eager, built, references, report)
         compared = compare_onnx(subject, subject.precision, subject.onnx, eager, built, references, noise, report)
         results.append(compared.as_dict(getattr(parity, subject.precision)))
     failures = [failure for result in results for failure in result["failures"]]
-    return {
+    parity_report = {
         "version": 1,
         "passed": not failures,
         "failures": failures,
@@ -97,6 +73,7 @@ def validate(
         "method_error": effect,
         "notes": [_NOTES[subject.precision], "No engine was run."],
     }
+    return parity_report, examples
 
 
 def eager_trace(
@@ -191,52 +168,3 @@ def _precision_noise(
     finally:
         subject.model.float()
     return largest
-
-
-def _method_effect(subject: Subject, eager: Eager, questions: Samples, report: Report) -> dict[str, Any]:
-    """What pruning itself does, in eager FP32: dense, CAPA, and random pruning at the same k."""
-    right = {"dense": 0, "capa": 0, "random": 0}
-    same_as_dense = {"capa": 0, "random": 0}
-    divergence = {"capa": 0.0, "random": 0.0}
-    for done, sample in enumerate(questions):
-        report("validate: accuracy", done, questions.count)
-        prompt = subject.prompter(sample.question, [sample.image])
-        capa = subject.plan(prompt)
-        plans = {"dense": EagerPlan(), "capa": capa, "random": replace(capa, random_seed=done)}
-        first: dict[str, np.ndarray] = {}
-        for method, plan in plans.items():
-            tokens = _answer(subject, eager, prompt, plan, first, method)
-            right[method] += subject.prompter.decode(tokens).strip() == sample.answer
-        for method in same_as_dense:
-            same_as_dense[method] += int(first[method].argmax() == first["dense"].argmax())
-            divergence[method] += _kl(first["dense"], first[method])
-    count = max(questions.count, 1)
-    effect: dict[str, Any] = {
-        "questions": questions.count,
-        "first_token_same_as_dense": {method: number / count for method, number in same_as_dense.items()},
-        "kl_from_dense": {method: total / count for method, total in divergence.items()},
-    }
-    if questions.has_answers:
-        effect["accuracy"] = {method: number / count for method, number in right.items()}
-    return effect
-
-
-def _answer(
-    subject: Subject, eager: Eager, prompt: Prompt, plan: EagerPlan, first: dict[str, np.ndarray], method: str
-) -> list[int]:
-    """Greedy answer of at most four tokens; notes the first logits."""
-    embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
-    run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
-    first[method] = run.logits.numpy()
-    tokens: list[int] = []
-    logits = run.logits
-    while len(tokens) < 4 and (token := int(logits.argmax())) not in subject.eos_token_ids:
-        tokens.append(token)
-        logits = eager.step(run, token, prompt.next_position + len(tokens) - 1)
-    return tokens
-
-
-def _kl(dense: np.ndarray, other: np.ndarray) -> float:
-    """KL(dense || other) of the next-token distributions, in nats."""
-    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (dense, other))
-    return float((p.exp() * (p - q)).sum())

@@ -15,7 +15,8 @@ from capa_export.parity import Comparison, Trace
 from capa_export.prompt import Prompter
 from capa_export.recipe import Stage, load_recipe
 from capa_export.samples import samples_from
-from capa_export.validate import Subject, compare_onnx, eager_trace, validate
+from capa_export.subject import Subject
+from capa_export.validate import compare_onnx, eager_trace, validate
 from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
@@ -51,7 +52,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_healthy_export_passes(subject: Subject, pictures: Path) -> None:
     prompts = samples_from(pictures, RECIPE, 6, split="held_out", repeat=True)
     recipe = RECIPE.model_copy(update={"parity": RECIPE.parity.model_copy(update={"steps": 4})})
-    parity = validate(subject, recipe, prompts, samples_from(pictures, RECIPE, 3, split="held_out"))
+    parity, examples = validate(subject, recipe, prompts, samples_from(pictures, RECIPE, 3, split="held_out"))
+    assert [len(example.kept[0].kept) for example in examples] == [16, 9, 9]
     assert parity["passed"], parity["failures"]
     dense, fp32, fp16 = parity["export_error"]
     assert dense["kept_iou_min"] == fp32["kept_iou_min"] == 1

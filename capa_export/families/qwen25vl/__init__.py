@@ -48,7 +48,8 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     for frames, rows, cols in np.asarray(processed["image_grid_thw"]).tolist():
         stop = start + frames * rows * cols
         shape = (frames, rows // merge, cols // merge, merge * merge, flat.shape[1])
-        result.append(Picture(flat[start:stop].reshape(shape), num_tokens=frames * rows * cols // merge**2))
+        grid = (frames * rows // merge, cols // merge)
+        result.append(Picture(flat[start:stop].reshape(shape), num_tokens=grid[0] * grid[1], grid=grid))
         start = stop
     return result
 

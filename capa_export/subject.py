@@ -1,0 +1,42 @@
+"""What is validated: a bundle's graphs beside the eager model they were made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from capa_export.eager import EagerPlan
+from capa_export.prompt import Prompt, Prompter
+from capa_export.recipe import Stage, kept_tokens
+
+__all__ = ["Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is validated, and all that it takes."""
+
+    model: Any
+    """The Hugging Face model in FP32."""
+    family: Any
+    prompter: Prompter
+    schedule: Sequence[Stage]
+    scales: Mapping[int, np.ndarray]
+    precision: str
+    onnx: Path
+    """The bundle's `onnx` folder."""
+    fp32_onnx: Path
+    """The same graphs in FP32, with `DENSE` beside them."""
+    eos_token_ids: Sequence[int]
+
+    def num_keep(self, prompt: Prompt) -> list[int]:
+        """Visual tokens kept after each stage."""
+        return [kept_tokens(prompt.num_visual, stage.ratio) for stage in self.schedule]
+
+    def plan(self, prompt: Prompt) -> EagerPlan:
+        """CAPA as the bundle does it."""
+        keep = {stage.layer: count for stage, count in zip(self.schedule, self.num_keep(prompt), strict=True)}
+        return EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()})
