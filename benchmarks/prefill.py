@@ -94,7 +94,8 @@ def main() -> None:
         json.dumps(
             {
                 "date": datetime.now(timezone.utc).date().isoformat(),
-                "machine": f"{platform.machine()}, {arguments.threads} thread(s), onnxruntime {onnxruntime.__version__}",
+                "machine": f"{platform.machine()}, {arguments.threads} thread(s), "
+                f"onnxruntime {onnxruntime.__version__}",
                 "decoder": f"hidden {dims.hidden_size}, {dims.num_layers} layers, FFN {dims.intermediate_size}",
                 "tokens": {"visual": visual, "kept": kept, "text": _TEXT},
                 "prefill": rows,

@@ -21,7 +21,7 @@ from capa_export.samples import Samples
 
 __all__ = ["calibrate"]
 
-_BLOCK = re.compile(r"(?:layers|blocks)\.\d+(?:\.(?:self_attn|attn|mlp))?$")
+_BLOCK = re.compile(r"(?:layers?|blocks)\.\d+(?:\.(?:self_attn|attn|attention|mlp))?$")
 
 
 def calibrate(

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 
 from capa_export.errors import CapaError
 
-__all__ = ["FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged"]
+__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged"]
 
+CALIBRATION = "calibration.safetensors"
 FP16_MAX = 65504.0
 SINK_THRESHOLD = 20.0
 """phi above which a token is an attention sink (VisAttnSink, arXiv 2503.03321; CAPA uses the same)."""
@@ -153,11 +154,12 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read what `save` wrote.
+        """Read what `save` wrote: the file, or the bundle folder it is in.
 
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
         """
+        path = path / CALIBRATION if path.is_dir() else path
         try:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["capa_calibration"])

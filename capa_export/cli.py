@@ -2,18 +2,36 @@
 
 import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import capa_export
+from capa_export.cli_options import (
+    BundleArg,
+    CalibrationOpt,
+    CheckpointOpt,
+    FfnOpt,
+    ImagesOpt,
+    JsonOpt,
+    LayerOpt,
+    ModelOpt,
+    OutOpt,
+    Precision,
+    PrecisionOpt,
+    RatioOpt,
+    RevisionOpt,
+    SamplesOpt,
+    TargetOpt,
+    Weights,
+    WeightsOpt,
+)
 from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     from capa_export.bundle import Bundle
-    from capa_export.pipeline import Job
+    from capa_export.job import Job
     from capa_export.recipe import Recipe
 
 __all__ = ["app", "main"]
@@ -27,50 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Precision(str, Enum):
-    """Of weights and activations."""
-
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Weights(str, Enum):
-    """Where an engine finds its weights."""
-
-    embedded = "embedded"
-    external = "external"
-
-
-ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")]
-CheckpointOpt = Annotated[
-    str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
-]
-RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-RatioOpt = Annotated[
-    float | None, typer.Option(help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].")
-]
-LayerOpt = Annotated[
-    int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")
-]
-FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
-ImagesOpt = Annotated[
-    Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")
-]
-SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
-CalibrationOpt = Annotated[
-    Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")
-]
-PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
-TargetOpt = Annotated[
-    str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
-]
-WeightsOpt = Annotated[Weights, typer.Option(help="In the engines, or inputs that engines share.")]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
-BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -114,10 +88,11 @@ def build(
         return
     from capa_export import pipeline
     from capa_export.bundle import Bundle
+    from capa_export.job import Job
     from capa_export.progress import progress
 
     with progress() as report:
-        job = pipeline.Job(
+        job = Job(
             recipe=recipe,
             bundle=Bundle(out),
             checkpoint=checkpoint or recipe.checkpoint,
@@ -157,6 +132,7 @@ def calibrate(
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.calibration import Calibration, merged
+    from capa_export.job import Job
     from capa_export.progress import progress
     from capa_export.recipe import FFN
 
@@ -165,8 +141,7 @@ def calibrate(
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
-        files = [part / pipeline.CALIBRATION if part.is_dir() else part for part in parts]
-        calibration = merged([Calibration.load(file) for file in files])
+        calibration = merged([Calibration.load(part) for part in parts])
         pipeline.adopt_calibration(Bundle(out), calibration)
         ffn = _recipe(model).ffn if model else FFN()
     else:
@@ -174,7 +149,7 @@ def calibrate(
             raise CapaError("calibrate needs --model and takes no arguments without --merge", ExitCode.USAGE)
         recipe = _recipe(model)
         with progress() as report:
-            job = pipeline.Job(
+            job = Job(
                 recipe=recipe,
                 bundle=Bundle(out),
                 checkpoint=checkpoint or recipe.checkpoint,
@@ -210,11 +185,12 @@ def export(
     """Write the ONNX files of a calibrated bundle."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
+    from capa_export.job import Job
     from capa_export.progress import progress
 
     recipe, bundle = _recipe(model, ratio, prune_layer), Bundle(out)
     with progress() as report:
-        job = pipeline.Job(
+        job = Job(
             recipe=recipe,
             bundle=bundle,
             checkpoint=checkpoint or recipe.checkpoint,
@@ -388,7 +364,7 @@ def _open(folder: Path) -> "Bundle":
 
 def _job(bundle: "Bundle", checkpoint: str | None, revision: str | None, images: Path | None, report: Any) -> "Job":
     """The job that made a bundle, from its manifest."""
-    from capa_export.pipeline import Job
+    from capa_export.job import Job
     from capa_export.recipe import Recipe
 
     bundle.stage("export")

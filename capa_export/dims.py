@@ -27,6 +27,8 @@ class DecoderDims:
     attention_bias: bool
     """Whether the query, key and value projections have biases."""
     tie_word_embeddings: bool
+    rope_limit: int | None = None
+    """Positions from which on the rotary frequencies would depend on the length; None for never."""
 
     @property
     def position_axes(self) -> int:
@@ -81,6 +83,13 @@ class TextDefaults:
     attention_bias: bool
     mrope_section: tuple[int, ...] = ()
     """Empty for one-dimensional positions."""
+    max_positions: int | None = None
+    """Set where published configs ask for dynamic RoPE, which is plain up to this many positions."""
+    hidden_size: int | None = None
+    """None, as for the sizes below, where a default would be a guess at another model's."""
+    intermediate_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
 
 
 def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> DecoderDims:
@@ -92,7 +101,8 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
     if text.data.get("use_sliding_window") or "sliding_attention" in (text.data.get("layer_types") or ()):
         raise text.refused("use_sliding_window", "only full attention is supported")
     text.expect("hidden_act", "silu")
-    hidden_size, num_heads = text.count("hidden_size"), text.count("num_attention_heads")
+    hidden_size = text.count("hidden_size", defaults.hidden_size)
+    num_heads = text.count("num_attention_heads", defaults.num_heads)
     # transformers reads `null` as "no grouping".
     given = text.data.get("num_key_value_heads", defaults.num_kv_heads)
     num_kv_heads = num_heads if given is None else text.count("num_key_value_heads", defaults.num_kv_heads)
@@ -101,11 +111,11 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
         raise text.refused("hidden_size", f"{num_heads} heads of {head_dim} must make {hidden_size}")
     if num_heads % num_kv_heads:
         raise text.refused("num_key_value_heads", f"{num_heads} heads must be a multiple of {num_kv_heads}")
-    theta, sections = _rope(text, head_dim, defaults)
+    theta, sections, limit = _rope(text, head_dim, defaults)
     return DecoderDims(
         hidden_size=hidden_size,
-        intermediate_size=text.count("intermediate_size"),
-        num_layers=text.count("num_hidden_layers"),
+        intermediate_size=text.count("intermediate_size", defaults.intermediate_size),
+        num_layers=text.count("num_hidden_layers", defaults.num_layers),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -115,24 +125,28 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
         mrope_section=sections,
         attention_bias=defaults.attention_bias,
         tie_word_embeddings=bool(root.data.get("tie_word_embeddings") or text.data.get("tie_word_embeddings")),
+        rope_limit=limit,
     )
 
 
-def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float, tuple[int, ...]]:
-    """Base and sections: `rope_parameters` in transformers 5, `rope_scaling` beside `rope_theta` in 4."""
+def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float, tuple[int, ...], int | None]:
+    """Base, sections and limit: `rope_parameters` in transformers 5, `rope_scaling` beside `rope_theta` in 4."""
     key = "rope_scaling" if text.data.get("rope_scaling") is not None else "rope_parameters"
     rope = text.section(key) if text.data.get(key) is not None else Section({}, text.where, key)
-    supported = ("default", "mrope") if defaults.mrope_section else ("default",)
+    supported = ["default"]
+    supported += ["mrope"] if defaults.mrope_section else []
+    supported += ["dynamic"] if defaults.max_positions else []
     rope_type = rope.data.get("rope_type", rope.data.get("type", "default"))
     if rope_type not in supported:
         raise rope.refused("rope_type", f"is {rope_type!r}, only {' and '.join(map(repr, supported))} are supported")
     theta = rope.number("rope_theta", text.number("rope_theta", defaults.rope_theta))
+    limit = text.count("max_position_embeddings", defaults.max_positions) if rope_type == "dynamic" else None
     if not defaults.mrope_section:
-        return theta, ()
+        return theta, (), limit
     sections = rope.counts("mrope_section", defaults.mrope_section)
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         raise rope.refused("mrope_section", f"{list(sections)} must be three numbers that make {head_dim // 2}")
-    return theta, sections
+    return theta, sections, limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from capa_export.calibration import Calibration
+from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
-from capa_export.pipeline import CALIBRATION, load_family
+from capa_export.job import load_family
 from capa_export.plan import decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, kept_tokens
 
@@ -65,5 +65,5 @@ def _linear_layers(recipe: Recipe, out: Path | None, num_layers: int, *, ffn: bo
     if not ffn:
         return (), "--no-ffn"
     if out is not None and (out / CALIBRATION).exists():
-        return Calibration.load(out / CALIBRATION).linear_layers(recipe.ffn.eta), "calibration"
+        return Calibration.load(out).linear_layers(recipe.ffn.eta), "calibration"
     return tuple(layer for layer in recipe.ffn.paper_layers if layer < num_layers), "the paper, until calibrated"

@@ -145,8 +145,12 @@ def check_tensors(source: Source) -> None:
         raise CapaError(
             f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again"
         )
+    # A family may know tensors that its checkpoints hold and no graph reads.
+    unread = [_RECOMPUTED, *map(re.compile, getattr(source.family, "UNUSED", ()))]
     extra = [
-        name for name in unused_tensors(models, source.tensors) if name != _EMBEDDING and not _RECOMPUTED.search(name)
+        name
+        for name in unused_tensors(models, source.tensors)
+        if name != _EMBEDDING and not any(pattern.search(name) for pattern in unread)
     ]
     if extra:
         raise CapaError(

@@ -1,130 +1,19 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import capa_export
 from capa_export.bundle import Bundle, digest_of
-from capa_export.calibration import FP16_MAX, Calibration
+from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
 from capa_export.errors import CapaError, ExitCode
-from capa_export.progress import Report, silent
-from capa_export.recipe import Recipe, Stage, kept_tokens
+from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, say, tool_versions
+from capa_export.progress import Report
+from capa_export.recipe import Recipe, kept_tokens
 from capa_export.target import Target
 
-__all__ = [
-    "CALIBRATION",
-    "Job",
-    "adopt_calibration",
-    "build",
-    "calibrate",
-    "engine",
-    "export",
-    "load_family",
-    "say",
-    "validate",
-]
-
-CALIBRATION = "calibration.safetensors"
-PARITY = "parity.json"
-REPORT = "report.html"
-ONNX = "onnx"
-
-
-def say(line: str) -> None:
-    """Talk to the person: stderr, since stdout is data."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def load_family(recipe_family: str) -> Any:
-    """The module of a model family.
-
-    Raises:
-        CapaError: there is none of that name.
-    """
-    try:
-        return import_module(f"capa_export.families.{recipe_family}")
-    except ModuleNotFoundError as error:
-        if error.name != f"capa_export.families.{recipe_family}":
-            raise
-        raise CapaError(f"unknown family {recipe_family!r} in the recipe", ExitCode.USAGE) from error
-
-
-@dataclass
-class Job:
-    """What the user asked for, and what is opened on the way."""
-
-    recipe: Recipe
-    """The command line's ratio and layer already in it."""
-    bundle: Bundle
-    checkpoint: str
-    revision: str | None = None
-    images: Path | None = None
-    calibration: Path | None = None
-    """Finished elsewhere, in place of a run; a file, or a bundle folder."""
-    samples: int | None = None
-    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    ffn: bool = True
-    weights: Literal["embedded", "external"] = "embedded"
-    command: Sequence[str] = ()
-    report: Report = field(default=silent)
-
-    @cached_property
-    def family(self) -> Any:
-        return load_family(self.recipe.family)
-
-    @cached_property
-    def source(self) -> Any:
-        """The checkpoint, found to fit the recipe."""
-        from capa_export.checkpoint import open_checkpoint
-        from capa_export.export import Source
-
-        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the checkpoint's files."""
-
-        def progress(_name: str, done: int, total: int) -> None:
-            self.report("hash checkpoint (MB)", done >> 20, total >> 20)
-
-        return self.source.checkpoint.sha256(progress)
-
-    @property
-    def checkpoint_digest(self) -> str:
-        return digest_of(self.digests)
-
-    @cached_property
-    def eager_model(self) -> Any:
-        """The Hugging Face model, dense, in FP32."""
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        architecture = getattr(transformers, self.family.ARCHITECTURE)
-        folder = self.source.checkpoint.folder
-        return architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-
-    @cached_property
-    def prompter(self) -> Any:
-        from capa_export.prompt import Prompter
-
-        folder = self.source.checkpoint.folder
-        return Prompter(folder, folder, self.family, self.source.dims)
-
-    @property
-    def schedule(self) -> tuple[Stage, ...]:
-        return self.recipe.prune.schedule
-
-    @property
-    def prune_layers(self) -> tuple[int, ...]:
-        return tuple(stage.layer for stage in self.schedule)
+__all__ = ["adopt_calibration", "build", "calibrate", "engine", "export", "validate"]
 
 
 def build(job: Job, target: Target) -> dict[str, Any]:
@@ -135,7 +24,7 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     """
     if target.engine is not None:
         check_runtime(target)
-    check_layers(job)
+    job.check_layers()
     calibrate(job)
     export(job)
     if target.engine is not None:
@@ -154,31 +43,19 @@ def check_runtime(target: Target) -> None:
         )
 
 
-def check_layers(job: Job) -> None:
-    """Refuse a schedule that does not fit the model, before anything is run."""
-    num_layers = job.source.dims.decoder.num_layers
-    for layer in job.prune_layers:
-        if layer >= num_layers - 1:
-            raise CapaError(
-                f"{job.recipe.name}: prune layer {layer}, but this checkpoint's decoder has layers 0 to "
-                f"{num_layers - 1} and the last one is too late; choose a smaller --prune-layer"
-            )
-
-
 def calibrate(job: Job) -> Calibration:
     """Measure the dense model, or read what an earlier run measured."""
     from capa_export.samples import samples_from
 
     if job.calibration is not None:
-        file = job.calibration / CALIBRATION if job.calibration.is_dir() else job.calibration
-        calibration = Calibration.load(file)
+        calibration = Calibration.load(job.calibration)
         adopt_calibration(job.bundle, calibration)
         _say_linear(calibration, job.recipe)
         return calibration
 
     count = job.samples or job.recipe.calibration.samples
     samples = samples_from(job.images, job.recipe, count, split="train")
-    key = [_tool("torch", "transformers"), job.checkpoint_digest, samples.digest()]
+    key = [tool_versions("torch", "transformers"), job.checkpoint_digest, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.calibrate import calibrate as measure
@@ -197,7 +74,7 @@ def calibrate(job: Job) -> Calibration:
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
     _stage(job.bundle, "calibrate", key, [CALIBRATION], work)
-    calibration = Calibration.load(job.bundle.folder / CALIBRATION)
+    calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
     return calibration
 
@@ -214,20 +91,26 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
 
 def export(job: Job) -> None:
     """Write the graphs and stream the weights into them."""
-    check_layers(job)
+    job.check_layers()
     for stage in job.schedule:
         kept, visual = kept_tokens(job.recipe.visual_tokens, stage.ratio), job.recipe.visual_tokens
         say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
     scales = {}
     calibration = None
     if job.ffn or (job.bundle.folder / CALIBRATION).exists():
-        calibration = Calibration.load(job.bundle.folder / CALIBRATION)
+        calibration = Calibration.load(job.bundle.folder)
         _audit(calibration, job)
         if job.ffn:
             linear = calibration.linear_layers(job.recipe.ffn.eta)
             scales = {layer: calibration.layers[layer].alpha for layer in linear}
     alpha = {layer: values.tolist() for layer, values in scales.items()}
-    key = [_tool("onnxscript", "onnx-ir"), job.checkpoint_digest, job.precision, job.prune_layers, digest_of(alpha)]
+    key = [
+        tool_versions("onnxscript", "onnx-ir"),
+        job.checkpoint_digest,
+        job.precision,
+        job.prune_layers,
+        digest_of(alpha),
+    ]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.export import copy_sidecars, write_onnx
@@ -240,7 +123,7 @@ def export(job: Job) -> None:
 
     _stage(job.bundle, "export", key, [ONNX], work)
     job.bundle.update(
-        tool=_tool("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+        tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
         command=list(job.command),
         recipe=job.recipe.model_dump(mode="json"),
         checkpoint={"source": job.checkpoint, "revision": job.revision, "sha256": job.digests},
@@ -259,7 +142,7 @@ def engine(
     export_record = bundle.stage("export")
     target.require_precision(export_record["result"]["precision"])
     folder = f"engines/{target.name}"
-    key = [_tool("tensorrt-rtx"), target.model_dump(mode="json"), weights, export_record["files"]]
+    key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, export_record["files"]]
     stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
     graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 
@@ -320,7 +203,7 @@ def validate(job: Job) -> dict[str, Any]:
     prompts = samples_from(job.images, job.recipe, parity.prompts, split="held_out", repeat=True)
     questions = samples_from(job.images, job.recipe, parity.accuracy_samples, split="held_out")
     key = [
-        _tool("onnxruntime", "torch", "transformers"),
+        tool_versions("onnxruntime", "torch", "transformers"),
         bundle.stage("export")["files"],
         [stage.model_dump() for stage in job.schedule],
         parity.model_dump(),
@@ -374,20 +257,7 @@ def validate(job: Job) -> dict[str, Any]:
 
 
 def _calibration_of(bundle: Bundle) -> Calibration | None:
-    path = bundle.folder / CALIBRATION
-    return Calibration.load(path) if path.exists() else None
-
-
-def eos_token_ids(folder: Path) -> list[int]:
-    """Tokens that end an answer, from `generation_config.json`, or from `config.json` where that is missing."""
-    import json
-
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
+    return Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
 
 
 def _stage(
@@ -432,15 +302,3 @@ def _audit(calibration: Calibration, job: Job) -> None:
             )
         if largest > FP16_MAX / 4:
             say(f"warning: {name} reaches {largest:.3g}, {largest / FP16_MAX:.0%} of the largest FP16 number")
-
-
-def _tool(*packages: str) -> dict[str, str]:
-    """Versions that a stage's result depends on."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {"capa-export": capa_export.__version__, **{package: installed(package) for package in packages}}

@@ -1,5 +1,6 @@
 """From a question and pictures to the arrays that every runtime of a model is fed."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ class Prompt:
     """[T] bool."""
     pictures: tuple[Picture, ...]
     position_ids: np.ndarray
-    """[3, T] int64."""
+    """[axes, T] int64: three axes for mRoPE, one for plain positions."""
     next_position: int
     """Position of the first answer token: pruning does not change it."""
 
@@ -70,6 +71,7 @@ class Prompter:
         self.family, self.dims = family, dims
         self.tokenizer = _load(AutoTokenizer, text, "tokenizer")
         self.image_processor = _load(AutoImageProcessor, visual, "image processor")
+        self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
 
@@ -79,9 +81,12 @@ class Prompter:
         content.append({"type": "text", "text": question})
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # A family may have to set what its image processor's own file leaves at another value.
+        options = getattr(self.family, "IMAGE_OPTIONS", {})
         shown: list[Picture] = []
         for image in images:
-            shown += self.family.pictures(self.image_processor(images=[image], return_tensors="np"), self.dims)
+            processed = self.image_processor(images=[image], return_tensors="np", **options)
+            shown += self.family.pictures(processed, self.dims)
         mark = self.family.placeholder(self.tokenizer, self.dims)
         pieces = text.split(mark)
         if len(pieces) != len(shown) + 1:
@@ -89,9 +94,15 @@ class Prompter:
         text = pieces[0] + "".join(
             self.family.written(mark, picture) + rest for picture, rest in zip(shown, pieces[1:], strict=True)
         )
-        input_ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        # As transformers' processors do: the template writes the first token itself, or the tokenizer adds it.
+        first = self.tokenizer.bos_token
+        whole = first is not None and text.startswith(first)
+        input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
         is_visual = input_ids == self.dims.image_token_id
         position_ids, next_position = self.family.positions(input_ids, is_visual, shown)
+        limit = self.dims.decoder.rope_limit
+        if limit is not None and next_position > limit:
+            raise CapaError(f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context")
         return Prompt(input_ids, is_visual, tuple(shown), position_ids, next_position)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -104,6 +115,15 @@ def _load(auto_class: Any, folder: Path, what: str) -> Any:
         return auto_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template that older checkpoints keep for their processor alone."""
+    path = folder / "chat_template.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["chat_template"] if path.is_file() else None
+    except (OSError, ValueError, KeyError) as error:
+        raise CapaError(f"{path}: holds no chat template: {_first_line(error)}") from error
 
 
 def open_picture(path: Path) -> Image.Image:
