@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
-	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "what color is the star ?"
+	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "What color is the star?"
 
 test: .venv/dev.stamp
 	$(BIN)/pytest --cov

@@ -1,6 +1,7 @@
 """The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -414,6 +415,8 @@ def _print_json(value: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the one place where an error becomes a line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
         if result == ExitCode.INTERRUPTED:

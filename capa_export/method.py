@@ -40,7 +40,8 @@ def method_effect(
         prompt = subject.prompter(sample.question, [sample.image])
         capa = subject.plan(prompt)
         plans = {"dense": EagerPlan(), "capa": capa, "random": replace(capa, random_seed=done)}
-        answers = {method: _answer(subject, eager, prompt, plan) for method, plan in plans.items()}
+        inputs = subject.family.eager_inputs(subject.model, prompt)
+        answers = {method: _answer(subject, eager, prompt, inputs, plan) for method, plan in plans.items()}
         for method, answer in answers.items():
             right[method] += answer.text == sample.answer
         dense = answers["dense"].first_logits
@@ -63,10 +64,11 @@ def method_effect(
     return effect, examples
 
 
-def _answer(subject: Subject, eager: Eager, prompt: Prompt, plan: EagerPlan) -> _Answer:
+def _answer(
+    subject: Subject, eager: Eager, prompt: Prompt, inputs: tuple[torch.Tensor, torch.Tensor], plan: EagerPlan
+) -> _Answer:
     """Greedy, at most a few tokens."""
-    embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
-    run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    run = eager.prefill(*inputs, torch.from_numpy(prompt.is_visual), plan)
     tokens: list[int] = []
     logits = run.logits
     while len(tokens) < _ANSWER_TOKENS and (token := int(logits.argmax())) not in subject.eos_token_ids:

@@ -48,6 +48,7 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = self.folder / file
         if is_bfloat16(path):
             widened = Path(self._scratch.name) / file

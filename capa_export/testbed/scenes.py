@@ -1,7 +1,7 @@
 """Drawn scenes of coloured shapes, and questions about them with one-word answers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +38,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 75, 215),
     "yellow": (238, 210, 40),
     "orange": (245, 130, 25),
-    "purple": (130, 45, 175),
     "pink": (250, 135, 195),
     "cyan": (45, 205, 220),
 }
@@ -66,7 +65,6 @@ def _heart_points(count: int = 24) -> tuple[tuple[float, float], ...]:
 _ARM = 0.34
 _POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)),
-    "triangle": ((0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)),
     "diamond": _ring_points(4, 1.0, 0.72),
     "star": _ring_points(10, 1.08, 0.42),
     "heart": _heart_points(),
@@ -148,8 +146,7 @@ def random_scene(
     rows, cols = cells
     places = [divmod(int(i), cols) for i in rng.permutation(rows * cols)]
     sprites = tuple(
-        Sprite(row, col, shape, color)
-        for (row, col), shape, color in zip(places, shapes, colors, strict=False)
+        Sprite(row, col, shape, color) for (row, col), shape, color in zip(places, shapes, colors, strict=False)
     )
     filled = frozenset(place for place in places[count:] if clutter and rng.random() < 0.7)
     return Scene(sprites=sprites, cells=cells, clutter=filled)
@@ -184,9 +181,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def _place(
-    rng: np.random.Generator, row: int, col: int, *, low: float, high: float
-) -> tuple[float, float, float]:
+def _place(rng: np.random.Generator, row: int, col: int, *, low: float, high: float) -> tuple[float, float, float]:
     """Centre and radius in pixels of something drawn inside one cell."""
     radius = float(rng.uniform(low, high))
     room = CELL / 2 - radius - 0.5
@@ -224,13 +219,23 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
-    """One question of a kind at random; yes and no are equally likely."""
+def ask(
+    scene: Scene, kind: str, rng: np.random.Generator, weights: Mapping[str, float] | None = None
+) -> tuple[str, str]:
+    """One question of a kind at random; yes and no are equally likely.
+
+    Args:
+        scene: what the picture shows.
+        kind: one of `KINDS`.
+        rng: the random stream to draw from.
+        weights: how much more often than others to ask some questions; 1 for those not named.
+    """
     choices = questions(scene, kind)
     if kind == "exists":
         wanted = ("yes", "no")[int(rng.integers(2))]
         choices = [choice for choice in choices if choice[1] == wanted]
-    return choices[int(rng.integers(len(choices)))]
+    share = np.array([1.0 if weights is None else weights.get(q, 1.0) for q, _ in choices]).cumsum()
+    return choices[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
 
 
 def samples(

@@ -1,6 +1,7 @@
 """A tiny Qwen2.5-VL with its tokenizer and image processor, built without any download."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -29,8 +30,10 @@ SPECIAL_TOKENS = (
 WORDS = (
     *("\n", "system", "user", "assistant", "?", ".", ",", "!"),
     *("what", "color", "shape", "is", "the", "there", "a", "an", "has", "same", "as", "yes", "no"),
-    *COLORS,
-    *SHAPES,
+    # "purple" and "triangle" are known but never drawn: a model trained with them took purple for
+    # pink and the triangle for the star when both were in a picture.
+    *(*tuple(COLORS)[:5], "purple", *tuple(COLORS)[5:]),
+    *(*SHAPES[:3], "triangle", *SHAPES[3:]),
 )
 
 CHAT_TEMPLATE = (
@@ -88,7 +91,7 @@ def prompt_text(question: str, num_image_tokens: int) -> str:
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised model of about 6 million parameters."""
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
+    ids = tokenizer.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -127,10 +130,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen2_5
     model = Qwen2_5_VLForConditionalGeneration(config)
     with torch.no_grad():
         # Without this scaling twelve layers stay at chance for the whole run.
-        for layer in model.model.language_model.layers:
+        layers: Any = model.model.language_model.layers
+        for layer in layers:
             layer.self_attn.o_proj.weight.mul_((2 * _LAYERS) ** -0.5)
             layer.mlp.down_proj.weight.mul_((2 * _LAYERS) ** -0.5)
-        for block in model.model.visual.blocks:
+        blocks: Any = model.model.visual.blocks
+        for block in blocks:
             block.attn.proj.weight.mul_((2 * _VISION_DEPTH) ** -0.5)
             block.mlp.down_proj.weight.mul_((2 * _VISION_DEPTH) ** -0.5)
     model.generation_config = GenerationConfig(

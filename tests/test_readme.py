@@ -1,0 +1,63 @@
+"""The README's commands do what the README says."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from capa_export.cli import main
+from capa_export.recipe import load_recipe
+from tests.conftest import noise
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(section: str) -> list[list[str]]:
+    """The words of each command in the first shell block of a section."""
+    text = README.split(f"\n## {section}\n")[1]
+    block = re.search(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    assert block is not None
+    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.slow
+def test_the_demo_prints_what_the_readme_shows() -> None:
+    (command,) = commands("Try it")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "parity: passed" in done.stdout
+    shown = re.search(r"```\n(\$ capa-export run.*?)```", README, flags=re.DOTALL)
+    assert shown is not None
+    assert done.stdout.splitlines()[-1] == shown[1].splitlines()[1]
+
+
+def test_the_commands_for_your_own_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install, build, run = commands("Use it on your own checkpoint")
+    assert install[:2] == ["pip", "install"]
+    monkeypatch.chdir(tmp_path)
+    # The shipped checkpoint is of the same architecture: it stands where the user's would.
+    checkpoint, pictures = (tmp_path / build[build.index(option) + 1] for option in ("--checkpoint", "--images"))
+    shutil.copytree(load_recipe("tiny-qwen25vl").checkpoint, checkpoint)
+    pictures.mkdir(parents=True)
+    for index in range(2):
+        noise(224, 140, index).save(pictures / f"{index}.png")
+    noise(224, 140).convert("RGB").save(run[run.index("--image") + 1])
+    assert main(build[1:]) == 0
+    assert "parity: passed" in capsys.readouterr().out
+    assert main(run[1:]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["build", "--help"])
+    known = capsys.readouterr().out
+    for option in re.findall(r"^\| `(--[\w-]+)", README, flags=re.MULTILINE):
+        assert option in known, option
+    for path in re.findall(r"^\| `([\w/.]+)`", README.split("\n## File map\n")[1], flags=re.MULTILINE):
+        assert (ROOT / path).exists(), path
