@@ -13,6 +13,8 @@ from capa_export.recipe import Recipe, kept_tokens
 __all__ = ["dry_run"]
 
 _TEXT_TOKENS = 48
+_LIBRARIES = 500 << 20
+"""Resident before any weight is: Python with torch and transformers, or TensorRT."""
 _ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -53,10 +55,10 @@ def dry_run(recipe: Recipe, checkpoint: str, out: Path | None, precision: str, *
         "vision": {"total": dims.vision.flops(recipe.visual_tokens)},
         "files": {"onnx weights": data, "embedding.safetensors": total.embedding * width},
         "memory": {
-            "calibrate": total.total * 4,
-            "export": 1 << 30,
-            "engine": 2 * data,
-            "validate": total.total * (8 + width),
+            "calibrate": _LIBRARIES + total.total * 4,
+            "export": _LIBRARIES,
+            "engine": _LIBRARIES + 2 * data,
+            "validate": _LIBRARIES + total.total * (8 + width),
         },
     }
 

@@ -134,7 +134,7 @@ def compare_onnx(
 def _compare_dense(subject: Subject, prompts: Sequence[Prompt], report: Report) -> Comparison:
     """Ratio 0 without FFN scales against the dense model's own forward pass."""
     model = OnnxModel(subject.fp32_onnx, prefill=DENSE)
-    comparison = Comparison("fp32 ONNX at ratio 0, no FFN scales", "dense eager fp32")
+    comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32")
     for done, prompt in enumerate(prompts):
         report("validate: dense", done, len(prompts))
         with torch.no_grad():
