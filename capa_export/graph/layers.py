@@ -7,7 +7,7 @@ T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, F = F
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-__all__ = ["GatedMLP", "Linear", "RMSNorm", "attention", "heads_from_tokens", "tokens_from_heads"]
+__all__ = ["GatedMLP", "LayerNorm", "Linear", "RMSNorm", "attention", "heads_from_tokens", "tokens_from_heads"]
 
 
 class Linear(nn.Module):
@@ -32,6 +32,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
         return op.RMSNormalization(x_TD, self.weight, axis=-1, epsilon=self.epsilon, stash_type=1)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance norm; the operator computes them in FP32 whatever the dtype of x."""
+
+    def __init__(self, size: int, epsilon: float, dtype: ir.DataType) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], dtype)
+        self.bias = nn.Parameter([size], dtype)
+        self.epsilon = epsilon
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon, stash_type=1)
 
 
 class GatedMLP(nn.Module):

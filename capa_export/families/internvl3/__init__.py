@@ -1,0 +1,93 @@
+"""InternVL3: tensor names, prompt format, and the eager model's inputs."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
+from capa_export.families.internvl3.dims import Vision, model_dims
+from capa_export.families.internvl3.vision import vision_model
+from capa_export.graph.rotary import rotary_tables
+from capa_export.prompt import Picture, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ARCHITECTURE",
+    "IMAGE_OPTIONS",
+    "RENAMES",
+    "eager_inputs",
+    "model_dims",
+    "pictures",
+    "placeholder",
+    "positions",
+    "rotary_tables",
+    "vision_model",
+    "written",
+]
+
+ARCHITECTURE = "InternVLForConditionalGeneration"
+
+RENAMES = [
+    (r"^model\.vision_tower\.", "vision_tower."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.model\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+]
+"""Stored tensor names, in either layout that transformers writes, to the names of the graph."""
+
+IMAGE_OPTIONS = {"crop_to_patches": True}
+"""The published preprocessor_config.json says otherwise; transformers' own processor overrides it with this."""
+
+
+def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
+    """The image processor's tiles, the thumbnail last where there are several, in one array a picture."""
+    vision = dims.vision
+    tiles = np.asarray(processed["pixel_values"], dtype=np.float32)
+    expected = (vision.in_channels, vision.image_size, vision.image_size)
+    if tiles.shape[1:] != expected:
+        raise CapaError(
+            f"the image processor makes tiles of {list(tiles.shape[1:])}, the vision tower takes {list(expected)}; "
+            "use the preprocessor_config.json that was published with the weights"
+        )
+    result: list[Picture] = []
+    start = 0
+    for count in np.asarray(processed["num_patches"]).tolist():
+        grid = (vision.token_side, vision.token_side) if count == 1 else None
+        result.append(Picture(tiles[start : start + count], num_tokens=count * vision.tokens_per_tile, grid=grid))
+        start += count
+    return result
+
+
+def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
+    """What the chat template writes where a picture stands."""
+    return tokenizer.convert_ids_to_tokens(dims.image_token_id)
+
+
+def written(mark: str, picture: Picture) -> str:
+    """What the placeholder becomes: itself, once per visual token, between the marks of a picture."""
+    return f"<img>{mark * picture.num_tokens}</img>"
+
+
+def positions(input_ids: np.ndarray, _is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+    """Positions [1, T], one after the other, and the position of the first answer token."""
+    return np.arange(len(input_ids), dtype=np.int64)[None], len(input_ids)
+
+
+def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Input embeddings [1, T, D] and position ids [1, T], by the model's own methods alone."""
+    import torch
+
+    inner = model.model
+    input_ids = torch.from_numpy(prompt.input_ids)[None]
+    embeds = inner.get_input_embeddings()(input_ids)
+    if prompt.pictures:
+        tiles = torch.from_numpy(np.concatenate([picture.patches for picture in prompt.pictures]))
+        features = inner.get_image_features(tiles).pooler_output.to(embeds.dtype)
+        mask = inner.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
+        embeds = embeds.masked_scatter(mask, features)
+    return embeds, torch.arange(input_ids.shape[1])[None]

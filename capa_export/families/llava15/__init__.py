@@ -1,0 +1,89 @@
+"""LLaVA-1.5: tensor names, prompt format, and the eager model's inputs."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
+from capa_export.families.llava15.dims import Vision, model_dims
+from capa_export.families.llava15.vision import vision_model
+from capa_export.graph.rotary import rotary_tables
+from capa_export.prompt import Picture, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ARCHITECTURE",
+    "RENAMES",
+    "UNUSED",
+    "eager_inputs",
+    "model_dims",
+    "pictures",
+    "placeholder",
+    "positions",
+    "rotary_tables",
+    "vision_model",
+    "written",
+]
+
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+RENAMES = [
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
+    (r"^(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.model\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+]
+"""Stored tensor names, as transformers 4 and 5 save them, to the names of the graph."""
+
+UNUSED = (r"vision_tower\.(?:encoder\.layers\.\d+|post_layernorm)\.",)
+"""What lies behind the selected layer of the vision tower."""
+
+
+def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
+    """One array a picture, all of them resized and cropped to the same square."""
+    vision = dims.vision
+    pixels = np.asarray(processed["pixel_values"], dtype=np.float32)
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    if pixels.shape[1:] != shape:
+        raise CapaError(
+            f"preprocessor_config.json makes pictures of {list(pixels.shape[1:])}, config.json implies {list(shape)}; "
+            "use the two files that were published together"
+        )
+    return [Picture(tile[None], num_tokens=vision.num_tokens) for tile in pixels]
+
+
+def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
+    """What the chat template writes where a picture stands."""
+    return tokenizer.convert_ids_to_tokens(dims.image_token_id)
+
+
+def written(mark: str, picture: Picture) -> str:
+    """What the placeholder becomes: itself, once per visual token."""
+    return mark * picture.num_tokens
+
+
+def positions(input_ids: np.ndarray, _is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+    """Positions [1, T] that count every token, and the position of the first answer token."""
+    length = len(input_ids)
+    return np.arange(length, dtype=np.int64)[None], length
+
+
+def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Input embeddings [1, T, D] and position ids [1, T], by the model's own methods alone."""
+    import torch
+
+    inner = model.model
+    input_ids = torch.from_numpy(prompt.input_ids)[None]
+    embeds = inner.get_input_embeddings()(input_ids)
+    position_ids = torch.arange(input_ids.shape[1])[None]
+    if not prompt.pictures:
+        return embeds, position_ids
+    pixels = torch.from_numpy(np.concatenate([picture.patches for picture in prompt.pictures]))
+    features = torch.cat(list(inner.get_image_features(pixels).pooler_output)).to(embeds.dtype)
+    mask = inner.get_placeholder_mask(input_ids, embeds, features[None])
+    return embeds.masked_scatter(mask, features), position_ids
