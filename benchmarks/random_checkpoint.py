@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from capa_export.families import qwen25vl
 from capa_export.graph.decoder import decode_model
+from capa_export.graph.rotary import rotary_tables
 
 _TEXT = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
 _VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
@@ -50,7 +51,7 @@ CONFIGS = {
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every tensor, as the graphs want them."""
     dims = qwen25vl.model_dims(config)
-    rotary, dtype = qwen25vl.rotary_tables(dims), ir.DataType.BFLOAT16
+    rotary, dtype = rotary_tables(dims), ir.DataType.BFLOAT16
     for model in (
         decode_model(dims.decoder, dtype, rotary, prune_layers=()),
         qwen25vl.vision_model(dims.vision, dtype),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.bundle import Bundle
-from capa_export.job import ONNX, eos_token_ids, load_family
+from capa_export.families import load_family
+from capa_export.job import ONNX, eos_token_ids
 from capa_export.prompt import Prompter, open_picture
 from capa_export.recipe import Recipe, kept_tokens
 from capa_export.runtime import OnnxModel, greedy

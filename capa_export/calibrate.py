@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
 from capa_export.errors import CapaError
+from capa_export.families import Family
 from capa_export.progress import Report, silent
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
@@ -25,7 +26,7 @@ _BLOCK = re.compile(r"(?:layers?|blocks)\.\d+(?:\.(?:self_attn|attn|attention|ml
 
 
 def calibrate(
-    model: Any, family: Any, prompter: Prompter, samples: Samples, *, checkpoint_digest: str, report: Report = silent
+    model: Any, family: Family, prompter: Prompter, samples: Samples, *, checkpoint_digest: str, report: Report = silent
 ) -> Calibration:
     """Stream the samples through the dense model and keep sums only.
 

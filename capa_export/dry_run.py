@@ -6,7 +6,7 @@ from typing import Any
 
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
-from capa_export.job import load_family
+from capa_export.families import load_family
 from capa_export.plan import decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, kept_tokens
 

@@ -15,7 +15,9 @@ from capa_export.bind import bind, check_disk, tied, unused_tensors, write_embed
 from capa_export.checkpoint import Checkpoint, StoredTensor
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
+from capa_export.families import Family
 from capa_export.graph.decoder import decode_model, prefill_model
+from capa_export.graph.rotary import rotary_tables
 from capa_export.progress import Report, silent
 
 __all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "write_onnx"]
@@ -42,13 +44,13 @@ class Source:
     """A checkpoint as its family reads it."""
 
     checkpoint: Checkpoint
-    family: Any
+    family: Family
     dims: ModelDims[Any]
     tensors: Mapping[str, StoredTensor]
     """By the graph's names."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Any) -> "Source":
+    def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":
         """Read the dimensions and name the tensors.
 
         Raises:
@@ -92,7 +94,7 @@ def write_onnx(
         CapaError: a tensor is missing, not finite or out of range, or the disk is too small.
     """
     dtype, dims = PRECISIONS[precision], source.dims
-    rotary = source.family.rotary_tables(dims)
+    rotary = rotary_tables(dims)
     llm = {
         "prefill.onnx": prefill_model(
             dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=sorted(scales)
@@ -138,7 +140,7 @@ def check_tensors(source: Source) -> None:
         CapaError: a tensor is missing or superfluous.
     """
     dims, dtype = source.dims, ir.DataType.FLOAT
-    decoder = decode_model(dims.decoder, dtype, source.family.rotary_tables(dims), prune_layers=())
+    decoder = decode_model(dims.decoder, dtype, rotary_tables(dims), prune_layers=())
     models = [decoder, source.family.vision_model(dims.vision, dtype)]
     wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
     if missing := sorted(wanted - set(source.tensors)):
@@ -146,7 +148,7 @@ def check_tensors(source: Source) -> None:
             f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again"
         )
     # A family may know tensors that its checkpoints hold and no graph reads.
-    unread = [_RECOMPUTED, *map(re.compile, getattr(source.family, "UNUSED", ()))]
+    unread = [_RECOMPUTED, *map(re.compile, source.family.UNUSED)]
     extra = [
         name
         for name in unused_tensors(models, source.tensors)

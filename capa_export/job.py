@@ -5,18 +5,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import capa_export
 from capa_export.bundle import Bundle, digest_of
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError
+from capa_export.families import Family, load_family
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage
 
-__all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "load_family", "say", "tool_versions"]
+__all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "say", "tool_versions"]
 
 ONNX = "onnx"
 PARITY = "parity.json"
@@ -26,20 +26,6 @@ REPORT = "report.html"
 def say(line: str) -> None:
     """Talk to the person: stderr, since stdout is data."""
     print(line, file=sys.stderr, flush=True)
-
-
-def load_family(recipe_family: str) -> Any:
-    """The module of a model family.
-
-    Raises:
-        CapaError: there is none of that name.
-    """
-    try:
-        return import_module(f"capa_export.families.{recipe_family}")
-    except ModuleNotFoundError as error:
-        if error.name != f"capa_export.families.{recipe_family}":
-            raise
-        raise CapaError(f"unknown family {recipe_family!r} in the recipe", ExitCode.USAGE) from error
 
 
 @dataclass
@@ -62,7 +48,7 @@ class Job:
     report: Report = field(default=silent)
 
     @cached_property
-    def family(self) -> Any:
+    def family(self) -> Family:
         return load_family(self.recipe.family)
 
     @cached_property

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
+from capa_export.families import Family
 
 __all__ = ["Picture", "Prompt", "Prompter", "open_picture"]
 
@@ -65,7 +66,7 @@ class Prompter:
         CapaError: a file is missing, or does not load.
     """
 
-    def __init__(self, text: Path, visual: Path, family: Any, dims: ModelDims[Any]) -> None:
+    def __init__(self, text: Path, visual: Path, family: Family, dims: ModelDims[Any]) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.family, self.dims = family, dims
@@ -82,10 +83,9 @@ class Prompter:
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # A family may have to set what its image processor's own file leaves at another value.
-        options = getattr(self.family, "IMAGE_OPTIONS", {})
         shown: list[Picture] = []
         for image in images:
-            processed = self.image_processor(images=[image], return_tensors="np", **options)
+            processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
             shown += self.family.pictures(processed, self.dims)
         mark = self.family.placeholder(self.tokenizer, self.dims)
         pieces = text.split(mark)
@@ -99,7 +99,7 @@ class Prompter:
         whole = first is not None and text.startswith(first)
         input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
         is_visual = input_ids == self.dims.image_token_id
-        position_ids, next_position = self.family.positions(input_ids, is_visual, shown)
+        position_ids, next_position = self.family.positions(is_visual, shown)
         limit = self.dims.decoder.rope_limit
         if limit is not None and next_position > limit:
             raise CapaError(f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context")

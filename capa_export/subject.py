@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from capa_export.eager import EagerPlan
+from capa_export.families import Family
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Stage, kept_tokens
 
@@ -21,7 +22,7 @@ class Subject:
 
     model: Any
     """The Hugging Face model in FP32."""
-    family: Any
+    family: Family
     prompter: Prompter
     schedule: Sequence[Stage]
     scales: Mapping[int, np.ndarray]

@@ -1,1 +1,74 @@
-"""One module per model family: its dimensions, tensor names, vision tower, positions and prompt format."""
+"""One folder per model family, and what each of them has to provide."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    import torch
+
+    from capa_export.prompt import Picture, Prompt
+
+__all__ = ["Family", "load_family"]
+
+
+class Family(Protocol):
+    """The names that a family's module defines; T = prompt tokens, D = hidden size."""
+
+    ARCHITECTURE: str
+    """The class in transformers, as `config.json` names it."""
+    RENAMES: Sequence[tuple[str, str]]
+    """(pattern of a stored tensor name's prefix, replacement), as transformers 4 and 5 save them."""
+    UNUSED: Sequence[str]
+    """Patterns of stored tensors that no graph reads."""
+    IMAGE_OPTIONS: Mapping[str, Any]
+    """For the image processor, beside the pictures."""
+
+    def model_dims(self, config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Any]:
+        """The dimensions in `config.json`, or a CapaError that names the key."""
+        ...
+
+    def vision_model(self, dims: Any, dtype: ir.DataType) -> ir.Model:
+        """The vision tower: pixel_values to image_features [tokens, D]."""
+        ...
+
+    def pictures(self, processed: Any, dims: ModelDims[Any]) -> "list[Picture]":
+        """The image processor's output as inputs of the vision tower, one entry a picture."""
+        ...
+
+    def placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str:
+        """What the chat template writes where a picture stands."""
+        ...
+
+    def written(self, mark: str, picture: "Picture") -> str:
+        """What the placeholder becomes for this picture."""
+        ...
+
+    def positions(self, is_visual: np.ndarray, shown: "Sequence[Picture]") -> tuple[np.ndarray, int]:
+        """Position ids [axes, T], and the position of the first answer token."""
+        ...
+
+    def eager_inputs(self, model: Any, prompt: "Prompt") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Input embeddings [1, T, D] and position ids, by the Hugging Face model's own methods alone."""
+        ...
+
+
+def load_family(name: str) -> Family:
+    """The family's module.
+
+    Raises:
+        CapaError: there is none of that name.
+    """
+    module = f"{__name__}.{name}"
+    try:
+        return cast("Family", import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise CapaError(f"unknown family {name!r} in the recipe", ExitCode.USAGE) from error

@@ -18,6 +18,7 @@ from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import internvl3
 from capa_export.graph.decoder import decode_model, prefill_model
+from capa_export.graph.rotary import rotary_tables
 from capa_export.job import load_family
 from capa_export.plan import parameters
 from capa_export.prompt import Picture, Prompt, Prompter
@@ -447,7 +448,7 @@ def test_shipped_recipe() -> None:
 def test_goldens(request: pytest.FixtureRequest) -> None:
     """The graphs of the small model, as text without weights: they change only on purpose."""
     dims, half = internvl3.model_dims(small_config().to_dict()), ir.DataType.FLOAT16
-    rotary = internvl3.rotary_tables(dims)
+    rotary = rotary_tables(dims)
     graphs = {
         "prefill": prefill_model(dims.decoder, half, rotary, prune_layers=(2,), linear_layers=(3,)),
         "decode": decode_model(dims.decoder, half, rotary, prune_layers=(2,)),

@@ -23,6 +23,7 @@ from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import llava15
 from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.graph.decoder import decode_model, prefill_model
+from capa_export.graph.rotary import rotary_tables
 from capa_export.plan import parameters
 from capa_export.prompt import Picture, Prompt, Prompter
 from capa_export.runtime import OnnxModel
@@ -509,7 +510,7 @@ def test_without_pruning_or_scales_it_is_the_dense_model(model: Any, prompter: P
 def test_goldens(request: pytest.FixtureRequest, source: Source) -> None:
     """The graphs of the small model, as text without weights: they change only on purpose."""
     dims, half = source.dims, ir.DataType.FLOAT16
-    rotary = llava15.rotary_tables(dims)
+    rotary = rotary_tables(dims)
     models = {
         "prefill": prefill_model(dims.decoder, half, rotary, prune_layers=(2,), linear_layers=(3,)),
         "decode": decode_model(dims.decoder, half, rotary, prune_layers=(2,)),

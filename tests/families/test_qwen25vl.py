@@ -12,6 +12,7 @@ from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.graph.decoder import decode_model, prefill_model
+from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompter
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
@@ -63,7 +64,7 @@ def test_picture_that_does_not_match_its_place_is_refused(prompter: Prompter) ->
 
 
 def test_graph_names_lead_to_the_layer(source: Source) -> None:
-    rotary = qwen25vl.rotary_tables(source.dims)
+    rotary = rotary_tables(source.dims)
     model = prefill_model(source.dims.decoder, ir.DataType.FLOAT16, rotary, prune_layers=(2,), linear_layers=(1,))
     names = [node.name for node in model.graph]
     assert len(names) == len(set(names))
@@ -85,7 +86,7 @@ def test_goldens(request: pytest.FixtureRequest) -> None:
 
     config = fetch_config(str(shipped("graphs") / "checkpoints" / "tiny-qwen25vl"))
     dims, half = qwen25vl.model_dims(config), ir.DataType.FLOAT16
-    rotary = qwen25vl.rotary_tables(dims)
+    rotary = rotary_tables(dims)
     models = {
         "prefill": prefill_model(dims.decoder, half, rotary, prune_layers=(2,), linear_layers=(4,)),
         "decode": decode_model(dims.decoder, half, rotary, prune_layers=(2,)),

@@ -111,7 +111,7 @@ def test_text_between_and_around_pictures_is_never_pruned(
     input_ids = np.concatenate([one.input_ids, one.input_ids])
     is_visual = input_ids == source.dims.image_token_id
     pictures = one.pictures * 2
-    position_ids, next_position = qwen25vl.positions(input_ids, is_visual, pictures)
+    position_ids, next_position = qwen25vl.positions(is_visual, pictures)
     prompt = Prompt(input_ids, is_visual, pictures, position_ids, next_position)
     compare(model, built(), prompt, {2: 5}, SCALES, 1e-5)
     run = built().prefill(prompt, [5])

@@ -9,7 +9,6 @@ from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
 from capa_export.families.internvl3.vision import vision_model
-from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
@@ -19,18 +18,19 @@ __all__ = [
     "ARCHITECTURE",
     "IMAGE_OPTIONS",
     "RENAMES",
+    "UNUSED",
     "eager_inputs",
     "model_dims",
     "pictures",
     "placeholder",
     "positions",
-    "rotary_tables",
     "vision_model",
     "written",
 ]
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 
+UNUSED: tuple[str, ...] = ()
 RENAMES = [
     (r"^model\.vision_tower\.", "vision_tower."),
     (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
@@ -73,9 +73,9 @@ def written(mark: str, picture: Picture) -> str:
     return f"<img>{mark * picture.num_tokens}</img>"
 
 
-def positions(input_ids: np.ndarray, _is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+def positions(is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
     """Positions [1, T], one after the other, and the position of the first answer token."""
-    return np.arange(len(input_ids), dtype=np.int64)[None], len(input_ids)
+    return np.arange(len(is_visual), dtype=np.int64)[None], len(is_visual)
 
 
 def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":

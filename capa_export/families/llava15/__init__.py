@@ -9,7 +9,6 @@ from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.families.llava15.vision import vision_model
-from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARCHITECTURE",
+    "IMAGE_OPTIONS",
     "RENAMES",
     "UNUSED",
     "eager_inputs",
@@ -24,13 +24,13 @@ __all__ = [
     "pictures",
     "placeholder",
     "positions",
-    "rotary_tables",
     "vision_model",
     "written",
 ]
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
+IMAGE_OPTIONS: dict[str, bool] = {}
 RENAMES = [
     (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
     (r"^(?:model\.)?multi_modal_projector\.", "multi_modal_projector."),
@@ -67,9 +67,9 @@ def written(mark: str, picture: Picture) -> str:
     return mark * picture.num_tokens
 
 
-def positions(input_ids: np.ndarray, _is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+def positions(is_visual: np.ndarray, _shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
     """Positions [1, T] that count every token, and the position of the first answer token."""
-    length = len(input_ids)
+    length = len(is_visual)
     return np.arange(length, dtype=np.int64)[None], length
 
 

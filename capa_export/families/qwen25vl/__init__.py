@@ -9,7 +9,6 @@ import numpy as np
 from capa_export.dims import ModelDims
 from capa_export.families.qwen25vl.dims import Vision, model_dims
 from capa_export.families.qwen25vl.vision import vision_model
-from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
@@ -17,19 +16,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARCHITECTURE",
+    "IMAGE_OPTIONS",
     "RENAMES",
+    "UNUSED",
     "eager_inputs",
     "model_dims",
     "pictures",
     "placeholder",
     "positions",
-    "rotary_tables",
     "vision_model",
     "written",
 ]
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
+UNUSED: tuple[str, ...] = ()
+IMAGE_OPTIONS: dict[str, bool] = {}
 RENAMES = [
     (r"^(?:model\.)?visual\.", "visual."),
     (r"^model\.language_model\.", "model."),
@@ -64,7 +66,7 @@ def written(mark: str, picture: Picture) -> str:
     return mark * picture.num_tokens
 
 
-def positions(_input_ids: np.ndarray, is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
+def positions(is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
     """mRoPE positions [3, T], and the position of the first answer token.
 
     A picture's tokens share one time step and count rows and columns from there; the text behind it goes on at
