@@ -218,7 +218,7 @@ def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTenso
 
 
 def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors, with the embedding as LM head where the checkpoint holds no head of its own."""
+    """The tensors of a checkpoint with tied embeddings, the embedding as LM head if it stores no head of its own."""
     if HEAD in tensors or EMBEDDING not in tensors:
         return tensors
     return MappingProxyType({**tensors, HEAD: tensors[EMBEDDING]})

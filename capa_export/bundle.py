@@ -1,11 +1,12 @@
 """The bundle folder: what is in it, what made it, and whether it still is what was built."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
 MANIFEST = "capa_manifest.json"
 _VERSION = 1
 _PARTIAL = ".partial"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def digest_of(value: object) -> str:
@@ -48,7 +50,7 @@ class Bundle:
         """
         bundle = cls(folder)
         if not (folder / MANIFEST).is_file():
-            raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build --out {folder}` makes one")
+            raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build` makes one")
         version = bundle.manifest.get("version")
         if version != _VERSION:
             raise CapaError(
@@ -97,11 +99,26 @@ class Bundle:
         record = self.manifest["stages"].get(name)
         return bool(record) and record["key"] == key and not self._changed(record["files"])
 
-    def record(self, name: str, key: str, files: Sequence[str], **entries: Any) -> None:
-        """Note that a stage is done; `files` are relative to the folder."""
+    def record(
+        self, name: str, key: str, files: Sequence[str], *, outdates: Sequence[str] = (), **entries: Any
+    ) -> None:
+        """Note that a stage is done, and drop the stages that were made from what it replaced.
+
+        Args:
+            name: of the stage.
+            key: digest of its inputs.
+            files: what it wrote, relative to the folder.
+            outdates: beginnings of the names of later stages.
+            entries: whatever else is worth keeping.
+        """
+        stages = self.manifest["stages"]
+        old = {other for other in stages if other != name and other.startswith(tuple(outdates))}
         digests = {file: file_digest(self.folder / file) for file in sorted(files)}
-        record = {"key": key, **entries, "files": digests}
-        self.update(stages={**self.manifest["stages"], name: record})
+        kept = {other: record for other, record in stages.items() if other not in old}
+        self.update(stages={**kept, name: {"key": key, **entries, "files": digests}})
+        for other in old:
+            for file in stages[other]["files"]:
+                (self.folder / file).unlink(missing_ok=True)
 
     def verify(self, *names: str) -> None:
         """Check that the files of these stages are what was built.
@@ -125,20 +142,47 @@ class Bundle:
 
     @contextmanager
     def replacing(self, *outputs: str) -> Generator[Path]:
-        """A scratch folder whose `outputs` take their place in the bundle if the block succeeds, and vanish if not."""
+        """A scratch folder whose `outputs` take their place in the bundle if the block succeeds, and vanish if not.
+
+        Raises:
+            CapaError: the folder is somebody's own, or cannot be written, or the disk is full.
+        """
         scratch = self.folder / _PARTIAL
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        self._claim(scratch)
         try:
             yield scratch
             for output in outputs:
                 _put(scratch / output, self.folder / output)
         except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
             raise CapaError(
-                f"{self.folder}: {error.strerror or error}; nothing was changed", ExitCode.EXPORT
+                f"{self.folder}: {error.strerror}; free some space and run the same command again", ExitCode.EXPORT
             ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):
+                # Only succeeds where nothing was made.
+                self.folder.rmdir()
+
+    def _claim(self, scratch: Path) -> None:
+        """Make the scratch folder, unless the bundle's folder holds what is not ours."""
+        try:
+            foreign = [path for path in self.folder.iterdir() if not path.name.endswith(_PARTIAL)]
+            if foreign and not (self.folder / MANIFEST).is_file():
+                raise CapaError(
+                    f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
+                    ExitCode.USAGE,
+                )
+            shutil.rmtree(scratch, ignore_errors=True)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CapaError(f"{self.folder}: {error.strerror}; choose another folder") from error
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise CapaError(f"{self.folder}: {error.strerror}; choose a folder that can be written") from error
 
     def files_under(self, *outputs: str) -> list[str]:
         """Relative names of all files at or below the given outputs."""
@@ -147,7 +191,13 @@ class Bundle:
         return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
     def run_stage(
-        self, name: str, key: object, outputs: Sequence[str], work: Callable[[Path], dict[str, Any]], **entries: Any
+        self,
+        name: str,
+        key: object,
+        outputs: Sequence[str],
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        outdates: Sequence[str] = (),
     ) -> tuple[dict[str, Any], bool]:
         """Do the work unless its outputs are current; returns the stage's record and whether it ran."""
         digest = digest_of(key)
@@ -157,7 +207,8 @@ class Bundle:
 
         with self.replacing(*outputs) as scratch, measured() as cost:
             result = work(scratch)
-        self.record(name, digest, self.files_under(*outputs), **cost.as_dict(), result=result, **entries)
+        files = self.files_under(*outputs)
+        self.record(name, digest, files, outdates=outdates, **cost.as_dict(), result=result)
         return self.stage(name), True
 
 
@@ -165,6 +216,8 @@ def _put(source: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.is_dir():
         old = place.with_name(f"{place.name}{_PARTIAL}")
+        # Left behind by an interruption.
+        shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
         source.rename(place)
         shutil.rmtree(old)

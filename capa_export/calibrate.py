@@ -16,7 +16,7 @@ from torch import Tensor
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
 from capa_export.errors import CapaError
 from capa_export.families import Family
-from capa_export.progress import Report, silent
+from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
 
@@ -40,8 +40,7 @@ def calibrate(
     sums = [LayerSums.zeros(size) for _ in range(num_layers)]
     absmax: dict[str, float] = {}
     with _watch_ranges(model, absmax), _watch_ffns(text.layers) as seen:
-        for done, sample in enumerate(samples):
-            report("calibrate", done, samples.count)
+        for sample in tracked(samples, "calibrate", samples.count, report):
             prompt = prompter(sample.question, [sample.image])
             is_visual = torch.from_numpy(prompt.is_visual)
             with torch.no_grad():
@@ -51,7 +50,6 @@ def calibrate(
                 raise CapaError(_why_not_finite(model, broken[0]))
             for layer, (x_TD, y_TD) in seen.items():
                 _add(sums[layer], x_TD, y_TD, is_visual)
-    report("calibrate", samples.count, samples.count)
     return Calibration(
         checkpoint_digest=checkpoint_digest,
         samples=samples.count,

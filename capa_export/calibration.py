@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged"]
 
@@ -130,7 +130,11 @@ class Calibration:
             for index, layer in enumerate(self.layers)
             for name in ("xx", "xy", "yy")
         }
-        save_file(tensors, path, metadata={"capa_calibration": self._about()})
+        try:
+            save_file(tensors, path, metadata={"capa_calibration": self._about()})
+        except SafetensorError as error:
+            raise CapaError(f"{path}: cannot be written: {error}", ExitCode.EXPORT) from error
+        path.chmod(0o644)
 
     def _about(self) -> str:
         counts = [
@@ -179,12 +183,15 @@ class Calibration:
 
 
 def merged(parts: Sequence[Calibration]) -> Calibration:
-    """One calibration from several runs: every figure is a sum or a maximum, so nothing is lost.
+    """One calibration from several runs: every figure is a sum or a maximum, in whatever order they are given.
 
     Raises:
-        CapaError: they were measured on different checkpoints.
+        CapaError: they were measured on different checkpoints, or one is given twice.
     """
+    parts = sorted(parts, key=Calibration.digest)
     first = parts[0]
+    if len({part.digest() for part in parts}) < len(parts):
+        raise CapaError("the same calibration is given twice; its samples would count twice")
     if any(part.checkpoint_digest != first.checkpoint_digest for part in parts):
         raise CapaError("calibrations of different checkpoints do not merge")
     layers = [

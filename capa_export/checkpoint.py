@@ -159,17 +159,8 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     Raises:
         CapaError: it cannot be found, or it is not a complete safetensors checkpoint.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise CapaError(f"{source}: is a local folder; --revision only applies to hub ids", ExitCode.USAGE)
-    elif folder.exists():
-        raise CapaError(f"{source}: is a file; pass the folder that holds config.json and the weights")
-    elif _HUB_ID.fullmatch(source):
-        folder = _downloaded(source, revision)
-    else:
-        raise CapaError(f"{source}: no such folder; pass a folder that holds config.json, or a hub id like owner/name")
-    config = _read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+    folder = _folder(source, revision, _FILES)
+    config = _config(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
         for tensor in _read_header(shard):
@@ -183,16 +174,13 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     return Checkpoint(folder=folder, config=config, tensors=MappingProxyType(tensors))
 
 
-def fetch_config(source: str) -> dict[str, Any]:
+def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
     """`config.json` of a local folder or a hub id, and nothing else of it.
 
     Raises:
         CapaError: it cannot be found or read.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _downloaded(source, None, ("config.json",))
-    return _read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+    return _config(_folder(source, revision, ("config.json",)))
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -204,7 +192,25 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in _read_header(path)}
 
 
-def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str] = _FILES) -> Path:
+def _folder(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The local folder, or the one in the hub cache with the files that match `patterns`."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CapaError(f"{source}: is a local folder; --revision only applies to hub ids", ExitCode.USAGE)
+        return folder
+    if folder.exists():
+        raise CapaError(f"{source}: no such folder, it is a file; pass the folder that holds config.json and weights")
+    if _HUB_ID.fullmatch(source):
+        return _downloaded(source, revision, patterns)
+    raise CapaError(f"{source}: no such folder; pass a folder that holds config.json, or a hub id like owner/name")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+
+
+def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     # One line says it: the client's own warnings and retries are noise above it.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = f"{hub_id}@{revision}" if revision else hub_id
@@ -257,25 +263,24 @@ def _shards(folder: Path) -> list[Path]:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if weight_map:
         names = sorted(set(weight_map.values()))
-        cause = f"named by {_INDEX}"
     elif "model.safetensors" in found:
-        names, cause = ["model.safetensors"], ""
+        names = ["model.safetensors"]
+    elif found:
+        raise CapaError(
+            f"{folder}: no {_INDEX} beside {found[0]}, and transformers does not load shards without it; "
+            "download it from where the weights were published"
+        )
     else:
-        # A shard's own name tells how many there are, which stands in for an absent index.
-        numbered = [match for name in found if (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", name))]
-        series = {f"{m[1]}-{i:05}-of-{m[2]}.safetensors" for m in numbered for i in range(1, int(m[2]) + 1)}
-        names, cause = sorted(series | set(found)), "one of a numbered series"
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CapaError(f"{folder / _INDEX}: shard {name} lies outside the folder; download the index again")
-        if not (folder / name).is_file():
-            raise CapaError(f"{folder / name}: shard not found, though it is {cause}; download it again")
-    if not names:
         held = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none either"
         raise CapaError(
             f"{folder}: no *.safetensors here (*.bin: {held}); load the model with transformers and re-save it with "
             "save_pretrained(folder, safe_serialization=True)"
         )
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CapaError(f"{folder / _INDEX}: shard {name} lies outside the folder; download the index again")
+        if not (folder / name).is_file():
+            raise CapaError(f"{folder / name}: shard not found, though {_INDEX} names it; download it again")
     return [folder / name for name in names]
 
 

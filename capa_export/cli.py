@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +42,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="capa-export",
     help="Export vision-language models, pruned with CAPA, to ONNX and TensorRT.",
-    epilog="Exit codes: 0 ok, 2 usage, 3 preflight, 4 export, 5 engine, 6 parity, 130 interrupted.",
+    epilog="Exit codes: 0 ok, 2 usage, 3 preflight, 4 export, 5 engine, 6 parity, 130 or 143 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -61,7 +63,7 @@ def _root(
 @app.command()
 def build(
     model: ModelOpt,
-    out: OutOpt,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.")] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
@@ -76,7 +78,7 @@ def build(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Calibrate, export, build engines and validate: checkpoint in, bundle out."""
+    """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.target import load_target
 
     recipe = _recipe(model, ratio, prune_layer)
@@ -84,9 +86,26 @@ def build(
     device.require_precision(precision.value)
     if device.engine:
         device.require_engine()
+    elif weights == Weights.external:
+        raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
+    if calibration is not None and samples is not None:
+        raise CapaError("--calibration stands in place of a run: --samples has no effect with it", ExitCode.USAGE)
     if dry_run:
-        _print_plan(recipe, checkpoint, out, precision.value, ffn=ffn, as_json=as_json)
+        _print_plan(
+            recipe,
+            checkpoint,
+            out,
+            precision.value,
+            ffn=ffn,
+            revision=revision,
+            calibration=calibration,
+            target=device,
+            weights=weights.value,
+            as_json=as_json,
+        )
         return
+    if out is None:
+        raise CapaError("build needs --out FOLDER; only --dry-run does without", ExitCode.USAGE)
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.job import Job
@@ -108,6 +127,10 @@ def build(
             report=report,
         )
         parity = pipeline.build(job, device)
+    if device.engine and not as_json:
+        from capa_export.tables import engine_table
+
+        engine_table(job.bundle.stage(f"engine/{device.name}")["result"])
     _finish(job.bundle, parity, as_json=as_json)
 
 
@@ -129,7 +152,7 @@ def calibrate(
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure where visual FFNs are linear, alpha, sinks and activation ranges."""
+    """Measure which visual FFNs are linear, and their scales."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.calibration import Calibration, merged
@@ -138,7 +161,7 @@ def calibrate(
     from capa_export.recipe import FFN
 
     if merge:
-        if not parts or images or samples or checkpoint:
+        if not parts or images or samples or checkpoint or revision:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
@@ -238,7 +261,7 @@ def validate(
     images: ImagesOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Hold a bundle against the eager model; exit code 6 if it does not compute the same."""
+    """Hold a bundle against the eager model (exit code 6: parity)."""
     from capa_export import pipeline
     from capa_export.progress import progress
 
@@ -262,7 +285,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: JsonOpt = False,
 ) -> None:
-    """Answer a question about pictures through ONNX Runtime; needs nothing but the bundle."""
+    """Answer a question about pictures, from the bundle alone."""
     from capa_export.answer import answer
 
     def stream(text: str) -> None:
@@ -278,16 +301,16 @@ def run(
         f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
         for stage in result["stages"]
     )
+    per_token = result["decode_ms_per_token"]
+    decode = f", decode {per_token:.1f} ms a token" if per_token is not None else ""
     print(
-        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms, "
-        f"decode {result['decode_ms_per_token']:.1f} ms a token",
-        file=sys.stderr,
+        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms{decode}", file=sys.stderr
     )
 
 
 @app.command()
 def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
-    """Show what a bundle holds and what made it, and check its files."""
+    """Show what a bundle holds and what made it; check its files."""
     opened = _open(bundle)
     manifest = opened.manifest
     opened.verify(*manifest["stages"])
@@ -310,10 +333,24 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
     ] = None,
+    target: TargetOpt = "rtx",
+    weights: WeightsOpt = Weights.embedded,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what a build would do, without doing it: what `build --dry-run` prints."""
-    _print_plan(_recipe(model, ratio, prune_layer), checkpoint, out, precision.value, ffn=ffn, as_json=as_json)
+    """Say what a build would do, as `build --dry-run`."""
+    build(
+        model=model,
+        out=out,
+        checkpoint=checkpoint,
+        ratio=ratio,
+        prune_layer=prune_layer,
+        ffn=ffn,
+        precision=precision,
+        target=target,
+        weights=weights,
+        dry_run=True,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -366,13 +403,12 @@ def _open(folder: Path) -> "Bundle":
 def _job(bundle: "Bundle", checkpoint: str | None, revision: str | None, images: Path | None, report: Any) -> "Job":
     """The job that made a bundle, from its manifest."""
     from capa_export.job import Job
-    from capa_export.recipe import Recipe
+    from capa_export.recipe import recipe_of
 
     bundle.stage("export")
     manifest = bundle.manifest
-    recipe = Recipe(**manifest["recipe"])
     return Job(
-        recipe=recipe,
+        recipe=recipe_of(manifest, bundle.folder),
         bundle=bundle,
         checkpoint=checkpoint or manifest["checkpoint"]["source"],
         revision=revision or (None if checkpoint else manifest["checkpoint"]["revision"]),
@@ -395,11 +431,11 @@ def _finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_plan(
-    recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, ffn: bool, as_json: bool
+    recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, as_json: bool, **options: Any
 ) -> None:
     from capa_export.dry_run import dry_run
 
-    result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, ffn=ffn)
+    result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, **options)
     if as_json:
         _print_json(result)
     else:
@@ -417,6 +453,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
         if result == ExitCode.INTERRUPTED:
@@ -424,12 +468,16 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else ExitCode.OK
     except CapaError as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; finished stages are kept, run the same command to go on", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
     except typer.TyperException as error:
         error.show()  # pyright: ignore[reportAttributeAccessIssue]  # All that parsing raises have it.
+        if "unexpected extra argument" in str(error) and "--image" in arguments:
+            print("give --image once per picture", file=sys.stderr)
         return ExitCode.USAGE
+    finally:
+        signal.signal(signal.SIGTERM, previous)

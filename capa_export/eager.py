@@ -42,6 +42,8 @@ class Prefill:
     """Layer -> contribution of each token that entered it [T], text included."""
     position_shape: tuple[int, ...]
     """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+    next_position: int
+    """Of the first answer token: behind all of the prompt, whatever was dropped."""
 
 
 class _FrozenCache:
@@ -58,6 +60,7 @@ class Eager:
     """A Hugging Face VLM whose decoder is run by hand."""
 
     def __init__(self, model: Any) -> None:
+        self.model = model
         self.text = model.model.language_model
         self.head = model.lm_head
 
@@ -91,7 +94,9 @@ class Eager:
             if index in plan.scales:
                 after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
             hidden = after
-        return Prefill(self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1))
+        return Prefill(
+            self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
+        )
 
     @torch.no_grad()
     def step(self, run: Prefill, token: int, position: int) -> Tensor:

@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     PARITY = 6
     """The artefacts do not compute what the eager model computes."""
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class CapaError(Exception):

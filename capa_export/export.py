@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.bind import bind, check_disk, tied, unused_tensors, write_embedding
+from capa_export.bind import EMBEDDING, bind, check_disk, tied, unused_tensors, write_embedding
 from capa_export.checkpoint import Checkpoint, StoredTensor
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
@@ -20,14 +20,13 @@ from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.progress import Report, silent
 
-__all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "write_onnx"]
+__all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
 
 PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
 DENSE = "dense.onnx"
 """Prefill without FFN scales, written for validation only."""
 
-_EMBEDDING = "model.embed_tokens.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 _TEXT_SIDECARS = ("chat_template.*", "merges.txt", "vocab.json", "*.model")
@@ -63,7 +62,8 @@ class Source:
                 "`capa-export models` lists the recipes"
             )
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
-        return cls(checkpoint, family, dims, tied(checkpoint.renamed(family.RENAMES)))
+        tensors = checkpoint.renamed(family.RENAMES)
+        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.tie_word_embeddings else tensors)
 
 
 def write_onnx(
@@ -124,13 +124,18 @@ def write_onnx(
     return sizes
 
 
+def sidecars(folder: Path) -> dict[str, list[Path]]:
+    """Config, tokenizer and processor files of a checkpoint, by the part of the bundle that they belong to."""
+    parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS), "visual": _VISUAL_SIDECARS}
+    return {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
+
+
 def copy_sidecars(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy config, tokenizer and processor files, so that the bundle needs no checkpoint to run."""
-    for part, patterns in (("llm", (*_SIDECARS, *_TEXT_SIDECARS)), ("visual", _VISUAL_SIDECARS)):
+    """Copy them, so that the bundle needs no checkpoint to run."""
+    for part, paths in sidecars(checkpoint.folder).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        for pattern in patterns:
-            for path in sorted(checkpoint.folder.glob(pattern)):
-                shutil.copyfile(path, folder / part / path.name)
+        for path in paths:
+            shutil.copyfile(path, folder / part / path.name)
 
 
 def check_tensors(source: Source) -> None:
@@ -152,7 +157,7 @@ def check_tensors(source: Source) -> None:
     extra = [
         name
         for name in unused_tensors(models, source.tensors)
-        if name != _EMBEDDING and not any(pattern.search(name) for pattern in unread)
+        if name != EMBEDDING and not any(pattern.search(name) for pattern in unread)
     ]
     if extra:
         raise CapaError(

@@ -4,17 +4,17 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import capa_export
-from capa_export.bundle import Bundle, digest_of
+from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family
 from capa_export.progress import Report, silent
-from capa_export.recipe import Recipe, Stage
+from capa_export.recipe import Recipe, Stage, check_layers
 
 __all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "say", "tool_versions"]
 
@@ -59,6 +59,12 @@ class Job:
 
         return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
 
+    @property
+    def checkpoint_source(self) -> str:
+        """The hub id, or the folder in full, so that it is found from anywhere."""
+        folder = Path(self.checkpoint).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.checkpoint
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the checkpoint's files."""
@@ -70,7 +76,16 @@ class Job:
 
     @property
     def checkpoint_digest(self) -> str:
+        """Of config and weights."""
         return digest_of(self.digests)
+
+    @cached_property
+    def sidecar_digests(self) -> dict[str, str]:
+        """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
+        from capa_export.export import sidecars
+
+        paths = {path for paths in sidecars(self.source.checkpoint.folder).values() for path in paths}
+        return {path.name: file_digest(path) for path in sorted(paths)}
 
     @cached_property
     def eager_model(self) -> Any:
@@ -81,7 +96,10 @@ class Job:
         transformers.utils.logging.disable_progress_bar()
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
-        return architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        try:
+            return architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        except (OSError, ValueError) as error:
+            raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
     @cached_property
     def prompter(self) -> Any:
@@ -100,23 +118,30 @@ class Job:
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""
-        num_layers = self.source.dims.decoder.num_layers
-        for layer in self.prune_layers:
-            if layer >= num_layers - 1:
-                raise CapaError(
-                    f"{self.recipe.name}: prune layer {layer}, but this checkpoint's decoder has layers 0 to "
-                    f"{num_layers - 1} and the last one is too late; choose a smaller --prune-layer"
-                )
+        check_layers(self.recipe, self.source.dims.decoder.num_layers)
 
 
 def eos_token_ids(folder: Path) -> list[int]:
-    """Tokens that end an answer, from `generation_config.json`, or from `config.json` where that is missing."""
+    """Tokens that end an answer: those of `generation_config.json`, or of `config.json` where that says nothing.
+
+    Raises:
+        CapaError: neither file names one.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for section in (config, config.get("text_config") or {}):
+            ids = section.get("eos_token_id")
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+    raise CapaError(f"{folder}: no eos_token_id in generation_config.json or config.json; copy the published files")
+
+
+@cache
+def _code_digest() -> str:
+    """Of this package's own source: a version number does not change while one works on it."""
+    package = Path(capa_export.__file__).parent
+    return digest_of({str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*.py"))})
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -128,4 +153,5 @@ def tool_versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             return "not installed"
 
-    return {"capa-export": capa_export.__version__, **{package: installed(package) for package in packages}}
+    own = {"capa-export": capa_export.__version__, "code": _code_digest()}
+    return {**own, **{package: installed(package) for package in packages}}

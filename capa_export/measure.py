@@ -1,5 +1,6 @@
 """Wall time and peak memory of a piece of work."""
 
+import resource
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ class Cost:
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    """Largest resident set of this process during the block, 0 where the system does not tell."""
+    """Largest resident set of a process during the block, this one or a child; 0 where the system does not tell."""
 
     def as_dict(self) -> dict[str, float | int]:
         """For the manifest."""
@@ -28,12 +29,18 @@ def measured() -> Generator[Cost]:
     cost = Cost()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    children = _peak_of_children()
     started = time.perf_counter()
     try:
         yield cost
     finally:
         cost.seconds = time.perf_counter() - started
-        cost.peak_memory_bytes = _peak_memory()
+        cost.peak_memory_bytes = max(_peak_memory(), _peak_of_children() if _peak_of_children() > children else 0)
+
+
+def _peak_of_children() -> int:
+    """Largest resident set of any child that has ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _peak_memory() -> int:

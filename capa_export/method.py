@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from capa_export.eager import Eager, EagerPlan, Prefill
-from capa_export.progress import Report
+from capa_export.progress import Report, tracked
 from capa_export.prompt import Prompt
 from capa_export.report import Example, KeptMap
 from capa_export.samples import Samples
@@ -35,8 +35,7 @@ def method_effect(
     same_as_dense = {"capa": 0, "random": 0}
     divergence = {"capa": 0.0, "random": 0.0}
     examples: list[Example] = []
-    for done, sample in enumerate(questions):
-        report("validate: accuracy", done, questions.count)
+    for done, sample in enumerate(tracked(questions, "validate: accuracy", questions.count, report)):
         prompt = subject.prompter(sample.question, [sample.image])
         capa = subject.plan(prompt)
         plans = {"dense": EagerPlan(), "capa": capa, "random": replace(capa, random_seed=done)}
@@ -73,7 +72,7 @@ def _answer(
     logits = run.logits
     while len(tokens) < _ANSWER_TOKENS and (token := int(logits.argmax())) not in subject.eos_token_ids:
         tokens.append(token)
-        logits = eager.step(run, token, prompt.next_position + len(tokens) - 1)
+        logits = eager.step(run, token, run.next_position + len(tokens) - 1)
     return _Answer(subject.prompter.decode(tokens).strip(), run, run.logits)
 
 

@@ -1,16 +1,18 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
 from capa_export.errors import CapaError, ExitCode
 from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, say, tool_versions
 from capa_export.progress import Report
-from capa_export.recipe import Recipe, kept_tokens
+from capa_export.recipe import Recipe, kept_tokens, ranges
 from capa_export.target import Target
 
 __all__ = ["adopt_calibration", "build", "calibrate", "engine", "export", "validate"]
@@ -45,23 +47,24 @@ def check_runtime(target: Target) -> None:
 
 def calibrate(job: Job) -> Calibration:
     """Measure the dense model, or read what an earlier run measured."""
+    from capa_export.export import check_tensors
     from capa_export.samples import samples_from
 
     if job.calibration is not None:
         calibration = Calibration.load(job.calibration)
+        _check_owner(calibration, job, job.calibration)
         adopt_calibration(job.bundle, calibration)
         _say_linear(calibration, job.recipe)
         return calibration
 
     count = job.samples or job.recipe.calibration.samples
     samples = samples_from(job.images, job.recipe, count, split="train")
-    key = [tool_versions("torch", "transformers"), job.checkpoint_digest, samples.digest()]
+    versions = tool_versions("torch", "transformers")
+    key = [versions, job.checkpoint_digest, job.sidecar_digests, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.calibrate import calibrate as measure
-        from capa_export.export import check_tensors
 
-        check_tensors(job.source)
         calibration = measure(
             job.eager_model,
             job.family,
@@ -73,7 +76,8 @@ def calibrate(job: Job) -> Calibration:
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
-    _stage(job.bundle, "calibrate", key, [CALIBRATION], work)
+    check_tensors(job.source)
+    _stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
     calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
     return calibration
@@ -86,30 +90,33 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
         calibration.save(scratch / CALIBRATION)
         return {"samples": calibration.samples, "adopted": True}
 
-    _stage(bundle, "calibrate", ["adopted", calibration.digest()], [CALIBRATION], work)
+    key = ["adopted", calibration.digest()]
+    _stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
 
 
 def export(job: Job) -> None:
     """Write the graphs and stream the weights into them."""
+    from capa_export.export import check_tensors
+
     job.check_layers()
-    for stage in job.schedule:
-        kept, visual = kept_tokens(job.recipe.visual_tokens, stage.ratio), job.recipe.visual_tokens
-        say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
+    check_tensors(job.source)
     scales = {}
     calibration = None
     if job.ffn or (job.bundle.folder / CALIBRATION).exists():
         calibration = Calibration.load(job.bundle.folder)
+        _check_owner(calibration, job, job.bundle.folder / CALIBRATION)
         _audit(calibration, job)
         if job.ffn:
             linear = calibration.linear_layers(job.recipe.ffn.eta)
             scales = {layer: calibration.layers[layer].alpha for layer in linear}
-    alpha = {layer: values.tolist() for layer, values in scales.items()}
+    alpha = _alpha_digest(scales)
     key = [
         tool_versions("onnxscript", "onnx-ir"),
         job.checkpoint_digest,
         job.precision,
         job.prune_layers,
-        digest_of(alpha),
+        job.sidecar_digests,
+        alpha,
     ]
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -119,14 +126,17 @@ def export(job: Job) -> None:
             job.source, job.precision, scratch / ONNX, prune_layers=job.prune_layers, scales=scales, report=job.report
         )
         copy_sidecars(job.source.checkpoint, scratch / ONNX)
-        return {"files": sizes, "linear_layers": sorted(scales), "precision": job.precision}
+        return {"files": sizes, "linear_layers": sorted(scales), "alpha": alpha, "precision": job.precision}
 
-    _stage(job.bundle, "export", key, [ONNX], work)
+    _stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate"])
+    for stage in job.schedule:
+        kept, visual = kept_tokens(job.recipe.visual_tokens, stage.ratio), job.recipe.visual_tokens
+        say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
     job.bundle.update(
         tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
         command=list(job.command),
         recipe=job.recipe.model_dump(mode="json"),
-        checkpoint={"source": job.checkpoint, "revision": job.revision, "sha256": job.digests},
+        checkpoint={"source": job.checkpoint_source, "revision": job.revision, "sha256": job.digests},
         calibration_samples=calibration.samples if calibration else 0,
     )
 
@@ -151,16 +161,22 @@ def engine(
         for done, (onnx, name) in enumerate(graphs.items()):
             report(f"engines for {target.name}", done, len(graphs))
             values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
-            built = build_engine(
-                bundle.folder / ONNX / onnx,
-                scratch / folder / f"{name}.engine",
-                dims={},
-                shape_inputs=values,
-                target=target,
-                weights=weights,
-                home=(bundle.folder / folder / name).parent,
-                log=bundle.folder / f"{name.replace('/', '-')}.{target.name}.log",
-            )
+            # Outside the scratch folder, since it must outlive a failed build.
+            log = bundle.folder / f"{name.replace('/', '-')}.{target.name}.log"
+            try:
+                built = build_engine(
+                    bundle.folder / ONNX / onnx,
+                    scratch / folder / f"{name}.engine",
+                    dims={},
+                    shape_inputs=values,
+                    target=target,
+                    weights=weights,
+                    home=(bundle.folder / folder / name).parent,
+                    log=log,
+                )
+            except KeyboardInterrupt:
+                log.unlink(missing_ok=True)
+                raise
             built.log.replace((scratch / folder / name).with_suffix(".log"))
             if built.weight_copies:
                 raise CapaError(
@@ -200,6 +216,10 @@ def validate(job: Job) -> dict[str, Any]:
     recorded = digest_of(bundle.manifest["checkpoint"]["sha256"])
     if recorded != job.checkpoint_digest:
         raise CapaError(f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint")
+    calibration = Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
+    scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]} if calibration else {}
+    if result["alpha"] != _alpha_digest(scales):
+        raise CapaError(f"{bundle.folder / CALIBRATION}: changed since the export; run `capa-export export` again")
     prompts = samples_from(job.images, job.recipe, parity.prompts, split="held_out", repeat=True)
     questions = samples_from(job.images, job.recipe, parity.accuracy_samples, split="held_out")
     key = [
@@ -220,8 +240,6 @@ def validate(job: Job) -> dict[str, Any]:
         from capa_export.subject import Subject
         from capa_export.validate import validate as compare
 
-        calibration = _calibration_of(bundle)
-        scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]} if calibration else {}
         with TemporaryDirectory(dir=scratch) as twin:
             layers = job.prune_layers
             write_onnx(
@@ -256,42 +274,39 @@ def validate(job: Job) -> dict[str, Any]:
     return _stage(bundle, "validate", key, [PARITY, REPORT], work)
 
 
-def _calibration_of(bundle: Bundle) -> Calibration | None:
-    return Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
+def _alpha_digest(scales: Mapping[int, np.ndarray]) -> str:
+    return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
 
 
 def _stage(
-    bundle: Bundle, name: str, key: object, outputs: Sequence[str], work: Callable[[Path], dict[str, Any]]
+    bundle: Bundle,
+    name: str,
+    key: object,
+    outputs: Sequence[str],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    outdates: Sequence[str] = (),
 ) -> dict[str, Any]:
-    record, ran = bundle.run_stage(name, key, outputs, work)
-    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 2**30:.2f} GiB" if ran else "up to date"
+    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates)
+    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 1e9:.2f} GB" if ran else "up to date"
     say(f"{name:<14}{took}")
     return record["result"]
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:
     linear = calibration.linear_layers(recipe.ffn.eta)
-    paper = f"; the paper lists {_ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
-    say(f"{'':<14}visual FFNs linear (cosine > {recipe.ffn.eta:g}) in layers {_ranges(linear)}{paper}")
+    paper = f"; the paper lists {ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
+    say(f"{'':<14}visual FFNs linear (cosine > {recipe.ffn.eta:g}) in layers {ranges(linear)}{paper}")
 
 
-def _ranges(layers: Sequence[int]) -> str:
-    """`2-5, 13`, or `none`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+def _check_owner(calibration: Calibration, job: Job, path: Path) -> None:
+    """Refuse a calibration whose alpha belongs to other weights."""
+    if calibration.checkpoint_digest != job.checkpoint_digest:
+        raise CapaError(f"{path}: measured on another checkpoint than {job.checkpoint}; calibrate this one")
 
 
 def _audit(calibration: Calibration, job: Job) -> None:
     """Refuse FP16 where calibration saw a value that it cannot hold."""
-    if calibration.checkpoint_digest != job.checkpoint_digest:
-        raise CapaError(
-            f"{job.bundle.folder / CALIBRATION}: measured on another checkpoint; delete it and calibrate again"
-        )
     if job.precision != "fp16":
         return
     for name, largest in calibration.absmax.items():

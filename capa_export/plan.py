@@ -5,7 +5,7 @@ rotary positions, softmax, activations and the ranking of scores are not: they a
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -30,14 +30,7 @@ Schedule = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Json:
-    def to_json(self) -> dict[str, Any]:
-        """The fields, ready for `json.dumps`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderFlops(_Json):
+class DecoderFlops:
     """One pass through the decoder."""
 
     projections: int
@@ -58,7 +51,7 @@ class DecoderFlops(_Json):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillFlops(_Json):
+class PrefillFlops:
     """The prompt's pass, dense and with CAPA."""
 
     num_visual: int
@@ -76,7 +69,7 @@ class PrefillFlops(_Json):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KVGroup(_Json):
+class KVGroup:
     """Neighbouring layers whose caches have the same length."""
 
     first_layer: int
@@ -87,7 +80,7 @@ class KVGroup(_Json):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KVCache(_Json):
+class KVCache:
     """Keys and values of one prompt."""
 
     groups: tuple[KVGroup, ...]
@@ -96,7 +89,7 @@ class KVCache(_Json):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeFlops(_Json):
+class DecodeFlops:
     """The first generated token, whose attention reads the prompt's cache and itself; its FFNs are all full."""
 
     dense: int
@@ -106,7 +99,7 @@ class DecodeFlops(_Json):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parameters(_Json):
+class Parameters:
     """Weights by part; a tied head is counted once, as the embedding."""
 
     embedding: int

@@ -2,19 +2,30 @@
 
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-__all__ = ["Report", "progress", "silent"]
+__all__ = ["Report", "progress", "silent", "tracked"]
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+
+T = TypeVar("T")
 
 _LOG_SECONDS = 10.0
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
     """Report nothing."""
+
+
+def tracked(items: Iterable[T], what: str, total: int, report: Report) -> Iterator[T]:
+    """The items; each is reported before it is given, and once more when all are done."""
+    for done, item in enumerate(items):
+        report(what, done, total)
+        yield item
+    report(what, total, total)
 
 
 @contextmanager
@@ -48,7 +59,10 @@ class _LogLines:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         started = self.started.setdefault(what, now)
-        if done < total and now - self.printed >= _LOG_SECONDS:
+        if done >= total:
+            del self.started[what]
+        elif now - self.printed >= _LOG_SECONDS:
             self.printed = now
-            left = f", {(now - started) / done * (total - done):.0f} s left" if done else ""
-            print(f"{what}: {done} of {total}{left}", file=sys.stderr, flush=True)
+            elapsed = now - started
+            times = f", {elapsed:.0f} s, {elapsed / done * (total - done):.0f} s left" if done else ""
+            print(f"{what}: {done} of {total}{times}", file=sys.stderr, flush=True)

@@ -16,6 +16,9 @@ from capa_export.families import Family
 
 __all__ = ["Picture", "Prompt", "Prompter", "open_picture"]
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -70,8 +73,8 @@ class Prompter:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.family, self.dims = family, dims
-        self.tokenizer = _load(AutoTokenizer, text, "tokenizer")
-        self.image_processor = _load(AutoImageProcessor, visual, "image processor")
+        self.tokenizer = _load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
+        self.image_processor = _load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
         self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
@@ -85,7 +88,13 @@ class Prompter:
         # A family may have to set what its image processor's own file leaves at another value.
         shown: list[Picture] = []
         for image in images:
-            processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
+            try:
+                processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
+            except ValueError as error:
+                size = f"{image.width} x {image.height}"
+                raise CapaError(
+                    f"the image processor refuses a picture of {size} pixels: {_first_line(error)}; crop or resize it"
+                ) from error
             shown += self.family.pictures(processed, self.dims)
         mark = self.family.placeholder(self.tokenizer, self.dims)
         pieces = text.split(mark)
@@ -110,7 +119,12 @@ class Prompter:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-def _load(auto_class: Any, folder: Path, what: str) -> Any:
+def _load(auto_class: Any, folder: Path, what: str, files: Sequence[str]) -> Any:
+    """Load what lies in the first of `files` that is there."""
+    if not any((folder / file).is_file() for file in files):
+        raise CapaError(
+            f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); copy it from where the weights were published"
+        )
     try:
         return auto_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -137,9 +151,13 @@ def open_picture(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such picture") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise CapaError(f"{path}: not a readable picture: {_first_line(error)}") from error
+    except Image.DecompressionBombError as error:
+        raise CapaError(f"{path}: too many pixels for Pillow to open; resize the picture") from error
+    except UnidentifiedImageError as error:
+        raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CapaError(f"{path}: not a readable picture ({_first_line(error)}); replace or remove it") from error
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")

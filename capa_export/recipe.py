@@ -1,15 +1,17 @@
 """A recipe: what one model becomes. Read from `graphs/<name>.toml` or from the user's own file."""
 
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from capa_export.errors import CapaError, ExitCode
-from capa_export.settings import Settings, read_toml
+from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
 
-__all__ = ["FFN", "Recipe", "Stage", "kept_tokens", "load_recipe"]
+__all__ = ["FFN", "Recipe", "Stage", "check_layers", "kept_tokens", "load_recipe", "ranges", "recipe_of"]
 
 
 class Stage(Settings):
@@ -29,7 +31,7 @@ class Prune(Settings):
     """Other layers that were published for this model, selectable with `--prune-layer`."""
 
     @model_validator(mode="after")
-    def _descending(self) -> "Prune":
+    def _stages_in_order(self) -> "Prune":
         layers = [stage.layer for stage in self.schedule]
         ratios = [stage.ratio for stage in self.schedule]
         if layers != sorted(set(layers)) or ratios != sorted(ratios):
@@ -65,6 +67,10 @@ class Gate(Settings):
     """Largest | |logits| / |eager logits| - 1 |, worst prompt."""
     kept_iou: float
     """Smallest mean IoU of the kept sets over the prompts."""
+    noise_ratio: float | None = None
+    """Largest logit difference, in units of the one that the eager model itself shows in this precision."""
+    flip_distance: float
+    """Largest relative lead of a token wrongly dropped over one wrongly kept: flips belong at the cut."""
     same_tokens: bool = False
     """Whether every greedy token must be the same."""
 
@@ -128,6 +134,27 @@ def kept_tokens(num_visual: int, ratio: float) -> int:
     return min(num_visual, max(1, ceil(round(num_visual * (1 - ratio), 9))))
 
 
+def check_layers(recipe: Recipe, num_layers: int) -> None:
+    """Refuse a schedule that does not fit a decoder of `num_layers`, before anything is run.
+
+    Raises:
+        CapaError: a prune layer that the decoder does not have, or that is its last.
+    """
+    for stage in recipe.prune.schedule:
+        if stage.layer >= num_layers - 1:
+            raise CapaError(
+                f"{recipe.name}: prune layer {stage.layer}, but this checkpoint's decoder has layers 0 to "
+                f"{num_layers - 1} and the last one is too late; choose a smaller --prune-layer"
+            )
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """`2-5, 13`, or `none`; `layers` rise."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)) or "none"
+
+
 def load_recipe(model: str) -> Recipe:
     """The shipped recipe called `model`, or the one in the TOML file at that path.
 
@@ -144,3 +171,18 @@ def load_recipe(model: str) -> Recipe:
     recipe = read_toml(path, Recipe, name=path.stem)
     local = path.parent / recipe.checkpoint
     return recipe.model_copy(update={"checkpoint": str(local)}) if local.is_dir() else recipe
+
+
+def recipe_of(manifest: Mapping[str, Any], folder: Path) -> Recipe:
+    """The recipe that made the bundle in `folder`.
+
+    Raises:
+        CapaError: the manifest's recipe is damaged, or of another version.
+    """
+    try:
+        return Recipe.model_validate(manifest.get("recipe"))
+    except ValidationError as error:
+        problem = first_problem(error, Recipe)
+        raise CapaError(
+            f"{folder}: damaged manifest (recipe: {problem}); delete the folder and build it again"
+        ) from error

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 
 from capa_export.calibration import FP16_MAX
+from capa_export.recipe import ranges
 
 __all__ = ["Example", "KeptMap", "write_report"]
 
@@ -98,7 +99,7 @@ def write_report(
         plan=plan,
         summary=_summary(parity, plan),
         export_checks=[(row, _export_checks(row)) for row in parity["export_error"]],
-        selection_checks=[(row, _selection_check(row)) for row in parity["export_error"]],
+        selection_checks=[(row, _selection_check(row), _flip_check(row)) for row in parity["export_error"]],
         method_rows=_method_rows(parity["method_error"]),
         method_words=_method_words(parity["method_error"]),
         examples=[_example(example) for example in examples],
@@ -125,19 +126,35 @@ def _bound(name: str, value: float, shown: str, *, most: float | None = None, le
 def _export_checks(row: Mapping[str, Any]) -> list[_Check]:
     """The figures of one comparison and what its gate asks of them, by the rules of `Comparison.failures`."""
     gate, cosine, same, wrong = row["gate"], row["cosine"], row["same_tokens"], row["top1_wrong"]
-    all_same = "all" if gate["same_tokens"] else ""
+    all_same, counted = "all" if gate["same_tokens"] else "", row["top1_counted"]
     return [
         _bound("relative error", row["relative_error"], _error(row["relative_error"]), most=gate.get("relative_error")),
         # 1 - cosine keeps the digits that matter; the verdict is taken on the cosine itself, as parity does.
         _Check("1 - cosine", _error(1 - cosine), f"\u2264 {1 - gate['cosine']:.2g}", not cosine >= gate["cosine"]),
         _bound("norm ratio", row["norm_ratio"], _error(row["norm_ratio"]), most=gate["norm_ratio"]),
-        _Check("top-1 wrong", f"{wrong} of {row['top1_counted']}", "none", wrong > 0),
+        _noise_check(row),
+        _Check("top-1 wrong", f"{wrong} of {counted}", "0 of 1 or more", wrong > 0 or not counted),
         _Check("same tokens", f"{same} of {row['prompts']}", all_same, bool(all_same) and same < row["prompts"]),
     ]
 
 
+def _noise_check(row: Mapping[str, Any]) -> _Check:
+    """The largest difference of a logit, in units of what the eager model itself shows in this precision."""
+    noise, bound = row["precision_noise"], row["gate"].get("noise_ratio")
+    if not noise or not isfinite(noise):
+        return _Check("of the noise", "", "", failed=False)
+    times = row["difference"] / noise
+    return _bound("of the noise", times, f"{times:.2f}", most=bound)
+
+
 def _selection_check(row: Mapping[str, Any]) -> _Check:
     return _bound("mean IoU", row["kept_iou_mean"], f"{row['kept_iou_mean']:.4f}", least=row["gate"]["kept_iou"])
+
+
+def _flip_check(row: Mapping[str, Any]) -> _Check:
+    """How far from the cut the flips are."""
+    lead = row["flip_distance"]
+    return _bound("furthest flip", lead, f"{lead:.2%}", most=row["gate"]["flip_distance"])
 
 
 def _summary(parity: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -326,10 +343,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _ranges(layers: Sequence[int]) -> Markup:
     """`2-5, 13`, or `none`; a run never breaks over lines."""
-    starts = [layer for layer in layers if layer - 1 not in layers]
-    ends = [layer for layer in layers if layer + 1 not in layers]
-    runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(run) for run in runs or ["none"])
+    runs = ranges(layers).split(", ")
+    return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(run) for run in runs)
 
 
 def _size(count: float) -> str:

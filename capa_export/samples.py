@@ -40,7 +40,7 @@ class Samples:
     def digest(self) -> str:
         """Changes when the pictures, the question or their number do."""
         digest = hashlib.sha256(f"{self.count} {self.has_answers} {self.split} {self.question}".encode())
-        for path in self.files:
+        for path in self.files[: self.count]:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
@@ -69,9 +69,12 @@ def samples_from(
     files = tuple(sorted(path for path in images.rglob("*") if path.suffix.lower() in _SUFFIXES))
     if not files:
         raise CapaError(f"{images}: no pictures in this folder ({', '.join(sorted(_SUFFIXES))})")
+    # Where there are enough, validation sees pictures that calibration does not.
+    if len(files) >= 2 * recipe.parity.prompts:
+        files = files[recipe.parity.prompts :] if split == "train" else files[: recipe.parity.prompts]
     return Samples(
         count=count if repeat else min(count, len(files)),
-        name=str(images),
+        name=f"{min(count, len(files))} pictures of {images}",
         has_answers=False,
         files=files,
         question=recipe.calibration.prompt,

@@ -1,6 +1,7 @@
 """Reads TOML into frozen models: unknown keys and wrong types are refused with the file and the key."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Settings", "read_toml"]
+__all__ = ["Settings", "first_problem", "read_toml"]
 
 
 class Settings(BaseModel):
@@ -33,22 +34,36 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
+    except OSError as error:
+        raise CapaError(f"{path}: {error.strerror}", ExitCode.USAGE) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CapaError(f"{path}: {error}", ExitCode.USAGE) from error
+    for key in extra:
+        if key in data:
+            known = _known_keys(model, extra)
+            raise CapaError(f"{path}: unknown key {key}; known keys: {known}", ExitCode.USAGE)
     try:
         return model(**data, **extra)
     except ValidationError as error:
-        raise CapaError(f"{path}: {_first_problem(error, model)}", ExitCode.USAGE) from error
+        raise CapaError(f"{path}: {first_problem(error, model, extra)}", ExitCode.USAGE) from error
 
 
-def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+def first_problem(error: ValidationError, model: type[BaseModel], filled: Collection[str] = ()) -> str:
+    """What is wrong with the first key that is; `filled` are keys of `model` that no file may hold."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         owner = _owner(model, problem["loc"])
-        known = f"; known keys: {', '.join(sorted(owner.model_fields))}" if owner else ""
+        known = f"; known keys: {_known_keys(owner, filled if owner is model else ())}" if owner else ""
         return f"unknown key {key}{known}"
-    return f"{key}: {problem['msg']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _known_keys(model: type[BaseModel], filled: Collection[str]) -> str:
+    return ", ".join(sorted(set(model.model_fields).difference(filled)))
 
 
 def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:

@@ -6,6 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from capa_export.dry_run import UNKNOWN
+from capa_export.recipe import ranges, recipe_of
+
 __all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
 
 
@@ -14,11 +17,26 @@ def _console() -> Console:
     return Console(highlight=False, width=None if Console().is_terminal else 120)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+def _say(line: str, style: str = "") -> None:
+    """One line, left to the terminal to wrap."""
+    _console().print(line, style=style, markup=False, soft_wrap=True)
+
+
+def _columns(*columns: str) -> Table:
+    """The first column to the left, the others to the right; no headings where all of them are empty."""
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
+
+
+def _show(title: str, table: Table) -> None:
+    _say(title, "bold")
+    console = _console()
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        console.file.write(f"{line.rstrip()}\n")
 
 
 def _gb(number: float) -> str:
@@ -31,10 +49,7 @@ def _gflops(number: float) -> str:
 
 def calibration_table(summary: dict[str, Any]) -> None:
     """Linearity per layer, then ranges and sinks."""
-    table = _table(
-        f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens",
-        *("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper"),
-    )
+    table = _columns("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper")
     for row in summary["layers"]:
         table.add_row(
             str(row["layer"]),
@@ -45,28 +60,18 @@ def calibration_table(summary: dict[str, Any]) -> None:
             "yes" if row["layer"] in summary["linear_layers"] else "",
             "yes" if row["layer"] in summary["paper_layers"] else "",
         )
-    console = _console()
-    console.print(table)
+    _show(f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens", table)
     largest = summary["largest"]
-    console.print(
+    _say(
         f"largest activation: {largest['absmax']:.4g} in {largest['block']} "
         f"({largest['of_fp16_max']:.1%} of FP16's range)"
     )
-    console.print(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
+    _say(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 
 
 def engine_table(result: dict[str, Any]) -> None:
     """One row an engine."""
-    table = _table(
-        f"Engines, weights {result['weights']}",
-        "engine",
-        "MB",
-        "seconds",
-        "peak GB",
-        "layers",
-        "custom",
-        "weight copies",
-    )
+    table = _columns("engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
     for name, row in result["engines"].items():
         peak = row["peak_memory_bytes"]
         table.add_row(
@@ -78,41 +83,30 @@ def engine_table(result: dict[str, Any]) -> None:
             str(row["custom_layers"]),
             str(row["weight_copies"]),
         )
-    _console().print(table)
+    _show(f"Engines, weights {result['weights']}", table)
 
 
 def parity_table(parity: dict[str, Any]) -> None:
     """Verdict first, then export error, then the method's own effect."""
-    console = _console()
-    console.print(
-        f"parity: {'passed' if parity['passed'] else 'FAILED'}", style="bold green" if parity["passed"] else "bold red"
-    )
+    passed = parity["passed"]
+    _say(f"parity: {'passed' if passed else 'FAILED'}", "bold green" if passed else "bold red")
     for failure in parity["failures"]:
-        console.print(f"  {failure}", style="red")
-    table = _table(
-        "Export error: worst over all prompts and steps",
-        *("artefact", "against", "rel. error", "1 - cosine", "norm ratio", "kept IoU", "top-1 wrong", "same tokens"),
-    )
+        _say(f"  {failure}", "red")
+    table = _columns("", "rel. error", "1 - cos", "norm", "kept IoU", "wrong", "same")
     for row in parity["export_error"]:
         table.add_row(
             row["artefact"],
-            row["reference"],
             f"{row['relative_error']:.1e}",
             f"{1 - row['cosine']:.1e}",
             f"{row['norm_ratio']:.1e}",
             f"{row['kept_iou_mean']:.4f}",
-            f"{row['top1_wrong']} of {row['top1_counted']}",
-            f"{row['same_tokens']} of {row['prompts']}",
+            f"{row['top1_wrong']}/{row['top1_counted']}",
+            f"{row['same_tokens']}/{row['prompts']}",
         )
-    console.print(table)
+    _show('Export error: worst against eager CAPA in FP32 ("nothing removed": dense)', table)
+    _say("wrong: top-1 tokens that differ; same: prompts whose tokens are all the same", "dim")
     effect = parity["method_error"]
-    table = _table(
-        f"Method error on {effect['questions']} questions, eager FP32",
-        "",
-        "accuracy",
-        "first token as dense",
-        "KL from dense",
-    )
+    table = _columns("", "accuracy", "first token as dense", "KL from dense")
     for method in ("dense", "capa", "random"):
         accuracy = effect.get("accuracy", {}).get(method)
         same, divergence = effect["first_token_same_as_dense"].get(method), effect["kl_from_dense"].get(method)
@@ -122,41 +116,37 @@ def parity_table(parity: dict[str, Any]) -> None:
             "" if same is None else f"{same:.1%}",
             "" if divergence is None else f"{divergence:.4f}",
         )
-    console.print(table)
+    _show(f"Method error on {effect['questions']} questions, eager FP32", table)
     for note in parity["notes"]:
-        console.print(note, style="dim")
+        _say(note, "dim")
 
 
 def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
     """The stages of a bundle and what each left behind."""
-    console = _console()
-    recipe = manifest.get("recipe")
-    if recipe:
+    if "recipe" in manifest:
+        recipe = recipe_of(manifest, folder)
         schedule = ", ".join(
-            f"{stage['ratio']:.0%} of visual tokens after layer {stage['layer']}"
-            for stage in recipe["prune"]["schedule"]
+            f"{stage.ratio:.0%} of visual tokens after layer {stage.layer}" for stage in recipe.prune.schedule
         )
-        console.print(f"{folder}: {recipe['name']} from {manifest['checkpoint']['source']}, removes {schedule}")
-    table = _table("Stages", "stage", "seconds", "peak GiB", "files", "MB")
+        _say(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
+    table = _columns("stage", "seconds", "peak GB", "files", "MB")
     for name, record in manifest["stages"].items():
         size = sum((folder / file).stat().st_size for file in record["files"])
-        peak = record["peak_memory_bytes"] / 2**30
+        peak = record["peak_memory_bytes"] / 1e9
         table.add_row(name, f"{record['seconds']:.1f}", f"{peak:.2f}", str(len(record["files"])), f"{size / 1e6:.1f}")
-    console.print(table)
-    console.print("every file is as it was built")
+    _show("Stages", table)
+    _say("every file is as it was built")
 
 
 def plan_table(plan: dict[str, Any]) -> None:
     """What a build would do."""
-    console = _console()
     for stage in plan["stages"]:
-        console.print(f"after layer {stage['layer']}: kept {stage['kept']} of {stage['visual']} visual tokens")
-    layers = ", ".join(map(str, plan["linear_layers"])) or "none"
-    console.print(f"visual FFNs replaced in layers {layers} (from {plan['linear_layers_from']})")
+        _say(f"after layer {stage['layer']}: kept {stage['kept']} of {stage['visual']} visual tokens")
+    basis = plan["linear_layers_from"]
+    layers = basis if basis == UNKNOWN else f"in layers {ranges(plan['linear_layers'])} (from {basis})"
+    _say(f"visual FFNs replaced: {layers}")
     prefill, kv, decode = plan["prefill"], plan["kv_cache"], plan["decode"]
-    table = _table(
-        f"{plan['visual_tokens']} visual and {plan['text_tokens']} text tokens", "", "dense", "CAPA", "ratio"
-    )
+    table = _columns("", "dense", "CAPA", "times less")
     rows = [
         ("prefill GFLOPs", prefill["dense"]["total"], prefill["capa"]["total"], _gflops),
         ("  visual tokens alone", prefill["dense_visual"]["total"], prefill["capa_visual"]["total"], _gflops),
@@ -166,9 +156,9 @@ def plan_table(plan: dict[str, Any]) -> None:
     for label, dense, capa, show in rows:
         table.add_row(label, show(dense), show(capa), f"{dense / capa:.2f}" if capa else "")
     table.add_row("vision tower GFLOPs", _gflops(plan["vision"]["total"]), _gflops(plan["vision"]["total"]), "1.00")
-    console.print(table)
+    _show(f"{plan['visual_tokens']} visual and {plan['text_tokens']} text tokens", table)
     for title, sizes in (("Files", plan["files"]), ("Memory, estimated", plan["memory"])):
-        table = _table(title, "", "")
+        table = _columns("", "")
         for name, size in sizes.items():
             table.add_row(name, _gb(size))
-        console.print(table)
+        _show(title, table)

@@ -82,7 +82,7 @@ class Target(Settings):
             CapaError: the target has no engine, or lists a GPU that its runtime cannot build for.
         """
         if self.engine is None:
-            raise CapaError(f"target {self.name} has no engine: its ONNX files are what runs", ExitCode.ENGINE)
+            raise CapaError(f"target {self.name} has no engine: its ONNX files are what runs", ExitCode.USAGE)
         possible = self.engine.possible_compute_capabilities
         for capability in self.engine.compute_capabilities:
             if capability not in possible:

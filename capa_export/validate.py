@@ -4,6 +4,7 @@ S = steps, V = vocabulary.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from capa_export.eager import Eager, EagerPlan
 from capa_export.export import DENSE
 from capa_export.method import method_effect
 from capa_export.parity import Comparison, Trace
-from capa_export.progress import Report, silent
+from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompt
 from capa_export.recipe import Recipe
 from capa_export.report import Example
@@ -23,7 +24,7 @@ from capa_export.runtime import OnnxModel
 from capa_export.samples import Samples
 from capa_export.subject import Subject
 
-__all__ = ["compare_onnx", "eager_trace", "validate"]
+__all__ = ["compare_onnx", "eager_trace", "precision_noise", "validate"]
 
 _NOTES = {
     "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
@@ -48,19 +49,18 @@ def validate(
     parity = recipe.parity
     built = [subject.prompter(sample.question, [sample.image]) for sample in prompts]
     eager = Eager(subject.model)
-    references: list[Trace] = []
-    for done, prompt in enumerate(built):
-        report("validate: eager", done, len(built))
-        references.append(eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps))
-    results = [
-        _compare_dense(subject, built, report).as_dict(parity.fp32),
-        compare_onnx(subject, "fp32", subject.fp32_onnx, eager, built, references, 0.0, report).as_dict(parity.fp32),
+    references = [
+        eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps)
+        for prompt in tracked(built, "validate: eager", len(built), report)
     ]
+    results = [_compare_dense(subject, built, parity.steps, report).as_dict(parity.fp32)]
+    # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
+    artefacts = {"fp32": subject.fp32_onnx, subject.precision: subject.onnx}
+    for precision, folder in artefacts.items():
+        noise = precision_noise(subject, precision, built, references, report)
+        compared = compare_onnx(subject, precision, folder, eager, built, references, noise, report)
+        results.append(compared.as_dict(getattr(parity, precision)))
     effect, examples = method_effect(subject, eager, questions, report)
-    if subject.precision != "fp32":
-        noise = _precision_noise(subject, eager, built, references, report)
-        compared = compare_onnx(subject, subject.precision, subject.onnx, eager, built, references, noise, report)
-        results.append(compared.as_dict(getattr(parity, subject.precision)))
     failures = [failure for result in results for failure in result["failures"]]
     parity_report = {
         "version": 1,
@@ -71,9 +71,15 @@ def validate(
         "linear_layers": sorted(subject.scales),
         "export_error": results,
         "method_error": effect,
-        "notes": [_NOTES[subject.precision], "No engine was run."],
+        "notes": [_NOTES[subject.precision], "No engine was run.", *_few_pictures(prompts)],
     }
     return parity_report, examples
+
+
+def _few_pictures(prompts: Samples) -> list[str]:
+    if prompts.has_answers or len(prompts.files) >= prompts.count:
+        return []
+    return [f"Only {len(prompts.files)} different pictures for {prompts.count} prompts: give as many in --images."]
 
 
 def eager_trace(
@@ -85,13 +91,14 @@ def eager_trace(
     tokens: Sequence[int] | None = None,
 ) -> Trace:
     """Greedy over `steps` tokens, or fed the given ones."""
-    embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
+    embeds, position_ids = subject.family.eager_inputs(eager.model, prompt)
     run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
     logits = [run.logits.numpy()]
     for step in range(steps - 1):
         token = int(logits[-1].argmax()) if tokens is None else tokens[step]
-        logits.append(eager.step(run, token, prompt.next_position + step).numpy())
-    return Trace(np.stack(logits), [run.kept[layer].numpy() for layer in plan.keep])
+        logits.append(eager.step(run, token, run.next_position + step).numpy())
+    kept = [run.kept[layer].numpy() for layer in plan.keep]
+    return Trace(np.stack(logits), kept, [run.scores[layer].numpy() for layer in plan.keep])
 
 
 def _onnx_trace(model: OnnxModel, prompt: Prompt, num_keep: Sequence[int], tokens: Sequence[int], steps: int) -> Trace:
@@ -116,8 +123,8 @@ def compare_onnx(
     """One ONNX against eager CAPA in FP32."""
     model = OnnxModel(folder)
     comparison = Comparison(f"{name} ONNX", "eager CAPA fp32", noise)
-    for done, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-        report(f"validate: {name} ONNX", done, len(prompts))
+    pairs = zip(prompts, references, strict=True)
+    for prompt, reference in tracked(pairs, f"validate: {name} ONNX", len(prompts), report):
         steps = len(reference.logits)
         trace = _onnx_trace(model, prompt, subject.num_keep(prompt), reference.tokens, steps)
         flipped, expected = None, reference
@@ -125,46 +132,74 @@ def compare_onnx(
             # A flip at the cut is a discrete choice: count it in the IoU, and measure the drift with the same set.
             plan = subject.plan(prompt)
             forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, trace.kept, strict=True)}
-            flipped = reference.kept
+            flipped = reference
             expected = eager_trace(subject, eager, prompt, replace(plan, forced=forced), steps, reference.tokens)
         comparison.add(trace, expected, len(prompt.text_positions), flipped=flipped)
     return comparison
 
 
-def _compare_dense(subject: Subject, prompts: Sequence[Prompt], report: Report) -> Comparison:
-    """Ratio 0 without FFN scales against the dense model's own forward pass."""
+def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, report: Report) -> Comparison:
+    """Nothing removed and no FFN scales, against the dense model's own forward pass."""
     model = OnnxModel(subject.fp32_onnx, prefill=DENSE)
     comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32")
-    for done, prompt in enumerate(prompts):
-        report("validate: dense", done, len(prompts))
-        with torch.no_grad():
-            embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
-            output = subject.model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
+    for prompt in tracked(prompts, "validate: dense", len(prompts), report):
         everything = np.arange(len(prompt.input_ids))
-        reference = Trace(output.logits[:, -1].float().numpy(), [everything] * len(subject.schedule))
-        run = model.prefill(prompt, [prompt.num_visual] * len(subject.schedule))
-        comparison.add(Trace(run.logits[None], run.kept), reference, len(prompt.text_positions))
+        stages = len(subject.schedule)
+        reference = Trace(_dense_logits(subject, prompt, steps), [everything] * stages)
+        trace = _onnx_trace(model, prompt, [prompt.num_visual] * stages, reference.tokens, steps)
+        comparison.add(trace, reference, len(prompt.text_positions))
     return comparison
 
 
-def _precision_noise(
-    subject: Subject, eager: Eager, prompts: Sequence[Prompt], references: Sequence[Trace], report: Report
-) -> float:
-    """Largest logit difference that the eager model itself shows in the lower precision, kept sets forced.
+@torch.no_grad()
+def _dense_logits(subject: Subject, prompt: Prompt, steps: int) -> np.ndarray:
+    """[S, V] of the Hugging Face model's own forward pass, greedy."""
+    embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
+    next_position = int(position_ids.max()) + 1
+    output = subject.model(inputs_embeds=embeds, position_ids=position_ids, use_cache=True)
+    logits = [output.logits[0, -1].float()]
+    for step in range(steps - 1):
+        output = subject.model(
+            input_ids=logits[-1].argmax().view(1, 1),
+            position_ids=torch.full((*position_ids.shape[:-1], 1), next_position + step),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        logits.append(output.logits[0, -1].float())
+    return torch.stack(logits).numpy()
 
-    Measured without any exported graph, so that a wrong graph cannot excuse itself. Leaves the model in FP32.
+
+def precision_noise(
+    subject: Subject,
+    precision: str,
+    prompts: Sequence[Prompt],
+    references: Sequence[Trace],
+    report: Report = silent,
+) -> float:
+    """Largest logit difference that the eager model itself shows in a lower precision, kept sets forced.
+
+    Measured on a copy and without any exported graph: a wrong graph cannot excuse itself, and the reference stays
+    what it was. 0 for FP32; not a number where the eager model overflows.
     """
+    if precision == "fp32":
+        return 0.0
+    eager = Eager(_lowered(subject.model, _HALF[precision]))
     largest = 0.0
-    subject.model.to(_HALF[subject.precision])
-    try:
-        for done, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-            report(f"validate: eager {subject.precision}", done, len(prompts))
-            plan = subject.plan(prompt)
-            forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, reference.kept, strict=True)}
-            scales = {layer: alpha.to(_HALF[subject.precision]) for layer, alpha in plan.scales.items()}
-            plan = replace(plan, forced=forced, scales=scales)
-            trace = eager_trace(subject, eager, prompt, plan, len(reference.logits), reference.tokens)
-            largest = max(largest, float(np.abs(trace.logits - reference.logits).max()))
-    finally:
-        subject.model.float()
+    pairs = zip(prompts, references, strict=True)
+    for prompt, reference in tracked(pairs, f"validate: eager {precision}", len(prompts), report):
+        plan = subject.plan(prompt)
+        forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, reference.kept, strict=True)}
+        scales = {layer: alpha.to(_HALF[precision]) for layer, alpha in plan.scales.items()}
+        plan = replace(plan, forced=forced, scales=scales)
+        trace = eager_trace(subject, eager, prompt, plan, len(reference.logits), reference.tokens)
+        largest = float(np.maximum(largest, np.abs(trace.logits - reference.logits).max()))
     return largest
+
+
+def _lowered(model: Any, dtype: torch.dtype) -> Any:
+    """A copy with weights in `dtype`; buffers, the rotary frequencies, stay in FP32 as they do when it is loaded so."""
+    lowered = deepcopy(model).to(dtype)
+    buffers = dict(model.named_buffers())
+    for name, buffer in lowered.named_buffers():
+        buffer.data = buffers[name].data.clone()
+    return lowered

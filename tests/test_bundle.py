@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from capa_export.bundle import MANIFEST, Bundle, digest_of
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, ExitCode
 
 
 def write(text: str) -> Any:
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     def full(_scratch: Path) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CapaError, match="No space left on device; nothing was changed"):
+    with pytest.raises(CapaError, match="No space left on device; free some space"):
         Bundle(tmp_path).run_stage("make", 1, ["made"], full)
 
 
@@ -82,3 +82,52 @@ def test_a_moved_bundle_is_still_good(tmp_path: Path) -> None:
 
 def test_digest_does_not_depend_on_order() -> None:
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "my.txt").write_text("mine")
+    with pytest.raises(
+        CapaError, match=r"holds made and no capa_manifest\.json; choose an empty or a new folder"
+    ) as raised:
+        Bundle(tmp_path).run_stage("make", 1, ["made"], write("one"))
+    assert raised.value.code == ExitCode.USAGE
+    assert (tmp_path / "made" / "my.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CapaError, match="Not a directory; choose") as raised:
+        Bundle(tmp_path / place).run_stage("make", 1, ["made"], write("one"))
+    assert raised.value.code == ExitCode.PREFLIGHT
+
+
+def test_an_interrupted_replacement_does_not_block_the_next(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    bundle.run_stage("make", 1, ["made"], write("one"))
+    (tmp_path / "made.partial" / "deep").mkdir(parents=True)
+    bundle.run_stage("make", 2, ["made"], write("two"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "made"]
+
+
+def test_a_stage_outdates_what_was_made_from_it(tmp_path: Path) -> None:
+    def work(scratch: Path) -> dict[str, Any]:
+        (scratch / "late").write_text("x")
+        return {}
+
+    bundle = Bundle(tmp_path)
+    bundle.run_stage("make", 1, ["made"], write("one"))
+    bundle.run_stage("late/a", 1, ["late"], work)
+    bundle.run_stage("make", 2, ["made"], write("two"), outdates=["late/"])
+    assert list(bundle.manifest["stages"]) == ["make"]
+    assert not (tmp_path / "late").exists()
+
+
+def test_nothing_made_leaves_no_folder(tmp_path: Path) -> None:
+    def fail(_scratch: Path) -> dict[str, Any]:
+        raise CapaError("no")
+
+    with pytest.raises(CapaError):
+        Bundle(tmp_path / "out").run_stage("make", 1, ["made"], fail)
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capa_export import checkpoint
-from capa_export.checkpoint import open_checkpoint
+from capa_export.checkpoint import fetch_config, open_checkpoint
 from capa_export.errors import CapaError, ExitCode
 
 TEXT = {
@@ -116,11 +116,13 @@ def test_shards_hold_the_same_as_one_file(single: Path, sharded: Path) -> None:
         assert list(map(bytes, tensor.chunks())) == list(map(bytes, many.tensors[name].chunks()))
 
 
-def test_a_numbered_series_needs_no_index(sharded: Path) -> None:
-    (sharded / "model.safetensors.index.json").unlink()
-    assert len(open_checkpoint(str(sharded)).files) > 3
+def test_shards_need_their_index(sharded: Path) -> None:
     next(iter(sharded.glob("model-00002-*"))).unlink()
     assert "model-00002-of-" in str(refusal(sharded))
+    (sharded / "model.safetensors.index.json").unlink()
+    error = refusal(sharded)
+    assert "no model.safetensors.index.json beside model-00001-of-" in str(error)
+    assert error.code == ExitCode.PREFLIGHT
 
 
 def test_sha256_is_that_of_the_files(sharded: Path) -> None:
@@ -204,6 +206,8 @@ def test_index_problems(sharded: Path) -> None:
 def test_a_tensor_in_two_shards_is_refused(single: Path) -> None:
     shutil.copy(single / "model.safetensors", single / "a.safetensors")
     (single / "model.safetensors").rename(single / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (single / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "is in a.safetensors and in b.safetensors" in str(refusal(single))
 
 
@@ -251,6 +255,16 @@ def test_a_shard_that_changes_later_is_noticed(single: Path) -> None:
     tensor.path.write_bytes(tensor.path.read_bytes()[:-1])
     with pytest.raises(CapaError, match="changed while being read"):
         list(tensor.chunks())
+
+
+@pytest.mark.parametrize("opened", [open_checkpoint, fetch_config])
+def test_paths_are_never_sent_to_the_hub(
+    monkeypatch: pytest.MonkeyPatch, single: Path, opened: Callable[[str], object]
+) -> None:
+    monkeypatch.setattr(checkpoint, "snapshot_download", None)
+    for path in ("/no/such/dir", "./x", "../x/y", str(single / "config.json")):
+        with pytest.raises(CapaError, match="no such folder"):
+            opened(path)
 
 
 RESPONSE = MagicMock()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def test_calibrate_in_two_halves_and_merge(cli: Cli, recipe: Path, pictures: Pat
 def test_plan_needs_no_torch(recipe: Path) -> None:
     code = (
         "import sys; from capa_export.cli import main; "
-        f"status = main(['build', '-m', {str(recipe)!r}, '-o', 'x', '--dry-run', '--json']); "
+        f"status = main(['build', '-m', {str(recipe)!r}, '--dry-run', '--json']); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -185,6 +186,17 @@ USAGE = {
     "negative layer": (["plan", "-m", "qwen25vl", "--prune-layer", "-1"], "--prune-layer -1"),
     "merge of nothing": (["calibrate", "--merge", "-o", "x"], "--merge takes calibrations"),
     "calibrate nothing": (["calibrate", "-o", "x"], "calibrate needs --model"),
+    "build to nowhere": (["build", "-m", "qwen25vl"], "build needs --out"),
+    "samples of no run": (
+        ["build", "-m", "qwen25vl", "-o", "x", "--calibration", "y", "--samples", "9"],
+        "--samples has no effect",
+    ),
+    "shared by no engine": (
+        ["build", "-m", "qwen25vl", "-o", "x", "-t", "onnx", "--weights", "external"],
+        "target onnx has no engine",
+    ),
+    "revision of a merge": (["calibrate", "--merge", "y", "-o", "x", "--revision", "v1"], "--merge takes calibrations"),
+    "image given twice at once": (["run", "x", "--prompt", "y", "--image", "a", "b"], "give --image once per picture"),
     "unknown option": (["build", "--mdl"], "No such option"),
 }
 
@@ -340,18 +352,16 @@ def test_interrupt_keeps_finished_stages(
 
     monkeypatch.setattr("capa_export.export.write_onnx", interrupted)
     code, _, err = cli("build", "-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out")
-    assert code == ExitCode.INTERRUPTED and "finished stages are kept" in err
+    assert code == ExitCode.INTERRUPTED and "the same command goes on" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "calibration.safetensors",
         "capa_manifest.json",
     ]
 
 
-def test_debug_shows_the_traceback() -> None:
-    from capa_export.errors import CapaError
-
-    with pytest.raises(CapaError):
-        main(["build", "-m", "llama", "-o", "x", "--debug"])
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    code, _, err = cli("build", "-m", "llama", "-o", "x", "--debug")
+    assert code == ExitCode.USAGE and err.startswith("Traceback") and "error: unknown model 'llama'" in err
 
 
 def test_bf16_runs_widened(cli: Cli, spare: Path, recipe: Path, pictures: Path) -> None:
@@ -369,3 +379,117 @@ def test_a_target_without_its_builder_is_refused_first(
     monkeypatch.setattr("capa_export.pipeline.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
     assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()
+
+
+def test_no_engine_to_build_is_a_usage_error(cli: Cli, spare: Path) -> None:
+    code, _, err = cli("engine", spare, "-t", "onnx")
+    assert code == ExitCode.USAGE and "target onnx has no engine" in err
+
+
+def test_sigterm_ends_as_ctrl_c_does(cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("capa_export.pipeline.build", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, _, err = cli("build", "-m", recipe, "-t", "onnx", "-o", tmp_path / "out")
+    assert code == ExitCode.TERMINATED and "the same command goes on" in err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_damaged_recipe_in_the_manifest(cli: Cli, spare: Path, pictures: Path) -> None:
+    path = spare / "capa_manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["prune"]
+    path.write_text(json.dumps(manifest))
+    for command in (("run", spare, "--prompt", "x"), ("validate", spare, "--images", pictures), ("inspect", spare)):
+        preflight(cli, "damaged manifest (recipe: prune: Field required)", *command)
+
+
+def test_a_dry_run_takes_the_calibration_it_is_given(cli: Cli, recipe: Path, bundle: Path) -> None:
+    command = ("build", "-m", recipe, "--dry-run", "--json")
+    measured = json.loads(cli(*command, "--calibration", bundle)[1])
+    assert measured["linear_layers_from"] == "calibration"
+    assert (
+        measured["linear_layers"]
+        == json.loads(cli("calibrate", "--merge", bundle, "-m", recipe, "-o", bundle.parent / "again", "--json")[1])[
+            "linear_layers"
+        ]
+    )
+    assert "unknown until calibrated" in cli("plan", "-m", "tiny-qwen25vl")[1]
+    code, _, err = cli(*command, "--prune-layer", 4)
+    assert code == ExitCode.PREFLIGHT and "the last one is too late" in err
+
+
+def test_a_dry_run_counts_what_the_target_stores(cli: Cli, bundle: Path, recipe: Path) -> None:
+    command = ("build", "-m", recipe, "--dry-run", "--json")
+    plan = json.loads(cli(*command)[1])
+    stored = sum((bundle / "onnx" / name / "model.onnx.data").stat().st_size for name in ("llm", "visual"))
+    assert plan["files"]["onnx weights"] == pytest.approx(stored, rel=0.05)
+    assert plan["files"]["engines"] > plan["files"]["onnx weights"]
+    external = json.loads(cli(*command, "--weights", "external")[1])
+    assert "engines" not in external["files"] and external["memory"]["engine"] < plan["memory"]["engine"]
+    onnx = json.loads(cli(*command, "-t", "onnx")[1])
+    assert "engines" not in onnx["files"] and "engine" not in onnx["memory"]
+
+
+def test_tables_fit_80_columns(cli: Cli, bundle: Path, recipe: Path, pictures: Path) -> None:
+    commands = (("validate", bundle, "--images", pictures), ("inspect", bundle), ("plan", "-m", recipe))
+    for command in commands:
+        lines = cli(*command)[1].splitlines()
+        assert all(line == line.rstrip() for line in lines)
+        tables = [line for line in lines if "  " in line]
+        assert tables and max(map(len, tables)) <= 80
+
+
+def test_pictures_that_no_model_takes(cli: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = tmp_path / "strip.png"
+    noise(600, 2).save(strip)
+    ask = ("run", bundle, "--prompt", "x", "--image", strip)
+    preflight(cli, "600 x 2 pixels: absolute aspect ratio must be smaller than 200", *ask)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    preflight(cli, "strip.png: too many pixels", *ask)
+
+
+def test_a_missing_preprocessor_is_named(
+    cli: Cli, checkpoint: Path, recipe: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for name, message in (
+        ("preprocessor_config.json", "no preprocessor_config.json (nor processor_config.json); copy it"),
+        ("tokenizer.json", "no tokenizer.json (nor tokenizer.model or vocab.json); copy it"),
+    ):
+        folder = Path(shutil.copytree(checkpoint, tmp_path / name))
+        (folder / name).unlink()
+        options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out", "--checkpoint", folder)
+        preflight(cli, f"{folder}: {message}", "build", *options)
+
+
+def test_a_failing_runtime_is_one_line(cli: Cli, bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Failed to allocate memory")
+
+    monkeypatch.setattr("capa_export.runtime.OnnxModel.prefill", fail)
+    ask = ("run", bundle, "--prompt", "x", "--image", pictures / "0.png")
+    preflight(cli, "failed on a prompt of 64 visual tokens (Failed to allocate memory); use a smaller picture", *ask)
+
+
+def test_an_answer_keeps_its_tail_and_its_times(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capa_export.prompt.Prompter.decode", lambda _self, tokens: "\ufffd" * len(tokens))
+    ask = ("run", bundle, "--prompt", "x", "--max-new-tokens", 1)
+    assert cli(*ask)[1] == "\ufffd\n"
+    result = json.loads(cli(*ask, "--json")[1])
+    assert result["decode_ms_per_token"] is None and result["prefill_ms"] == round(result["prefill_ms"], 3)
+
+
+def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    code, _, err = cli("plan", "-m", bad)
+    assert code == ExitCode.USAGE and err == f"error: {bad}: no such file\n"
+    bad.write_text('name = "x"\n' + recipe.read_text())
+    code, _, err = cli("plan", "-m", bad)
+    assert (
+        code == ExitCode.USAGE and "unknown key name; known keys: calibration, checkpoint, family, ffn, parity" in err
+    )
+    bad.write_text(
+        recipe.read_text().replace(
+            "{ layer = 2, ratio = 0.75 }", "{ layer = 2, ratio = 0.5 }, { layer = 1, ratio = 0.5 }"
+        )
+    )
+    assert "prune: layers must rise and ratios must not fall" in cli("plan", "-m", bad)[2]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.cli import main
+from capa_export.errors import ExitCode
 from capa_export.recipe import load_recipe
 from tests.conftest import noise
 
@@ -59,5 +60,7 @@ def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixtur
     known = capsys.readouterr().out
     for option in re.findall(r"^\| `(--[\w-]+)", README, flags=re.MULTILINE):
         assert option in known, option
+    codes = re.findall(r"^\| ([\d, ]+) \|", README, flags=re.MULTILINE)
+    assert {int(code) for cell in codes for code in cell.split(",")} == set(ExitCode)
     for path in re.findall(r"^\| `([\w/.]+)`", README.split("\n## File map\n")[1], flags=re.MULTILINE):
         assert (ROOT / path).exists(), path

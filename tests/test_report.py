@@ -15,15 +15,15 @@ from capa_export.parity import Comparison, Trace
 from capa_export.recipe import Gate
 from capa_export.report import Example, KeptMap, write_report
 
-FP32 = Gate(relative_error=1e-3, cosine=0.99999, norm_ratio=1e-3, kept_iou=1.0, same_tokens=True)
-FP16 = Gate(cosine=0.999, norm_ratio=0.01, kept_iou=0.98)
+FP32 = Gate(relative_error=1e-3, cosine=0.99999, norm_ratio=1e-3, kept_iou=1.0, flip_distance=0.0, same_tokens=True)
+FP16 = Gate(cosine=0.999, norm_ratio=0.01, noise_ratio=2.0, kept_iou=0.98, flip_distance=0.02)
 EVIL = '<script>alert(1)</script>" onload="x'
 
 
 def compared(name: str, gate: Gate, *, drift: float = 0.0, kept: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
     """One prompt of two steps; `drift` moves the logits, `kept` is against (0, 1, 2) with one text token."""
     wanted = np.array([[4.0, 1.0, 0.0], [0.0, 5.0, 1.0]])
-    comparison = Comparison(name, "eager CAPA fp32")
+    comparison = Comparison(name, "eager CAPA fp32", noise=0.0 if gate.same_tokens else 0.1)
     comparison.add(Trace(wanted + drift * wanted[:, ::-1], [np.array(kept)]), Trace(wanted, [np.array([0, 1, 2])]), 1)
     return comparison.as_dict(gate)
 

@@ -57,8 +57,9 @@ def test_a_numbered_dimension_has_the_limits_of_its_kind() -> None:
 
 
 def test_a_target_without_engine_says_so() -> None:
-    with pytest.raises(CapaError, match="target onnx has no engine"):
+    with pytest.raises(CapaError, match="target onnx has no engine") as caught:
         load_target("onnx").require_engine()
+    assert caught.value.code is ExitCode.USAGE
 
 
 def test_a_precision_the_target_does_not_list_is_refused() -> None:

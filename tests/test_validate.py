@@ -1,6 +1,7 @@
 """The parity gates pass a healthy export and fail every planted fault."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from capa_export.prompt import Prompter
 from capa_export.recipe import Stage, load_recipe
 from capa_export.samples import samples_from
 from capa_export.subject import Subject
-from capa_export.validate import compare_onnx, eager_trace, validate
+from capa_export.validate import compare_onnx, eager_trace, precision_noise, validate
 from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
@@ -97,7 +98,7 @@ def alpha_dropped(model: ir.Model) -> None:
 
 
 def alpha_of_another_layer(model: ir.Model) -> None:
-    set_weight(model, "model.layers.1.visual_scale", lambda _: SCALES[3].astype(np.float32))
+    set_weight(model, "model.layers.1.visual_scale", lambda alpha: SCALES[3].astype(alpha.dtype))
 
 
 def gather_off_by_one(model: ir.Model) -> None:
@@ -112,8 +113,11 @@ def heads_swapped(model: ir.Model) -> None:
 
 
 def scores_without_output_weight(model: ir.Model) -> None:
-    identity = constant(model, np.eye(64, dtype=np.float32))
-    next(nodes(model, "ContributionScore")).replace_input_with(3, identity)
+    node = next(nodes(model, "ContributionScore"))
+    weight = node.inputs[3]
+    assert weight is not None
+    assert weight.dtype is not None
+    node.replace_input_with(3, constant(model, np.eye(64, dtype=weight.dtype.numpy())))
 
 
 def text_rows_not_merged(model: ir.Model) -> None:
@@ -133,48 +137,90 @@ def nan_weight(model: ir.Model) -> None:
     set_weight(model, "model.norm.weight", lambda w: np.where(np.arange(64) == 5, np.nan, w).astype(w.dtype))
 
 
+def vision_rows_shifted(model: ir.Model) -> None:
+    set_weight(model, "visual.merger.mlp.2.weight", lambda w: np.ascontiguousarray(np.roll(w, 1, axis=0)))
+
+
 FAULTS = [
-    alpha_dropped,
-    alpha_of_another_layer,
-    gather_off_by_one,
-    heads_swapped,
-    scores_without_output_weight,
-    text_rows_not_merged,
-    causal_mask_lost,
-    nan_weight,
+    ("llm/prefill.onnx", alpha_dropped),
+    ("llm/prefill.onnx", alpha_of_another_layer),
+    ("llm/prefill.onnx", gather_off_by_one),
+    ("llm/prefill.onnx", heads_swapped),
+    ("llm/prefill.onnx", scores_without_output_weight),
+    ("llm/prefill.onnx", text_rows_not_merged),
+    ("llm/prefill.onnx", causal_mask_lost),
+    ("llm/prefill.onnx", nan_weight),
+    ("llm/decode.onnx", heads_swapped),
+    ("llm/decode.onnx", nan_weight),
+    ("visual/model.onnx", vision_rows_shifted),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_fails_the_gate(
-    subject: Subject, pictures: Path, tmp_path: Path, fault: Callable[[ir.Model], None]
-) -> None:
-    for part in ("llm", "visual"):
-        (tmp_path / part).mkdir()
-        for path in (subject.fp32_onnx / part).iterdir():
-            (tmp_path / part / path.name).symlink_to(path)
-    model = ir.load(subject.fp32_onnx / "llm" / "prefill.onnx")
-    ir.external_data.load_to_model(model)
-    fault(model)
-    (tmp_path / "llm" / "prefill.onnx").unlink()
-    ir.save(model, tmp_path / "llm" / "prefill.onnx")
-
+@pytest.fixture(scope="module")
+def measured(subject: Subject, pictures: Path) -> Any:
     eager = Eager(subject.model)
     samples = samples_from(pictures, RECIPE, 3, split="held_out")
     prompts = [subject.prompter(sample.question, [sample.image]) for sample in samples]
-    references = [eager_trace(subject, eager, prompt, subject.plan(prompt), 2) for prompt in prompts]
-    broken = compare_onnx(subject, "fp32", tmp_path, eager, prompts, references, 0.0)
-    assert broken.failures(RECIPE.parity.fp32)
-    healthy = compare_onnx(subject, "fp32", subject.fp32_onnx, eager, prompts, references, 0.0)
-    assert not healthy.failures(RECIPE.parity.fp32)
+    references = [eager_trace(subject, eager, prompt, subject.plan(prompt), 3) for prompt in prompts]
+    noises = {
+        precision: precision_noise(subject, precision, prompts, references) for precision in ("fp32", "fp16", "bf16")
+    }
+    return eager, prompts, references, noises
 
 
-def test_the_fp16_gate_fails_a_dropped_alpha(subject: Subject) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("file", "fault"), FAULTS, ids=[f"{file.split('/')[1]}-{f.__name__}" for file, f in FAULTS])
+def test_a_planted_fault_fails_the_gate(
+    subject: Subject, measured: Any, tmp_path: Path, file: str, fault: Callable[[ir.Model], None], precision: str
+) -> None:
+    good = subject.fp32_onnx if precision == "fp32" else subject.onnx
+    for part in ("llm", "visual"):
+        (tmp_path / part).mkdir()
+        for path in (good / part).iterdir():
+            (tmp_path / part / path.name).symlink_to(path)
+    model = ir.load(good / file)
+    ir.external_data.load_to_model(model)
+    fault(model)
+    (tmp_path / file).unlink()
+    ir.save(model, tmp_path / file)
+    eager, prompts, references, noises = measured
+    gate, noise = getattr(RECIPE.parity, precision), noises[precision]
+    assert compare_onnx(subject, precision, tmp_path, eager, prompts, references, noise).failures(gate)
+    assert not compare_onnx(subject, precision, good, eager, prompts, references, noise).failures(gate)
+
+
+def test_decode_at_the_pruned_positions_fails(subject: Subject, measured: Any) -> None:
+    """The positions of the answer are the eager model's own, not those the graphs are fed."""
+    eager, prompts, references, _ = measured
+    wrong = [replace(prompt, next_position=prompt.next_position - 5) for prompt in prompts]
+    compared = compare_onnx(subject, "fp32", subject.fp32_onnx, eager, wrong, references, 0.0)
+    assert compared.failures(RECIPE.parity.fp32)
+
+
+def test_measuring_the_noise_leaves_the_reference_as_it_was(subject: Subject, measured: Any) -> None:
+    _, prompts, references, noises = measured
+    tensors = {**dict(subject.model.named_parameters()), **dict(subject.model.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert precision_noise(subject, "bf16", prompts, references) == noises["bf16"] > noises["fp16"] > 0
+    assert all((tensor == before[name]).all() for name, tensor in tensors.items())
+
+
+def test_top1_counts_where_the_margin_is_clear() -> None:
     comparison = Comparison("fp16 ONNX", "eager", noise=0.01)
     wanted = np.array([[3.0, 1.0, -2.0]], np.float32)
     comparison.add(Trace(np.array([[1.0, 3.0, -2.0]], np.float32), []), Trace(wanted, []), 0)
     failures = " ".join(comparison.failures(RECIPE.parity.fp16))
-    assert "cosine" in failures and "top-1 differs at 1 of 1" in failures
+    assert "cosine" in failures
+    assert "top-1 differs at 1 of 1" in failures
+
+
+def test_no_gate_is_met_by_saying_nothing() -> None:
+    assert "no prompt" in " ".join(Comparison("x", "y").failures(RECIPE.parity.bf16))
+    same = Trace(np.array([[3.0, 1.0]]), [])
+    for level, message in ((float("nan"), "overflows"), (float("inf"), "overflows"), (5.0, "no step has a margin")):
+        comparison = Comparison("x", "y", level)
+        comparison.add(same, same, 0)
+        assert message in " ".join(comparison.failures(RECIPE.parity.bf16))
 
 
 def test_a_nan_never_passes() -> None:
@@ -184,9 +230,13 @@ def test_a_nan_never_passes() -> None:
     assert len(comparison.failures(RECIPE.parity.bf16)) >= 2
 
 
-def test_iou_leaves_text_out() -> None:
+def test_iou_leaves_text_out_and_flips_belong_at_the_cut() -> None:
     comparison = Comparison("x", "y")
     logits = np.ones((1, 4)) + np.arange(4)
-    own, wanted = [np.array([0, 1, 5, 9])], [np.array([0, 1, 5, 8])]
-    comparison.add(Trace(logits, own), Trace(logits, own), 3, flipped=wanted)
-    assert comparison.kept_iou == [0.0] and comparison.replayed == 1
+    scores = np.array([np.inf, np.inf, 9, 1, 2, 4, 3, 0, 5.0, np.inf])
+    own, wanted = [np.array([0, 1, 5, 9])], [np.array([0, 1, 8, 9])]
+    comparison.add(Trace(logits, own), Trace(logits, own), 3, flipped=Trace(logits, wanted, [scores]))
+    assert comparison.kept_iou == [0.0]
+    assert comparison.replayed == 1
+    assert comparison.flip_distance == pytest.approx(0.2)
+    assert "outscores" in " ".join(comparison.failures(RECIPE.parity.fp16))

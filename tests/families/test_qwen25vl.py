@@ -1,6 +1,5 @@
 """Qwen2.5-VL's vision tower, positions and prompts against transformers, and the golden graphs."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,12 +7,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from capa_export.checkpoint import fetch_config
 from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.prompt import Picture, Prompter
+from capa_export.recipe import load_recipe
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.conftest import noise
@@ -82,20 +83,20 @@ def test_graph_names_lead_to_the_layer(source: Source) -> None:
 
 def test_goldens(request: pytest.FixtureRequest) -> None:
     """The graphs of the shipped tiny model, as text without weights: they change only on purpose."""
-    from capa_export.checkpoint import fetch_config
-
-    config = fetch_config(str(shipped("graphs") / "checkpoints" / "tiny-qwen25vl"))
-    dims, half = qwen25vl.model_dims(config), ir.DataType.FLOAT16
-    rotary = rotary_tables(dims)
+    recipe = load_recipe("tiny-qwen25vl")
+    dims, half = qwen25vl.model_dims(fetch_config(recipe.checkpoint)), ir.DataType.FLOAT16
+    rotary, layers = rotary_tables(dims), [stage.layer for stage in recipe.prune.schedule]
+    # The layers that calibration on the built-in scenes finds linear.
+    linear = range(1, dims.decoder.num_layers)
     models = {
-        "prefill": prefill_model(dims.decoder, half, rotary, prune_layers=(2,), linear_layers=(4,)),
-        "decode": decode_model(dims.decoder, half, rotary, prune_layers=(2,)),
+        "prefill": prefill_model(dims.decoder, half, rotary, prune_layers=layers, linear_layers=linear),
+        "decode": decode_model(dims.decoder, half, rotary, prune_layers=layers),
         "visual": qwen25vl.vision_model(dims.vision, half),
     }
     for name, model in models.items():
-        path = shipped("graphs") / "goldens" / "tiny-qwen25vl" / f"{name}.onnxtxt"
+        path = shipped("graphs") / "goldens" / recipe.name / f"{name}.onnxtxt"
         text = ir.to_onnx_text(model, exclude_initializers=True) + "\n"
         if request.config.getoption("--update-goldens"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        assert text == Path(path).read_text(encoding="utf-8"), f"{path} differs: pytest --update-goldens if meant"
+        assert text == path.read_text(encoding="utf-8"), f"{path} differs: pytest --update-goldens if meant"

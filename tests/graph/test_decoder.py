@@ -1,5 +1,8 @@
 """Prefill and decode on ONNX Runtime against the eager model."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,8 +143,16 @@ def test_the_cache_shrinks_from_the_pruning_layer_on(prompter: Prompter, built: 
 
 
 def test_same_inputs_give_identical_bytes(source: Source, tmp_path: Path) -> None:
+    """In processes with different hash seeds."""
+    code = (
+        "import sys; from pathlib import Path; from capa_export.checkpoint import open_checkpoint; "
+        "from capa_export.export import Source, write_onnx; from capa_export.families import load_family; "
+        "import numpy as np; source = Source.of(open_checkpoint(sys.argv[1]), load_family('qwen25vl')); "
+        "write_onnx(source, 'fp16', Path(sys.argv[2]), prune_layers=(2,), scales={1: np.ones(64), 3: np.ones(64) / 3})"
+    )
     for name in ("a", "b"):
-        write_onnx(source, "fp16", tmp_path / name, prune_layers=(2,), scales=SCALES)
+        command = [sys.executable, "-c", code, str(source.checkpoint.folder), str(tmp_path / name)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": str(ord(name))})
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert len(files) == 6
     for file in files:

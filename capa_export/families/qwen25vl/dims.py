@@ -11,6 +11,7 @@ from capa_export.errors import CapaError, ExitCode
 __all__ = ["Vision", "VisionFlops", "model_dims", "vision_flops"]
 
 _VISION_THETA = 10_000.0
+"""Rotary base of the vision tower, which the graph does not vary."""
 _TEXT = TextDefaults(
     vocab_size=152064,
     rms_norm_eps=1e-5,
@@ -19,7 +20,6 @@ _TEXT = TextDefaults(
     attention_bias=True,
     mrope_section=(16, 24, 24),
 )
-"""Rotary base of the vision tower, which the graph does not vary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,184 @@
+"""What the stages refuse, what makes them run again, and that the bundle's answers are the eager model's."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from capa_export import engine as engine_module
+from capa_export import pipeline
+from capa_export.answer import answer
+from capa_export.bundle import Bundle, file_digest
+from capa_export.calibration import Calibration
+from capa_export.eager import Eager, EagerPlan
+from capa_export.errors import CapaError, ExitCode
+from capa_export.families import qwen25vl
+from capa_export.job import Job, eos_token_ids
+from capa_export.prompt import Prompter
+from capa_export.recipe import Recipe, load_recipe
+from capa_export.target import load_target
+from tests.conftest import noise
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    """The shipped one, made small; random weights are linear nowhere near 0.96."""
+    data = load_recipe("qwen25vl").model_dump()
+    data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
+    data["ffn"] = {"eta": 0.5}
+    data["parity"] |= {"prompts": 2, "steps": 3, "accuracy_samples": 2}
+    return Recipe(**data)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, size in enumerate(((224, 224), (140, 196))):
+        noise(*size, index).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def job(recipe: Recipe, checkpoint: Path, pictures: Path, tmp_path: Path) -> Job:
+    """On a checkpoint of its own, which a test may change."""
+    own = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    return Job(recipe=recipe, bundle=Bundle(tmp_path / "out"), checkpoint=str(own), images=pictures)
+
+
+def again(job: Job, **changes: Any) -> Job:
+    """The same request, with nothing opened yet."""
+    names = ("recipe", "bundle", "checkpoint", "images", "precision", "ffn")
+    return Job(**{**{name: getattr(job, name) for name in names}, **changes})
+
+
+def ran(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Stages of the latest call that did something."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line[0] != " "]
+    return {line.split()[0] for line in lines if "up to date" not in line}
+
+
+def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_that_went_wrong_fails_whatever_its_precision(job: Job, precision: Any) -> None:
+    job = again(job, precision=precision)
+    assert pipeline.build(job, load_target("onnx"))["passed"]
+    path = job.bundle.folder / "onnx/llm/prefill.onnx"
+    model = ir.load(path)
+    for node in model.graph:
+        if node.op_type == "RMSNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.3)
+    ir.save(model, path)
+    stages = job.bundle.manifest["stages"]
+    stages["export"]["files"]["onnx/llm/prefill.onnx"] = file_digest(path)
+    job.bundle.update(stages=stages)
+    assert not pipeline.validate(again(job))["passed"]
+
+
+def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.build(job, load_target("onnx"))
+    assert ran(capsys) == {"calibrate", "export", "validate"}
+    pipeline.build(again(job), load_target("onnx"))
+    assert ran(capsys) == set()
+    processor = Path(job.checkpoint) / "preprocessor_config.json"
+    processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
+    pipeline.build(again(job), load_target("onnx"))
+    assert ran(capsys) == {"calibrate", "export", "validate"}
+
+
+def test_a_new_export_outdates_engines_and_parity(job: Job) -> None:
+    pipeline.build(job, load_target("rtx"))
+    assert set(job.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}
+    pipeline.export(again(job, precision="fp32"))
+    assert set(job.bundle.manifest["stages"]) == {"calibrate", "export"}
+    assert not (job.bundle.folder / "parity.json").exists()
+    assert not list(job.bundle.folder.rglob("*.engine"))
+
+
+def test_parity_is_never_measured_with_another_alpha(job: Job, pictures: Path, tmp_path: Path) -> None:
+    pipeline.calibrate(job)
+    pipeline.export(job)
+    (tmp_path / "one").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "one")
+    pipeline.calibrate(again(job, images=tmp_path / "one"))
+    with pytest.raises(CapaError, match="changed since the export"):
+        pipeline.validate(again(job))
+
+
+def test_a_foreign_calibration_does_not_replace_the_good_one(job: Job, tmp_path: Path) -> None:
+    pipeline.calibrate(job)
+    good = (job.bundle.folder / "calibration.safetensors").read_bytes()
+    foreign = replace(Calibration.load(job.bundle.folder), checkpoint_digest="another")
+    foreign.save(tmp_path / "foreign.safetensors")
+    with pytest.raises(CapaError, match=r"foreign\.safetensors: measured on another checkpoint"):
+        pipeline.calibrate(again(job, calibration=tmp_path / "foreign.safetensors"))
+    assert (job.bundle.folder / "calibration.safetensors").read_bytes() == good
+
+
+def test_a_head_is_only_tied_where_the_config_says_so(job: Job) -> None:
+    change(Path(job.checkpoint), lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CapaError, match=r"tensor lm_head\.weight is missing"):
+        pipeline.export(again(job, ffn=False))
+
+
+def test_a_superfluous_tensor_is_refused_without_calibration_too(job: Job) -> None:
+    change(Path(job.checkpoint), lambda tensors: tensors.update({"lora_A": np.ones(2, np.float32)}))
+    with pytest.raises(CapaError, match="tensor lora_A has no place"):
+        pipeline.export(again(job, ffn=False))
+
+
+def test_an_engine_that_copies_weights_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.calibrate(job)
+    pipeline.export(job)
+    build = engine_module.build_engine
+
+    def copying(*arguments: Any, **options: Any) -> Any:
+        return replace(build(*arguments, **options), weight_copies=("__myl_Move",))
+
+    monkeypatch.setattr(engine_module, "build_engine", copying)
+    with pytest.raises(CapaError, match="would copy weights at every run") as raised:
+        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+    assert raised.value.code == ExitCode.ENGINE
+    assert not (job.bundle.folder / "engines").exists()
+
+
+def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompter: Prompter, pictures: Path) -> None:
+    job = again(job, precision="fp32", ffn=False)
+    pipeline.calibrate(job)
+    pipeline.export(job)
+    result = answer(job.bundle, "what color is the star ?", [pictures / "1.png"], max_new_tokens=8)
+    prompt = prompter("what color is the star ?", [noise(140, 196, 1)])
+    embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
+    eager = Eager(model)
+    run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), EagerPlan(keep={2: 9}))
+    tokens, logits = [], run.logits
+    eos = eos_token_ids(job.bundle.folder / "onnx" / "llm")
+    while len(tokens) < 8 and (token := int(logits.argmax())) not in eos:
+        tokens.append(token)
+        logits = eager.step(run, token, run.next_position + len(tokens) - 1)
+    assert len(tokens) > 2
+    assert result["answer"] == prompter.decode(tokens)
+    assert result["stages"] == [{"layer": 2, "kept": 9, "visual": 35}]
+
+
+def test_the_end_of_an_answer_is_found_or_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
+    assert eos_token_ids(tmp_path) == [7]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    assert eos_token_ids(tmp_path) == [1, 2]
+    for path in tmp_path.iterdir():
+        path.write_text("{}")
+    with pytest.raises(CapaError, match="no eos_token_id"):
+        eos_token_ids(tmp_path)
