@@ -1,5 +1,6 @@
 """Answers a question from a bundle alone."""
 
+import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ def _runtime_errors(num_visual: int) -> Generator[None]:
         if not isinstance(error, MemoryError) and not type(error).__module__.startswith("onnxruntime"):
             raise
         problem = next(iter(str(error).splitlines()), type(error).__name__)
+        if wanted := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", problem):
+            problem = f"it needs {int(wanted[1]) / 1e9:.0f} GB at once, which this machine does not give"
         raise CapaError(
             f"ONNX Runtime failed on a prompt of {num_visual} visual tokens ({problem}); use a smaller picture"
         ) from error

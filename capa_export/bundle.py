@@ -116,9 +116,13 @@ class Bundle:
         digests = {file: file_digest(self.folder / file) for file in sorted(files)}
         kept = {other: record for other, record in stages.items() if other not in old}
         self.update(stages={**kept, name: {"key": key, **entries, "files": digests}})
-        for other in old:
-            for file in stages[other]["files"]:
-                (self.folder / file).unlink(missing_ok=True)
+        for file in (file for other in old for file in stages[other]["files"]):
+            path = self.folder / file
+            path.unlink(missing_ok=True)
+            for parent in path.relative_to(self.folder).parents[:-1]:
+                with suppress(OSError):
+                    # Only succeeds where nothing is left.
+                    (self.folder / parent).rmdir()
 
     def verify(self, *names: str) -> None:
         """Check that the files of these stages are what was built.

@@ -1,6 +1,6 @@
 """How far one run is from another: metrics of logits and kept sets, and the gates on them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,18 @@ import numpy as np
 
 from capa_export.recipe import Gate
 
-__all__ = ["Comparison", "Trace"]
+__all__ = ["Comparison", "Trace", "restored"]
+
+
+_FIGURES = {
+    "difference": float("inf"),
+    "relative_error": float("inf"),
+    "cosine": -float("inf"),
+    "norm_ratio": float("inf"),
+    "flip_distance": float("inf"),
+    "precision_noise": float("inf"),
+}
+"""What may come out as NaN or infinity, with its worst value."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,8 @@ class Comparison:
         return float(np.mean(self.kept_iou)) if self.kept_iou else 1.0
 
     def as_dict(self, gate: Gate) -> dict[str, Any]:
-        """For `parity.json`."""
-        return {
+        """For `parity.json`, which has null where a figure is not finite."""
+        figures: dict[str, Any] = {
             "artefact": self.name,
             "reference": self.reference,
             "prompts": self.prompts,
@@ -142,6 +153,12 @@ class Comparison:
             "gate": gate.model_dump(exclude_none=True),
             "failures": self.failures(gate),
         }
+        return {name: None if name in _FIGURES and not np.isfinite(value) else value for name, value in figures.items()}
+
+
+def restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison as read from `parity.json`, with the worst there is in place of null."""
+    return {name: _FIGURES[name] if value is None and name in _FIGURES else value for name, value in row.items()}
 
 
 def _worse(worst: float, value: float, *, finite: bool) -> float:

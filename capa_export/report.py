@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 
 from capa_export.calibration import FP16_MAX
+from capa_export.parity import restored
 from capa_export.recipe import ranges
 
 __all__ = ["Example", "KeptMap", "write_report"]
@@ -83,6 +84,7 @@ def write_report(
         plan: what `dry_run` counted for the same recipe.
         examples: pictures to show, in this order.
     """
+    parity = {**parity, "export_error": [restored(row) for row in parity["export_error"]]}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,

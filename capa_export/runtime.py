@@ -47,7 +47,8 @@ class OnnxModel:
     def _session(self, file: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
+        # Errors come as exceptions; the log would say them a second time.
+        options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = self.folder / file
         if is_bfloat16(path):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capa_export.dry_run import UNKNOWN
+from capa_export.parity import restored
 from capa_export.recipe import ranges, recipe_of
 
 __all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
@@ -93,7 +94,7 @@ def parity_table(parity: dict[str, Any]) -> None:
     for failure in parity["failures"]:
         _say(f"  {failure}", "red")
     table = _columns("", "rel. error", "1 - cos", "norm", "kept IoU", "wrong", "same")
-    for row in parity["export_error"]:
+    for row in map(restored, parity["export_error"]):
         table.add_row(
             row["artefact"],
             f"{row['relative_error']:.1e}",

@@ -113,7 +113,8 @@ def test_an_interrupted_replacement_does_not_block_the_next(tmp_path: Path) -> N
 
 def test_a_stage_outdates_what_was_made_from_it(tmp_path: Path) -> None:
     def work(scratch: Path) -> dict[str, Any]:
-        (scratch / "late").write_text("x")
+        (scratch / "late" / "deep").mkdir(parents=True)
+        (scratch / "late" / "deep" / "file").write_text("x")
         return {}
 
     bundle = Bundle(tmp_path)

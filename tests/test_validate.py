@@ -1,5 +1,6 @@
 """The parity gates pass a healthy export and fail every planted fault."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from capa_export.eager import Eager
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
-from capa_export.parity import Comparison, Trace
+from capa_export.parity import Comparison, Trace, restored
 from capa_export.prompt import Prompter
 from capa_export.recipe import Stage, load_recipe
 from capa_export.samples import samples_from
@@ -228,6 +229,9 @@ def test_a_nan_never_passes() -> None:
     comparison.add(Trace(np.array([[1.0, np.nan]]), []), Trace(np.array([[1.0, 2.0]]), []), 0)
     comparison.add(Trace(np.array([[1.0, 2.0]]), []), Trace(np.array([[1.0, 2.0]]), []), 0)
     assert len(comparison.failures(RECIPE.parity.bf16)) >= 2
+    row = json.loads(json.dumps(comparison.as_dict(RECIPE.parity.bf16), allow_nan=False))
+    assert row["cosine"] is None
+    assert restored(row)["cosine"] == -np.inf
 
 
 def test_iou_leaves_text_out_and_flips_belong_at_the_cut() -> None:
