@@ -1,6 +1,5 @@
 """The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
 
-import json
 import os
 import signal
 import sys
@@ -30,11 +29,11 @@ from capa_export.cli_options import (
     Weights,
     WeightsOpt,
 )
+from capa_export.cli_show import inspect, models, print_json, targets
 from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     from capa_export.bundle import Bundle
-    from capa_export.job import Job
     from capa_export.recipe import Recipe
 
 __all__ = ["app", "main"]
@@ -186,7 +185,7 @@ def calibrate(
         ffn = recipe.ffn
     summary = calibration.summary(ffn.eta, ffn.paper_layers)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         from capa_export.tables import calibration_table
 
@@ -229,7 +228,7 @@ def export(
             pipeline.calibrate(job)
         pipeline.export(job)
     if as_json:
-        _print_json(bundle.stage("export"))
+        print_json(bundle.stage("export"))
 
 
 @app.command()
@@ -246,7 +245,7 @@ def engine(
     with progress() as report:
         result = pipeline.engine(Bundle.open(bundle), device, weights=weights.value, report=report)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from capa_export.tables import engine_table
 
@@ -263,11 +262,13 @@ def validate(
 ) -> None:
     """Hold a bundle against the eager model (exit code 6: parity)."""
     from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.job import Job
     from capa_export.progress import progress
 
-    opened = _open(bundle)
+    opened = Bundle.open(bundle)
     with progress() as report:
-        job = _job(opened, checkpoint, revision, images, report)
+        job = Job.of_bundle(opened, checkpoint=checkpoint, revision=revision, images=images, report=report)
         parity = pipeline.validate(job)
     _finish(opened, parity, as_json=as_json)
 
@@ -287,14 +288,15 @@ def run(
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
     from capa_export.answer import answer
+    from capa_export.bundle import Bundle
 
     def stream(text: str) -> None:
         if not as_json:
             print(text, end="", flush=True)
 
-    result = answer(_open(bundle), prompt, image or [], ratio=ratio, max_new_tokens=max_new_tokens, stream=stream)
+    result = answer(Bundle.open(bundle), prompt, image or [], ratio=ratio, max_new_tokens=max_new_tokens, stream=stream)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     print()
     kept = ", ".join(
@@ -308,18 +310,7 @@ def run(
     )
 
 
-@app.command()
-def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
-    """Show what a bundle holds and what made it; check its files."""
-    opened = _open(bundle)
-    manifest = opened.manifest
-    opened.verify(*manifest["stages"])
-    if as_json:
-        _print_json(manifest)
-    else:
-        from capa_export.tables import bundle_table
-
-        bundle_table(opened.folder, manifest)
+app.command()(inspect)
 
 
 @app.command()
@@ -353,39 +344,8 @@ def plan(
     )
 
 
-@app.command()
-def models(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes."""
-    from capa_export.recipe import load_recipe
-    from capa_export.shipped import shipped_names
-
-    recipes = [load_recipe(name) for name in shipped_names("graphs")]
-    if as_json:
-        _print_json([recipe.model_dump(mode="json") for recipe in recipes])
-        return
-    for recipe in recipes:
-        layers = ", ".join(str(stage.layer) for stage in recipe.prune.schedule)
-        others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
-        where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
-        print(f"{recipe.name:<16}{where:<32}prunes at layer {layers}{others}")
-
-
-@app.command()
-def targets(as_json: JsonOpt = False) -> None:
-    """List the shipped targets."""
-    from capa_export.shipped import shipped_names
-    from capa_export.target import load_target
-
-    known = [load_target(name) for name in shipped_names("engines")]
-    if as_json:
-        _print_json([target.model_dump(mode="json") for target in known])
-        return
-    for target in known:
-        made = target.engine
-        print(
-            f"{target.name:<16}"
-            + (f"{made.runtime}, SM {', '.join(made.compute_capabilities)}" if made else "ONNX only")
-        )
+app.command()(models)
+app.command()(targets)
 
 
 def _recipe(model: str, ratio: float | None = None, prune_layer: int | None = None) -> "Recipe":
@@ -394,32 +354,9 @@ def _recipe(model: str, ratio: float | None = None, prune_layer: int | None = No
     return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer)
 
 
-def _open(folder: Path) -> "Bundle":
-    from capa_export.bundle import Bundle
-
-    return Bundle.open(folder)
-
-
-def _job(bundle: "Bundle", checkpoint: str | None, revision: str | None, images: Path | None, report: Any) -> "Job":
-    """The job that made a bundle, from its manifest."""
-    from capa_export.job import Job
-    from capa_export.recipe import recipe_of
-
-    bundle.stage("export")
-    manifest = bundle.manifest
-    return Job(
-        recipe=recipe_of(manifest, bundle.folder),
-        bundle=bundle,
-        checkpoint=checkpoint or manifest["checkpoint"]["source"],
-        revision=revision or (None if checkpoint else manifest["checkpoint"]["revision"]),
-        images=images,
-        report=report,
-    )
-
-
 def _finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(parity)
+        print_json(parity)
     else:
         from capa_export.tables import parity_table
 
@@ -437,15 +374,11 @@ def _print_plan(
 
     result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, **options)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from capa_export.tables import plan_table
 
         plan_table(result)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family
 from capa_export.progress import Report, silent
-from capa_export.recipe import Recipe, Stage, check_layers
+from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 
 __all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "say", "tool_versions"]
 
@@ -46,6 +46,26 @@ class Job:
     weights: Literal["embedded", "external"] = "embedded"
     command: Sequence[str] = ()
     report: Report = field(default=silent)
+
+    @classmethod
+    def of_bundle(
+        cls, bundle: Bundle, *, checkpoint: str | None, revision: str | None, images: Path | None, report: Report
+    ) -> "Job":
+        """The request that made a bundle, from its manifest; a checkpoint that is given stands for the recorded one.
+
+        Raises:
+            CapaError: nothing was exported, or the manifest is damaged.
+        """
+        bundle.stage("export")
+        manifest = bundle.manifest
+        return cls(
+            recipe=recipe_of(manifest, bundle.folder),
+            bundle=bundle,
+            checkpoint=checkpoint or manifest["checkpoint"]["source"],
+            revision=revision or (None if checkpoint else manifest["checkpoint"]["revision"]),
+            images=images,
+            report=report,
+        )
 
     @cached_property
     def family(self) -> Family:
