@@ -298,7 +298,8 @@ def run(
     if as_json:
         print_json(result)
         return
-    print()
+    # Before what stderr says, where both go to one place.
+    print(flush=True)
     kept = ", ".join(
         f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
         for stage in result["stages"]
