@@ -5,8 +5,9 @@ T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers.
 
 import re
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
+from capa_export.eager import EagerInputs
 from capa_export.errors import CapaError
 from capa_export.families import Family
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
 
-__all__ = ["calibrate"]
+__all__ = ["Measurement", "calibrate", "measuring"]
 
 _BLOCK = re.compile(r"(?:layers?|blocks)\.\d+(?:\.(?:self_attn|attn|attention|mlp))?$")
 
@@ -36,31 +38,62 @@ def calibrate(
         CapaError: the model yields NaN or infinity.
     """
     text = model.model.language_model
-    size, num_layers = text.config.hidden_size, len(text.layers)
-    sums = [LayerSums.zeros(size) for _ in range(num_layers)]
-    absmax: dict[str, float] = {}
-    with _watch_ranges(model, absmax), _watch_ffns(text.layers) as seen:
+
+    def damaged() -> str | None:
+        return next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
+
+    with measuring(model) as measurement:
         for sample in tracked(samples, "calibrate", samples.count, report):
-            prompt = prompter(sample.question, [sample.image])
+            prompt = prompter.chat(sample.turns)
             is_visual = torch.from_numpy(prompt.is_visual)
             with torch.no_grad():
-                embeds, position_ids = family.eager_inputs(model, prompt)
-                text(inputs_embeds=embeds, position_ids=position_ids, use_cache=False)
-            if broken := [name for name, largest in absmax.items() if not isfinite(largest)]:
-                raise CapaError(_why_not_finite(model, broken[0]))
-            for layer, (x_TD, y_TD) in seen.items():
-                _add(sums[layer], x_TD, y_TD, is_visual)
-    return Calibration(
-        checkpoint_digest=checkpoint_digest,
-        samples=samples.count,
-        layers=sums,
-        absmax=dict(sorted(absmax.items())),
-    )
+                inputs = EagerInputs.of(family.eager_inputs(model, prompt))
+                text(**inputs.arguments(is_visual), use_cache=False)
+            measurement.add(is_visual, damaged)
+    return measurement.calibration(checkpoint_digest, samples.count)
 
 
-def _why_not_finite(model: Any, block: str) -> str:
-    tensors = (name for name, tensor in model.named_parameters() if not tensor.isfinite().all())
-    tensor = next(tensors, None)
+@dataclass
+class Measurement:
+    """What the hooks of `measuring` saw."""
+
+    sums: list[LayerSums]
+    absmax: dict[str, float] = field(default_factory=dict)
+    """Largest magnitude of every block's, attention's and FFN's output, by module path."""
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
+
+    def add(self, is_visual: Tensor, damaged: Callable[[], str | None]) -> None:
+        """Add the layers that ran since the last call to their sums, and forget their states.
+
+        Args:
+            is_visual: [T] bool.
+            damaged: finds the name of a tensor that is not finite, for the error's sake.
+
+        Raises:
+            CapaError: a block's output is not finite.
+        """
+        if broken := [name for name, largest in self.absmax.items() if not isfinite(largest)]:
+            raise CapaError(_why_not_finite(damaged(), broken[0]))
+        for layer, (x_TD, y_TD) in self.seen.items():
+            _add(self.sums[layer], x_TD, y_TD, is_visual)
+        self.seen.clear()
+
+    def calibration(self, checkpoint_digest: str, samples: int) -> Calibration:
+        """All that was measured."""
+        return Calibration(checkpoint_digest, samples, self.sums, dict(sorted(self.absmax.items())))
+
+
+@contextmanager
+def measuring(model: Any) -> Generator[Measurement]:
+    """Watch every forward of the model's blocks, in whatever order and number they run."""
+    text = model.model.language_model
+    measurement = Measurement([LayerSums.zeros(text.config.hidden_size) for _ in text.layers])
+    with _watch_ranges(model, measurement.absmax), _watch_ffns(text.layers, measurement.seen):
+        yield measurement
+
+
+def _why_not_finite(tensor: str | None, block: str) -> str:
     if tensor is None:
         return f"the output of {block} is not finite, even in FP32: the checkpoint does not work as it is"
     return f"tensor {tensor} holds NaN or infinity; download the checkpoint again"
@@ -86,9 +119,8 @@ def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None
 
 
 @contextmanager
-def _watch_ffns(layers: Any) -> Generator[dict[int, tuple[Tensor, Tensor]]]:
-    """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+def _watch_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Generator[None]:
+    """Layer -> (x, x + FFN(norm(x)))."""
     entering: dict[int, Tensor] = {}
     handles = []
     for index, layer in enumerate(layers):
@@ -104,7 +136,7 @@ def _watch_ffns(layers: Any) -> Generator[dict[int, tuple[Tensor, Tensor]]]:
             layer.mlp.register_forward_hook(after),
         ]
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -112,7 +144,7 @@ def _watch_ffns(layers: Any) -> Generator[dict[int, tuple[Tensor, Tensor]]]:
 
 @contextmanager
 def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
-    """Largest magnitude of every block's, attention's and FFN's output, by module path."""
+    """Module path -> largest magnitude of its output."""
 
     def watch(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:

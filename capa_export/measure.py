@@ -1,5 +1,6 @@
 """Wall time and peak memory of a piece of work."""
 
+import os
 import resource
 import time
 from collections.abc import Generator
@@ -7,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cost", "measured"]
+__all__ = ["Cost", "available_memory", "measured"]
 
 
 @dataclass
@@ -36,6 +37,34 @@ def measured() -> Generator[Cost]:
     finally:
         cost.seconds = time.perf_counter() - started
         cost.peak_memory_bytes = max(_peak_memory(), _peak_of_children() if _peak_of_children() > children else 0)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that may still be taken: of the machine's, or of what the control group leaves; all, where nothing tells.
+
+    Args:
+        root: of the file system that says so.
+    """
+    left = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        left.append(_entries(root / "proc/meminfo")["MemAvailable"] * 1024)
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        # ValueError: the limit is "max", which is none.
+        with suppress(OSError, ValueError):
+            cached = _entries(limit.with_name("memory.stat"))
+            reclaimable = cached["active_file"] + cached["inactive_file"]
+            left.append(int(limit.read_text()) - int(used.read_text()) + reclaimable)
+    return max(min(left), 0)
+
+
+def _entries(path: Path) -> dict[str, int]:
+    """Name -> number, of a file with one of each on a line."""
+    lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
+    return {line[0]: int(line[1]) for line in lines}
 
 
 def _peak_of_children() -> int:

@@ -1,0 +1,290 @@
+"""Calibration layer by layer: bit for bit that of the model in memory, for every family, and nothing left behind."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from capa_export import calibrate_layerwise as module
+from capa_export import pipeline
+from capa_export.bundle import Bundle
+from capa_export.calibrate import calibrate
+from capa_export.calibrate_layerwise import calibrate_layerwise
+from capa_export.calibration import Calibration
+from capa_export.checkpoint import open_checkpoint
+from capa_export.cli import main
+from capa_export.dry_run import calibration_bytes, dry_run
+from capa_export.errors import CapaError, ExitCode
+from capa_export.export import Source
+from capa_export.families import load_family
+from capa_export.job import Job
+from capa_export.prompt import Prompter
+from capa_export.recipe import load_recipe
+from capa_export.samples import Samples, samples_from
+from capa_export.shipped import shipped
+from tests import conftest
+from tests.conftest import noise
+from tests.families import test_internvl3 as internvl3
+from tests.families import test_llava15 as llava15
+from tests.families import test_qwen3vl as qwen3vl
+
+FAMILIES = {"qwen25vl": conftest, "llava15": llava15, "internvl3": internvl3, "qwen3vl": qwen3vl}
+"""What makes a small random model of each, Qwen3-VL with features that join behind the first layers."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(4):
+        noise(56 + 56 * index, 84, index).save(folder / f"{index}.png")
+    return samples_from(folder, load_recipe("qwen25vl"), 500, split="train")
+
+
+def opened(folder: Path, family: str) -> tuple[Source, Prompter]:
+    source = Source.of(open_checkpoint(str(folder)), load_family(family))
+    return source, Prompter(folder, folder, source.family, source.dims)
+
+
+def streamed(folder: Path, family: str, samples: Samples, scratch: Path) -> Calibration:
+    source, prompter = opened(folder, family)
+    return calibrate_layerwise(source, prompter, samples, checkpoint_digest="x", folder=scratch)
+
+
+def in_memory(folder: Path, family: str, samples: Samples) -> Calibration:
+    source, prompter = opened(folder, family)
+    architecture = getattr(transformers, source.family.ARCHITECTURE)
+    model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    return calibrate(model, source.family, prompter, samples, checkpoint_digest="x")
+
+
+def assert_same(folder: Path, family: str, samples: Samples, scratch: Path) -> None:
+    """Both run the same modules on the same numbers in the same order, so that nothing may differ."""
+    expected = in_memory(folder, family, samples)
+    found = streamed(folder, family, samples, scratch)
+    assert found.absmax == expected.absmax
+    assert len({sums.visual_cosine for sums in expected.layers}) == len(expected.layers)
+    assert found.digest() == expected.digest()
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_in_memory(family: str, dtype: torch.dtype, pictures: Samples, tmp_path: Path) -> None:
+    model = FAMILIES[family].random_model().to(dtype)
+    folder = FAMILIES[family].save_model(tmp_path / "checkpoint", model, max_shard_size="100KB")
+    (tmp_path / "scratch").mkdir()
+    assert_same(folder, family, pictures, tmp_path / "scratch")
+
+
+def test_equals_in_memory_on_the_trained_model(tmp_path: Path) -> None:
+    folder = shipped("graphs") / "checkpoints/tiny-qwen25vl"
+    assert_same(folder, "qwen25vl", Samples(count=24, name="", has_answers=True), tmp_path)
+
+
+def test_the_other_tensor_layout_and_a_tied_head(pictures: Samples, tmp_path: Path) -> None:
+    model = internvl3.random_model(tie=True)
+    folder = internvl3.save_model(tmp_path / "checkpoint", model, save_original_format=False)
+    (tmp_path / "scratch").mkdir()
+    assert_same(folder, "internvl3", pictures, tmp_path / "scratch")
+
+
+def test_weights_are_there_only_while_they_are_used(
+    checkpoint: Path, pictures: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    held: list[int] = []
+    hollow, load = module._hollow, module._Weights.load
+
+    def remember(source: Source) -> Any:
+        made.append(hollow(source))
+        return made[0]
+
+    def weigh(*arguments: Any) -> None:
+        load(*arguments)
+        held.append(matrices(made[0]))
+
+    monkeypatch.setattr(module, "_hollow", remember)
+    monkeypatch.setattr(module._Weights, "load", weigh)
+    streamed(checkpoint, "qwen25vl", pictures, tmp_path)
+    inner = conftest.random_model().model
+    beside = matrices(inner.visual) - matrices(inner.visual.blocks)
+    block, layer = matrices(inner.visual.blocks[0]), matrices(inner.language_model.layers[0])
+    assert held == [beside, *[beside + block] * 3 * pictures.count, *[layer] * 5]
+    assert matrices(made[0]) == 0
+
+
+def matrices(model: Any) -> int:
+    """Elements in memory of what is not a vector."""
+    return sum(value.numel() for value in model.parameters() if not value.is_meta and value.ndim > 1)
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    (tmp_path / "scratch").mkdir()
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
+
+
+DAMAGED = ("model.layers.2.mlp.up_proj.weight", "visual.blocks.1.attn.qkv.bias", "model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_weights_are_named(own: Path, pictures: Samples, tmp_path: Path, name: str) -> None:
+    change(own, lambda tensors: tensors[name].view(-1)[:].fill_(float("nan")))
+    with pytest.raises(CapaError, match=f"tensor {name} holds NaN or infinity"):
+        streamed(own, "qwen25vl", pictures, tmp_path / "scratch")
+    with pytest.raises(CapaError, match=f"tensor .*{name.split('.', 1)[1]} holds NaN or infinity"):
+        in_memory(own, "qwen25vl", pictures)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_states_that_overflow_are_refused(own: Path, pictures: Samples, tmp_path: Path) -> None:
+    change(own, lambda tensors: tensors["model.layers.3.mlp.down_proj.weight"].fill_(3e38))
+    with pytest.raises(CapaError, match=r"the output of model.language_model.layers.3\S* is not finite, even in FP32"):
+        streamed(own, "qwen25vl", pictures, tmp_path / "scratch")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(own: Path, pictures: Samples, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change(own, lambda tensors: tensors.update({name: torch.zeros(16, 64)}))
+    with pytest.raises(CapaError, match=rf"{name} has shape \[16, 64\], config.json implies \[32, 64\]"):
+        streamed(own, "qwen25vl", pictures, tmp_path / "scratch")
+    change(own, lambda tensors: tensors.pop(name))
+    with pytest.raises(CapaError, match=f"tensor {name} is missing"):
+        streamed(own, "qwen25vl", pictures, tmp_path / "scratch")
+    name = "model.embed_tokens.weight"
+    change(own, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    with pytest.raises(CapaError, match=rf"{name} has shape \[\d+, 64\], config.json implies"):
+        streamed(own, "qwen25vl", pictures, tmp_path / "scratch")
+
+
+def test_a_small_disk_is_refused_before_any_weight_is_read(
+    checkpoint: Path, pictures: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, prompter = opened(checkpoint, "qwen25vl")
+    prompts = [prompter(sample.question, [sample.image]) for sample in pictures]
+    states = sum(4 * 64 * len(prompt.input_ids) for prompt in prompts)
+    usage = shutil.disk_usage(tmp_path)._replace(free=states)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(module, "_hollow", None)
+    with pytest.raises(CapaError, match=rf"{tmp_path}: \d+ bytes are needed, {states} are free"):
+        calibrate_layerwise(source, prompter, pictures, checkpoint_digest="x", folder=tmp_path)
+
+
+def test_the_disk_takes_no_more_than_was_asked_for(
+    checkpoint: Path, pictures: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    used: list[int] = []
+
+    def report(what: str, _done: int, _total: int) -> None:
+        if what == "calibrate layer by layer":
+            used.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(module, "check_disk", lambda _, size: needed.append(size))
+    calibrate_layerwise(
+        *opened(checkpoint, "qwen25vl"), pictures, checkpoint_digest="x", folder=tmp_path, report=report
+    )
+    assert max(used) <= needed[0] <= max(used) + module._FILE_OVERHEAD * pictures.count
+
+
+@pytest.mark.parametrize("stage", ["look at pictures", "calibrate layer by layer"])
+def test_an_interruption_leaves_nothing(checkpoint: Path, pictures: Samples, tmp_path: Path, stage: str) -> None:
+    there: list[int] = []
+
+    def interrupt(what: str, done: int, _total: int) -> None:
+        if what == stage and done == 3:
+            there.append(len(list(tmp_path.rglob("*.hidden"))))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_layerwise(
+            *opened(checkpoint, "qwen25vl"), pictures, checkpoint_digest="x", folder=tmp_path, report=interrupt
+        )
+    assert there[0] >= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_every_sample_of_every_layer(checkpoint: Path, pictures: Samples, tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        seen.setdefault(what, []).append((done, total))
+
+    calibrate_layerwise(
+        *opened(checkpoint, "qwen25vl"), pictures, checkpoint_digest="x", folder=tmp_path, report=report
+    )
+    assert seen == {
+        "measure prompts": [(done, 4) for done in range(5)],
+        "look at pictures": [(done, 4) for done in range(5)],
+        "calibrate layer by layer": [(done, 20) for done in range(21)],
+    }
+
+
+# How it is chosen.
+
+
+@pytest.fixture
+def job(checkpoint: Path, pictures: Samples, tmp_path: Path) -> Job:
+    options: Any = {"checkpoint": str(checkpoint), "images": pictures.files[0].parent}
+    return Job(recipe=load_recipe("qwen25vl"), bundle=Bundle(tmp_path / "out"), **options)
+
+
+def test_a_model_that_does_not_fit_is_streamed(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: 300_000_000)
+    calibration = pipeline.calibrate(job)
+    said = "layer by layer: the model takes 0.5 GB in FP32, 0.3 GB are free"
+    assert capsys.readouterr().err.count(said) == 1
+    assert "eager_model" not in vars(job)
+    assert not list(job.bundle.folder.glob(".partial"))
+    # The result is the same, so that it stays current.
+    pipeline.calibrate(replace(job, layer_by_layer=False))
+    assert "up to date" in capsys.readouterr().err
+    shutil.rmtree(job.bundle.folder)
+    assert pipeline.calibrate(replace(job, layer_by_layer=False)).digest() == calibration.digest()
+
+
+@pytest.mark.parametrize(("asked", "available"), [(None, 1 << 40), (False, 0), (True, 1 << 40)])
+def test_the_option_goes_before_the_memory(
+    job: Job, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
+) -> None:
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: available)
+    job = replace(job, layer_by_layer=asked, samples=1)
+    pipeline.calibrate(job)
+    assert ("eager_model" in vars(job)) == (not asked)
+
+
+def test_the_options_of_the_command_line(checkpoint: Path, pictures: Samples, tmp_path: Path, capsys: Any) -> None:
+    images = str(pictures.files[0].parent)
+    words = ["-m", "qwen25vl", "--checkpoint", str(checkpoint), "--images", images, "-o", str(tmp_path / "out")]
+    assert main(["calibrate", *words, "--samples", "1", "--layer-by-layer", "--json"]) == 0
+    streamed = Calibration.load(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert main(["calibrate", *words, "--samples", "1", "--in-memory", "--json"]) == 0
+    assert Calibration.load(tmp_path / "out").digest() == streamed.digest()
+    capsys.readouterr()
+    assert main(["build", *words, "--calibration", str(tmp_path / "out"), "--in-memory"]) == ExitCode.USAGE
+    assert "--layer-by-layer or --in-memory has no effect with it" in capsys.readouterr().err
+    assert main(["calibrate", "--merge", str(tmp_path / "out"), "-o", "x", "--layer-by-layer"]) == ExitCode.USAGE
+    assert "--merge takes calibrations as arguments, and nothing else" in capsys.readouterr().err
+
+
+def test_the_plan_tells_both(checkpoint: Path) -> None:
+    memory = dry_run(load_recipe("qwen25vl"), str(checkpoint), None, "fp16", ffn=True)["memory"]
+    parameters = sum(parameter.numel() for parameter in conftest.random_model().parameters())
+    assert memory["calibrate"] == calibration_bytes(parameters)
+    assert memory["calibrate layer by layer"] - calibration_bytes(0) == 4 * parameters // 5
