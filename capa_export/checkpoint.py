@@ -30,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "Progress",
     "StoredTensor",
+    "canonical_name",
     "fetch_config",
     "open_checkpoint",
     "open_tensors",
@@ -138,8 +139,7 @@ class Checkpoint:
         """
         canonical: dict[str, StoredTensor] = {}
         for stored, tensor in self.tensors.items():
-            matches = ((re.match(pattern, stored), new) for pattern, new in rules)
-            name = next((match.expand(new) + stored[match.end() :] for match, new in matches if match), stored)
+            name = canonical_name(stored, rules)
             if name in canonical:
                 raise CapaError(
                     f"{self.folder}: tensors {canonical[name].name} and {stored} are both {name}; "
@@ -181,6 +181,12 @@ def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
         CapaError: it cannot be found or read.
     """
     return _config(_folder(source, revision, ("config.json",)))
+
+
+def canonical_name(stored: str, rules: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name by the first rule (pattern of a prefix, replacement) that matches it."""
+    matches = ((re.match(pattern, stored), new) for pattern, new in rules)
+    return next((match.expand(new) + stored[match.end() :] for match, new in matches if match), stored)
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ __all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderDims:
-    """A decoder of the Llama and Qwen2 kind."""
+    """A decoder of the Llama, Qwen2 and Qwen3 kind."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,6 +29,12 @@ class DecoderDims:
     tie_word_embeddings: bool
     rope_limit: int | None = None
     """Positions from which on the rotary frequencies would depend on the length; None for never."""
+    mrope_interleaved: bool = False
+    """Whether time, height and width take turns among the frequencies, rather than one section each."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normed before they are rotated."""
+    deepstack_layers: int = 0
+    """First layers behind which visual tokens gain features of their own from the vision tower."""
 
     @property
     def position_axes(self) -> int:
@@ -85,6 +91,10 @@ class TextDefaults:
     """Empty for one-dimensional positions."""
     max_positions: int | None = None
     """Set where published configs ask for dynamic RoPE, which is plain up to this many positions."""
+    mrope_interleaved: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    """Set where heads have a size of their own; None where they must make up the hidden size."""
     hidden_size: int | None = None
     """None, as for the sizes below, where a default would be a guess at another model's."""
     intermediate_size: int | None = None
@@ -106,8 +116,8 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
     # transformers reads `null` as "no grouping".
     given = text.data.get("num_key_value_heads", defaults.num_kv_heads)
     num_kv_heads = num_heads if given is None else text.count("num_key_value_heads", defaults.num_kv_heads)
-    head_dim = text.count("head_dim", hidden_size // num_heads)
-    if head_dim * num_heads != hidden_size:
+    head_dim = text.count("head_dim", defaults.head_dim or hidden_size // num_heads)
+    if defaults.head_dim is None and head_dim * num_heads != hidden_size:
         raise text.refused("hidden_size", f"{num_heads} heads of {head_dim} must make {hidden_size}")
     if num_heads % num_kv_heads:
         raise text.refused("num_key_value_heads", f"{num_heads} heads must be a multiple of {num_kv_heads}")
@@ -126,6 +136,8 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
         attention_bias=defaults.attention_bias,
         tie_word_embeddings=bool(root.data.get("tie_word_embeddings") or text.data.get("tie_word_embeddings")),
         rope_limit=limit,
+        mrope_interleaved=defaults.mrope_interleaved,
+        qk_norm=defaults.qk_norm,
     )
 
 
@@ -146,6 +158,7 @@ def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float
     sections = rope.counts("mrope_section", defaults.mrope_section)
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         raise rope.refused("mrope_section", f"{list(sections)} must be three numbers that make {head_dim // 2}")
+    rope.expect("mrope_interleaved", defaults.mrope_interleaved)
     return theta, sections, limit
 
 

@@ -1,17 +1,41 @@
 """CAPA on the Hugging Face model itself: its own modules, called layer by layer. Shares no code with the graphs.
 
-T = prompt tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
+T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
 """
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Eager", "EagerPlan", "Prefill"]
+__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill"]
+
+
+class EagerInputs(NamedTuple):
+    """What a family feeds the Hugging Face decoder."""
+
+    embeds: Tensor
+    """[1, T, D]"""
+    position_ids: Tensor
+    """[3, 1, T] or [1, T]"""
+    deepstack: Sequence[Tensor] = ()
+    """[V, D] each: what the outputs of the first layers gain at visual tokens."""
+
+    @classmethod
+    def of(cls, given: "EagerInputs | tuple[Tensor, Tensor]") -> "EagerInputs":
+        """Whatever a family returned."""
+        return given if isinstance(given, cls) else cls(given[0], given[1])
+
+    def arguments(self, is_visual: Tensor) -> dict[str, Any]:
+        """Of the decoder's own forward pass; `is_visual` is [T] bool."""
+        given: dict[str, Any] = {"inputs_embeds": self.embeds, "position_ids": self.position_ids}
+        if self.deepstack:
+            given |= {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": list(self.deepstack)}
+        return given
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,8 @@ class EagerPlan:
     """Layer -> prompt positions to keep whatever the scores say."""
     random_seed: int | None = None
     """Keep random visual tokens instead: the baseline every method has to beat."""
+    min_keep_per_image: int = 0
+    """Visual tokens that each image keeps whatever the others score."""
 
 
 @dataclass
@@ -65,8 +91,15 @@ class Eager:
         self.head = model.lm_head
 
     @torch.no_grad()
-    def prefill(self, embeds: Tensor, position_ids: Tensor, is_visual: Tensor, plan: EagerPlan) -> Prefill:
-        """Run the prompt `embeds` [1, T, D] at `position_ids` [3, 1, T] or [1, T]; `is_visual` is [T] bool."""
+    def prefill(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        is_visual: Tensor,
+        plan: EagerPlan,
+        deepstack: Sequence[Tensor] = (),
+    ) -> Prefill:
+        """Run the prompt; the tensors are those of `EagerInputs`, and `is_visual` is [T] bool."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -85,7 +118,9 @@ class Eager:
                 if index in plan.forced:
                     rows = torch.isin(positions, plan.forced[index]).nonzero()[:, 0]
                 else:
-                    rows = _best(scores[index], is_visual, plan.keep[index], plan.random_seed)
+                    rows = _best(scores[index], is_visual, plan.keep[index], plan)
+                rows_of_visual = torch.isin(is_visual.nonzero()[:, 0], rows)
+                deepstack = [features[rows_of_visual] for features in deepstack]
                 hidden, positions, is_visual = hidden[:, rows], positions[rows], is_visual[rows]
                 rotary = tuple(table[:, rows] for table in rotary)
                 stored.keys, stored.values = stored.keys[:, :, rows], stored.values[:, :, rows]
@@ -93,6 +128,8 @@ class Eager:
             after = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             if index in plan.scales:
                 after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
+            if index < len(deepstack):
+                after = self.text._deepstack_process(after, is_visual[None], deepstack[index])
             hidden = after
         return Prefill(
             self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
@@ -147,12 +184,21 @@ def _attention_weights(config: Any) -> Generator[None]:
         config._attn_implementation = before
 
 
-def _best(scores: Tensor, is_visual: Tensor, keep: int, random_seed: int | None) -> Tensor:
-    """Rows of all text and of the `keep` best visual tokens, ascending; a stable sort breaks ties to the lowest."""
+def _best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
+    """Rows of all text and of `keep` visual tokens, ascending: each image's best few, then the best of the rest."""
     visual = is_visual.nonzero()[:, 0]
-    if random_seed is None:
+    if plan.random_seed is None:
+        # A stable sort breaks ties to the lowest.
         order = torch.sort(scores[visual].nan_to_num(nan=-1.0), descending=True, stable=True).indices
     else:
-        order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(random_seed))
-    rows = torch.cat([(~is_visual).nonzero()[:, 0], visual[order[:keep]]])
+        order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(plan.random_seed))
+    first: list[int] = []
+    rest: list[int] = []
+    kept_of_image: Counter[int] = Counter()
+    images = (~is_visual).cumsum(0)
+    for row in visual[order].tolist():
+        image = int(images[row])
+        (first if kept_of_image[image] < plan.min_keep_per_image else rest).append(row)
+        kept_of_image[image] += 1
+    rows = torch.cat([(~is_visual).nonzero()[:, 0], torch.tensor((first + rest)[:keep], dtype=torch.long)])
     return rows.sort().values

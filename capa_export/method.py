@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerPlan, Prefill
+from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill
 from capa_export.progress import Report, tracked
 from capa_export.prompt import Prompt
 from capa_export.report import Example, KeptMap
@@ -36,10 +36,10 @@ def method_effect(
     divergence = {"capa": 0.0, "random": 0.0}
     examples: list[Example] = []
     for done, sample in enumerate(tracked(questions, "validate: accuracy", questions.count, report)):
-        prompt = subject.prompter(sample.question, [sample.image])
+        prompt = subject.prompter.chat(sample.turns)
         capa = subject.plan(prompt)
         plans = {"dense": EagerPlan(), "capa": capa, "random": replace(capa, random_seed=done)}
-        inputs = subject.family.eager_inputs(subject.model, prompt)
+        inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
         answers = {method: _answer(subject, eager, prompt, inputs, plan) for method, plan in plans.items()}
         for method, answer in answers.items():
             right[method] += answer.text == sample.answer
@@ -63,11 +63,10 @@ def method_effect(
     return effect, examples
 
 
-def _answer(
-    subject: Subject, eager: Eager, prompt: Prompt, inputs: tuple[torch.Tensor, torch.Tensor], plan: EagerPlan
-) -> _Answer:
+def _answer(subject: Subject, eager: Eager, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan) -> _Answer:
     """Greedy, at most a few tokens."""
-    run = eager.prefill(*inputs, torch.from_numpy(prompt.is_visual), plan)
+    is_visual = torch.from_numpy(prompt.is_visual)
+    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
     tokens: list[int] = []
     logits = run.logits
     while len(tokens) < _ANSWER_TOKENS and (token := int(logits.argmax())) not in subject.eos_token_ids:
@@ -77,8 +76,8 @@ def _answer(
 
 
 def _kept_maps(prompt: Prompt, run: Prefill) -> tuple[KeptMap, ...]:
-    """Where the kept tokens lie on the picture; nothing where its tokens make no single grid."""
-    grid = prompt.pictures[0].grid
+    """Where the kept tokens lie on the picture; nothing where the visual tokens make no single grid."""
+    grid = prompt.pictures[0].grid if len(prompt.pictures) == 1 else None
     if grid is None:
         return ()
     order = np.cumsum(prompt.is_visual) - 1

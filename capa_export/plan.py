@@ -210,14 +210,14 @@ def _prefill(
 def kv_cache(
     dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule, element_bytes: int = 2
 ) -> KVCache:
-    """Size the caches that prefill leaves, by group of layers of equal length.
+    """Size the caches that prefill leaves, by group of layers of equal length; a prune layer keeps what it leaves.
 
     Raises:
         CapaError: the schedule does not fit the model or the prompt.
     """
     _check(dims, num_visual, schedule, ())
     per_token = 2 * dims.num_kv_heads * dims.head_dim * element_bytes
-    lengths = [entering + num_text for entering, _ in _visual_by_layer(dims.num_layers, num_visual, schedule)]
+    lengths = [leaving + num_text for _, leaving in _visual_by_layer(dims.num_layers, num_visual, schedule)]
     groups: list[KVGroup] = []
     for length, members in groupby(range(dims.num_layers), key=lengths.__getitem__):
         layers = list(members)
@@ -248,8 +248,8 @@ def decode_flops(dims: DecoderDims, *, num_visual: int, num_text: int, schedule:
     linear = 2 * (dims.num_layers * layer_weights + dims.hidden_size * dims.vocab_size)
     dense, capa = (
         sum(
-            4 * (entering + num_text + 1) * dims.num_heads * dims.head_dim
-            for entering, _ in _visual_by_layer(dims.num_layers, num_visual, stages)
+            4 * (leaving + num_text + 1) * dims.num_heads * dims.head_dim
+            for _, leaving in _visual_by_layer(dims.num_layers, num_visual, stages)
         )
         for stages in ((), schedule)
     )
@@ -261,7 +261,8 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
     decoder = dims.decoder
     size, inner = decoder.hidden_size, decoder.intermediate_size
     biases = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim if decoder.attention_bias else 0
-    layers = decoder.num_layers * (_projections(decoder) + biases + 3 * size * inner + 2 * size) + size
+    norms = 2 * size + (2 * decoder.head_dim if decoder.qk_norm else 0)
+    layers = decoder.num_layers * (_projections(decoder) + biases + 3 * size * inner + norms) + size
     embedding = decoder.vocab_size * size
     lm_head = 0 if decoder.tie_word_embeddings else embedding
     total = embedding + layers + lm_head + dims.vision.num_parameters

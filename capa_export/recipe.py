@@ -11,7 +11,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
 
-__all__ = ["FFN", "Recipe", "Stage", "check_layers", "kept_tokens", "load_recipe", "ranges", "recipe_of"]
+__all__ = ["FFN", "Prune", "Recipe", "Stage", "check_layers", "kept_tokens", "load_recipe", "ranges", "recipe_of"]
 
 
 class Stage(Settings):
@@ -29,6 +29,13 @@ class Prune(Settings):
     schedule: tuple[Stage, ...] = Field(min_length=1)
     alternatives: tuple[int, ...] = ()
     """Other layers that were published for this model, selectable with `--prune-layer`."""
+    min_keep_per_image: int = Field(default=1, ge=0)
+    """Visual tokens that each image keeps at every stage, so that one cannot starve another."""
+
+    def num_keep(self, images: Sequence[int]) -> list[int]:
+        """Visual tokens kept at each stage, of images of so many visual tokens each."""
+        least = sum(min(self.min_keep_per_image, count) for count in images)
+        return [max(least, kept_tokens(sum(images), stage.ratio)) for stage in self.schedule]
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "Prune":
@@ -105,7 +112,9 @@ class Recipe(Settings):
     calibration: Calibration = Calibration()
     parity: Parity
 
-    def with_options(self, *, ratio: float | None, prune_layer: int | None) -> "Recipe":
+    def with_options(
+        self, *, ratio: float | None = None, prune_layer: int | None = None, min_keep_per_image: int | None = None
+    ) -> "Recipe":
         """This recipe with the command line's choices in place.
 
         Raises:
@@ -115,6 +124,8 @@ class Recipe(Settings):
             raise CapaError(f"--ratio {ratio:g}: the fraction of visual tokens removed is 0 <= r < 1", ExitCode.USAGE)
         if prune_layer is not None and prune_layer < 0:
             raise CapaError(f"--prune-layer {prune_layer}: decoder layers count from 0", ExitCode.USAGE)
+        if min_keep_per_image is not None and min_keep_per_image < 0:
+            raise CapaError(f"--min-keep-per-image {min_keep_per_image}: must not be negative", ExitCode.USAGE)
         schedule = self.prune.schedule
         if (ratio is not None or prune_layer is not None) and len(schedule) > 1:
             raise CapaError(
@@ -125,7 +136,10 @@ class Recipe(Settings):
         assert schedule
         changes = {"ratio": ratio, "layer": prune_layer}
         stage = schedule[0].model_copy(update={key: value for key, value in changes.items() if value is not None})
-        return self.model_copy(update={"prune": self.prune.model_copy(update={"schedule": (stage, *schedule[1:])})})
+        prune: dict[str, Any] = {"schedule": (stage, *schedule[1:])}
+        if min_keep_per_image is not None:
+            prune["min_keep_per_image"] = min_keep_per_image
+        return self.model_copy(update={"prune": self.prune.model_copy(update=prune)})
 
 
 def kept_tokens(num_visual: int, ratio: float) -> int:

@@ -11,7 +11,7 @@ import torch
 from capa_export.eager import EagerPlan
 from capa_export.families import Family
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Stage, kept_tokens
+from capa_export.recipe import Prune
 
 __all__ = ["Subject"]
 
@@ -24,7 +24,7 @@ class Subject:
     """The Hugging Face model in FP32."""
     family: Family
     prompter: Prompter
-    schedule: Sequence[Stage]
+    prune: Prune
     scales: Mapping[int, np.ndarray]
     precision: str
     onnx: Path
@@ -35,9 +35,10 @@ class Subject:
 
     def num_keep(self, prompt: Prompt) -> list[int]:
         """Visual tokens kept after each stage."""
-        return [kept_tokens(prompt.num_visual, stage.ratio) for stage in self.schedule]
+        return self.prune.num_keep(prompt.image_lengths)
 
     def plan(self, prompt: Prompt) -> EagerPlan:
         """CAPA as the bundle does it."""
-        keep = {stage.layer: count for stage, count in zip(self.schedule, self.num_keep(prompt), strict=True)}
-        return EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()})
+        keep = {stage.layer: count for stage, count in zip(self.prune.schedule, self.num_keep(prompt), strict=True)}
+        scales = {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()}
+        return EagerPlan(keep, scales, min_keep_per_image=self.prune.min_keep_per_image)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerPlan
+from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import DENSE
 from capa_export.method import method_effect
 from capa_export.parity import Comparison, Trace
@@ -47,7 +47,7 @@ def validate(
         report: progress.
     """
     parity = recipe.parity
-    built = [subject.prompter(sample.question, [sample.image]) for sample in prompts]
+    built = [subject.prompter.chat(sample.turns) for sample in prompts]
     eager = Eager(subject.model)
     references = [
         eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps)
@@ -67,7 +67,7 @@ def validate(
         "passed": not failures,
         "failures": failures,
         "prompts": prompts.name,
-        "schedule": [stage.model_dump() for stage in subject.schedule],
+        "schedule": [stage.model_dump() for stage in subject.prune.schedule],
         "linear_layers": sorted(subject.scales),
         "export_error": results,
         "method_error": effect,
@@ -77,9 +77,11 @@ def validate(
 
 
 def _few_pictures(prompts: Samples) -> list[str]:
-    if prompts.has_answers or len(prompts.files) >= prompts.count:
+    different = len(prompts.conversations or prompts.files)
+    if prompts.has_answers or different >= prompts.count:
         return []
-    return [f"Only {len(prompts.files)} different pictures for {prompts.count} prompts: give as many in --images."]
+    what = "conversations" if prompts.conversations else "pictures"
+    return [f"Only {different} different {what} for {prompts.count} prompts: give as many in --images."]
 
 
 def eager_trace(
@@ -91,8 +93,9 @@ def eager_trace(
     tokens: Sequence[int] | None = None,
 ) -> Trace:
     """Greedy over `steps` tokens, or fed the given ones."""
-    embeds, position_ids = subject.family.eager_inputs(eager.model, prompt)
-    run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    inputs = EagerInputs.of(subject.family.eager_inputs(eager.model, prompt))
+    is_visual = torch.from_numpy(prompt.is_visual)
+    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
     logits = [run.logits.numpy()]
     for step in range(steps - 1):
         token = int(logits[-1].argmax()) if tokens is None else tokens[step]
@@ -144,7 +147,7 @@ def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, repo
     comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32")
     for prompt in tracked(prompts, "validate: dense", len(prompts), report):
         everything = np.arange(len(prompt.input_ids))
-        stages = len(subject.schedule)
+        stages = len(subject.prune.schedule)
         reference = Trace(_dense_logits(subject, prompt, steps), [everything] * stages)
         trace = _onnx_trace(model, prompt, [prompt.num_visual] * stages, reference.tokens, steps)
         comparison.add(trace, reference, len(prompt.text_positions))
@@ -153,19 +156,20 @@ def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, repo
 
 @torch.no_grad()
 def _dense_logits(subject: Subject, prompt: Prompt, steps: int) -> np.ndarray:
-    """[S, V] of the Hugging Face model's own forward pass, greedy."""
-    embeds, position_ids = subject.family.eager_inputs(subject.model, prompt)
-    next_position = int(position_ids.max()) + 1
-    output = subject.model(inputs_embeds=embeds, position_ids=position_ids, use_cache=True)
-    logits = [output.logits[0, -1].float()]
+    """[S, V] of the Hugging Face decoder's own forward pass, greedy."""
+    text, head = subject.model.model.language_model, subject.model.lm_head
+    inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
+    next_position = int(inputs.position_ids.max()) + 1
+    output = text(**inputs.arguments(torch.from_numpy(prompt.is_visual)), use_cache=True)
+    logits = [head(output.last_hidden_state[0, -1]).float()]
     for step in range(steps - 1):
-        output = subject.model(
+        output = text(
             input_ids=logits[-1].argmax().view(1, 1),
-            position_ids=torch.full((*position_ids.shape[:-1], 1), next_position + step),
+            position_ids=torch.full((*inputs.position_ids.shape[:-1], 1), next_position + step),
             past_key_values=output.past_key_values,
             use_cache=True,
         )
-        logits.append(output.logits[0, -1].float())
+        logits.append(head(output.last_hidden_state[0, -1]).float())
     return torch.stack(logits).numpy()
 
 

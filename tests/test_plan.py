@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -11,8 +13,13 @@ from transformers.vision_utils import get_vision_window_index
 
 from capa_export.dims import DecoderDims
 from capa_export.errors import CapaError, ExitCode
+from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families.qwen25vl.dims import model_dims, vision_flops
 from capa_export.plan import decode_flops, flops, kv_cache, parameters
+from capa_export.prompt import Prompt, Prompter
+from capa_export.runtime import OnnxModel
+from tests.conftest import noise
+from tests.graph.counting import graph_flops
 
 PAPER_LAYERS = (2, 3, 4, 5, 13, 14, 15, 16, 17, 18, 19)
 
@@ -190,9 +197,9 @@ def test_the_paper_headline() -> None:
 
 def test_kv_cache_by_hand() -> None:
     cache = kv_cache(TINY, num_visual=5, num_text=3, schedule=[(0, 4), (1, 2)], element_bytes=4)
-    assert [(g.first_layer, g.last_layer, g.num_tokens) for g in cache.groups] == [(0, 0, 8), (1, 1, 7), (2, 2, 5)]
+    assert [(g.first_layer, g.last_layer, g.num_tokens) for g in cache.groups] == [(0, 0, 7), (1, 2, 5)]
     assert cache.dense_bytes == 3 * 8 * 2 * 4 * 4
-    assert cache.capa_bytes == (8 + 7 + 5) * 2 * 4 * 4
+    assert cache.capa_bytes == (7 + 5 + 5) * 2 * 4 * 4
     assert len(kv_cache(TINY, num_visual=5, num_text=3, schedule=[]).groups) == 1
 
 
@@ -200,7 +207,7 @@ def test_decode_by_hand() -> None:
     counted = decode_flops(TINY, num_visual=5, num_text=3, schedule=[(1, 2)])
     linear = 2 * (3 * (192 + 3 * 8 * 12) + 80)
     assert counted.dense == linear + 4 * 8 * (9 + 9 + 9)
-    assert counted.capa == linear + 4 * 8 * (9 + 9 + 6)
+    assert counted.capa == linear + 4 * 8 * (9 + 6 + 6)
 
 
 @pytest.mark.parametrize(
@@ -229,3 +236,82 @@ def test_vision_windows_are_those_of_transformers(grid: tuple[int, int, int]) ->
 def test_a_grid_that_cannot_be_merged_is_refused() -> None:
     with pytest.raises(CapaError, match="must be a multiple of 2"):
         vision_flops(model_dims(published("7B")).vision, rows=3, cols=4)
+
+
+LAYERS, LINEAR = (1, 3), {1: np.full(64, 1.1), 2: np.full(64, 0.9)}
+
+
+@pytest.fixture(scope="module")
+def exported(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("counted")
+    write_onnx(source, "fp32", folder, prune_layers=LAYERS, scales=LINEAR, dense=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompt(prompter: Prompter) -> Prompt:
+    return prompter("what color is the star ?", [noise(224, 140), noise(84, 84, 1)])
+
+
+@pytest.mark.parametrize("file", ["prefill.onnx", DENSE])
+def test_prefill_flops_are_those_of_the_exported_graph(
+    exported: Path, source: Source, prompt: Prompt, file: str
+) -> None:
+    dims, num_text = source.dims.decoder, len(prompt.text_positions)
+    keep, linear = ([20, 7], list(LINEAR)) if file != DENSE else ([prompt.num_visual] * 2, [])
+    counted = graph_flops(
+        exported / "llm" / file,
+        {
+            **OnnxModel(exported).embed(prompt),
+            "position_ids": prompt.position_ids,
+            "text_positions": prompt.text_positions,
+            "num_keep": np.array(keep),
+        },
+    )
+    planned = flops(
+        dims,
+        num_visual=prompt.num_visual,
+        num_text=num_text,
+        schedule=list(zip(LAYERS, keep, strict=True)),
+        linear_layers=linear,
+    ).capa
+
+    def total(part: str) -> int:
+        return sum(count for name, count in counted.items() if part in name)
+
+    assert total("_proj/Gemm") - total("mlp") == planned.projections
+    assert total("self_attn/Attention") == planned.attention
+    assert total("lm_head") == planned.lm_head
+    # Products with a vector are no matrix products: the scale of visual tokens, the weighting of the values.
+    left = dict(zip(LAYERS, keep, strict=True))
+    assert total("mlp") == planned.ffn - sum(left[1] * dims.hidden_size for _ in linear)
+    entering = [prompt.num_visual + num_text, keep[0] + num_text]
+    assert total("capa") == planned.score - sum(entering) * dims.num_heads * dims.head_dim
+    assert sum(counted.values()) == sum(map(total, ("_proj/Gemm", "self_attn/Attention", "lm_head", "capa")))
+
+
+def test_decode_flops_are_those_of_the_exported_graph(exported: Path, source: Source, prompt: Prompt) -> None:
+    onnx, keep = OnnxModel(exported), [20, 7]
+    cache = onnx.prefill(prompt, keep).cache
+    feed = {
+        "inputs_embeds": np.zeros((1, 1, 64), np.float32),
+        "position_ids": np.full((3, 1, 1), prompt.next_position),
+        "past_lengths": cache.lengths,
+    }
+    counted = graph_flops(exported / "llm" / "decode.onnx", {**feed, **cache.tensors})
+    planned = decode_flops(
+        source.dims.decoder,
+        num_visual=prompt.num_visual,
+        num_text=len(prompt.text_positions),
+        schedule=list(zip(LAYERS, keep, strict=True)),
+    )
+    # The cache of a prune layer is pruned already.
+    assert sum(counted.values()) == planned.capa
+
+
+def test_vision_flops_are_those_of_the_exported_graph(exported: Path, source: Source, prompter: Prompter) -> None:
+    """On whole windows; the graph pads others."""
+    [picture] = prompter("", [noise(448, 224)]).pictures
+    counted = graph_flops(exported / "visual" / "model.onnx", {"pixel_values": picture.patches})
+    frames, rows, cols = picture.patches.shape[:3]
+    assert sum(counted.values()) == vision_flops(source.dims.vision, rows=2 * rows, cols=2 * cols, frames=frames).total

@@ -52,8 +52,8 @@ def test_a_numbered_dimension_has_the_limits_of_its_kind() -> None:
     target = load_target("rtx")
     assert target.dim("past_kept_1") == target.require_engine().dims["past_kept"]
     assert target.dim("past") != target.dim("past_kept_1")
-    with pytest.raises(CapaError, match="target rtx: no limits for dimension batch"):
-        target.dim("batch")
+    with pytest.raises(CapaError, match="target rtx: no limits for dimension rings"):
+        target.dim("rings")
 
 
 def test_a_target_without_engine_says_so() -> None:

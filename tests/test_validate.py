@@ -15,7 +15,7 @@ from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.parity import Comparison, Trace, restored
 from capa_export.prompt import Prompter
-from capa_export.recipe import Stage, load_recipe
+from capa_export.recipe import Prune, Stage, load_recipe
 from capa_export.samples import samples_from
 from capa_export.subject import Subject
 from capa_export.validate import compare_onnx, eager_trace, precision_noise, validate
@@ -34,7 +34,7 @@ def subject(model: Any, source: Source, prompter: Prompter, tmp_path_factory: py
         model=model,
         family=qwen25vl,
         prompter=prompter,
-        schedule=(Stage(layer=2, ratio=0.75),),
+        prune=Prune(schedule=(Stage(layer=2, ratio=0.75),)),
         scales=SCALES,
         precision="fp16",
         onnx=folder / "fp16",

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +14,10 @@ from capa_export.errors import CapaError, ExitCode
 if TYPE_CHECKING:
     import torch
 
-    from capa_export.prompt import Picture, Prompt
+    from capa_export.eager import EagerInputs
+    from capa_export.prompt import Picture, Prompt, Video
 
-__all__ = ["Family", "load_family"]
+__all__ = ["Family", "VideoFamily", "load_family"]
 
 
 class Family(Protocol):
@@ -35,7 +37,10 @@ class Family(Protocol):
         ...
 
     def vision_model(self, dims: Any, dtype: ir.DataType) -> ir.Model:
-        """The vision tower: pixel_values to image_features [tokens, D]."""
+        """The vision tower: pixel_values to image_features [N, D].
+
+        Where the decoder has DeepStack layers, also to deepstack_features [layers, N, D].
+        """
         ...
 
     def pictures(self, processed: Any, dims: ModelDims[Any]) -> "list[Picture]":
@@ -54,8 +59,21 @@ class Family(Protocol):
         """Position ids [axes, T], and the position of the first answer token."""
         ...
 
-    def eager_inputs(self, model: Any, prompt: "Prompt") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Input embeddings [1, T, D] and position ids, by the Hugging Face model's own methods alone."""
+    def eager_inputs(self, model: Any, prompt: "Prompt") -> "EagerInputs | tuple[torch.Tensor, torch.Tensor]":
+        """`EagerInputs`, or their first two, by the Hugging Face model's own methods alone."""
+        ...
+
+
+@runtime_checkable
+class VideoFamily(Family, Protocol):
+    """What a family that takes videos defines beside."""
+
+    def video_placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str:
+        """What the chat template writes where a video stands."""
+        ...
+
+    def video(self, video: "Video", image_processor: Any, folder: Path, dims: ModelDims[Any]) -> "Picture":
+        """The video as an input of the vision tower, with the settings that the files in `folder` have for videos."""
         ...
 
 

@@ -1,11 +1,13 @@
 """The two decoder graphs over one set of weights: prefill with the CAPA nodes, and decode.
 
-T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, X = text tokens, K = tokens kept.
+Prefill takes one prompt: it is bound by compute, so a batch of unequal prompts would gain padding and nothing else.
+Decode is bound by reading the weights, so it takes a batch of caches, each row as long as it is.
+
+B = batch, T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, X = text tokens, K = tokens kept.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -17,11 +19,11 @@ from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads
 __all__ = ["RotaryTables", "decode_model", "prefill_model"]
 
 RotaryTables = Callable[[OpBuilder, ir.Value, ir.DataType], tuple[ir.Value, ir.Value]]
-"""A family's position encoding: position ids -> cos and sin [1, T, d/2] in the given dtype."""
+"""A family's position encoding: position ids [axes, T] -> cos and sin [1, T, d/2] in the given dtype."""
 
 
 KeyValue = tuple[ir.Value, ir.Value]
-"""Keys and values of one layer, each [1, G, T, d]."""
+"""Keys and values of one layer, each [B, G, T, d]."""
 
 _END = 2**31 - 1
 """A slice end past any length."""
@@ -29,13 +31,17 @@ _END = 2**31 - 1
 
 @dataclass(frozen=True)
 class Tokens:
-    """What travels down the prefill: the hidden states and all that must shrink with them."""
+    """What travels down the layers: the hidden states, the rows of a batch one after another, and their positions."""
 
     hidden_TD: ir.Value
-    cos_1Td: ir.Value
-    sin_1Td: ir.Value
-    text_rows_X: ir.Value | None
+    cos_BTd: ir.Value
+    sin_BTd: ir.Value
+    text_rows_X: ir.Value | None = None
     """Rows of the hidden states that hold text; None where all of them do."""
+    batch: ir.Value | None = None
+    """[1], the number of rows; None where it is 1."""
+    deepstack: tuple[ir.Value, ...] = ()
+    """What the outputs of the layers to come gain, [T, D] each and zero where text stands; the next layer's first."""
 
 
 class Attention(nn.Module):
@@ -49,28 +55,30 @@ class Attention(nn.Module):
         self.k_proj = Linear(dims.hidden_size, kv_size, dtype, bias=dims.attention_bias)
         self.v_proj = Linear(dims.hidden_size, kv_size, dtype, bias=dims.attention_bias)
         self.o_proj = Linear(query_size, dims.hidden_size, dtype)
+        self.q_norm = RMSNorm(dims.head_dim, dims.rms_norm_eps, dtype) if dims.qk_norm else None
+        self.k_norm = RMSNorm(dims.head_dim, dims.rms_norm_eps, dtype) if dims.qk_norm else None
 
-    def project(
-        self, op: OpBuilder, x_TD: ir.Value, cos: ir.Value, sin: ir.Value
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Rotated queries [1, H, T, d], rotated keys and plain values [1, G, T, d]."""
+    def project(self, op: OpBuilder, x_TD: ir.Value, tokens: Tokens) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Rotated queries [B, H, T, d], rotated keys and plain values [B, G, T, d]."""
         dims = self.dims
-        query = heads_from_tokens(op, self.q_proj(op, x_TD), dims.num_heads, dims.head_dim)
-        key = heads_from_tokens(op, self.k_proj(op, x_TD), dims.num_kv_heads, dims.head_dim)
-        value = heads_from_tokens(op, self.v_proj(op, x_TD), dims.num_kv_heads, dims.head_dim)
+        query = heads_from_tokens(op, self.q_proj(op, x_TD), dims.num_heads, dims.head_dim, tokens.batch)
+        key = heads_from_tokens(op, self.k_proj(op, x_TD), dims.num_kv_heads, dims.head_dim, tokens.batch)
+        value = heads_from_tokens(op, self.v_proj(op, x_TD), dims.num_kv_heads, dims.head_dim, tokens.batch)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(op, query), self.k_norm(op, key)
+        cos, sin = tokens.cos_BTd, tokens.sin_BTd
         return op.RotaryEmbedding(query, cos, sin), op.RotaryEmbedding(key, cos, sin), value
 
     def forward(
         self,
         op: OpBuilder,
         x_TD: ir.Value,
-        cos: ir.Value,
-        sin: ir.Value,
+        tokens: Tokens,
         past: KeyValue | None = None,
         mask: ir.Value | None = None,
     ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
         """Output [T, D], queries, and all keys and values."""
-        query, key, value = self.project(op, x_TD, cos, sin)
+        query, key, value = self.project(op, x_TD, tokens)
         if past is not None:
             key, value = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
         mixed = attention(op, query, key, value, self.dims.head_dim, mask=mask, causal=past is None)
@@ -81,9 +89,10 @@ class Attention(nn.Module):
 class Prune(nn.Module):
     """Scores the visual tokens by what they contribute to the last prompt token, and drops all but the best."""
 
-    def __init__(self, dims: DecoderDims) -> None:
+    def __init__(self, dims: DecoderDims, min_keep_per_image: int) -> None:
         super().__init__()
         self.scale = dims.head_dim**-0.5
+        self.min_keep_per_image = min_keep_per_image
 
     def forward(
         self,
@@ -101,8 +110,8 @@ class Prune(nn.Module):
         scores_T = call(
             op, "ContributionScore", last_query, key, value, output_weight, tokens.text_rows_X, scale=self.scale
         )
-        num_text = op.Shape(tokens.text_rows_X)
-        kept_K = call(op, "TopKKeep", scores_T, op.Add(num_keep, num_text))
+        num_rows = op.Add(num_keep, op.Shape(tokens.text_rows_X))
+        kept_K = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
 
         def gather(x: ir.Value, axis: int) -> ir.Value:
             return call(op, "TokenGather", x, kept_K, axis=axis)
@@ -114,9 +123,10 @@ class Prune(nn.Module):
         row_T = op.Sub(op.CumSum(is_kept_T, op.Constant(value_int=0)), op.Constant(value_int=1))
         survivors = Tokens(
             hidden_TD=gather(tokens.hidden_TD, 0),
-            cos_1Td=gather(tokens.cos_1Td, 1),
-            sin_1Td=gather(tokens.sin_1Td, 1),
+            cos_BTd=gather(tokens.cos_BTd, 1),
+            sin_BTd=gather(tokens.sin_BTd, 1),
             text_rows_X=op.Gather(row_T, tokens.text_rows_X, axis=0),
+            deepstack=tuple(gather(features_TD, 0) for features_TD in tokens.deepstack),
         )
         return survivors, gather(key, 2), gather(value, 2), kept_K
 
@@ -124,11 +134,11 @@ class Prune(nn.Module):
 class Layer(nn.Module):
     """One decoder layer; its FFN may be a scale for visual tokens, and it may drop tokens after its attention."""
 
-    def __init__(self, dims: DecoderDims, dtype: ir.DataType, *, linear: bool, prunes: bool) -> None:
+    def __init__(self, dims: DecoderDims, dtype: ir.DataType, *, linear: bool, prune: Prune | None) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(dims.hidden_size, dims.rms_norm_eps, dtype)
         self.self_attn = Attention(dims, dtype)
-        self.prune = Prune(dims) if prunes else None
+        self.prune = prune
         self.post_attention_layernorm = RMSNorm(dims.hidden_size, dims.rms_norm_eps, dtype)
         self.mlp = GatedMLP(dims.hidden_size, dims.intermediate_size, dtype)
         self.visual_scale = nn.Parameter([dims.hidden_size], dtype) if linear else None
@@ -144,7 +154,7 @@ class Layer(nn.Module):
     ) -> tuple[Tokens, KeyValue, ir.Value | None]:
         """Tokens after the layer, its keys and values, and the kept rows if it prunes."""
         normed_TD = self.input_layernorm(op, tokens.hidden_TD)
-        mixed_TD, query, key, value = self.self_attn(op, normed_TD, tokens.cos_1Td, tokens.sin_1Td, past, mask)
+        mixed_TD, query, key, value = self.self_attn(op, normed_TD, tokens, past, mask)
         tokens = replace(tokens, hidden_TD=op.Add(tokens.hidden_TD, mixed_TD))
         kept_K = None
         if self.prune is not None:
@@ -162,8 +172,8 @@ class Layer(nn.Module):
         return op.Add(x_TD, self.mlp(op, self.post_attention_layernorm(op, x_TD)))
 
 
-class Model(nn.Module):
-    """The decoder stack, for a whole prompt or, given `past`, for text tokens behind a KV cache."""
+class Stack(nn.Module):
+    """All layers and the last norm."""
 
     def __init__(
         self,
@@ -173,13 +183,21 @@ class Model(nn.Module):
         *,
         prune_layers: Sequence[int] = (),
         linear_layers: Sequence[int] = (),
+        min_keep_per_image: int = 0,
     ) -> None:
         super().__init__("model")
-        self.dtype, self.rotary = dtype, rotary
-        self.layers = nn.ModuleList(
-            [Layer(dims, dtype, linear=i in linear_layers, prunes=i in prune_layers) for i in range(dims.num_layers)]
-        )
+        self.dims, self.dtype, self.rotary = dims, dtype, rotary
+
+        def layer(index: int) -> Layer:
+            prune = Prune(dims, min_keep_per_image) if index in prune_layers else None
+            return Layer(dims, dtype, linear=index in linear_layers, prune=prune)
+
+        self.layers = nn.ModuleList([layer(index) for index in range(dims.num_layers)])
         self.norm = RMSNorm(dims.hidden_size, dims.rms_norm_eps, dtype)
+
+
+class Prefill(Stack):
+    """The stack on a whole prompt."""
 
     def forward(
         self,
@@ -187,44 +205,84 @@ class Model(nn.Module):
         inputs_embeds: ir.Value,
         position_ids: ir.Value,
         *,
-        text_positions: ir.Value | None = None,
+        text_positions: ir.Value,
         num_keep: ir.Value | None = None,
-        past: Sequence[KeyValue] | None = None,
+        deepstack_embeds: ir.Value | None = None,
     ) -> tuple[ir.Value, list[KeyValue], list[ir.Value]]:
         """Normed hidden state of the last token [1, D], keys and values per layer, kept rows per stage."""
         cos, sin = self.rotary(op, position_ids, self.dtype)
         tokens = Tokens(op.Squeeze(inputs_embeds, [0]), cos, sin, text_positions)
+        if deepstack_embeds is not None:
+            per_layer = [op.Gather(deepstack_embeds, layer, axis=0) for layer in range(self.dims.deepstack_layers)]
+            tokens = replace(tokens, deepstack=tuple(per_layer))
         cache: list[KeyValue] = []
         kept: list[ir.Value] = []
-        masks: dict[str, ir.Value] = {}
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             assert isinstance(layer, Layer)
-            options: dict[str, Any] = {}
-            if past is not None:
-                shape = past[index][0].shape
-                assert shape is not None
-                length = str(shape[2])
-                if length not in masks:
-                    masks[length] = _append_mask(op, tokens.hidden_TD, past[index][0], self.dtype)
-                options = {"past": past[index], "mask": masks[length]}
-            elif layer.prune is not None:
-                options = {"num_keep": op.Slice(num_keep, [len(kept)], [len(kept) + 1], [0])}
-            tokens, key_value, kept_K = layer(op, tokens, **options)
+            stage_keep = op.Slice(num_keep, [len(kept)], [len(kept) + 1], [0]) if layer.prune is not None else None
+            tokens, key_value, kept_K = layer(op, tokens, num_keep=stage_keep)
+            if tokens.deepstack:
+                features_TD, *later = tokens.deepstack
+                tokens = replace(tokens, hidden_TD=op.Add(tokens.hidden_TD, features_TD), deepstack=tuple(later))
             cache.append(key_value)
             kept += [kept_K] if kept_K is not None else []
         return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [_END], [0])), cache, kept
 
 
-def _append_mask(op: OpBuilder, x_TD: ir.Value, past_key: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Additive causal mask [1, 1, T, L] of T new tokens behind L - T cached ones."""
-    num_new = op.Shape(x_TD, start=0, end=1)
+class Decode(Stack):
+    """The stack on text tokens behind KV caches."""
+
+    def forward(
+        self,
+        op: OpBuilder,
+        inputs_embeds: ir.Value,
+        position_ids: ir.Value,
+        past_lengths: ir.Value,
+        past: Sequence[KeyValue],
+        stages: Sequence[int],
+    ) -> tuple[ir.Value, list[KeyValue]]:
+        """Normed hidden state of each row's last token [B, D], and the grown cache.
+
+        Args:
+            op: builder.
+            inputs_embeds: [B, S, D].
+            position_ids: [axes, B, S].
+            past_lengths: [1 + stages, B].
+            past: cache per layer.
+            stages: per layer, how many stages have pruned its cache.
+        """
+        dims = self.dims
+        batch, num_new = op.Shape(inputs_embeds, start=0, end=1), op.Shape(inputs_embeds, start=1, end=2)
+        flat_positions = op.Reshape(position_ids, [dims.position_axes, -1])
+        rows = op.Concat(batch, op.Constant(value_ints=[-1, dims.head_dim // 2]), axis=0)
+        cos, sin = (op.Reshape(table, rows) for table in self.rotary(op, flat_positions, self.dtype))
+        tokens = Tokens(op.Reshape(inputs_embeds, [-1, dims.hidden_size]), cos, sin, batch=batch)
+        cache: list[KeyValue] = []
+        masks: dict[int, ir.Value] = {}
+        for layer, key_value, stage in zip(self.layers, past, stages, strict=True):
+            if stage not in masks:
+                lengths_B = op.Slice(past_lengths, [stage], [stage + 1], [0])
+                masks[stage] = _append_mask(op, num_new, key_value[0], lengths_B, self.dtype)
+            tokens, grown, _ = layer(op, tokens, past=key_value, mask=masks[stage])
+            cache.append(grown)
+        hidden_BSD = op.Reshape(tokens.hidden_TD, op.Concat(batch, num_new, [dims.hidden_size], axis=0))
+        last_BD = op.Reshape(op.Slice(hidden_BSD, [-1], [_END], [1]), [-1, dims.hidden_size])
+        return self.norm(op, last_BD), cache
+
+
+def _append_mask(
+    op: OpBuilder, num_new: ir.Value, past_key: ir.Value, lengths_B: ir.Value, dtype: ir.DataType
+) -> ir.Value:
+    """Additive mask [B, 1, S, P + S]: new tokens see each other causally and the last `lengths_B` of P cached ones."""
     num_past = op.Shape(past_key, start=2, end=3)
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    last_seen_T = op.Add(op.Range(zero, op.Squeeze(num_new, [0]), one), num_past)
+    last_seen_S = op.Add(op.Range(zero, op.Squeeze(num_new, [0]), one), num_past)
     key_L = op.Range(zero, op.Squeeze(op.Add(num_past, num_new), [0]), one)
-    hidden_TL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(last_seen_T, [1]))
+    later_SL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(last_seen_S, [1]))
+    padding_B = op.Reshape(op.Sub(num_past, lengths_B), [-1, 1, 1, 1])
+    hidden_B1SL = op.Or(later_SL, op.Less(key_L, padding_B))
     lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-65504.0, 0.0))
-    return op.Unsqueeze(op.Where(hidden_TL, lowest, none), [0, 1])
+    return op.Where(hidden_B1SL, lowest, none)
 
 
 def _logits(op: OpBuilder, head: Linear, x_1D: ir.Value) -> ir.Value:
@@ -238,14 +296,25 @@ def prefill_model(
     *,
     prune_layers: Sequence[int],
     linear_layers: Sequence[int],
+    min_keep_per_image: int = 1,
 ) -> ir.Model:
     """Whole prompt in, logits of the last position, KV cache and kept positions out (CAPA, sections 4.1 and 4.2).
 
     Inputs: inputs_embeds [1, T, D]; position_ids [axes, T]; text_positions [X], the rows that hold text, ascending and
-    never dropped; num_keep [stages], the visual tokens each stage keeps. Outputs: logits [1, V] FP32;
-    kept_positions.i [K_i], ascending prompt positions that survive stage i; present.l.key and .value [1, G, T_l, d].
+    never dropped; num_keep [stages], the visual tokens each stage keeps, the best `min_keep_per_image` of every image
+    before any other; an image is a run of visual tokens between text; where the decoder has DeepStack layers,
+    deepstack_embeds [layers, T, D], what the first layers' outputs gain, zero where text stands. Outputs: logits [1, V]
+    FP32; kept_positions.i [K_i], ascending prompt positions that survive stage i; present.l.key and .value
+    [1, G, T_l, d].
     """
-    stack = Model(dims, dtype, rotary, prune_layers=prune_layers, linear_layers=linear_layers)
+    stack = Prefill(
+        dims,
+        dtype,
+        rotary,
+        prune_layers=prune_layers,
+        linear_layers=linear_layers,
+        min_keep_per_image=min_keep_per_image,
+    )
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
@@ -255,10 +324,11 @@ def prefill_model(
     ]
     if prune_layers:
         inputs.append(Input("num_keep", ir.DataType.INT64, (len(prune_layers),)))
+    if dims.deepstack_layers:
+        inputs.append(Input("deepstack_embeds", dtype, (dims.deepstack_layers, "sequence", dims.hidden_size)))
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
-        embeds, positions = values.pop("inputs_embeds"), values.pop("position_ids")
-        last, cache, rows = stack(op, embeds, positions, **values)
+        last, cache, rows = stack(op, **values)
         # A later stage numbers its rows within what the earlier ones kept.
         kept: list[ir.Value] = []
         for row_K in rows:
@@ -266,7 +336,7 @@ def prefill_model(
         outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
         outputs += [(f"kept_positions.{i}", value, (f"kept_{i}",)) for i, value in enumerate(kept)]
         return outputs + _cache_outputs(
-            dims, cache, lambda layer: cache_length(layer, prune_layers, "sequence", "kept")
+            dims, cache, 1, lambda layer: cache_length(layer, prune_layers, "sequence", "kept")
         )
 
     return build_model("prefill", inputs, trace)
@@ -275,48 +345,54 @@ def prefill_model(
 def decode_model(
     dims: DecoderDims, dtype: ir.DataType, rotary: RotaryTables, *, prune_layers: Sequence[int]
 ) -> ir.Model:
-    """Text tokens behind a KV cache in, logits of the last one and the grown cache out; no CAPA nodes.
+    """Text tokens behind KV caches in, logits of the last ones and the grown caches out; no CAPA nodes.
 
-    Inputs: inputs_embeds [1, S, D]; position_ids [axes, S], going on from the unpruned prompt;
-    past_key_values.l.key and .value [1, G, P_l, d]. Outputs: logits [1, V] FP32; present.l.key and .value.
+    Inputs: inputs_embeds [B, S, D]; position_ids [axes, B, S], going on from the unpruned prompt; past_lengths
+    [1 + stages, B], how many of the last rows of a cache are a prompt's own, in the layers before the first stage and
+    behind each; past_key_values.l.key and .value [B, G, P_l, d]. Outputs: logits [B, V] FP32; present.l.key and .value.
     """
-    stack = Model(dims, dtype, rotary)
+    stack = Decode(dims, dtype, rotary)
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
-        Input("inputs_embeds", dtype, (1, "step", dims.hidden_size)),
-        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "step")),
+        Input("inputs_embeds", dtype, ("batch", "step", dims.hidden_size)),
+        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "batch", "step")),
+        Input("past_lengths", ir.DataType.INT64, (1 + len(prune_layers), "batch")),
     ]
-    for layer in range(dims.num_layers):
+    layers = range(dims.num_layers)
+    for layer in layers:
         length = cache_length(layer, prune_layers, "past", "past_kept")
-        shape = (1, dims.num_kv_heads, length, dims.head_dim)
+        shape = ("batch", dims.num_kv_heads, length, dims.head_dim)
         inputs += [Input(f"past_key_values.{layer}.{part}", dtype, shape) for part in ("key", "value")]
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
-        past = [
-            (values[f"past_key_values.{layer}.key"], values[f"past_key_values.{layer}.value"])
-            for layer in range(dims.num_layers)
-        ]
-        last, cache, _ = stack(op, values["inputs_embeds"], values["position_ids"], past=past)
-        outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
+        fresh = [values[name] for name in ("inputs_embeds", "position_ids", "past_lengths")]
+        past = [(values[f"past_key_values.{i}.key"], values[f"past_key_values.{i}.value"]) for i in layers]
+        last, cache = stack(op, *fresh, past, [stages_before(i, prune_layers) for i in layers])
+        outputs = [("logits", _logits(op, head, last), ("batch", dims.vocab_size))]
         return outputs + _cache_outputs(
-            dims, cache, lambda layer: cache_length(layer, prune_layers, "total", "total_kept")
+            dims, cache, "batch", lambda layer: cache_length(layer, prune_layers, "total", "total_kept")
         )
 
     return build_model("decode", inputs, trace)
 
 
+def stages_before(layer: int, prune_layers: Sequence[int]) -> int:
+    """How many stages have pruned what this layer caches."""
+    return sum(prune_layer <= layer for prune_layer in prune_layers)
+
+
 def cache_length(layer: int, prune_layers: Sequence[int], full: str, kept: str) -> str:
     """Name of the dimension that holds a layer's KV length: `full` before the first stage, then `kept_<stage>`."""
-    stage = sum(prune_layer <= layer for prune_layer in prune_layers)
+    stage = stages_before(layer, prune_layers)
     return f"{kept}_{stage - 1}" if stage else full
 
 
 def _cache_outputs(
-    dims: DecoderDims, cache: Sequence[KeyValue], length: Callable[[int], str]
+    dims: DecoderDims, cache: Sequence[KeyValue], batch: int | str, length: Callable[[int], str]
 ) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
     return [
-        (f"present.{layer}.{part}", value, (1, dims.num_kv_heads, length(layer), dims.head_dim))
+        (f"present.{layer}.{part}", value, (batch, dims.num_kv_heads, length(layer), dims.head_dim))
         for layer, key_value in enumerate(cache)
         for part, value in zip(("key", "value"), key_value, strict=True)
     ]

@@ -51,7 +51,7 @@ ContributionScore <scale> (query, key, value, output_weight, text_positions) => 
 """
 
 _TOPK_KEEP = """
-TopKKeep (scores, num_keep) => (kept) {
+TopKKeep <min_keep_per_image> (scores, num_keep) => (kept) {
     # Ranks by counting, so that any K is exact, ties go to the lowest index and NaN never wins.
     lowest = Constant <value = float {-inf}> ()
     is_nan = IsNaN (scores)
@@ -71,7 +71,31 @@ TopKKeep (scores, num_keep) => (kept) {
     earlier_TT = Less (other_index_1T, own_index_T1)
     tied_TT = And (equal_TT, earlier_TT)
     ahead_TT = Or (higher_TT, tied_TT)
-    ahead_count_TT = Cast <to = 1> (ahead_TT)
+    # An image is a run of tokens between two of text, whose score is infinite. Its best few come before all others.
+    is_text_T = IsInf <detect_negative = 0> (scores)
+    is_text_count_T = Cast <to = 7> (is_text_T)
+    image_T = CumSum (is_text_count_T, zero)
+    own_image_T1 = Unsqueeze (image_T, second_axis)
+    other_image_1T = Unsqueeze (image_T, first_axis)
+    same_image_TT = Equal (own_image_T1, other_image_1T)
+    is_visual_T = Not (is_text_T)
+    other_visual_1T = Unsqueeze (is_visual_T, first_axis)
+    same_visual_TT = And (same_image_TT, other_visual_1T)
+    ahead_in_image_TT = And (ahead_TT, same_visual_TT)
+    ahead_in_image_count_TT = Cast <to = 1> (ahead_in_image_TT)
+    rank_in_image_T = ReduceSum <keepdims = 0> (ahead_in_image_count_TT, second_axis)
+    guaranteed_count = Constant <value_int: int = @min_keep_per_image> ()
+    guaranteed_limit = Cast <to = 1> (guaranteed_count)
+    best_of_image_T = Less (rank_in_image_T, guaranteed_limit)
+    first_T = Or (is_text_T, best_of_image_T)
+    own_first_T1 = Unsqueeze (first_T, second_axis)
+    other_first_1T = Unsqueeze (first_T, first_axis)
+    own_later_T1 = Not (own_first_T1)
+    before_TT = And (other_first_1T, own_later_T1)
+    either_TT = Or (other_first_1T, own_later_T1)
+    ahead_alike_TT = And (ahead_TT, either_TT)
+    ahead_first_TT = Or (before_TT, ahead_alike_TT)
+    ahead_count_TT = Cast <to = 1> (ahead_first_TT)
     rank_T = ReduceSum <keepdims = 0> (ahead_count_TT, second_axis)
     limit = Cast <to = 1> (num_keep)
     keep_T = Less (rank_T, limit)

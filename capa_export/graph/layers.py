@@ -62,9 +62,12 @@ class GatedMLP(nn.Module):
         return self.down_proj(op, op.Mul(silu_TF, self.up_proj(op, x_TD)))
 
 
-def heads_from_tokens(op: OpBuilder, x_TD: ir.Value, num_heads: int, head_size: int) -> ir.Value:
-    """[T, H*d] -> [1, H, T, d]."""
-    return op.Transpose(op.Reshape(x_TD, [1, -1, num_heads, head_size]), perm=[0, 2, 1, 3])
+def heads_from_tokens(
+    op: OpBuilder, x_TD: ir.Value, num_heads: int, head_size: int, batch: ir.Value | None = None
+) -> ir.Value:
+    """[B*T, H*d] -> [B, H, T, d], with B from the shape tensor `batch`, or 1."""
+    shape = [1, -1, num_heads, head_size] if batch is None else op.Concat(batch, [-1, num_heads, head_size], axis=0)
+    return op.Transpose(op.Reshape(x_TD, shape), perm=[0, 2, 1, 3])
 
 
 def tokens_from_heads(op: OpBuilder, x_BHTd: ir.Value, size: int) -> ir.Value:

@@ -1,5 +1,6 @@
 """Rotary position tables, computed in the graph from position ids."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ __all__ = ["rotary_tables"]
 
 
 def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:
-    """Plain RoPE, or mRoPE: time, height and width positions turn one section each of the frequencies."""
+    """Plain RoPE, or mRoPE: time, height and width positions turn some of the frequencies each."""
     decoder = dims.decoder
     half = decoder.head_dim // 2
     exponent = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / np.float32(decoder.head_dim)
     frequency = (1.0 / np.float32(decoder.rope_theta) ** exponent).astype(np.float32)
     axis = np.repeat(np.arange(decoder.position_axes), decoder.mrope_section or half)
+    if decoder.mrope_interleaved:
+        axis = _interleaved(decoder.mrope_section, half)
 
     def tables(op: OpBuilder, position_ids: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
         position_Td = op.Transpose(op.Gather(position_ids, op.Constant(value=ir.tensor(axis)), axis=0), perm=[1, 0])
@@ -27,3 +30,11 @@ def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:
         return op.Cast(op.Cos(angle_1Td), to=dtype), op.Cast(op.Sin(angle_1Td), to=dtype)
 
     return tables
+
+
+def _interleaved(sections: Sequence[int], half: int) -> np.ndarray:
+    """Axis of each frequency: they take turns while they last, and the time axis has the rest."""
+    axis = np.zeros(half, np.int64)
+    for index in range(1, len(sections)):
+        axis[index : index + len(sections) * sections[index] : len(sections)] = index
+    return axis

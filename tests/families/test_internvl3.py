@@ -13,7 +13,6 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from capa_export.checkpoint import open_checkpoint
-from capa_export.eager import Eager, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import internvl3
@@ -21,11 +20,12 @@ from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import load_family
 from capa_export.plan import parameters
-from capa_export.prompt import Picture, Prompt, Prompter
+from capa_export.prompt import Picture, Prompter
 from capa_export.recipe import load_recipe
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.conftest import noise
+from tests.parity import compare
 
 SIDE = 56
 """Of a tile: 4 x 4 patches, 2 x 2 visual tokens."""
@@ -256,23 +256,6 @@ def test_tiles_of_another_size_are_refused(prompter: Prompter, source: Source) -
         internvl3.pictures(processed, source.dims)
 
 
-def compare(model: Any, onnx: OnnxModel, prompt: Prompt, keep: Mapping[int, int], tolerance: float) -> None:
-    """Logits of the prompt and of six more tokens, and the kept positions."""
-    eager = Eager(model)
-    embeds, position_ids = internvl3.eager_inputs(model, prompt)
-    plan = EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in SCALES.items()})
-    expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
-    run = onnx.prefill(prompt, list(keep.values()))
-    for kept, layer in zip(run.kept, keep, strict=True):
-        np.testing.assert_array_equal(kept, expected.kept[layer].numpy())
-    logits, wanted, cache = run.logits, expected.logits, run.cache
-    for step in range(6):
-        np.testing.assert_allclose(logits, wanted.numpy(), atol=tolerance * float(wanted.abs().max()), rtol=0)
-        token = int(wanted.argmax())
-        wanted = eager.step(expected, token, prompt.next_position + step)
-        logits, cache = onnx.step(cache, token, prompt.next_position + step)
-
-
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("layers", [(2,), (1, 3)], ids=str)
 def test_fp32_equals_eager_capa(
@@ -283,14 +266,14 @@ def test_fp32_equals_eager_capa(
         layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)
     }
     # 1e-5: FP32 sums in another order, over at most 70 tokens.
-    compare(model, built(layers), prompt, keep, 1e-5)
+    compare(internvl3, model, built(layers), prompt, keep, SCALES, 1e-5)
 
 
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 def test_fp16_stays_close(model: Any, prompter: Prompter, built: Build, pictures: list[Any]) -> None:
     prompt = prompter("what color is the star ?", pictures)
     # 1e-2: half has 11 bits, and errors of five layers add up.
-    compare(model, built(precision="fp16"), prompt, {2: prompt.num_visual // 4}, 1e-2)
+    compare(internvl3, model, built(precision="fp16"), prompt, {2: prompt.num_visual // 4}, SCALES, 1e-2)
 
 
 def test_both_tensor_layouts_load(model: Any, checkpoint: Path, source: Source, tmp_path: Path) -> None:

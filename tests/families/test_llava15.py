@@ -17,7 +17,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from capa_export.checkpoint import open_checkpoint
-from capa_export.eager import Eager, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import llava15
@@ -25,10 +24,11 @@ from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.plan import parameters
-from capa_export.prompt import Picture, Prompt, Prompter
+from capa_export.prompt import Picture, Prompter
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.conftest import noise
+from tests.parity import compare
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -461,23 +461,6 @@ def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def compare(model: Any, onnx: OnnxModel, prompt: Prompt, keep: Mapping[int, int], tolerance: float) -> None:
-    """Logits of the prompt and of six more tokens, and the kept positions."""
-    eager = Eager(model)
-    embeds, position_ids = llava15.eager_inputs(model, prompt)
-    plan = EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in SCALES.items()})
-    expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
-    run = onnx.prefill(prompt, list(keep.values()))
-    for kept, layer in zip(run.kept, keep, strict=True):
-        np.testing.assert_array_equal(kept, expected.kept[layer].numpy())
-    logits, wanted, cache = run.logits, expected.logits, run.cache
-    for step in range(6):
-        np.testing.assert_allclose(logits, wanted.numpy(), atol=tolerance * float(wanted.abs().max()), rtol=0)
-        token = int(wanted.argmax())
-        wanted = eager.step(expected, token, prompt.next_position + step)
-        logits, cache = onnx.step(cache, token, prompt.next_position + step)
-
-
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("layers", [(2,), (1, 3)], ids=str)
 def test_fp32_equals_eager_capa(
@@ -488,14 +471,14 @@ def test_fp32_equals_eager_capa(
         layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)
     }
     # 1e-5: FP32 sums in another order, over at most 60 tokens.
-    compare(model, built(layers), prompt, keep, 1e-5)
+    compare(llava15, model, built(layers), prompt, keep, SCALES, 1e-5)
 
 
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 def test_fp16_stays_close(model: Any, prompter: Prompter, built: Build, pictures: list[Any]) -> None:
     prompt = prompter("what color is the star ?", pictures)
     # 1e-2: half has 11 bits, and errors of five layers add up.
-    compare(model, built(precision="fp16"), prompt, {2: prompt.num_visual // 4}, 1e-2)
+    compare(llava15, model, built(precision="fp16"), prompt, {2: prompt.num_visual // 4}, SCALES, 1e-2)
 
 
 def test_without_pruning_or_scales_it_is_the_dense_model(model: Any, prompter: Prompter, built: Build) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from capa_export.eager import Eager, EagerPlan
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompt, Prompter
-from capa_export.runtime import OnnxModel
+from capa_export.recipe import Prune, Stage
+from capa_export.runtime import KVCache, OnnxModel
 from tests.conftest import noise
+from tests.parity import compare
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.2, 0.8, 64)}
 Build = Callable[..., OnnxModel]
@@ -40,28 +44,64 @@ def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def compare(
-    model: Any,
-    onnx: OnnxModel,
-    prompt: Prompt,
-    keep: Mapping[int, int],
-    scales: Mapping[int, np.ndarray],
-    tolerance: float,
-) -> None:
-    """Logits of the prompt and of six more tokens, and the kept positions."""
-    eager = Eager(model)
-    embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
-    plan = EagerPlan(keep, {layer: torch.from_numpy(alpha).float() for layer, alpha in scales.items()})
-    expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
-    run = onnx.prefill(prompt, list(keep.values()))
-    for kept, layer in zip(run.kept, keep, strict=True):
-        np.testing.assert_array_equal(kept, expected.kept[layer].numpy())
-    logits, wanted, cache = run.logits, expected.logits, run.cache
+BATCH = [
+    ("what color is the star ?", [noise(224, 224)]),
+    ("what shape is red ?", []),
+    ("is there a red star ?", [noise(56, 84, 1), noise(28, 28, 2)]),
+]
+
+
+def test_a_batch_of_unequal_prompts_answers_as_each_alone(model: Any, prompter: Prompter, built: Build) -> None:
+    """Padded with values that would show if anything read them."""
+    onnx, eager = built((1, 3)), Eager(model)
+    prompts = [prompter(question, pictures) for question, pictures in BATCH]
+    keep = [[-(-prompt.num_visual // 3), -(-prompt.num_visual // 5)] for prompt in prompts]
+    runs = [onnx.prefill(prompt, counts) for prompt, counts in zip(prompts, keep, strict=True)]
+    expected = []
+    for prompt, counts in zip(prompts, keep, strict=True):
+        embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
+        plan = EagerPlan(
+            dict(zip((1, 3), counts, strict=True)), {i: torch.from_numpy(a).float() for i, a in SCALES.items()}
+        )
+        expected.append(eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan))
+    cache = KVCache.stacked([run.cache for run in runs])
+    for layer, stage in enumerate((0, 1, 1, 2, 2)):
+        for part in ("key", "value"):
+            tensor = cache.tensors[f"past_key_values.{layer}.{part}"]
+            for row, length in enumerate(cache.lengths[stage]):
+                tensor[row, :, : tensor.shape[2] - length] = 1e4
+    logits = np.stack([run.logits for run in runs])
+    wanted = [run.logits for run in expected]
     for step in range(6):
-        np.testing.assert_allclose(logits, wanted.numpy(), atol=tolerance * float(wanted.abs().max()), rtol=0)
-        token = int(wanted.argmax())
-        wanted = eager.step(expected, token, prompt.next_position + step)
-        logits, cache = onnx.step(cache, token, prompt.next_position + step)
+        for row, reference in zip(logits, wanted, strict=True):
+            np.testing.assert_allclose(row, reference.numpy(), rtol=0, atol=1e-5 * float(reference.abs().max()))
+        tokens = [int(reference.argmax()) for reference in wanted]
+        positions = [prompt.next_position + step for prompt in prompts]
+        wanted = [eager.step(*row) for row in zip(expected, tokens, positions, strict=True)]
+        logits, cache = onnx.append(cache, [[token] for token in tokens], positions)
+
+
+@pytest.mark.parametrize("least", [0, 1, 7])
+def test_every_image_keeps_its_share(
+    model: Any, source: Source, prompter: Prompter, tmp_path: Path, least: int
+) -> None:
+    write_onnx(source, "fp32", tmp_path, prune_layers=(1, 3), scales=SCALES, min_keep_per_image=least)
+    onnx = OnnxModel(tmp_path, threads=1)
+    dark = Image.new("RGB", (224, 224))
+    prompt = prompter("what color is the star ?", [noise(28, 28, 1), dark, noise(84, 56, 2)])
+    assert prompt.image_lengths == [4, 64, 6]
+    prune = Prune(schedule=(Stage(layer=1, ratio=0.8), Stage(layer=3, ratio=0.95)), min_keep_per_image=least)
+    num_keep = prune.num_keep(prompt.image_lengths)
+    assert num_keep == {0: [15, 4], 1: [15, 4], 7: [17, 17]}[least]
+    keep = dict(zip((1, 3), num_keep, strict=True))
+    compare(qwen25vl, model, onnx, prompt, keep, SCALES, 1e-5, min_keep_per_image=least)
+    images = np.cumsum(~prompt.is_visual)
+    for kept in onnx.prefill(prompt, num_keep).kept:
+        counts = Counter(images[kept[prompt.is_visual[kept]]].tolist())
+        assert all(
+            counts[image] >= min(least, length)
+            for image, length in zip(np.unique(images[prompt.is_visual]), prompt.image_lengths, strict=True)
+        )
 
 
 PICTURES = {
@@ -83,17 +123,25 @@ def test_fp32_equals_eager_capa(
         layer: min(prompt.num_visual, max(1, prompt.num_visual // (3 * stage))) for stage, layer in enumerate(layers, 1)
     }
     # 1e-5: FP32 sums in another order, over at most 250 tokens.
-    compare(model, built(layers), prompt, keep, SCALES, 1e-5)
+    compare(qwen25vl, model, built(layers), prompt, keep, SCALES, 1e-5)
 
 
 @pytest.mark.parametrize("kept", [1, 7, 63, 64])
 def test_the_number_kept_is_a_run_time_input(model: Any, prompter: Prompter, built: Build, kept: int) -> None:
-    compare(model, built(), prompter("what shape is red ?", [noise(224, 224)]), {2: kept}, SCALES, 1e-5)
+    compare(qwen25vl, model, built(), prompter("what shape is red ?", [noise(224, 224)]), {2: kept}, SCALES, 1e-5)
 
 
 def test_fp16_stays_close(model: Any, prompter: Prompter, built: Build) -> None:
     # 1e-2: half has 11 bits, and errors of five layers add up.
-    compare(model, built(precision="fp16"), prompter("what shape is red ?", [noise(224, 224)]), {2: 16}, SCALES, 1e-2)
+    compare(
+        qwen25vl,
+        model,
+        built(precision="fp16"),
+        prompter("what shape is red ?", [noise(224, 224)]),
+        {2: 16},
+        SCALES,
+        1e-2,
+    )
 
 
 def test_without_pruning_or_scales_it_is_the_dense_model(model: Any, prompter: Prompter, built: Build) -> None:
@@ -116,7 +164,7 @@ def test_text_between_and_around_pictures_is_never_pruned(
     pictures = one.pictures * 2
     position_ids, next_position = qwen25vl.positions(is_visual, pictures)
     prompt = Prompt(input_ids, is_visual, pictures, position_ids, next_position)
-    compare(model, built(), prompt, {2: 5}, SCALES, 1e-5)
+    compare(qwen25vl, model, built(), prompt, {2: 5}, SCALES, 1e-5)
     run = built().prefill(prompt, [5])
     assert set(prompt.text_positions) <= set(run.kept[0].tolist())
     assert len(run.kept[0]) == len(prompt.text_positions) + 5
@@ -128,15 +176,16 @@ def test_several_tokens_can_be_appended_at_once(prompter: Prompter, built: Build
     tokens, cache = [9, 12, 15], run.cache
     for offset, token in enumerate(tokens):
         logits, cache = onnx.step(cache, token, prompt.next_position + offset)
-    together, grown = onnx.append(run.cache, tokens, prompt.next_position)
+    [together], grown = onnx.append(run.cache, [tokens], [prompt.next_position])
     np.testing.assert_allclose(together, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
-    for name, value in cache.items():
-        np.testing.assert_allclose(grown[name], value, atol=1e-5)
+    for name, value in cache.tensors.items():
+        np.testing.assert_allclose(grown.tensors[name], value, atol=1e-5)
+    np.testing.assert_array_equal(grown.lengths, cache.lengths)
 
 
 def test_the_cache_shrinks_from_the_pruning_layer_on(prompter: Prompter, built: Build) -> None:
     prompt = prompter("what shape is red ?", [noise(224, 224)])
-    cache = built().prefill(prompt, [16]).cache
+    cache = built().prefill(prompt, [16]).cache.tensors
     total, text = len(prompt.input_ids), len(prompt.text_positions)
     lengths = [cache[f"past_key_values.{layer}.key"].shape[2] for layer in range(5)]
     assert lengths == [total, total, text + 16, text + 16, text + 16]

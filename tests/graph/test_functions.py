@@ -27,8 +27,9 @@ def run(name: str, inputs: list[np.ndarray], **attributes: Any) -> np.ndarray:
     return session.run(None, {f"x{i}": x for i, x in enumerate(inputs)})[0]
 
 
-def kept(scores: np.ndarray, num_keep: int) -> np.ndarray:
-    return run("TopKKeep", [scores.astype(np.float32), np.array([num_keep])])
+def kept(scores: np.ndarray, num_keep: int, min_keep_per_image: int = 0) -> np.ndarray:
+    inputs = [scores.astype(np.float32), np.array([num_keep])]
+    return run("TopKKeep", inputs, min_keep_per_image=min_keep_per_image)
 
 
 def reference_scores(
@@ -106,6 +107,56 @@ def test_topk_never_keeps_nan_before_a_number() -> None:
 def test_topk_is_exact_beyond_the_limit_of_tensorrt() -> None:
     scores = np.random.default_rng(2).integers(0, 50, 5000).astype(np.float32)
     assert kept(scores, 4321).tolist() == sorted(np.argsort(-scores, kind="stable")[:4321].tolist())
+
+
+TEXT = np.inf
+THREE_IMAGES = np.array([TEXT, 9, 8, 7, TEXT, TEXT, 1, 3, 2, TEXT, 5, TEXT])
+"""Images of 3, 3 and 1 tokens at rows 1, 6 and 10."""
+
+
+@pytest.mark.parametrize(
+    ("least", "num_visual", "rows"),
+    [
+        (0, 3, [1, 2, 3]),
+        (1, 3, [1, 7, 10]),
+        (1, 4, [1, 2, 7, 10]),
+        # The one-token image cannot give two.
+        (2, 5, [1, 2, 7, 8, 10]),
+        (9, 7, [1, 2, 3, 6, 7, 8, 10]),
+        # Too few for all: the best come first, and text before any.
+        (1, 2, [1, 10]),
+        (1, 0, []),
+    ],
+)
+def test_topk_leaves_every_image_its_best_tokens(least: int, num_visual: int, rows: list[int]) -> None:
+    text = np.flatnonzero(np.isinf(THREE_IMAGES)).tolist()
+    assert kept(THREE_IMAGES, num_visual + len(text), least).tolist() == sorted(text + rows)
+
+
+def test_an_image_without_any_score_still_keeps_its_share() -> None:
+    scores = np.array([np.nan, np.nan, TEXT, 4, 5, TEXT])
+    assert kept(scores, 4, 1).tolist() == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_topk_with_a_share_per_image_equals_a_plain_sort(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, 200).astype(np.float32)
+    scores[rng.random(200) < 0.1] = TEXT
+    least, num_visual = 3, 90
+    is_text = np.isinf(scores)
+    image = np.cumsum(is_text)
+    best_first = np.argsort(-scores, kind="stable")
+    best_first = best_first[~is_text[best_first]].tolist()
+    first = [
+        row
+        for row in best_first
+        if sum(image[other] == image[row] for other in best_first[: best_first.index(row)]) < least
+    ]
+    rest = [row for row in best_first if row not in first]
+    rows = (first + rest)[:num_visual]
+    expected = sorted([*np.flatnonzero(is_text).tolist(), *rows])
+    assert kept(scores, num_visual + int(is_text.sum()), least).tolist() == expected
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision, model_dims
+from capa_export.families.qwen25vl.video import video
 from capa_export.families.qwen25vl.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
@@ -24,6 +26,9 @@ __all__ = [
     "pictures",
     "placeholder",
     "positions",
+    "tower_inputs",
+    "video",
+    "video_placeholder",
     "vision_model",
     "written",
 ]
@@ -45,6 +50,11 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     """The image processor's flat patches, cut into one array a picture with its grid as the shape."""
     merge = dims.vision.spatial_merge_size
     flat = np.asarray(processed["pixel_values"], dtype=np.float32)
+    if flat.shape[1] != dims.vision.patch_values:
+        raise CapaError(
+            f"preprocessor_config.json makes patches of {flat.shape[1]} numbers, config.json implies "
+            f"{dims.vision.patch_values}; use the two files that were published together"
+        )
     result: list[Picture] = []
     start = 0
     for frames, rows, cols in np.asarray(processed["image_grid_thw"]).tolist():
@@ -61,6 +71,11 @@ def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
+def video_placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
+    """What the chat template writes where a video stands."""
+    return tokenizer.convert_ids_to_tokens(dims.vision.video_token_id)
+
+
 def written(mark: str, picture: Picture) -> str:
     """What the placeholder becomes: itself, once per visual token."""
     return mark * picture.num_tokens
@@ -69,8 +84,8 @@ def written(mark: str, picture: Picture) -> str:
 def positions(is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarray, int]:
     """mRoPE positions [3, T], and the position of the first answer token.
 
-    A picture's tokens share one time step and count rows and columns from there; the text behind it goes on at
-    the picture's longer side.
+    A picture's tokens share one time step and count rows and columns from there; a video's frames also count time.
+    The text behind either goes on at its longer side, which a long video's time may be past.
     """
     pending = list(shown)
     parts: list[np.ndarray] = []
@@ -84,11 +99,24 @@ def positions(is_visual: np.ndarray, shown: Sequence[Picture]) -> tuple[np.ndarr
         while length:
             picture = pending.pop(0)
             frames, rows, cols = picture.patches.shape[:3]
-            grid = np.stack(np.meshgrid(np.arange(frames), np.arange(rows), np.arange(cols), indexing="ij"))
+            # FP32 as in transformers: the whole part of a product near a whole number depends on it.
+            time = (np.arange(frames, dtype=np.float32) * np.float32(picture.frame_positions)).astype(np.int64)
+            grid = np.stack(np.meshgrid(time, np.arange(rows), np.arange(cols), indexing="ij"))
             parts.append(grid.reshape(3, -1) + position)
             position += max(rows, cols)
             length -= picture.num_tokens
-    return np.concatenate(parts, axis=1).astype(np.int64), position
+    position_ids = np.concatenate(parts, axis=1).astype(np.int64)
+    return position_ids, int(position_ids.max()) + 1
+
+
+def tower_inputs(model: Any, shown: Sequence[Picture]) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The Hugging Face tower's patches [N, values], and the grid [pictures, 3] that they lie on."""
+    import torch
+
+    merge = model.config.vision_config.spatial_merge_size
+    flat = [picture.patches.reshape(-1, picture.patches.shape[-1]) for picture in shown]
+    grid = [[p.patches.shape[0], p.patches.shape[1] * merge, p.patches.shape[2] * merge] for p in shown]
+    return torch.from_numpy(np.concatenate(flat)), torch.tensor(grid)
 
 
 def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -100,13 +128,18 @@ def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tenso
     embeds = inner.get_input_embeddings()(input_ids)
     if not prompt.pictures:
         return embeds, torch.arange(input_ids.shape[1]).expand(3, 1, -1)
-    flat = [picture.patches.reshape(-1, picture.patches.shape[-1]) for picture in prompt.pictures]
-    merge = model.config.vision_config.spatial_merge_size
-    grid = torch.tensor(
-        [[p.patches.shape[0], p.patches.shape[1] * merge, p.patches.shape[2] * merge] for p in prompt.pictures]
-    )
-    features = torch.cat(list(inner.get_image_features(torch.from_numpy(np.concatenate(flat)), grid).pooler_output))
-    visual = input_ids == model.config.image_token_id
-    embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-    position_ids, _ = inner.get_rope_index(input_ids, visual.int(), image_grid_thw=grid)
+    kinds = torch.zeros_like(input_ids, dtype=torch.int)
+    grids: dict[str, torch.Tensor] = {}
+    seconds = [picture.frame_seconds for picture in prompt.pictures if picture.frame_seconds is not None]
+    for kind, modality in enumerate(("image", "video"), 1):
+        shown = [picture for picture in prompt.pictures if (picture.frame_seconds is not None) == (kind == 2)]
+        if not shown:
+            continue
+        patches, grids[f"{modality}_grid_thw"] = tower_inputs(model, shown)
+        see = inner.get_image_features if kind == 1 else inner.get_video_features
+        features = torch.cat(list(see(patches, grids[f"{modality}_grid_thw"]).pooler_output))
+        mask = input_ids == getattr(model.config, f"{modality}_token_id")
+        embeds = embeds.masked_scatter(mask[..., None], features.to(embeds.dtype))
+        kinds[mask] = kind
+    position_ids, _ = inner.get_rope_index(input_ids, kinds, second_per_grid_ts=torch.tensor(seconds), **grids)
     return embeds, position_ids

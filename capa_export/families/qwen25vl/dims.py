@@ -8,7 +8,7 @@ from typing import Any
 from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["Vision", "VisionFlops", "model_dims", "vision_flops"]
+__all__ = ["Vision", "VisionFlops", "expect_plain_vision_rope", "model_dims", "vision_flops"]
 
 _VISION_THETA = 10_000.0
 """Rotary base of the vision tower, which the graph does not vary."""
@@ -38,6 +38,10 @@ class Vision:
     """Side of an attention window in pixels."""
     fullatt_block_indexes: tuple[int, ...]
     out_hidden_size: int
+    video_token_id: int
+    """Stands in the prompt for every visual token of a video."""
+    tokens_per_second: float
+    """Temporal positions that a second of video takes."""
 
     @property
     def patch_values(self) -> int:
@@ -100,16 +104,15 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     refuse_quantized(root, text)
     return ModelDims(
         decoder=decoder_dims(root, text, _TEXT),
-        vision=_vision(root.section("vision_config"), text.count("hidden_size")),
+        vision=_vision(root, text.count("hidden_size")),
         image_token_id=root.count("image_token_id", 151655, least=0),
     )
 
 
-def _vision(vision: "Section", decoder_size: int) -> Vision:
+def _vision(root: "Section", decoder_size: int) -> Vision:
+    vision = root.section("vision_config")
     vision.expect("hidden_act", "silu")
-    rope = vision.section("rope_parameters") if vision.data.get("rope_parameters") is not None else vision
-    rope.expect("rope_type", "axial")
-    rope.expect("rope_theta", _VISION_THETA)
+    expect_plain_vision_rope(vision)
     dims = Vision(
         depth=vision.count("depth", 32),
         hidden_size=vision.count("hidden_size"),
@@ -122,6 +125,8 @@ def _vision(vision: "Section", decoder_size: int) -> Vision:
         window_size=vision.count("window_size", 112),
         fullatt_block_indexes=vision.counts("fullatt_block_indexes", (7, 15, 23, 31), least=0),
         out_hidden_size=vision.count("out_hidden_size", 3584),
+        video_token_id=root.count("video_token_id", 151656, least=0),
+        tokens_per_second=vision.number("tokens_per_second", 4),
     )
     if dims.hidden_size % (4 * dims.num_heads):
         raise vision.refused("hidden_size", f"{dims.hidden_size} must be a multiple of 4 x {dims.num_heads} heads")
@@ -130,6 +135,13 @@ def _vision(vision: "Section", decoder_size: int) -> Vision:
     if dims.out_hidden_size != decoder_size:
         raise vision.refused("out_hidden_size", f"{dims.out_hidden_size} must equal the decoder's {decoder_size}")
     return dims
+
+
+def expect_plain_vision_rope(vision: Section) -> None:
+    """Refuse any rotary positions but those of `rotary_angles`."""
+    rope = vision.section("rope_parameters") if vision.data.get("rope_parameters") is not None else vision
+    rope.expect("rope_type", "axial")
+    rope.expect("rope_theta", _VISION_THETA)
 
 
 def vision_flops(dims: Vision, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:

@@ -5,6 +5,7 @@ size, H = heads, d = head size, W = windows of w x w units, L = patches per wind
 input, so that windows, positions and masks follow from shapes alone and no operator depends on data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from capa_export.families.qwen25vl.dims import Vision as Dims
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, tokens_from_heads
 
-__all__ = ["vision_model"]
+__all__ = ["Layout", "PatchEmbed", "VisionAttention", "rotary_angles", "vision_model"]
 
 _EPSILON = 1e-6
 
@@ -66,9 +67,9 @@ class Windows:
 class VisionAttention(nn.Module):
     """Attention within each group of patches."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, size: int, num_heads: int, dtype: ir.DataType) -> None:
         super().__init__()
-        self.size, self.num_heads = dims.hidden_size, dims.num_heads
+        self.size, self.num_heads = size, num_heads
         self.qkv = Linear(self.size, 3 * self.size, dtype, bias=True)
         self.proj = Linear(self.size, self.size, dtype, bias=True)
 
@@ -91,7 +92,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.size, self.windowed = dims.hidden_size, windowed
         self.norm1 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
-        self.attn = VisionAttention(dims, dtype)
+        self.attn = VisionAttention(dims.hidden_size, dims.num_heads, dtype)
         self.norm2 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
         self.mlp = GatedMLP(dims.hidden_size, dims.intermediate_size, dtype, bias=True)
 
@@ -108,9 +109,9 @@ class VisionBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel: one product per patch."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, num_values: int, size: int, dtype: ir.DataType, *, bias: bool = False) -> None:
         super().__init__()
-        self.proj = Linear(dims.patch_values, dims.hidden_size, dtype)
+        self.proj = Linear(num_values, size, dtype, bias=bias)
 
     def forward(self, op: OpBuilder, patches: ir.Value) -> ir.Value:
         return self.proj(op, patches)
@@ -148,7 +149,7 @@ class Vision(nn.Module):
     def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
         super().__init__("visual")
         self.dims, self.dtype = dims, dtype
-        self.patch_embed = PatchEmbed(dims, dtype)
+        self.patch_embed = PatchEmbed(dims.patch_values, dims.hidden_size, dtype)
         self.blocks = nn.ModuleList(
             [VisionBlock(dims, dtype, windowed=index not in dims.fullatt_block_indexes) for index in range(dims.depth)]
         )
@@ -169,7 +170,8 @@ class Vision(nn.Module):
         dims, merge = self.dims, self.dims.spatial_merge_size
         half = dims.hidden_size // dims.num_heads // 2
         length = windows.side**2 * merge**2
-        angles = self._angles(op, windows)
+        sides = (windows.frames, windows.rows, windows.cols)
+        angles = rotary_angles(op, sides, dims.hidden_size // dims.num_heads, merge)
         per_frame = op.Concat(windows.frames, [-1, half], axis=0)
 
         def table(function: str, *, by_window: bool) -> ir.Value:
@@ -186,23 +188,31 @@ class Vision(nn.Module):
             Layout(table("Cos", by_window=True), table("Sin", by_window=True), mask),
         )
 
-    def _angles(self, op: OpBuilder, windows: Windows) -> ir.Value:
-        """Rotary angles [N, d/2] in FP32: the first half turns with the patch's row, the second with its column."""
-        dims, merge = self.dims, self.dims.spatial_merge_size
-        quarter = dims.hidden_size // dims.num_heads // 4
-        frequency = (1.0 / (10000.0 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter)))).astype(np.float32)
-        within = np.arange(merge * merge)
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
 
-        def angles(count: ir.Value, offset: np.ndarray, shape: list[int]) -> ir.Value:
-            unit = op.Mul(op.Range(zero, op.Squeeze(count, [0]), one), op.Constant(value_int=merge))
-            position = op.Add(op.Reshape(unit, shape), op.Constant(value=ir.tensor(offset.reshape(1, 1, 1, -1, 1))))
-            return op.Mul(op.Cast(position, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(frequency)))
+def rotary_angles(op: OpBuilder, sides: Sequence[ir.Value], head_size: int, merge: int) -> ir.Value:
+    """Rotary angles [N, d/2] in FP32: the first half turns with the patch's row, the second with its column.
 
-        full = op.Concat(windows.frames, windows.rows, windows.cols, [merge * merge, quarter], axis=0)
-        row = op.Expand(angles(windows.rows, within // merge, [1, -1, 1, 1, 1]), full)
-        col = op.Expand(angles(windows.cols, within % merge, [1, 1, -1, 1, 1]), full)
-        return op.Reshape(op.Concat(row, col, axis=-1), [-1, 2 * quarter])
+    Args:
+        op: builder.
+        sides: frames, rows and columns of merged units, [1] each.
+        head_size: d.
+        merge: patches along a unit's side.
+    """
+    frames, rows, cols = sides
+    quarter = head_size // 4
+    frequency = (1.0 / (10000.0 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter)))).astype(np.float32)
+    within = np.arange(merge * merge)
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+
+    def angles(count: ir.Value, offset: np.ndarray, shape: list[int]) -> ir.Value:
+        unit = op.Mul(op.Range(zero, op.Squeeze(count, [0]), one), op.Constant(value_int=merge))
+        position = op.Add(op.Reshape(unit, shape), op.Constant(value=ir.tensor(offset.reshape(1, 1, 1, -1, 1))))
+        return op.Mul(op.Cast(position, to=ir.DataType.FLOAT), op.Constant(value=ir.tensor(frequency)))
+
+    full = op.Concat(frames, rows, cols, [merge * merge, quarter], axis=0)
+    row = op.Expand(angles(rows, within // merge, [1, -1, 1, 1, 1]), full)
+    col = op.Expand(angles(cols, within % merge, [1, 1, -1, 1, 1]), full)
+    return op.Reshape(op.Concat(row, col, axis=-1), [-1, 2 * quarter])
 
 
 def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:

@@ -1,0 +1,50 @@
+"""Generation on ONNX Runtime, with the trained bed's weights."""
+
+from pathlib import Path
+
+import pytest
+
+from capa_export.checkpoint import open_checkpoint
+from capa_export.export import Source, write_onnx
+from capa_export.families import qwen25vl
+from capa_export.prompt import Prompt, Prompter
+from capa_export.recipe import load_recipe
+from capa_export.runtime import OnnxModel, greedy
+from capa_export.testbed.scenes import samples
+
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[OnnxModel, list[Prompt]]:
+    """The tiny model in FP32, and eight questions about pictures of different sizes."""
+    folder = Path(load_recipe("tiny-qwen25vl").checkpoint)
+    source = Source.of(open_checkpoint(str(folder)), qwen25vl)
+    out = tmp_path_factory.mktemp("onnx")
+    write_onnx(source, "fp32", out, prune_layers=(2,), scales={})
+    prompter = Prompter(folder, folder, qwen25vl, source.dims)
+    drawn = [sample for cells in ((8, 8), (6, 9)) for sample in samples(4, seed=3, cells=cells)]
+    return OnnxModel(out, threads=1), [prompter(sample.question, [sample.image]) for sample in drawn]
+
+
+def answers(onnx: OnnxModel, prompts: list[Prompt], stop: list[int]) -> list[list[int]]:
+    runs = [onnx.prefill(prompt, [-(-prompt.num_visual // 4)]) for prompt in prompts]
+    steps = list(greedy(onnx, prompts, runs, stop, LIMIT))
+    return [[token for token in answer if token is not None] for answer in zip(*steps, strict=True)]
+
+
+def test_a_batch_generates_what_each_prompt_does_alone(trained: tuple[OnnxModel, list[Prompt]]) -> None:
+    onnx, prompts = trained
+    alone = [answers(onnx, [prompt], [])[0] for prompt in prompts]
+    assert len({tuple(answer) for answer in alone}) > 2
+    assert answers(onnx, prompts, []) == alone
+
+
+def test_rows_go_on_when_another_has_ended(trained: tuple[OnnxModel, list[Prompt]]) -> None:
+    onnx, prompts = trained
+    endless = answers(onnx, prompts, [])
+    word = endless[0][0]
+    ended = answers(onnx, prompts, [word])
+    expected = [answer[: answer.index(word)] if word in answer else answer for answer in endless]
+    assert [] in expected and LIMIT in map(len, expected)
+    assert ended == expected
