@@ -25,6 +25,16 @@ from capa_export.recipe import kept_tokens, load_recipe
 _TEXT = 48
 
 
+def _pruning_seconds(profile: Path) -> float:
+    """Time in the nodes that prune; ONNX Runtime names those of an inlined function anew, without a path."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    named = ("model/", "lm_head/")
+    ours = [event for event in nodes if "/prune/" in event["name"] or not event["name"].startswith(named)]
+    assert {"Gemm", "Softmax", "CumSum"} <= {event["args"]["op_name"] for event in ours}, "some nodes are missing"
+    return sum(event["dur"] for event in ours) / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
@@ -51,9 +61,11 @@ def main() -> None:
         scales = {index: np.ones(dims.hidden_size) for index in linear}
         write_onnx(source, "fp32", Path(folder), prune_layers=(layer,), scales=scales, dense=True)
 
-        def session(file: str) -> onnxruntime.InferenceSession:
+        def session(file: str, *, profile: bool = False) -> onnxruntime.InferenceSession:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = arguments.threads
+            options.enable_profiling = profile
+            options.profile_file_prefix = f"{folder}/profile"
             return onnxruntime.InferenceSession(f"{folder}/llm/{file}", options, providers=["CPUExecutionProvider"])
 
         plain, capa = session(DENSE), session("prefill.onnx")
@@ -80,6 +92,10 @@ def main() -> None:
                 run.run(["logits"], inputs)
                 if round_:
                     seconds[name].append(time.perf_counter() - started)
+        # Without FFN scales, the functions that prune are the only ones.
+        profiled = session(DENSE, profile=True)
+        profiled.run(["logits"], {**feed, "num_keep": np.array([kept])})
+        pruning = _pruning_seconds(Path(profiled.end_profiling()))
     dense = median(seconds["dense"])
     rows = {
         name: {
@@ -99,6 +115,10 @@ def main() -> None:
                 "decoder": f"hidden {dims.hidden_size}, {dims.num_layers} layers, FFN {dims.intermediate_size}",
                 "tokens": {"visual": visual, "kept": kept, "text": _TEXT},
                 "prefill": rows,
+                "scoring_and_gathering": {
+                    "milliseconds": round(pruning * 1e3, 1),
+                    "of_dense": f"{pruning / dense:.2%}",
+                },
             },
             indent=2,
         )

@@ -1,10 +1,11 @@
-"""Writes a checkpoint of true dimensions with random weights: sharded bf16 safetensors, one tensor in memory at a time.
+"""Writes a checkpoint of true dimensions with random weights: sharded bf16 safetensors, a piece of a tensor at a time.
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
 """
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -12,19 +13,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
+import torch
+import transformers
 
-from capa_export.families import qwen25vl
-from capa_export.graph.decoder import decode_model
-from capa_export.graph.rotary import rotary_tables
-
-_TEXT = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
+_PIECE = 1 << 22
 
 
-def _config(
+def _qwen25vl(
     hidden: int, inner: int, layers: int, heads: int, groups: int, *, vocab: int, tied: bool, **vision: int
 ) -> dict[str, Any]:
+    tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -35,31 +33,105 @@ def _config(
         "num_key_value_heads": groups,
         "vocab_size": vocab,
         "tie_word_embeddings": tied,
-        **_TEXT,
-        "vision_config": {**_VISION, "out_hidden_size": hidden, **vision},
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {**tower, "out_hidden_size": hidden, **vision},
+    }
+
+
+def _internvl3(hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, Any]:
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": 151667,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"},
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+            "vocab_size": 151674,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "attention_bias": True,
+            "hidden_size": 1024,
+            "image_size": [448, 448],
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": [14, 14],
+        },
     }
 
 
 CONFIGS = {
-    "qwen25vl-3b": _config(2048, 11008, 36, 16, 2, vocab=151936, tied=True),
-    "qwen25vl-7b": _config(3584, 18944, 28, 28, 4, vocab=152064, tied=False),
-    # The 7B's layers and proportions at hidden size 1024: prefill fits a laptop.
-    "qwen25vl-1024": _config(1024, 5376, 28, 8, 2, vocab=4096, tied=False, depth=2),
+    "qwen25vl-3b": _qwen25vl(2048, 11008, 36, 16, 2, vocab=151936, tied=True),
+    "qwen25vl-7b": _qwen25vl(3584, 18944, 28, 28, 4, vocab=152064, tied=False),
+    # The 7B's layers and proportions, narrower: prefill fits a laptop.
+    "qwen25vl-1024": _qwen25vl(1024, 5376, 28, 8, 2, vocab=4096, tied=False, depth=2),
+    "qwen25vl-512": _qwen25vl(512, 2688, 28, 4, 1, vocab=4096, tied=False, depth=2),
+    "llava15-7b": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+    },
+    "internvl3-1b": _internvl3(896, 4864, 24, 14, 2),
+    "internvl3-2b": _internvl3(1536, 8960, 28, 12, 2),
+    "internvl3-8b": _internvl3(3584, 18944, 28, 28, 4),
 }
 
 
-def shapes(config: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor, as the graphs want them."""
-    dims = qwen25vl.model_dims(config)
-    rotary, dtype = rotary_tables(dims), ir.DataType.BFLOAT16
-    for model in (
-        decode_model(dims.decoder, dtype, rotary, prune_layers=()),
-        qwen25vl.vision_model(dims.vision, dtype),
-    ):
-        for name, value in model.graph.initializers.items():
-            if value.const_value is None and not (dims.decoder.tie_word_embeddings and name == "lm_head.weight"):
-                yield name, list(value.shape.numpy())
-    yield "model.embed_tokens.weight", [dims.decoder.vocab_size, dims.decoder.hidden_size]
+def shapes(config: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Name and shape of every tensor, as published checkpoints hold them; a tied head is held once."""
+    architecture = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        model = architecture(architecture.config_class.from_dict(config))
+    tied = model.all_tied_weights_keys
+    tensors = [(name, list(tensor.shape)) for name, tensor in model.state_dict().items() if name not in tied]
+    return [(_published(name, config["model_type"]), shape) for name, shape in tensors]
+
+
+def _published(name: str, model_type: str) -> str:
+    """The name under which the authors' checkpoints hold a tensor."""
+    rules = [(r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")]
+    if model_type != "qwen2_5_vl":
+        rules = [
+            (r"^model\.language_model\.", "language_model.model."),
+            (r"^lm_head\.", "language_model.lm_head."),
+            (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+        ]
+    for pattern, replacement in rules:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name
 
 
 def write(config: dict[str, Any], folder: Path, shard_bytes: int = 4 << 30) -> None:
@@ -77,22 +149,32 @@ def write(config: dict[str, Any], folder: Path, shard_bytes: int = 4 << 30) -> N
     rng, weight_map = np.random.default_rng(0), {}
     for index, tensors in enumerate(shards, 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        header, offset = {}, 0
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in tensors:
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + 2 * prod(shape)]}
             offset += 2 * prod(shape)
             weight_map[name] = file
         text = json.dumps(header).encode()
+        # As safetensors pads it.
+        text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for _, shape in tensors:
-                if len(shape) == 1:
-                    out.write(np.ones(shape, ml_dtypes.bfloat16).tobytes())
-                    continue
-                for _ in range(shape[0]):
-                    row = rng.standard_normal(prod(shape[1:]), dtype=np.float32) * (0.7 * shape[-1] ** -0.5)
-                    out.write(row.astype(ml_dtypes.bfloat16).tobytes())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            for name, shape in tensors:
+                for values in _values(rng, name, shape):
+                    out.write(values.astype(ml_dtypes.bfloat16).tobytes())
+    total = sum(2 * prod(shape) for tensors in shards for _, shape in tensors)
+    listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
+
+
+def _values(rng: np.random.Generator, name: str, shape: list[int]) -> Iterator[np.ndarray]:
+    """FP32 elements in pieces: norms of one, biases of zero, and matrices that keep the size of what they multiply."""
+    if len(shape) == 1:
+        yield np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
+        return
+    scale = np.float32(0.7 * prod(shape[1:]) ** -0.5)
+    for start in range(0, prod(shape), _PIECE):
+        yield rng.standard_normal(min(_PIECE, prod(shape) - start), dtype=np.float32) * scale
 
 
 if __name__ == "__main__":

@@ -1,44 +1,41 @@
-"""Answers a question from a bundle alone."""
+"""Answers from a bundle alone."""
 
 import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from capa_export.bundle import Bundle
 from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.job import ONNX, eos_token_ids
-from capa_export.prompt import Prompter, open_picture
-from capa_export.recipe import kept_tokens, recipe_of
-from capa_export.runtime import OnnxModel, greedy
+from capa_export.prompt import Prompt, Prompter, Turn
+from capa_export.recipe import Prune, recipe_of
+from capa_export.runtime import OnnxModel, PrefillRun, greedy
 
 __all__ = ["answer"]
 
 
 def answer(
     bundle: Bundle,
-    question: str,
-    images: Sequence[Path],
+    conversations: Sequence[Sequence[Turn]],
     *,
     ratio: float | None = None,
     max_new_tokens: int = 64,
     stream: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Generate greedily through ONNX Runtime.
+) -> list[dict[str, Any]]:
+    """Generate greedily through ONNX Runtime; several conversations are prefilled in turn and decoded side by side.
 
     Args:
         bundle: with its `onnx` folder as it was built.
-        question: of the user's turn.
-        images: shown before the question.
+        conversations: turns of each, the user's last.
         ratio: of visual tokens removed, in place of the bundle's.
         max_new_tokens: longest answer.
-        stream: told each new piece of the answer.
+        stream: told each new piece of the first answer.
 
     Raises:
-        CapaError: a file of the bundle was changed, or a picture does not load or is too large.
+        CapaError: a file of the bundle was changed, or the model does not take a conversation.
     """
     import json
 
@@ -46,50 +43,81 @@ def answer(
 
     transformers.utils.logging.set_verbosity_error()
     bundle.verify("export")
-    recipe = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio, prune_layer=None)
-    pictures = [open_picture(path) for path in images]
+    prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX
-    family = load_family(recipe.family)
     config = json.loads((folder / "llm" / "config.json").read_text(encoding="utf-8"))
+    family = load_family(bundle.manifest["recipe"]["family"])
     prompter = Prompter(folder / "llm", folder / "visual", family, family.model_dims(config))
-    prompt = prompter(question, pictures)
+    prompts = [prompter.chat(turns) for turns in conversations]
+    if (context := prompter.dims.decoder.rope_limit) is not None:
+        # From there on the rotary frequencies would be others.
+        max_new_tokens = min(max_new_tokens, *(context - prompt.next_position + 1 for prompt in prompts))
     model = OnnxModel(folder)
-    model.load()
-    num_keep = [kept_tokens(prompt.num_visual, stage.ratio) for stage in recipe.prune.schedule]
+    starts = [_started(model, prompt, prune) for prompt in prompts]
 
-    tokens: list[int] = []
-    text = ""
+    answers = [_Answer(prompter) for _ in prompts]
+    started = time.perf_counter()
+    runs, stop = [run for run, _ in starts], eos_token_ids(folder / "llm")
+    with _runtime_errors(sum(prompt.num_visual for prompt in prompts)):
+        for tokens in greedy(model, prompts, runs, stop, max_new_tokens):
+            for said, token in zip(answers, tokens, strict=True):
+                if token is not None:
+                    said.tokens.append(token)
+            if stream:
+                stream(answers[0].news())
+    seconds = time.perf_counter() - started
+    if stream:
+        stream(answers[0].news(last=True))
+    # Prefill gives the first token, and each step one more; the one that ends an answer is not among the tokens.
+    steps = min(max(len(said.tokens) for said in answers), max_new_tokens - 1)
+    per_token = _milliseconds(seconds / steps) if steps else None
+    return [
+        {
+            "answer": prompter.decode(said.tokens),
+            "new_tokens": len(said.tokens),
+            **facts,
+            "decode_ms_per_token": per_token,
+        }
+        for said, (_, facts) in zip(answers, starts, strict=True)
+    ]
+
+
+def _started(model: OnnxModel, prompt: Prompt, prune: Prune) -> tuple[PrefillRun, dict[str, Any]]:
+    """The prefill of one prompt, and what there is to say about it."""
+    num_keep = prune.num_keep(prompt.image_lengths)
     with _runtime_errors(prompt.num_visual):
+        model.load(prompt)
         started = time.perf_counter()
         embeds = model.embed(prompt)
         seen = time.perf_counter()
-        prefill = model.prefill(prompt, num_keep, embeds)
+        run = model.prefill(prompt, num_keep, embeds)
         filled = time.perf_counter()
-        for token in greedy(model, prompt, prefill, eos_token_ids(folder / "llm"), max_new_tokens):
-            tokens.append(token)
-            longer = prompter.decode(tokens)
-            # A character may need several tokens: wait until it is whole.
-            if stream and not longer.endswith("\ufffd"):
-                stream(longer[len(text) :])
-                text = longer
-        ended = time.perf_counter()
-    whole = prompter.decode(tokens)
-    if stream:
-        stream(whole[len(text) :])
-    # Prefill gives the first token, and each step one more; the one that ends an answer is not among the tokens.
-    steps = min(len(tokens), max_new_tokens - 1)
-    return {
-        "answer": whole,
+    return run, {
         "prompt_tokens": len(prompt.input_ids),
-        "new_tokens": len(tokens),
         "stages": [
             {"layer": stage.layer, "kept": kept, "visual": prompt.num_visual}
-            for stage, kept in zip(recipe.prune.schedule, num_keep, strict=True)
+            for stage, kept in zip(prune.schedule, num_keep, strict=True)
         ],
         "vision_ms": _milliseconds(seen - started),
         "prefill_ms": _milliseconds(filled - seen),
-        "decode_ms_per_token": _milliseconds((ended - filled) / steps) if steps else None,
     }
+
+
+class _Answer:
+    """The tokens of an answer, and how much of its text has been told."""
+
+    def __init__(self, prompter: Prompter) -> None:
+        self.prompter = prompter
+        self.tokens: list[int] = []
+        self.told = ""
+
+    def news(self, *, last: bool = False) -> str:
+        """What to tell next; a character may need several tokens, and waits until it is whole."""
+        text = self.prompter.decode(self.tokens)
+        if text.endswith("\ufffd") and not last:
+            return ""
+        fresh, self.told = text[len(self.told) :], text
+        return fresh
 
 
 def _milliseconds(seconds: float) -> float:

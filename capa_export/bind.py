@@ -1,6 +1,7 @@
 """Puts the checkpoint's weights behind the graphs: streamed, converted on the way, written once for all of them."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -20,8 +21,9 @@ import onnx_ir as ir
 
 from capa_export.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
 from capa_export.errors import CapaError, ExitCode
+from capa_export.in_place import Shards
 
-__all__ = ["bind", "check_disk", "tied", "unused_tensors", "write_embedding"]
+__all__ = ["Written", "bind", "check_disk", "tied", "unused_tensors", "write_embedding"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -53,8 +55,36 @@ class _Given:
         return (flat[start : start + size] for start in range(0, flat.size, size))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What became of the weights."""
+
+    sha256: str | None
+    """Of the file that holds them; None where none was needed."""
+    kept: tuple[StoredTensor, ...] = ()
+    """Those that stay in their shards."""
+
+
+class _Digest:
+    """SHA-256 of a file while it is written from front to back; what is skipped reads as zeros."""
+
+    def __init__(self) -> None:
+        self._sha256, self._length = hashlib.sha256(), 0
+
+    def update(self, offset: int, block: memoryview) -> None:
+        self._sha256.update(bytes(offset - self._length))
+        self._sha256.update(block)
+        self._length = offset + block.nbytes
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
 class _Converted(ir.LazyTensor):
     """A source seen in another dtype and shape; while it is written, its bytes exist one chunk at a time."""
+
+    digest: _Digest
+    """Of the file that it is written to."""
 
     def __init__(self, source: StoredTensor | _Given, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
@@ -100,7 +130,12 @@ class _Converted(ir.LazyTensor):
             )
 
     def tofile(self, file: BinaryIO) -> None:
-        file.writelines(chunk.view(np.uint8).data for chunk in self.chunks())
+        offset = file.tell()
+        for chunk in self.chunks():
+            block = chunk.view(np.uint8).data
+            file.write(block)
+            self.digest.update(offset, block)
+            offset += block.nbytes
 
 
 def bind(
@@ -110,8 +145,9 @@ def bind(
     dtype: ir.DataType,
     data_path: Path,
     extra: Mapping[str, Array] | None = None,
+    shards: Shards | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> Written:
     """Give every initializer that has no value yet its weights, in one data file that the models share.
 
     The file is complete or absent. Weights that several initializers read in the same dtype are written once.
@@ -122,6 +158,7 @@ def bind(
         dtype: for the initializers that have no dtype of their own.
         data_path: the external data file.
         extra: arrays that are not in the checkpoint, by initializer name.
+        shards: where weights that need no conversion stay; without it all of them are written.
         progress: called with a tensor's name, bytes written, bytes in all.
 
     Raises:
@@ -143,7 +180,16 @@ def bind(
         key = (*_place(tensor.source), tensor.dtype)
         written.setdefault(key, tensor)
         uses.append((value, key))
-    external = dict(zip(written, _write(list(written.values()), data_path, progress), strict=True))
+    kept = {
+        key: tensor.source
+        for key, tensor in written.items()
+        if shards is not None and isinstance(tensor.source, StoredTensor) and tensor.source.dtype == tensor.dtype
+    }
+    converted = {key: tensor for key, tensor in written.items() if key not in kept}
+    stored_at, sha256 = _write(list(converted.values()), data_path, progress)
+    external = dict(zip(converted, stored_at, strict=True))
+    if shards is not None:
+        external |= {key: shards.external(source, data_path.parent) for key, source in kept.items()}
     for value, key in uses:
         stored = external[key]
         value.type = ir.TensorType(stored.dtype)
@@ -157,6 +203,7 @@ def bind(
             name=value.name,
             base_dir=stored.base_dir,
         )
+    return Written(sha256=sha256, kept=tuple(kept.values()))
 
 
 def _unbound(model: ir.Model) -> Iterator[ir.Value]:
@@ -188,7 +235,14 @@ def _regroups(stored: Sequence[int], wanted: Sequence[int]) -> bool:
     return math.prod(stored) == math.prod(wanted) and (a <= b or b <= a)
 
 
-def _write(tensors: Sequence[_Converted], path: Path, progress: Progress | None) -> list[ir.ExternalTensor]:
+def _write(
+    tensors: Sequence[_Converted], path: Path, progress: Progress | None
+) -> tuple[list[ir.ExternalTensor], str | None]:
+    if not tensors:
+        return [], None
+    digest = _Digest()
+    for tensor in tensors:
+        tensor.digest = digest
     # Every large tensor may be preceded by up to a page of padding.
     needed = sum(tensor.nbytes + _PAGE for tensor in tensors)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
@@ -205,9 +259,9 @@ def _write(tensors: Sequence[_Converted], path: Path, progress: Progress | None)
         external = ir.external_data.convert_tensors_to_external(
             tensors, path.parent, path.name, callback=report, alignment=_PAGE
         )
-    if progress and tensors:
+    if progress:
         progress(tensors[-1].name or "", total, total)
-    return external
+    return external, digest.hexdigest()
 
 
 def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor]) -> list[str]:
@@ -224,8 +278,16 @@ def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
     return MappingProxyType({**tensors, HEAD: tensors[EMBEDDING]})
 
 
-def write_embedding(tensors: Mapping[str, StoredTensor], dtype: ir.DataType, path: Path) -> None:
+def write_embedding(
+    tensors: Mapping[str, StoredTensor], dtype: ir.DataType, path: Path, shards: Shards | None = None
+) -> Written:
     """Write the token embedding alone, as tensor `embedding` of a safetensors file that is complete or absent.
+
+    Args:
+        tensors: the checkpoint, by canonical name.
+        dtype: to write it in.
+        path: of the file.
+        shards: where it stays if it needs no conversion; beside `path`, a pointer then says so.
 
     Raises:
         CapaError: the checkpoint has no embedding, it overflows, or the disk is full.
@@ -233,6 +295,9 @@ def write_embedding(tensors: Mapping[str, StoredTensor], dtype: ir.DataType, pat
     if EMBEDDING not in tensors:
         raise CapaError(f"tensor {EMBEDDING} is missing from the checkpoint; use one that holds the language model")
     source = tensors[EMBEDDING]
+    if shards is not None and source.dtype == dtype:
+        shards.point_to_embedding(source, path.parent)
+        return Written(sha256=None, kept=(source,))
     tensor = _Converted(source, dtype, source.shape, "embedding")
     entry = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(source.shape), "data_offsets": [0, tensor.nbytes]}
     header = json.dumps({"embedding": entry}, separators=(",", ":")).encode()
@@ -240,8 +305,12 @@ def write_embedding(tensors: Mapping[str, StoredTensor], dtype: ir.DataType, pat
     needed = 8 + len(header) + tensor.nbytes
     check_disk(path.parent, needed)
     with _disk_guard(path, needed), _replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        start = len(header).to_bytes(8, "little") + header
+        file.write(start)
+        tensor.digest = _Digest()
+        tensor.digest.update(0, memoryview(start))
         tensor.tofile(file)
+    return Written(sha256=tensor.digest.hexdigest())
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

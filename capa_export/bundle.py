@@ -9,9 +9,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from capa_export.errors import CapaError, ExitCode
+from capa_export.fingerprint import fingerprint
 
 __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
 
@@ -94,13 +96,26 @@ class Bundle:
             )
         return stages[name]
 
+    def digest(self, name: str) -> str:
+        """Of all that a finished stage wrote or linked to."""
+        record = self.stage(name)
+        return digest_of([record["files"], record.get("linked")])
+
     def is_current(self, name: str, key: str) -> bool:
         """Whether the stage ran from the same inputs and its files are still what it wrote."""
         record = self.manifest["stages"].get(name)
-        return bool(record) and record["key"] == key and not self._changed(record["files"])
+        return bool(record) and record["key"] == key and not self._changed(record)
 
     def record(
-        self, name: str, key: str, files: Sequence[str], *, outdates: Sequence[str] = (), **entries: Any
+        self,
+        name: str,
+        key: str,
+        files: Sequence[str],
+        *,
+        outdates: Sequence[str] = (),
+        linked: Mapping[str, str | None] = MappingProxyType({}),
+        sha256: Mapping[str, str] = MappingProxyType({}),
+        **entries: Any,
     ) -> None:
         """Note that a stage is done, and drop the stages that were made from what it replaced.
 
@@ -109,14 +124,19 @@ class Bundle:
             key: digest of its inputs.
             files: what it wrote, relative to the folder.
             outdates: beginnings of the names of later stages.
+            linked: those of the files that are links to the checkpoint's, and their SHA-256 where it is known; they
+                are not read.
+            sha256: of files where the writer took it on the way; the others are read.
             entries: whatever else is worth keeping.
         """
         stages = self.manifest["stages"]
         old = {other for other in stages if other != name and other.startswith(tuple(outdates))}
-        digests = {file: file_digest(self.folder / file) for file in sorted(files)}
+        own = sorted(set(files) - set(linked))
+        digests = {file: sha256.get(file) or file_digest(self.folder / file) for file in own}
+        links = {file: {**fingerprint(self.folder / file), "sha256": digest} for file, digest in linked.items()}
         kept = {other: record for other, record in stages.items() if other not in old}
-        self.update(stages={**kept, name: {"key": key, **entries, "files": digests}})
-        for file in (file for other in old for file in stages[other]["files"]):
+        self.update(stages={**kept, name: {"key": key, **entries, "files": digests, "linked": links}})
+        for file in (file for other in old for file in _files(stages[other])):
             path = self.folder / file
             path.unlink(missing_ok=True)
             for parent in path.relative_to(self.folder).parents[:-1]:
@@ -131,18 +151,26 @@ class Bundle:
             CapaError: a file is missing or was changed, or a stage has not run.
         """
         for name in names:
-            if changed := self._changed(self.stage(name)["files"]):
+            if changed := self._changed(self.stage(name)):
+                linked = changed[0] not in self.stage(name)["files"]
+                how = "size, time or header differ" if linked else "sha256 differs"
                 raise CapaError(
-                    f"{self.folder / changed[0]}: missing or changed since it was built (sha256 differs from "
-                    f"{MANIFEST}); build again, or copy the bundle again"
+                    f"{self.folder / changed[0]}: missing or changed since it was built ({how} from "
+                    f"{MANIFEST}); build again, or copy the bundle again{', with its times (cp -a)' if linked else ''}"
                 )
 
-    def _changed(self, files: Mapping[str, str]) -> list[str]:
-        return [
-            file
-            for file, digest in files.items()
-            if not (self.folder / file).is_file() or file_digest(self.folder / file) != digest
-        ]
+    def _changed(self, record: Mapping[str, Any]) -> list[str]:
+        paths = {file: self.folder / file for file in _files(record)}
+
+        def same(file: str, path: Path) -> bool:
+            if file in record["files"]:
+                return file_digest(path) == record["files"][file]
+            known = dict(record["linked"][file])
+            digest = known.pop("sha256")
+            # A copy of the bundle may have other times.
+            return fingerprint(path) == known or (digest is not None and file_digest(path) == digest)
+
+        return [file for file, path in paths.items() if not path.is_file() or not same(file, path)]
 
     @contextmanager
     def replacing(self, *outputs: str) -> Generator[Path]:
@@ -203,17 +231,33 @@ class Bundle:
         *,
         outdates: Sequence[str] = (),
     ) -> tuple[dict[str, Any], bool]:
-        """Do the work unless its outputs are current; returns the stage's record and whether it ran."""
-        digest = digest_of(key)
-        if self.is_current(name, digest):
+        """Do the work unless its outputs are current; returns the stage's record and whether it ran.
+
+        `key` may be a function, which is then called before the work only where it may make the work superfluous.
+        Of what `work` returns, `linked` and `sha256` are for `record`.
+        """
+
+        def digest() -> str:
+            return digest_of(key() if callable(key) else key)
+
+        if name in self.manifest["stages"] and self.is_current(name, digest()):
             return self.stage(name), False
         from capa_export.measure import measured
 
         with self.replacing(*outputs) as scratch, measured() as cost:
             result = work(scratch)
         files = self.files_under(*outputs)
-        self.record(name, digest, files, outdates=outdates, **cost.as_dict(), result=result)
+        entries: dict[str, Any] = {
+            "linked": result.pop("linked", {}),
+            "sha256": result.pop("sha256", {}),
+            **cost.as_dict(),
+        }
+        self.record(name, digest(), files, outdates=outdates, result=result, **entries)
         return self.stage(name), True
+
+
+def _files(record: Mapping[str, Any]) -> list[str]:
+    return [*record["files"], *record.get("linked", ())]
 
 
 def _put(source: Path, place: Path) -> None:

@@ -11,13 +11,19 @@ import typer
 
 import capa_export
 from capa_export.cli_options import (
+    BuildWeights,
+    BuildWeightsOpt,
     BundleArg,
     CalibrationOpt,
     CheckpointOpt,
+    ExportWeights,
+    ExportWeightsOpt,
     FfnOpt,
     ImagesOpt,
     JsonOpt,
+    LayerByLayerOpt,
     LayerOpt,
+    MinKeepOpt,
     ModelOpt,
     OutOpt,
     Precision,
@@ -67,28 +73,31 @@ def build(
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    layer_by_layer: LayerByLayerOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     target: TargetOpt = "rtx",
-    weights: WeightsOpt = Weights.embedded,
+    weights: BuildWeightsOpt = BuildWeights.embedded,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.target import load_target
 
-    recipe = _recipe(model, ratio, prune_layer)
+    recipe = _recipe(model, ratio, prune_layer, min_keep_per_image)
     device = load_target(target)
     device.require_precision(precision.value)
     if device.engine:
         device.require_engine()
-    elif weights == Weights.external:
+    elif weights == BuildWeights.external:
         raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
-    if calibration is not None and samples is not None:
-        raise CapaError("--calibration stands in place of a run: --samples has no effect with it", ExitCode.USAGE)
+    if calibration is not None and (samples is not None or layer_by_layer is not None):
+        option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
+        raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
     if dry_run:
         _print_plan(
             recipe,
@@ -118,10 +127,12 @@ def build(
             revision=revision,
             images=images,
             samples=samples,
+            layer_by_layer=layer_by_layer,
             calibration=calibration,
             precision=precision.value,
             ffn=ffn,
-            weights=weights.value,
+            weights="embedded" if weights == BuildWeights.embedded else "external",
+            in_place=weights == BuildWeights.in_place,
             command=sys.argv[1:],
             report=report,
         )
@@ -143,6 +154,7 @@ def calibrate(
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    layer_by_layer: LayerByLayerOpt = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
     ] = False,
@@ -160,7 +172,7 @@ def calibrate(
     from capa_export.recipe import FFN
 
     if merge:
-        if not parts or images or samples or checkpoint or revision:
+        if not parts or images or samples or checkpoint or revision or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
@@ -179,6 +191,7 @@ def calibrate(
                 revision=revision,
                 images=images,
                 samples=samples,
+                layer_by_layer=layer_by_layer,
                 report=report,
             )
             calibration = pipeline.calibrate(job)
@@ -200,9 +213,11 @@ def export(
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
+    weights: ExportWeightsOpt = ExportWeights.copied,
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
@@ -211,7 +226,7 @@ def export(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe, bundle = _recipe(model, ratio, prune_layer), Bundle(out)
+    recipe, bundle = _recipe(model, ratio, prune_layer, min_keep_per_image), Bundle(out)
     with progress() as report:
         job = Job(
             recipe=recipe,
@@ -221,6 +236,7 @@ def export(
             calibration=calibration,
             precision=precision.value,
             ffn=ffn,
+            in_place=weights == ExportWeights.in_place,
             command=sys.argv[1:],
             report=report,
         )
@@ -276,9 +292,19 @@ def validate(
 @app.command()
 def run(
     bundle: BundleArg,
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video: a file, or a folder of frames.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to take from a file; those of a folder [default: 2].")
+    ] = None,
+    messages: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A conversation in JSON, as chat templates take it, in place of all these; several are one batch."
+        ),
     ] = None,
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
@@ -289,17 +315,26 @@ def run(
     """Answer a question about pictures, from the bundle alone."""
     from capa_export.answer import answer
     from capa_export.bundle import Bundle
+    from capa_export.conversation import conversations
 
     def stream(text: str) -> None:
-        if not as_json:
-            print(text, end="", flush=True)
+        print(text, end="", flush=True)
 
-    result = answer(Bundle.open(bundle), prompt, image or [], ratio=ratio, max_new_tokens=max_new_tokens, stream=stream)
+    opened = Bundle.open(bundle)
+    asked = conversations(prompt, image or [], video, fps, messages or [])
+    several = len(asked) > 1
+    told = None if as_json or several else stream
+    results = answer(opened, asked, ratio=ratio, max_new_tokens=max_new_tokens, stream=told)
     if as_json:
-        print_json(result)
+        print_json(results if several else results[0])
         return
-    # Before what stderr says, where both go to one place.
-    print(flush=True)
+    for result in results:
+        # Before what stderr says, where both go to one place.
+        print(result["answer"] if several else "", flush=True)
+        _say_cost(result)
+
+
+def _say_cost(result: dict[str, Any]) -> None:
     kept = ", ".join(
         f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
         for stage in result["stages"]
@@ -320,13 +355,14 @@ def plan(
     checkpoint: CheckpointOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     precision: PrecisionOpt = Precision.fp16,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
     ] = None,
     target: TargetOpt = "rtx",
-    weights: WeightsOpt = Weights.embedded,
+    weights: BuildWeightsOpt = BuildWeights.embedded,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what a build would do, as `build --dry-run`."""
@@ -336,6 +372,7 @@ def plan(
         checkpoint=checkpoint,
         ratio=ratio,
         prune_layer=prune_layer,
+        min_keep_per_image=min_keep_per_image,
         ffn=ffn,
         precision=precision,
         target=target,
@@ -349,10 +386,12 @@ app.command()(models)
 app.command()(targets)
 
 
-def _recipe(model: str, ratio: float | None = None, prune_layer: int | None = None) -> "Recipe":
+def _recipe(
+    model: str, ratio: float | None = None, prune_layer: int | None = None, min_keep_per_image: int | None = None
+) -> "Recipe":
     from capa_export.recipe import load_recipe
 
-    return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer)
+    return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image)
 
 
 def _finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:

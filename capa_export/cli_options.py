@@ -7,13 +7,19 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "BuildWeights",
+    "BuildWeightsOpt",
     "BundleArg",
     "CalibrationOpt",
     "CheckpointOpt",
+    "ExportWeights",
+    "ExportWeightsOpt",
     "FfnOpt",
     "ImagesOpt",
     "JsonOpt",
+    "LayerByLayerOpt",
     "LayerOpt",
+    "MinKeepOpt",
     "ModelOpt",
     "OutOpt",
     "Precision",
@@ -42,6 +48,21 @@ class Weights(str, Enum):
     external = "external"
 
 
+class ExportWeights(str, Enum):
+    """Where the ONNX files find their weights."""
+
+    copied = "copied"
+    in_place = "in-place"
+
+
+class BuildWeights(str, Enum):
+    """Where engines and ONNX files find their weights."""
+
+    embedded = "embedded"
+    external = "external"
+    in_place = "in-place"
+
+
 ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")]
 CheckpointOpt = Annotated[
     str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
@@ -53,11 +74,24 @@ RatioOpt = Annotated[
 LayerOpt = Annotated[
     int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")
 ]
+MinKeepOpt = Annotated[
+    int | None, typer.Option(min=0, help="Visual tokens that each image keeps at least [default: the recipe's].")
+]
 FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
 ImagesOpt = Annotated[
-    Path | None, typer.Option(help="Folder of pictures [default: built-in scenes, where the recipe has them].")
+    Path | None,
+    typer.Option(
+        help="Folder of pictures, or .jsonl of conversations [default: the recipe's built-in scenes, if any]."
+    ),
 ]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
+LayerByLayerOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--layer-by-layer/--in-memory",
+        help="Calibrate with one layer's weights in memory at a time [default: where the FP32 model does not fit].",
+    ),
+]
 CalibrationOpt = Annotated[
     Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")
 ]
@@ -66,6 +100,12 @@ TargetOpt = Annotated[
     str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
 ]
 WeightsOpt = Annotated[Weights, typer.Option(help="In the engines, or inputs that engines share.")]
+_IN_PLACE = "the checkpoint's own files, hard-linked where --precision is theirs: not read, so not searched for NaN"
+ExportWeightsOpt = Annotated[ExportWeights, typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.")]
+BuildWeightsOpt = Annotated[
+    BuildWeights,
+    typer.Option(help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}."),
+]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -6,12 +6,15 @@ from typing import Any, Literal
 
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
 from capa_export.families import load_family
+from capa_export.measure import available_memory
 from capa_export.plan import Parameters, decode_flops, flops, kv_cache, parameters
-from capa_export.recipe import Recipe, check_layers, kept_tokens
+from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target
 
-__all__ = ["UNKNOWN", "dry_run"]
+__all__ = ["UNKNOWN", "calibration_bytes", "check_engine_memory", "dry_run"]
 
 UNKNOWN = "unknown until calibrated"
 """Where no calibration and no list of the paper says which layers are linear."""
@@ -19,6 +22,10 @@ UNKNOWN = "unknown until calibrated"
 _TEXT_TOKENS = 48
 _LIBRARIES = 500 << 20
 """Resident before any weight is: Python with torch and transformers, or TensorRT."""
+_TENSORRT = 900 << 20
+"""Resident in the build of an engine whose weights are inputs; 0.76 GB was measured for a 7B."""
+_PER_EMBEDDED_BYTE = 1.6
+"""What a build holds for a byte of weights that it embeds, mapped files not counted; 1.5 was measured for a 3B."""
 _ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -32,7 +39,7 @@ def dry_run(
     revision: str | None = None,
     calibration: Path | None = None,
     target: Target | None = None,
-    weights: Literal["embedded", "external"] = "embedded",
+    weights: Literal["embedded", "external", "in-place"] = "embedded",
 ) -> dict[str, Any]:
     """Plan for one picture of the recipe's size; loads no weights and no torch.
 
@@ -45,7 +52,7 @@ def dry_run(
         revision: of a hub id.
         calibration: a file or bundle that says it in place of `out`.
         target: whose engines are planned too, if it has any.
-        weights: where its engines find theirs.
+        weights: where its engines find theirs; in place, the ONNX files hold none either.
 
     Raises:
         CapaError: the config or the calibration cannot be read, or does not fit the recipe.
@@ -56,11 +63,12 @@ def dry_run(
     if calibration is None and out is not None and (out / CALIBRATION).exists():
         calibration = out
     linear, basis = _linear_layers(recipe, calibration, dims.decoder.num_layers, ffn=ffn)
-    stages = [(stage.layer, kept_tokens(recipe.visual_tokens, stage.ratio)) for stage in recipe.prune.schedule]
+    kept = recipe.prune.num_keep([recipe.visual_tokens])
+    stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
     sizes: dict[str, Any] = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
     width = _ELEMENT_BYTES[precision]
     total = parameters(dims)
-    engines = weights if target is not None and target.engine is not None else None
+    engines = ("embedded" if weights == "embedded" else "external") if target and target.engine else None
     return {
         "model": recipe.name,
         "checkpoint": checkpoint,
@@ -75,33 +83,74 @@ def dry_run(
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
         "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
         "vision": {"total": dims.vision.flops(recipe.visual_tokens)},
-        "files": _files(total, width, engines),
-        "memory": _memory(total.total, width, engines),
+        "files": _files(total, width, engines, in_place=weights == "in-place"),
+        "memory": _memory(total, width, engines, dims.decoder.num_layers),
+        "memory_available": available_memory(),
+        "refusal": _engine_refusal(total, width) if engines == "embedded" else None,
     }
 
 
-def _files(total: Parameters, width: int, engines: str | None) -> dict[str, int]:
+def _files(total: Parameters, width: int, engines: str | None, *, in_place: bool) -> dict[str, int]:
     """Bytes by kind of file; `engines` is where they find their weights, None where none are built."""
-    # A tied head is stored for the graphs once more.
-    decoder = total.decoder + (total.lm_head or total.embedding)
+    decoder = _decoder(total)
     files = {"onnx weights": (decoder + total.vision) * width, "embedding.safetensors": total.embedding * width}
+    if in_place:
+        return dict.fromkeys(files, 0)
     # Prefill and decode each embed the decoder.
     return {**files, "engines": (2 * decoder + total.vision) * width} if engines == "embedded" else files
 
 
-def _memory(parameters: int, width: int, engines: str | None) -> dict[str, int]:
+def _decoder(total: Parameters) -> int:
+    """Parameters of a decoder graph; a tied head is stored for the graphs once more."""
+    return total.decoder + (total.lm_head or total.embedding)
+
+
+def check_engine_memory(dims: ModelDims[Any], precision: str, weights: Literal["embedded", "external"]) -> None:
+    """Refuse engines whose building needs more memory than there is.
+
+    Raises:
+        CapaError: they do, and external weights would not.
+    """
+    refusal = _engine_refusal(parameters(dims), _ELEMENT_BYTES[precision]) if weights == "embedded" else None
+    if refusal:
+        raise CapaError(refusal)
+
+
+def _engine_refusal(total: Parameters, width: int) -> str | None:
+    """Why engines with embedded weights cannot be built here, if they cannot."""
+    needed, available = _engine_bytes(total, width, "embedded"), available_memory()
+    if needed <= available:
+        return None
+    return (
+        f"engines with embedded weights take {needed / 1e9:.1f} GB of memory to build, {available / 1e9:.1f} GB are "
+        f"available; build with --weights external, which takes {_engine_bytes(total, width, 'external') / 1e9:.1f} GB"
+    )
+
+
+def _engine_bytes(total: Parameters, width: int, weights: str) -> int:
+    """Peak of the largest build; each engine has a process of its own."""
+    embedded = max(_decoder(total), total.vision) * width if weights == "embedded" else 0
+    return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
+
+
+def _memory(total: Parameters, width: int, engines: str | None, num_layers: int) -> dict[str, int]:
     """Peak bytes by stage."""
-    engine = {"embedded": 2 * width, "external": 0}
     per_parameter = {
         # The eager model, in FP32.
         "calibrate": 4,
+        "calibrate layer by layer": 4 / num_layers,
         "export": 0,
-        **({"engine": engine[engines]} if engines else {}),
         # The eager model and its half copy; prefill and decode in ONNX Runtime, in FP32 and in the bundle's precision.
         "validate": 4 + 2 + 2 * 4 + 2 * width,
         "run": 2 * width,
     }
-    return {stage: _LIBRARIES + parameters * size for stage, size in per_parameter.items()}
+    stages = {stage: _LIBRARIES + int(total.total * size) for stage, size in per_parameter.items()}
+    return {**stages, "engine": _engine_bytes(total, width, engines)} if engines else stages
+
+
+def calibration_bytes(num_parameters: int) -> int:
+    """Peak of a calibration with the whole eager model in memory, in FP32."""
+    return _LIBRARIES + 4 * num_parameters
 
 
 def _linear_layers(

@@ -22,6 +22,7 @@ from capa_export.external_weights import externalize_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import BinaryIO
 
 __all__ = ["main"]
 
@@ -44,6 +45,23 @@ class _Log(trt.ILogger):
                 self.warnings.append(msg)
             elif severity < trt.ILogger.WARNING:
                 self.errors.append(msg)
+
+
+class _Plan(trt.IStreamWriter):
+    """Writes the plan as it is made: held whole, it would take its size in memory once more."""
+
+    def __init__(self, file: "BinaryIO") -> None:
+        super().__init__()
+        self._file = file
+        self.error = ""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            # TensorRT asks for no reason and goes on.
+            self.error = f"the plan cannot be written: {error.strerror}"
+            return 0
 
 
 def main(spec_path: str) -> int:
@@ -70,11 +88,12 @@ def _build(spec: dict[str, Any]) -> dict[str, Any]:
     for index, capability in enumerate(spec["compute_capabilities"]):
         config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
     config.add_optimization_profile(_profile(builder, network, spec))
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise CapaError(_first_line(log.errors, "the builder gave no reason"), ExitCode.ENGINE)
     with Path(spec["plan"]).open("wb") as file:
-        file.write(plan)
+        plan = _Plan(file)
+        # True even where the plan could not be written.
+        if not builder.build_serialized_network_to_stream(network, config, plan) or plan.error:
+            reasons = [plan.error] if plan.error else log.errors
+            raise CapaError(_first_line(reasons, "the builder gave no reason"), ExitCode.ENGINE)
     Path(spec["layers"]).write_text(log.layers, encoding="utf-8")
     return {
         "version": trt.__version__,

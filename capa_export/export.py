@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from capa_export.errors import CapaError
 from capa_export.families import Family
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
+from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.progress import Report, silent
 
 __all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
@@ -73,7 +75,9 @@ def write_onnx(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
+    min_keep_per_image: int = 1,
     dense: bool = False,
+    in_place: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Write llm/{prefill,decode}.onnx over one data file, llm/embedding.safetensors and visual/model.onnx.
@@ -84,27 +88,32 @@ def write_onnx(
         folder: receives `llm/` and `visual/`.
         prune_layers: layers that drop visual tokens, ascending.
         scales: layer -> alpha [D] that stands for the FFN of visual tokens.
+        min_keep_per_image: visual tokens that each image keeps at every stage.
         dense: also write `DENSE`.
+        in_place: link to the checkpoint's shards instead of copying them; weights are then not read, and so not
+            searched for NaN.
         report: progress.
 
     Returns:
-        Counts of nodes and bytes per file.
+        Counts of nodes and bytes per file; what is linked is a `shard` by its name in the checkpoint.
 
     Raises:
-        CapaError: a tensor is missing, not finite or out of range, or the disk is too small.
+        CapaError: a tensor is missing, not finite or out of range, the disk is too small, or the weights cannot stay
+            in place.
     """
     dtype, dims = PRECISIONS[precision], source.dims
     rotary = rotary_tables(dims)
+    pruning: Any = {"prune_layers": prune_layers, "min_keep_per_image": min_keep_per_image}
     llm = {
-        "prefill.onnx": prefill_model(
-            dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=sorted(scales)
-        ),
+        "prefill.onnx": prefill_model(dims.decoder, dtype, rotary, linear_layers=sorted(scales), **pruning),
         "decode.onnx": decode_model(dims.decoder, dtype, rotary, prune_layers=prune_layers),
     }
     if dense:
-        llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, prune_layers=prune_layers, linear_layers=())
+        llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, linear_layers=(), **pruning)
     visual = {"model.onnx": source.family.vision_model(dims.vision, dtype)}
-    check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
+    shards = Shards(source.checkpoint, precision) if in_place else None
+    if shards is None:
+        check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
     extra = {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
     sizes: dict[str, Any] = {}
     for part, models in (("llm", llm), ("visual", visual)):
@@ -114,13 +123,30 @@ def write_onnx(
             report(f"write {part} weights (MB)", done >> 20, total >> 20)
 
         data = folder / part / "model.onnx.data"
-        bind(list(models.values()), source.tensors, dtype=dtype, data_path=data, extra=extra, progress=progress)
-        for name, model in models.items():
-            ir.save(model, folder / part / name)
-            onnx.checker.check_model(str(folder / part / name))
-            sizes[f"{part}/{name}"] = {"nodes": model.graph.num_nodes()}
-        sizes[f"{part}/{data.name}"] = {"bytes": data.stat().st_size}
-    write_embedding(source.tensors, dtype, folder / "llm" / "embedding.safetensors")
+        bound = bind(
+            list(models.values()),
+            source.tensors,
+            dtype=dtype,
+            data_path=data,
+            extra=extra,
+            shards=shards,
+            progress=progress,
+        )
+        written, kept = {data: bound.sha256}, bound.kept
+        if part == "llm":
+            path = folder / part / EMBEDDING_FILE
+            embedding = write_embedding(source.tensors, dtype, path, shards)
+            written[path] = embedding.sha256
+            kept += embedding.kept
+        with shards.linked(kept, folder / part) if shards else nullcontext({}) as links:
+            for name, model in models.items():
+                ir.save(model, folder / part / name)
+                onnx.checker.check_model(str(folder / part / name))
+                sizes[f"{part}/{name}"] = {"nodes": model.graph.num_nodes()}
+        sizes |= {f"{part}/{location}": {"shard": name} for location, name in links.items()}
+        for path, sha256 in written.items():
+            if sha256 is not None:
+                sizes[f"{part}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256}
     return sizes
 
 

@@ -3,16 +3,19 @@
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import capa_export
 from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family
+from capa_export.fingerprint import fingerprint
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 
@@ -41,11 +44,16 @@ class Job:
     calibration: Path | None = None
     """Finished elsewhere, in place of a run; a file, or a bundle folder."""
     samples: int | None = None
+    layer_by_layer: bool | None = None
+    """Calibrate with one layer's weights in memory; None where the model does not fit."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     ffn: bool = True
     weights: Literal["embedded", "external"] = "embedded"
+    in_place: bool = False
+    """Whether the ONNX files read the checkpoint's own shards instead of a copy."""
     command: Sequence[str] = ()
     report: Report = field(default=silent)
+    _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
 
     @classmethod
     def of_bundle(
@@ -86,13 +94,48 @@ class Job:
         return str(folder.resolve()) if folder.is_dir() else self.checkpoint
 
     @cached_property
+    def fingerprints(self) -> dict[str, dict[str, int | str]]:
+        """What tells the checkpoint's files from others without reading their weights."""
+        checkpoint = self.source.checkpoint
+        return {path.relative_to(checkpoint.folder).as_posix(): fingerprint(path) for path in checkpoint.files}
+
+    @property
+    def known_digests(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files, if the bundle has it and they have not changed since; else nothing."""
+        hashed = self.bundle.manifest.get("hashed", {})
+        return hashed["sha256"] if hashed.get("files") == self.fingerprints else {}
+
+    @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the checkpoint's files."""
+        if known := self.known_digests:
+            return known
+        if self._hashing is not None:
+            return self._hashing.result()
 
         def progress(_name: str, done: int, total: int) -> None:
             self.report("hash checkpoint (MB)", done >> 20, total >> 20)
 
         return self.source.checkpoint.sha256(progress)
+
+    def hash_meanwhile(self) -> None:
+        """Take the digests beside other work that reads the checkpoint; who asks for them then waits.
+
+        A thread of its own, and not a pool's, since those would keep a failed command from ending.
+        """
+        if self.known_digests or "digests" in vars(self):
+            return
+        hashing: Future[dict[str, str]] = Future()
+        checkpoint = self.source.checkpoint
+
+        def work() -> None:
+            try:
+                hashing.set_result(checkpoint.sha256())
+            except OSError as error:
+                hashing.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
+        self._hashing = hashing
 
     @property
     def checkpoint_digest(self) -> str:
@@ -133,8 +176,11 @@ class Job:
         return self.recipe.prune.schedule
 
     @property
-    def prune_layers(self) -> tuple[int, ...]:
-        return tuple(stage.layer for stage in self.schedule)
+    def pruning(self) -> dict[str, Any]:
+        """What the graphs need to know of the pruning."""
+        prune = self.recipe.prune
+        layers = tuple(stage.layer for stage in prune.schedule)
+        return {"prune_layers": layers, "min_keep_per_image": prune.min_keep_per_image}
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""

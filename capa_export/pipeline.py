@@ -1,5 +1,6 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,10 +10,14 @@ import numpy as np
 
 from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
+from capa_export.dims import ModelDims
+from capa_export.dry_run import check_engine_memory
 from capa_export.errors import CapaError, ExitCode
+from capa_export.families import load_family
+from capa_export.in_place import Shards
 from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, say, tool_versions
 from capa_export.progress import Report
-from capa_export.recipe import Recipe, kept_tokens, ranges
+from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.target import Target
 
 __all__ = ["adopt_calibration", "build", "calibrate", "engine", "export", "validate"]
@@ -27,6 +32,11 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     if target.engine is not None:
         check_runtime(target)
     job.check_layers()
+    if target.engine is not None and f"engine/{target.name}" not in job.bundle.manifest["stages"]:
+        check_engine_memory(job.source.dims, job.precision, job.weights)
+    if job.in_place:
+        with job.bundle.replacing() as scratch:
+            Shards(job.source.checkpoint, job.precision).try_to_link(scratch)
     calibrate(job)
     export(job)
     if target.engine is not None:
@@ -54,6 +64,7 @@ def calibrate(job: Job) -> Calibration:
         calibration = Calibration.load(job.calibration)
         _check_owner(calibration, job, job.calibration)
         adopt_calibration(job.bundle, calibration)
+        _note_digests(job)
         _say_linear(calibration, job.recipe)
         return calibration
 
@@ -64,23 +75,41 @@ def calibrate(job: Job) -> Calibration:
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.calibrate import calibrate as measure
+        from capa_export.calibrate_layerwise import calibrate_layerwise
 
-        calibration = measure(
-            job.eager_model,
-            job.family,
-            job.prompter,
-            samples,
-            checkpoint_digest=job.checkpoint_digest,
-            report=job.report,
-        )
+        about: Any = {"checkpoint_digest": job.checkpoint_digest, "report": job.report}
+        if _exceeds_memory(job) if job.layer_by_layer is None else job.layer_by_layer:
+            calibration = calibrate_layerwise(job.source, job.prompter, samples, **about, folder=scratch)
+        else:
+            calibration = measure(job.eager_model, job.family, job.prompter, samples, **about)
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
     check_tensors(job.source)
     _stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+    _note_digests(job)
     calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
     return calibration
+
+
+def _note_digests(job: Job) -> None:
+    """Spare the next command reading the whole checkpoint."""
+    job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
+
+
+def _exceeds_memory(job: Job) -> bool:
+    """Whether the eager model does not fit, which is then said."""
+    from capa_export.dry_run import calibration_bytes
+    from capa_export.measure import available_memory
+
+    needed, available = calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
+    if exceeds := needed > available:
+        say(
+            f"{'':<14}layer by layer: the model takes {needed / 1e9:.1f} GB in FP32, "
+            f"{available / 1e9:.1f} GB are free; --in-memory tries all the same"
+        )
+    return exceeds
 
 
 def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
@@ -110,35 +139,60 @@ def export(job: Job) -> None:
             linear = calibration.linear_layers(job.recipe.ffn.eta)
             scales = {layer: calibration.layers[layer].alpha for layer in linear}
     alpha = _alpha_digest(scales)
-    key = [
-        tool_versions("onnxscript", "onnx-ir"),
-        job.checkpoint_digest,
-        job.precision,
-        job.prune_layers,
-        job.sidecar_digests,
-        alpha,
-    ]
+
+    def digests() -> dict[str, str]:
+        # A calibration needed them; weights in place are too many bytes to read for anything less.
+        return job.known_digests if job.in_place and calibration is None else job.digests
+
+    def key() -> list[Any]:
+        return [
+            tool_versions("onnxscript", "onnx-ir"),
+            ["in place", job.fingerprints] if job.in_place else job.checkpoint_digest,
+            job.precision,
+            job.pruning,
+            job.sidecar_digests,
+            alpha,
+        ]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.export import copy_sidecars, write_onnx
 
+        if not job.in_place:
+            job.hash_meanwhile()
         sizes = write_onnx(
-            job.source, job.precision, scratch / ONNX, prune_layers=job.prune_layers, scales=scales, report=job.report
+            job.source,
+            job.precision,
+            scratch / ONNX,
+            **job.pruning,
+            scales=scales,
+            in_place=job.in_place,
+            report=job.report,
         )
         copy_sidecars(job.source.checkpoint, scratch / ONNX)
-        return {"files": sizes, "linear_layers": sorted(scales), "alpha": alpha, "precision": job.precision}
+        known = digests()
+        linked = {f"{ONNX}/{file}": known.get(size["shard"]) for file, size in sizes.items() if "shard" in size}
+        made = {"files": sizes, "linear_layers": sorted(scales), "alpha": alpha, "precision": job.precision}
+        sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
+        return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
 
     _stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate"])
-    for stage in job.schedule:
-        kept, visual = kept_tokens(job.recipe.visual_tokens, stage.ratio), job.recipe.visual_tokens
+    visual = job.recipe.visual_tokens
+    for stage, kept in zip(job.schedule, job.recipe.prune.num_keep([visual]), strict=True):
         say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
     job.bundle.update(
         tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
         command=list(job.command),
         recipe=job.recipe.model_dump(mode="json"),
-        checkpoint={"source": job.checkpoint_source, "revision": job.revision, "sha256": job.digests},
+        checkpoint={
+            "source": job.checkpoint_source,
+            "revision": job.revision,
+            "files": job.fingerprints,
+            "sha256": digests(),
+        },
         calibration_samples=calibration.samples if calibration else 0,
     )
+    if digests():
+        _note_digests(job)
 
 
 def engine(
@@ -152,11 +206,12 @@ def engine(
     export_record = bundle.stage("export")
     target.require_precision(export_record["result"]["precision"])
     folder = f"engines/{target.name}"
-    key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, export_record["files"]]
+    key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, bundle.digest("export")]
     stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
     graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 
     def work(scratch: Path) -> dict[str, Any]:
+        check_engine_memory(_dims(bundle), export_record["result"]["precision"], weights)
         result: dict[str, Any] = {}
         for done, (onnx, name) in enumerate(graphs.items()):
             report(f"engines for {target.name}", done, len(graphs))
@@ -200,6 +255,12 @@ def engine(
     return _stage(bundle, f"engine/{target.name}", key, [folder], work)
 
 
+def _dims(bundle: Bundle) -> ModelDims[Any]:
+    path = bundle.folder / ONNX / "llm" / "config.json"
+    family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
+    return family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+
+
 def validate(job: Job) -> dict[str, Any]:
     """Hold the bundle against the eager model.
 
@@ -213,8 +274,8 @@ def validate(job: Job) -> dict[str, Any]:
     bundle, parity = job.bundle, job.recipe.parity
     bundle.verify("export")
     result = bundle.stage("export")["result"]
-    recorded = digest_of(bundle.manifest["checkpoint"]["sha256"])
-    if recorded != job.checkpoint_digest:
+    recorded = bundle.manifest["checkpoint"]
+    if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
         raise CapaError(f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint")
     calibration = Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
     scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]} if calibration else {}
@@ -224,16 +285,14 @@ def validate(job: Job) -> dict[str, Any]:
     questions = samples_from(job.images, job.recipe, parity.accuracy_samples, split="held_out")
     key = [
         tool_versions("onnxruntime", "torch", "transformers"),
-        bundle.stage("export")["files"],
-        [stage.model_dump() for stage in job.schedule],
+        bundle.digest("export"),
+        job.recipe.prune.model_dump(),
         parity.model_dump(),
         prompts.digest(),
         questions.digest(),
     ]
 
     def work(scratch: Path) -> dict[str, Any]:
-        import json
-
         from capa_export.dry_run import dry_run
         from capa_export.export import write_onnx
         from capa_export.report import write_report
@@ -241,15 +300,12 @@ def validate(job: Job) -> dict[str, Any]:
         from capa_export.validate import validate as compare
 
         with TemporaryDirectory(dir=scratch) as twin:
-            layers = job.prune_layers
-            write_onnx(
-                job.source, "fp32", Path(twin), prune_layers=layers, scales=scales, dense=True, report=job.report
-            )
+            write_onnx(job.source, "fp32", Path(twin), **job.pruning, scales=scales, dense=True, report=job.report)
             subject = Subject(
                 model=job.eager_model,
                 family=job.family,
                 prompter=job.prompter,
-                schedule=job.schedule,
+                prune=job.recipe.prune,
                 scales=scales,
                 precision=result["precision"],
                 onnx=bundle.folder / ONNX,

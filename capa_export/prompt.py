@@ -1,7 +1,8 @@
-"""From a question and pictures to the arrays that every runtime of a model is fed."""
+"""From a conversation with pictures to the arrays that every runtime of a model is fed."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,36 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
-from capa_export.families import Family
+from capa_export.families import Family, VideoFamily
 
-__all__ = ["Picture", "Prompt", "Prompter", "open_picture"]
+__all__ = ["PICTURE_SUFFIXES", "Picture", "Prompt", "Prompter", "Turn", "Video", "open_picture"]
 
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True)
+class Video:
+    """Frames of one size, evenly spaced in time."""
+
+    frames: Sequence[Image.Image]
+    fps: float
+    """Frames per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says."""
+
+    role: str
+    """`user`, `assistant` or `system`."""
+    content: Sequence[str | Image.Image | Video]
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture as the vision graph takes it."""
+    """One picture or video as the vision graph takes it."""
 
     patches: np.ndarray
     """FP32, in the shape of the vision graph's input."""
@@ -30,6 +50,10 @@ class Picture:
     """Visual tokens it becomes."""
     grid: tuple[int, int] | None = None
     """Rows and columns of those tokens, where they make one grid."""
+    frame_seconds: float | None = None
+    """Of a video: what one of the vision graph's frames lasts."""
+    frame_positions: float = 1.0
+    """Temporal positions from one of the vision graph's frames to the next."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,12 @@ class Prompt:
     def num_visual(self) -> int:
         return int(self.is_visual.sum())
 
+    @cached_property
+    def image_lengths(self) -> list[int]:
+        """Visual tokens of each image, which is a run of them between text."""
+        edges = np.flatnonzero(np.diff(self.is_visual, prepend=False, append=False))
+        return (edges[1::2] - edges[::2]).tolist()
+
 
 class Prompter:
     """Tokenizer, chat template and image processor; needs no weights and no torchvision.
@@ -72,47 +102,96 @@ class Prompter:
     def __init__(self, text: Path, visual: Path, family: Family, dims: ModelDims[Any]) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        self.family, self.dims = family, dims
+        self.family, self.dims, self.folder = family, dims, visual
         self.tokenizer = _load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
         self.image_processor = _load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
         self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
+        self.marks = {"picture": family.placeholder(self.tokenizer, dims)}
+        # Some tokenizers lack the token that their config names.
+        if isinstance(family, VideoFamily) and (mark := family.video_placeholder(self.tokenizer, dims)):
+            self.marks["video"] = mark
 
     def __call__(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         """The pictures, then the question, as one user turn."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in images]
-        content.append({"type": "text", "text": question})
-        messages = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # A family may have to set what its image processor's own file leaves at another value.
-        shown: list[Picture] = []
-        for image in images:
-            try:
-                processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
-            except ValueError as error:
-                size = f"{image.width} x {image.height}"
-                raise CapaError(
-                    f"the image processor refuses a picture of {size} pixels: {_first_line(error)}; crop or resize it"
-                ) from error
-            shown += self.family.pictures(processed, self.dims)
-        mark = self.family.placeholder(self.tokenizer, self.dims)
-        pieces = text.split(mark)
-        if len(pieces) != len(shown) + 1:
-            raise CapaError(f"{len(shown)} pictures, but the prompt has {len(pieces) - 1} places for one ({mark})")
-        text = pieces[0] + "".join(
-            self.family.written(mark, picture) + rest for picture, rest in zip(shown, pieces[1:], strict=True)
-        )
+        return self.chat([Turn("user", [*images, question])])
+
+    def chat(self, turns: Sequence[Turn]) -> Prompt:
+        """A conversation, up to where the assistant's next turn begins.
+
+        Raises:
+            CapaError: the model, its chat template or its image processor does not take what is in it, or it is too
+                long.
+        """
+        shown: dict[str, list[Picture]] = {"picture": [], "video": []}
+        for part in (part for turn in turns for part in turn.content):
+            if isinstance(part, Image.Image):
+                shown["picture"].append(self._picture(part))
+            elif isinstance(part, Video):
+                shown["video"].append(self._video(part))
+        text, ordered = self._expanded(self._written(turns), shown)
         # As transformers' processors do: the template writes the first token itself, or the tokenizer adds it.
         first = self.tokenizer.bos_token
         whole = first is not None and text.startswith(first)
         input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
-        is_visual = input_ids == self.dims.image_token_id
-        position_ids, next_position = self.family.positions(is_visual, shown)
+        visual_ids = self.tokenizer.convert_tokens_to_ids(list(self.marks.values()))
+        is_visual = np.isin(input_ids, visual_ids)
+        position_ids, next_position = self.family.positions(is_visual, ordered)
         limit = self.dims.decoder.rope_limit
         if limit is not None and next_position > limit:
-            raise CapaError(f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context")
-        return Prompt(input_ids, is_visual, tuple(shown), position_ids, next_position)
+            raise CapaError(
+                f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context; "
+                "use fewer or smaller pictures"
+            )
+        return Prompt(input_ids, is_visual, tuple(ordered), position_ids, next_position)
+
+    def _picture(self, image: Image.Image) -> Picture:
+        def process() -> Picture:
+            # A family may have to set what its image processor's own file leaves at another value.
+            processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
+            return self.family.pictures(processed, self.dims)[0]
+
+        return _accepted("a picture", image, process)
+
+    def _video(self, video: Video) -> Picture:
+        family = self.family
+        if not isinstance(family, VideoFamily) or "video" not in self.marks:
+            raise CapaError(f"{family.ARCHITECTURE} takes no video; give some of its frames as pictures")
+
+        def process() -> Picture:
+            return family.video(video, self.image_processor, self.folder, self.dims)
+
+        return _accepted("a video", video.frames[0], process)
+
+    def _written(self, turns: Sequence[Turn]) -> str:
+        """The conversation as the chat template writes it, a placeholder where a picture or video stands."""
+        from jinja2 import TemplateError
+
+        def entry(part: str | Image.Image | Video) -> dict[str, str]:
+            if isinstance(part, str):
+                return {"type": "text", "text": part}
+            return {"type": "video" if isinstance(part, Video) else "image"}
+
+        messages = [{"role": turn.role, "content": [entry(part) for part in turn.content]} for turn in turns]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise CapaError(f"the chat template does not take this conversation: {_first_line(error)}") from error
+
+    def _expanded(self, text: str, shown: dict[str, list[Picture]]) -> tuple[str, list[Picture]]:
+        """The text with every placeholder as long as what it stands for, and the pictures in its order."""
+        for kind, mark in self.marks.items():
+            if (places := text.count(mark)) != len(shown[kind]):
+                raise CapaError(f"{len(shown[kind])} {kind}s, but the prompt has {places} places for one ({mark})")
+        waiting = {mark: iter(shown[kind]) for kind, mark in self.marks.items()}
+        ordered: list[Picture] = []
+
+        def expand(match: re.Match[str]) -> str:
+            ordered.append(next(waiting[match[0]]))
+            return self.family.written(match[0], ordered[-1])
+
+        return re.sub("|".join(map(re.escape, waiting)), expand, text), ordered
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
@@ -157,6 +236,16 @@ def open_picture(path: Path) -> Image.Image:
         raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise CapaError(f"{path}: not a readable picture ({_first_line(error)}); replace or remove it") from error
+
+
+def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:
+    try:
+        return process()
+    except ValueError as error:
+        size = f"{image.width} x {image.height}"
+        raise CapaError(
+            f"the image processor refuses {what} of {size} pixels: {_first_line(error)}; crop or resize it"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Runs a bundle's ONNX files on ONNX Runtime's CPU provider.
 
-T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept.
+B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, G = KV heads, d = head size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +11,43 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
-from capa_export.checkpoint import open_tensors
 from capa_export.errors import CapaError
+from capa_export.in_place import embedding_of
 from capa_export.prompt import Picture, Prompt
+from capa_export.tiled import attention_bytes, tiled
 from capa_export.widen import is_bfloat16, widen
 
-__all__ = ["OnnxModel", "PrefillRun", "greedy"]
+__all__ = ["KVCache", "OnnxModel", "PrefillRun", "greedy"]
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ATTENTION_LIMIT = 1 << 30
+"""Bytes of attention weights up to which the graphs run as they are shipped."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a batch of prompts; shorter rows are padded in front, so that new tokens go behind all."""
+
+    tensors: dict[str, np.ndarray]
+    """Decode's past inputs by name, [B, G, P, d] each."""
+    lengths: np.ndarray
+    """[1 + stages, B] int64: rows that are a prompt's own, before the first stage and behind each."""
+
+    @classmethod
+    def stacked(cls, caches: "Sequence[KVCache]") -> "KVCache":
+        """One batch of several."""
+        names = caches[0].tensors
+        tensors = {name: _stacked([cache.tensors[name] for cache in caches]) for name in names}
+        return cls(tensors, np.concatenate([cache.lengths for cache in caches], axis=1))
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    longest = max(row.shape[2] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 0), (0, 0), (longest - row.shape[2], 0), (0, 0))) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -30,8 +56,7 @@ class PrefillRun:
 
     logits: np.ndarray
     """[V] FP32, last position."""
-    cache: dict[str, np.ndarray]
-    """Decode's past inputs by name."""
+    cache: KVCache
     kept: list[np.ndarray]
     """Prompt positions [K] that survive each stage, ascending."""
 
@@ -43,8 +68,29 @@ class OnnxModel:
         self.folder, self.threads = folder, threads
         self.prefill_file = prefill
         self._scratch = TemporaryDirectory(prefix="capa-export-")
+        self._sessions: dict[str, tuple[Any, bool]] = {}
+        """File -> session, and whether its attention runs in tiles."""
+        self._attention: dict[tuple[str, object], int] = {}
 
-    def _session(self, file: str) -> Any:
+    def _opened(self, file: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+        """The session of a graph; from the first inputs on that are too large for it, one with attention in tiles."""
+        session, in_tiles = self._sessions.get(file, (None, False))
+        if shapes is not None and not in_tiles and self._attention_bytes(file, shapes) > _ATTENTION_LIMIT:
+            # Not both at once: each may hold a copy of the weights.
+            self._sessions.pop(file, None)
+            session, in_tiles = None, True
+        if session is None:
+            session = self._session(file, in_tiles=in_tiles)
+            self._sessions[file] = session, in_tiles
+        return session
+
+    def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        key = file, tuple(shapes.items())
+        if key not in self._attention:
+            self._attention[key] = attention_bytes(onnx.load(self.folder / file, load_external_data=False), shapes)
+        return self._attention[key]
+
+    def _session(self, file: str, *, in_tiles: bool = False) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # Errors come as exceptions; the log would say them a second time.
@@ -55,37 +101,42 @@ class OnnxModel:
             widened = Path(self._scratch.name) / file
             widen(path, widened)
             path = widened
+        source = str(path)
+        if in_tiles:
+            source = tiled(onnx.load(path, load_external_data=False)).SerializeToString()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
-    @cached_property
-    def _visual(self) -> Any:
-        return self._session("visual/model.onnx")
+    def _visual(self, picture: Picture) -> Any:
+        return self._opened("visual/model.onnx", {"pixel_values": picture.patches.shape})
 
-    @cached_property
-    def _prefill(self) -> Any:
-        return self._session(f"llm/{self.prefill_file}")
+    def _prefill(self, prompt: Prompt) -> Any:
+        shapes = {"inputs_embeds": (1, len(prompt.input_ids)), "position_ids": prompt.position_ids.shape}
+        return self._opened(f"llm/{self.prefill_file}", {**shapes, "text_positions": prompt.text_positions.shape})
 
-    @cached_property
+    @property
     def _decode(self) -> Any:
-        return self._session("llm/decode.onnx")
+        return self._opened("llm/decode.onnx")
 
-    def load(self) -> None:
-        """Open everything now, so that nothing is timed twice."""
-        _ = self._visual, self._prefill, self._decode, self._embedding
+    def load(self, prompt: Prompt) -> None:
+        """Open all that a prompt needs now, so that no time is spent on it later."""
+        for picture in prompt.pictures:
+            self._visual(picture)
+        _ = self._prefill(prompt), self._decode, self._embedding
 
     @cached_property
     def _embedding(self) -> np.ndarray:
         """[V, D], mapped from the file rather than read."""
-        tensor = open_tensors(self.folder / "llm" / "embedding.safetensors")["embedding"]
+        tensor = embedding_of(self.folder / "llm")
         return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
 
     @cached_property
     def dtype(self) -> type[np.floating[Any]]:
         """Dtype of the activations."""
-        name = self._prefill.get_inputs()[0].type
+        name = self._decode.get_inputs()[0].type
         if name not in _DTYPES:
             raise CapaError(
                 f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
@@ -98,43 +149,66 @@ class OnnxModel:
         inputs = {entry.name: entry for entry in self._decode.get_inputs()}
         return inputs["position_ids"].shape[0]
 
-    def embed(self, prompt: Prompt) -> np.ndarray:
-        """Input embeddings [1, T, D]: the table's rows, and the vision tower's output where pictures stand."""
+    def embed(self, prompt: Prompt) -> dict[str, np.ndarray]:
+        """Prefill's inputs that hold embeddings: the table's rows, and the vision tower's output at visual tokens.
+
+        inputs_embeds [1, T, D]; deepstack_embeds [layers, T, D] where the decoder has DeepStack layers.
+        """
         embeds = self._embedding[prompt.input_ids].astype(self.dtype)
+        result = {"inputs_embeds": embeds[None]}
+        for entry in self._prefill(prompt).get_inputs():
+            if entry.name == "deepstack_embeds":
+                result[entry.name] = np.zeros((entry.shape[0], *embeds.shape), self.dtype)
         if prompt.pictures:
-            embeds[prompt.is_visual] = np.concatenate([self.see(picture) for picture in prompt.pictures])
-        return embeds[None]
+            seen = [self.features(picture) for picture in prompt.pictures]
+            embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
+            if "deepstack_embeds" in result:
+                deepstack_LND = np.concatenate([part["deepstack_features"] for part in seen], axis=1)
+                result["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+        return result
+
+    def features(self, picture: Picture) -> dict[str, np.ndarray]:
+        """The vision tower's outputs for one picture."""
+        return _run(self._visual(picture), {"pixel_values": picture.patches.astype(self.dtype)})
 
     def see(self, picture: Picture) -> np.ndarray:
         """Visual tokens [N, D] of one picture."""
-        return self._visual.run(None, {"pixel_values": picture.patches.astype(self.dtype)})[0]
+        return self.features(picture)["image_features"]
 
-    def prefill(self, prompt: Prompt, num_keep: Sequence[int], embeds: np.ndarray | None = None) -> PrefillRun:
-        """Run the prompt, keeping `num_keep` visual tokens after each stage."""
+    def prefill(
+        self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray] | None = None
+    ) -> PrefillRun:
+        """Run the prompt, keeping `num_keep` visual tokens after each stage; `embeds` is what `embed` gives."""
         feed = {
-            "inputs_embeds": self.embed(prompt) if embeds is None else embeds,
+            **(self.embed(prompt) if embeds is None else embeds),
             "position_ids": prompt.position_ids,
             "text_positions": prompt.text_positions,
             "num_keep": np.asarray(num_keep, np.int64),
         }
-        result = _run(self._prefill, {entry.name: feed[entry.name] for entry in self._prefill.get_inputs()})
+        session = self._prefill(prompt)
+        result = _run(session, {entry.name: feed[entry.name] for entry in session.get_inputs()})
         kept = [result[f"kept_positions.{stage}"] for stage in range(len(num_keep))]
-        return PrefillRun(result["logits"][0], _past(result), kept)
+        lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
+        return PrefillRun(result["logits"][0], KVCache(_past(result), lengths), kept)
 
     def append(
-        self, cache: Mapping[str, np.ndarray], tokens: Sequence[int], position: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits [V] after more text tokens, the first at `position`, and the grown cache."""
-        embeds = self._embedding[list(tokens)].astype(self.dtype)[None]
-        position_ids = np.tile(np.arange(position, position + len(tokens), dtype=np.int64), (self._axes, 1))
-        result = _run(self._decode, {"inputs_embeds": embeds, "position_ids": position_ids, **cache})
-        return result["logits"][0], _past(result)
+        self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> tuple[np.ndarray, KVCache]:
+        """Logits [B, V] after more text tokens [B, S], each row's first at its position, and the grown cache."""
+        token_ids = np.asarray(tokens, np.int64)
+        step = np.arange(token_ids.shape[1])
+        feed = {
+            "inputs_embeds": self._embedding[token_ids].astype(self.dtype),
+            "position_ids": np.tile(np.asarray(positions, np.int64)[:, None] + step, (self._axes, 1, 1)),
+            "past_lengths": cache.lengths,
+        }
+        result = _run(self._decode, {**feed, **cache.tensors})
+        return result["logits"], KVCache(_past(result), cache.lengths + len(step))
 
-    def step(
-        self, cache: Mapping[str, np.ndarray], token: int, position: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """`append` of a single token."""
-        return self.append(cache, [token], position)
+    def step(self, cache: KVCache, token: int, position: int) -> tuple[np.ndarray, KVCache]:
+        """Logits [V] after one more token of a batch of one, and the grown cache."""
+        logits, cache = self.append(cache, [[token]], [position])
+        return logits[0], cache
 
 
 def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -146,13 +220,18 @@ def _past(result: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {_PAST + name.removeprefix(_PRESENT): value for name, value in result.items() if name.startswith(_PRESENT)}
 
 
-def greedy(model: OnnxModel, prompt: Prompt, prefill: PrefillRun, stop: Sequence[int], limit: int) -> Iterator[int]:
-    """Up to `limit` tokens, each the likeliest, until one of `stop`."""
-    logits, cache = prefill.logits, prefill.cache
+def greedy(
+    model: OnnxModel, prompts: Sequence[Prompt], runs: Sequence[PrefillRun], stop: Sequence[int], limit: int
+) -> Iterator[list[int | None]]:
+    """Up to `limit` tokens of each prompt, each the likeliest, until one of `stop`; None where an answer has ended."""
+    logits, cache = np.stack([run.logits for run in runs]), KVCache.stacked([run.cache for run in runs])
+    ended = np.zeros(len(prompts), bool)
     for count in range(limit):
-        token = int(logits.argmax())
-        if token in stop:
+        tokens = logits.argmax(-1)
+        ended |= np.isin(tokens, stop)
+        if ended.all():
             return
-        yield token
+        yield [None if over else int(token) for token, over in zip(tokens, ended, strict=True)]
         if count + 1 < limit:
-            logits, cache = model.step(cache, token, prompt.next_position + count)
+            positions = [prompt.next_position + count for prompt in prompts]
+            logits, cache = model.append(cache, tokens[:, None].tolist(), positions)

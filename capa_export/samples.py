@@ -1,21 +1,49 @@
 """The pictures and questions that calibration and validation run on."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+from PIL import Image
+from pydantic import ValidationError
+
+from capa_export.conversation import Message, Messages, files_of, turns_from
 from capa_export.errors import CapaError
-from capa_export.prompt import open_picture
+from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
 from capa_export.recipe import Recipe
-from capa_export.testbed.scenes import Sample, samples
+from capa_export.settings import Settings, first_problem
+from capa_export.testbed.scenes import samples
 
 __all__ = ["Sample", "Samples", "samples_from"]
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SEED = 2602
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation with pictures, up to a question."""
+
+    turns: Sequence[Turn]
+    answer: str = ""
+    """Empty where nobody knows it."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture, or the first frame where that is a video."""
+        first = next(part for turn in self.turns for part in turn.content if not isinstance(part, str))
+        return first.frames[0] if isinstance(first, Video) else first
+
+    @property
+    def question(self) -> str:
+        """What the last turn says."""
+        return " ".join(part for part in self.turns[-1].content if isinstance(part, str))
+
+
+class _Line(Settings):
+    messages: Messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +57,29 @@ class Samples:
     files: tuple[Path, ...] = ()
     question: str = ""
     split: Literal["train", "held_out"] = "train"
+    conversations: tuple[Sequence[Message], ...] = ()
+    """In place of files and a question."""
+    folder: Path = Path()
+    """What the paths in conversations are relative to."""
 
     def __iter__(self) -> Iterator[Sample]:
         if self.has_answers:
-            return samples(self.count, seed=_SEED, split=self.split)
-        return (
-            Sample(open_picture(path), self.question, "", "picture") for path in islice(cycle(self.files), self.count)
-        )
+            drawn = samples(self.count, seed=_SEED, split=self.split)
+            return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
+        if self.conversations:
+            chosen = islice(cycle(self.conversations), self.count)
+            return (Sample(turns_from(messages, self.folder)) for messages in chosen)
+        files = islice(cycle(self.files), self.count)
+        return (Sample([Turn("user", [open_picture(path), self.question])]) for path in files)
 
     def digest(self) -> str:
-        """Changes when the pictures, the question or their number do."""
+        """Changes when the pictures, the questions or their number do."""
         digest = hashlib.sha256(f"{self.count} {self.has_answers} {self.split} {self.question}".encode())
-        for path in self.files[: self.count]:
+        files = list(self.files[: self.count])
+        for messages in self.conversations[: self.count]:
+            digest.update("".join(message.model_dump_json() for message in messages).encode())
+            files += files_of(messages, self.folder)
+        for path in files:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
@@ -48,30 +87,37 @@ class Samples:
 def samples_from(
     images: Path | None, recipe: Recipe, count: int, *, split: Literal["train", "held_out"], repeat: bool = False
 ) -> Samples:
-    """The pictures of a folder with the recipe's question, or the built-in scenes where the recipe uses them.
+    """The pictures of a folder with the recipe's question, conversations, or built-in scenes where the recipe has them.
 
     Args:
-        images: the user's folder, searched with its subfolders.
+        images: the user's folder, searched with its subfolders, or a .jsonl file with `{"messages": [...]}` per line.
         recipe: says whether scenes stand in for a missing folder.
         count: how many samples at most.
         split: the stream of scenes, disjoint from the other one.
-        repeat: go round the folder again to reach `count`.
+        repeat: go round the samples again to reach `count`.
 
     Raises:
-        CapaError: no folder where one is needed, or no picture in it.
+        CapaError: no folder where one is needed, no picture in it, or a line that is no conversation with a picture.
     """
     if images is None:
         if not recipe.scenes:
             raise CapaError(f"{recipe.name}: no pictures; pass --images FOLDER with a few hundred typical ones")
         return Samples(count=count, name="built-in scenes", has_answers=True, split=split)
+    if images.suffix == ".jsonl":
+        conversations = _split(_conversations(images), recipe, split)
+        return Samples(
+            count=count if repeat else min(count, len(conversations)),
+            name=f"{min(count, len(conversations))} conversations of {images}",
+            has_answers=False,
+            conversations=conversations,
+            folder=images.parent,
+        )
     if not images.is_dir():
         raise CapaError(f"{images}: no such folder of pictures")
-    files = tuple(sorted(path for path in images.rglob("*") if path.suffix.lower() in _SUFFIXES))
+    files = tuple(sorted(path for path in images.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES))
     if not files:
-        raise CapaError(f"{images}: no pictures in this folder ({', '.join(sorted(_SUFFIXES))})")
-    # Where there are enough, validation sees pictures that calibration does not.
-    if len(files) >= 2 * recipe.parity.prompts:
-        files = files[recipe.parity.prompts :] if split == "train" else files[: recipe.parity.prompts]
+        raise CapaError(f"{images}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    files = _split(files, recipe, split)
     return Samples(
         count=count if repeat else min(count, len(files)),
         name=f"{min(count, len(files))} pictures of {images}",
@@ -79,3 +125,39 @@ def samples_from(
         files=files,
         question=recipe.calibration.prompt,
     )
+
+
+T = TypeVar("T")
+
+
+def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_out"]) -> tuple[T, ...]:
+    """Where there are enough, validation sees samples that calibration does not."""
+    if len(items) < 2 * recipe.parity.prompts:
+        return items
+    return items[recipe.parity.prompts :] if split == "train" else items[: recipe.parity.prompts]
+
+
+def _conversations(path: Path) -> tuple[Sequence[Message], ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such file of conversations") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CapaError(f"{path}: is no text file: {error}") from error
+    result: list[Sequence[Message]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            messages = _Line.model_validate_json(line).messages
+        except ValidationError as error:
+            raise CapaError(f"{path}: line {number}: {first_problem(error, _Line)}") from error
+        files = files_of(messages, path.parent)
+        if not files:
+            raise CapaError(f"{path}: line {number}: shows no picture; visual tokens are what is measured")
+        if missing := [file for file in files if not file.is_file()]:
+            raise CapaError(f"{path}: line {number}: {missing[0]}: no such picture")
+        result.append(messages)
+    if not result:
+        raise CapaError(f"{path}: holds no conversation; write one per line, as {{'messages': [...]}}")
+    return tuple(result)

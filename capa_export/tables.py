@@ -163,3 +163,7 @@ def plan_table(plan: dict[str, Any]) -> None:
         for name, size in sizes.items():
             table.add_row(name, _gb(size))
         _show(title, table)
+    if plan["refusal"]:
+        _say(
+            f"{plan['memory_available'] / 1e9:.1f} GB are available; a build would be refused: {plan['refusal']}", "red"
+        )

@@ -1,7 +1,9 @@
 """A bf16 graph as FP32, with the values of its bf16 weights: ONNX Runtime's CPU provider has no bf16 kernels."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 __all__ = ["is_bfloat16", "widen"]
@@ -34,8 +36,15 @@ def widen(source: Path, target: Path) -> None:
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
+def _values(tensor: ir.TensorProtocol) -> Any:
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    # Its own reader refuses files with several hard links, which is what weights in place are.
+    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))
+
+
 def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def convert() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+        return ir.tensor(_values(tensor).astype("float32"), name=tensor.name)
 
     return ir.LazyTensor(convert, _FP32, ir.Shape(tensor.shape.numpy()), name=tensor.name)

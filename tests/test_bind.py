@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from capa_export import bind as bind_module
 from capa_export.bind import bind, check_disk, tied, unused_tensors, write_embedding
+from capa_export.bundle import file_digest
 from capa_export.checkpoint import StoredTensor, open_checkpoint
 from capa_export.errors import CapaError, ExitCode
 
@@ -290,3 +291,16 @@ def test_memory_stays_at_one_chunk(tmp_path: Path) -> None:
         tracemalloc.stop()
     # 64 MiB are written; a chunk and its conversion take 2 + 2 + 4 MiB.
     assert peak < 12 << 20
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(600_000), "b": torch.randn(3), "c": torch.randn(700_000)}
+    tensors = stored(tmp_path / "ckpt", weights)
+    model = graph({"b": [3], "a": [600_000], "c": [700_000]}, FLOAT)
+    written = bind([model], tensors, dtype=FLOAT, data_path=tmp_path / "w.data")
+    assert external(model, "a").offset == 4096, "a gap before it"
+    assert written.sha256 == file_digest(tmp_path / "w.data")
+    path = tmp_path / "e.safetensors"
+    embedding = write_embedding({"model.embed_tokens.weight": tensors["a"]}, FLOAT16, path)
+    assert embedding.sha256 == file_digest(path)
+    assert written.kept == embedding.kept == ()

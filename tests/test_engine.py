@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -293,3 +294,15 @@ def test_a_weight_copy_is_told_from_a_multiplication() -> None:
     assert weight_copies(layers, set()) == [], "moving activations is no copy of a weight"
     constant = parse_layers(_COPY.replace("Inputs: [ {", "Constants: [ {").replace(", Constants: []", ", Inputs: []"))
     assert weight_copies(constant, set()) == constant
+
+
+def test_a_plan_that_cannot_be_written(tmp_path: Path, build: Callable[..., EngineReport]) -> None:
+    graph = _graph(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(CapaError, match="the plan cannot be written: File too large"):
+            build(graph)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _left(tmp_path) == {"tiny.log"}

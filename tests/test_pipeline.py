@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from capa_export import dry_run, pipeline
 from capa_export import engine as engine_module
-from capa_export import pipeline
 from capa_export.answer import answer
 from capa_export.bundle import Bundle, file_digest
 from capa_export.calibration import Calibration
+from capa_export.checkpoint import Checkpoint
+from capa_export.cli import main
+from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerPlan
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
@@ -158,7 +161,7 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     job = again(job, precision="fp32", ffn=False)
     pipeline.calibrate(job)
     pipeline.export(job)
-    result = answer(job.bundle, "what color is the star ?", [pictures / "1.png"], max_new_tokens=8)
+    [result] = answer(job.bundle, conversations("what color is the star ?", [pictures / "1.png"]), max_new_tokens=8)
     prompt = prompter("what color is the star ?", [noise(140, 196, 1)])
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
     eager = Eager(model)
@@ -182,3 +185,48 @@ def test_the_end_of_an_answer_is_found_or_asked_for(tmp_path: Path) -> None:
         path.write_text("{}")
     with pytest.raises(CapaError, match="no eos_token_id"):
         eos_token_ids(tmp_path)
+
+
+def test_the_digests_that_are_taken_meanwhile_are_those_of_the_files(job: Job) -> None:
+    export = again(job, ffn=False)
+    pipeline.export(export)
+    folder, manifest = Path(job.checkpoint), job.bundle.manifest
+    expected = {path.name: file_digest(path) for path in (folder / "config.json", *folder.glob("*.safetensors"))}
+    assert manifest["checkpoint"]["sha256"] == export.digests == expected
+    written = manifest["stages"]["export"]["files"]
+    assert {file: file_digest(job.bundle.folder / file) for file in written} == written
+    job.bundle.verify("export")
+
+
+def test_a_checkpoint_that_did_not_change_is_hashed_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.export(again(job, ffn=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "sha256", lambda *_: pytest.fail("reads the weights"))
+        pipeline.export(again(job, ffn=False, precision="fp32"))
+    change(Path(job.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
+    job.bundle.verify("export")
+    known = job.bundle.manifest["checkpoint"]["sha256"]
+    pipeline.export(again(job, ffn=False, precision="fp32"))
+    assert job.bundle.manifest["checkpoint"]["sha256"] != known
+
+
+def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "available_memory", lambda: 900 << 20)
+    reason = r"take 0\.9 GB of memory to build, 0\.9 GB are available; build with --weights external"
+    with pytest.raises(CapaError, match=reason) as raised:
+        pipeline.build(again(job, ffn=False), load_target("rtx"))
+    assert raised.value.code == ExitCode.PREFLIGHT
+    assert not job.bundle.folder.exists()
+    pipeline.export(again(job, ffn=False))
+    with pytest.raises(CapaError, match=reason):
+        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+    assert "engine/rtx" not in job.bundle.manifest["stages"]
+    pipeline.engine(job.bundle, load_target("rtx"), weights="external", report=job.report)
+    plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
+    capsys.readouterr()
+    assert main(plan) == ExitCode.OK
+    assert "0.9 GB are available; a build would be refused" in capsys.readouterr().out
+    assert main([*plan, "--weights", "external", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["refusal"] is None

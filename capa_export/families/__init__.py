@@ -68,8 +68,8 @@ class Family(Protocol):
 class VideoFamily(Family, Protocol):
     """What a family that takes videos defines beside."""
 
-    def video_placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str:
-        """What the chat template writes where a video stands."""
+    def video_placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str | None:
+        """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
         ...
 
     def video(self, video: "Video", image_processor: Any, folder: Path, dims: ModelDims[Any]) -> "Picture":

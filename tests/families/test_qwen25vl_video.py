@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,6 +175,14 @@ def test_the_limits_of_frames_come_from_where_transformers_finds_them(
         cap_pixels_per_frame=processor.cap_pixels_per_frame,
     )
     assert (size.height // 28, size.width // 28) == sides
+
+
+def test_a_tokenizer_without_the_token_takes_no_video(source: Source, prompter: Prompter, checkpoint: Path) -> None:
+    dims = replace(source.dims, vision=replace(source.dims.vision, video_token_id=10**6))
+    other = Prompter(checkpoint, checkpoint, qwen25vl, dims)
+    np.testing.assert_array_equal(other(QUESTION, []).input_ids, prompter(QUESTION, []).input_ids)
+    with pytest.raises(CapaError, match="Qwen2_5_VLForConditionalGeneration takes no video"):
+        other.chat([Turn("user", CONTENTS["odd"])])
 
 
 def test_what_no_frame_may_be_is_one_line(prompter: Prompter, checkpoint: Path, tmp_path: Path) -> None:

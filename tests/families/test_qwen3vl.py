@@ -19,7 +19,7 @@ from capa_export import pipeline
 from capa_export.answer import answer
 from capa_export.bundle import Bundle
 from capa_export.checkpoint import open_checkpoint
-from capa_export.conversation import conversation
+from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
@@ -464,7 +464,7 @@ def test_a_bundle_is_built_with_its_engines_and_answers(
     report = pipeline.build(job, load_target("rtx"))
     assert report["passed"], report["failures"]
     assert set(job.bundle.stage("engine/rtx")["result"]["engines"]) == {"visual/visual", "llm/prefill", "llm/decode"}
-    said = answer(job.bundle, conversation("what color is the star ?", [pictures / "1.png"]), max_new_tokens=3)
+    [said] = answer(job.bundle, conversations("what color is the star ?", [pictures / "1.png"]), max_new_tokens=3)
     assert said["stages"] == [{"layer": 1, "kept": 4, "visual": 15}]
 
 

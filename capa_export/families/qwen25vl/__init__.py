@@ -71,8 +71,8 @@ def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
-def video_placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
-    """What the chat template writes where a video stands."""
+def video_placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str | None:
+    """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
     return tokenizer.convert_ids_to_tokens(dims.vision.video_token_id)
 
 

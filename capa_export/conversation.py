@@ -1,0 +1,215 @@
+"""Reads what users ask with: conversations in JSON, and videos as files or as folders of frames."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image, ImageSequence, UnidentifiedImageError
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
+from capa_export.settings import Settings, first_problem
+
+__all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
+
+_FPS = 2.0
+"""Frames a second that a model sees unless told otherwise: Qwen's own choice."""
+_UNTIMED = 100
+"""Milliseconds that a frame is shown where its file does not say: what browsers do."""
+
+
+class _Text(Settings):
+    type: Literal["text"]
+    text: str
+
+
+class _Image(Settings):
+    type: Literal["image"]
+    path: Path = Field(validation_alias=AliasChoices("image", "path"))
+
+
+class _Video(Settings):
+    type: Literal["video"]
+    path: Path = Field(validation_alias=AliasChoices("video", "path"))
+    fps: float = Field(default=_FPS, gt=0)
+
+
+def _as_parts(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Message(Settings):
+    """One turn, as transformers' chat templates take it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[_Text | _Image | _Video, Field(discriminator="type")]], BeforeValidator(_as_parts)
+    ]
+
+
+def _asking(messages: list[Message]) -> list[Message]:
+    if messages[-1].role != "user":
+        raise ValueError(f"the last message must be the user's, not the {messages[-1].role}'s")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_asking)]
+"""A conversation up to a question."""
+
+
+def conversations(
+    prompt: str | None,
+    images: Sequence[Path] = (),
+    video: Path | None = None,
+    fps: float | None = None,
+    messages: Sequence[Path] = (),
+) -> list[list[Turn]]:
+    """What the user asks: one turn of pictures, a video and a question, or the conversations in files.
+
+    Raises:
+        CapaError: both or neither is given, or something does not load.
+    """
+    if messages:
+        if prompt is not None or images or video is not None or fps is not None:
+            raise CapaError(
+                "--messages holds the whole conversation: it takes no --prompt, --image, --video or --fps",
+                ExitCode.USAGE,
+            )
+        return [read_messages(path) for path in messages]
+    if prompt is None:
+        raise CapaError("run needs --prompt, or a conversation in --messages", ExitCode.USAGE)
+    if fps is not None and video is None:
+        raise CapaError("--fps has no effect without --video", ExitCode.USAGE)
+    if fps is not None and not fps > 0:
+        raise CapaError(f"--fps {fps:g}: must be above 0", ExitCode.USAGE)
+    shown: list[Image.Image | Video] = [open_picture(path) for path in images]
+    if video is not None:
+        shown.append(open_video(video, _FPS if fps is None else fps))
+    return [[Turn("user", [*shown, prompt])]]
+
+
+def read_messages(path: Path) -> list[Turn]:
+    """The conversation in a JSON file, in the format of transformers' chat templates; paths are relative to the file.
+
+    Raises:
+        CapaError: the file is missing or not in that format, or a picture or video in it does not load.
+    """
+    try:
+        messages = TypeAdapter(Messages).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
+    except ValidationError as error:
+        raise CapaError(f"{path}: {first_problem(error, Message)}", ExitCode.USAGE) from error
+    except (OSError, ValueError) as error:
+        raise CapaError(f"{path}: is no JSON file: {error}", ExitCode.USAGE) from error
+    return turns_from(messages, path.parent)
+
+
+def turns_from(messages: Sequence[Message], folder: Path) -> list[Turn]:
+    """The conversation with its pictures and videos opened; their paths are relative to `folder`.
+
+    Raises:
+        CapaError: one of them does not load.
+    """
+
+    def opened(part: _Text | _Image | _Video) -> str | Image.Image | Video:
+        if isinstance(part, _Text):
+            return part.text
+        path = folder / part.path
+        return open_picture(path) if isinstance(part, _Image) else open_video(path, part.fps)
+
+    return [Turn(message.role, [opened(part) for part in message.content]) for message in messages]
+
+
+def files_of(messages: Sequence[Message], folder: Path) -> list[Path]:
+    """Every picture and video file that `turns_from` opens, the frames of a folder one by one."""
+    paths = [folder / part.path for message in messages for part in message.content if not isinstance(part, _Text)]
+    return [file for path in paths for file in (_frames(path) if path.is_dir() else [path])]
+
+
+def _frames(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def open_video(path: Path, fps: float) -> Video:
+    """A video in RGB.
+
+    Args:
+        path: an animated picture, a file that PyAV decodes, or a folder of frames, which are taken in the order of
+            their names.
+        fps: how many frames a second to take from a file; for a folder, how many its frames are.
+
+    Raises:
+        CapaError: there is none, it does not decode, or its frames differ in size.
+    """
+    if path.is_dir():
+        files = _frames(path)
+        if not files:
+            raise CapaError(f"{path}: no frames in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        frames = [open_picture(file) for file in files]
+        for file, frame in zip(files, frames, strict=True):
+            if frame.size != frames[0].size:
+                sizes = [f"{width} x {height}" for width, height in (frame.size, frames[0].size)]
+                raise CapaError(f"{file}: {sizes[0]} pixels, but the first frame is {sizes[1]}; make them the same")
+        return Video(frames, fps)
+    try:
+        with Image.open(path) as animation:
+            return _animation(animation, fps)
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such video") from error
+    except UnidentifiedImageError:
+        return _decoded(path, fps)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CapaError(f"{path}: does not decode: {error}") from error
+
+
+def _animation(animation: Image.Image, fps: float) -> Video:
+    """Of a GIF, WebP or PNG, whose frames may be shown for different times."""
+    frames: list[Image.Image] = []
+    shown: list[float] = []
+    for frame in ImageSequence.Iterator(animation):
+        frames.append(frame.convert("RGB"))
+        shown.append(frame.info.get("duration") or _UNTIMED)
+    ends = np.cumsum(shown) / 1000
+    times = _times(float(ends[-1]), fps)
+    return Video([frames[index] for index in np.searchsorted(ends, times, side="right")], len(times) / float(ends[-1]))
+
+
+def _decoded(path: Path, fps: float) -> Video:
+    """Of any other file, through transformers' reader."""
+    from transformers import video_utils
+    from transformers.utils.import_utils import is_av_available
+
+    if not is_av_available():
+        raise CapaError(
+            f"{path}: no picture, and no decoder for videos: pip install av, or give a folder of frames or a GIF"
+        )
+    chosen: list[int] = []
+    seen: list[float] = []
+
+    def choose(metadata: Any, **_: object) -> list[int]:
+        if not metadata.total_num_frames:
+            raise ValueError("its header does not count its frames")
+        duration = metadata.total_num_frames / metadata.fps
+        times = _times(duration, fps)
+        chosen.extend(np.minimum(times * metadata.fps, metadata.total_num_frames - 1).astype(int).tolist())
+        seen.append(len(times) / duration)
+        return sorted(set(chosen))
+
+    read: Callable[..., Any] = video_utils.load_video
+    try:
+        arrays, _ = read(str(path), backend="pyav", sample_indices_fn=choose)
+    except Exception as error:  # PyAV's exceptions share no base class with anything.
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CapaError(f"{path}: does not decode as a video: {line}") from error
+    frame_of = {index: Image.fromarray(array) for index, array in zip(sorted(set(chosen)), arrays, strict=True)}
+    return Video([frame_of[index] for index in chosen], seen[0])
+
+
+def _times(duration: float, fps: float) -> np.ndarray:
+    """Seconds at which to look, from 0 on."""
+    count = max(1, int(duration * fps))
+    return np.arange(count) * (duration / count)
