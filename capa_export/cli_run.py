@@ -1,0 +1,68 @@
+"""The command that asks a bundle."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capa_export.cli_options import BundleArg, JsonOpt
+from capa_export.cli_show import print_json
+
+__all__ = ["run"]
+
+
+def run(
+    bundle: BundleArg,
+    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="A video: a file, or a folder of frames.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second to take from a file; those of a folder [default: 2].")
+    ] = None,
+    messages: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A conversation in JSON, as chat templates take it, in place of all these; several are one batch."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: JsonOpt = False,
+) -> None:
+    """Answer a question about pictures, from the bundle alone."""
+    from capa_export.answer import answer
+    from capa_export.bundle import Bundle
+    from capa_export.conversation import conversations
+
+    def stream(text: str) -> None:
+        print(text, end="", flush=True)
+
+    opened = Bundle.open(bundle)
+    asked = conversations(prompt, image or [], video, fps, messages or [])
+    several = len(asked) > 1
+    told = None if as_json or several else stream
+    results = answer(opened, asked, ratio=ratio, max_new_tokens=max_new_tokens, stream=told)
+    if as_json:
+        print_json(results if several else results[0])
+        return
+    for result in results:
+        # Before what stderr says, where both go to one place.
+        print(result["answer"] if several else "", flush=True)
+        _say_cost(result)
+
+
+def _say_cost(result: dict[str, Any]) -> None:
+    kept = ", ".join(
+        f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
+        for stage in result["stages"]
+    )
+    per_token = result["decode_ms_per_token"]
+    decode = f", decode {per_token:.1f} ms a token" if per_token is not None else ""
+    print(
+        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms{decode}", file=sys.stderr
+    )
