@@ -4,22 +4,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from capa_export.testbed.scenes import COLORS, SHAPES, Scene, ask, generator, questions, random_scene, render
-from capa_export.testbed.tiny_qwen25vl import build_image_processor
+from capa_export.testbed.beds import CELLS, NUM_VISUAL, Bed, family_of
+from capa_export.testbed.scenes import CELL, COLORS, SHAPES, Scene, ask, generator, questions, random_scene, render
 
-__all__ = ["BATCH", "CELLS", "NUM_VISUAL", "Batch", "Batches", "Layout", "Stage", "patches_from_pictures"]
+__all__ = ["BATCH", "Batch", "Batches", "Layout", "Stage"]
 
-CELLS = 8
-NUM_VISUAL = CELLS * CELLS
 BATCH = 16
+STOPS = 3
+"""End tokens that follow an answer, so that what comes after the first is well defined too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,46 +48,19 @@ class Layout:
     kinds: tuple[str, ...]
     prompt_ends: Tensor
     answers: Tensor
+    stops: Tensor
+    """[questions, STOPS]: where an end token is due next, the answer's own place first."""
     mask_TT: Tensor
     position_ids: Tensor
-
-
-def _layout(kinds: tuple[str, ...], lengths: list[int], first_visual: int) -> Layout:
-    shared = first_visual + NUM_VISUAL + 1
-    segment = torch.cat([torch.zeros(shared), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))])
-    seen = (segment[:, None] == segment[None, :]) | (segment == 0)[None, :]
-    seen &= torch.ones_like(seen).tril()
-    grid = torch.arange(CELLS) + first_visual
-    rows, cols = grid.repeat_interleave(CELLS), grid.repeat(CELLS)
-    head = torch.arange(first_visual)
-    tail = torch.cat([torch.arange(1), *(torch.arange(n) + 1 for n in lengths)]) + first_visual + CELLS
-    axes = [torch.cat([head, visual, tail]) for visual in (torch.full_like(rows, first_visual), rows, cols)]
-    ends = torch.tensor(np.cumsum([shared, *lengths])[1:]) - 1
-    return Layout(
-        kinds=kinds,
-        prompt_ends=ends - 1,
-        answers=ends,
-        mask_TT=torch.zeros(seen.shape).masked_fill(~seen, -1e4),
-        position_ids=torch.stack(axes)[:, None],
-    )
-
-
-def patches_from_pictures(pictures_BHWC: NDArray[np.uint8]) -> Tensor:
-    """What the image processor makes of whole-cell pictures, for a batch at once."""
-    processor = build_image_processor()
-    mean, std = (np.array(v, dtype=np.float32) for v in (processor.image_mean, processor.image_std))
-    values = (pictures_BHWC.astype(np.float32) / 255 - mean) / std
-    batch = values.shape[0]
-    blocks = values.reshape(batch, CELLS, 2, 14, CELLS, 2, 14, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
-    frames = np.broadcast_to(blocks[:, :, :, :, :, :, None], (*blocks.shape[:6], 2, 14, 14))
-    return torch.from_numpy(np.ascontiguousarray(frames).reshape(batch, NUM_VISUAL * 4, -1))
+    """[axes, T]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Pictures with their packed questions."""
 
-    patches: Tensor
+    pictures: NDArray[np.uint8]
+    """[B, H, W, C]."""
     ids: Tensor
     colors: Tensor
     """Per cell, the word for the colour of its sprite, or the image token."""
@@ -102,14 +77,27 @@ class Batches:
     otherwise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, bed: Bed, tokenizer: PreTrainedTokenizerFast, config: Any, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
+        self.family = family_of(bed)
         self.missed: dict[str, float] = {}
-        vocab = tokenizer.get_vocab()
-        self.pad = vocab["<|image_pad|>"]
-        prefix = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * NUM_VISUAL + "<|vision_end|>"
-        self.prefix: list[int] = tokenizer(prefix)["input_ids"]
+        dims = self.family.model_dims(config.to_dict())
+        blank = Image.new("RGB", (CELLS * CELL, CELLS * CELL))
+        processed = bed.build_image_processor()(images=[blank], return_tensors="np", **self.family.IMAGE_OPTIONS)
+        (self.picture,) = self.family.pictures(processed, dims)
+        content: Any = [{"type": "image"}, {"type": "text", "text": "?"}]
+        template: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        mark = self.family.placeholder(tokenizer, dims)
+        before, self.behind = template.replace(mark, self.family.written(mark, self.picture)).split("?")
+        self.prefix: list[int] = tokenizer(before)["input_ids"]
+        self.pad, self.end = dims.image_token_id, tokenizer.get_vocab()[str(tokenizer.eos_token)]
+        self.repeated = str(tokenizer.eos_token) * (STOPS - 1)
+        self.first = self.prefix.index(self.pad)
+        """Position of the first visual token."""
         self.layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
+        vocab = tokenizer.get_vocab()
         self.words = {w: vocab[w] for w in (*COLORS, *SHAPES)}
 
     def __call__(self, step: int, stage: Stage) -> Batch:
@@ -131,25 +119,43 @@ class Batches:
                 cell = sprite.row * CELLS + sprite.col
                 colors[index, cell], shapes[index, cell] = self.words[sprite.color], self.words[sprite.shape]
         texts = [
-            f"{question if question_mark else question.removesuffix(' ?')}<|im_end|>\n<|im_start|>assistant\n{answer}"
+            f"{question if question_mark else question.removesuffix(' ?')}{self.behind} {answer}{self.repeated}"
             for question, answer in asked
         ]
-        segments: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        segments: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [
             [*self.prefix, *chain.from_iterable(segments[i : i + len(kinds)])]
             for i in range(0, len(segments), len(kinds))
         ]
         key = (kinds, question_mark)
         if key not in self.layouts:
-            lengths = [len(segment) for segment in segments[: len(kinds)]]
-            self.layouts[key] = _layout(kinds, lengths, self.prefix.index(self.pad))
+            self.layouts[key] = self._layout(kinds, [len(segment) for segment in segments[: len(kinds)]])
         return Batch(
-            patches=patches_from_pictures(np.stack(pictures)),
+            pictures=np.stack(pictures),
             ids=torch.tensor(rows),
             colors=colors,
             shapes=shapes,
             questions=[question for question, _ in asked],
             layout=self.layouts[key],
+        )
+
+    def _layout(self, kinds: tuple[str, ...], lengths: list[int]) -> Layout:
+        shared = len(self.prefix)
+        bounds = list(accumulate(lengths, initial=shared))
+        seen = torch.ones(bounds[-1], bounds[-1], dtype=torch.bool).tril()
+        for start, end in pairwise(bounds):
+            seen[end:, start:end] = False
+        alone = np.arange(shared + max(lengths))
+        visual = (alone >= self.first) & (alone < self.first + NUM_VISUAL)
+        places = torch.from_numpy(self.family.positions(visual, [self.picture])[0])
+        answers = torch.tensor(bounds[1:]) - STOPS
+        return Layout(
+            kinds=kinds,
+            prompt_ends=answers - 1,
+            answers=answers,
+            stops=answers[:, None] + torch.arange(STOPS),
+            mask_TT=torch.zeros(seen.shape).masked_fill(~seen, -1e4),
+            position_ids=torch.cat([places[:, :shared], *(places[:, shared : shared + n] for n in lengths)], dim=1),
         )
 
     def _hardness(self, scene: Scene) -> float:

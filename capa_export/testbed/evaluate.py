@@ -1,12 +1,16 @@
 """Held-out accuracy of a saved checkpoint, asked as a user would ask it."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
-from capa_export.testbed.scenes import CELL, KINDS, Sample, samples
+from capa_export.checkpoint import open_checkpoint
+from capa_export.families import Family
+from capa_export.prompt import Prompter
+from capa_export.testbed.scenes import KINDS, Sample, samples
 
 __all__ = ["Asker", "evaluate"]
 
@@ -14,38 +18,45 @@ __all__ = ["Asker", "evaluate"]
 class Asker:
     """A checkpoint in fp32 with its own tokenizer, chat template and image processor."""
 
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.processor: Any = AutoImageProcessor.from_pretrained(folder)
-        self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, folder: Path, family: Family) -> None:
+        dims = family.model_dims(open_checkpoint(str(folder)).config)
+        self.prompter = Prompter(folder, folder, family, dims)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
     @torch.inference_mode()
     def answer(self, sample: Sample) -> str:
         """Everything the model says after the prompt, the end token included."""
-        content = [{"type": "image"}, {"type": "text", "text": sample.question}]
-        message = {"role": "user", "content": content}
-        text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        num_visual = sample.image.width * sample.image.height // CELL**2
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * num_visual)
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        prompt, prompter = self.prompter(sample.question, [sample.image]), self.prompter
+        seen = prompter.image_processor(images=[sample.image], return_tensors="pt", **prompter.family.IMAGE_OPTIONS)
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        given = {**seen, "mm_token_type_ids": torch.from_numpy(prompt.is_visual)[None].int()}
+        taken = signature(self.model.forward).parameters
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
             max_new_tokens=4,
-            **self.processor(images=[sample.image], return_tensors="pt"),
+            **{name: value for name, value in given.items() if name in taken},
         )
-        return self.tokenizer.decode(out[0, ids.shape[1] :])
+        return prompter.tokenizer.decode(out[0, ids.shape[1] :])
+
+    def is_right(self, sample: Sample) -> bool:
+        """Whether the model says the answer and then ends."""
+        return self.answer(sample) == f"{sample.answer} {self.prompter.tokenizer.eos_token}"
 
 
 def evaluate(
-    folder: Path, *, per_kind: int = 200, seed: int = 1, cells: tuple[int, int] = (8, 8), clutter: bool = True
+    folder: Path,
+    family: Family,
+    *,
+    per_kind: int = 200,
+    seed: int = 1,
+    cells: tuple[int, int] = (8, 8),
+    clutter: bool = True,
 ) -> dict[str, float]:
     """Share of right answers by kind: one question a prompt, the answer word and then the end."""
-    asker = Asker(folder)
+    asker = Asker(folder, family)
     accuracy: dict[str, float] = {}
     for kind in KINDS:
         drawn = samples(per_kind, seed=seed, kinds=[kind], cells=cells, clutter=clutter)
-        right = [asker.answer(sample) == f"{sample.answer} <|im_end|>" for sample in drawn]
-        accuracy[kind] = sum(right) / per_kind
+        accuracy[kind] = sum(asker.is_right(sample) for sample in drawn) / per_kind
     return accuracy

@@ -1,22 +1,34 @@
 """A tiny Qwen2.5-VL with its tokenizer and image processor, built without any download."""
 
-from pathlib import Path
+# Shapes: B pictures, N patches, P values of a patch, H decoder width.
+
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from capa_export.testbed.scenes import CELL, COLORS, SHAPES
+from capa_export.testbed.beds import CELLS, NUM_VISUAL, normalized
+from capa_export.testbed.decoder import HIDDEN, damp, generation_config, rms_norm, rotate, text_config
+from capa_export.testbed.scenes import CELL
+from capa_export.testbed.tokenizer import word_tokenizer
 
-__all__ = ["build_image_processor", "build_model", "build_tokenizer", "prompt_text", "save_checkpoint"]
+__all__ = [
+    "FAMILY",
+    "STANDS_FOR",
+    "build_image_processor",
+    "build_model",
+    "build_tokenizer",
+    "pixels_from_pictures",
+    "visual_tokens",
+]
 
+FAMILY = "qwen25vl"
+STANDS_FOR: dict[str, str] = {}
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -26,14 +38,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
     "<unk>",
-)
-WORDS = (
-    *("\n", "system", "user", "assistant", "?", ".", ",", "!"),
-    *("what", "color", "shape", "is", "the", "there", "a", "an", "has", "same", "as", "yes", "no"),
-    # "purple" and "triangle" are known but never drawn: a model trained with them took purple for
-    # pink and the triangle for the star when both were in a picture.
-    *(*tuple(COLORS)[:5], "purple", *tuple(COLORS)[5:]),
-    *(*SHAPES[:3], "triangle", *SHAPES[3:]),
 )
 
 CHAT_TEMPLATE = (
@@ -48,33 +52,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_LAYERS = 12
 _VISION_DEPTH = 4
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: lower case, punctuation apart, `colour` read as `color`."""
-    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("colour", "color")])
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("\n"), "isolated"),
-            pre_tokenizers.Split(Regex("[ \t\r]+"), "removed"),
-            pre_tokenizers.Punctuation("isolated"),
-        ]
-    )
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=32768,
-        padding_side="left",
-    )
+    """The shared words, with Qwen's special tokens and chat template."""
+    return word_tokenizer(SPECIAL_TOKENS, eos="<|im_end|>", pad="<|endoftext|>", chat_template=CHAT_TEMPLATE)
 
 
 def build_image_processor() -> Qwen2VLImageProcessorPil:
@@ -82,39 +65,22 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL**2, "longest_edge": 16384 * CELL**2})
 
 
-def prompt_text(question: str, num_image_tokens: int) -> str:
-    """The prompt that the chat template gives for one picture and a question, image tokens expanded."""
-    pads = "<|image_pad|>" * num_image_tokens
-    vision = f"<|vision_start|>{pads}<|vision_end|>"
-    return f"<|im_start|>user\n{vision}{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised model of about 6 million parameters."""
     ids = tokenizer.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": _LAYERS,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "initializer_range": 0.06,
+            **text_config(tokenizer),
             # Chunked mrope leaves the lowest frequencies to the width axis: with Qwen's theta
             # of 1e6 the columns of a small picture would be indistinguishable.
             "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
             "depth": _VISION_DEPTH,
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_heads": 4,
-            "out_hidden_size": 192,
+            "out_hidden_size": HIDDEN,
             "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": [_VISION_DEPTH - 1],
@@ -128,29 +94,47 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen2_5
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():
-        # Without this scaling twelve layers stay at chance for the whole run.
-        layers: Any = model.model.language_model.layers
-        for layer in layers:
-            layer.self_attn.o_proj.weight.mul_((2 * _LAYERS) ** -0.5)
-            layer.mlp.down_proj.weight.mul_((2 * _LAYERS) ** -0.5)
-        blocks: Any = model.model.visual.blocks
-        for block in blocks:
-            block.attn.proj.weight.mul_((2 * _VISION_DEPTH) ** -0.5)
-            block.mlp.down_proj.weight.mul_((2 * _VISION_DEPTH) ** -0.5)
-    model.generation_config = GenerationConfig(
-        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
-    )
+    layers: Any = model.model.language_model.layers
+    damp(p for layer in layers for p in (layer.self_attn.o_proj, layer.mlp.down_proj))
+    blocks: Any = model.model.visual.blocks
+    damp(p for block in blocks for p in (block.attn.proj, block.mlp.down_proj))
+    model.generation_config = generation_config(tokenizer)
     return model
 
 
-def save_checkpoint(
-    folder: Path, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Writes a folder that the Auto classes load: weights in fp16, tokenizer, image processor."""
-    half = Qwen2_5_VLForConditionalGeneration(model.config)
-    half.load_state_dict(model.state_dict())
-    half.generation_config = model.generation_config
-    half.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    build_image_processor().save_pretrained(folder)
+def pixels_from_pictures(pictures_BHWC: NDArray[np.uint8]) -> Tensor:
+    """Patches [B, 256, 1176], each picture's in the order of the image processor."""
+    values = normalized(pictures_BHWC, build_image_processor())
+    batch = values.shape[0]
+    blocks = values.reshape(batch, CELLS, 2, 14, CELLS, 2, 14, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    frames = np.broadcast_to(blocks[:, :, :, :, :, :, None], (*blocks.shape[:6], 2, 14, 14))
+    return torch.from_numpy(np.ascontiguousarray(frames).reshape(batch, NUM_VISUAL * 4, -1))
+
+
+def visual_tokens(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """The vision tower on a batch of patches: [B, 64, H], with the windows as a batch dimension."""
+    tower: Any = model.model.visual
+    batch, side, window = pixels.shape[0], 2, CELLS // 2
+    patch = torch.arange(NUM_VISUAL * 4)
+    row = patch // (4 * CELLS) * 2 + patch // 2 % 2
+    col = patch // 4 % CELLS * 2 + patch % 2
+    angles = tower.rotary_pos_emb(pixels, torch.stack([row, col], dim=-1))
+
+    def by_window(x: Tensor) -> Tensor:
+        x = x.reshape(-1, side, window, side, window, 4, x.shape[-1])
+        return x.permute(0, 1, 3, 2, 4, 5, 6).reshape(-1, side * side, 4 * window * window, x.shape[-1])
+
+    x = by_window(F.linear(pixels, tower.patch_embed.proj.weight.flatten(1)).float())
+    cos, sin = (by_window(a) for a in angles)
+    for index, block in enumerate(tower.blocks):
+        if index in tower.fullatt_block_indexes:
+            x, cos, sin = (a.reshape(a.shape[0], 1, -1, a.shape[-1]) for a in (x, cos, sin))
+        attention = block.attn
+        qkv = attention.qkv(rms_norm(block.norm1, x))
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        q, k = (rotate(a, cos[:, :, None].to(a), sin[:, :, None].to(a)) for a in (q, k))
+        weights = ((q * attention.scaling) @ k.mT).softmax(dim=-1)
+        x = x + attention.proj((weights @ v).transpose(2, 3).flatten(-2))
+        x = x + block.mlp(rms_norm(block.norm2, x))
+    merged = tower.merger.mlp(rms_norm(tower.merger.ln_q, x).reshape(batch, side, side, window, window, -1))
+    return merged.transpose(2, 3).reshape(batch, NUM_VISUAL, -1)

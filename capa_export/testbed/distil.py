@@ -1,0 +1,72 @@
+"""A head start from a trained bed: its decoder's weights, and its visual tokens to imitate."""
+
+# Shapes: B pictures, N visual tokens, H W C picture, D decoder width.
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from capa_export.testbed.beds import BEDS, CELLS, Bed, family_of, load_bed
+from capa_export.testbed.scenes import COLORS, SHAPES, Scene, Sprite, generator, random_scene, render
+
+__all__ = ["PICTURES", "Teacher"]
+
+PICTURES = 12
+
+
+class Teacher:
+    """A trained bed, in the roles of decoder and tower to start from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.vocab: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+        beds = [load_bed(name) for name in BEDS]
+        (self.bed,) = (bed for bed in beds if type(self.model).__name__ == family_of(bed).ARCHITECTURE)
+
+    @torch.no_grad()
+    def give_words(self, bed: Bed, model: Any, vocab: dict[str, int]) -> None:
+        """Copies the decoder, biases that the student has none for left out, and the words that both know."""
+        mine, other = (m.model.language_model for m in (self.model, model))
+        wanted = other.state_dict().keys() - {"embed_tokens.weight"}
+        shared = {name: value for name, value in mine.state_dict().items() if name in wanted}
+        other.load_state_dict(shared, strict=False)
+        for word, row in vocab.items():
+            source = self.vocab.get(word, self.vocab.get(bed.STANDS_FOR.get(word, "")))
+            if source is not None:
+                other.embed_tokens.weight[row] = mine.embed_tokens.weight[source]
+                model.lm_head.weight[row] = self.model.lm_head.weight[source]
+
+    def tower_loss(self, bed: Bed, model: Any, seed: int, step: int) -> Tensor:
+        """How far the student's visual tokens are from the teacher's, in shares of their variance."""
+        pictures, is_sprite_BN = _pictures(seed, step)
+        with torch.no_grad():
+            wanted = self.bed.visual_tokens(self.model, self.bed.pixels_from_pictures(pictures)).float()
+        seen = bed.visual_tokens(model, bed.pixels_from_pictures(pictures)).float()
+        # Four cells in five show nothing that is ever asked about.
+        weight = torch.where(is_sprite_BN, 4.0, 1.0)[..., None]
+        return (weight * (seen - wanted) ** 2).mean() / (weight * wanted.var(dim=(0, 1))).mean()
+
+
+def _pictures(seed: int, step: int) -> tuple[NDArray[np.uint8], Tensor]:
+    """A batch, every other picture with more sprites than a question could be about, and which cells have one."""
+    rng = generator(seed, 1, step, split="train")
+    scenes = [_crowded(rng) if i % 2 else random_scene(rng) for i in range(PICTURES)]
+    is_sprite = torch.zeros(PICTURES, CELLS * CELLS, dtype=torch.bool)
+    for index, scene in enumerate(scenes):
+        is_sprite[index, [s.row * CELLS + s.col for s in scene.sprites]] = True
+    return np.stack([np.asarray(render(scene, rng)) for scene in scenes]), is_sprite
+
+
+def _crowded(rng: np.random.Generator) -> Scene:
+    filled = rng.random((CELLS, CELLS))
+    sprites = tuple(
+        Sprite(int(row), int(col), SHAPES[int(rng.integers(len(SHAPES)))], list(COLORS)[int(rng.integers(len(COLORS)))])
+        for row, col in np.argwhere(filled < 0.6)
+    )
+    clutter = frozenset((int(row), int(col)) for row, col in np.argwhere(filled > 0.75))
+    return Scene(sprites=sprites, clutter=clutter)
