@@ -20,8 +20,9 @@ TINY = "capa_export/graphs/checkpoints/tiny-qwen25vl/"
 EXPECTED = {
     "capa_export/cli.py",
     "capa_export/engine_worker.py",
-    "capa_export/graphs/qwen25vl.toml",
-    "capa_export/graphs/tiny-qwen25vl.toml",
+    *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "qwen3vl")),
+    *(f"capa_export/graphs/tiny-{name}.toml" for name in ("qwen25vl", "llava15", "internvl3")),
+    *(f"capa_export/graphs/checkpoints/tiny-{name}/model.safetensors" for name in ("llava15", "internvl3")),
     "capa_export/engines/onnx.toml",
     "capa_export/engines/rtx.toml",
     *(TINY + name for name in ("config.json", "model.safetensors", "scene.png", "tokenizer.json")),

@@ -1,0 +1,65 @@
+"""What every adapter shares: its three verbs, and a channel that no library can write into.
+
+python ADAPTER.py export CHECKPOINT OUT            writes the peer's files
+python ADAPTER.py prefill CHECKPOINT OUT FEED.npz  runs one prefill for each line on stdin
+python ADAPTER.py answer CHECKPOINT OUT QUESTIONS  answers a folder of questions
+
+Runs in the peers' environments: the standard library and numpy only.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Feed", "Prefills", "main", "questions"]
+
+Feed = Mapping[str, np.ndarray]
+"""`inputs_embeds` [1, T, D] FP32, `position_ids` [axes, T], `text_positions` [X], and `num_keep` [1]."""
+Prefills = Mapping[str, Callable[[], np.ndarray]]
+"""Variant -> one prefill, which returns the logits [V] of the last position."""
+
+
+def questions(folder: Path) -> list[dict[str, Any]]:
+    """The questions in order, the arrays of each under their names."""
+    listed = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    return [{**entry, **np.load(folder / entry["arrays"])} for entry in listed]
+
+
+def main(
+    *,
+    export: Callable[[Path, Path], None] | None = None,
+    prefill: Callable[[Path, Path, Feed], Prefills] | None = None,
+    answer: Callable[[Path, Path, Path], dict[str, Any]] | None = None,
+) -> None:
+    """Run the verb that the command line names."""
+    # Libraries print to stdout; what the caller reads goes to a copy of it.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    verb, *paths = sys.argv[1:]
+    checkpoint, out = (Path(path) for path in paths[:2])
+    if verb == "export" and export:
+        export(checkpoint, out)
+        send({"ok": True})
+    elif verb == "answer" and answer:
+        send(answer(checkpoint, out, Path(paths[2])))
+    elif verb == "prefill" and prefill:
+        runs = prefill(checkpoint, out, dict(np.load(paths[2])))
+        # The first run of each plans and allocates; its logits are held against the others'.
+        send({name: np.asarray(run(), np.float64).ravel().tolist() for name, run in runs.items()})
+        for line in sys.stdin:
+            wall, processor = time.perf_counter(), time.process_time()
+            runs[line.strip()]()
+            send([time.perf_counter() - wall, time.process_time() - processor])
+    else:
+        sys.exit(f"NotImplementedError: no {verb} for this peer")

@@ -1,0 +1,29 @@
+"""onnxruntime-genai's model builder: a text decoder, where it knows the family."""
+
+import runpy
+import sys
+from pathlib import Path
+
+from onnx_graphs import prefills
+from serve import Feed, Prefills, main
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """The builder's own command line; the graph starts from embeddings."""
+    sys.argv = ["builder", "-i", str(checkpoint), "-o", str(out), "-p", "fp32", "-e", "cpu"]
+    sys.argv += ["-c", str(out.with_name("cache")), "--extra_options", "exclude_embeds=true"]
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+
+
+def prefill(_: Path, out: Path, feed: Feed) -> Prefills:
+    """The decoder graph."""
+    return prefills(out / "model.onnx", int(feed["head_dim"]), feed)
+
+
+def answer(*_: Path) -> None:
+    """There is no graph of the vision tower."""
+    sys.exit("NotImplementedError: the builder writes the text decoder only")
+
+
+if __name__ == "__main__":
+    main(export=export, prefill=prefill, answer=answer)

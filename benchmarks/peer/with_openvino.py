@@ -1,0 +1,86 @@
+"""OpenVINO GenAI on what optimum-intel exports, with and without CDPruner."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from serve import Feed, Prefills, main, questions
+from transformers4 import downgraded
+
+_PRUNES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families with CDPruner; the others' pipelines take its ratio and ignore it."""
+_CPU = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """As `optimum-cli export openvino` does it."""
+    import torch
+
+    # The package index's torchvision is built for CUDA and looks for two operators that a CPU torch lacks.
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from optimum.commands.optimum_cli import main as optimum
+
+    sys.argv = ["optimum-cli", "export", "openvino", "-m", str(downgraded(checkpoint, out))]
+    sys.argv += ["--task", "image-text-to-text", "--weight-format", "fp32", str(out)]
+    optimum()
+
+
+def prefill(checkpoint: Path, out: Path, feed: Feed) -> Prefills:
+    """The language model, on the whole prompt and on what CDPruner would leave of it."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(out / "openvino_language_model.xml", "CPU", _CPU)
+    request = compiled.create_infer_request()
+    names = {name for entry in compiled.inputs for name in entry.names}
+    positions = feed["position_ids"]
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        inputs = {
+            "inputs_embeds": feed["inputs_embeds"][:, rows],
+            "attention_mask": np.ones((1, len(rows)), np.int64),
+            "position_ids": positions[:, None, rows] if len(positions) > 1 else positions[:, rows],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.reset_state()
+        return request.infer({name: inputs[name] for name in inputs if name in names})["logits"][0, -1]
+
+    every = np.arange(feed["inputs_embeds"].shape[1])
+    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"] not in _PRUNES:
+        return {"dense": lambda: run(every)}
+    text = feed["text_positions"]
+    kept = np.sort(np.r_[text, np.setdiff1d(every, text)[: int(feed["num_keep"][0])]])
+    return {"dense": lambda: run(every), "pruned": lambda: run(kept)}
+
+
+def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:
+    """`VLMPipeline`; CDPruner takes the percentage to remove."""
+    import openvino
+    import openvino_genai
+    from PIL import Image
+
+    pipeline = openvino_genai.VLMPipeline(out, "CPU", **_CPU)
+    asked = questions(folder)
+    said: dict[str, Any] = {}
+    for variant, removed in (("dense", 0), ("pruned", round(100 * float(asked[0]["ratio"])))):
+        config = openvino_genai.GenerationConfig(max_new_tokens=4, do_sample=False, pruning_ratio=removed)
+        texts, prompt_tokens, first_token = [], [], []
+        for question in asked:
+            picture = openvino.Tensor(np.asarray(Image.open(folder / question["image"]))[None])
+            result = pipeline.generate(question["question"], images=[picture], generation_config=config)
+            texts.append(result.texts[0])
+            prompt_tokens.append(result.perf_metrics.get_num_input_tokens())
+            first_token.append(result.perf_metrics.get_ttft().mean)
+        said[variant] = {
+            "texts": texts,
+            "prompt_tokens": float(np.median(prompt_tokens)),
+            "first_token_ms": round(float(np.median(first_token)), 2),
+        }
+    return said
+
+
+if __name__ == "__main__":
+    main(export=export, prefill=prefill, answer=answer)
