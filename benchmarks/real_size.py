@@ -1,27 +1,48 @@
-"""Export and engine builds at true size: seconds and peak memory, beside a plain copy of the same bytes.
+"""The commands at true size: seconds, CPU seconds and peak memory of each, beside a plain copy of the same bytes.
 
-python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
-python benchmarks/real_size.py /tmp/qwen25vl-7b --out /tmp/real-size
+python benchmarks/random_checkpoint.py llava15-7b /tmp/llava15-7b
+python benchmarks/real_size.py /tmp/llava15-7b --model llava15 > benchmarks/results/real-size-llava15-7b.json
+
+Needs three times the checkpoint's size of free disk where engines with embedded weights fit the memory, else once.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from capa_export.checkpoint import open_checkpoint
-from capa_export.engine import build_engine
-from capa_export.export import Source, write_onnx
-from capa_export.families import load_family
-from capa_export.measure import measured
-from capa_export.recipe import load_recipe
-from capa_export.target import load_target
+_PREFLIGHT = 3
+_CAPA_EXPORT = str(Path(sys.executable).with_name("capa-export"))
+
+# Each reads an ONNX file by its path; weights stay mapped, since ONNX Runtime's optimizer would make FP32 copies.
+_READERS = {
+    "onnx.checker": "import onnx, sys; onnx.checker.check_model(sys.argv[1])",
+    "onnxruntime": """
+import sys, onnxruntime as ort
+options = ort.SessionOptions()
+options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+options.add_session_config_entry("session.disable_prepacking", "1")
+ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+""",
+    "tensorrt_rtx parser": """
+import sys, tensorrt_rtx as trt
+log = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(log)
+network = builder.create_network(0)
+parser = trt.OnnxParser(network, log)
+sys.exit(not parser.parse_from_file(sys.argv[1]))
+""",
+}
 
 
 def _cold() -> bool:
@@ -33,60 +54,102 @@ def _cold() -> bool:
     return False
 
 
+def _measured(command: Sequence[str | Path], *, refusal: int | None = None) -> dict[str, Any]:
+    """Run a command to its end, and all of its bytes to the disk; `refusal` is an exit code that is a result too.
+
+    Linux counts into a child's peak what this process had when it began, so this process imports next to nothing.
+    """
+    load, started = os.getloadavg()[0], time.perf_counter()
+    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    said = child.stderr.read().decode()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    os.sync()
+    if child.returncode and child.returncode != refusal:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{said}")
+    return {
+        **({"refused": said.strip().splitlines()[-1]} if child.returncode else {}),
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+        "load_before": round(load, 1),
+    }
+
+
+def _export(model: str, checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
+    where = ["--model", model, "--checkpoint", checkpoint, "--out", out]
+    return _measured([_CAPA_EXPORT, "export", *where, "--no-ffn", *options])
+
+
+def _engines(bundle: Path, weights: str) -> dict[str, Any]:
+    """The whole command, and each engine as the manifest records it."""
+    cost = _measured([_CAPA_EXPORT, "engine", bundle, "--weights", weights], refusal=_PREFLIGHT)
+    if "refused" in cost:
+        return cost
+    manifest = json.loads((bundle / "capa_manifest.json").read_text(encoding="utf-8"))
+    kept = ("seconds", "peak_memory_bytes", "bytes", "layers", "weight_copies")
+    engines = manifest["stages"]["engine/rtx"]["result"]["engines"]
+    return {**cost, "engines": {name: {key: row[key] for key in kept} for name, row in engines.items()}}
+
+
+def _own_bytes(bundle: Path) -> int:
+    """Bytes of files that are not links to others."""
+    status = [path.stat() for path in bundle.rglob("*") if path.is_file()]
+    return sum(one.st_size for one in status if one.st_nlink == 1)
+
+
+def _sizes(model: str, checkpoint: Path, out: Path) -> dict[str, Any]:
+    bundle, linked, shards = out / "bundle", out / "in-place", sorted(checkpoint.glob("*.safetensors"))
+    result: dict[str, Any] = {}
+    _cold()
+    result["copy"] = _measured(["cp", *shards, out])
+    for path in shards:
+        (out / path.name).unlink()
+    _cold()
+    export = _export(model, checkpoint, bundle)
+    result["export fp16"] = {**export, "over_copy": round(export["seconds"] / result["copy"]["seconds"], 2)}
+    files = {name: bundle / "onnx" / name for name in ("llm/prefill.onnx", "llm/decode.onnx", "visual/model.onnx")}
+    result["bytes of llm/model.onnx.data"] = (bundle / "onnx/llm/model.onnx.data").stat().st_size
+    result["read by path"] = {
+        reader: {name: _measured([sys.executable, "-c", code, path]) for name, path in files.items()}
+        for reader, code in _READERS.items()
+    }
+    result["engine --weights external"] = _engines(bundle, "external")
+    result["engine --weights embedded"] = _engines(bundle, "embedded")
+    _cold()
+    result["export bf16 --weights in-place"] = _export(
+        model, checkpoint, linked, "--precision", "bf16", "--weights", "in-place"
+    )
+    result["export bf16 --weights in-place"]["bytes_written"] = _own_bytes(linked)
+    result["engine --weights external, in place"] = _engines(linked, "external")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--model", default="qwen25vl")
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is written; emptied afterwards")
-    parser.add_argument("--weights", choices=["embedded", "external"], default="external")
+    parser.add_argument("checkpoint", type=Path, help="as random_checkpoint.py writes it, in bf16")
+    parser.add_argument("--model", default="qwen25vl", help="recipe")
     arguments = parser.parse_args()
 
-    recipe = load_recipe(arguments.model)
-    source = Source.of(open_checkpoint(arguments.checkpoint), load_family(recipe.family))
-    layers = tuple(stage.layer for stage in recipe.prune.schedule)
-    arguments.out.mkdir(parents=True)
+    checkpoint = arguments.checkpoint.resolve()
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, tensorrt-rtx {version('tensorrt-rtx')}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory, "
+        f"onnxruntime {version('onnxruntime')}, tensorrt-rtx {version('tensorrt-rtx')}",
+        "command": f"benchmarks/real_size.py {checkpoint.name} --model {arguments.model}",
         "checkpoint": {
-            "parameters": source.checkpoint.num_parameters,
-            "GB": round(source.checkpoint.nbytes / 1e9, 2),
+            "architecture": config["architectures"][0],
+            "GB": round(sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9, 2),
             "page_cache_emptied": _cold(),
         },
     }
-    with measured() as copy:
-        for path in source.checkpoint.files:
-            shutil.copyfile(path, arguments.out / path.name)
-        os.sync()
-    for path in source.checkpoint.files:
-        (arguments.out / path.name).unlink()
-    _cold()
-    with measured() as export:
-        write_onnx(source, "fp16", arguments.out / "onnx", prune_layers=layers, scales={})
-        os.sync()
-    result["copy"] = copy.as_dict()
-    result["export_fp16"] = {**export.as_dict(), "over_copy": round(export.seconds / copy.seconds, 3)}
-    target, engines = load_target("rtx"), {}
-    for name in ("visual/model", "llm/prefill", "llm/decode"):
-        values = target.require_engine().values["num_keep"].repeated(len(layers))
-        built = build_engine(
-            arguments.out / "onnx" / f"{name}.onnx",
-            arguments.out / "engines" / f"{name}.engine",
-            dims={},
-            shape_inputs={"num_keep": values} if name == "llm/prefill" else {},
-            target=target,
-            weights=arguments.weights,
-        )
-        engines[name] = {
-            "seconds": round(built.seconds, 1),
-            "peak_memory_bytes": built.peak_rss_bytes,
-            "plan_bytes": built.bytes,
-            "layers": built.num_layers,
-            "weight_copies": len(built.weight_copies),
-        }
-    result[f"engines_{arguments.weights}"] = engines
-    shutil.rmtree(arguments.out)
-    print(json.dumps(result, indent=2))
+    # Beside the checkpoint: hard links need the same disk.
+    with TemporaryDirectory(dir=checkpoint.parent, prefix="real-size-") as folder:
+        sizes = _sizes(arguments.model, checkpoint, Path(folder))
+    print(json.dumps({**result, **sizes}, indent=2))
 
 
 if __name__ == "__main__":

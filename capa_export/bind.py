@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -94,11 +95,11 @@ class _Converted(ir.LazyTensor):
         return f"{self._repr_base()}({self.source!r}, name={self.name!r})"
 
     def _whole(self) -> ir.TensorProtocol:
-        array: Array = np.concatenate([chunk.copy() for chunk in self.chunks()])
+        array: Array = np.concatenate(list(self.chunks()))
         return ir.Tensor(array.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
     def chunks(self) -> Iterator[Array]:
-        """Yield the converted elements.
+        """Yield the converted elements, each chunk in an array of its own.
 
         Raises:
             CapaError: a weight is NaN or infinite, or too large for the dtype.
@@ -116,7 +117,7 @@ class _Converted(ir.LazyTensor):
                     "damaged, download or re-save them"
                 )
             with np.errstate(over="ignore"):
-                yield chunk.astype(self.dtype.numpy(), copy=False)
+                yield chunk.astype(self.dtype.numpy())
         self._check_range(float(largest.view(self.source.dtype.numpy())))
 
     def _check_range(self, largest: float) -> None:
@@ -130,12 +131,24 @@ class _Converted(ir.LazyTensor):
             )
 
     def tofile(self, file: BinaryIO) -> None:
-        offset = file.tell()
+        file.writelines(_ahead(self._hashed(file.tell())))
+
+    def _hashed(self, offset: int) -> Iterator[memoryview]:
+        """The bytes of the chunks, which are in the digest when they come out."""
         for chunk in self.chunks():
             block = chunk.view(np.uint8).data
-            file.write(block)
             self.digest.update(offset, block)
             offset += block.nbytes
+            yield block
+
+
+def _ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The blocks, each made by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = thread.submit(next, blocks, None)
+            yield block
 
 
 def bind(

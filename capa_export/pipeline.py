@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,7 @@ import numpy as np
 
 from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
-from capa_export.dims import ModelDims
-from capa_export.dry_run import check_engine_memory
+from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families import load_family
 from capa_export.in_place import Shards
@@ -202,8 +202,12 @@ def engine(
     from capa_export.engine import build_engine
 
     settings = target.require_engine()
-    bundle.verify("export")
     export_record = bundle.stage("export")
+    if f"engine/{target.name}" not in bundle.manifest["stages"]:
+        # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
+        with suppress(OSError, ValueError):
+            _check_room(bundle, weights)
+    bundle.verify("export")
     target.require_precision(export_record["result"]["precision"])
     folder = f"engines/{target.name}"
     key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, bundle.digest("export")]
@@ -211,7 +215,7 @@ def engine(
     graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 
     def work(scratch: Path) -> dict[str, Any]:
-        check_engine_memory(_dims(bundle), export_record["result"]["precision"], weights)
+        _check_room(bundle, weights)
         result: dict[str, Any] = {}
         for done, (onnx, name) in enumerate(graphs.items()):
             report(f"engines for {target.name}", done, len(graphs))
@@ -255,10 +259,15 @@ def engine(
     return _stage(bundle, f"engine/{target.name}", key, [folder], work)
 
 
-def _dims(bundle: Bundle) -> ModelDims[Any]:
+def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
+    """Refuse engines that memory or disk has no room for."""
     path = bundle.folder / ONNX / "llm" / "config.json"
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    return family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    dims = family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    precision = bundle.stage("export")["result"]["precision"]
+    check_engine_memory(dims, precision, weights)
+    if weights == "embedded":
+        check_engine_disk(dims, precision, bundle.folder)
 
 
 def validate(job: Job) -> dict[str, Any]:

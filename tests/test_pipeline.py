@@ -214,7 +214,7 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_run, "available_memory", lambda: 900 << 20)
-    reason = r"take 0\.9 GB of memory to build, 0\.9 GB are available; build with --weights external"
+    reason = r"take 1\.2 GB of memory to build, 0\.9 GB are available; build with --weights external"
     with pytest.raises(CapaError, match=reason) as raised:
         pipeline.build(again(job, ffn=False), load_target("rtx"))
     assert raised.value.code == ExitCode.PREFLIGHT
@@ -230,3 +230,13 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     assert "0.9 GB are available; a build would be refused" in capsys.readouterr().out
     assert main([*plan, "--weights", "external", "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["refusal"] is None
+
+
+def test_engines_that_the_disk_cannot_hold_are_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.export(again(job, ffn=False))
+    usage = shutil.disk_usage(job.bundle.folder)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CapaError, match="bytes are needed, 100000 are free") as raised:
+        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+    assert raised.value.code == ExitCode.PREFLIGHT
+    assert not (job.bundle.folder / "engines").exists()
