@@ -32,7 +32,7 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     if target.engine is not None:
         check_runtime(target)
     job.check_layers()
-    if target.engine is not None and f"engine/{target.name}" not in job.bundle.manifest["stages"]:
+    if target.engine is not None and not _has_engines(job.bundle, target, job.weights):
         check_engine_memory(job.source.dims, job.precision, job.weights)
     if job.in_place:
         with job.bundle.replacing() as scratch:
@@ -203,7 +203,7 @@ def engine(
 
     settings = target.require_engine()
     export_record = bundle.stage("export")
-    if f"engine/{target.name}" not in bundle.manifest["stages"]:
+    if not _has_engines(bundle, target, weights):
         # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
         with suppress(OSError, ValueError):
             _check_room(bundle, weights)
@@ -257,6 +257,11 @@ def engine(
         return {"weights": weights, "engines": result}
 
     return _stage(bundle, f"engine/{target.name}", key, [folder], work)
+
+
+def _has_engines(bundle: Bundle, target: Target, weights: Literal["embedded", "external"]) -> bool:
+    record = bundle.manifest["stages"].get(f"engine/{target.name}")
+    return record is not None and record["result"]["weights"] == weights
 
 
 def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:

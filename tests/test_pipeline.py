@@ -224,6 +224,10 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
         pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert "engine/rtx" not in job.bundle.manifest["stages"]
     pipeline.engine(job.bundle, load_target("rtx"), weights="external", report=job.report)
+    monkeypatch.setattr(Bundle, "verify", lambda *_: pytest.fail("reads all files first"))
+    with pytest.raises(CapaError, match=reason):
+        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+    assert job.bundle.stage("engine/rtx")["result"]["weights"] == "external"
     plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
     capsys.readouterr()
     assert main(plan) == ExitCode.OK
