@@ -103,7 +103,9 @@ def test_a_second_build_does_nothing_and_another_ratio_only_validates(
     assert [line.split(maxsplit=1)[1] for line in err.splitlines() if line[0] != " "] == ["up to date"] * 3
     code, out, err = cli("build", *options, "--ratio", 0.5, "--json")
     assert code == 0 and json.loads(out)["schedule"] == [{"layer": 2, "ratio": 0.5}]
-    stages = {line.split()[0]: "up to date" in line for line in err.splitlines() if line[0] != " "}
+    # On a slow machine, lines of progress stand between: `validate: eager: 3 of 4`.
+    done = [line for line in err.splitlines() if line[0] != " " and ": " not in line]
+    stages = {line.split()[0]: "up to date" in line for line in done}
     assert stages == {"calibrate": True, "export": True, "validate": False}
     assert "ratio 0.5 after layer 2: kept 512 of 1024 visual tokens" in err
 
