@@ -1,0 +1,1 @@
+"""The GPU kernels of the CAPA operators, one file each, in Triton; importing it needs triton."""
