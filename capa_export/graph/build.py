@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 
 import capa_export
-from capa_export.graph.functions import DOMAIN, FUNCTIONS
+from capa_export.graph.functions import DOMAIN, FUNCTIONS, PLUGIN
 from capa_export.graph.opset import IR_VERSION, OPSET
 
 __all__ = ["Input", "Output", "build_model", "call"]
@@ -20,7 +20,9 @@ Output = tuple[str, ir.Value, tuple[int | str, ...]]
 
 
 _OUTPUT_DTYPES = {"ContributionScore": ir.DataType.FLOAT, "TopKKeep": ir.DataType.INT64}
-"""Where it is not the dtype of the first input."""
+"""Where outputs do not have the dtypes of the inputs in their places."""
+_SHAPE_INPUTS: dict[str, dict[str, Any]] = {"TopKKeep": {"tensorrt_plugin_shape_input_indices": [1]}}
+"""Inputs whose values are sizes, which TensorRT then reads on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,18 @@ class Input:
     shape: tuple[int | str, ...]
 
 
-def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-    """Add a node of domain `capa` whose body is one of `FUNCTIONS`; shape inference does not look into bodies."""
-    output = op.call(FUNCTIONS[function], *inputs, **attributes)
-    dtype = _OUTPUT_DTYPES.get(function, inputs[0].dtype)
-    assert isinstance(output, ir.Value) and dtype is not None
-    output.dtype = dtype
-    return output
+def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
+    """Add a node of domain `capa` whose body is one of `FUNCTIONS`; shape inference does not look into bodies.
+
+    The plugin attributes make TensorRT take a plugin where one is registered, and the body everywhere else.
+    """
+    values = op.call(FUNCTIONS[function], *inputs, **attributes, **PLUGIN, **_SHAPE_INPUTS.get(function, {}))
+    outputs = (values,) if isinstance(values, ir.Value) else tuple(values)
+    for index, output in enumerate(outputs):
+        dtype = _OUTPUT_DTYPES.get(function, inputs[index].dtype)
+        assert dtype is not None
+        output.dtype = dtype
+    return outputs
 
 
 def build_model(

@@ -107,28 +107,28 @@ class Prune(nn.Module):
         """The surviving tokens, keys, values, and the kept rows [K], ascending."""
         assert tokens.text_rows_X is not None
         last_query = op.Slice(query, [-1], [_END], [2])
-        scores_T = call(
+        (scores_T,) = call(
             op, "ContributionScore", last_query, key, value, output_weight, tokens.text_rows_X, scale=self.scale
         )
         num_rows = op.Add(num_keep, op.Shape(tokens.text_rows_X))
-        kept_K = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
+        (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
 
-        def gather(x: ir.Value, axis: int) -> ir.Value:
-            return call(op, "TokenGather", x, kept_K, axis=axis)
-
+        hidden_KD, key, value, cos, sin = call(
+            op, "TokenGather", tokens.hidden_TD, key, value, tokens.cos_BTd, tokens.sin_BTd, kept_K
+        )
         zeros_T = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores_T))
         is_kept_T = op.ScatterElements(
             zeros_T, kept_K, op.Expand(op.Constant(value_ints=[1]), op.Shape(kept_K)), axis=0
         )
         row_T = op.Sub(op.CumSum(is_kept_T, op.Constant(value_int=0)), op.Constant(value_int=1))
         survivors = Tokens(
-            hidden_TD=gather(tokens.hidden_TD, 0),
-            cos_BTd=gather(tokens.cos_BTd, 1),
-            sin_BTd=gather(tokens.sin_BTd, 1),
+            hidden_TD=hidden_KD,
+            cos_BTd=cos,
+            sin_BTd=sin,
             text_rows_X=op.Gather(row_T, tokens.text_rows_X, axis=0),
-            deepstack=tuple(gather(features_TD, 0) for features_TD in tokens.deepstack),
+            deepstack=tuple(op.Gather(features_TD, kept_K, axis=0) for features_TD in tokens.deepstack),
         )
-        return survivors, gather(key, 2), gather(value, 2), kept_K
+        return survivors, key, value, kept_K
 
 
 class Layer(nn.Module):
@@ -164,7 +164,7 @@ class Layer(nn.Module):
             return replace(tokens, hidden_TD=self._ffn(op, tokens.hidden_TD)), (key, value), kept_K
         assert tokens.text_rows_X is not None
         text_XD = self._ffn(op, op.Gather(tokens.hidden_TD, tokens.text_rows_X, axis=0))
-        scaled_TD = call(op, "VisualScale", tokens.hidden_TD, self.visual_scale, text_XD, tokens.text_rows_X)
+        (scaled_TD,) = call(op, "VisualScale", tokens.hidden_TD, self.visual_scale, text_XD, tokens.text_rows_X)
         return replace(tokens, hidden_TD=scaled_TD), (key, value), kept_K
 
     def _ffn(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:

@@ -8,9 +8,12 @@ import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
 
-__all__ = ["DOMAIN", "FUNCTIONS"]
+__all__ = ["DOMAIN", "FUNCTIONS", "PLUGIN"]
 
 DOMAIN = "capa"
+
+PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+"""Attributes of every node: what its TensorRT plugin is registered as."""
 
 _CONTRIBUTION_SCORE = """
 ContributionScore <scale> (query, key, value, output_weight, text_positions) => (scores) {
@@ -112,8 +115,13 @@ TopKKeep <min_keep_per_image> (scores, num_keep) => (kept) {
 """
 
 _TOKEN_GATHER = """
-TokenGather <axis> (x, kept) => (y) {
-    y = Gather <axis: int = @axis> (x, kept)
+TokenGather (hidden, key, value, cos, sin, kept) => (hidden_kept, key_kept, value_kept, cos_kept, sin_kept) {
+    # Everything of a layer that has one row a token, so that a kernel takes one pass over it.
+    hidden_kept = Gather <axis = 0> (hidden, kept)
+    key_kept = Gather <axis = 2> (key, kept)
+    value_kept = Gather <axis = 2> (value, kept)
+    cos_kept = Gather <axis = 1> (cos, kept)
+    sin_kept = Gather <axis = 1> (sin, kept)
 }
 """
 

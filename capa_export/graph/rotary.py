@@ -10,15 +10,14 @@ from onnxscript import OpBuilder
 from capa_export.dims import ModelDims
 from capa_export.graph.decoder import RotaryTables
 
-__all__ = ["rotary_tables"]
+__all__ = ["rotary_frequencies", "rotary_tables"]
 
 
 def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:
     """Plain RoPE, or mRoPE: time, height and width positions turn some of the frequencies each."""
     decoder = dims.decoder
     half = decoder.head_dim // 2
-    exponent = np.arange(0, decoder.head_dim, 2, dtype=np.float32) / np.float32(decoder.head_dim)
-    frequency = (1.0 / np.float32(decoder.rope_theta) ** exponent).astype(np.float32)
+    frequency = rotary_frequencies(decoder.rope_theta, half)
     axis = np.repeat(np.arange(decoder.position_axes), decoder.mrope_section or half)
     if decoder.mrope_interleaved:
         axis = _interleaved(decoder.mrope_section, half)
@@ -30,6 +29,16 @@ def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:
         return op.Cast(op.Cos(angle_1Td), to=dtype), op.Cast(op.Sin(angle_1Td), to=dtype)
 
     return tables
+
+
+def rotary_frequencies(theta: float, count: int) -> np.ndarray:
+    """[count] FP32, theta ** (-i / count): each step in FP32 as transformers has it.
+
+    The power is rounded from FP64, since the last bit of an FP32 power depends on the processor.
+    """
+    exponent = np.arange(count, dtype=np.float32) / np.float32(count)
+    power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / power
 
 
 def _interleaved(sections: Sequence[int], half: int) -> np.ndarray:

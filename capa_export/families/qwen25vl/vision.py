@@ -15,6 +15,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.families.qwen25vl.dims import Vision as Dims
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, tokens_from_heads
+from capa_export.graph.rotary import rotary_frequencies
 
 __all__ = ["Layout", "PatchEmbed", "VisionAttention", "rotary_angles", "vision_model"]
 
@@ -200,7 +201,7 @@ def rotary_angles(op: OpBuilder, sides: Sequence[ir.Value], head_size: int, merg
     """
     frames, rows, cols = sides
     quarter = head_size // 4
-    frequency = (1.0 / (10000.0 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter)))).astype(np.float32)
+    frequency = rotary_frequencies(10000.0, quarter)
     within = np.arange(merge * merge)
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
 
