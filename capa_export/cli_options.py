@@ -22,6 +22,9 @@ __all__ = [
     "MinKeepOpt",
     "ModelOpt",
     "OutOpt",
+    "PluginLibraryOpt",
+    "PluginWish",
+    "PluginsOpt",
     "Precision",
     "PrecisionOpt",
     "RatioOpt",
@@ -46,6 +49,15 @@ class Weights(str, Enum):
 
     embedded = "embedded"
     external = "external"
+
+
+class PluginWish(str, Enum):
+    """What computes the CAPA nodes of an engine."""
+
+    auto = "auto"
+    python = "python"
+    native = "native"
+    none = "none"
 
 
 class ExportWeights(str, Enum):
@@ -106,6 +118,14 @@ BuildWeightsOpt = Annotated[
     BuildWeights,
     typer.Option(help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}."),
 ]
+PluginsOpt = Annotated[
+    PluginWish,
+    typer.Option(
+        help="What computes the CAPA nodes in engines: kernels launched from Python, kernels in a library, or "
+        "TensorRT's own layers; auto takes the library if one is given, or else Python where Triton is installed."
+    ),
+]
+PluginLibraryOpt = Annotated[Path | None, typer.Option(help="What `capa-export plugins build` wrote.")]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -20,6 +20,8 @@ import onnx_ir as ir
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.external_weights import MIN_WEIGHT_BYTES
+from capa_export.plugins.choice import NO_PLUGINS, Plugins
+from capa_export.prepare import prepare
 from capa_export.target import DimRange, ShapeRange, Target
 
 __all__ = ["EngineReport", "Layer", "Progress", "Tensor", "build_engine", "parse_layers", "weight_copies"]
@@ -29,6 +31,11 @@ Progress = Callable[[float], None]
 
 _POLL_SECONDS = 0.2
 _ITEM_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Bool": 1, "UInt8": 1, "Int8": 1, "FP8": 1}
+
+_INSTALL = {
+    "tensorrt_rtx": "pip install capa-export[rtx]",
+    "tensorrt": "it comes with JetPack, as python3-libnvinfer, or with pip install tensorrt",
+}
 
 # Said of every int64 input and output, and of every second call of the same ONNX function.
 _NO_NEWS = re.compile(r"has Int64 binding|A node named \S+ already exists")
@@ -89,6 +96,7 @@ def build_engine(
     shape_inputs: Mapping[str, ShapeRange],
     target: Target,
     weights: Literal["embedded", "external"],
+    plugins: Plugins = NO_PLUGINS,
     progress: Progress | None = None,
     home: Path | None = None,
     log: Path | None = None,
@@ -102,6 +110,7 @@ def build_engine(
         shape_inputs: Limits of the inputs whose values are sizes.
         target: The device; supplies the limits of the other dimensions.
         weights: Whether the large weights are in the plan, or inputs of the network.
+        plugins: What computes the CAPA nodes, if not their bodies.
         progress: Told how long the build has been running.
         home: Folder the engine will be used from, if the caller moves it: what `<name>.weights.json` is relative to.
         log: Where the log goes, if not beside the engine.
@@ -116,12 +125,17 @@ def build_engine(
     layers_path, weights_path = engine.with_suffix(".layers.json"), engine.with_suffix(".weights.json")
     scratch = Path(tempfile.mkdtemp(prefix=f".{engine.stem}.", dir=engine.parent))
     try:
+        prepared = prepare(
+            onnx, scratch / "model.onnx", external_weights=weights == "external", plugins=plugins.kind != "none"
+        )
         spec: dict[str, Any] = {
-            "onnx": str(onnx.resolve()),
+            "runtime": settings.runtime.replace("-", "_"),
+            "onnx": str(scratch / "model.onnx"),
+            "beside": str(onnx.resolve()),
             "plan": str(scratch / "plan"),
             "layers": str(scratch / "layers.txt"),
             "result": str(scratch / "result.json"),
-            "weights": weights,
+            "plugins": {"kind": plugins.kind, "library": plugins.library, "count": prepared.num_plugins},
             "shapes": shapes,
             "shape_inputs": {name: [limits.min, limits.opt, limits.max] for name, limits in shape_inputs.items()},
             **settings.model_dump(include={"compute_capabilities", "version_min", "version_below"}),
@@ -130,10 +144,10 @@ def build_engine(
         result = _run_worker(onnx, spec, scratch, log, progress)
         seconds = time.monotonic() - start
         layers = parse_layers(Path(spec["layers"]).read_text(encoding="utf-8"))
-        names = {weight["name"] for weight in result["weights"]}
+        names = {weight["name"] for weight in prepared.weights}
         new = {layers_path: _write_json(scratch / "layers.json", [asdict(layer) for layer in layers])}
         if weights == "external":
-            entries = _weight_entries(onnx, home or engine.parent, result["weights"])
+            entries = _weight_entries(onnx, home or engine.parent, prepared.weights)
             new[weights_path] = _write_json(scratch / "weights.json", entries)
         # The plan comes last: where it is, the rest is.
         new[engine] = Path(spec["plan"])
@@ -203,7 +217,9 @@ def _run_worker(
     with log.open("wb") as output:
         start = time.monotonic()
         command = [sys.executable, "-m", "capa_export.engine_worker", str(spec_path)]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment()
+        )
         try:
             while True:
                 try:
@@ -225,11 +241,16 @@ def _run_worker(
     return result
 
 
+def _environment() -> dict[str, str]:
+    """The worker's: compiles for real, whatever runs kernels in this process."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def _crash(returncode: int, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     last = next((line for line in reversed(lines) if line), "it said nothing")
-    if re.match(r"(ModuleNotFound|Import)Error", last) and "tensorrt_rtx" in last:
-        return f"TensorRT-RTX is not installed ({last}): pip install capa-export[rtx]"
+    if missing := re.match(r"(?:ModuleNotFound|Import)Error: .*\b(tensorrt\w*)", last):
+        return f"{missing[1]} is not installed ({last}): {_INSTALL[missing[1]]}"
     if returncode < 0:
         name = signal.Signals(-returncode).name
         cause = ", most likely for want of memory" if -returncode == getattr(signal, "SIGKILL", None) else ""

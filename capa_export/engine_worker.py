@@ -1,133 +1,123 @@
-"""Builds one TensorRT-RTX engine in a process of its own: `python -m capa_export.engine_worker SPEC.json`.
+"""Builds one TensorRT engine in a process of its own: `python engine_worker.py SPEC.json`.
 
 TensorRT may abort the process and keeps what it allocated; neither must reach the caller. The spec is what
-`capa_export.engine` writes; standard error is the log.
+`capa_export.engine` writes; standard error is the log. But for Python plugins it needs the standard library and
+TensorRT alone, so that a kit can carry it to a device where nothing else is installed.
 """
 
 # The bindings carry no types.
 # pyright: reportAttributeAccessIssue=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
 
+import importlib
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import onnx_ir as ir
-import tensorrt_rtx as trt
-
-from capa_export.errors import CapaError, ExitCode
-from capa_export.external_weights import externalize_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import BinaryIO
 
-__all__ = ["main"]
+__all__ = ["BuildError", "main"]
 
 
-class _Log(trt.ILogger):
-    """Sends messages to standard error, and keeps the errors, the warnings and the list of fused layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
-        self.layers = ""
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        if msg.startswith("Layers:"):
-            self.layers += msg + "\n"
-        elif severity <= trt.ILogger.INFO:
-            print(f"[{severity.name}] {msg}", file=sys.stderr, flush=True)
-            if severity == trt.ILogger.WARNING:
-                self.warnings.append(msg)
-            elif severity < trt.ILogger.WARNING:
-                self.errors.append(msg)
-
-
-class _Plan(trt.IStreamWriter):
-    """Writes the plan as it is made: held whole, it would take its size in memory once more."""
-
-    def __init__(self, file: "BinaryIO") -> None:
-        super().__init__()
-        self._file = file
-        self.error = ""
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            # TensorRT asks for no reason and goes on.
-            self.error = f"the plan cannot be written: {error.strerror}"
-            return 0
+class BuildError(Exception):
+    """Why there is no engine, in one line."""
 
 
 def main(spec_path: str) -> int:
     """Build what the spec says; the result, or the reason why there is none, goes where the spec says."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     try:
-        result = _build(spec)
-    except CapaError as error:
+        result = _build(importlib.import_module(spec["runtime"]), spec)
+    except BuildError as error:
         result = {"error": str(error)}
     Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
     return int("error" in result)
 
 
-def _build(spec: dict[str, Any]) -> dict[str, Any]:
-    _check_version(spec["version_min"], spec["version_below"])
-    log = _Log()
+def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    _check_version(trt, spec)
+    log = _logger(trt)
+    _register_plugins(trt, spec["plugins"], log)
     builder = trt.Builder(log)
-    network = builder.create_network(0)
-    weights = _parse(spec, network, log)
+    # TensorRT-RTX and TensorRT from 11 on know no other networks, and need no flag.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    _parse(trt, spec, network, log)
     config = builder.create_builder_config()
     # The names, types and origins of the fused layers, which land in the log and nowhere else without a GPU.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = len(spec["compute_capabilities"])
-    for index, capability in enumerate(spec["compute_capabilities"]):
-        config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    if spec["compute_capabilities"]:
+        config.num_compute_capabilities = len(spec["compute_capabilities"])
+        for index, capability in enumerate(spec["compute_capabilities"]):
+            config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    if spec["plugins"]["kind"] == "native":
+        config.plugins_to_serialize = [spec["plugins"]["library"]]
     config.add_optimization_profile(_profile(builder, network, spec))
     with Path(spec["plan"]).open("wb") as file:
-        plan = _Plan(file)
-        # True even where the plan could not be written.
-        if not builder.build_serialized_network_to_stream(network, config, plan) or plan.error:
-            reasons = [plan.error] if plan.error else log.errors
-            raise CapaError(_first_line(reasons, "the builder gave no reason"), ExitCode.ENGINE)
+        _write_plan(trt, builder, network, config, file, log)
     Path(spec["layers"]).write_text(log.layers, encoding="utf-8")
-    return {
-        "version": trt.__version__,
-        "weights": weights,
-        "warnings": log.warnings,
-        "peak_rss_bytes": _peak_rss_bytes(),
-    }
+    return {"version": trt.__version__, "warnings": log.warnings, "peak_rss_bytes": _peak_rss_bytes()}
 
 
-def _check_version(minimum: str, below: str) -> None:
+def _check_version(trt: Any, spec: dict[str, Any]) -> None:
+    minimum, below = spec["version_min"], spec["version_below"]
     have, least, first_unknown = (_parts(version) for version in (trt.__version__, minimum, below))
     if not least <= have < first_unknown:
-        raise CapaError(f"tensorrt_rtx is {trt.__version__}; the target takes >={minimum},<{below}", ExitCode.ENGINE)
+        raise BuildError(f"{spec['runtime']} is {trt.__version__}; the target takes >={minimum},<{below}")
 
 
 def _parts(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
-def _parse(spec: dict[str, Any], network: trt.INetworkDefinition, log: _Log) -> list[dict[str, Any]]:
-    model = ir.load(spec["onnx"])
-    weights = [asdict(weight) for weight in externalize_weights(model)] if spec["weights"] == "external" else []
-    for node in model.graph.all_nodes():
-        if node.op_type == "Attention":
-            # Without it, attention with no fused kernel (FP32) fails; where there is one, it is used all the same.
-            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):
+        """Sends messages to standard error, and keeps the errors, the warnings and the list of fused layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, msg: str) -> None:
+            if msg.startswith("Layers:"):
+                self.layers += msg + "\n"
+            elif severity <= trt.ILogger.INFO:
+                print(f"[{severity.name}] {msg}", file=sys.stderr, flush=True)
+                if severity == trt.ILogger.WARNING:
+                    self.warnings.append(msg)
+                elif severity < trt.ILogger.WARNING:
+                    self.errors.append(msg)
+
+    return Log()
+
+
+def _register_plugins(trt: Any, plugins: dict[str, Any], log: Any) -> None:
+    if plugins["kind"] == "python":
+        from capa_export.plugins.python_plugins import register
+
+        register(trt)
+    elif plugins["kind"] == "native" and trt.get_plugin_registry().load_library(plugins["library"]) is None:
+        raise BuildError(_first_line(log.errors, f"{plugins['library']}: TensorRT cannot load it as a plugin library"))
+
+
+def _parse(trt: Any, spec: dict[str, Any], network: Any, log: Any) -> None:
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(ir.to_proto(model).SerializeToString(), spec["onnx"]):
+    if not parser.parse(Path(spec["onnx"]).read_bytes(), spec["beside"]):
         reasons = [_reason(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise CapaError(_first_line(reasons + log.errors, "the parser gave no reason"), ExitCode.ENGINE)
-    return weights
+        raise BuildError(_first_line(reasons + log.errors, "the parser gave no reason"))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    found = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+    # Where the parser finds no plugin, it takes the function body and says nothing; and the other way round.
+    if found != spec["plugins"]["count"]:
+        raise BuildError(f"{found} plugin layers where there should be {spec['plugins']['count']}")
 
 
-def _reason(error: trt.ParserError) -> str:
+def _reason(error: Any) -> str:
     where = f"{error.node_name()} ({error.node_operator()}): " if error.node_operator() else ""
     # "Invalid Node - <name>" says nothing that the name does not.
     return where + re.sub(r"^Invalid Node - .*\n", "", error.desc())
@@ -137,18 +127,46 @@ def _first_line(messages: "Sequence[str]", otherwise: str) -> str:
     return next((line for message in messages for line in message.splitlines() if line.strip()), otherwise)
 
 
-def _profile(builder: trt.Builder, network: trt.INetworkDefinition, spec: dict[str, Any]) -> trt.IOptimizationProfile:
+def _profile(builder: Any, network: Any, spec: dict[str, Any]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if tensor.is_shape_tensor:
             if tensor.name not in spec["shape_inputs"]:
-                raise CapaError(f"the values of input {tensor.name} are sizes: give their range", ExitCode.ENGINE)
+                raise BuildError(f"the values of input {tensor.name} are sizes: give their range")
             profile.set_shape_input(tensor.name, *spec["shape_inputs"][tensor.name])
         else:
             # Weights that became inputs have one shape.
             profile.set_shape(tensor.name, *spec["shapes"].get(tensor.name, [tuple(tensor.shape)] * 3))
     return profile
+
+
+def _write_plan(trt: Any, builder: Any, network: Any, config: Any, file: "BinaryIO", log: Any) -> None:
+    errors: list[str] = []
+
+    def write(data: bytes) -> int:
+        try:
+            return file.write(data)
+        except OSError as error:
+            # TensorRT asks for no reason and goes on.
+            errors.append(f"the plan cannot be written: {error.strerror}")
+            return 0
+
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        # Written as it is made: held whole, it would take its size in memory once more.
+        class Plan(trt.IStreamWriter):
+            def write(self, data: bytes) -> int:
+                return write(data)
+
+        # True even where the plan could not be written.
+        built = builder.build_serialized_network_to_stream(network, config, Plan())
+    else:
+        plan = builder.build_serialized_network(network, config)
+        built = plan is not None
+        if built:
+            write(plan)
+    if not built or errors:
+        raise BuildError(_first_line(errors or log.errors, "the builder gave no reason"))
 
 
 def _peak_rss_bytes() -> int | None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -16,10 +16,11 @@ from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family
 from capa_export.fingerprint import fingerprint
+from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 
-__all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "say", "tool_versions"]
+__all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "run_stage", "say", "tool_versions"]
 
 ONNX = "onnx"
 PARITY = "parity.json"
@@ -29,6 +30,22 @@ REPORT = "report.html"
 def say(line: str) -> None:
     """Talk to the person: stderr, since stdout is data."""
     print(line, file=sys.stderr, flush=True)
+
+
+def run_stage(
+    bundle: Bundle,
+    name: str,
+    key: object,
+    outputs: Sequence[str],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    outdates: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run a stage of a bundle unless it is current, and say what it took; returns its result."""
+    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates)
+    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 1e9:.2f} GB" if ran else "up to date"
+    say(f"{name:<14}{took}")
+    return record["result"]
 
 
 @dataclass
@@ -49,6 +66,8 @@ class Job:
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     ffn: bool = True
     weights: Literal["embedded", "external"] = "embedded"
+    plugins: PluginWish = "auto"
+    plugin_library: Path | None = None
     in_place: bool = False
     """Whether the ONNX files read the checkpoint's own shards instead of a copy."""
     command: Sequence[str] = ()

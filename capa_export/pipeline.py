@@ -1,26 +1,23 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
-from capa_export.dry_run import check_engine_disk, check_engine_memory
-from capa_export.errors import CapaError, ExitCode
-from capa_export.families import load_family
+from capa_export.dry_run import check_engine_memory
+from capa_export.errors import CapaError
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, say, tool_versions
-from capa_export.progress import Report
-from capa_export.recipe import Recipe, ranges, recipe_of
+from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, run_stage, say, tool_versions
+from capa_export.plugins.choice import choose_plugins
+from capa_export.recipe import Recipe, ranges
 from capa_export.target import Target
 
-__all__ = ["adopt_calibration", "build", "calibrate", "engine", "export", "validate"]
+__all__ = ["adopt_calibration", "build", "calibrate", "export", "validate"]
 
 
 def build(job: Job, target: Target) -> dict[str, Any]:
@@ -29,10 +26,13 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
+    from capa_export.build_engines import build_engines, check_runtime, has_engines
+
     if target.engine is not None:
         check_runtime(target)
+        choose_plugins(job.plugins, job.precision, job.plugin_library)
     job.check_layers()
-    if target.engine is not None and not _has_engines(job.bundle, target, job.weights):
+    if target.engine is not None and not has_engines(job.bundle, target, job.weights):
         check_engine_memory(job.source.dims, job.precision, job.weights)
     if job.in_place:
         with job.bundle.replacing() as scratch:
@@ -40,19 +40,15 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     calibrate(job)
     export(job)
     if target.engine is not None:
-        engine(job.bundle, target, weights=job.weights, report=job.report)
-    return validate(job)
-
-
-def check_runtime(target: Target) -> None:
-    """Refuse a target whose builder is not installed, before anything is run."""
-    runtime = target.require_engine().runtime
-    if find_spec(runtime.replace("-", "_")) is None:
-        raise CapaError(
-            f"target {target.name} needs {runtime}, which is not installed: pip install capa-export[rtx], "
-            "or build with --target onnx",
-            ExitCode.ENGINE,
+        build_engines(
+            job.bundle,
+            target,
+            weights=job.weights,
+            report=job.report,
+            plugins=job.plugins,
+            plugin_library=job.plugin_library,
         )
+    return validate(job)
 
 
 def calibrate(job: Job) -> Calibration:
@@ -86,7 +82,7 @@ def calibrate(job: Job) -> Calibration:
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
     check_tensors(job.source)
-    _stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+    run_stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
     _note_digests(job)
     calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
@@ -120,7 +116,7 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
         return {"samples": calibration.samples, "adopted": True}
 
     key = ["adopted", calibration.digest()]
-    _stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+    run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
 
 
 def export(job: Job) -> None:
@@ -175,7 +171,7 @@ def export(job: Job) -> None:
         sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
 
-    _stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate"])
+    run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate"])
     visual = job.recipe.visual_tokens
     for stage, kept in zip(job.schedule, job.recipe.prune.num_keep([visual]), strict=True):
         say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
@@ -193,86 +189,6 @@ def export(job: Job) -> None:
     )
     if digests():
         _note_digests(job)
-
-
-def engine(
-    bundle: Bundle, target: Target, *, weights: Literal["embedded", "external"], report: Report
-) -> dict[str, Any]:
-    """Build the vision, prefill and decode engines of a bundle for a target."""
-    from capa_export.engine import build_engine
-
-    settings = target.require_engine()
-    export_record = bundle.stage("export")
-    if not _has_engines(bundle, target, weights):
-        # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
-        with suppress(OSError, ValueError):
-            _check_room(bundle, weights)
-    bundle.verify("export")
-    target.require_precision(export_record["result"]["precision"])
-    folder = f"engines/{target.name}"
-    key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, bundle.digest("export")]
-    stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
-    graphs = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
-
-    def work(scratch: Path) -> dict[str, Any]:
-        _check_room(bundle, weights)
-        result: dict[str, Any] = {}
-        for done, (onnx, name) in enumerate(graphs.items()):
-            report(f"engines for {target.name}", done, len(graphs))
-            values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
-            # Outside the scratch folder, since it must outlive a failed build.
-            log = bundle.folder / f"{name.replace('/', '-')}.{target.name}.log"
-            try:
-                built = build_engine(
-                    bundle.folder / ONNX / onnx,
-                    scratch / folder / f"{name}.engine",
-                    dims={},
-                    shape_inputs=values,
-                    target=target,
-                    weights=weights,
-                    home=(bundle.folder / folder / name).parent,
-                    log=log,
-                )
-            except KeyboardInterrupt:
-                log.unlink(missing_ok=True)
-                raise
-            built.log.replace((scratch / folder / name).with_suffix(".log"))
-            if built.weight_copies:
-                raise CapaError(
-                    f"{onnx}: the engine would copy weights at every run ({built.weight_copies[0]}); "
-                    "this is a defect of the graph, please report it",
-                    ExitCode.ENGINE,
-                )
-            result[name] = {
-                "bytes": built.bytes,
-                "seconds": round(built.seconds, 3),
-                "peak_memory_bytes": built.peak_rss_bytes,
-                "layers": built.num_layers,
-                "layers_by_type": built.num_layers_by_type,
-                "custom_layers": built.num_custom_layers,
-                "weight_copies": len(built.weight_copies),
-                "runtime": built.runtime_version,
-                "warnings": list(built.warnings),
-            }
-        return {"weights": weights, "engines": result}
-
-    return _stage(bundle, f"engine/{target.name}", key, [folder], work)
-
-
-def _has_engines(bundle: Bundle, target: Target, weights: Literal["embedded", "external"]) -> bool:
-    record = bundle.manifest["stages"].get(f"engine/{target.name}")
-    return record is not None and record["result"]["weights"] == weights
-
-
-def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
-    """Refuse engines that memory or disk has no room for."""
-    path = bundle.folder / ONNX / "llm" / "config.json"
-    family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    dims = family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    precision = bundle.stage("export")["result"]["precision"]
-    check_engine_memory(dims, precision, weights)
-    if weights == "embedded":
-        check_engine_disk(dims, precision, bundle.folder)
 
 
 def validate(job: Job) -> dict[str, Any]:
@@ -341,26 +257,11 @@ def validate(job: Job) -> dict[str, Any]:
         )
         return parity_report
 
-    return _stage(bundle, "validate", key, [PARITY, REPORT], work)
+    return run_stage(bundle, "validate", key, [PARITY, REPORT], work)
 
 
 def _alpha_digest(scales: Mapping[int, np.ndarray]) -> str:
     return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
-
-
-def _stage(
-    bundle: Bundle,
-    name: str,
-    key: object,
-    outputs: Sequence[str],
-    work: Callable[[Path], dict[str, Any]],
-    *,
-    outdates: Sequence[str] = (),
-) -> dict[str, Any]:
-    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates)
-    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 1e9:.2f} GB" if ran else "up to date"
-    say(f"{name:<14}{took}")
-    return record["result"]
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from capa_export import pipeline
+from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle, file_digest
 from capa_export.checkpoint import Checkpoint, open_checkpoint
 from capa_export.cli import main
@@ -312,7 +313,7 @@ def test_engines_are_built_from_the_shards(job: Job, tmp_path: Path, weights: An
     rtx = load_target("rtx")
     one_gpu = rtx.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
     target = rtx.model_copy(update={"engine": one_gpu})
-    engines = pipeline.engine(job.bundle, target, weights=weights, report=job.report)["engines"]
+    engines = build_engines(job.bundle, target, weights=weights, report=job.report)["engines"]
     assert set(engines) == {"visual/visual", "llm/prefill", "llm/decode"}
     assert all(engine["weight_copies"] == 0 for engine in engines.values())
     assert state(tmp_path / "checkpoint") == before

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from capa_export import build_engines as engine_stage
 from capa_export import dry_run, pipeline
-from capa_export import engine as engine_module
 from capa_export.answer import answer
+from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle, file_digest
 from capa_export.calibration import Calibration
 from capa_export.checkpoint import Checkpoint
@@ -145,14 +146,14 @@ def test_a_superfluous_tensor_is_refused_without_calibration_too(job: Job) -> No
 def test_an_engine_that_copies_weights_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline.calibrate(job)
     pipeline.export(job)
-    build = engine_module.build_engine
+    build = engine_stage.build_engine
 
     def copying(*arguments: Any, **options: Any) -> Any:
         return replace(build(*arguments, **options), weight_copies=("__myl_Move",))
 
-    monkeypatch.setattr(engine_module, "build_engine", copying)
+    monkeypatch.setattr(engine_stage, "build_engine", copying)
     with pytest.raises(CapaError, match="would copy weights at every run") as raised:
-        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert raised.value.code == ExitCode.ENGINE
     assert not (job.bundle.folder / "engines").exists()
 
@@ -221,12 +222,12 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     assert not job.bundle.folder.exists()
     pipeline.export(again(job, ffn=False))
     with pytest.raises(CapaError, match=reason):
-        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert "engine/rtx" not in job.bundle.manifest["stages"]
-    pipeline.engine(job.bundle, load_target("rtx"), weights="external", report=job.report)
+    build_engines(job.bundle, load_target("rtx"), weights="external", report=job.report)
     monkeypatch.setattr(Bundle, "verify", lambda *_: pytest.fail("reads all files first"))
     with pytest.raises(CapaError, match=reason):
-        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert job.bundle.stage("engine/rtx")["result"]["weights"] == "external"
     plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
     capsys.readouterr()
@@ -241,6 +242,6 @@ def test_engines_that_the_disk_cannot_hold_are_refused(job: Job, monkeypatch: py
     usage = shutil.disk_usage(job.bundle.folder)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapaError, match="bytes are needed, 100000 are free") as raised:
-        pipeline.engine(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert raised.value.code == ExitCode.PREFLIGHT
     assert not (job.bundle.folder / "engines").exists()

@@ -1,0 +1,168 @@
+"""The commands that take a checkpoint all the way, or say what that would take."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from capa_export.cli_options import (
+    BuildWeights,
+    BuildWeightsOpt,
+    CalibrationOpt,
+    CheckpointOpt,
+    FfnOpt,
+    ImagesOpt,
+    JsonOpt,
+    LayerByLayerOpt,
+    LayerOpt,
+    MinKeepOpt,
+    ModelOpt,
+    PluginLibraryOpt,
+    PluginsOpt,
+    PluginWish,
+    Precision,
+    PrecisionOpt,
+    RatioOpt,
+    RevisionOpt,
+    SamplesOpt,
+    TargetOpt,
+)
+from capa_export.cli_show import print_json
+from capa_export.cli_stages import finish, recipe_from
+from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    from capa_export.recipe import Recipe
+
+__all__ = ["build", "plan"]
+
+
+def build(
+    model: ModelOpt,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.")] = None,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
+    ffn: FfnOpt = True,
+    images: ImagesOpt = None,
+    samples: SamplesOpt = None,
+    layer_by_layer: LayerByLayerOpt = None,
+    calibration: CalibrationOpt = None,
+    precision: PrecisionOpt = Precision.fp16,
+    target: TargetOpt = "rtx",
+    weights: BuildWeightsOpt = BuildWeights.embedded,
+    plugins: PluginsOpt = PluginWish.auto,
+    plugin_library: PluginLibraryOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Checkpoint in, validated bundle out: all stages in order."""
+    from capa_export.target import load_target
+
+    recipe = recipe_from(model, ratio, prune_layer, min_keep_per_image)
+    device = load_target(target)
+    device.require_precision(precision.value)
+    if device.engine:
+        device.require_engine()
+    elif weights == BuildWeights.external:
+        raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
+    if not device.engine and (plugins != PluginWish.auto or plugin_library is not None):
+        raise CapaError(f"--plugins: target {device.name} has no engine to put them in", ExitCode.USAGE)
+    if calibration is not None and (samples is not None or layer_by_layer is not None):
+        option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
+        raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
+    if dry_run:
+        _print_plan(
+            recipe,
+            checkpoint,
+            out,
+            precision.value,
+            ffn=ffn,
+            revision=revision,
+            calibration=calibration,
+            target=device,
+            weights=weights.value,
+            as_json=as_json,
+        )
+        return
+    if out is None:
+        raise CapaError("build needs --out FOLDER; only --dry-run does without", ExitCode.USAGE)
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.job import Job
+    from capa_export.progress import progress
+
+    with progress() as report:
+        job = Job(
+            recipe=recipe,
+            bundle=Bundle(out),
+            checkpoint=checkpoint or recipe.checkpoint,
+            revision=revision,
+            images=images,
+            samples=samples,
+            layer_by_layer=layer_by_layer,
+            calibration=calibration,
+            precision=precision.value,
+            ffn=ffn,
+            weights="embedded" if weights == BuildWeights.embedded else "external",
+            in_place=weights == BuildWeights.in_place,
+            plugins=plugins.value,
+            plugin_library=plugin_library,
+            command=sys.argv[1:],
+            report=report,
+        )
+        parity = pipeline.build(job, device)
+    if device.engine and not as_json:
+        from capa_export.tables import engine_table
+
+        engine_table(job.bundle.stage(f"engine/{device.name}")["result"])
+    finish(job.bundle, parity, as_json=as_json)
+
+
+def plan(
+    model: ModelOpt,
+    checkpoint: CheckpointOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
+    ffn: FfnOpt = True,
+    precision: PrecisionOpt = Precision.fp16,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
+    ] = None,
+    target: TargetOpt = "rtx",
+    weights: BuildWeightsOpt = BuildWeights.embedded,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what a build would do, as `build --dry-run`."""
+    build(
+        model=model,
+        out=out,
+        checkpoint=checkpoint,
+        ratio=ratio,
+        prune_layer=prune_layer,
+        min_keep_per_image=min_keep_per_image,
+        ffn=ffn,
+        precision=precision,
+        target=target,
+        weights=weights,
+        dry_run=True,
+        as_json=as_json,
+    )
+
+
+def _print_plan(
+    recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, as_json: bool, **options: Any
+) -> None:
+    from capa_export.dry_run import dry_run
+
+    result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, **options)
+    if as_json:
+        print_json(result)
+    else:
+        from capa_export.tables import plan_table
+
+        plan_table(result)

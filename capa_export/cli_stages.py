@@ -1,0 +1,218 @@
+"""The commands that run one stage each."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from capa_export.cli_options import (
+    BundleArg,
+    CalibrationOpt,
+    CheckpointOpt,
+    ExportWeights,
+    ExportWeightsOpt,
+    FfnOpt,
+    ImagesOpt,
+    JsonOpt,
+    LayerByLayerOpt,
+    LayerOpt,
+    MinKeepOpt,
+    ModelOpt,
+    OutOpt,
+    PluginLibraryOpt,
+    PluginsOpt,
+    PluginWish,
+    Precision,
+    PrecisionOpt,
+    RatioOpt,
+    RevisionOpt,
+    SamplesOpt,
+    TargetOpt,
+    Weights,
+    WeightsOpt,
+)
+from capa_export.cli_show import print_json
+from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    from capa_export.bundle import Bundle
+    from capa_export.recipe import Recipe
+
+__all__ = ["calibrate", "engine", "export", "finish", "recipe_from", "validate"]
+
+
+def calibrate(
+    out: OutOpt,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")
+    ] = None,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    images: ImagesOpt = None,
+    samples: SamplesOpt = None,
+    layer_by_layer: LayerByLayerOpt = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
+    ] = False,
+    parts: Annotated[
+        list[Path] | None, typer.Argument(help="With --merge: calibration files or bundle folders.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure which visual FFNs are linear, and their scales."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.calibration import Calibration, merged
+    from capa_export.job import Job
+    from capa_export.progress import progress
+    from capa_export.recipe import FFN
+
+    if merge:
+        if not parts or images or samples or checkpoint or revision or layer_by_layer is not None:
+            raise CapaError(
+                "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
+            )
+        calibration = merged([Calibration.load(part) for part in parts])
+        pipeline.adopt_calibration(Bundle(out), calibration)
+        ffn = recipe_from(model).ffn if model else FFN()
+    else:
+        if model is None or parts:
+            raise CapaError("calibrate needs --model and takes no arguments without --merge", ExitCode.USAGE)
+        recipe = recipe_from(model)
+        with progress() as report:
+            job = Job(
+                recipe=recipe,
+                bundle=Bundle(out),
+                checkpoint=checkpoint or recipe.checkpoint,
+                revision=revision,
+                images=images,
+                samples=samples,
+                layer_by_layer=layer_by_layer,
+                report=report,
+            )
+            calibration = pipeline.calibrate(job)
+        ffn = recipe.ffn
+    summary = calibration.summary(ffn.eta, ffn.paper_layers)
+    if as_json:
+        print_json(summary)
+    else:
+        from capa_export.tables import calibration_table
+
+        calibration_table(summary)
+
+
+def export(
+    model: ModelOpt,
+    out: OutOpt,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    ratio: RatioOpt = None,
+    prune_layer: LayerOpt = None,
+    min_keep_per_image: MinKeepOpt = None,
+    ffn: FfnOpt = True,
+    calibration: CalibrationOpt = None,
+    precision: PrecisionOpt = Precision.fp16,
+    weights: ExportWeightsOpt = ExportWeights.copied,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write the ONNX files of a calibrated bundle."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.job import Job
+    from capa_export.progress import progress
+
+    recipe, bundle = recipe_from(model, ratio, prune_layer, min_keep_per_image), Bundle(out)
+    with progress() as report:
+        job = Job(
+            recipe=recipe,
+            bundle=bundle,
+            checkpoint=checkpoint or recipe.checkpoint,
+            revision=revision,
+            calibration=calibration,
+            precision=precision.value,
+            ffn=ffn,
+            in_place=weights == ExportWeights.in_place,
+            command=sys.argv[1:],
+            report=report,
+        )
+        if calibration is not None:
+            pipeline.calibrate(job)
+        pipeline.export(job)
+    if as_json:
+        print_json(bundle.stage("export"))
+
+
+def engine(
+    bundle: BundleArg,
+    target: TargetOpt = "rtx",
+    weights: WeightsOpt = Weights.embedded,
+    plugins: PluginsOpt = PluginWish.auto,
+    plugin_library: PluginLibraryOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Build a bundle's TensorRT engines."""
+    from capa_export.build_engines import build_engines
+    from capa_export.bundle import Bundle
+    from capa_export.progress import progress
+    from capa_export.target import load_target
+
+    device = load_target(target)
+    with progress() as report:
+        result = build_engines(
+            Bundle.open(bundle),
+            device,
+            weights=weights.value,
+            report=report,
+            plugins=plugins.value,
+            plugin_library=plugin_library,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        from capa_export.tables import engine_table
+
+        engine_table(result)
+
+
+def validate(
+    bundle: BundleArg,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    images: ImagesOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Hold a bundle against the eager model (exit code 6: parity)."""
+    from capa_export import pipeline
+    from capa_export.bundle import Bundle
+    from capa_export.job import Job
+    from capa_export.progress import progress
+
+    opened = Bundle.open(bundle)
+    with progress() as report:
+        job = Job.of_bundle(opened, checkpoint=checkpoint, revision=revision, images=images, report=report)
+        parity = pipeline.validate(job)
+    finish(opened, parity, as_json=as_json)
+
+
+def recipe_from(
+    model: str, ratio: float | None = None, prune_layer: int | None = None, min_keep_per_image: int | None = None
+) -> "Recipe":
+    """The recipe with the command line's numbers in it."""
+    from capa_export.recipe import load_recipe
+
+    return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image)
+
+
+def finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
+    """Print the parity report; an error where it failed."""
+    if as_json:
+        print_json(parity)
+    else:
+        from capa_export.tables import parity_table
+
+        parity_table(parity)
+    if not parity["passed"]:
+        raise CapaError(
+            f"{bundle.folder}: {parity['failures'][0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY
+        )

@@ -1,0 +1,1 @@
+"""TensorRT plugins that run the kernels of the CAPA operators."""

@@ -1,0 +1,56 @@
+"""Which plugins an engine gets, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from capa_export.errors import CapaError
+from capa_export.plugins import choice
+from capa_export.plugins.choice import Plugins, choose_plugins
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    path = tmp_path / "libcapa_plugins.so"
+    path.touch()
+    return path
+
+
+@pytest.fixture(params=[True, False], ids=["triton", "no triton"])
+def has_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(choice, "find_spec", lambda name: request.param or None)
+    return request.param
+
+
+def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(has_triton: bool, library: Path) -> None:
+    assert choose_plugins("auto", "fp16", library) == Plugins("native", library)
+    without = choose_plugins("auto", "bf16", None)
+    assert without.kind == ("python" if has_triton else "none")
+    assert ("triton is not installed" in without.reason) != has_triton
+    assert choose_plugins("auto", "fp32", None) == Plugins("none", reason="the plugins take fp16 and bf16")
+    assert choose_plugins("none", "fp16", None) == Plugins("none")
+
+
+@pytest.mark.parametrize(
+    ("wish", "precision", "with_library", "message"),
+    [
+        ("native", "fp16", False, "needs --plugin-library FILE; `capa-export plugins build` makes it"),
+        ("python", "fp16", True, "--plugin-library and --plugins python exclude each other"),
+        ("none", "fp16", True, "--plugin-library and --plugins none exclude each other"),
+        ("native", "fp32", True, "the plugins take fp16 and bf16"),
+        ("auto", "fp32", True, "the plugins take fp16 and bf16"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(
+    wish: choice.PluginWish, precision: str, with_library: bool, message: str, library: Path
+) -> None:
+    with pytest.raises(CapaError, match=message):
+        choose_plugins(wish, precision, library if with_library else None)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CapaError, match=r"nowhere\.so: no such plugin library"):
+        choose_plugins("auto", "fp16", tmp_path / "nowhere.so")
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(CapaError, match=r"--plugins python needs triton: pip install capa-export\[rtx\]"):
+        choose_plugins("python", "fp16", None)
