@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capa_export.bundle import Bundle, file_digest
+from capa_export.dims import ModelDims
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.errors import CapaError, ExitCode
@@ -18,7 +19,7 @@ from capa_export.progress import Report
 from capa_export.recipe import recipe_of
 from capa_export.target import Target
 
-__all__ = ["GRAPHS", "build_engines", "check_runtime", "has_engines"]
+__all__ = ["GRAPHS", "build_engines", "bundle_dims", "check_runtime", "has_engines"]
 
 GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 """Engine of each graph."""
@@ -132,11 +133,16 @@ def has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
     return record is not None and record["result"]["weights"] == weights
 
 
-def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
-    """Refuse engines that memory or disk has no room for."""
+def bundle_dims(bundle: Bundle) -> ModelDims[Any]:
+    """The dimensions of a bundle's model."""
     path = bundle.folder / ONNX / "llm" / "config.json"
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    dims = family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    return family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+
+
+def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
+    """Refuse engines that memory or disk has no room for."""
+    dims = bundle_dims(bundle)
     precision = bundle.stage("export")["result"]["precision"]
     check_engine_memory(dims, precision, weights)
     if weights == "embedded":

@@ -15,7 +15,7 @@ from capa_export.plan import Parameters, decode_flops, flops, kv_cache, paramete
 from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target
 
-__all__ = ["UNKNOWN", "calibration_bytes", "check_engine_disk", "check_engine_memory", "dry_run"]
+__all__ = ["UNKNOWN", "calibration_bytes", "check_engine_disk", "check_engine_memory", "dry_run", "run_bytes"]
 
 UNKNOWN = "unknown until calibrated"
 """Where no calibration and no list of the paper says which layers are linear."""
@@ -128,6 +128,13 @@ def check_engine_disk(dims: ModelDims[Any], precision: str, folder: Path) -> Non
         CapaError: it has less free space than they take.
     """
     check_disk(folder, _engine_files(parameters(dims), _ELEMENT_BYTES[precision]))
+
+
+def run_bytes(dims: ModelDims[Any], precision: str, num_tokens: int) -> int:
+    """Weights once, and the KV cache of a prompt of which nothing is removed."""
+    width, total = _ELEMENT_BYTES[precision], parameters(dims)
+    cache = kv_cache(dims.decoder, num_visual=0, num_text=num_tokens, schedule=[], element_bytes=width)
+    return (_decoder(total) + total.vision + total.embedding) * width + cache.dense_bytes
 
 
 def _engine_refusal(total: Parameters, width: int) -> str | None:
