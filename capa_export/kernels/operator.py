@@ -64,7 +64,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Memory that a call needs while it runs."""
+    """Memory that a call needs while it runs; kernels rely on its address being a multiple of 16."""
 
     dtype: Dtype
     count: Count
@@ -80,7 +80,10 @@ class Launch:
     args: Sequence[str | Count]
     """In the kernel's order: names of tensors, scratch or attributes, and counts."""
     constants: Mapping[str, Count]
-    """What the kernel is compiled for: its `tl.constexpr` parameters, which follow `args`."""
+    """What the kernel is compiled for: its `tl.constexpr` parameters, which follow `args`.
+
+    One of the operator's compiled sizes is among them under its name in capitals, if at all.
+    """
     warps: int = 4
 
 

@@ -68,9 +68,7 @@ def merge_rows(
     scaled = tl.load(x + at, mask=inside & ~is_text[:, None], other=0).to(tl.float32) * factor[None, :]
     text_at = (batch * num_text + source[:, None]) * hidden_size + column[None, :]
     given = tl.load(text + text_at, mask=inside & is_text[:, None], other=0)
-    tl.store(
-        y + at, tl.where(is_text[:, None], given, scaled.to(given.dtype, fp_downcast_rounding="rtne")), mask=inside
-    )
+    tl.store(y + at, tl.where(is_text[:, None], given, scaled.to(given.dtype)), mask=inside)
 
 
 def _launches(size: Any) -> list[Launch]:
