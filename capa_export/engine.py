@@ -20,11 +20,22 @@ import onnx_ir as ir
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.external_weights import MIN_WEIGHT_BYTES
+from capa_export.plugins.alias import ensure_parser_library
 from capa_export.plugins.choice import NO_PLUGINS, Plugins
 from capa_export.prepare import prepare
 from capa_export.target import DimRange, ShapeRange, Target
 
-__all__ = ["EngineReport", "Layer", "Progress", "Tensor", "build_engine", "parse_layers", "weight_copies"]
+__all__ = [
+    "EngineReport",
+    "Layer",
+    "Progress",
+    "Tensor",
+    "build_engine",
+    "input_shapes",
+    "parse_layers",
+    "weight_copies",
+    "weight_entries",
+]
 
 Progress = Callable[[float], None]
 """Called a few times a second with the seconds since the build began."""
@@ -119,7 +130,7 @@ def build_engine(
         CapaError: the target is not possible, or TensorRT refused or crashed.
     """
     settings = target.require_engine()
-    shapes = _shapes(onnx, dims, shape_inputs, target)
+    shapes = input_shapes(onnx, dims, shape_inputs, target)
     engine.parent.mkdir(parents=True, exist_ok=True)
     log = log or engine.with_suffix(".log")
     layers_path, weights_path = engine.with_suffix(".layers.json"), engine.with_suffix(".weights.json")
@@ -135,7 +146,7 @@ def build_engine(
             "plan": str(scratch / "plan"),
             "layers": str(scratch / "layers.txt"),
             "result": str(scratch / "result.json"),
-            "plugins": {"kind": plugins.kind, "library": plugins.library, "count": prepared.num_plugins},
+            "plugins": _worker_plugins(plugins, prepared.num_plugins),
             "shapes": shapes,
             "shape_inputs": {name: [limits.min, limits.opt, limits.max] for name, limits in shape_inputs.items()},
             **settings.model_dump(include={"compute_capabilities", "version_min", "version_below"}),
@@ -147,7 +158,7 @@ def build_engine(
         names = {weight["name"] for weight in prepared.weights}
         new = {layers_path: _write_json(scratch / "layers.json", [asdict(layer) for layer in layers])}
         if weights == "external":
-            entries = _weight_entries(onnx, home or engine.parent, prepared.weights)
+            entries = weight_entries(onnx, home or engine.parent, prepared.weights)
             new[weights_path] = _write_json(scratch / "weights.json", entries)
         # The plan comes last: where it is, the rest is.
         new[engine] = Path(spec["plan"])
@@ -176,7 +187,7 @@ def build_engine(
     )
 
 
-def _shapes(
+def input_shapes(
     onnx: Path, dims: Mapping[str, DimRange], shape_inputs: Iterable[str], target: Target
 ) -> dict[str, list[list[int]]]:
     """Smallest, usual and largest shape of every input of the graph."""
@@ -210,6 +221,12 @@ def _refuse_foreign(onnx: Path, what: str, given: Iterable[str], known: Iterable
         raise CapaError(f"{onnx}: no {what} {foreign[0]}; its {what}s are: {names}", ExitCode.ENGINE)
 
 
+def _worker_plugins(plugins: Plugins, count: int) -> dict[str, Any]:
+    """What the worker registers and then counts: nothing for a graph without CAPA nodes."""
+    chosen = plugins if count else NO_PLUGINS
+    return {"kind": chosen.kind, "library": chosen.library and str(chosen.library), "count": count}
+
+
 def _run_worker(
     onnx: Path, spec: dict[str, Any], scratch: Path, log: Path, progress: Progress | None
 ) -> dict[str, Any]:
@@ -218,7 +235,7 @@ def _run_worker(
         start = time.monotonic()
         command = [sys.executable, "-m", "capa_export.engine_worker", str(spec_path)]
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment()
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(scratch)
         )
         try:
             while True:
@@ -241,9 +258,10 @@ def _run_worker(
     return result
 
 
-def _environment() -> dict[str, str]:
-    """The worker's: compiles for real, whatever runs kernels in this process."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _environment(scratch: Path) -> dict[str, str]:
+    """The worker's: kernels run for real there, even where this process interprets them."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return inherited | ensure_parser_library(scratch)
 
 
 def _crash(returncode: int, log: Path) -> str:
@@ -263,7 +281,7 @@ def _write_json(path: Path, data: object) -> Path:
     return path
 
 
-def _weight_entries(onnx: Path, home: Path, weights: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def weight_entries(onnx: Path, home: Path, weights: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per network input where a runtime finds its bytes; the data file's path is relative to `home`."""
     entries: dict[str, dict[str, Any]] = {}
     for weight in weights:
@@ -308,10 +326,13 @@ def _tensors(line: str, part: str) -> Iterator[Tensor]:
 def weight_copies(layers: Sequence[Layer], weights: set[str]) -> list[Layer]:
     """Layers that read a large constant, or an input named in `weights`, and write as much as they read of it.
 
-    A multiplication reads a whole weight too, but what it writes has the size of the activations.
+    A multiplication reads a whole weight too, but what it writes has the size of the activations; and a plugin reads
+    its weights where they lie.
     """
 
     def copies(layer: Layer) -> bool:
+        if layer.type == "custom_layer":
+            return False
         read = [one for one in layer.inputs if one.name in weights] + list(layer.constants)
         sizes = [prod(one.shape) for one in read if prod(one.shape) * _ITEM_BYTES.get(one.dtype, 1) >= MIN_WEIGHT_BYTES]
         written = [prod(one.shape) for one in layer.outputs if min(one.shape, default=-1) > 0]

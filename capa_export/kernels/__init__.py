@@ -1,1 +1,14 @@
 """The GPU kernels of the CAPA operators, one file each, in Triton; importing it needs triton."""
+
+from capa_export.errors import CapaError, ExitCode
+
+try:
+    from capa_export.kernels import contribution_score, token_gather, topk_keep, visual_scale
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    raise CapaError("kernels need triton: pip install capa-export[rtx]", ExitCode.ENGINE) from error
+
+__all__ = ["OPERATORS"]
+
+OPERATORS = (contribution_score.OPERATOR, topk_keep.OPERATOR, token_gather.OPERATOR, visual_scale.OPERATOR)

@@ -1,0 +1,221 @@
+"""Looks, before anything is built or run, for all that would fail late."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from capa_export.bundle import Bundle
+from capa_export.errors import CapaError
+from capa_export.graph.functions import DOMAIN, PLUGIN
+from capa_export.job import ONNX
+from capa_export.target import Target, version_parts
+
+__all__ = ["Finding", "examine"]
+
+TENSORRT_TOPK_LIMIT = 3840
+"""The largest K of TensorRT's own TopK."""
+
+_PICTURES = {"smallest": (8, 8), "largest": (4200, 4200), "widest": (4200, 60), "tallest": (60, 4200)}
+"""Pixels: from far below to far above what any image processor lets through, and strips."""
+
+Verdict = Literal["ok", "note", "warning", "problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look gave."""
+
+    check: str
+    verdict: Verdict
+    """A note: what this machine cannot do. A warning: what will fail for some inputs. A problem: for all."""
+    detail: str
+    remedy: str = ""
+
+
+def examine(target: Target, bundle: Bundle | None) -> list[Finding]:
+    """Everything that can be told of this machine, of a target, and of a bundle's graphs against it.
+
+    Raises:
+        CapaError: the bundle has no ONNX files.
+    """
+    found = [*_tools(target), *_kernels(target), *_gpu(target)]
+    if bundle is not None:
+        bundle.stage("export")
+        for path in sorted((bundle.folder / ONNX).rglob("*.onnx")):
+            found += _graph(path, bundle.folder)
+        found += [*_memory(target, bundle), *_pictures(target, bundle)]
+    return found
+
+
+def _tools(target: Target) -> Iterator[Finding]:
+    engine = target.engine
+    if engine is None:
+        yield Finding("runtime", "ok", f"{target.name} takes the ONNX files: no engine is built")
+        return
+    wanted = f">={engine.version_min},<{engine.version_below}"
+    if engine.built == "on-device":
+        yield Finding("runtime", "ok", f"{engine.runtime} {wanted} is the device's own; build writes a kit for it")
+        return
+    try:
+        have = version(engine.runtime)
+    except PackageNotFoundError:
+        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", "pip install capa-export[rtx]")
+        return
+    fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
+    yield Finding(
+        "runtime",
+        "ok" if fits else "problem",
+        f"{engine.runtime} {have}, the target takes {wanted}",
+        "" if fits else f'pip install "{engine.runtime}{wanted}"',
+    )
+
+
+def _kernels(target: Target) -> Iterator[Finding]:
+    from capa_export.plugins.native import find_headers
+
+    if target.engine is None:
+        return
+    if find_spec("triton") is None:
+        yield Finding("kernels", "note", "triton is not installed: no plugins", "pip install capa-export[rtx]")
+        return
+    from capa_export.kernels.compile import COMPUTE_CAPABILITIES
+
+    missing = [one for one in target.engine.compute_capabilities if one not in COMPUTE_CAPABILITIES]
+    if missing:
+        yield Finding("kernels", "note", f"no cubin for SM {', '.join(missing)}: the driver compiles the PTX there")
+    else:
+        yield Finding("kernels", "ok", f"cubins for SM {', '.join(target.engine.compute_capabilities)}")
+    try:
+        folder, tensorrt = find_headers(None, platform.machine())
+    except CapaError as error:
+        yield Finding("native plugins", "note", f"cannot be built here: {error}")
+    else:
+        yield Finding("native plugins", "ok", f"can be built here: headers of TensorRT {tensorrt} in {folder}")
+
+
+def _gpu(target: Target) -> Iterator[Finding]:
+    from capa_export.cuda import require_gpu
+
+    if target.engine is None:
+        return
+    try:
+        gpu = require_gpu()
+    except CapaError as error:
+        yield Finding("gpu", "note", f"engines can be built here, not run: {error}")
+        return
+    fits = gpu.compute_capability in target.engine.compute_capabilities
+    yield Finding(
+        "gpu",
+        "ok" if fits else "note",
+        f"{gpu.name}, SM {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.0f} GB"
+        + ("" if fits else f"; the target's engines are for SM {', '.join(target.engine.compute_capabilities)}"),
+    )
+
+
+def _graph(path: Path, folder: Path) -> Iterator[Finding]:
+    """The traps of TensorRT's parser, in one file."""
+    import onnx
+
+    name = path.relative_to(folder).as_posix()
+    model = ir.load(path)
+    problems = [
+        Finding(name, "problem", f"{node.name}: K is {k}, TensorRT's TopK ends at {TENSORRT_TOPK_LIMIT}")
+        for node in model.graph.all_nodes()
+        if node.op_type == "TopK" and (k := _constant(node.inputs[1])) is not None and k > TENSORRT_TOPK_LIMIT
+    ]
+    for function in model.functions.values():
+        if onnx.defs.has(function.name):
+            problems.append(
+                Finding(name, "problem", f"function {function.name}: TensorRT takes the ONNX operator of that name")
+            )
+        problems += [
+            Finding(name, "problem", f"{node.op_type} inside {function.name}: TensorRT takes no plugin there")
+            for node in function
+            if node.domain == DOMAIN
+        ]
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    problems += [
+        Finding(name, "problem", f"{node.name}: lacks {key}, so that no plugin is found", "export it again")
+        for node in nodes
+        for key in PLUGIN
+        if key not in node.attributes
+    ]
+    yield from problems or [Finding(name, "ok", f"{len(nodes)} CAPA nodes, each with a plugin's name and a body")]
+
+
+def _constant(value: ir.Value | None) -> int | None:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else int(tensor.numpy().item())
+
+
+def _memory(target: Target, bundle: Bundle) -> Iterator[Finding]:
+    """Room for the build here, and for weights and cache on the device."""
+    from capa_export.bundled import bundled_dims
+    from capa_export.dry_run import check_engine_memory, run_bytes
+
+    if target.engine is None:
+        return
+    dims, precision = bundled_dims(bundle), bundle.stage("export")["result"]["precision"]
+    if target.engine.built == "here":
+        try:
+            check_engine_memory(dims, precision, "embedded")
+        except CapaError as error:
+            yield Finding("build memory", "problem", str(error))
+        else:
+            yield Finding("build memory", "ok", "enough for engines with embedded weights")
+    needed, sizes = run_bytes(dims, precision, target.dim("sequence").max), target.memory_gb
+    if sizes:
+        fits = [size for size in sizes if needed < size * 1e9]
+        yield Finding(
+            "run memory",
+            "ok" if len(fits) == len(sizes) else "note" if fits else "problem",
+            f"weights and the longest cache take {needed / 1e9:.1f} GB; {target.name} has "
+            + " or ".join(f"{size:g} GB" for size in sizes),
+            "" if fits else "a smaller model, or a target of your own with a shorter sequence",
+        )
+
+
+def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:
+    """The longest prompt that the image processor makes of one picture, against the profile."""
+    from PIL import Image
+
+    from capa_export.bundled import bundled_prompter
+
+    if target.engine is None:
+        return
+    prompter = bundled_prompter(bundle)
+    graph = ir.load(bundle.folder / ONNX / "visual" / "model.onnx").graph
+    (pixels,) = (value for value in graph.inputs if value.name == "pixel_values")
+    for what, size in _PICTURES.items():
+        try:
+            prompt = prompter("?", [Image.new("RGB", size)])
+        except CapaError:
+            # The processor refuses it, so it never reaches an engine.
+            continue
+        sizes = {"sequence": len(prompt.input_ids), "text": len(prompt.text_positions)}
+        for dim, length in zip(pixels.shape or (), prompt.pictures[0].patches.shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim):
+                sizes[str(dim.value)] = length
+        yield _against_profile(f"{what} picture", sizes, prompt.num_visual, target)
+
+
+def _against_profile(check: str, sizes: dict[str, int], visual: int, target: Target) -> Finding:
+    limits = {name: target.dim(name) for name in sizes}
+    outside = [name for name, size in sizes.items() if not limits[name].min <= size <= limits[name].max]
+    if not outside:
+        return Finding(check, "ok", f"{visual} visual tokens, within the profile of {target.name}")
+    name = outside[0]
+    return Finding(
+        check,
+        "warning",
+        f"{visual} visual tokens: {name} is {sizes[name]}, the profile of {target.name} takes "
+        f"{limits[name].min} to {limits[name].max}",
+        f"limit the pixels in preprocessor_config.json, or give [engine.dims] {name} a wider range in a target of "
+        "your own",
+    )
