@@ -4,15 +4,18 @@ import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_prompter
 from capa_export.errors import CapaError
-from capa_export.families import load_family
 from capa_export.job import ONNX, eos_token_ids
 from capa_export.prompt import Prompt, Prompter, Turn
 from capa_export.recipe import Prune, recipe_of
-from capa_export.runtime import OnnxModel, PrefillRun, greedy
+from capa_export.runtime import Model, OnnxModel, PrefillRun, greedy
+
+if TYPE_CHECKING:
+    from capa_export.execution import BuiltEngines
 
 __all__ = ["answer"]
 
@@ -24,8 +27,9 @@ def answer(
     ratio: float | None = None,
     max_new_tokens: int = 64,
     stream: Callable[[str], None] | None = None,
+    engine: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Generate greedily through ONNX Runtime; several conversations are prefilled in turn and decoded side by side.
+    """Generate greedily; several conversations are prefilled in turn and decoded side by side.
 
     Args:
         bundle: with its `onnx` folder as it was built.
@@ -33,26 +37,30 @@ def answer(
         ratio: of visual tokens removed, in place of the bundle's.
         max_new_tokens: longest answer.
         stream: told each new piece of the first answer.
+        engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
 
     Raises:
-        CapaError: a file of the bundle was changed, or the model does not take a conversation.
+        CapaError: a file of the bundle was changed, the model does not take a conversation, or its engines or this
+            machine do not.
     """
-    import json
+    built = None
+    if engine is not None:
+        from capa_export.execution import require_engines
 
+        # Before anything that takes time.
+        built = require_engines(bundle, engine)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    bundle.verify("export")
+    bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX
-    config = json.loads((folder / "llm" / "config.json").read_text(encoding="utf-8"))
-    family = load_family(bundle.manifest["recipe"]["family"])
-    prompter = Prompter(folder / "llm", folder / "visual", family, family.model_dims(config))
+    prompter = bundled_prompter(bundle)
     prompts = [prompter.chat(turns) for turns in conversations]
     if (context := prompter.dims.decoder.rope_limit) is not None:
         # From there on the rotary frequencies would be others.
         max_new_tokens = min(max_new_tokens, *(context - prompt.next_position + 1 for prompt in prompts))
-    model = OnnxModel(folder)
+    model: Model[Any] = OnnxModel(folder) if built is None else _engine_model(built, prompts, prune, max_new_tokens)
     starts = [_started(model, prompt, prune) for prompt in prompts]
 
     answers = [_Answer(prompter) for _ in prompts]
@@ -77,12 +85,21 @@ def answer(
             "new_tokens": len(said.tokens),
             **facts,
             "decode_ms_per_token": per_token,
+            **model.device,
         }
         for said, (_, facts) in zip(answers, starts, strict=True)
     ]
 
 
-def _started(model: OnnxModel, prompt: Prompt, prune: Prune) -> tuple[PrefillRun, dict[str, Any]]:
+def _engine_model(built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune, max_new_tokens: int) -> Model[Any]:
+    from capa_export.engine_runtime import EngineModel
+
+    model = EngineModel(built)
+    model.check(prompts, [prune.num_keep(prompt.image_lengths) for prompt in prompts], max_new_tokens)
+    return model
+
+
+def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:
     """The prefill of one prompt, and what there is to say about it."""
     num_keep = prune.num_keep(prompt.image_lengths)
     with _runtime_errors(prompt.num_visual):

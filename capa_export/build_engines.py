@@ -1,25 +1,22 @@
 """The engine stage: a bundle's three engines, or the kit that builds them on the device."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from capa_export.bundle import Bundle, file_digest
-from capa_export.dims import ModelDims
+from capa_export.bundled import bundled_dims
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.errors import CapaError, ExitCode
-from capa_export.families import load_family
-from capa_export.job import ONNX, run_stage, say, tool_versions
-from capa_export.plugins.choice import Plugins, PluginWish, choose_plugins
+from capa_export.job import ONNX, Job, run_stage, say, tool_versions
+from capa_export.plugins.choice import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.progress import Report
-from capa_export.recipe import recipe_of
 from capa_export.target import Target
 
-__all__ = ["GRAPHS", "build_engines", "bundle_dims", "check_runtime", "has_engines"]
+__all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
 
 GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 """Engine of each graph."""
@@ -27,13 +24,29 @@ GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill
 
 def check_runtime(target: Target) -> None:
     """Refuse a target whose builder is not installed, before anything is run."""
-    runtime = target.require_engine().runtime
-    if find_spec(runtime.replace("-", "_")) is None:
+    engine = target.require_engine()
+    runtime = engine.runtime
+    if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
         raise CapaError(
             f"target {target.name} needs {runtime}, which is not installed: pip install capa-export[rtx], "
             "or build with --target onnx",
             ExitCode.ENGINE,
         )
+
+
+def check_engines(job: Job, target: Target) -> None:
+    """Refuse, before anything is run, engines that could not be built.
+
+    Raises:
+        CapaError: their plugins cannot be had, or their building takes more memory than there is.
+    """
+    head_size = job.source.dims.decoder.head_dim
+    if target.require_engine().built == "on-device":
+        choose_device_plugins(job.plugins, job.precision, head_size)
+        return
+    choose_plugins(job.plugins, job.precision, head_size, job.plugin_library)
+    if not _has_engines(job.bundle, target, job.weights):
+        check_engine_memory(job.source.dims, job.precision, job.weights)
 
 
 def build_engines(
@@ -45,12 +58,18 @@ def build_engines(
     plugins: PluginWish = "auto",
     plugin_library: Path | None = None,
 ) -> dict[str, Any]:
-    """Build the vision, prefill and decode engines of a bundle for a target."""
+    """Build the vision, prefill and decode engines of a bundle for a target, or what builds them on the device."""
+    if target.require_engine().built == "on-device":
+        if plugin_library is not None:
+            raise CapaError(
+                f"--plugin-library: {target.name} compiles its own, from sources that come with the kit", ExitCode.USAGE
+            )
+        return _write_kit(bundle, target, weights, plugins, report)
     export = bundle.stage("export")
     precision = export["result"]["precision"]
     target.require_precision(precision)
-    chosen = choose_plugins(plugins, precision, plugin_library)
-    if not has_engines(bundle, target, weights):
+    chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder.head_dim, plugin_library)
+    if not _has_engines(bundle, target, weights):
         # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
         with suppress(OSError, ValueError):
             _check_room(bundle, weights)
@@ -65,12 +84,31 @@ def build_engines(
         for done, (onnx, name) in enumerate(GRAPHS.items()):
             report(f"engines for {target.name}", done, len(GRAPHS))
             engines[name] = _entry(onnx, _build(bundle, target, scratch / folder, onnx, name, weights, chosen))
-        return {"weights": weights, "plugins": record, "engines": engines}
+        settings = target.require_engine().model_dump(include={"runtime", "compute_capabilities"}, mode="json")
+        return {**settings, "weights": weights, "plugins": record, "engines": engines}
 
     result = run_stage(bundle, f"engine/{target.name}", key, [folder], work)
     if chosen.reason:
         say(f"{'':<14}no plugins: {chosen.reason}")
     return result
+
+
+def _write_kit(
+    bundle: Bundle, target: Target, weights: Literal["embedded", "external"], plugins: PluginWish, report: Report
+) -> dict[str, Any]:
+    from capa_export.kit import write_kit
+
+    bundle.verify("export")
+    folder = f"engines/{target.name}"
+    settings = target.model_dump(mode="json")
+    key = [tool_versions("triton"), settings, weights, bundle.digest("export"), plugins, find_spec("triton") is None]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        digests = write_kit(bundle, target, scratch / folder, weights=weights, plugins=plugins, report=report)
+        sha256 = {f"{folder}/{name}": digest for name, digest in digests.items()}
+        return {"kit": folder, "weights": weights, "engines": {}, "sha256": sha256}
+
+    return run_stage(bundle, f"engine/{target.name}", key, [folder], work)
 
 
 def _build(
@@ -102,13 +140,18 @@ def _build(
         log.unlink(missing_ok=True)
         raise
     built.log.replace((folder / name).with_suffix(".log"))
-    if built.weight_copies:
+    refuse_copies(onnx, built.weight_copies)
+    return built
+
+
+def refuse_copies(what: str, copies: Sequence[str]) -> None:
+    """Raise where an engine has layers that copy weights."""
+    if copies:
         raise CapaError(
-            f"{onnx}: the engine would copy weights at every run ({built.weight_copies[0]}); "
+            f"{what}: the engine would copy weights at every run ({copies[0]}); "
             "this is a defect of the graph, please report it",
             ExitCode.ENGINE,
         )
-    return built
 
 
 def _entry(onnx: str, built: EngineReport) -> Mapping[str, Any]:
@@ -127,22 +170,15 @@ def _entry(onnx: str, built: EngineReport) -> Mapping[str, Any]:
     }
 
 
-def has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
+def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
     """Whether a build for this target has been through, with weights in the same place."""
     record = bundle.manifest["stages"].get(f"engine/{target.name}")
     return record is not None and record["result"]["weights"] == weights
 
 
-def bundle_dims(bundle: Bundle) -> ModelDims[Any]:
-    """The dimensions of a bundle's model."""
-    path = bundle.folder / ONNX / "llm" / "config.json"
-    family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    return family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-
-
 def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
     """Refuse engines that memory or disk has no room for."""
-    dims = bundle_dims(bundle)
+    dims = bundled_dims(bundle)
     precision = bundle.stage("export")["result"]["precision"]
     check_engine_memory(dims, precision, weights)
     if weights == "embedded":

@@ -10,8 +10,9 @@ import typer
 
 import capa_export
 from capa_export.cli_build import build, plan
+from capa_export.cli_plugins import plugins
 from capa_export.cli_run import run
-from capa_export.cli_show import inspect, models, targets
+from capa_export.cli_show import doctor, inspect, models, targets
 from capa_export.cli_stages import calibrate, engine, export, validate
 from capa_export.errors import CapaError, ExitCode
 
@@ -38,8 +39,9 @@ def _root(
         raise typer.Exit
 
 
-for _command in (build, calibrate, export, engine, validate, run, inspect, plan, models, targets):
+for _command in (build, calibrate, export, engine, validate, run, inspect, plan, doctor, models, targets):
     app.command()(_command)
+app.add_typer(plugins, name="plugins")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "BundleArg",
     "CalibrationOpt",
     "CheckpointOpt",
+    "EngineOpt",
     "ExportWeights",
     "ExportWeightsOpt",
     "FfnOpt",
@@ -126,6 +127,9 @@ PluginsOpt = Annotated[
     ),
 ]
 PluginLibraryOpt = Annotated[Path | None, typer.Option(help="What `capa-export plugins build` wrote.")]
+EngineOpt = Annotated[
+    str | None, typer.Option(help="Run this target's engines on the GPU [default: ONNX Runtime on the CPU].")
+]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

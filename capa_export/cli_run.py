@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, JsonOpt
+from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt
 from capa_export.cli_show import print_json
 
 __all__ = ["run"]
@@ -32,6 +32,7 @@ def run(
         float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    engine: EngineOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
@@ -46,7 +47,7 @@ def run(
     asked = conversations(prompt, image or [], video, fps, messages or [])
     several = len(asked) > 1
     told = None if as_json or several else stream
-    results = answer(opened, asked, ratio=ratio, max_new_tokens=max_new_tokens, stream=told)
+    results = answer(opened, asked, ratio=ratio, max_new_tokens=max_new_tokens, stream=told, engine=engine)
     if as_json:
         print_json(results if several else results[0])
         return

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from capa_export.cli_options import BundleArg, JsonOpt
+import typer
 
-__all__ = ["inspect", "models", "print_json", "targets"]
+from capa_export.cli_options import BundleArg, JsonOpt, TargetOpt
+from capa_export.errors import CapaError
+
+__all__ = ["doctor", "inspect", "models", "print_json", "targets"]
 
 
 def print_json(value: Any) -> None:
@@ -26,6 +29,29 @@ def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
         print_json(manifest)
     else:
         bundle_table(opened.folder, manifest)
+
+
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder, to examine its graphs too.")] = None,
+    target: TargetOpt = "rtx",
+    as_json: JsonOpt = False,
+) -> None:
+    """Say beforehand what would fail late: tools, GPU, a bundle's graphs, profile, memory (exit code 3: a problem)."""
+    from dataclasses import asdict
+
+    from capa_export.bundle import Bundle
+    from capa_export.doctor import examine
+    from capa_export.tables import doctor_table
+    from capa_export.target import load_target
+
+    found = examine(load_target(target), None if bundle is None else Bundle.open(bundle))
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        doctor_table(found)
+    problems = [finding for finding in found if finding.verdict == "problem"]
+    if problems:
+        raise CapaError(f"{problems[0].check}: {problems[0].detail}")
 
 
 def models(as_json: JsonOpt = False) -> None:
@@ -55,7 +81,14 @@ def targets(as_json: JsonOpt = False) -> None:
         return
     for target in known:
         made = target.engine
+        where = f", built {made.built.replace('-', ' the ')}" if made else ""
         print(
             f"{target.name:<16}"
-            + (f"{made.runtime}, SM {', '.join(made.compute_capabilities)}" if made else "ONNX only")
+            + (
+                f"SM {', '.join(made.compute_capabilities)}: {made.runtime} >={made.version_min},<{made.version_below}"
+                + (f", JetPack {made.jetpack}" if made.jetpack else "")
+                + where
+                if made
+                else "ONNX only"
+            )
         )

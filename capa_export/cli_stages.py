@@ -10,6 +10,7 @@ from capa_export.cli_options import (
     BundleArg,
     CalibrationOpt,
     CheckpointOpt,
+    EngineOpt,
     ExportWeights,
     ExportWeightsOpt,
     FfnOpt,
@@ -144,34 +145,50 @@ def export(
 
 
 def engine(
-    bundle: BundleArg,
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder; with --on-device, a kit.")],
     target: TargetOpt = "rtx",
     weights: WeightsOpt = Weights.embedded,
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
+    on_device: Annotated[
+        bool, typer.Option("--on-device", help="Build the engines of a kit, on its device, as its build.sh does.")
+    ] = False,
+    tensorrt_include: Annotated[
+        Path | None, typer.Option(help="With --on-device: folder of TensorRT's headers [default: the usual places].")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Build a bundle's TensorRT engines."""
-    from capa_export.build_engines import build_engines
-    from capa_export.bundle import Bundle
+    """Build a bundle's TensorRT engines, or the kit that builds them on the device."""
     from capa_export.progress import progress
-    from capa_export.target import load_target
+    from capa_export.tables import engine_table
 
-    device = load_target(target)
-    with progress() as report:
-        result = build_engines(
-            Bundle.open(bundle),
-            device,
-            weights=weights.value,
-            report=report,
-            plugins=plugins.value,
-            plugin_library=plugin_library,
-        )
+    if on_device:
+        if (target, weights, plugins, plugin_library) != ("rtx", Weights.embedded, PluginWish.auto, None):
+            raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
+        from capa_export.kit import build_kit
+
+        with progress() as report:
+            result: dict[str, Any] = build_kit(bundle, tensorrt_include=tensorrt_include, report=report)
+    else:
+        if tensorrt_include is not None:
+            raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
+        from capa_export.build_engines import build_engines
+        from capa_export.bundle import Bundle
+        from capa_export.target import load_target
+
+        device = load_target(target)
+        with progress() as report:
+            result = build_engines(
+                Bundle.open(bundle),
+                device,
+                weights=weights.value,
+                report=report,
+                plugins=plugins.value,
+                plugin_library=plugin_library,
+            )
     if as_json:
         print_json(result)
     else:
-        from capa_export.tables import engine_table
-
         engine_table(result)
 
 
@@ -180,6 +197,7 @@ def validate(
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
+    engine: EngineOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Hold a bundle against the eager model (exit code 6: parity)."""
@@ -191,7 +209,7 @@ def validate(
     opened = Bundle.open(bundle)
     with progress() as report:
         job = Job.of_bundle(opened, checkpoint=checkpoint, revision=revision, images=images, report=report)
-        parity = pipeline.validate(job)
+        parity = pipeline.validate(job, engine)
     finish(opened, parity, as_json=as_json)
 
 

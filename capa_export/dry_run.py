@@ -15,7 +15,15 @@ from capa_export.plan import Parameters, decode_flops, flops, kv_cache, paramete
 from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target
 
-__all__ = ["UNKNOWN", "calibration_bytes", "check_engine_disk", "check_engine_memory", "dry_run", "run_bytes"]
+__all__ = [
+    "UNKNOWN",
+    "calibration_bytes",
+    "check_engine_disk",
+    "check_engine_memory",
+    "dry_run",
+    "run_bytes",
+    "run_memory",
+]
 
 UNKNOWN = "unknown until calibrated"
 """Where no calibration and no list of the paper says which layers are linear."""
@@ -128,6 +136,11 @@ def check_engine_disk(dims: ModelDims[Any], precision: str, folder: Path) -> Non
         CapaError: it has less free space than they take.
     """
     check_disk(folder, _engine_files(parameters(dims), _ELEMENT_BYTES[precision]))
+
+
+def run_memory(dims: ModelDims[Any], precision: str) -> int:
+    """Peak of running a bundle's graphs in ONNX Runtime."""
+    return _LIBRARIES + 2 * _ELEMENT_BYTES[precision] * parameters(dims).total
 
 
 def run_bytes(dims: ModelDims[Any], precision: str, num_tokens: int) -> int:

@@ -49,6 +49,9 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     config = builder.create_builder_config()
     # The names, types and origins of the fused layers, which land in the log and nowhere else without a GPU.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # No allocation while an engine runs, or its runs could not be captured in a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if spec["compute_capabilities"]:
         config.num_compute_capabilities = len(spec["compute_capabilities"])
         for index, capability in enumerate(spec["compute_capabilities"]):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from capa_export.errors import CapaError, ExitCode
-from capa_export.graph.functions import DOMAIN
 
 __all__ = ["MIN_WEIGHT_BYTES", "ExternalWeight", "externalize_weights"]
 
@@ -26,17 +25,13 @@ class ExternalWeight:
     shape: tuple[int, ...]
 
 
-def externalize_weights(model: ir.Model, *, plugins: bool = False) -> list[ExternalWeight]:
+def externalize_weights(model: ir.Model) -> list[ExternalWeight]:
     """Make network inputs of the large weights of `model`, in place, without reading their bytes.
 
-    A weight moves when it has `MIN_WEIGHT_BYTES` or more and all its readers take it as B of a `Gemm(transB=1)`, or
-    are plugins: only these read it where it lies. One that is also read otherwise (the output projection of a layer
-    that prunes, which a function body casts to FP32 for the scores) stays a constant, or TensorRT would transpose or
-    cast it in every run.
-
-    Args:
-        model: changed in place.
-        plugins: whether the CAPA nodes will be plugin layers.
+    A weight moves when it has `MIN_WEIGHT_BYTES` or more and all its readers take it as B of a `Gemm(transB=1)`: only
+    these are multiplied where they lie. One that is also read otherwise (the output projection of a layer that
+    prunes, by the body that scores or by its plugin) stays a constant, or TensorRT would transpose or cast it in every
+    run.
 
     Raises:
         CapaError: a weight to be moved lies in the ONNX file itself.
@@ -45,7 +40,7 @@ def externalize_weights(model: ir.Model, *, plugins: bool = False) -> list[Exter
     moved: list[ExternalWeight] = []
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < MIN_WEIGHT_BYTES or not _read_in_place(value, plugins=plugins):
+        if tensor is None or tensor.nbytes < MIN_WEIGHT_BYTES or not _only_gemm_reads(value):
             continue
         if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
             raise CapaError(
@@ -69,10 +64,8 @@ def externalize_weights(model: ir.Model, *, plugins: bool = False) -> list[Exter
     return moved
 
 
-def _read_in_place(value: ir.Value, *, plugins: bool) -> bool:
+def _only_gemm_reads(value: ir.Value) -> bool:
     uses = value.uses()
     return bool(uses) and all(
-        (use.idx == 1 and use.node.op_type == "Gemm" and use.node.attributes.get_int("transB", 0) == 1)
-        or (plugins and use.node.domain == DOMAIN)
-        for use in uses
+        use.idx == 1 and use.node.op_type == "Gemm" and use.node.attributes.get_int("transB", 0) == 1 for use in uses
     )

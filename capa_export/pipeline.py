@@ -9,11 +9,9 @@ import numpy as np
 
 from capa_export.bundle import Bundle, digest_of
 from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
-from capa_export.dry_run import check_engine_memory
 from capa_export.errors import CapaError
 from capa_export.in_place import Shards
 from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, run_stage, say, tool_versions
-from capa_export.plugins.choice import choose_plugins
 from capa_export.recipe import Recipe, ranges
 from capa_export.target import Target
 
@@ -26,14 +24,13 @@ def build(job: Job, target: Target) -> dict[str, Any]:
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
-    from capa_export.build_engines import build_engines, check_runtime, has_engines
+    from capa_export.build_engines import build_engines, check_engines, check_runtime
 
     if target.engine is not None:
         check_runtime(target)
-        choose_plugins(job.plugins, job.precision, job.plugin_library)
     job.check_layers()
-    if target.engine is not None and not has_engines(job.bundle, target, job.weights):
-        check_engine_memory(job.source.dims, job.precision, job.weights)
+    if target.engine is not None:
+        check_engines(job, target)
     if job.in_place:
         with job.bundle.replacing() as scratch:
             Shards(job.source.checkpoint, job.precision).try_to_link(scratch)
@@ -191,8 +188,12 @@ def export(job: Job) -> None:
         _note_digests(job)
 
 
-def validate(job: Job) -> dict[str, Any]:
+def validate(job: Job, engine: str | None = None) -> dict[str, Any]:
     """Hold the bundle against the eager model.
+
+    Args:
+        job: what to validate, and on what.
+        engine: target whose engines are run on the GPU and held to the same gates.
 
     Returns:
         The parity report, which is also in `parity.json`; the caller turns `passed` into an exit code.
@@ -202,6 +203,12 @@ def validate(job: Job) -> dict[str, Any]:
     from capa_export.samples import samples_from
 
     bundle, parity = job.bundle, job.recipe.parity
+    built = None
+    if engine is not None:
+        from capa_export.execution import require_engines
+
+        built = require_engines(bundle, engine)
+        bundle.verify(f"engine/{engine}")
     bundle.verify("export")
     result = bundle.stage("export")["result"]
     recorded = bundle.manifest["checkpoint"]
@@ -220,6 +227,7 @@ def validate(job: Job) -> dict[str, Any]:
         parity.model_dump(),
         prompts.digest(),
         questions.digest(),
+        *([] if built is None else [bundle.digest(f"engine/{engine}"), built.gpu.name]),
     ]
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -242,7 +250,12 @@ def validate(job: Job) -> dict[str, Any]:
                 fp32_onnx=Path(twin),
                 eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
             )
-            parity_report, examples = compare(subject, job.recipe, prompts, questions, job.report)
+            model = None
+            if built is not None:
+                from capa_export.engine_runtime import EngineModel
+
+                model = EngineModel(built)
+            parity_report, examples = compare(subject, job.recipe, prompts, questions, job.report, model)
         (scratch / PARITY).write_text(json.dumps(parity_report, indent=2) + "\n", encoding="utf-8")
         plan = dry_run(
             job.recipe, str(job.source.checkpoint.folder), bundle.folder, result["precision"], ffn=bool(scales)

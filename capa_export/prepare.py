@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.external_weights import externalize_weights
 from capa_export.graph.functions import DOMAIN
+from capa_export.lower import lower
 
 __all__ = ["Prepared", "prepare"]
 
@@ -24,7 +26,9 @@ class Prepared:
     """Nodes that have to become plugin layers."""
 
 
-def prepare(onnx: Path, out: Path, *, external_weights: bool, plugins: bool, keep_bodies: bool = True) -> Prepared:
+def prepare(
+    onnx: Path, out: Path, *, external_weights: bool, plugins: bool, version: tuple[int, ...] | None = None
+) -> Prepared:
     """Write `out`, which finds its weights from the folder of `onnx`; reads no weight.
 
     Args:
@@ -32,8 +36,7 @@ def prepare(onnx: Path, out: Path, *, external_weights: bool, plugins: bool, kee
         out: the file to write.
         external_weights: whether large weights become inputs of the network.
         plugins: whether the CAPA nodes become plugin layers.
-        keep_bodies: whether the file says what the CAPA nodes compute. Before 10.7, TensorRT takes a body even where
-            there is a plugin.
+        version: of the TensorRT that reads it; None for TensorRT-RTX, which knows all our operators.
 
     Raises:
         CapaError: plugins are asked for in a precision that they do not take.
@@ -44,12 +47,17 @@ def prepare(onnx: Path, out: Path, *, external_weights: bool, plugins: bool, kee
         raise CapaError(
             f"{onnx}: is FP32, and the plugins take fp16 and bf16: build with --plugins none", ExitCode.ENGINE
         )
-    weights = externalize_weights(model, plugins=plugins) if external_weights else []
+    if version is not None and lower(model, version):
+        if plugins:
+            # Before 10.7, TensorRT takes a body even where there is a plugin.
+            model.functions.clear()
+        else:
+            # Before 10.8, a value of the graph that has the name of a function's input stands in for it.
+            InlinePass()(model)
+    weights = externalize_weights(model) if external_weights else []
     for node in model.graph.all_nodes():
         if node.op_type == "Attention":
             # Without it, attention with no fused kernel (FP32) fails; where there is one, it is used all the same.
             node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
-    if not keep_bodies:
-        model.functions.clear()
     out.write_bytes(ir.to_proto(model).SerializeToString())
     return Prepared(weights=[asdict(weight) for weight in weights], num_plugins=len(nodes) if plugins else 0)

@@ -1,14 +1,15 @@
-"""Runs a bundle's ONNX files on ONNX Runtime's CPU provider.
+"""Generates with a bundle's graphs: what every runtime does alike, and ONNX Runtime's CPU provider.
 
 B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, G = KV heads, d = head size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnx
@@ -20,8 +21,9 @@ from capa_export.prompt import Picture, Prompt
 from capa_export.tiled import attention_bytes, tiled
 from capa_export.widen import is_bfloat16, widen
 
-__all__ = ["KVCache", "OnnxModel", "PrefillRun", "greedy"]
+__all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun", "greedy"]
 
+Cache = TypeVar("Cache")
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ATTENTION_LIMIT = 1 << 30
@@ -51,18 +53,126 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class PrefillRun:
+class PrefillRun(Generic[Cache]):
     """What a prefill returned."""
 
     logits: np.ndarray
     """[V] FP32, last position."""
-    cache: KVCache
+    cache: Cache
     kept: list[np.ndarray]
     """Prompt positions [K] that survive each stage, ascending."""
 
 
-class OnnxModel:
-    """The graphs of one `onnx/` folder and its embedding table; bf16 graphs compute in FP32 over their bf16 weights."""
+class Model(ABC, Generic[Cache]):
+    """A bundle's graphs as one runtime runs them, and its embedding table."""
+
+    folder: Path
+    """The bundle's `onnx` folder."""
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """What there is to say about where it runs, if that is not this machine's processor."""
+        return {}
+
+    @cached_property
+    @abstractmethod
+    def dtype(self) -> Any:
+        """Dtype of the activations."""
+
+    @cached_property
+    @abstractmethod
+    def _axes(self) -> int:
+        """Rows of the position ids."""
+
+    @abstractmethod
+    def _deepstack_layers(self, prompt: Prompt) -> int:
+        """Decoder layers whose outputs gain vision features."""
+
+    @abstractmethod
+    def load(self, prompt: Prompt) -> None:
+        """Open all that a prompt needs now, so that no time is spent on it later."""
+
+    @abstractmethod
+    def features(self, picture: Picture) -> dict[str, np.ndarray]:
+        """The vision tower's outputs for one picture."""
+
+    @abstractmethod
+    def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Prefill's outputs."""
+
+    @abstractmethod
+    def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> Cache:
+        """A cache of decode's past inputs; `lengths` as `past_lengths`."""
+
+    @abstractmethod
+    def batch(self, caches: Sequence[Cache], new_tokens: int) -> Cache:
+        """One batch of several caches, for answers of up to `new_tokens`."""
+
+    @abstractmethod
+    def append(
+        self, cache: Cache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> tuple[np.ndarray, Cache]:
+        """Logits [B, V] after more text tokens [B, S], each row's first at its position, and the grown cache."""
+
+    @cached_property
+    def _embedding(self) -> np.ndarray:
+        """[V, D], mapped from the file rather than read."""
+        tensor = embedding_of(self.folder / "llm")
+        return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
+
+    def embed(self, prompt: Prompt) -> dict[str, np.ndarray]:
+        """Prefill's inputs that hold embeddings: the table's rows, and the vision tower's output at visual tokens.
+
+        inputs_embeds [1, T, D]; deepstack_embeds [layers, T, D] where the decoder has DeepStack layers.
+        """
+        embeds = self._embedding[prompt.input_ids].astype(self.dtype)
+        result = {"inputs_embeds": embeds[None]}
+        if layers := self._deepstack_layers(prompt):
+            result["deepstack_embeds"] = np.zeros((layers, *embeds.shape), self.dtype)
+        if prompt.pictures:
+            seen = [self.features(picture) for picture in prompt.pictures]
+            embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
+            if "deepstack_embeds" in result:
+                deepstack_LND = np.concatenate([part["deepstack_features"] for part in seen], axis=1)
+                result["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+        return result
+
+    def see(self, picture: Picture) -> np.ndarray:
+        """Visual tokens [N, D] of one picture."""
+        return self.features(picture)["image_features"]
+
+    def prefill(
+        self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray] | None = None
+    ) -> PrefillRun[Cache]:
+        """Run the prompt, keeping `num_keep` visual tokens after each stage; `embeds` is what `embed` gives."""
+        feed = {
+            **(self.embed(prompt) if embeds is None else embeds),
+            "position_ids": prompt.position_ids,
+            "text_positions": prompt.text_positions,
+            "num_keep": np.asarray(num_keep, np.int64),
+        }
+        result = self._fill(prompt, feed)
+        kept = [result[f"kept_positions.{stage}"] for stage in range(len(num_keep))]
+        lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
+        return PrefillRun(result["logits"][0], self._cache(_past(result), lengths), kept)
+
+    def _token_feed(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> dict[str, np.ndarray]:
+        """Decode's inputs for text tokens [B, S], each row's first at its position, without the cache."""
+        token_ids = np.asarray(tokens, np.int64)
+        step = np.arange(token_ids.shape[1])
+        return {
+            "inputs_embeds": self._embedding[token_ids].astype(self.dtype),
+            "position_ids": np.tile(np.asarray(positions, np.int64)[:, None] + step, (self._axes, 1, 1)),
+        }
+
+    def step(self, cache: Cache, token: int, position: int) -> tuple[np.ndarray, Cache]:
+        """Logits [V] after one more token of a batch of one, and the grown cache."""
+        logits, cache = self.append(cache, [[token]], [position])
+        return logits[0], cache
+
+
+class OnnxModel(Model[KVCache]):
+    """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights."""
 
     def __init__(self, folder: Path, *, prefill: str = "prefill.onnx", threads: int = 0) -> None:
         self.folder, self.threads = folder, threads
@@ -122,20 +232,12 @@ class OnnxModel:
         return self._opened("llm/decode.onnx")
 
     def load(self, prompt: Prompt) -> None:
-        """Open all that a prompt needs now, so that no time is spent on it later."""
         for picture in prompt.pictures:
             self._visual(picture)
         _ = self._prefill(prompt), self._decode, self._embedding
 
     @cached_property
-    def _embedding(self) -> np.ndarray:
-        """[V, D], mapped from the file rather than read."""
-        tensor = embedding_of(self.folder / "llm")
-        return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
-
-    @cached_property
     def dtype(self) -> type[np.floating[Any]]:
-        """Dtype of the activations."""
         name = self._decode.get_inputs()[0].type
         if name not in _DTYPES:
             raise CapaError(
@@ -145,70 +247,32 @@ class OnnxModel:
 
     @cached_property
     def _axes(self) -> int:
-        """Rows of the position ids."""
         inputs = {entry.name: entry for entry in self._decode.get_inputs()}
         return inputs["position_ids"].shape[0]
 
-    def embed(self, prompt: Prompt) -> dict[str, np.ndarray]:
-        """Prefill's inputs that hold embeddings: the table's rows, and the vision tower's output at visual tokens.
-
-        inputs_embeds [1, T, D]; deepstack_embeds [layers, T, D] where the decoder has DeepStack layers.
-        """
-        embeds = self._embedding[prompt.input_ids].astype(self.dtype)
-        result = {"inputs_embeds": embeds[None]}
-        for entry in self._prefill(prompt).get_inputs():
-            if entry.name == "deepstack_embeds":
-                result[entry.name] = np.zeros((entry.shape[0], *embeds.shape), self.dtype)
-        if prompt.pictures:
-            seen = [self.features(picture) for picture in prompt.pictures]
-            embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
-            if "deepstack_embeds" in result:
-                deepstack_LND = np.concatenate([part["deepstack_features"] for part in seen], axis=1)
-                result["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
-        return result
+    def _deepstack_layers(self, prompt: Prompt) -> int:
+        entries = self._prefill(prompt).get_inputs()
+        return next((entry.shape[0] for entry in entries if entry.name == "deepstack_embeds"), 0)
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
-        """The vision tower's outputs for one picture."""
         return _run(self._visual(picture), {"pixel_values": picture.patches.astype(self.dtype)})
 
-    def see(self, picture: Picture) -> np.ndarray:
-        """Visual tokens [N, D] of one picture."""
-        return self.features(picture)["image_features"]
-
-    def prefill(
-        self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray] | None = None
-    ) -> PrefillRun:
-        """Run the prompt, keeping `num_keep` visual tokens after each stage; `embeds` is what `embed` gives."""
-        feed = {
-            **(self.embed(prompt) if embeds is None else embeds),
-            "position_ids": prompt.position_ids,
-            "text_positions": prompt.text_positions,
-            "num_keep": np.asarray(num_keep, np.int64),
-        }
+    def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         session = self._prefill(prompt)
-        result = _run(session, {entry.name: feed[entry.name] for entry in session.get_inputs()})
-        kept = [result[f"kept_positions.{stage}"] for stage in range(len(num_keep))]
-        lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
-        return PrefillRun(result["logits"][0], KVCache(_past(result), lengths), kept)
+        return _run(session, {entry.name: feed[entry.name] for entry in session.get_inputs()})
+
+    def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
+        return KVCache(past, lengths)
+
+    def batch(self, caches: Sequence[KVCache], new_tokens: int) -> KVCache:  # noqa: ARG002 - it grows by itself.
+        return KVCache.stacked(caches)
 
     def append(
         self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
     ) -> tuple[np.ndarray, KVCache]:
-        """Logits [B, V] after more text tokens [B, S], each row's first at its position, and the grown cache."""
-        token_ids = np.asarray(tokens, np.int64)
-        step = np.arange(token_ids.shape[1])
-        feed = {
-            "inputs_embeds": self._embedding[token_ids].astype(self.dtype),
-            "position_ids": np.tile(np.asarray(positions, np.int64)[:, None] + step, (self._axes, 1, 1)),
-            "past_lengths": cache.lengths,
-        }
-        result = _run(self._decode, {**feed, **cache.tensors})
-        return result["logits"], KVCache(_past(result), cache.lengths + len(step))
-
-    def step(self, cache: KVCache, token: int, position: int) -> tuple[np.ndarray, KVCache]:
-        """Logits [V] after one more token of a batch of one, and the grown cache."""
-        logits, cache = self.append(cache, [[token]], [position])
-        return logits[0], cache
+        feed = self._token_feed(tokens, positions)
+        result = _run(self._decode, {**feed, "past_lengths": cache.lengths, **cache.tensors})
+        return result["logits"], KVCache(_past(result), cache.lengths + feed["inputs_embeds"].shape[1])
 
 
 def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -216,15 +280,19 @@ def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(names, feed), strict=True))
 
 
-def _past(result: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _past(result: Mapping[str, Any]) -> dict[str, Any]:
     return {_PAST + name.removeprefix(_PRESENT): value for name, value in result.items() if name.startswith(_PRESENT)}
 
 
 def greedy(
-    model: OnnxModel, prompts: Sequence[Prompt], runs: Sequence[PrefillRun], stop: Sequence[int], limit: int
+    model: Model[Cache],
+    prompts: Sequence[Prompt],
+    runs: Sequence[PrefillRun[Cache]],
+    stop: Sequence[int],
+    limit: int,
 ) -> Iterator[list[int | None]]:
     """Up to `limit` tokens of each prompt, each the likeliest, until one of `stop`; None where an answer has ended."""
-    logits, cache = np.stack([run.logits for run in runs]), KVCache.stacked([run.cache for run in runs])
+    logits, cache = np.stack([run.logits for run in runs]), model.batch([run.cache for run in runs], limit)
     ended = np.zeros(len(prompts), bool)
     for count in range(limit):
         tokens = logits.argmax(-1)

@@ -1,16 +1,18 @@
 """Results as tables for people, on stdout."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from capa_export.doctor import Finding
 from capa_export.dry_run import UNKNOWN
 from capa_export.parity import restored
 from capa_export.recipe import ranges, recipe_of
 
-__all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
+__all__ = ["bundle_table", "calibration_table", "doctor_table", "engine_table", "parity_table", "plan_table"]
 
 
 def _console() -> Console:
@@ -70,8 +72,19 @@ def calibration_table(summary: dict[str, Any]) -> None:
     _say(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 
 
+def doctor_table(found: Sequence[Finding]) -> None:
+    """One line a look, and under it what would do."""
+    for finding in found:
+        _say(f"{finding.verdict:<9}{finding.check}: {finding.detail}", "bold" if finding.verdict == "problem" else "")
+        if finding.remedy:
+            _say(f"{'':<9}{finding.remedy}")
+
+
 def engine_table(result: dict[str, Any]) -> None:
-    """One row an engine."""
+    """One row an engine, or where the kit is that builds them."""
+    if "kit" in result:
+        _say(f"kit: {result['kit']} in the bundle; copy that folder to the device and run its build.sh there", "bold")
+        return
     table = _columns("engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
     for name, row in result["engines"].items():
         peak = row["peak_memory_bytes"]

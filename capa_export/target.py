@@ -10,7 +10,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings, read_toml
 from capa_export.shipped import shipped, shipped_names
 
-__all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target"]
+__all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target", "version_parts"]
 
 Precision = Literal["fp16", "bf16", "fp32"]
 
@@ -52,26 +52,44 @@ class ShapeRange(Settings):
 class Engine(Settings):
     """How engines are built for a device."""
 
-    runtime: Literal["tensorrt-rtx"]
+    runtime: Literal["tensorrt-rtx", "tensorrt"]
+    built: Literal["here", "on-device"]
+    """Where: TensorRT-RTX needs no GPU to build, TensorRT builds for the one that it finds."""
     version_min: str
     """First version of the runtime that will do."""
     version_below: str
     """First version that is not known to do."""
+    jetpack: str | None = None
+    """JetPack releases that have such a runtime; None for what is no Jetson."""
+    cpu: Literal["x86_64", "aarch64"] | None = None
+    """Architecture of the device's CPU; None where there are devices of either."""
     compute_capabilities: tuple[str, ...] = Field(min_length=1)
     """GPUs that one plan is for."""
-    possible_compute_capabilities: tuple[str, ...]
-    """All that this runtime can build our graphs for."""
+    possible_compute_capabilities: tuple[str, ...] = ()
+    """All that this runtime can build our graphs for; none named where the device builds for itself."""
     precisions: tuple[Precision, ...]
-    dims: dict[str, DimRange]
+    limits_of: str | None = None
+    """Target whose limits hold where these are silent."""
+    dims: dict[str, DimRange] = Field(default_factory=dict)
     """Limits per symbolic dimension."""
     values: dict[str, DimRange] = Field(default_factory=dict)
     """Limits per element of the inputs whose values are sizes."""
+
+    @model_validator(mode="after")
+    def _runtime_builds_there(self) -> "Engine":
+        if self.built == "here" and self.runtime == "tensorrt":
+            raise ValueError('TensorRT builds for the GPU that it finds: built must be "on-device"')
+        if self.built == "on-device" and len(self.compute_capabilities) > 1:
+            raise ValueError("a device builds for itself: compute_capabilities must name one")
+        return self
 
 
 class Target(Settings):
     """One kind of device."""
 
     name: str
+    memory_gb: tuple[float, ...] = ()
+    """Of the smallest and the largest such device; shared with the CPU where they are one module."""
     engine: Engine | None = None
     """None where the ONNX files are all there is to deliver."""
 
@@ -85,7 +103,7 @@ class Target(Settings):
             raise CapaError(f"target {self.name} has no engine: its ONNX files are what runs", ExitCode.USAGE)
         possible = self.engine.possible_compute_capabilities
         for capability in self.engine.compute_capabilities:
-            if capability not in possible:
+            if possible and capability not in possible:
                 raise CapaError(
                     f"target {self.name}: {self.engine.runtime} cannot build these graphs for "
                     f"compute capability {capability}; it can for {', '.join(possible)}",
@@ -135,4 +153,14 @@ def load_target(target: str) -> Target:
             "or the path of a .toml target",
             ExitCode.USAGE,
         )
-    return read_toml(path, Target, name=path.stem)
+    read = read_toml(path, Target, name=path.stem)
+    if read.engine is None or read.engine.limits_of is None:
+        return read
+    base = load_target(read.engine.limits_of).require_engine()
+    limits = {"dims": {**base.dims, **read.engine.dims}, "values": {**base.values, **read.engine.values}}
+    return read.model_copy(update={"engine": read.engine.model_copy(update=limits)})
+
+
+def version_parts(version: str) -> tuple[int, ...]:
+    """Numbers of a version, to compare."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))

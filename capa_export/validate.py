@@ -3,11 +3,11 @@
 S = steps, V = vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompt
 from capa_export.recipe import Recipe
 from capa_export.report import Example
-from capa_export.runtime import OnnxModel
+from capa_export.runtime import Model, OnnxModel
 from capa_export.samples import Samples
 from capa_export.subject import Subject
+
+if TYPE_CHECKING:
+    from capa_export.engine_runtime import EngineModel
 
 __all__ = ["compare_onnx", "eager_trace", "precision_noise", "validate"]
 
@@ -35,7 +38,12 @@ _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def validate(
-    subject: Subject, recipe: Recipe, prompts: Samples, questions: Samples, report: Report = silent
+    subject: Subject,
+    recipe: Recipe,
+    prompts: Samples,
+    questions: Samples,
+    report: Report = silent,
+    engine: "EngineModel | None" = None,
 ) -> tuple[dict[str, Any], list[Example]]:
     """Compare everything; the result says whether each gate is met, and comes with a few answers to look at.
 
@@ -45,6 +53,7 @@ def validate(
         prompts: what the graphs are compared on.
         questions: what the method's effect is measured on.
         report: progress.
+        engine: the bundle's engines, to be held against the eager model and the ONNX files by the same gates.
     """
     parity = recipe.parity
     built = [subject.prompter.chat(sample.turns) for sample in prompts]
@@ -56,10 +65,30 @@ def validate(
     results = [_compare_dense(subject, built, parity.steps, report).as_dict(parity.fp32)]
     # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
     artefacts = {"fp32": subject.fp32_onnx, subject.precision: subject.onnx}
+    noise, onnx_traces = 0.0, []
     for precision, folder in artefacts.items():
         noise = precision_noise(subject, precision, built, references, report)
-        compared = compare_onnx(subject, precision, folder, eager, built, references, noise, report)
+        what = f"{precision} ONNX"
+        traces = _traces(subject, what, OnnxModel(folder), built, references, report)
+        if engine is not None:
+            traces = onnx_traces = list(traces)
+        compared = _against_eager(subject, what, eager, built, traces, references, noise)
         results.append(compared.as_dict(getattr(parity, precision)))
+    notes = [_NOTES[subject.precision]]
+    if engine is None:
+        notes.append("No engine was run.")
+    else:
+        what = f"{subject.precision} engine"
+        own = list(_traces(subject, what, engine, built, references, report))
+        against_onnx = _against_onnx(subject, what, built, own, onnx_traces, noise)
+        compared = [_against_eager(subject, what, eager, built, own, references, noise)]
+        if against_onnx.prompts:
+            compared.append(against_onnx)
+        results += [one.as_dict(getattr(parity, subject.precision)) for one in compared]
+        notes.append(
+            f"The engines ran on {engine.gpu.name}; engine and ONNX kept the same tokens on {against_onnx.prompts} of "
+            f"{len(built)} prompts, and are held against each other on those."
+        )
     effect, examples = method_effect(subject, eager, questions, report)
     failures = [failure for result in results for failure in result["failures"]]
     parity_report = {
@@ -71,7 +100,7 @@ def validate(
         "linear_layers": sorted(subject.scales),
         "export_error": results,
         "method_error": effect,
-        "notes": [_NOTES[subject.precision], "No engine was run.", *_few_pictures(prompts)],
+        "notes": [*notes, *_few_pictures(prompts)],
     }
     return parity_report, examples
 
@@ -104,13 +133,27 @@ def eager_trace(
     return Trace(np.stack(logits), kept, [run.scores[layer].numpy() for layer in plan.keep])
 
 
-def _onnx_trace(model: OnnxModel, prompt: Prompt, num_keep: Sequence[int], tokens: Sequence[int], steps: int) -> Trace:
+def _trace(model: Model[Any], prompt: Prompt, num_keep: Sequence[int], tokens: Sequence[int], steps: int) -> Trace:
     run = model.prefill(prompt, num_keep)
-    logits, cache = [run.logits], run.cache
+    logits, cache = [run.logits], model.batch([run.cache], steps)
     for step in range(steps - 1):
         output, cache = model.step(cache, tokens[step], prompt.next_position + step)
         logits.append(output)
     return Trace(np.stack(logits), run.kept)
+
+
+def _traces(
+    subject: Subject,
+    what: str,
+    model: Model[Any],
+    prompts: Sequence[Prompt],
+    references: Sequence[Trace],
+    report: Report,
+) -> Iterator[Trace]:
+    """What a model makes of every prompt, fed the tokens of the references."""
+    pairs = zip(prompts, references, strict=True)
+    for prompt, reference in tracked(pairs, f"validate: {what}", len(prompts), report):
+        yield _trace(model, prompt, subject.num_keep(prompt), reference.tokens, len(reference.logits))
 
 
 def compare_onnx(
@@ -124,21 +167,56 @@ def compare_onnx(
     report: Report = silent,
 ) -> Comparison:
     """One ONNX against eager CAPA in FP32."""
-    model = OnnxModel(folder)
-    comparison = Comparison(f"{name} ONNX", "eager CAPA fp32", noise)
-    pairs = zip(prompts, references, strict=True)
-    for prompt, reference in tracked(pairs, f"validate: {name} ONNX", len(prompts), report):
-        steps = len(reference.logits)
-        trace = _onnx_trace(model, prompt, subject.num_keep(prompt), reference.tokens, steps)
+    what = f"{name} ONNX"
+    traces = _traces(subject, what, OnnxModel(folder), prompts, references, report)
+    return _against_eager(subject, what, eager, prompts, traces, references, noise)
+
+
+def _against_eager(
+    subject: Subject,
+    what: str,
+    eager: Eager,
+    prompts: Sequence[Prompt],
+    traces: Iterable[Trace],
+    references: Sequence[Trace],
+    noise: float,
+) -> Comparison:
+    comparison = Comparison(what, "eager CAPA fp32", noise)
+    for prompt, trace, reference in zip(prompts, traces, references, strict=True):
         flipped, expected = None, reference
-        if any(not np.array_equal(a, b) for a, b in zip(trace.kept, reference.kept, strict=True)):
+        if not _same_kept(trace, reference):
             # A flip at the cut is a discrete choice: count it in the IoU, and measure the drift with the same set.
             plan = subject.plan(prompt)
             forced = {layer: torch.from_numpy(kept) for layer, kept in zip(plan.keep, trace.kept, strict=True)}
             flipped = reference
-            expected = eager_trace(subject, eager, prompt, replace(plan, forced=forced), steps, reference.tokens)
+            expected = eager_trace(
+                subject, eager, prompt, replace(plan, forced=forced), len(reference.logits), reference.tokens
+            )
         comparison.add(trace, expected, len(prompt.text_positions), flipped=flipped)
     return comparison
+
+
+def _against_onnx(
+    subject: Subject,
+    what: str,
+    prompts: Sequence[Prompt],
+    traces: Sequence[Trace],
+    references: Sequence[Trace],
+    noise: float,
+) -> Comparison:
+    """An engine against its ONNX file, on the prompts of which both kept the same tokens.
+
+    ONNX files cannot be made to keep another's; where the sets differ, the eager model is what both are held against.
+    """
+    comparison = Comparison(what, f"{subject.precision} ONNX", noise)
+    for prompt, trace, reference in zip(prompts, traces, references, strict=True):
+        if _same_kept(trace, reference):
+            comparison.add(trace, reference, len(prompt.text_positions))
+    return comparison
+
+
+def _same_kept(trace: Trace, other: Trace) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(trace.kept, other.kept, strict=True))
 
 
 def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, report: Report) -> Comparison:
@@ -149,7 +227,7 @@ def _compare_dense(subject: Subject, prompts: Sequence[Prompt], steps: int, repo
         everything = np.arange(len(prompt.input_ids))
         stages = len(subject.prune.schedule)
         reference = Trace(_dense_logits(subject, prompt, steps), [everything] * stages)
-        trace = _onnx_trace(model, prompt, [prompt.num_visual] * stages, reference.tokens, steps)
+        trace = _trace(model, prompt, [prompt.num_visual] * stages, reference.tokens, steps)
         comparison.add(trace, reference, len(prompt.text_positions))
     return comparison
 

@@ -330,7 +330,9 @@ def test_a_wrong_graph_exits_with_6(cli: Cli, spare: Path, recipe: Path, picture
 def test_an_impossible_gpu_is_refused_at_once(cli: Cli, spare: Path, tmp_path: Path) -> None:
     orin = tmp_path / "orin.toml"
     text = (shipped("engines") / "rtx.toml").read_text()
-    orin.write_text(text.replace('compute_capabilities = ["8.6", "8.9", "12.0"]', 'compute_capabilities = ["8.7"]', 1))
+    orin.write_text(
+        text.replace('compute_capabilities = ["8.0", "8.6", "8.9", "12.0"]', 'compute_capabilities = ["8.7"]', 1)
+    )
     code, _, err = cli("engine", spare, "-t", orin)
     assert code == ExitCode.ENGINE and "for compute capability 8.7; it can for 8.0" in err
 

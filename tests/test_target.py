@@ -6,14 +6,62 @@ import pytest
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.shipped import shipped, shipped_names
-from capa_export.target import DimRange, ShapeRange, Target, load_target
+from capa_export.target import DimRange, ShapeRange, Target, load_target, version_parts
 
 
 def test_every_shipped_target_loads() -> None:
     targets = {name: load_target(name) for name in shipped_names("engines")}
-    assert {"onnx", "rtx"} <= set(targets)
+    assert set(targets) == {"onnx", "rtx", "spark", "orin", "thor", "h100"}
     assert targets["onnx"].engine is None
-    assert targets["rtx"].require_engine().compute_capabilities == ("8.6", "8.9", "12.0")
+    capabilities = {name: one.require_engine().compute_capabilities for name, one in targets.items() if one.engine}
+    assert capabilities == {
+        "rtx": ("8.0", "8.6", "8.9", "12.0"),
+        "spark": ("12.1",),
+        "orin": ("8.7",),
+        "thor": ("11.0",),
+        "h100": ("9.0",),
+    }
+    on_device = {name for name, one in targets.items() if one.engine and one.engine.built == "on-device"}
+    assert on_device == {"orin", "thor", "h100"}
+
+
+@pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100"])
+def test_limits_have_room_for_the_largest_picture(name: str) -> None:
+    """With some text; and caches for the largest prompt, with some answer."""
+    target = load_target(name)
+    visual = target.dim("rows").max * target.dim("cols").max
+    assert visual < target.dim("sequence").max < target.dim("past").max
+    assert target.require_engine().values["num_keep"].max >= visual
+    low, high = target.memory_gb[0], target.memory_gb[-1]
+    assert 0 < low <= high
+
+
+def test_limits_are_those_of_another_target_but_for_its_own() -> None:
+    orin, rtx = load_target("orin").require_engine(), load_target("rtx").require_engine()
+    assert orin.dims["batch"].max == 1 < rtx.dims["batch"].max
+    assert (orin.dims["tiles"], orin.values) == (rtx.dims["tiles"], rtx.values)
+
+
+def test_tensorrt_builds_on_the_device_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    text = (shipped("engines") / "orin.toml").read_text(encoding="utf-8")
+    mine.write_text(text.replace('"on-device"', '"here"'), encoding="utf-8")
+    with pytest.raises(
+        CapaError, match=r'engine: TensorRT builds for the GPU that it finds: built must be "on-device"'
+    ):
+        load_target(str(mine))
+
+
+def test_a_device_builds_for_one_gpu(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    text = (shipped("engines") / "orin.toml").read_text(encoding="utf-8")
+    mine.write_text(text.replace('["8.7"]', '["8.7", "9.0"]'), encoding="utf-8")
+    with pytest.raises(CapaError, match=r"engine: a device builds for itself: compute_capabilities must name one"):
+        load_target(str(mine))
+
+
+def test_versions_compare_by_number() -> None:
+    assert version_parts("10.3.0.30") < version_parts("10.13") < version_parts("11")
 
 
 def test_an_unknown_target_lists_the_known_ones() -> None:
@@ -32,7 +80,7 @@ def _edited(tmp_path: Path, old: str, new: str) -> str:
 
 @pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "11.0"])
 def test_a_gpu_the_builder_refuses_is_refused_first(tmp_path: Path, capability: str) -> None:
-    target = load_target(_edited(tmp_path, '["8.6", "8.9", "12.0"]', f'["8.9", "{capability}"]'))
+    target = load_target(_edited(tmp_path, '["8.0", "8.6", "8.9", "12.0"]', f'["8.9", "{capability}"]'))
     with pytest.raises(CapaError, match=rf"mine: .* capability {capability}; it can for 8.0, .*12.1") as caught:
         target.require_engine()
     assert caught.value.code is ExitCode.ENGINE

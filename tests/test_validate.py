@@ -1,9 +1,11 @@
 """The parity gates pass a healthy export and fail every planted fault."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from capa_export.families import qwen25vl
 from capa_export.parity import Comparison, Trace, restored
 from capa_export.prompt import Prompter
 from capa_export.recipe import Prune, Stage, load_recipe
+from capa_export.runtime import OnnxModel
 from capa_export.samples import samples_from
 from capa_export.subject import Subject
 from capa_export.validate import compare_onnx, eager_trace, precision_noise, validate
@@ -188,6 +191,48 @@ def test_a_planted_fault_fails_the_gate(
     gate, noise = getattr(RECIPE.parity, precision), noises[precision]
     assert compare_onnx(subject, precision, tmp_path, eager, prompts, references, noise).failures(gate)
     assert not compare_onnx(subject, precision, good, eager, prompts, references, noise).failures(gate)
+
+
+class OtherRuntime(OnnxModel):
+    """In the place of engines, which need a GPU."""
+
+    gpu = SimpleNamespace(name="Other")
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [(None, None), ("llm/decode.onnx", heads_swapped), ("llm/prefill.onnx", scores_without_output_weight)],
+)
+def test_engines_are_held_to_the_same_gates(
+    subject: Subject, pictures: Path, tmp_path: Path, file: str | None, fault: Callable[[ir.Model], None] | None
+) -> None:
+    folder = shutil.copytree(subject.onnx, tmp_path / "onnx")
+    if file is not None and fault is not None:
+        model = ir.load(folder / file)
+        ir.external_data.load_to_model(model)
+        fault(model)
+        ir.save(model, folder / file)
+    prompts = samples_from(pictures, RECIPE, 3, split="held_out")
+    recipe = RECIPE.model_copy(update={"parity": RECIPE.parity.model_copy(update={"steps": 3})})
+    engine: Any = OtherRuntime(folder, threads=1)
+    parity, _ = validate(subject, recipe, prompts, prompts, engine=engine)
+    onnx, *engines = parity["export_error"][2:]
+    assert (onnx["artefact"], onnx["failures"]) == ("fp16 ONNX", [])
+    assert (engines[0]["artefact"], engines[0]["reference"]) == ("fp16 engine", "eager CAPA fp32")
+    assert engines[0]["gate"] == onnx["gate"]
+    note = next(note for note in parity["notes"] if "engines ran on Other" in note)
+    if fault is None:
+        assert parity["passed"]
+        assert engines[0] | {"artefact": "fp16 ONNX"} == onnx
+        assert (engines[1]["reference"], engines[1]["difference"], engines[1]["prompts"]) == ("fp16 ONNX", 0, 3)
+    else:
+        assert not parity["passed"]
+        assert any(failure.startswith("fp16 engine against eager") for failure in parity["failures"])
+    # Where other tokens are kept, the eager model alone says what is right.
+    same = 3 - engines[0]["prompts_with_flips"]
+    assert (same < 3) == (fault is scores_without_output_weight)
+    assert f"on {same} of 3 prompts" in note
+    assert [one["prompts"] for one in engines] == [3, same][: 1 + bool(same)]
 
 
 def test_decode_at_the_pruned_positions_fails(subject: Subject, measured: Any) -> None:

@@ -28,10 +28,10 @@ from triton.compiler import ASTSource
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.kernels.operator import Count, Launch, Operator
+from capa_export.plugins.choice import HEAD_SIZES
 
 __all__ = [
     "COMPUTE_CAPABILITIES",
-    "HEAD_SIZES",
     "CompiledKernel",
     "HalfDtype",
     "compile_kernels",
@@ -41,7 +41,6 @@ __all__ = [
 
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
 """From 9.0 on, an image runs on this very compute capability only."""
-HEAD_SIZES = (32, 64, 80, 96, 128)
 
 HalfDtype = Literal["fp16", "bf16"]
 

@@ -1,13 +1,16 @@
 """Which plugins an engine is built with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "choose_plugins"]
+__all__ = ["HEAD_SIZES", "NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "choose_device_plugins", "choose_plugins"]
+
+HEAD_SIZES = (32, 64, 80, 96, 128)
+"""What there are kernels for."""
 
 PluginKind = Literal["python", "native", "none"]
 PluginWish = Literal["auto", "python", "native", "none"]
@@ -28,18 +31,18 @@ class Plugins:
 NO_PLUGINS = Plugins("none")
 
 
-def choose_plugins(wish: PluginWish, precision: str, library: Path | None) -> Plugins:
+def choose_plugins(wish: PluginWish, precision: str, head_size: int, library: Path | None) -> Plugins:
     """What is wished for, or for `auto` the library if one is given, or Python where Triton is installed.
 
     Args:
         wish: as on the command line.
         precision: of the graphs.
+        head_size: of the decoder.
         library: what `capa-export plugins build` wrote.
 
     Raises:
         CapaError: the wish cannot be met, or contradicts the library.
     """
-    has_triton = find_spec("triton") is not None
     if library is not None and wish not in ("auto", "native"):
         raise CapaError(f"--plugin-library and --plugins {wish} exclude each other", ExitCode.USAGE)
     if library is not None and not library.is_file():
@@ -48,16 +51,38 @@ def choose_plugins(wish: PluginWish, precision: str, library: Path | None) -> Pl
         raise CapaError(
             "--plugins native needs --plugin-library FILE; `capa-export plugins build` makes it", ExitCode.USAGE
         )
-    if wish == "python" and not has_triton:
-        raise CapaError("--plugins python needs triton: pip install capa-export[rtx]", ExitCode.ENGINE)
-    if wish != "none" and precision == "fp32":
-        if wish != "auto" or library is not None:
-            raise CapaError("the plugins take fp16 and bf16: build FP32 engines with --plugins none", ExitCode.USAGE)
-        return Plugins("none", reason="the plugins take fp16 and bf16")
     if wish == "none":
         return NO_PLUGINS
+    if unfit := _unfit(precision, head_size):
+        if wish == "auto" and library is None:
+            return Plugins("none", reason=unfit)
+        raise CapaError(f"{unfit}: build these engines with --plugins none", ExitCode.USAGE)
     if library is not None:
         return Plugins("native", library.resolve())
-    if has_triton:
+    if find_spec("triton") is not None:
         return Plugins("python")
+    if wish == "python":
+        raise CapaError("--plugins python needs triton: pip install capa-export[rtx]", ExitCode.ENGINE)
     return Plugins("none", reason="triton is not installed: pip install capa-export[rtx]")
+
+
+def choose_device_plugins(wish: PluginWish, precision: str, head_size: int) -> Plugins:
+    """What a device builds with: native plugins whose sources it gets, or none; arguments as above.
+
+    Raises:
+        CapaError: the wish cannot be met.
+    """
+    if wish == "python":
+        raise CapaError("--plugins python: a device builds with native plugins, or none", ExitCode.USAGE)
+    if wish == "native" and find_spec("triton") is None:
+        raise CapaError("--plugins native needs triton for the kernels: pip install capa-export[rtx]", ExitCode.ENGINE)
+    chosen = choose_plugins("auto" if wish == "native" else wish, precision, head_size, None)
+    if wish == "native" and chosen.reason:
+        raise CapaError(f"{chosen.reason}: build these engines with --plugins none", ExitCode.USAGE)
+    return replace(chosen, kind="none" if chosen.kind == "none" else "native")
+
+
+def _unfit(precision: str, head_size: int) -> str:
+    if precision == "fp32":
+        return "the plugins take fp16 and bf16"
+    return "" if head_size in HEAD_SIZES else f"the plugins have no kernels for head size {head_size}"

@@ -15,8 +15,9 @@ import numpy as np
 from capa_export.errors import CapaError, ExitCode
 from capa_export.graph.functions import PLUGIN
 from capa_export.kernels import OPERATORS
-from capa_export.kernels.compile import HEAD_SIZES, CompiledKernel, HalfDtype
+from capa_export.kernels.compile import CompiledKernel, HalfDtype
 from capa_export.kernels.operator import Operator, Tensor
+from capa_export.plugins.choice import HEAD_SIZES
 from capa_export.plugins.launcher import Call, Launcher, scratch_offsets
 
 __all__ = ["register"]

@@ -22,13 +22,15 @@ def has_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
-def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(has_triton: bool, library: Path) -> None:
-    assert choose_plugins("auto", "fp16", library) == Plugins("native", library)
-    without = choose_plugins("auto", "bf16", None)
+def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(*, has_triton: bool, library: Path) -> None:
+    assert choose_plugins("auto", "fp16", 128, library) == Plugins("native", library)
+    without = choose_plugins("auto", "bf16", 128, None)
     assert without.kind == ("python" if has_triton else "none")
     assert ("triton is not installed" in without.reason) != has_triton
-    assert choose_plugins("auto", "fp32", None) == Plugins("none", reason="the plugins take fp16 and bf16")
-    assert choose_plugins("none", "fp16", None) == Plugins("none")
+    assert choose_plugins("auto", "fp32", 128, None) == Plugins("none", reason="the plugins take fp16 and bf16")
+    odd = choose_plugins("auto", "fp16", 24, None)
+    assert odd == Plugins("none", reason="the plugins have no kernels for head size 24")
+    assert choose_plugins("none", "fp16", 128, None) == Plugins("none")
 
 
 @pytest.mark.parametrize(
@@ -38,19 +40,19 @@ def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(has_trito
         ("python", "fp16", True, "--plugin-library and --plugins python exclude each other"),
         ("none", "fp16", True, "--plugin-library and --plugins none exclude each other"),
         ("native", "fp32", True, "the plugins take fp16 and bf16"),
-        ("auto", "fp32", True, "the plugins take fp16 and bf16"),
+        ("auto", "fp32", True, "the plugins take fp16 and bf16: build these engines with --plugins none"),
     ],
 )
 def test_what_contradicts_itself_is_refused(
-    wish: choice.PluginWish, precision: str, with_library: bool, message: str, library: Path
+    wish: choice.PluginWish, precision: str, *, with_library: bool, message: str, library: Path
 ) -> None:
     with pytest.raises(CapaError, match=message):
-        choose_plugins(wish, precision, library if with_library else None)
+        choose_plugins(wish, precision, 128, library if with_library else None)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapaError, match=r"nowhere\.so: no such plugin library"):
-        choose_plugins("auto", "fp16", tmp_path / "nowhere.so")
+        choose_plugins("auto", "fp16", 128, tmp_path / "nowhere.so")
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(CapaError, match=r"--plugins python needs triton: pip install capa-export\[rtx\]"):
-        choose_plugins("python", "fp16", None)
+        choose_plugins("python", "fp16", 128, None)

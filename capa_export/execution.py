@@ -1,0 +1,369 @@
+"""One engine on the GPU: loaded, its tensors at their addresses, executed; and the weights that engines share."""
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from capa_export.bundle import Bundle
+from capa_export.cuda import Buffer, Gpu, Stream, require_gpu
+from capa_export.errors import CapaError, ExitCode
+from capa_export.job import ONNX
+
+__all__ = ["BuiltEngines", "Engine", "Runtime", "Weights", "require_engines"]
+
+_DTYPES: Mapping[str, Any] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "BOOL": np.bool_,
+}
+_UPLOAD_BYTES = 16 << 20
+_TOO_OLD = "CUDA driver version is insufficient"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltEngines:
+    """A bundle's engines for one target, and what runs them."""
+
+    folder: Path
+    onnx: Path
+    """The bundle's `onnx` folder."""
+    files: Mapping[str, str]
+    """ONNX file of each engine, by the engine's name."""
+    plugins: Mapping[str, Any]
+    """As the engine stage recorded them."""
+    trt: Any
+    """The module `tensorrt_rtx` or `tensorrt`."""
+    gpu: Gpu
+
+
+def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
+    """The engines of a bundle for a target; cheap, so that whatever is in their way is said before anything is run.
+
+    Raises:
+        CapaError: they were not built, there is no GPU, or the engines are for another runtime or GPU.
+    """
+    result = bundle.stage(f"engine/{target}")["result"]
+    folder = bundle.folder / "engines" / target
+    gpu = require_gpu()
+    runtime, module = result["runtime"], result["runtime"].replace("-", "_")
+    try:
+        trt = import_module(module)
+    except ImportError as error:
+        raise CapaError(f"{folder}: its engines need {runtime}, which is not installed", ExitCode.ENGINE) from error
+    for name, entry in result["engines"].items():
+        if entry["runtime"] != trt.__version__:
+            raise CapaError(
+                f"{folder / name}.engine: built by {runtime} {entry['runtime']}, and {trt.__version__} is installed; "
+                "install that version, or build the engines again",
+                ExitCode.ENGINE,
+            )
+    built_for = result["compute_capabilities"]
+    if gpu.compute_capability not in built_for:
+        raise CapaError(
+            f"{folder}: its engines are for compute capability {', '.join(built_for)}, and {gpu.name} has "
+            f"{gpu.compute_capability}; build them for a target that lists it",
+            ExitCode.ENGINE,
+        )
+    return BuiltEngines(
+        folder=folder,
+        onnx=bundle.folder / ONNX,
+        files={name: entry["onnx"] for name, entry in result["engines"].items()},
+        plugins=result["plugins"],
+        trt=trt,
+        gpu=gpu,
+    )
+
+
+class Runtime:
+    """TensorRT, ready to load engines; keeps the reasons of its failures."""
+
+    def __init__(self, built: BuiltEngines) -> None:
+        self.built, self.trt = built, built.trt
+        self._log = _logger(built.trt)
+        self._runtime = built.trt.Runtime(self._log)
+        self._load_plugins(built.plugins)
+
+    def _load_plugins(self, plugins: Mapping[str, Any]) -> None:
+        if plugins["kind"] == "python":
+            _register_python_plugins(self.trt)
+        elif plugins["kind"] == "native":
+            # The library is in the engines, as what was hashed when they were built.
+            self._runtime.engine_host_code_allowed = True
+
+    def deserialize(self, path: Path) -> Any:
+        """An ICudaEngine; the file is mapped, not read into memory."""
+        self.forget()
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                engine = self._runtime.deserialize_cuda_engine(plan)
+        except (OSError, ValueError) as error:
+            raise CapaError(f"{path}: not a readable engine ({error})", ExitCode.ENGINE) from error
+        if engine is None:
+            if any(_TOO_OLD in message for message in self._log.errors):
+                raise CapaError(
+                    f"the NVIDIA driver supports CUDA {self.built.gpu.cuda} and {self.trt.__name__} "
+                    f"{self.trt.__version__} needs a newer one; update the driver"
+                )
+            raise self.failure(f"{path}: cannot be loaded; build the engines again")
+        return engine
+
+    def forget(self) -> None:
+        """Drop errors that led to nothing."""
+        self._log.errors.clear()
+
+    def failure(self, what: str) -> CapaError:
+        """An error with what TensorRT said first."""
+        reason = next((line for message in self._log.errors for line in message.splitlines()), "it gave no reason")
+        return CapaError(f"{what} ({self.trt.__name__}: {reason})", ExitCode.ENGINE)
+
+
+@cache
+def _register_python_plugins(trt: Any) -> None:
+    """Once in a process, before an engine is loaded that has layers of theirs."""
+    from capa_export.plugins.python_plugins import register
+
+    register(trt)
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    """One for a process: TensorRT stays with the first it was given."""
+
+    class Log(trt.ILogger):
+        """Keeps the errors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(msg)
+
+    return Log()
+
+
+class Weights:
+    """Weights that are inputs of engines, on the device once however many engines read them.
+
+    Weights embedded in the engines are not among them: each engine has its own copy, and nothing is shared.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._buffers: dict[tuple[Path, int, int], Buffer] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.num_bytes for buffer in self._buffers.values())
+
+    def of(self, engine: Path) -> dict[str, Buffer]:
+        """The weight inputs of an engine by name; empty where the weights are embedded.
+
+        Raises:
+            CapaError: a file is missing or too short, or the GPU has no room.
+        """
+        table = engine.with_suffix(".weights.json")
+        if not table.is_file():
+            return {}
+        entries = json.loads(table.read_text(encoding="utf-8"))
+        return {name: self._uploaded(engine.parent, entry) for name, entry in entries.items()}
+
+    def _uploaded(self, folder: Path, entry: Mapping[str, Any]) -> Buffer:
+        key = (folder / entry["file"]).resolve(), entry["offset"], entry["length"]
+        if key not in self._buffers:
+            self._buffers[key] = self._upload(*key)
+        return self._buffers[key]
+
+    def _upload(self, path: Path, offset: int, length: int) -> Buffer:
+        weight, block = Buffer(length), bytearray(min(length, _UPLOAD_BYTES))
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                done = 0
+                while done < length:
+                    count = file.readinto(memoryview(block)[: length - done])
+                    if not count:
+                        raise CapaError(f"{path}: ends before byte {offset + length}; build the bundle again")
+                    self._stream.upload(weight, np.frombuffer(block, np.uint8, count), at=done)
+                    done += count
+        except OSError as error:
+            raise CapaError(f"{path}: {error.strerror}; build the bundle again") from error
+        return weight
+
+
+class Engine:
+    """A loaded engine and its execution context."""
+
+    def __init__(self, runtime: Runtime, name: str, weights: Weights, *, one_shape: bool = False) -> None:
+        """Load an engine and the weights it reads.
+
+        Args:
+            runtime: TensorRT.
+            name: of the engine, as `llm/prefill`.
+            weights: on the device; what is missing is uploaded.
+            one_shape: whether the engine will run many times in one shape, worth compiling kernels for it.
+
+        Raises:
+            CapaError: the engine does not load, or the GPU has no room.
+        """
+        built, trt = runtime.built, runtime.trt
+        self.path = built.folder / f"{name}.engine"
+        self._runtime = runtime
+        self._engine = runtime.deserialize(self.path)
+        self._context = self._new_context(trt, one_shape=one_shape)
+        self._shapes = _symbolic_shapes(built.onnx / built.files[name])
+        self._weights = weights.of(self.path)
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT and name not in self._weights]
+        self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._on_host = {name for name in names if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST}
+        self._values: dict[str, np.ndarray] = {}
+        """What the engine reads from host memory, which must stay where it is."""
+        self.limits = self._limits()
+        for weight, buffer in self._weights.items():
+            self._context.set_tensor_address(weight, buffer.address)
+
+    def _new_context(self, trt: Any, *, one_shape: bool) -> Any:
+        if one_shape and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # TensorRT-RTX would compile them while a graph with its kernels for any shape is captured and replayed.
+            config = self._engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context()
+        if context is None:
+            raise self._runtime.failure(f"{self.path}: the GPU has no room for its activations")
+        return context
+
+    def _limits(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest size of each symbolic dimension."""
+        limits: dict[str, tuple[int, int]] = {}
+        for name in self.inputs:
+            if name not in self._on_host:
+                smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+                for size, least, most in zip(self._shapes[name], smallest, largest, strict=True):
+                    if isinstance(size, str):
+                        limits[size] = least, most
+        return limits
+
+    @property
+    def plan_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def context_bytes(self) -> int:
+        """Activations at the largest shapes."""
+        return self._engine.device_memory_size_v2
+
+    def sizes(self, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """What the symbolic dimensions are, as arrays of some of the inputs show."""
+        dims = {name: zip(self._shapes[name], array.shape, strict=True) for name, array in feed.items()}
+        return {size: length for pairs in dims.values() for size, length in pairs if isinstance(size, str)}
+
+    def axis(self, name: str, axis: int) -> int | str:
+        """Size of an axis: a number, or the name of a symbolic dimension."""
+        return self._shapes[name][axis]
+
+    def shape(self, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self._shapes[name])
+
+    def check(self, sizes: Mapping[str, int], num_keep: Sequence[int] = ()) -> None:
+        """Refuse what the engine was not built for.
+
+        Raises:
+            CapaError: a dimension or a number of kept tokens is outside its limits.
+        """
+        found = [(f"dimension {name}", size, *self.limits[name]) for name, size in sizes.items() if name in self.limits]
+        if "num_keep" in self._on_host:
+            # The arguments are swapped in the bindings' own documentation.
+            smallest, _, largest = self._engine.get_tensor_profile_values(0, "num_keep")
+            found += [("num_keep", *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]
+        for what, size, least, most in found:
+            if not least <= size <= most:
+                raise CapaError(
+                    f"{self.path}: takes {least} to {most} of {what}, not {size}; use smaller or fewer pictures or a "
+                    "shorter answer, or widen the target's limits and build the engines again"
+                )
+
+    def bind(
+        self,
+        feed: Mapping[str, np.ndarray],
+        sizes: Mapping[str, int],
+        given: Mapping[str, Buffer] = MappingProxyType({}),
+    ) -> dict[str, Buffer]:
+        """Set every shape and address; returns the memory of all inputs and outputs on the device.
+
+        Args:
+            feed: inputs; those that lie on the device are only given memory, not uploaded.
+            sizes: of the symbolic dimensions that the shapes of `feed` do not show.
+            given: memory that some tensors already have.
+        """
+        self._runtime.forget()
+        sizes = {**self.sizes({name: feed[name] for name in self.inputs if name in feed}), **sizes}
+        shapes = {name: self.shape(name, sizes) for name in (*self.inputs, *self.outputs)}
+        for name in self.inputs:
+            assert name not in feed or feed[name].dtype == self.dtypes[name], name
+            if not self._context.set_input_shape(name, shapes[name]):
+                raise self._runtime.failure(f"{self.path}: does not take {name} of shape {shapes[name]}")
+            if name in self._on_host:
+                self._values[name] = np.ascontiguousarray(feed[name])
+                self._context.set_tensor_address(name, self._values[name].ctypes.data)
+        buffers: dict[str, Buffer] = {}
+        for name, shape in shapes.items():
+            if name in self._on_host:
+                continue
+            # A shape that TensorRT takes for larger would be written past the end.
+            known = tuple(self._context.get_tensor_shape(name))
+            assert all(size in (-1, length) for size, length in zip(known, shape, strict=True)), (name, known, shape)
+            buffers[name] = given.get(name) or Buffer(self.num_bytes(name, shape))
+            self._context.set_tensor_address(name, buffers[name].address)
+        return buffers
+
+    def num_bytes(self, name: str, shape: Sequence[int]) -> int:
+        return prod(shape) * np.dtype(self.dtypes[name]).itemsize
+
+    def run(self, feed: Mapping[str, np.ndarray], sizes: Mapping[str, int], stream: Stream) -> dict[str, Buffer]:
+        """Upload the inputs and execute once; returns the outputs, which may still be in the making."""
+        buffers = self.bind(feed, sizes)
+        for name in set(self.inputs) - self._on_host:
+            stream.upload(buffers[name], np.ascontiguousarray(feed[name]))
+        self.enqueue(stream)
+        return {name: buffers[name] for name in self.outputs}
+
+    def enqueue(self, stream: Stream) -> None:
+        if not self._context.execute_async_v3(int(stream.handle)):
+            raise self._runtime.failure(f"{self.path}: failed to run")
+
+    def require_capturable(self, stream: Stream) -> None:
+        """Refuse an engine that says of itself that a CUDA graph cannot hold it; TensorRT does not tell, only RTX."""
+        if hasattr(self._context, "is_stream_capturable") and not self._context.is_stream_capturable(
+            int(stream.handle)
+        ):
+            raise CapaError("the engine allocates memory of its own while it runs")
+
+
+def _symbolic_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:
+    """Shape of every input and output of a graph, a name where a size varies."""
+    graph = ir.load(path).graph
+    return {
+        str(value.name): tuple(str(size.value) if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
+        for value in (*graph.inputs, *graph.outputs)
+        if value.shape is not None
+    }

@@ -1,0 +1,93 @@
+"""What the three graphs make of a prompt on ONNX Runtime, for engines to be held against on another machine."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_prompter
+from capa_export.job import ONNX
+from capa_export.recipe import recipe_of
+from capa_export.runtime import OnnxModel
+
+__all__ = ["write_golden"]
+
+_STEPS = 2
+_SIDE = 224
+"""Of the picture, in pixels."""
+_CACHE = ("past_key_values.", "present.")
+
+
+Run = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+"""File of a graph, what went in, and what came out."""
+
+
+class _Session:
+    """A session that notes its runs."""
+
+    def __init__(self, session: Any, file: str, runs: list[Run]) -> None:
+        self._session, self._file, self._runs = session, file, runs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        outputs = self._session.run(names, feed)
+        self._runs.append((self._file, feed, dict(zip(names, outputs, strict=True))))
+        return outputs
+
+
+class _Noted(OnnxModel):
+    """A model that notes every run of a graph."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.runs: list[Run] = []
+
+    def _opened(self, file: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+        return _Session(super()._opened(file, shapes), file, self.runs)
+
+
+def write_golden(folder: Path, bundle: Bundle) -> None:
+    """Write `golden.safetensors` and `golden.json`: vision, prefill and two decode steps, in the order they ran.
+
+    Caches are left out: each run of decode takes what the run before it returned as `present`.
+
+    Args:
+        folder: to write into.
+        bundle: with its ONNX files.
+
+    Raises:
+        CapaError: ONNX Runtime cannot run the graphs.
+    """
+    recipe = recipe_of(bundle.manifest, bundle.folder)
+    prompt = bundled_prompter(bundle)(recipe.calibration.prompt, [_picture()])
+    model = _Noted(bundle.folder / ONNX)
+    run = model.prefill(prompt, recipe.prune.num_keep(prompt.image_lengths))
+    logits, cache = run.logits, run.cache
+    for step in range(_STEPS):
+        logits, cache = model.step(cache, int(logits.argmax()), prompt.next_position + step)
+    tensors: dict[str, np.ndarray] = {}
+
+    def kept(index: int, values: Mapping[str, np.ndarray]) -> dict[str, str]:
+        keys = {name: f"{index}.{name}" for name in values if not name.startswith(_CACHE)}
+        tensors.update({key: np.ascontiguousarray(values[name]) for name, key in keys.items()})
+        return keys
+
+    runs = [
+        {"onnx": file, "inputs": kept(index, inputs), "outputs": kept(index, outputs)}
+        for index, (file, inputs, outputs) in enumerate(model.runs)
+    ]
+    save_file(tensors, folder / "golden.safetensors")
+    (folder / "golden.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def _picture() -> Image.Image:
+    """The same at every call, and nowhere twice the same."""
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    return Image.fromarray(np.stack([x * 255 // _SIDE, y * 255 // _SIDE, (x ^ y) % 256], axis=-1).astype(np.uint8))

@@ -1,0 +1,382 @@
+"""Generation on engines: what is asked of CUDA and TensorRT, and that padded caches compute the same.
+
+What an engine computes needs a GPU and is not tested here: the stand-ins compute nothing.
+"""
+
+import ctypes
+import gc
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda.bindings import driver as real
+
+from capa_export import cuda, engine_runtime
+from capa_export.answer import answer
+from capa_export.bundle import Bundle
+from capa_export.engine_runtime import EngineModel
+from capa_export.errors import CapaError, ExitCode
+from capa_export.execution import require_engines
+from capa_export.export import Source, write_onnx
+from capa_export.prompt import Prompt, Prompter, Turn
+from capa_export.runtime import OnnxModel, greedy
+from tests.conftest import noise
+from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
+
+LAYERS, HEADS, ROW = 5, 2, 16 * 2
+"""The random model: GQA with two KV heads of 16 numbers in FP16."""
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(source, tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def prompts(prompter: Prompter) -> list[Prompt]:
+    """Of 256 and of 64 visual tokens."""
+    return [prompter("what color is the star ?", [noise(size, size)]) for size in (448, 224)]
+
+
+def num_keep(prompt: Prompt) -> list[int]:
+    return [prompt.num_visual // 4]
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_without_a_gpu_nothing_is_begun(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bundle, "verify", lambda *_: pytest.fail("files were read"))
+    with pytest.raises(CapaError, match=r"^no GPU: the NVIDIA driver") as error:
+        answer(built, [[Turn("user", ["what ?"])]], engine="rtx")
+    assert error.value.code == ExitCode.PREFLIGHT
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def engines(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> EngineModel:
+    loaded = EngineModel(require_engines(built, "rtx"))
+    driver.calls.clear()
+    return loaded
+
+
+def generate(engines: EngineModel, prompts: list[Prompt], limit: int = LIMIT) -> int:
+    """Number of tokens of each answer."""
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    return len(list(greedy(engines, prompts, runs, [], limit)))
+
+
+def test_prefill_has_every_shape_and_address(
+    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
+    prompt = prompts[0]
+    run = engines.prefill(prompt, [64])
+    visual, prefill = driver.named("executeAsync")
+    assert visual[1:3] == ("visual/visual", {"pixel_values": prompt.pictures[0].patches.shape})
+    num_tokens, num_text = len(prompt.input_ids), len(prompt.text_positions)
+    _, name, shapes, addresses = prefill
+    assert name == "llm/prefill"
+    assert shapes == {
+        "inputs_embeds": (1, num_tokens, 64),
+        "position_ids": (3, num_tokens),
+        "text_positions": (num_text,),
+        "num_keep": (1,),
+    }
+    # What sizes depend on is read from host memory, which must still be there.
+    assert addresses["num_keep"] not in driver.buffers
+    assert (ctypes.c_int64 * 1).from_address(addresses["num_keep"])[0] == 64
+    # Past the end of no buffer, as the stand-in checks; and of no larger one than needed.
+    past = {name: run.cache.tensors[name] for name in run.cache.tensors}
+    kept = 64 + num_text
+    assert {name: one.num_bytes for name, one in past.items()} == {
+        f"past_key_values.{layer}.{part}": HEADS * (num_tokens if layer < PRUNE_LAYER else kept) * ROW
+        for layer in range(LAYERS)
+        for part in ("key", "value")
+    }
+    assert all(addresses[name.replace("past_key_values", "present")] == one.address for name, one in past.items())
+    assert run.cache.lengths.tolist() == [[num_tokens], [kept]]
+    assert (run.logits.shape, run.logits.dtype) == ((engines._embedding.shape[0],), np.float32)
+    assert (run.kept[0].shape, run.kept[0].dtype) == ((kept,), np.int64)
+
+
+def test_a_batch_has_its_prompts_at_the_end_and_zeros_before(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    driver.calls.clear()
+    cache = engines.batch([run.cache for run in runs], LIMIT)
+    assert cache.rows == (512, 256)
+    assert cache.lengths.tolist() == [[len(prompt.input_ids) for prompt in prompts], [len(r.kept[0]) for r in runs]]
+    for name, past in cache.tensors.items():
+        rows = cache.rows[stage(name)]
+        own = [run.cache.tensors[name] for run in runs]
+        mine = [call for call in driver.calls if touches(call, past.address, past.num_bytes)]
+        assert past.num_bytes == 2 * HEADS * rows * ROW
+        assert mine[0][:4] == ("cuMemsetD8Async", past.address, 0, past.num_bytes)
+        for index, (_, copy, _) in enumerate(mine[1:]):
+            width = own[index].num_bytes // HEADS
+            assert (int(copy.srcDevice), copy.srcPitch) == (own[index].address, width)
+            # It ends where the row of a head ends.
+            start = past.address + index * HEADS * rows * ROW
+            assert (int(copy.dstDevice) + width, copy.dstPitch) == (start + rows * ROW, rows * ROW)
+            assert (copy.WidthInBytes, copy.Height) == (width, HEADS)
+        assert len(mine) == 3
+
+
+def stage(name: str) -> int:
+    """How many stages have pruned this past input."""
+    return int(int(name.split(".")[1]) >= PRUNE_LAYER)
+
+
+def touches(call: tuple[Any, ...], address: int, num_bytes: int) -> bool:
+    """Whether a call writes to this memory."""
+    if call[0] == "cuMemcpy2DAsync":
+        return address <= int(call[1].dstDevice) < address + num_bytes
+    return call[0] == "cuMemsetD8Async" and call[1] == address
+
+
+def test_decode_is_captured_once_and_replayed(
+    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
+    assert generate(engines, prompts) == LIMIT
+    order = [call for call in driver.calls if call[0] in {"executeAsync", "cuStreamBeginCapture", "cuGraphLaunch"}]
+    # The first token is prefill's. The first step runs as it is, the second is captured.
+    assert [call[1] if call[0] == "executeAsync" else call[0] for call in order] == [
+        *["visual/visual", "llm/prefill"] * 2,
+        "llm/decode",
+        "cuStreamBeginCapture",
+        "llm/decode",
+        *["cuGraphLaunch"] * (LIMIT - 2),
+    ]
+    plain, captured = driver.named("executeAsync")[-2:]
+    assert plain == captured
+    assert trt.contexts["llm/decode"].config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert trt.contexts["llm/prefill"].config is None
+
+
+def test_a_step_leaves_the_cache_without_its_first_row(
+    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
+    generate(engines, prompts)
+    (graph,) = driver.graphs.values()
+    execution_call, *shifts = graph
+    addresses, shapes = execution_call[3], execution_call[2]
+    assert execution_call[0] == "executeAsync"
+    assert [call[0] for call in shifts] == ["cuMemcpy2DAsync"] * (2 * LAYERS)
+    copies = {int(call[1].dstDevice): call[1] for call in shifts}
+    for layer in range(LAYERS):
+        rows = 512 if layer < PRUNE_LAYER else 256
+        for part in ("key", "value"):
+            past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+            assert shapes[past] == (2, HEADS, rows, ROW // 2)
+            copy = copies[addresses[past]]
+            assert int(copy.srcDevice) == addresses[present] + ROW
+            assert (copy.srcPitch, copy.dstPitch, copy.WidthInBytes) == ((rows + 1) * ROW, rows * ROW, rows * ROW)
+            assert copy.Height == 2 * HEADS
+            assert driver.buffers[addresses[present]] == 2 * HEADS * (rows + 1) * ROW
+    expected = 2 * HEADS * ROW * 2 * sum(2 * rows + 1 for rows in (512, 512, 256, 256, 256))
+    assert engines.memory["kv_cache"] == expected
+
+
+def test_only_three_small_inputs_change_from_step_to_step(
+    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
+    fed: list[tuple[int, bytes]] = []
+    upload = driver._cuMemcpyHtoDAsync
+
+    def copied(target: int, source: int, num_bytes: int, stream: Any) -> tuple[()]:
+        fed.append((target, ctypes.string_at(source, num_bytes)))
+        return upload(target, source, num_bytes, stream)
+
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    driver._cuMemcpyHtoDAsync = copied  # type: ignore[method-assign]
+    list(greedy(engines, prompts, runs, [], LIMIT))
+    addresses = trt.contexts["llm/decode"].addresses
+    assert len(fed) == 3 * (LIMIT - 1)
+    assert {target for target, _ in fed} == {
+        addresses[name] for name in ("inputs_embeds", "position_ids", "past_lengths")
+    }
+
+    def values(name: str) -> list[list[int]]:
+        return [np.frombuffer(data, np.int64).tolist() for target, data in fed if target == addresses[name]]
+
+    full, kept = [len(prompt.input_ids) for prompt in prompts], [len(run.kept[0]) for run in runs]
+    assert values("past_lengths") == [[n + step for n in (*full, *kept)] for step in range(LIMIT - 1)]
+    starts = [prompt.next_position for prompt in prompts]
+    assert values("position_ids") == [[n + step for n in starts] * 3 for step in range(LIMIT - 1)]
+
+
+@pytest.mark.parametrize("obstacle", ["engine", "driver", "allocations"])
+def test_without_a_graph_it_goes_on_and_says_so_once(
+    engines: EngineModel,
+    driver: FakeDriver,
+    trt: FakeTensorRT,
+    prompts: list[Prompt],
+    capsys: pytest.CaptureFixture[str],
+    obstacle: str,
+) -> None:
+    if obstacle == "engine":
+        trt.contexts["llm/decode"].fails_while_capturing = True
+    elif obstacle == "driver":
+        driver.fails["cuStreamEndCapture"] = real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+    else:
+        trt.capturable = False
+    assert generate(engines, prompts) == generate(engines, prompts) == LIMIT
+    (line,) = capsys.readouterr().err.splitlines()
+    reason = {
+        "engine": "failed to run (tensorrt_rtx: not while a stream is captured)",
+        "driver": "cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+        "allocations": "the engine allocates memory of its own while it runs",
+    }
+    assert line.startswith("decode runs without a CUDA graph, which is slower: ") and line.endswith(reason[obstacle])
+    assert not driver.named("cuGraphLaunch")
+    ran = [call for call in driver.named("executeAsync") if call[1] == "llm/decode"]
+    # What was captured did not run, and runs after.
+    assert len(ran) == 2 * (LIMIT - 1) + (obstacle != "allocations")
+
+
+def test_tensorrt_has_no_kernels_to_specialize(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    del trt.DynamicShapesKernelSpecializationStrategy
+    EngineModel(require_engines(built, "rtx"))
+    assert trt.contexts["llm/decode"].config is None
+
+
+def test_a_failing_engine_is_one_line(
+    engines: EngineModel, trt: FakeTensorRT, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt.contexts["llm/prefill"], "execute_async_v3", lambda stream: False)
+    with pytest.raises(CapaError, match=r"prefill\.engine: failed to run \(tensorrt_rtx: it gave no reason\)$"):
+        engines.prefill(prompts[0], [64])
+
+
+def test_every_buffer_is_freed(engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]) -> None:
+    before = dict(driver.buffers)
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    # Keys and values, and nothing else.
+    assert len(driver.buffers) == len(before) + len(prompts) * 2 * LAYERS
+    list(greedy(engines, prompts, runs, [], LIMIT))
+    del runs
+    engines._decoding = None
+    gc.collect()
+    assert driver.buffers == before
+
+
+def test_a_second_answer_has_the_memory_of_the_first(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    generate(engines, prompts)
+    used = sum(driver.buffers.values())
+    generate(engines, prompts)
+    assert sum(driver.buffers.values()) == used
+    assert len(driver.graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keep", "new_tokens", "problem"),
+    [
+        ((448,), 64, 400, "decode.engine: takes 1 to 600 of dimension past, not 667;"),
+        ((448,), 257, 4, "prefill.engine: takes 0 to 256 of num_keep, not 257;"),
+        ((728,), 64, 4, "prefill.engine: takes 1 to 600 of dimension sequence, not 688;"),
+        ((56,) * 5, 1, 4, "decode.engine: takes 1 to 4 of dimension batch, not 5;"),
+        ((1848,), 64, 4, "visual.engine: takes 1 to 64 of dimension rows, not 66;"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    engines: EngineModel,
+    driver: FakeDriver,
+    prompter: Prompter,
+    sizes: tuple[int, ...],
+    keep: int,
+    new_tokens: int,
+    problem: str,
+) -> None:
+    asked = [prompter("what ?", [noise(size, size)]) for size in sizes]
+    with pytest.raises(CapaError) as error:
+        engines.check(asked, [[keep]] * len(asked), new_tokens)
+    assert problem in str(error.value)
+    assert "widen the target's limits and build the engines again" in str(error.value)
+    assert not driver.calls
+
+
+def test_a_cache_ends_at_the_engine_s_limit(engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]) -> None:
+    """600 is no multiple of what caches are rounded to."""
+    run = engines.prefill(prompts[0], [64])
+    room = 600 - len(prompts[0].input_ids) + 1
+    engines.check([prompts[0]], [[64]], room)
+    assert engines.batch([run.cache], room).rows[0] == 600
+    with pytest.raises(CapaError, match="dimension past, not 601"):
+        engines.batch([run.cache], room + 1)
+
+
+def test_an_answer_comes_from_the_engines(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    asked = [[Turn("user", [noise(56, 84), "what ?"])]]
+    (result,) = answer(built, asked, max_new_tokens=3, stream=told.append, engine="rtx")
+    assert (result["gpu"], result["new_tokens"], len(told)) == ("Fake", 3, 4)
+    assert result["stages"] == [{"layer": PRUNE_LAYER, "kept": 2, "visual": 6}]
+    assert set(result["gpu_bytes"]) == {"weights", "plans", "contexts", "kv_cache"}
+    monkeypatch.setattr(OnnxModel, "prefill", lambda *_: pytest.fail("ONNX Runtime ran"))
+    with pytest.raises(CapaError, match="dimension past, not"):
+        answer(built, asked, max_new_tokens=900, engine="rtx")
+
+
+def test_a_changed_engine_is_noticed(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:
+    copy = Bundle(shutil.copytree(built.folder, tmp_path / "changed"))
+    with (copy.folder / "engines/rtx/llm/decode.engine").open("a", encoding="utf-8") as file:
+        file.write(" ")
+    with pytest.raises(CapaError, match=r"decode\.engine: missing or changed since it was built"):
+        answer(copy, [[Turn("user", ["what ?"])]], engine="rtx")
+    assert not driver.named("cuMemAlloc")
+
+
+@pytest.mark.parametrize(("spare", "padding"), [(0, 0.0), (3, 37.0)])
+def test_caches_padded_in_front_and_shifted_compute_what_growing_ones_do(
+    source: Source, prompts: list[Prompt], tmp_path: Path, spare: int, padding: float
+) -> None:
+    """The decode graph in FP32, six steps of a batch of two, whatever finite values stand in the padding."""
+    write_onnx(source, "fp32", tmp_path, prune_layers=(PRUNE_LAYER,), scales={})
+    onnx = OnnxModel(tmp_path, threads=1)
+    runs = [onnx.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    growing = onnx.batch([run.cache for run in runs], LIMIT)
+    rows = engine_runtime._with_room(growing.lengths, LIMIT).rows
+    fixed = {}
+    for name, past in growing.tensors.items():
+        room = rows[stage(name)] + spare
+        fixed[name] = np.full((*past.shape[:2], room, past.shape[3]), padding, np.float32)
+        for row, length in enumerate(growing.lengths[stage(name)]):
+            fixed[name][row, :, room - length :] = past[row, :, past.shape[2] - length :]
+    lengths = growing.lengths
+    logits = np.stack([run.logits for run in runs])
+    for step in range(LIMIT - 1):
+        tokens = logits.argmax(-1)[:, None].tolist()
+        positions = [prompt.next_position + step for prompt in prompts]
+        feed = {**onnx._token_feed(tokens, positions), "past_lengths": lengths}
+        names = [entry.name for entry in onnx._decode.get_outputs()]
+        result = dict(zip(names, onnx._decode.run(names, {**feed, **fixed}), strict=True))
+        logits, growing = onnx.append(growing, tokens, positions)
+        # FP32 sums in another order.
+        np.testing.assert_allclose(result["logits"], logits, rtol=0, atol=1e-6 * np.abs(logits).max())
+        shapes = {name: past.shape for name, past in fixed.items()}
+        fixed = {name: result[name.replace("past_key_values", "present")][:, :, 1:] for name in fixed}
+        assert shapes == {name: past.shape for name, past in fixed.items()}
+        lengths = lengths + 1
+    # The room was made for this many and one more.
+    assert (lengths.max(axis=1) <= rows).all()

@@ -1,0 +1,218 @@
+"""Engines that cannot run are refused in one line, and weights are on the GPU once."""
+
+import ctypes
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capa_export import cuda, execution
+from capa_export.bundle import Bundle
+from capa_export.engine_runtime import EngineModel
+from capa_export.errors import CapaError, ExitCode
+from capa_export.execution import require_engines
+from capa_export.export import Source
+from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle
+
+
+@pytest.fixture(scope="module")
+def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(source, tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return fake
+
+
+def changed(bundle: Bundle, folder: Path, **entries: Any) -> Bundle:
+    """A copy whose engine stage says something else."""
+    copy = Bundle(shutil.copytree(bundle.folder, folder / "changed"))
+    stages = copy.manifest["stages"]
+    stages["engine/rtx"]["result"] |= entries
+    copy.update(stages=stages)
+    return copy
+
+
+def refused(built: Bundle, driver: FakeDriver) -> CapaError:
+    with pytest.raises(CapaError) as error:
+        EngineModel(require_engines(built, "rtx"))
+    assert "\n" not in str(error.value)
+    assert not driver.named("cuMemAlloc", "executeAsync")
+    return error.value
+
+
+def test_engines_that_were_not_built(built: Bundle, trt: FakeTensorRT) -> None:
+    with pytest.raises(CapaError, match="stage 'engine/orin' has not run"):
+        require_engines(built, "orin")
+
+
+def test_another_version_of_tensorrt(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    trt.__version__ = "9.9.0"
+    error = refused(built, driver)
+    assert error.code == ExitCode.ENGINE
+    assert "visual.engine: built by tensorrt-rtx 9.8.7, and 9.9.0 is installed; install that version" in str(error)
+
+
+def test_no_tensorrt(built: Bundle, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    error = refused(built, driver)
+    assert error.code == ExitCode.ENGINE
+    assert "its engines need tensorrt-rtx, which is not installed" in str(error)
+
+
+def test_another_gpu(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    driver.capability = (9, 0)
+    error = refused(built, driver)
+    assert error.code == ExitCode.ENGINE
+    assert "for compute capability 8.6, 8.9, and Fake has 9.0; build them for a target that lists it" in str(error)
+
+
+def test_an_engine_that_does_not_load(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    trt.refuses = "magicTag assertion failed\nmore of it"
+    error = refused(built, driver)
+    assert error.code == ExitCode.ENGINE
+    assert str(error).endswith(
+        "visual.engine: cannot be loaded; build the engines again (tensorrt_rtx: magicTag assertion failed)"
+    )
+
+
+def test_a_second_model_hears_of_its_own_failures(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    """TensorRT speaks to the first logger of a process, whoever brings another."""
+    loggers: list[Any] = []
+    runtime = trt.Runtime
+    trt.Runtime = lambda logger: loggers.append(logger) or runtime(loggers[0])  # type: ignore[method-assign]
+    for reason in ("first", "second"):
+        trt.refuses = reason
+        assert f"(tensorrt_rtx: {reason})" in str(refused(built, driver))
+
+
+def test_a_driver_that_is_too_old(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    trt.refuses = "cudaError 35: CUDA driver version is insufficient for CUDA runtime version"
+    error = refused(built, driver)
+    assert error.code == ExitCode.PREFLIGHT
+    assert str(error) == (
+        "the NVIDIA driver supports CUDA 13.1 and tensorrt_rtx 9.8.7 needs a newer one; update the driver"
+    )
+
+
+def test_an_empty_or_missing_engine(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:
+    copy = changed(built, tmp_path)
+    path = copy.folder / "engines/rtx/visual/visual.engine"
+    path.write_bytes(b"")
+    assert "visual.engine: not a readable engine (cannot mmap an empty file)" in str(refused(copy, driver))
+    path.unlink()
+    assert "visual.engine: not a readable engine" in str(refused(copy, driver))
+
+
+@pytest.mark.trt
+def test_tensorrt_itself_refuses_what_is_no_engine(built: Bundle, driver: FakeDriver, tmp_path: Path) -> None:
+    """The real TensorRT-RTX reads the mapped file, and its reason is in the line."""
+    version = importlib.import_module("tensorrt_rtx").__version__
+    copy = changed(built, tmp_path, engines={name: {"onnx": o, "runtime": version} for name, o in GRAPHS.items()})
+    error = refused(copy, driver)
+    if has_driver():
+        assert "magicTag" in str(error)
+    else:
+        # Without a driver it says that, too, and it is what to mend first.
+        assert "supports CUDA 13.1 and tensorrt_rtx" in str(error)
+
+
+def test_plugins_are_known_before_an_engine_is_loaded(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capa_export.plugins import python_plugins
+
+    registered: list[Any] = []
+    monkeypatch.setattr(python_plugins, "register", registered.append)
+    copy = changed(built, tmp_path, plugins={"kind": "python", "library_sha256": None})
+    EngineModel(require_engines(copy, "rtx"))
+    EngineModel(require_engines(copy, "rtx"))
+    # TensorRT refuses a second plugin of the same name.
+    assert registered == [trt]
+    assert not trt.runtime.engine_host_code_allowed
+
+
+def test_a_library_inside_the_engines_may_run(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    copy = changed(built, tmp_path, plugins={"kind": "native", "library_sha256": "0"})
+    EngineModel(require_engines(copy, "rtx"))
+    assert trt.runtime.engine_host_code_allowed
+
+
+def test_weights_are_uploaded_once_for_both_decoder_engines(
+    source: Source, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "_UPLOAD_BYTES", 1000)
+    engines = EngineModel(require_engines(write_bundle(source, tmp_path, external_weights=True), "rtx"))
+    tables = {name: tmp_path / "engines/rtx" / f"{name}.weights.json" for name in GRAPHS}
+    entries = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in tables.items()}
+    shared = set(entries["llm/prefill"]) & set(entries["llm/decode"])
+    # Seven matrices in each of five layers, and the head.
+    assert len(shared) >= 36
+    addresses = {name: trt.contexts[name].addresses for name in GRAPHS}
+    for weight in shared:
+        assert addresses["llm/prefill"][weight] == addresses["llm/decode"][weight]
+    unique = {(one["file"], one["offset"]): one["length"] for table in entries.values() for one in table.values()}
+    uploads = driver.named("cuMemcpyHtoDAsync")
+    assert sum(num_bytes for *_, num_bytes, _ in uploads) == sum(unique.values()) == engines.memory["weights"]
+    # In pieces, each right behind the one before.
+    assert max(num_bytes for *_, num_bytes, _ in uploads) == 1000
+    targets = sorted((target, num_bytes) for _, target, _, num_bytes, _ in uploads)
+    covered = [target for target, _ in targets if target not in driver.buffers]
+    assert covered and all(any(a + n == target for a, n in targets) for target in covered)
+
+
+def test_the_bytes_uploaded_are_those_of_the_file(driver: FakeDriver, tmp_path: Path) -> None:
+    seen: list[bytes] = []
+
+    def copied(target: int, source: int, num_bytes: int, stream: Any) -> tuple[()]:
+        seen.append(ctypes.string_at(source, num_bytes))
+        return ()
+
+    driver._cuMemcpyHtoDAsync = copied  # type: ignore[method-assign]
+    data = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "data").write_bytes(data)
+    entry = {"file": "data", "offset": 100, "length": 4000}
+    (tmp_path / "x.weights.json").write_text(json.dumps({"w": entry}), encoding="utf-8")
+    weights = execution.Weights(cuda.Stream())
+    assert weights.of(tmp_path / "x.engine")["w"].num_bytes == 4000
+    assert b"".join(seen) == data[100:4100]
+
+
+def test_weights_that_are_cut_off(driver: FakeDriver, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(99))
+    table = {"w": {"file": "data", "offset": 50, "length": 50}}
+    (tmp_path / "x.weights.json").write_text(json.dumps(table), encoding="utf-8")
+    weights = execution.Weights(cuda.Stream())
+    with pytest.raises(CapaError, match=r"data: ends before byte 100; build the bundle again"):
+        weights.of(tmp_path / "x.engine")
+    (tmp_path / "data").unlink()
+    with pytest.raises(CapaError, match=r"data: No such file or directory; build"):
+        weights.of(tmp_path / "x.engine")
+
+
+def test_embedded_weights_are_in_the_plans(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    memory = EngineModel(require_engines(built, "rtx")).memory
+    plans = [built.folder / "engines/rtx" / f"{name}.engine" for name in GRAPHS]
+    assert memory == {
+        "weights": 0,
+        "plans": sum(path.stat().st_size for path in plans),
+        "contexts": 3000,
+        "kv_cache": 0,
+    }
