@@ -40,11 +40,11 @@ def check_engines(job: Job, target: Target) -> None:
     Raises:
         CapaError: their plugins cannot be had, or their building takes more memory than there is.
     """
-    head_size = job.source.dims.decoder.head_dim
+    decoder = job.source.dims.decoder
     if target.require_engine().built == "on-device":
-        choose_device_plugins(job.plugins, job.precision, head_size)
+        choose_device_plugins(job.plugins, job.precision, decoder)
         return
-    choose_plugins(job.plugins, job.precision, head_size, job.plugin_library)
+    choose_plugins(job.plugins, job.precision, decoder, job.plugin_library)
     if not _has_engines(job.bundle, target, job.weights):
         check_engine_memory(job.source.dims, job.precision, job.weights)
 
@@ -68,7 +68,7 @@ def build_engines(
     export = bundle.stage("export")
     precision = export["result"]["precision"]
     target.require_precision(precision)
-    chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder.head_dim, plugin_library)
+    chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder, plugin_library)
     if not _has_engines(bundle, target, weights):
         # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
         with suppress(OSError, ValueError):

@@ -111,7 +111,7 @@ def write_kit(
     precision = export["result"]["precision"]
     target.require_precision(precision)
     dims = bundled_dims(bundle)
-    native = choose_device_plugins(plugins, precision, dims.decoder.head_dim).kind == "native"
+    native = choose_device_plugins(plugins, precision, dims.decoder).kind == "native"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".kit-") as scratch:
         kit = Path(scratch) / "kit"

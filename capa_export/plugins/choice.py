@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from capa_export.dims import DecoderDims
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["HEAD_SIZES", "NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "choose_device_plugins", "choose_plugins"]
@@ -31,13 +32,13 @@ class Plugins:
 NO_PLUGINS = Plugins("none")
 
 
-def choose_plugins(wish: PluginWish, precision: str, head_size: int, library: Path | None) -> Plugins:
+def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, library: Path | None) -> Plugins:
     """What is wished for, or for `auto` the library if one is given, or Python where Triton is installed.
 
     Args:
         wish: as on the command line.
         precision: of the graphs.
-        head_size: of the decoder.
+        decoder: whose nodes they compute.
         library: what `capa-export plugins build` wrote.
 
     Raises:
@@ -53,7 +54,7 @@ def choose_plugins(wish: PluginWish, precision: str, head_size: int, library: Pa
         )
     if wish == "none":
         return NO_PLUGINS
-    if unfit := _unfit(precision, head_size):
+    if unfit := _unfit(precision, decoder):
         if wish == "auto" and library is None:
             return Plugins("none", reason=unfit)
         raise CapaError(f"{unfit}: build these engines with --plugins none", ExitCode.USAGE)
@@ -66,7 +67,7 @@ def choose_plugins(wish: PluginWish, precision: str, head_size: int, library: Pa
     return Plugins("none", reason="triton is not installed: pip install capa-export[rtx]")
 
 
-def choose_device_plugins(wish: PluginWish, precision: str, head_size: int) -> Plugins:
+def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims) -> Plugins:
     """What a device builds with: native plugins whose sources it gets, or none; arguments as above.
 
     Raises:
@@ -76,13 +77,16 @@ def choose_device_plugins(wish: PluginWish, precision: str, head_size: int) -> P
         raise CapaError("--plugins python: a device builds with native plugins, or none", ExitCode.USAGE)
     if wish == "native" and find_spec("triton") is None:
         raise CapaError("--plugins native needs triton for the kernels: pip install capa-export[rtx]", ExitCode.ENGINE)
-    chosen = choose_plugins("auto" if wish == "native" else wish, precision, head_size, None)
+    chosen = choose_plugins("auto" if wish == "native" else wish, precision, decoder, None)
     if wish == "native" and chosen.reason:
         raise CapaError(f"{chosen.reason}: build these engines with --plugins none", ExitCode.USAGE)
     return replace(chosen, kind="none" if chosen.kind == "none" else "native")
 
 
-def _unfit(precision: str, head_size: int) -> str:
+def _unfit(precision: str, decoder: DecoderDims) -> str:
+    """Why there are no kernels for a model, if there are none."""
     if precision == "fp32":
         return "the plugins take fp16 and bf16"
-    return "" if head_size in HEAD_SIZES else f"the plugins have no kernels for head size {head_size}"
+    if decoder.head_dim not in HEAD_SIZES:
+        return f"the plugins have no kernels for head size {decoder.head_dim}"
+    return f"the plugins need a hidden size in sixteens, not {decoder.hidden_size}" if decoder.hidden_size % 16 else ""

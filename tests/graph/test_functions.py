@@ -1,6 +1,5 @@
 """The ONNX bodies of the CAPA operators against plain NumPy."""
 
-
 import numpy as np
 import pytest
 

@@ -1,12 +1,17 @@
 """Which plugins an engine gets, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from capa_export.errors import CapaError
+from capa_export.families import load_family
 from capa_export.plugins import choice
-from capa_export.plugins.choice import Plugins, choose_plugins
+from capa_export.plugins.choice import Plugins, choose_device_plugins, choose_plugins
+from tests.conftest import random_model
+
+DECODER = replace(load_family("qwen25vl").model_dims(random_model().config.to_dict()).decoder, head_dim=128)
 
 
 @pytest.fixture
@@ -23,14 +28,16 @@ def has_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(*, has_triton: bool, library: Path) -> None:
-    assert choose_plugins("auto", "fp16", 128, library) == Plugins("native", library)
-    without = choose_plugins("auto", "bf16", 128, None)
+    assert choose_plugins("auto", "fp16", DECODER, library) == Plugins("native", library)
+    without = choose_plugins("auto", "bf16", DECODER, None)
     assert without.kind == ("python" if has_triton else "none")
     assert ("triton is not installed" in without.reason) != has_triton
-    assert choose_plugins("auto", "fp32", 128, None) == Plugins("none", reason="the plugins take fp16 and bf16")
-    odd = choose_plugins("auto", "fp16", 24, None)
+    assert choose_plugins("auto", "fp32", DECODER, None) == Plugins("none", reason="the plugins take fp16 and bf16")
+    odd = choose_plugins("auto", "fp16", replace(DECODER, head_dim=24), None)
     assert odd == Plugins("none", reason="the plugins have no kernels for head size 24")
-    assert choose_plugins("none", "fp16", 128, None) == Plugins("none")
+    ragged = choose_plugins("auto", "fp16", replace(DECODER, hidden_size=72), None)
+    assert ragged == Plugins("none", reason="the plugins need a hidden size in sixteens, not 72")
+    assert choose_plugins("none", "fp16", DECODER, None) == Plugins("none")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +54,22 @@ def test_what_contradicts_itself_is_refused(
     wish: choice.PluginWish, precision: str, *, with_library: bool, message: str, library: Path
 ) -> None:
     with pytest.raises(CapaError, match=message):
-        choose_plugins(wish, precision, 128, library if with_library else None)
+        choose_plugins(wish, precision, DECODER, library if with_library else None)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapaError, match=r"nowhere\.so: no such plugin library"):
-        choose_plugins("auto", "fp16", 128, tmp_path / "nowhere.so")
+        choose_plugins("auto", "fp16", DECODER, tmp_path / "nowhere.so")
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(CapaError, match=r"--plugins python needs triton: pip install capa-export\[rtx\]"):
-        choose_plugins("python", "fp16", 128, None)
+        choose_plugins("python", "fp16", DECODER, None)
+
+
+def test_a_device_builds_with_native_plugins_or_none(*, has_triton: bool) -> None:
+    assert choose_device_plugins("auto", "fp16", DECODER).kind == ("native" if has_triton else "none")
+    assert choose_device_plugins("none", "fp16", DECODER) == Plugins("none")
+    assert choose_device_plugins("auto", "fp32", DECODER).kind == "none"
+    with pytest.raises(CapaError, match="a device builds with native plugins, or none"):
+        choose_device_plugins("python", "fp16", DECODER)
+    with pytest.raises(CapaError, match="take fp16 and bf16" if has_triton else "--plugins native needs triton"):
+        choose_device_plugins("native", "fp32", DECODER)

@@ -1,0 +1,113 @@
+"""The engine stage: what a bundle gets for a target, with and without plugins, and what is refused beforehand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from capa_export import pipeline
+from capa_export.build_engines import build_engines
+from capa_export.bundle import Bundle
+from capa_export.cli import main
+from capa_export.errors import CapaError
+from capa_export.job import Job
+from capa_export.progress import silent
+from capa_export.recipe import load_recipe
+from capa_export.target import DimRange, Target, load_target
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of the shipped checkpoint, whose head size the plugins take; not calibrated, so that no FFN is a scale."""
+    recipe, made = load_recipe("tiny-qwen25vl"), Bundle(tmp_path_factory.mktemp("bundle") / "out")
+    pipeline.export(Job(recipe=recipe, bundle=made, checkpoint=recipe.checkpoint, ffn=False))
+    return made
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Target:
+    """For one GPU, which builds faster."""
+    target = load_target("rtx")
+    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
+    return target.model_copy(update={"engine": engine})
+
+
+@pytest.mark.trt
+def test_the_nodes_become_plugins_and_the_manifest_says_so(bundle: Bundle, rtx: Target) -> None:
+    plain = build_engines(bundle, rtx, weights="embedded", report=silent, plugins="none")
+    assert plain["plugins"] == {"kind": "none", "library_sha256": None}
+    assert [engine["custom_layers"] for engine in plain["engines"].values()] == [0, 0, 0]
+    made = build_engines(bundle, rtx, weights="embedded", report=silent, plugins="python")
+    assert made["plugins"]["kind"] == "python"
+    assert made["engines"]["llm/prefill"]["custom_layers"] == 3, "score, keep and gather"
+    assert made["engines"]["llm/prefill"]["layers"] < plain["engines"]["llm/prefill"]["layers"]
+    assert made["engines"]["llm/decode"]["custom_layers"] == 0
+    assert bundle.stage("engine/rtx")["result"] == made
+
+
+def test_a_device_gets_a_kit(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["kit"] == "engines/orin"
+    kit = bundle.folder / "engines/orin"
+    assert (kit / "build.sh").exists()
+    bundle.verify("engine/orin")
+    assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none"]) == 0
+    output = capsys.readouterr()
+    assert "engine/orin   up to date" in output.err
+    assert output.out == "kit: engines/orin in the bundle; copy that folder to the device and run its build.sh there\n"
+    # This machine is no Jetson.
+    assert main(["engine", str(kit), "--on-device"]) == 5
+    output = capsys.readouterr()
+    [line] = [line for line in output.err.splitlines() if line.startswith("error")]
+    assert "the kit is for orin" in line or "run this on the device" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "orin", "--plugins", "python"], "a device builds with native plugins, or none"),
+        (["--target", "orin", "--plugin-library", "FILE"], "orin compiles its own"),
+        (["--plugins", "native"], "--plugins native needs --plugin-library FILE"),
+        (["--plugins", "none", "--plugin-library", "FILE"], "exclude each other"),
+        (["--tensorrt-include", "FILE"], "--tensorrt-include is for --on-device"),
+        (["--on-device", "--weights", "external"], "the kit says target, weights and plugins"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused(
+    bundle: Bundle, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bundle.folder / "capa_manifest.json"
+    words = [str(file) if word == "FILE" else word for word in options]
+    assert main(["engine", str(bundle.folder), *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_build_refuses_plugins_before_it_reads_a_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", "--model", "tiny-qwen25vl", "--out", str(tmp_path / "out"), "--plugins", "native"]
+    assert main(command) == 2
+    assert "needs --plugin-library" in capsys.readouterr().err
+    assert main([*command, "--target", "onnx"]) == 2
+    assert "target onnx has no engine to put them in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_golden_that_memory_cannot_compute_is_left_out(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from capa_export import kit
+
+    monkeypatch.setattr(kit, "available_memory", lambda: 1000)
+    kit.write_kit(bundle, load_target("orin"), tmp_path / "kit", plugins="none")
+    assert "no golden: running the graphs takes" in capsys.readouterr().err
+    assert not (tmp_path / "kit/golden").exists()
+    assert "## The golden" not in (tmp_path / "kit/README.md").read_text()
+
+
+def test_limits_that_a_graph_needs_and_a_target_lacks(bundle: Bundle, rtx: Target) -> None:
+    engine = rtx.require_engine().model_copy(update={"dims": {"sequence": DimRange(min=1, opt=1, max=2)}})
+    with pytest.raises(CapaError, match="target rtx: no limits for dimension"):
+        build_engines(
+            bundle, rtx.model_copy(update={"engine": engine}), weights="embedded", report=silent, plugins="none"
+        )
