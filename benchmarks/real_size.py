@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-_PREFLIGHT = 3
-_CAPA_EXPORT = str(Path(sys.executable).with_name("capa-export"))
+PREFLIGHT = 3
+CAPA_EXPORT = str(Path(sys.executable).with_name("capa-export"))
 
 # Each reads an ONNX file by its path; weights stay mapped, since ONNX Runtime's optimizer would make FP32 copies.
 _READERS = {
@@ -54,7 +54,7 @@ def _cold() -> bool:
     return False
 
 
-def _measured(command: Sequence[str | Path], *, refusal: int | None = None) -> dict[str, Any]:
+def measured(command: Sequence[str | Path], *, refusal: int | None = None) -> dict[str, Any]:
     """Run a command to its end, and all of its bytes to the disk; `refusal` is an exit code that is a result too.
 
     Linux counts into a child's peak what this process had when it began, so this process imports next to nothing.
@@ -77,14 +77,21 @@ def _measured(command: Sequence[str | Path], *, refusal: int | None = None) -> d
     }
 
 
-def _export(model: str, checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
+def machine() -> str:
+    """What the figures were measured on, and with."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "tensorrt-rtx", "triton"))
+    return f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB of memory, no GPU, {versions}"
+
+
+def export(model: str, checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
     where = ["--model", model, "--checkpoint", checkpoint, "--out", out]
-    return _measured([_CAPA_EXPORT, "export", *where, "--no-ffn", *options])
+    return measured([CAPA_EXPORT, "export", *where, "--no-ffn", *options])
 
 
 def _engines(bundle: Path, weights: str) -> dict[str, Any]:
     """The whole command, and each engine as the manifest records it."""
-    cost = _measured([_CAPA_EXPORT, "engine", bundle, "--weights", weights], refusal=_PREFLIGHT)
+    cost = measured([CAPA_EXPORT, "engine", bundle, "--weights", weights], refusal=PREFLIGHT)
     if "refused" in cost:
         return cost
     manifest = json.loads((bundle / "capa_manifest.json").read_text(encoding="utf-8"))
@@ -103,22 +110,22 @@ def _sizes(model: str, checkpoint: Path, out: Path) -> dict[str, Any]:
     bundle, linked, shards = out / "bundle", out / "in-place", sorted(checkpoint.glob("*.safetensors"))
     result: dict[str, Any] = {}
     _cold()
-    result["copy"] = _measured(["cp", *shards, out])
+    result["copy"] = measured(["cp", *shards, out])
     for path in shards:
         (out / path.name).unlink()
     _cold()
-    export = _export(model, checkpoint, bundle)
-    result["export fp16"] = {**export, "over_copy": round(export["seconds"] / result["copy"]["seconds"], 2)}
+    exported = export(model, checkpoint, bundle)
+    result["export fp16"] = {**exported, "over_copy": round(exported["seconds"] / result["copy"]["seconds"], 2)}
     files = {name: bundle / "onnx" / name for name in ("llm/prefill.onnx", "llm/decode.onnx", "visual/model.onnx")}
     result["bytes of llm/model.onnx.data"] = (bundle / "onnx/llm/model.onnx.data").stat().st_size
     result["read by path"] = {
-        reader: {name: _measured([sys.executable, "-c", code, path]) for name, path in files.items()}
+        reader: {name: measured([sys.executable, "-c", code, path]) for name, path in files.items()}
         for reader, code in _READERS.items()
     }
     result["engine --weights external"] = _engines(bundle, "external")
     result["engine --weights embedded"] = _engines(bundle, "embedded")
     _cold()
-    result["export bf16 --weights in-place"] = _export(
+    result["export bf16 --weights in-place"] = export(
         model, checkpoint, linked, "--precision", "bf16", "--weights", "in-place"
     )
     result["export bf16 --weights in-place"]["bytes_written"] = _own_bytes(linked)
@@ -136,9 +143,7 @@ def main() -> None:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory, "
-        f"onnxruntime {version('onnxruntime')}, tensorrt-rtx {version('tensorrt-rtx')}",
+        "machine": machine(),
         "command": f"benchmarks/real_size.py {checkpoint.name} --model {arguments.model}",
         "checkpoint": {
             "architecture": config["architectures"][0],

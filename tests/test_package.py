@@ -20,11 +20,12 @@ TINY = "capa_export/graphs/checkpoints/tiny-qwen25vl/"
 EXPECTED = {
     "capa_export/cli.py",
     "capa_export/engine_worker.py",
+    "capa_export/kit_builder.py",
     *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "qwen3vl")),
     *(f"capa_export/graphs/tiny-{name}.toml" for name in ("qwen25vl", "llava15", "internvl3")),
     *(f"capa_export/graphs/checkpoints/tiny-{name}/model.safetensors" for name in ("llava15", "internvl3")),
-    "capa_export/engines/onnx.toml",
-    "capa_export/engines/rtx.toml",
+    *(f"capa_export/engines/{name}.toml" for name in ("onnx", "rtx", "spark", "orin", "thor", "h100")),
+    *(f"capa_export/engines/plugins/{name}" for name in ("build.sh", "capa_plugin.cpp", "capa_plugin.h")),
     *(TINY + name for name in ("config.json", "model.safetensors", "scene.png", "tokenizer.json")),
 }
 """Named one by one, so that a file which vanishes from the checkout is missed too."""
