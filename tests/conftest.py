@@ -1,8 +1,9 @@
 """A small random Qwen2.5-VL of the real class, and what the tests do with it over and over."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Read where triton is first imported, and transformers imports it.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -13,11 +14,15 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from capa_export import cuda
 from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompter
 from capa_export.testbed.tiny_qwen25vl import build_image_processor, build_tokenizer
+
+if TYPE_CHECKING:
+    from tests.fake_driver import FakeDriver, FakeTensorRT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,3 +104,23 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture in which every patch is different."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> "FakeDriver":
+    """Stands where CUDA's driver would: for call order, never for numerics."""
+    from tests.fake_driver import FakeDriver
+
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def trt(driver: "FakeDriver", monkeypatch: pytest.MonkeyPatch) -> "FakeTensorRT":
+    """Stands where TensorRT-RTX would, with the driver above."""
+    from tests.fake_driver import FakeTensorRT
+
+    fake = FakeTensorRT(driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return fake

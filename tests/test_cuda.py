@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real
 
-from capa_export import cuda
 from capa_export.cuda import Buffer, Rows, Stream, require_gpu
 from capa_export.errors import CapaError, ExitCode
 from tests.fake_driver import FakeDriver, has_driver
 
 Result = real.CUresult
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake = FakeDriver()
-    monkeypatch.setattr(cuda, "_driver", lambda: fake)
-    return fake
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")

@@ -6,7 +6,6 @@ What an engine computes needs a GPU and is not tested here: the stand-ins comput
 import ctypes
 import gc
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real
 
-from capa_export import cuda, engine_runtime
+from capa_export import engine_runtime
 from capa_export.answer import answer
 from capa_export.bundle import Bundle
 from capa_export.engine_runtime import EngineModel
@@ -34,20 +33,6 @@ LIMIT = 6
 @pytest.fixture(scope="module")
 def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(source, tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake = FakeDriver()
-    monkeypatch.setattr(cuda, "_driver", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    fake = FakeTensorRT(driver)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
-    return fake
 
 
 @pytest.fixture(scope="module")

@@ -25,20 +25,6 @@ def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_bundle(source, tmp_path_factory.mktemp("bundle"))
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake = FakeDriver()
-    monkeypatch.setattr(cuda, "_driver", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
-    fake = FakeTensorRT(driver)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
-    return fake
-
-
 def changed(bundle: Bundle, folder: Path, **entries: Any) -> Bundle:
     """A copy whose engine stage says something else."""
     copy = Bundle(shutil.copytree(bundle.folder, folder / "changed"))

@@ -116,16 +116,14 @@ class Prune(nn.Module):
         hidden_KD, key, value, cos, sin = call(
             op, "TokenGather", tokens.hidden_TD, key, value, tokens.cos_BTd, tokens.sin_BTd, kept_K
         )
-        zeros_T = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores_T))
-        is_kept_T = op.ScatterElements(
-            zeros_T, kept_K, op.Expand(op.Constant(value_ints=[1]), op.Shape(kept_K)), axis=0
-        )
-        row_T = op.Sub(op.CumSum(is_kept_T, op.Constant(value_int=0)), op.Constant(value_int=1))
+        # Text is always kept: the row of a text token is how many tokens kept stand before it.
+        is_before_XK = op.Less(op.Unsqueeze(kept_K, [0]), op.Unsqueeze(tokens.text_rows_X, [1]))
+        row_X = op.ReduceSum(op.Cast(is_before_XK, to=ir.DataType.INT64), [1], keepdims=0)
         survivors = Tokens(
             hidden_TD=hidden_KD,
             cos_BTd=cos,
             sin_BTd=sin,
-            text_rows_X=op.Gather(row_T, tokens.text_rows_X, axis=0),
+            text_rows_X=row_X,
             deepstack=tuple(op.Gather(features_TD, kept_K, axis=0) for features_TD in tokens.deepstack),
         )
         return survivors, key, value, kept_K
