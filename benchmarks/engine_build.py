@@ -1,4 +1,4 @@
-"""Building engines, per target, with and without plugins: seconds, peak memory, plan and layers; and writing kits.
+"""Building engines, per target, with and without plugins: seconds, peak memory, plan and layers.
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
 python benchmarks/engine_build.py /tmp/qwen25vl-7b --weights external > benchmarks/results/engine-build-qwen25vl-7b.json
@@ -18,7 +18,8 @@ from typing import Any
 
 from real_size import CAPA_EXPORT, PREFLIGHT, export, machine, measured
 
-_BUILT_HERE, _KITS = ("rtx", "spark"), ("orin", "thor", "h100")
+_BUILT_HERE = ("rtx", "spark")
+"""The other targets build on the device."""
 _KEPT = ("seconds", "peak_memory_bytes", "bytes", "layers", "custom_layers", "weight_copies")
 
 
@@ -48,7 +49,6 @@ def main() -> None:
         + (" --plugin-library FILE" if library else ""),
         "load_before": round(os.getloadavg()[0], 1),
         "targets": {},
-        "kits": {},
     }
     plugins: dict[str, list[str | Path]] = {"none": ["--plugins", "none"], "python": ["--plugins", "python"]}
     if library:
@@ -60,8 +60,6 @@ def main() -> None:
             result["targets"][target] = {
                 kind: _engines(bundle, target, "--weights", weights, *options) for kind, options in plugins.items()
             }
-        for target in _KITS:
-            result["kits"][target] = measured([CAPA_EXPORT, "engine", bundle, "--target", target, "--weights", weights])
     print(json.dumps(result, indent=2))
 
 

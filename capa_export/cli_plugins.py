@@ -41,7 +41,7 @@ def build(
     with progress() as report:
         library = build_library(
             out,
-            compute_capabilities=[one.strip() for one in compute_capabilities.split(",")]
+            compute_capabilities=[one.strip() for one in compute_capabilities.split(",") if one.strip()]
             if compute_capabilities
             else COMPUTE_CAPABILITIES,
             tensorrt_include=tensorrt_include,

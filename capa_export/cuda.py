@@ -131,11 +131,12 @@ class Stream:
         finalize(self, _driver().cuStreamDestroy, self.handle)
 
     def upload(self, buffer: Buffer, array: np.ndarray, *, at: int = 0) -> None:
-        """Copy a contiguous array to byte `at` of a buffer; the array may change as soon as this returns."""
+        """Copy a contiguous array to byte `at` of a buffer; it may change as soon as this returns."""
         assert array.flags.c_contiguous and at + array.nbytes <= buffer.num_bytes
         if array.nbytes:
-            # From pageable memory, which the driver copies aside before it returns.
             call("cuMemcpyHtoDAsync", buffer.address + at, array.ctypes.data, array.nbytes, self.handle)
+            # Where CPU and GPU share memory, the copy may still read the array itself.
+            self.synchronize()
 
     def download(self, buffer: Buffer, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The first elements of a buffer, once all work before is done."""

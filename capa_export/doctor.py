@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import onnx_ir as ir
@@ -14,6 +15,8 @@ from capa_export.bundle import Bundle
 from capa_export.errors import CapaError
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
+from capa_export.lower import NATIVE
+from capa_export.plugins.alias import ensure_parser_library
 from capa_export.target import Target, version_parts
 
 __all__ = ["Finding", "examine"]
@@ -61,6 +64,11 @@ def _tools(target: Target) -> Iterator[Finding]:
     wanted = f">={engine.version_min},<{engine.version_below}"
     if engine.built == "on-device":
         yield Finding("runtime", "ok", f"{engine.runtime} {wanted} is the device's own; build writes a kit for it")
+        if version_parts(engine.version_min) < NATIVE:
+            below = ".".join(map(str, NATIVE))
+            yield Finding(
+                "operators", "ok", f"{engine.runtime} before {below} gets lowered graphs, without bodies beside plugins"
+            )
         return
     try:
         have = version(engine.runtime)
@@ -74,6 +82,9 @@ def _tools(target: Target) -> Iterator[Finding]:
         f"{engine.runtime} {have}, the target takes {wanted}",
         "" if fits else f'pip install "{engine.runtime}{wanted}"',
     )
+    with TemporaryDirectory() as folder:
+        lacks = ensure_parser_library(Path(folder))
+    yield Finding("parser", "ok", f"finds plugins{', with a link that this wheel lacks' if lacks else ''}")
 
 
 def _kernels(target: Target) -> Iterator[Finding]:
@@ -83,14 +94,19 @@ def _kernels(target: Target) -> Iterator[Finding]:
         return
     if find_spec("triton") is None:
         yield Finding("kernels", "note", "triton is not installed: no plugins", "pip install capa-export[rtx]")
-        return
-    from capa_export.kernels.compile import COMPUTE_CAPABILITIES
-
-    missing = [one for one in target.engine.compute_capabilities if one not in COMPUTE_CAPABILITIES]
-    if missing:
-        yield Finding("kernels", "note", f"no cubin for SM {', '.join(missing)}: the driver compiles the PTX there")
     else:
-        yield Finding("kernels", "ok", f"cubins for SM {', '.join(target.engine.compute_capabilities)}")
+        from capa_export.kernels.compile import COMPUTE_CAPABILITIES
+
+        wanted = target.engine.compute_capabilities
+        if missing := [one for one in wanted if one not in COMPUTE_CAPABILITIES]:
+            yield Finding("kernels", "note", f"no cubin for SM {', '.join(missing)}: the driver compiles the PTX there")
+        else:
+            yield Finding("kernels", "ok", f"cubins for SM {', '.join(wanted)}")
+    if target.engine.built == "on-device":
+        yield Finding(
+            "native plugins", "ok", "the kit holds their sources; its build.sh needs TensorRT's headers and g++"
+        )
+        return
     try:
         folder, tensorrt = find_headers(None, platform.machine())
     except CapaError as error:
@@ -102,7 +118,7 @@ def _kernels(target: Target) -> Iterator[Finding]:
 def _gpu(target: Target) -> Iterator[Finding]:
     from capa_export.cuda import require_gpu
 
-    if target.engine is None:
+    if target.engine is None or target.engine.built == "on-device":
         return
     try:
         gpu = require_gpu()
@@ -126,8 +142,17 @@ def _graph(path: Path, folder: Path) -> Iterator[Finding]:
     model = ir.load(path)
     problems = [
         Finding(name, "problem", f"{node.name}: K is {k}, TensorRT's TopK ends at {TENSORRT_TOPK_LIMIT}")
-        for node in model.graph.all_nodes()
+        for node in _all_nodes(model)
         if node.op_type == "TopK" and (k := _constant(node.inputs[1])) is not None and k > TENSORRT_TOPK_LIMIT
+    ]
+    problems += [
+        Finding(
+            name,
+            "warning",
+            f"{node.name}: its K is known at run time only; TensorRT's TopK ends at {TENSORRT_TOPK_LIMIT}",
+        )
+        for node in _all_nodes(model)
+        if node.op_type == "TopK" and _constant(node.inputs[1]) is None
     ]
     for function in model.functions.values():
         if onnx.defs.has(function.name):
@@ -147,6 +172,12 @@ def _graph(path: Path, folder: Path) -> Iterator[Finding]:
         if key not in node.attributes
     ]
     yield from problems or [Finding(name, "ok", f"{len(nodes)} CAPA nodes, each with a plugin's name and a body")]
+
+
+def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
 
 
 def _constant(value: ir.Value | None) -> int | None:

@@ -146,7 +146,11 @@ def build_engine(
             "plan": str(scratch / "plan"),
             "layers": str(scratch / "layers.txt"),
             "result": str(scratch / "result.json"),
-            "plugins": _worker_plugins(plugins, prepared.num_plugins),
+            "plugins": {
+                "kind": plugins.kind,
+                "library": plugins.library and str(plugins.library),
+                "count": prepared.num_plugins,
+            },
             "shapes": shapes,
             "shape_inputs": {name: [limits.min, limits.opt, limits.max] for name, limits in shape_inputs.items()},
             **settings.model_dump(include={"compute_capabilities", "version_min", "version_below"}),
@@ -219,12 +223,6 @@ def _refuse_foreign(onnx: Path, what: str, given: Iterable[str], known: Iterable
     if foreign := sorted(set(given) - set(known)):
         names = ", ".join(sorted(known)) or "none"
         raise CapaError(f"{onnx}: no {what} {foreign[0]}; its {what}s are: {names}", ExitCode.ENGINE)
-
-
-def _worker_plugins(plugins: Plugins, count: int) -> dict[str, Any]:
-    """What the worker registers and then counts: nothing for a graph without CAPA nodes."""
-    chosen = plugins if count else NO_PLUGINS
-    return {"kind": chosen.kind, "library": chosen.library and str(chosen.library), "count": count}
 
 
 def _run_worker(

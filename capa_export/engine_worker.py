@@ -40,8 +40,10 @@ def main(spec_path: str) -> int:
 def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     _check_version(trt, spec)
     log = _logger(trt)
-    _register_plugins(trt, spec["plugins"], log)
+    # First, or TensorRT has nowhere to say why it does not load a library.
     builder = trt.Builder(log)
+    plugins = spec["plugins"]["kind"] if spec["plugins"]["count"] else "none"
+    _register_plugins(trt, plugins, spec["plugins"]["library"], log)
     # TensorRT-RTX and TensorRT from 11 on know no other networks, and need no flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -49,6 +51,8 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     config = builder.create_builder_config()
     # The names, types and origins of the fused layers, which land in the log and nowhere else without a GPU.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # FP32 is computed as FP32: scores, and whatever is an FP32 graph.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # No allocation while an engine runs, or its runs could not be captured in a CUDA graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -56,7 +60,8 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
         config.num_compute_capabilities = len(spec["compute_capabilities"])
         for index, capability in enumerate(spec["compute_capabilities"]):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
-    if spec["plugins"]["kind"] == "native":
+    if plugins == "native":
+        # Only in the engine that needs it: a second one with the same library would not load beside it.
         config.plugins_to_serialize = [spec["plugins"]["library"]]
     config.add_optimization_profile(_profile(builder, network, spec))
     with Path(spec["plan"]).open("wb") as file:
@@ -99,13 +104,14 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-def _register_plugins(trt: Any, plugins: dict[str, Any], log: Any) -> None:
-    if plugins["kind"] == "python":
+def _register_plugins(trt: Any, kind: str, library: str, log: Any) -> None:
+    if kind == "python":
         from capa_export.plugins.python_plugins import register
 
         register(trt)
-    elif plugins["kind"] == "native" and trt.get_plugin_registry().load_library(plugins["library"]) is None:
-        raise BuildError(_first_line(log.errors, f"{plugins['library']}: TensorRT cannot load it as a plugin library"))
+    elif kind == "native" and trt.get_plugin_registry().load_library(library) is None:
+        reason = _first_line(log.errors, "TensorRT gives no reason")
+        raise BuildError(f"{library}: does not load as a plugin library: {reason}")
 
 
 def _parse(trt: Any, spec: dict[str, Any], network: Any, log: Any) -> None:

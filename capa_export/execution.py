@@ -18,7 +18,8 @@ import onnx_ir as ir
 from capa_export.bundle import Bundle
 from capa_export.cuda import Buffer, Gpu, Stream, require_gpu
 from capa_export.errors import CapaError, ExitCode
-from capa_export.job import ONNX
+from capa_export.graph.functions import DOMAIN
+from capa_export.job import ONNX, say
 
 __all__ = ["BuiltEngines", "Engine", "Runtime", "Weights", "require_engines"]
 
@@ -30,6 +31,8 @@ _DTYPES: Mapping[str, Any] = {
     "INT32": np.int32,
     "BOOL": np.bool_,
 }
+_ALIGNMENT = 256
+"""Of every address, in bytes, as TensorRT asks."""
 _UPLOAD_BYTES = 16 << 20
 _TOO_OLD = "CUDA driver version is insufficient"
 
@@ -59,6 +62,13 @@ def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
     result = bundle.stage(f"engine/{target}")["result"]
     folder = bundle.folder / "engines" / target
     gpu = require_gpu()
+    if not result["engines"]:
+        raise CapaError(
+            f"{folder}: is a kit whose engines were not built here: capa-export engine {folder} --on-device",
+            ExitCode.ENGINE,
+        )
+    if "runtime" not in result:
+        raise CapaError(f"{folder}: built by an older capa-export: build the engines again", ExitCode.ENGINE)
     runtime, module = result["runtime"], result["runtime"].replace("-", "_")
     try:
         trt = import_module(module)
@@ -153,6 +163,9 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, msg: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(msg)
+            elif severity == trt.ILogger.WARNING and msg.startswith(DOMAIN):
+                # Of our plugins: that the driver compiles their kernels, which takes a while.
+                say(f"warning: {msg}")
 
     return Log()
 
@@ -238,7 +251,7 @@ class Engine:
         """What the engine reads from host memory, which must stay where it is."""
         self.limits = self._limits()
         for weight, buffer in self._weights.items():
-            self._context.set_tensor_address(weight, buffer.address)
+            self._set_address(weight, buffer.address)
 
     def _new_context(self, trt: Any, *, one_shape: bool) -> Any:
         if one_shape and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
@@ -323,8 +336,8 @@ class Engine:
             if not self._context.set_input_shape(name, shapes[name]):
                 raise self._runtime.failure(f"{self.path}: does not take {name} of shape {shapes[name]}")
             if name in self._on_host:
-                self._values[name] = np.ascontiguousarray(feed[name])
-                self._context.set_tensor_address(name, self._values[name].ctypes.data)
+                self._values[name] = _aligned(feed[name])
+                self._set_address(name, self._values[name].ctypes.data)
         buffers: dict[str, Buffer] = {}
         for name, shape in shapes.items():
             if name in self._on_host:
@@ -333,8 +346,12 @@ class Engine:
             known = tuple(self._context.get_tensor_shape(name))
             assert all(size in (-1, length) for size, length in zip(known, shape, strict=True)), (name, known, shape)
             buffers[name] = given.get(name) or Buffer(self.num_bytes(name, shape))
-            self._context.set_tensor_address(name, buffers[name].address)
+            self._set_address(name, buffers[name].address)
         return buffers
+
+    def _set_address(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise self._runtime.failure(f"{self.path}: does not take the memory of {name}")
 
     def num_bytes(self, name: str, shape: Sequence[int]) -> int:
         return prod(shape) * np.dtype(self.dtypes[name]).itemsize
@@ -357,6 +374,15 @@ class Engine:
             int(stream.handle)
         ):
             raise CapaError("the engine allocates memory of its own while it runs")
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at an address that TensorRT takes."""
+    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _symbolic_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:

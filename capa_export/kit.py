@@ -14,7 +14,7 @@ import onnx_ir as ir
 import capa_export
 from capa_export import kit_builder
 from capa_export.build_engines import GRAPHS, refuse_copies
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle import MANIFEST, Bundle, file_digest
 from capa_export.bundled import bundled_dims
 from capa_export.dry_run import run_memory
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
@@ -315,7 +315,32 @@ def build_kit(
         name: _entry(manifest["engines"][name]["onnx"], result, (out or kit) / name, kit / f"{name}.weights.json")
         for name, result in built.items()
     }
-    return {"weights": manifest["weights"], "plugins": {"kind": manifest["plugins"]}, "engines": engines}
+    result = {
+        "runtime": manifest["runtime"],
+        "compute_capabilities": [manifest["compute_capability"]],
+        "weights": manifest["weights"],
+        "plugins": {"kind": manifest["plugins"]},
+        "engines": engines,
+    }
+    if out is None:
+        _note(kit, result)
+    return result
+
+
+def _note(kit: Path, result: dict[str, Any]) -> None:
+    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
+    folder = kit.resolve().parents[1]
+    if not (folder / MANIFEST).is_file():
+        return
+    bundle = Bundle.open(folder)
+    stages, stage = bundle.manifest["stages"], f"engine/{kit.resolve().name}"
+    if "kit" in stages.get(stage, {}).get("result", {}):
+        built = [kit / f"{name}.engine" for name in result["engines"]]
+        stages[stage]["result"] |= result
+        stages[stage]["files"] |= {
+            f"{stages[stage]['result']['kit']}/{path.relative_to(kit).as_posix()}": file_digest(path) for path in built
+        }
+        bundle.update(stages=stages)
 
 
 def _entry(onnx: str, result: dict[str, Any], engine: Path, weights: Path) -> dict[str, Any]:

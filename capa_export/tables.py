@@ -82,7 +82,7 @@ def doctor_table(found: Sequence[Finding]) -> None:
 
 def engine_table(result: dict[str, Any]) -> None:
     """One row an engine, or where the kit is that builds them."""
-    if "kit" in result:
+    if not result["engines"]:
         _say(f"kit: {result['kit']} in the bundle; copy that folder to the device and run its build.sh there", "bold")
         return
     table = _columns("engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")

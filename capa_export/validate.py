@@ -57,6 +57,8 @@ def validate(
     """
     parity = recipe.parity
     built = [subject.prompter.chat(sample.turns) for sample in prompts]
+    if engine is not None:
+        engine.check(built, [subject.num_keep(prompt) for prompt in built], parity.steps)
     eager = Eager(subject.model)
     references = [
         eager_trace(subject, eager, prompt, subject.plan(prompt), parity.steps)

@@ -1,6 +1,7 @@
 """The engine stage: what a bundle gets for a target, with and without plugins, and what is refused beforehand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_a_device_gets_a_kit(bundle: Bundle, capsys: pytest.CaptureFixture[str])
     output = capsys.readouterr()
     [line] = [line for line in output.err.splitlines() if line.startswith("error")]
     assert "the kit is for orin" in line or "run this on the device" in line
+
+
+def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: Path) -> None:
+    from capa_export import kit
+
+    copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    build_engines(copy, load_target("thor"), weights="embedded", report=silent, plugins="none")
+    folder = copy.folder / "engines/thor"
+    (folder / "llm").mkdir(exist_ok=True)
+    (folder / "llm/decode.engine").write_bytes(b"plan")
+    kit._note(folder, {"runtime": "tensorrt", "engines": {"llm/decode": {"runtime": "10.13"}}})
+    result = copy.stage("engine/thor")["result"]
+    assert (result["kit"], result["runtime"], set(result["engines"])) == ("engines/thor", "tensorrt", {"llm/decode"})
+    copy.verify("engine/thor")
+    (folder / "llm/decode.engine").write_bytes(b"another")
+    with pytest.raises(CapaError, match=r"decode\.engine"):
+        copy.verify("engine/thor")
+    # A kit alone, as it lies on a device, has nobody to tell.
+    alone = shutil.copytree(folder, tmp_path / "alone" / "engines" / "thor")
+    kit._note(alone, {"engines": {}})
 
 
 @pytest.mark.parametrize(

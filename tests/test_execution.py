@@ -61,6 +61,23 @@ def test_no_tensorrt(built: Bundle, driver: FakeDriver, monkeypatch: pytest.Monk
     assert "its engines need tensorrt-rtx, which is not installed" in str(error)
 
 
+def test_a_kit_whose_engines_were_not_built(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    kit = changed(built, tmp_path, kit="engines/rtx", engines={})
+    error = refused(kit, driver)
+    assert error.code == ExitCode.ENGINE
+    assert "is a kit whose engines were not built here: capa-export engine" in str(error)
+
+
+def test_engines_of_an_older_release(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:
+    older = changed(built, tmp_path)
+    stages = older.manifest["stages"]
+    del stages["engine/rtx"]["result"]["runtime"]
+    older.update(stages=stages)
+    assert "built by an older capa-export: build the engines again" in str(refused(older, driver))
+
+
 def test_another_gpu(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
     driver.capability = (9, 0)
     error = refused(built, driver)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from capa_export.eager import Eager
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.parity import Comparison, Trace, restored
-from capa_export.prompt import Prompter
+from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Prune, Stage, load_recipe
 from capa_export.runtime import OnnxModel
 from capa_export.samples import samples_from
@@ -79,17 +79,6 @@ def set_weight(model: ir.Model, name: str, change: Callable[[np.ndarray], np.nda
     value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=name)
 
 
-def insert_after(model: ir.Model, node: ir.Node, op_type: str, *others: ir.Value) -> None:
-    """Put one operator between a node's first output and the nodes that read it; graph outputs stay as they are."""
-    old = node.outputs[0]
-    readers = tuple(old.uses())
-    new = ir.node(op_type, [old, *others])
-    new.outputs[0].name, new.outputs[0].type = f"{old.name}/fault", old.type
-    model.graph.insert_after(node, new)
-    for reader in readers:
-        reader.node.replace_input_with(reader.idx, new.outputs[0])
-
-
 def constant(model: ir.Model, array: np.ndarray) -> ir.Value:
     value = ir.Value(name="fault", type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
     value.const_value = ir.tensor(array, name="fault")
@@ -106,9 +95,14 @@ def alpha_of_another_layer(model: ir.Model) -> None:
 
 
 def gather_off_by_one(model: ir.Model) -> None:
-    node = next(nodes(model, "TopKKeep"))
+    node = next(nodes(model, "TokenGather"))
+    kept = node.inputs[5]
+    assert kept is not None
     # 0 becomes -1, which ONNX reads as the last row.
-    insert_after(model, node, "Sub", constant(model, np.array(1)))
+    before = ir.node("Sub", [kept, constant(model, np.array(1))])
+    before.outputs[0].name, before.outputs[0].type = "fault/output", kept.type
+    model.graph.insert_before(node, before)
+    node.replace_input_with(5, before.outputs[0])
 
 
 def heads_swapped(model: ir.Model) -> None:
@@ -197,6 +191,10 @@ class OtherRuntime(OnnxModel):
     """In the place of engines, which need a GPU."""
 
     gpu = SimpleNamespace(name="Other")
+
+    def check(self, prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Its profile takes what the graphs take."""
+        assert len(prompts) == len(num_keep)
 
 
 @pytest.mark.parametrize(

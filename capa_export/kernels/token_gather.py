@@ -71,8 +71,9 @@ def gather_rows(
 ):
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (row < num_kept)[:, None]
     token = tl.load(kept + batch * num_kept + row, mask=row < num_kept, other=0)[:, None]
+    # TensorRT may time a plugin on positions that it makes up.
+    inside = (row < num_kept)[:, None] & (token >= 0) & (token < num_tokens)
     row = row[:, None]
     # The first programs take a head of keys and values each, the next the rotary tables, the others hidden columns.
     part = tl.program_id(1)

@@ -1,5 +1,6 @@
 """Which plugins an engine is built with."""
 
+import platform
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,9 @@ __all__ = ["HEAD_SIZES", "NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "c
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
 """What there are kernels for."""
+
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+"""What the header of a library calls the CPU."""
 
 PluginKind = Literal["python", "native", "none"]
 PluginWish = Literal["auto", "python", "native", "none"]
@@ -46,8 +50,8 @@ def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, libra
     """
     if library is not None and wish not in ("auto", "native"):
         raise CapaError(f"--plugin-library and --plugins {wish} exclude each other", ExitCode.USAGE)
-    if library is not None and not library.is_file():
-        raise CapaError(f"{library}: no such plugin library; `capa-export plugins build` makes one", ExitCode.USAGE)
+    if library is not None:
+        _check_library(library)
     if wish == "native" and library is None:
         raise CapaError(
             "--plugins native needs --plugin-library FILE; `capa-export plugins build` makes it", ExitCode.USAGE
@@ -65,6 +69,24 @@ def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, libra
     if wish == "python":
         raise CapaError("--plugins python needs triton: pip install capa-export[rtx]", ExitCode.ENGINE)
     return Plugins("none", reason="triton is not installed: pip install capa-export[rtx]")
+
+
+def _check_library(path: Path) -> None:
+    """Refuse what TensorRT would refuse without a reason, long after."""
+    if not path.is_file():
+        raise CapaError(f"{path}: no such plugin library; `capa-export plugins build` makes one", ExitCode.USAGE)
+    with path.open("rb") as file:
+        head = file.read(20)
+    machine = int.from_bytes(head[18:20], "little") if head[:4] == b"\x7fELF" else None
+    if machine is None:
+        raise CapaError(f"{path}: is no library; `capa-export plugins build` makes one", ExitCode.USAGE)
+    if machine != _ELF_MACHINES.get(platform.machine()):
+        names = {number: name for name, number in _ELF_MACHINES.items()}
+        raise CapaError(
+            f"{path}: is for {names.get(machine, 'another CPU')}, and this machine is {platform.machine()}; "
+            f"build one with `capa-export plugins build --arch {platform.machine()}`",
+            ExitCode.USAGE,
+        )
 
 
 def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims) -> Plugins:

@@ -93,6 +93,8 @@ class Launcher:
         of_python = {int: ctypes.c_int32, float: ctypes.c_float}
         types = {name: of_python[kind] for name, kind in operator.attributes.items()}
         for one in calls:
+            if 0 in one.grid:
+                continue
             values: list[float] = []
             ctypes_: list[Any] = []
             for arg in one.args:

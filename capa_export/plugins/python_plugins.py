@@ -53,7 +53,8 @@ def _creator(trt: Any, operator: Operator, launcher: Launcher) -> Any:
             self.name = operator.name
             self.plugin_namespace = PLUGIN["plugin_namespace"]
             self.plugin_version = PLUGIN["plugin_version"]
-            self.field_names = _fields(trt, operator, {})
+            self._no_values = _arrays(operator, {})
+            self.field_names = _fields(trt, operator, self._no_values)
 
         def create_plugin(self, name: str, fields: Any, _: Any) -> Any:
             given = {field.name: field.data for field in fields if field.name in operator.attributes}
@@ -65,14 +66,19 @@ def _creator(trt: Any, operator: Operator, launcher: Launcher) -> Any:
     return Creator()
 
 
-def _fields(trt: Any, operator: Operator, values: Mapping[str, float]) -> Any:
-    """The attributes as TensorRT keeps them, without values where there are none."""
+def _arrays(operator: Operator, values: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The attributes as arrays of one, or of none where there are no values."""
+    return {
+        name: np.array([values[name]] if values else [], _FIELD_DTYPES[kind])
+        for name, kind in operator.attributes.items()
+    }
+
+
+def _fields(trt: Any, operator: Operator, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The attributes as TensorRT takes them: by address, so the arrays have to live as long as it may read them."""
     types = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32}
     return trt.PluginFieldCollection(
-        [
-            trt.PluginField(name, np.array([values[name]] if values else [], _FIELD_DTYPES[kind]), types[kind])
-            for name, kind in operator.attributes.items()
-        ]
+        [trt.PluginField(name, arrays[name], types[kind]) for name, kind in operator.attributes.items()]
     )
 
 
@@ -117,6 +123,7 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
             self.plugin_version = PLUGIN["plugin_version"]
             self.num_outputs = len(operator.outputs)
             self._attributes = attributes
+            self._arrays = _arrays(operator, attributes)
             self._shapes: list[tuple[int, ...]] = []
             self._calls: list[Call] = []
             self._offsets: dict[str, int] = {}
@@ -128,7 +135,7 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
             return Plugin(self._attributes)
 
         def get_fields_to_serialize(self) -> Any:
-            return _fields(trt, operator, self._attributes)
+            return _fields(trt, operator, self._arrays)
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             half = input_types[first_half]

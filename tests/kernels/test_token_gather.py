@@ -76,3 +76,12 @@ def test_offsets_beyond_32_bits() -> None:
     inputs = {"hidden": table, "key": key, "value": key, "cos": table, "sin": table}
     outputs = execute(OPERATOR, {**inputs, "kept": torch.tensor([[0, tokens - 1]])})
     assert torch.equal(outputs["key_kept"][0, 0], torch.stack([torch.zeros(128), torch.arange(128)]).half())
+
+
+def test_positions_that_no_prompt_has_are_left_alone() -> None:
+    inputs = {name: x.view(torch.float16) for name, x in bits(1, 63, 32, 2, 32, 16).items()}
+    kept = torch.tensor([[0, 62, 63, 10**12, -1]])
+    hidden = execute(OPERATOR, {**inputs, "kept": kept})["hidden_kept"].view(torch.int16)[0]
+    rows = inputs["hidden"].view(torch.int16)[0]
+    assert torch.equal(hidden[:2], rows[[0, 62]])
+    assert (hidden[2:] == hidden[2, 0]).all(), "what was there before"

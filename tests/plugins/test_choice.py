@@ -1,5 +1,6 @@
 """Which plugins an engine gets, and what is refused."""
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from tests.conftest import random_model
 DECODER = replace(load_family("qwen25vl").model_dims(random_model().config.to_dict()).decoder, head_dim=128)
 
 
+HERE = {"x86_64": 62, "aarch64": 183}[platform.machine()]
+
+
+def elf(machine: int) -> bytes:
+    """The first bytes of a library for a CPU."""
+    return b"\x7fELF" + bytes(14) + machine.to_bytes(2, "little")
+
+
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
     path = tmp_path / "libcapa_plugins.so"
-    path.touch()
+    path.write_bytes(elf(HERE))
     return path
 
 
@@ -60,6 +69,13 @@ def test_what_contradicts_itself_is_refused(
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CapaError, match=r"nowhere\.so: no such plugin library"):
         choose_plugins("auto", "fp16", DECODER, tmp_path / "nowhere.so")
+    other = tmp_path / "other.so"
+    other.write_bytes(b"not a library, but of some length")
+    with pytest.raises(CapaError, match=r"other\.so: is no library"):
+        choose_plugins("auto", "fp16", DECODER, other)
+    other.write_bytes(elf(245 - HERE))
+    with pytest.raises(CapaError, match=r"other\.so: is for (x86_64|aarch64), and this machine is"):
+        choose_plugins("native", "fp16", DECODER, other)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(CapaError, match=r"--plugins python needs triton: pip install capa-export\[rtx\]"):
         choose_plugins("python", "fp16", DECODER, None)

@@ -135,6 +135,29 @@ def test_every_node_becomes_one_plugin_layer(dtype: str, tmp_path: Path) -> None
     assert result["outputs"]["kept"] == ["INT64", -1]
 
 
+_FIELDS_STAY = """
+import numpy as np, tensorrt_rtx as trt
+from capa_export.plugins.python_plugins import register
+register(trt)
+creator = trt.get_plugin_registry().get_creator("ContributionScore", "1", "capa")
+scale = np.array([0.0883883], np.float32)
+given = trt.PluginFieldCollection([trt.PluginField("scale", scale, trt.PluginFieldType.FLOAT32)])
+plugin = creator.create_plugin("node", given, trt.TensorRTPhase.BUILD)
+fields = plugin.get_fields_to_serialize()
+litter = [np.array([7.0], np.float32) for _ in range(10000)]
+print(fields[0].data[0])
+"""
+
+
+@pytest.mark.trt
+def test_attributes_stay_where_tensorrt_reads_them() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _FIELDS_STAY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) == pytest.approx(0.0883883)
+
+
 @pytest.mark.trt
 def test_without_plugins_the_bodies_are_taken(tmp_path: Path) -> None:
     result, log = _build(tmp_path, "float16", register=False)
@@ -428,7 +451,7 @@ def test_plugins_are_registered_under_the_names_on_the_nodes_and_once() -> None:
         trt.creators["TopKKeep"].create_plugin("node", [], None)
 
 
-def test_attributes_are_kept_in_the_plan() -> None:
+def test_attributes_are_fields_of_the_plugin() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "ContributionScore")
     (field,) = _plugin(trt, operator, []).get_fields_to_serialize()
