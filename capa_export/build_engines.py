@@ -42,11 +42,19 @@ def check_engines(job: Job, target: Target) -> None:
     """
     decoder = job.source.dims.decoder
     if target.require_engine().built == "on-device":
+        _refuse_library(target, job.plugin_library)
         choose_device_plugins(job.plugins, job.precision, decoder)
         return
     choose_plugins(job.plugins, job.precision, decoder, job.plugin_library)
     if not _has_engines(job.bundle, target, job.weights):
         check_engine_memory(job.source.dims, job.precision, job.weights)
+
+
+def _refuse_library(target: Target, library: Path | None) -> None:
+    if library is not None:
+        raise CapaError(
+            f"--plugin-library: {target.name} compiles its own, from sources that come with the kit", ExitCode.USAGE
+        )
 
 
 def build_engines(
@@ -60,10 +68,7 @@ def build_engines(
 ) -> dict[str, Any]:
     """Build the vision, prefill and decode engines of a bundle for a target, or what builds them on the device."""
     if target.require_engine().built == "on-device":
-        if plugin_library is not None:
-            raise CapaError(
-                f"--plugin-library: {target.name} compiles its own, from sources that come with the kit", ExitCode.USAGE
-            )
+        _refuse_library(target, plugin_library)
         return _write_kit(bundle, target, weights, plugins, report)
     export = bundle.stage("export")
     precision = export["result"]["precision"]

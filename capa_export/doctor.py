@@ -207,7 +207,7 @@ def _memory(target: Target, bundle: Bundle) -> Iterator[Finding]:
             "run memory",
             "ok" if len(fits) == len(sizes) else "note" if fits else "problem",
             f"weights and the longest cache take {needed / 1e9:.1f} GB; {target.name} has "
-            + " or ".join(f"{size:g} GB" for size in sizes),
+            + " to ".join(f"{size:g} GB" for size in sizes),
             "" if fits else "a smaller model, or a target of your own with a shorter sequence",
         )
 

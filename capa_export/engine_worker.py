@@ -59,7 +59,10 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     if spec["compute_capabilities"]:
         config.num_compute_capabilities = len(spec["compute_capabilities"])
         for index, capability in enumerate(spec["compute_capabilities"]):
-            config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+            known = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""), None)
+            if known is None:
+                raise BuildError(f"{spec['runtime']} {trt.__version__} does not know compute capability {capability}")
+            config.set_compute_capability(known, index)
     if plugins == "native":
         # Only in the engine that needs it: a second one with the same library would not load beside it.
         config.plugins_to_serialize = [spec["plugins"]["library"]]

@@ -32,7 +32,11 @@ from capa_export.target import Engine, Target, version_parts
 __all__ = ["build_kit", "write_kit"]
 
 _VERSION = 1
-_BUILDER = {"kit_builder.py": "builder.py", "engine_worker.py": "engine_worker.py"}
+_BUILDER = {
+    "kit_builder.py": "builder.py",
+    "engine_worker.py": "engine_worker.py",
+    "plugins/alias.py": "parser_library.py",
+}
 
 _SCRIPT = """#!/bin/sh
 # Builds the engines of this kit on its device: compiles the plugins, then runs TensorRT. ./build.sh --help says more.
@@ -52,7 +56,7 @@ wrong is said in one line, with exit code 5, before anything is built. `./build.
 
 | file | what it is |
 |---|---|
-| `build.sh`, `builder.py`, `engine_worker.py` | what builds; Python's standard library alone |
+| `build.sh`, `builder.py`, `engine_worker.py`, `parser_library.py` | what builds; Python's standard library alone |
 | `kit.json` | device, versions, limits of every input, SHA-256 of every file |
 | `onnx/` | the graphs, and their weights. `*.lowered.onnx` are for TensorRT before {native} |
 | `plugins/` | sources of the plugin library, kernels included, if the engines have plugins |
@@ -63,9 +67,10 @@ The engines are for precision {precision}; their weights are {weights}. {plugins
 
 {golden}## To try it elsewhere
 
-    ./build.sh --runtime tensorrt_rtx --compute-capability 8.6 --out /tmp/trial [--lowered]
+    ./build.sh --runtime tensorrt_rtx --compute-capability 8.6 --out /tmp/trial [--tensorrt-include DIR] [--lowered]
 
 builds with TensorRT-RTX, which needs no GPU, to show that the kit is whole. Those engines are not for the device.
+`PYTHON` names the interpreter, such as that of a virtual environment; DIR holds the headers of any TensorRT from 10.3.
 """
 
 
@@ -237,7 +242,7 @@ def _write_builder(
     kit: Path, target: str, settings: Engine, precision: str, weights: str, *, native: bool, golden: bool
 ) -> None:
     for source, name in _BUILDER.items():
-        shutil.copyfile(Path(__file__).with_name(source), kit / name)
+        shutil.copyfile(Path(__file__).parent / source, kit / name)
     script = kit / "build.sh"
     script.write_text(_SCRIPT, encoding="utf-8")
     script.chmod(0o755)
@@ -316,8 +321,8 @@ def build_kit(
         for name, result in built.items()
     }
     result = {
-        "runtime": manifest["runtime"],
-        "compute_capabilities": [manifest["compute_capability"]],
+        "runtime": (runtime or manifest["runtime"]).replace("_", "-"),
+        "compute_capabilities": [compute_capability or manifest["compute_capability"]],
         "weights": manifest["weights"],
         "plugins": {"kind": manifest["plugins"]},
         "engines": engines,

@@ -6,6 +6,7 @@ It needs the standard library and the device's own TensorRT, and no GPU code of 
 import argparse
 import ctypes
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -47,7 +48,14 @@ def main() -> int:
     trial.add_argument("--out", type=Path, metavar="DIR", help="where the engines of a trial go")
     given = vars(parser.parse_args())
     try:
-        build(Path(__file__).resolve().parent, **given)
+        with tempfile.TemporaryDirectory() as links:
+            environment: Mapping[str, str] = {}
+            if given["runtime"] == "tensorrt_rtx":
+                # Beside this file in a kit, which is to stay as it is.
+                sys.dont_write_bytecode = True
+                finder = importlib.import_module("parser_library")
+                environment = finder.ensure_parser_library(Path(links))
+            build(Path(__file__).resolve().parent, **given, environment=environment)
     except KitError as error:
         _say(f"error: {error}")
         return FAILED
@@ -191,7 +199,8 @@ def _version(module: str, env: Mapping[str, str]) -> str:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        raise KitError(f"{sys.executable} cannot import {module} ({lines[-1]}); JetPack has it in python3-libnvinfer")
+        where = "; JetPack has it in python3-libnvinfer" if module == "tensorrt" else ""
+        raise KitError(f"{sys.executable} cannot import {module} ({lines[-1]}){where}")
     return run.stdout.split()[-1]
 
 

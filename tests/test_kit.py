@@ -21,7 +21,6 @@ from capa_export.engine import parse_layers, weight_copies
 from capa_export.errors import CapaError, ExitCode
 from capa_export.job import Job
 from capa_export.kit import build_kit, write_kit
-from capa_export.plugins.alias import ensure_parser_library
 from capa_export.recipe import load_recipe
 from capa_export.target import Target, load_target
 
@@ -80,7 +79,7 @@ def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
     assert spec["engines"].keys() == set(ENGINES)
     assert (spec["target"], spec["compute_capability"], spec["cpu"]) == ("orin", "8.7", "aarch64")
     assert (spec["plugins"], spec["precision"], spec["weights"]) == ("none", "fp16", "embedded")
-    assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [4096]]}
+    assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [2048]]}
     assert spec["engines"]["llm/decode"]["shapes"]["inputs_embeds"] == [[1, 1, 64]] * 3
 
 
@@ -330,8 +329,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
         if (site / name).exists():
             (packages / name).symlink_to(site / name)
-    search = ensure_parser_library(tmp_path_factory.mktemp("links"))
-    return {**search, "PYTHONPATH": str(packages)}
+    return {"PYTHONPATH": str(packages)}
 
 
 @pytest.fixture(scope="module")
@@ -391,8 +389,10 @@ def test_through_capa_export_with_weights_as_inputs(wide: Bundle, orin: Target, 
     kit, out = tmp_path / "kit", tmp_path / "trial"
     write_kit(wide, orin, kit, plugins="native", weights="external")
     built = build_kit(kit, tensorrt_include=headers, runtime="tensorrt_rtx", compute_capability="8.6", out=out)
-    assert built.keys() == set(ENGINES)
-    assert all(one["bytes"] == (out / f"{name}.engine").stat().st_size for name, one in built.items())
+    assert (built["runtime"], built["compute_capabilities"], built["weights"]) == ("tensorrt-rtx", ["8.6"], "external")
+    assert built["engines"].keys() == set(ENGINES)
+    assert all(one["bytes"] == (out / f"{name}.engine").stat().st_size for name, one in built["engines"].items())
+    assert [one["custom_layers"] for one in built["engines"].values()] == [0, 3, 0]
     layers = json.loads((out / "llm" / "prefill.layers.json").read_text(encoding="utf-8"))
     weights = json.loads((kit / "llm" / "prefill.weights.json").read_text(encoding="utf-8"))
     assert len(weights) > 50

@@ -103,7 +103,7 @@ def test_images_may_start_and_end_anywhere_in_a_block(first_text: int) -> None:
     assert [int((images == image).sum()) - bool(image) >= 2 * (image != 1) for image in range(4)] == [True] * 4
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_prompts(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -125,9 +125,10 @@ def test_more_tokens_than_one_block_of_the_search() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_keep", "least"), [(4096, 3), (8000, 0)])
-def test_a_long_prompt(num_keep: int, least: int) -> None:
-    """16,384 visual tokens; the T x T matrices of the ONNX body would take gigabytes."""
-    scores = prompts(16_384 + 100, text=0, levels=2000)
-    scores[:, torch.randperm(16_384 + 100, generator=torch.Generator().manual_seed(1))[:100]] = TEXT
+@pytest.mark.parametrize(("num_visual", "num_keep", "least"), [(16_384, 8000, 0), (4_200, 4_000, 3)])
+def test_a_long_prompt(num_visual: int, num_keep: int, least: int) -> None:
+    """The T x T matrices of the ONNX body would take gigabytes, and the interpreter minutes for a share in 16,384."""
+    tokens = num_visual + 100
+    scores = prompts(tokens, text=0, levels=2000)
+    scores[:, torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:100]] = TEXT
     kernels(scores, num_keep, least)
