@@ -22,7 +22,9 @@ def _group() -> None:  # pyright: ignore[reportUnusedFunction]  # It keeps `buil
 
 @plugins.command()
 def build(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Library (.so) to write, or folder to put it in.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Library (.so) to write, or folder to put it in [default: this one].")
+    ] = Path(),
     tensorrt_include: Annotated[
         Path | None, typer.Option(help="Folder of TensorRT's headers, 10.3 to 11 [default: where packages put them].")
     ] = None,

@@ -8,9 +8,9 @@ import numpy as np
 
 from capa_export.prompt import Prompt
 
-__all__ = ["HEAD_SIZE", "MODEL", "NUM_VISUAL", "checkpoint", "embeddings", "prompt"]
+__all__ = ["MODEL", "NUM_VISUAL", "checkpoint", "embeddings", "prompt"]
 
-MODEL, HEAD_SIZE = "qwen25vl-1024", 128
+MODEL = "qwen25vl-1024"
 NUM_VISUAL, _NUM_TEXT = 1024, 48
 
 
