@@ -382,7 +382,7 @@ def test_bf16_runs_widened(cli: Cli, spare: Path, recipe: Path, pictures: Path) 
 def test_a_target_without_its_builder_is_refused_first(
     cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.pipeline.find_spec", lambda _: None)
+    monkeypatch.setattr("capa_export.build_engines.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
     assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()
 
@@ -586,8 +586,8 @@ def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: py
     limits = [unlimited["prompt_tokens"] + 2, unlimited["prompt_tokens"] - 1]
     model_dims = qwen25vl.model_dims
 
-    def limited(config: dict[str, Any]) -> Any:
-        dims = model_dims(config)
+    def limited(config: dict[str, Any], **where: str) -> Any:
+        dims = model_dims(config, **where)
         return replace(dims, decoder=replace(dims.decoder, rope_limit=limits[0]))
 
     monkeypatch.setattr("capa_export.families.qwen25vl.model_dims", limited)

@@ -218,7 +218,7 @@ def test_whatever_becomes_of_the_bundle_the_checkpoint_stays(
     (tmp_path / "out/onnx/llm/config.json").write_text("changed")
     pipeline.export(again(job, ffn=False))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_stage", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "run_stage", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pipeline.export(again(job, ffn=False))
     assert state(checkpoint) == before
