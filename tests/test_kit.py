@@ -79,7 +79,7 @@ def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
     assert spec["engines"].keys() == set(ENGINES)
     assert (spec["target"], spec["compute_capability"], spec["cpu"]) == ("orin", "8.7", "aarch64")
     assert (spec["plugins"], spec["precision"], spec["weights"]) == ("none", "fp16", "embedded")
-    assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [2048]]}
+    assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [3136]]}
     assert spec["engines"]["llm/decode"]["shapes"]["inputs_embeds"] == [[1, 1, 64]] * 3
 
 

@@ -39,7 +39,7 @@ def test_limits_have_room_for_the_largest_picture(name: str) -> None:
 def test_limits_are_those_of_another_target_but_for_its_own() -> None:
     orin, rtx = load_target("orin").require_engine(), load_target("rtx").require_engine()
     assert orin.dims["batch"].max == 1 < rtx.dims["batch"].max
-    assert (orin.dims["tiles"], orin.values) == (rtx.dims["tiles"], rtx.values)
+    assert (orin.dims["tiles"], orin.dims["text"]) == (rtx.dims["tiles"], rtx.dims["text"])
 
 
 def test_tensorrt_builds_on_the_device_alone(tmp_path: Path) -> None:
