@@ -57,8 +57,10 @@ def main() -> None:
         bundle = Path(folder) / "bundle"
         export(arguments.model, checkpoint, bundle)
         for target in _BUILT_HERE:
+            # A library for this machine is none for a device of another CPU.
+            fitting = {kind: options for kind, options in plugins.items() if target == "rtx" or kind != "native"}
             result["targets"][target] = {
-                kind: _engines(bundle, target, "--weights", weights, *options) for kind, options in plugins.items()
+                kind: _engines(bundle, target, "--weights", weights, *options) for kind, options in fitting.items()
             }
     print(json.dumps(result, indent=2))
 

@@ -1,5 +1,6 @@
 """The engine stage: a bundle's three engines, or the kit that builds them on the device."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -41,8 +42,8 @@ def check_engines(job: Job, target: Target) -> None:
         CapaError: their plugins cannot be had, or their building takes more memory than there is.
     """
     decoder = job.source.dims.decoder
+    _refuse_library(target, job.plugin_library)
     if target.require_engine().built == "on-device":
-        _refuse_library(target, job.plugin_library)
         choose_device_plugins(job.plugins, job.precision, decoder)
         return
     choose_plugins(job.plugins, job.precision, decoder, job.plugin_library)
@@ -51,9 +52,19 @@ def check_engines(job: Job, target: Target) -> None:
 
 
 def _refuse_library(target: Target, library: Path | None) -> None:
-    if library is not None:
+    """Raise where an engine would hold a library that its device cannot load."""
+    engine = target.require_engine()
+    if library is None:
+        return
+    if engine.built == "on-device":
         raise CapaError(
             f"--plugin-library: {target.name} compiles its own, from sources that come with the kit", ExitCode.USAGE
+        )
+    if engine.cpu is not None and engine.cpu != platform.machine():
+        raise CapaError(
+            f"--plugin-library: {target.name} is {engine.cpu} and this machine {platform.machine()}: what loads here "
+            f"would not load there; build on {target.name}, or with --plugins python",
+            ExitCode.USAGE,
         )
 
 
@@ -67,8 +78,8 @@ def build_engines(
     plugin_library: Path | None = None,
 ) -> dict[str, Any]:
     """Build the vision, prefill and decode engines of a bundle for a target, or what builds them on the device."""
+    _refuse_library(target, plugin_library)
     if target.require_engine().built == "on-device":
-        _refuse_library(target, plugin_library)
         return _write_kit(bundle, target, weights, plugins, report)
     export = bundle.stage("export")
     precision = export["result"]["precision"]

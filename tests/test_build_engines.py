@@ -84,6 +84,15 @@ def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: 
     kit._note(alone, {"engines": {}})
 
 
+def test_a_library_that_the_device_could_not_load(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spark = load_target("spark")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(CapaError, match=r"spark is aarch64 and this machine x86_64: .*; build on spark, or with"):
+        build_engines(bundle, spark, weights="embedded", report=silent, plugin_library=tmp_path / "any.so")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
