@@ -4,7 +4,7 @@ T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV h
 """
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -12,7 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill"]
+__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch"]
+
+
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Told the layer, the hidden states [T, D] that leave it, and their prompt positions [T]; a step has none of these."""
 
 
 class EagerInputs(NamedTuple):
@@ -98,6 +102,7 @@ class Eager:
         is_visual: Tensor,
         plan: EagerPlan,
         deepstack: Sequence[Tensor] = (),
+        watch: Watch | None = None,
     ) -> Prefill:
         """Run the prompt; the tensors are those of `EagerInputs`, and `is_visual` is [T] bool."""
         from transformers import DynamicCache
@@ -130,17 +135,19 @@ class Eager:
                 after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
             if index < len(deepstack):
                 after = self.text._deepstack_process(after, is_visual[None], deepstack[index])
-            hidden = after
+            hidden = after.to(embeds.dtype)
+            if watch is not None:
+                watch(index, hidden[0], positions)
         return Prefill(
             self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
         )
 
     @torch.no_grad()
-    def step(self, run: Prefill, token: int, position: int) -> Tensor:
+    def step(self, run: Prefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
         """Logits [V] after one more text token at `position`; the run's cache grows by it."""
-        hidden = self.text.embed_tokens(torch.tensor([[token]]))
-        rotary = self.text.rotary_emb(hidden, torch.full(run.position_shape, position))
-        for layer in self.text.layers:
+        hidden = embeds = self.text.embed_tokens(torch.tensor([[token]]))
+        rotary = self.text.rotary_emb(embeds, torch.full(run.position_shape, position))
+        for index, layer in enumerate(self.text.layers):
             mixed, _ = layer.self_attn(
                 layer.input_layernorm(hidden),
                 attention_mask=None,
@@ -148,7 +155,9 @@ class Eager:
                 past_key_values=run.cache,
             )
             hidden = hidden + mixed
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = (hidden + layer.mlp(layer.post_attention_layernorm(hidden))).to(embeds.dtype)
+            if watch is not None:
+                watch(index, hidden[0], torch.empty(0, dtype=torch.long))
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,19 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
 
-__all__ = ["FFN", "Prune", "Recipe", "Stage", "check_layers", "kept_tokens", "load_recipe", "ranges", "recipe_of"]
+__all__ = [
+    "FFN",
+    "Bound",
+    "Gate",
+    "Prune",
+    "Recipe",
+    "Stage",
+    "check_layers",
+    "kept_tokens",
+    "load_recipe",
+    "ranges",
+    "recipe_of",
+]
 
 
 class Stage(Settings):
@@ -63,21 +75,41 @@ class Calibration(Settings):
     """Question asked of every picture of a folder."""
 
 
-class Gate(Settings):
-    """Bounds that one precision's ONNX must meet against eager CAPA in FP32."""
+class Bound(Settings):
+    """A limit, and the measurement it rests on; a bare number is a limit alone."""
 
-    relative_error: float | None = None
-    """Largest |logit difference| over the largest |logit|, worst prompt."""
-    cosine: float
-    """Smallest cosine of the logits, worst prompt."""
-    norm_ratio: float
-    """Largest | |logits| / |eager logits| - 1 |, worst prompt."""
-    kept_iou: float
-    """Smallest mean IoU of the kept sets over the prompts."""
-    noise_ratio: float | None = None
-    """Largest logit difference, in units of the one that the eager model itself shows in this precision."""
-    flip_distance: float
-    """Largest relative lead of a token wrongly dropped over one wrongly kept: flips belong at the cut."""
+    limit: float
+    healthy: float | None = None
+    """Worst figure of healthy exports in `benchmarks/results`, by `benchmarks/faults.py`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        return {"limit": given} if isinstance(given, int | float) else given
+
+
+class Gate(Settings):
+    """What one precision's artefacts must meet against the oracle: at every step, on the worst prompt."""
+
+    relative_error: Bound | None = None
+    """Largest |logit difference| over the largest |logit|."""
+    cosine: Bound
+    """Smallest cosine of the logits."""
+    norm_ratio: Bound
+    """Largest | |logits| / |reference's| - 1 |."""
+    kl: Bound
+    """Largest KL(reference || artefact) of the next token, in nats."""
+    hidden_cosine: Bound
+    """Smallest cosine of a hidden state that leaves a layer."""
+    hidden_norm_ratio: Bound
+    """Largest | |hidden state| / |reference's| - 1 |."""
+    noise_ratio: Bound | None = None
+    """Largest difference of logits, and of a layer's hidden states, in units of what the eager model itself shows in
+    this precision."""
+    flip_distance: Bound
+    """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
+    flip_noise_ratio: Bound | None = None
+    """The same, in units of the noise of the scores; the larger of the two counts."""
     same_tokens: bool = False
     """Whether every greedy token must be the same."""
 
@@ -109,11 +141,18 @@ class Recipe(Settings):
     """Whether calibration and validation use the built-in scenes when no pictures are given."""
     prune: Prune
     ffn: FFN = FFN()
+    fp32_layers: tuple[str, ...] = ()
+    """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
     calibration: Calibration = Calibration()
     parity: Parity
 
     def with_options(
-        self, *, ratio: float | None = None, prune_layer: int | None = None, min_keep_per_image: int | None = None
+        self,
+        *,
+        ratio: float | None = None,
+        prune_layer: int | None = None,
+        min_keep_per_image: int | None = None,
+        fp32_layers: Sequence[str] | None = None,
     ) -> "Recipe":
         """This recipe with the command line's choices in place.
 
@@ -139,7 +178,10 @@ class Recipe(Settings):
         prune: dict[str, Any] = {"schedule": (stage, *schedule[1:])}
         if min_keep_per_image is not None:
             prune["min_keep_per_image"] = min_keep_per_image
-        return self.model_copy(update={"prune": self.prune.model_copy(update=prune)})
+        changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
+        if fp32_layers is not None:
+            changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
+        return self.model_copy(update=changed)
 
 
 def kept_tokens(num_visual: int, ratio: float) -> int:

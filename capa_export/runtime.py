@@ -4,7 +4,7 @@ B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,13 +212,21 @@ class OnnxModel(Model[KVCache]):
             widen(path, widened)
             path = widened
         source = str(path)
-        if in_tiles:
-            source = tiled(onnx.load(path, load_external_data=False)).SerializeToString()
+        changes = [*([tiled] if in_tiles else []), *self._changes(file)]
+        if changes:
+            model = onnx.load(path, load_external_data=False)
+            for change in changes:
+                model = change(model)
+            source = model.SerializeToString()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+
+    def _changes(self, file: str) -> Sequence[Callable[[onnx.ModelProto], onnx.ModelProto]]:  # noqa: ARG002
+        """What to do to a graph before it is run; nothing, unless one wants to look inside."""
+        return ()
 
     def _visual(self, picture: Picture) -> Any:
         return self._opened("visual/model.onnx", {"pixel_values": picture.patches.shape})
@@ -271,8 +279,12 @@ class OnnxModel(Model[KVCache]):
         self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
     ) -> tuple[np.ndarray, KVCache]:
         feed = self._token_feed(tokens, positions)
-        result = _run(self._decode, {**feed, "past_lengths": cache.lengths, **cache.tensors})
+        result = self._append({**feed, "past_lengths": cache.lengths, **cache.tensors})
         return result["logits"], KVCache(_past(result), cache.lengths + feed["inputs_embeds"].shape[1])
+
+    def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Decode's outputs."""
+        return _run(self._decode, feed)
 
 
 def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -5,19 +5,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+import numpy as np
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 
-from capa_export.conversation import Message, Messages, files_of, turns_from
+from capa_export.conversation import Messages, files_of, turns_from
 from capa_export.errors import CapaError
 from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
 from capa_export.recipe import Recipe
 from capa_export.settings import Settings, first_problem
 from capa_export.testbed.scenes import samples
 
-__all__ = ["Sample", "Samples", "samples_from"]
+__all__ = ["Conversation", "Sample", "Samples", "samples_from"]
 
 _SEED = 2602
 
@@ -42,8 +43,12 @@ class Sample:
         return " ".join(part for part in self.turns[-1].content if isinstance(part, str))
 
 
-class _Line(Settings):
+class Conversation(Settings):
+    """A line of a .jsonl file."""
+
     messages: Messages
+    answer: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
+    """Empty where nobody knows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,77 +62,99 @@ class Samples:
     files: tuple[Path, ...] = ()
     question: str = ""
     split: Literal["train", "held_out"] = "train"
-    conversations: tuple[Sequence[Message], ...] = ()
+    conversations: tuple[Conversation, ...] = ()
     """In place of files and a question."""
     folder: Path = Path()
     """What the paths in conversations are relative to."""
+    seed: int | None = None
+    """Of the scenes drawn, or of the order that files and conversations are in; None for the usual ones."""
 
     def __iter__(self) -> Iterator[Sample]:
-        if self.has_answers:
-            drawn = samples(self.count, seed=_SEED, split=self.split)
-            return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
         if self.conversations:
             chosen = islice(cycle(self.conversations), self.count)
-            return (Sample(turns_from(messages, self.folder)) for messages in chosen)
-        files = islice(cycle(self.files), self.count)
-        return (Sample([Turn("user", [open_picture(path), self.question])]) for path in files)
+            return (Sample(turns_from(line.messages, self.folder), line.answer) for line in chosen)
+        if self.files:
+            files = islice(cycle(self.files), self.count)
+            return (Sample([Turn("user", [open_picture(path), self.question])]) for path in files)
+        drawn = samples(self.count, seed=_SEED if self.seed is None else self.seed, split=self.split)
+        return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
 
     def digest(self) -> str:
-        """Changes when the pictures, the questions or their number do."""
+        """Changes when the pictures, the questions, the answers, their order or their number do."""
         digest = hashlib.sha256(f"{self.count} {self.has_answers} {self.split} {self.question}".encode())
+        if self.seed is not None:
+            digest.update(f" seed {self.seed}".encode())
         files = list(self.files[: self.count])
-        for messages in self.conversations[: self.count]:
-            digest.update("".join(message.model_dump_json() for message in messages).encode())
-            files += files_of(messages, self.folder)
+        for line in self.conversations[: self.count]:
+            digest.update("".join(message.model_dump_json() for message in line.messages).encode())
+            if line.answer:
+                digest.update(f" answer {line.answer!r}".encode())
+            files += files_of(line.messages, self.folder)
         for path in files:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
 
 def samples_from(
-    images: Path | None, recipe: Recipe, count: int, *, split: Literal["train", "held_out"], repeat: bool = False
+    images: Path | None,
+    recipe: Recipe,
+    count: int,
+    *,
+    split: Literal["train", "held_out"],
+    repeat: bool = False,
+    seed: int | None = None,
 ) -> Samples:
     """The pictures of a folder with the recipe's question, conversations, or built-in scenes where the recipe has them.
 
     Args:
-        images: the user's folder, searched with its subfolders, or a .jsonl file with `{"messages": [...]}` per line.
+        images: the user's folder, searched with its subfolders, or a .jsonl file with `{"messages": [...]}` per line,
+            which may hold the `"answer"` too.
         recipe: says whether scenes stand in for a missing folder.
         count: how many samples at most.
         split: the stream of scenes, disjoint from the other one.
         repeat: go round the samples again to reach `count`.
+        seed: draws other scenes of the split; shuffles a folder or file before it is split, so that the two splits
+            are disjoint where both are made with the same one.
 
     Raises:
-        CapaError: no folder where one is needed, no picture in it, or a line that is no conversation with a picture.
+        CapaError: no folder where one is needed, no picture in it, a line that is no conversation with a picture, or
+            one without an answer where others have one.
     """
     if images is None:
         if not recipe.scenes:
             raise CapaError(f"{recipe.name}: no pictures; pass --images FOLDER with a few hundred typical ones")
-        return Samples(count=count, name="built-in scenes", has_answers=True, split=split)
+        return Samples(count=count, name="built-in scenes", has_answers=True, split=split, seed=seed)
     if images.suffix == ".jsonl":
-        conversations = _split(_conversations(images), recipe, split)
+        conversations = _split(_shuffled(_conversations(images), seed), recipe, split)
         return Samples(
             count=count if repeat else min(count, len(conversations)),
             name=f"{min(count, len(conversations))} conversations of {images}",
-            has_answers=False,
+            has_answers=bool(conversations[0].answer),
             conversations=conversations,
             folder=images.parent,
+            seed=seed,
         )
     if not images.is_dir():
         raise CapaError(f"{images}: no such folder of pictures")
     files = tuple(sorted(path for path in images.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES))
     if not files:
         raise CapaError(f"{images}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    files = _split(files, recipe, split)
+    files = _split(_shuffled(files, seed), recipe, split)
     return Samples(
         count=count if repeat else min(count, len(files)),
         name=f"{min(count, len(files))} pictures of {images}",
         has_answers=False,
         files=files,
         question=recipe.calibration.prompt,
+        seed=seed,
     )
 
 
 T = TypeVar("T")
+
+
+def _shuffled(items: tuple[T, ...], seed: int | None) -> tuple[T, ...]:
+    return items if seed is None else tuple(items[i] for i in np.random.default_rng(seed).permutation(len(items)))
 
 
 def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_out"]) -> tuple[T, ...]:
@@ -137,27 +164,31 @@ def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_o
     return items[recipe.parity.prompts :] if split == "train" else items[: recipe.parity.prompts]
 
 
-def _conversations(path: Path) -> tuple[Sequence[Message], ...]:
+def _conversations(path: Path) -> tuple[Conversation, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such file of conversations") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CapaError(f"{path}: is no text file: {error}") from error
-    result: list[Sequence[Message]] = []
+    result: list[Conversation] = []
+    unanswered = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            messages = _Line.model_validate_json(line).messages
+            conversation = Conversation.model_validate_json(line)
         except ValidationError as error:
-            raise CapaError(f"{path}: line {number}: {first_problem(error, _Line)}") from error
-        files = files_of(messages, path.parent)
+            raise CapaError(f"{path}: line {number}: {first_problem(error, Conversation)}") from error
+        files = files_of(conversation.messages, path.parent)
         if not files:
             raise CapaError(f"{path}: line {number}: shows no picture; visual tokens are what is measured")
         if missing := [file for file in files if not file.is_file()]:
             raise CapaError(f"{path}: line {number}: {missing[0]}: no such picture")
-        result.append(messages)
+        result.append(conversation)
+        unanswered = unanswered or (0 if conversation.answer else number)
+    if unanswered and any(conversation.answer for conversation in result):
+        raise CapaError(f"{path}: line {unanswered}: has no answer, others have; give all of them one, or none")
     if not result:
         raise CapaError(f"{path}: holds no conversation; write one per line, as {{'messages': [...]}}")
     return tuple(result)

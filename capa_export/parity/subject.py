@@ -32,6 +32,8 @@ class Subject:
     fp32_onnx: Path
     """The same graphs in FP32, with `DENSE` beside them."""
     eos_token_ids: Sequence[int]
+    fp32_layers: Sequence[str] = ()
+    """Parts that are computed in FP32 whatever the precision."""
 
     def num_keep(self, prompt: Prompt) -> list[int]:
         """Visual tokens kept after each stage."""

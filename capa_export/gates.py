@@ -1,0 +1,41 @@
+"""Gates of the user's own, in place of the recipe's: `--gate FILE`."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.recipe import Bound, Gate, Parity
+from capa_export.settings import Settings, first_problem, read_toml
+
+__all__ = ["with_gates"]
+
+
+class _Gates(Settings):
+    """A table per precision, each with the bounds that are other than the recipe's."""
+
+    fp32: dict[str, Bound | bool] = Field(default_factory=dict)
+    fp16: dict[str, Bound | bool] = Field(default_factory=dict)
+    bf16: dict[str, Bound | bool] = Field(default_factory=dict)
+    compare: dict[str, Any] = Field(default_factory=dict)
+    """Of `capa-export compare`, which reads the same file."""
+
+
+def with_gates(parity: Parity, path: Path | None) -> Parity:
+    """The recipe's gates with those of a file in their place.
+
+    Raises:
+        CapaError: the file is missing or malformed, or names a bound that there is not.
+    """
+    if path is None:
+        return parity
+    given = read_toml(path, _Gates)
+    changed: dict[str, Gate] = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        gate: Gate = getattr(parity, precision)
+        try:
+            changed[precision] = Gate.model_validate({**dict(gate), **getattr(given, precision)})
+        except ValidationError as error:
+            raise CapaError(f"{path}: {precision}: {first_problem(error, Gate)}", ExitCode.USAGE) from error
+    return parity.model_copy(update=changed)

@@ -1,0 +1,128 @@
+"""How the figures of parity are written: the same words in the report, in a comment and on the terminal."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from capa_export.parity.schema import Check, Difference, ExportError, Kept, Rate, Selection
+
+__all__ = [
+    "METHODS",
+    "Shown",
+    "by_stage",
+    "check_of",
+    "decimals",
+    "difference",
+    "error",
+    "percent",
+    "rate",
+    "shown",
+    "smallest_overlap",
+    "worst_error",
+]
+
+METHODS = {"dense": "dense", "capa": "CAPA", "random": "random, same k"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One check in words."""
+
+    name: str
+    value: str
+    bound: str
+    """Empty where nothing is asked."""
+    healthy: str
+    """Empty where nobody measured it."""
+    failed: bool
+
+
+def shown(check: Check) -> Shown:
+    """A check in words. Cosines are shown as their distance from 1, which keeps the digits that matter."""
+    from_one = check.name.endswith("cosine")
+
+    def figure(value: float | None) -> str:
+        if value is not None and from_one:
+            value = 1 - value
+        if check.of is not None and value is not None:
+            return f"{value:g} of {check.of}"
+        match check.name:
+            case "kept-set IoU":
+                return decimals(value)
+            case "furthest flip":
+                return percent(value, digits=2)
+            case _:
+                return error(value)
+
+    return Shown(
+        name=f"1 - {check.name}" if from_one else check.name,
+        value=figure(check.value),
+        bound=_bound(check, from_one=from_one),
+        healthy="" if check.healthy is None else figure(check.healthy),
+        failed=bool(check.failure),
+    )
+
+
+def check_of(checks: Iterable[Check], name: str) -> Check | None:
+    """The check called so."""
+    return next((check for check in checks if check.name == name), None)
+
+
+def by_stage(selection: Selection) -> list[tuple[Kept, list[Check]]]:
+    """Each stage of the schedule with its own checks: of checks with one name, the first is the first stage's."""
+    named: dict[str, list[Check]] = {}
+    for check in selection.checks:
+        named.setdefault(check.name, []).append(check)
+    return [
+        (stage, [found[index] for found in named.values() if index < len(found)])
+        for index, stage in enumerate(selection.stages)
+    ]
+
+
+def worst_error(rows: Iterable[ExportError]) -> tuple[str, str] | None:
+    """The largest relative error of logits, and the artefact that shows it."""
+    found = [(check, row.artefact) for row in rows if (check := check_of(row.checks, "relative error"))]
+    if not found:
+        return None
+    check, artefact = max(found, key=lambda pair: float("inf") if pair[0].value is None else pair[0].value)
+    return error(check.value), artefact
+
+
+def smallest_overlap(stages: Iterable[Kept]) -> str:
+    """The smallest kept-set IoU of any prompt at any stage."""
+    found = [stage.iou_min for stage in stages]
+    return decimals(None if None in found else min((value for value in found if value is not None), default=None))
+
+
+def error(value: float | None) -> str:
+    """Of any magnitude, to two digits."""
+    if value is None:
+        return "not finite"
+    return f"{value:.1e}" if 0 < value < 0.1 else f"{value:.3g}"
+
+
+def decimals(value: float | None) -> str:
+    """Of the magnitude of 1, to four decimals."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def percent(share: float | None, *, digits: int = 1) -> str:
+    return "not finite" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def rate(found: Rate) -> tuple[str, str]:
+    """A share, and its interval."""
+    return percent(found.value), f"{100 * found.low:.1f} to {100 * found.high:.1f}"
+
+
+def difference(found: Difference, *, scale: float = 1.0, digits: int = 4) -> tuple[str, str]:
+    """A difference with its sign, and its interval."""
+    value, low, high = (f"{scale * number:+.{digits}f}" for number in (found.value, found.low, found.high))
+    return value, f"{low} to {high}"
+
+
+def _bound(check: Check, *, from_one: bool) -> str:
+    if check.at_most is not None:
+        return f"\u2264 {check.at_most:.3g}"
+    if check.at_least is None:
+        return ""
+    return f"\u2264 {1 - check.at_least:.3g}" if from_one else f"\u2265 {check.at_least:.4g}"

@@ -1,0 +1,99 @@
+"""The eager model in half precision, with parts of it in FP32: what the precision alone does to it.
+
+Shares no code with the graphs' islands.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capa_export.islands import Unit, parse_unit
+
+__all__ = ["HALF", "lowered"]
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.(\d+)")
+_ATTENTION = ("self_attn", "attn", "attention")
+
+
+def lowered(model: Any, dtype: torch.dtype, fp32_layers: Sequence[str] = ()) -> Any:
+    """A copy with weights in `dtype`; buffers, the rotary frequencies, stay in FP32 as they do when it is loaded so.
+
+    Args:
+        model: in FP32.
+        dtype: half precision.
+        fp32_layers: parts whose weights stay in FP32, and that compute in it.
+    """
+    copy = deepcopy(model)
+    units = [parse_unit(word) for word in fp32_layers]
+    wide: list[nn.Module] = []
+    for tower in (False, True):
+        if mine := [unit for unit in units if unit.tower == tower]:
+            wide += _put_in_fp32(copy, mine, dtype, tower=tower)
+    kept = {parameter for module in wide for parameter in module.parameters()}
+    for parameter in copy.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.to(dtype)
+    return copy
+
+
+def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower: bool) -> Iterator[nn.Module]:
+    """The modules of the decoder, or of the tower, that are to keep their weights; hooks cast between them and others.
+
+    What is added to a stream in FP32 is added in FP32, so that a block's output is cast and its branches' need not be.
+    The decoder's layers are run by hand, and cast there.
+    """
+    residual = any(unit.index is None for unit in units)
+    blocks: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if name.startswith("lm_head") or ("language_model" in name) == tower:
+            continue
+        if _BLOCK.fullmatch(name):
+            branches = _branches(module)
+            of_block = [unit for unit in units if unit.index == len(blocks)]
+            for branch, parts in branches.items():
+                if any(unit.branch in (None, branch) for unit in of_block):
+                    yield from parts
+                elif residual:
+                    yield parts[0]
+                for part in parts:
+                    part.register_forward_pre_hook(_take, with_kwargs=True)
+            if any(unit.branch is None for unit in of_block):
+                yield module
+            if tower:
+                stream = torch.float32 if residual else dtype
+                module.register_forward_pre_hook(lambda _, given, to=stream: (given[0].to(to), *given[1:]))
+                module.register_forward_hook(lambda _, __, output, to=stream: _cast(output, to))
+            blocks.append(module)
+        elif residual and blocks and not _BLOCK.match(name) and dict(module.named_parameters(recurse=False)):
+            # Behind the blocks: whatever is given the stream computes in FP32, and what comes after it does not.
+            yield module
+            module.register_forward_pre_hook(lambda module, given: module.to(given[0].dtype) and None)
+            module.register_forward_hook(lambda _, __, output: output.to(dtype))
+    if residual and not tower:
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+
+
+def _branches(block: nn.Module) -> dict[str, list[nn.Module]]:
+    """Attention and FFN, each with the norm before it in front."""
+    children = dict(block.named_children())
+    first, second = (child for name, child in children.items() if "norm" in name)
+    attention = next(children[name] for name in _ATTENTION if name in children)
+    return {"attention": [first, attention], "mlp": [second, children["mlp"]]}
+
+
+def _take(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    """A module's inputs in the dtype of its weights."""
+    to = next(module.parameters()).dtype
+    return _cast(given, to), {name: _cast(value, to) for name, value in named.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cast(entry, dtype) for entry in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,224 @@
+"""What the method itself does to the answers, in eager FP32: dense, CAPA, and random pruning at the same k.
+
+V = vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from statistics import fmean
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill
+from capa_export.parity.figures import percent
+from capa_export.parity.report import Example, KeptMap
+from capa_export.parity.schema import Method, MethodError
+from capa_export.parity.statistics import paired_bootstrap, wilson
+from capa_export.parity.subject import Subject
+from capa_export.progress import Report, tracked
+from capa_export.prompt import Prompt
+from capa_export.samples import Sample, Samples
+
+__all__ = ["method_effect"]
+
+_Name = Literal["dense", "capa", "random"]
+
+_NUM_EXAMPLES = 4
+_FEWEST = 6
+"""Questions below which no paired test reaches 95 %, even where all of them agree: 2 * 0.5**5 is above 0.05."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    tokens: list[int]
+    """Without the one that ends the answer."""
+    text: str
+    prefill: Prefill
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is remembered of one method's answer to one question: a few numbers, so that questions cost no memory."""
+
+    right: bool
+    top1: bool
+    top5: float
+    kl: float
+    """Against dense, as all but `right`."""
+    diverges_at: int | None
+
+
+def method_effect(
+    subject: Subject, eager: Eager, questions: Samples, seed: int, steps: int, report: Report
+) -> tuple[MethodError, list[Example]]:
+    """Ask every question of each method; returns the figures, and the first few answers with their kept tokens.
+
+    Args:
+        subject: the model and its pruning.
+        eager: the same model in FP32.
+        questions: with answers, or without.
+        seed: of random pruning and of the intervals.
+        steps: tokens of an answer at most.
+        report: progress.
+    """
+    outcomes: dict[_Name, list[_Outcome]] = {name: [] for name in get_args(_Name)}
+    examples: list[Example] = []
+    removed = False
+    for index, sample in enumerate(tracked(questions, "validate: method", questions.count, report)):
+        prompt = subject.prompter.chat(sample.turns)
+        answers = _answers(subject, eager, prompt, _random_seed(seed, index), steps)
+        for name, answer in answers.items():
+            outcomes[name].append(_outcome(answer, answers["dense"], sample))
+        removed = removed or min(subject.num_keep(prompt)) < prompt.num_visual
+        if len(examples) < _NUM_EXAMPLES:
+            texts = {name: answer.text for name, answer in answers.items()}
+            kept = _kept_maps(prompt, answers["capa"].prefill)
+            examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
+    return _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed), examples
+
+
+def _random_seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+@torch.inference_mode()
+def _answers(subject: Subject, eager: Eager, prompt: Prompt, random_seed: int, steps: int) -> dict[_Name, _Answer]:
+    """Of each method, greedy."""
+    capa = subject.plan(prompt)
+    plans: dict[_Name, EagerPlan] = {
+        "dense": EagerPlan(),
+        "capa": capa,
+        "random": replace(capa, random_seed=random_seed),
+    }
+    inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
+    return {name: _answer(subject, eager, prompt, inputs, plan, steps) for name, plan in plans.items()}
+
+
+def _answer(
+    subject: Subject, eager: Eager, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int
+) -> _Answer:
+    is_visual = torch.from_numpy(prompt.is_visual)
+    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
+    tokens: list[int] = []
+    logits = run.logits
+    while (token := int(logits.argmax())) not in subject.eos_token_ids:
+        tokens.append(token)
+        if len(tokens) == steps:
+            break
+        logits = eager.step(run, token, run.next_position + len(tokens) - 1)
+    return _Answer(tokens, subject.prompter.decode(tokens).strip(), run)
+
+
+def _outcome(answer: _Answer, dense: _Answer, sample: Sample) -> _Outcome:
+    wanted_V, logits_V = dense.prefill.logits, answer.prefill.logits
+    wanted, likeliest = (set(logits.topk(5).indices.tolist()) for logits in (wanted_V, logits_V))
+    pairs = enumerate(zip_longest(answer.tokens, dense.tokens))
+    return _Outcome(
+        right=answer.text == sample.answer,
+        top1=bool(logits_V.argmax() == wanted_V.argmax()),
+        top5=len(wanted & likeliest) / len(wanted),
+        kl=_kl(wanted_V, logits_V),
+        diverges_at=next((at for at, (token, other) in pairs if token != other), None),
+    )
+
+
+def _kl(dense_V: torch.Tensor, other_V: torch.Tensor) -> float:
+    """KL(dense || other) of the next-token distributions, in nats."""
+    p, q = (logits.double().log_softmax(-1) for logits in (dense_V, other_V))
+    return float((p.exp() * (p - q)).sum())
+
+
+def _kept_maps(prompt: Prompt, run: Prefill) -> tuple[KeptMap, ...]:
+    """Where the kept tokens lie on the picture; nothing where the visual tokens make no single grid."""
+    grid = prompt.pictures[0].grid if len(prompt.pictures) == 1 else None
+    if grid is None:
+        return ()
+    order = np.cumsum(prompt.is_visual) - 1
+    return tuple(
+        KeptMap(layer, *grid, tuple(int(order[row]) for row in kept.tolist() if prompt.is_visual[row]))
+        for layer, kept in run.kept.items()
+    )
+
+
+def _method_error(
+    outcomes: Mapping[_Name, Sequence[_Outcome]], *, answered: bool, removed: bool, seed: int
+) -> MethodError:
+    count = len(outcomes["dense"])
+    if not count:
+        return MethodError(questions=0, words=("No question was asked: the method's error was not measured.",))
+    capa, random = outcomes["capa"], outcomes["random"]
+    capa_kl, random_kl = [outcome.kl for outcome in capa], [outcome.kl for outcome in random]
+    kl_gain = paired_bootstrap(random_kl, capa_kl, seed) if np.isfinite([capa_kl, random_kl]).all() else None
+    capa_right, random_right = [outcome.right for outcome in capa], [outcome.right for outcome in random]
+    comparable = removed and count >= _FEWEST
+    found = MethodError(
+        questions=count,
+        methods=tuple(_method(name, of_name, answered=answered) for name, of_name in outcomes.items()),
+        kl_gain=kl_gain,
+        accuracy_gain=paired_bootstrap(capa_right, random_right, seed) if answered else None,
+        beats_random=(kl_gain is not None and kl_gain.low > 0) if comparable else None,
+    )
+    return found.model_copy(update={"words": tuple(_words(found, removed=removed))})
+
+
+def _method(name: _Name, found: Sequence[_Outcome], *, answered: bool) -> Method:
+    accuracy = wilson([outcome.right for outcome in found]) if answered else None
+    if name == "dense":
+        return Method(name=name, accuracy=accuracy)
+    diverged = [outcome.diverges_at for outcome in found if outcome.diverges_at is not None]
+    return Method(
+        name=name,
+        accuracy=accuracy,
+        top1=wilson([outcome.top1 for outcome in found]),
+        top5=fmean(outcome.top5 for outcome in found),
+        kl=fmean(outcome.kl for outcome in found),
+        same_answer=wilson([outcome.diverges_at is None for outcome in found]),
+        diverges_at=fmean(diverged) if diverged else None,
+    )
+
+
+def _words(found: MethodError, *, removed: bool) -> Iterator[str]:
+    """What the figures say, of CAPA against dense and against random pruning."""
+    dense, capa, random = found.methods
+    assert capa.same_answer is not None and random.same_answer is not None
+    same, by_chance = percent(capa.same_answer.value), percent(random.same_answer.value)
+    yield f"CAPA gives dense's answer to {same} of {found.questions} questions, random pruning to {by_chance}."
+    if not removed:
+        yield "No visual token was removed, so CAPA and random pruning do the same: neither can beat the other."
+    elif found.beats_random is None:
+        yield (
+            f"{found.questions} questions are too few to say whether CAPA beats random pruning at the same k: "
+            f"ask {_FEWEST} or more."
+        )
+    elif found.kl_gain is None:
+        yield "CAPA does not beat random pruning at the same k: the KL from dense is not finite."
+    else:
+        verdict = "CAPA beats" if found.beats_random else "CAPA does not beat"
+        above = "" if found.beats_random else ", which is not above 0"
+        yield (
+            f"{verdict} random pruning at the same k: KL from dense {capa.kl:.3g} against {random.kl:.3g} nats, "
+            f"a gain of {found.kl_gain.low:.3g} to {found.kl_gain.high:.3g}{above}."
+        )
+    if dense.accuracy is None:
+        yield "The answers are not known, so there is no accuracy."
+    elif not dense.accuracy.value:
+        yield "The dense model answers nothing right, so accuracy says nothing about pruning here."
+    elif found.beats_random is not None:
+        yield _words_of_accuracy(found)
+
+
+def _words_of_accuracy(found: MethodError) -> str:
+    _, capa, random = found.methods
+    assert found.accuracy_gain is not None and capa.accuracy is not None and random.accuracy is not None
+    gain = found.accuracy_gain
+    if gain.low > 0:
+        verdict = "CAPA is right more often than random pruning"
+    elif gain.high < 0:
+        verdict = "CAPA is right less often than random pruning"
+    else:
+        verdict = "Accuracy does not tell CAPA from random pruning"
+    shares = f"{percent(capa.accuracy.value)} against {percent(random.accuracy.value)}"
+    return f"{verdict}: {shares}, a difference of {100 * gain.low:+.1f} to {100 * gain.high:+.1f} points."

@@ -1,0 +1,125 @@
+"""Looks inside a bundle's graphs as ONNX Runtime runs them: intermediate values, and kept positions of one's choice."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from capa_export.parity.record import Record
+from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
+from capa_export.prompt import Prompt
+from capa_export.runtime import OnnxModel
+
+__all__ = ["ProbedModel", "forced", "layer_outputs", "tapped"]
+
+_FORCED = "forced_rows"
+_NORM = "{}/input_layernorm/RMSNormalization"
+_LAST_NORM = "model/norm/RMSNormalization"
+
+
+def tapped(model: ir.Model, names: Sequence[str]) -> None:
+    """Make values of these names outputs of the graph, as they are; those that are outputs already stay."""
+    outputs = {value.name for value in model.graph.outputs}
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(values[name] for name in dict.fromkeys(names) if name not in outputs)
+
+
+def layer_outputs(model: ir.Model) -> list[str]:
+    """Names of the hidden states that leave each decoder layer, prefill's [T_l, D] or decode's [B * S, D]."""
+    nodes = {node.name: node for node in model.graph}
+    entering: list[ir.Value] = []
+    while (norm := nodes.get(_NORM.format(f"model/layers.{len(entering)}"))) is not None:
+        entering.append(_input(norm))
+    last = _input(nodes[_LAST_NORM])
+    while (node := last.producer()) is not None and node.op_type in {"Slice", "Reshape"}:
+        last = _input(node)
+    return [str(value.name) for value in (*entering[1:], last)]
+
+
+def _input(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def forced(model: ir.Model) -> list[str]:
+    """Make the rows that each stage keeps an input, `forced_rows.<stage>` [K] int64, of prefill.
+
+    Returns:
+        Names of the values that hold what each stage would have kept by itself, of the tokens that enter it; they are
+        outputs now.
+    """
+    chosen: list[str] = []
+    for stage, node in enumerate([node for node in model.graph if node.op_type == "TopKKeep"]):
+        own = node.outputs[0]
+        given = ir.val(f"{_FORCED}.{stage}", ir.DataType.INT64, [f"forced_{stage}"])
+        model.graph.inputs.append(given)
+        for user, index in tuple(own.uses()):
+            user.replace_input_with(index, given)
+        chosen.append(str(own.name))
+    tapped(model, chosen)
+    return chosen
+
+
+class ProbedModel(OnnxModel):
+    """The graphs of an `onnx/` folder, their layers' outputs to be seen, on kept positions that are given."""
+
+    def __init__(self, folder: Path, *, threads: int = 0) -> None:
+        super().__init__(folder, threads=threads)
+        self._layers: dict[str, list[str]] = {}
+        self._chosen: list[str] = []
+        self._rows: dict[str, np.ndarray] = {}
+        self._seen: dict[str, Any] = {}
+
+    def _changes(self, file: str) -> Sequence[Callable[[onnx.ModelProto], onnx.ModelProto]]:
+        return [partial(self._opened_up, file)] if file.startswith("llm/") else []
+
+    def _opened_up(self, file: str, proto: onnx.ModelProto) -> onnx.ModelProto:
+        model = ir.from_proto(proto)
+        self._layers[file] = layer_outputs(model)
+        tapped(model, self._layers[file])
+        if file.endswith(self.prefill_file):
+            self._chosen = forced(model)
+        return ir.to_proto(model)
+
+    def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        self._seen = super()._fill(prompt, {**feed, **self._rows})
+        return self._seen
+
+    def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        self._seen = super()._append(feed)
+        return self._seen
+
+    def replay(self, record: Record, kept: Sequence[np.ndarray] | None = None) -> tuple[Trace, list[np.ndarray]]:
+        """Run a record's prompt, fed its tokens.
+
+        Args:
+            record: what to run.
+            kept: prompt positions to keep after each stage; the oracle's where it is not given.
+
+        Returns:
+            The trace, and the prompt positions that each stage would have kept of the tokens that entered it.
+        """
+        prompt, kept = record.prompt, list(record.oracle.kept if kept is None else kept)
+        self._rows = {f"{_FORCED}.{stage}": rows for stage, rows in enumerate(rows_of_positions(kept))}
+        embeds = self.embed(prompt)
+        run = self.prefill(prompt, [len(own) - len(prompt.text_positions) for own in kept], embeds)
+        entering = [np.arange(len(prompt.input_ids)), *kept]
+        chosen = [before[self._seen[name]] for before, name in zip(entering, self._chosen, strict=False)]
+        positions = {len(own): own for own in entering}
+        prefill, decode = (self._layers[f"llm/{file}"] for file in (self.prefill_file, "decode.onnx"))
+        states = HiddenStates(record.rows, len(prefill))
+        for name in prefill:
+            states.add_prefill(self._seen[name], positions[len(self._seen[name])])
+        logits, cache = [run.logits], run.cache
+        for step, token in enumerate(record.tokens):
+            output, cache = self.step(cache, token, prompt.next_position + step)
+            logits.append(output)
+            for layer, name in enumerate(decode):
+                states.add_step(layer, self._seen[name][0])
+        features = embeds["inputs_embeds"][0, prompt.is_visual].astype(np.float32) if prompt.pictures else None
+        return Trace(np.stack(logits), kept, hidden=states.stacked(), features=features), chosen

@@ -1,0 +1,304 @@
+"""What the oracle, the eager model, makes of prompts: on disk, one prompt a file, so that samples cost no memory.
+
+The first few are the golden samples of a bundle, with which it is validated where there is no checkpoint.
+
+S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from capa_export.eager import Eager, EagerInputs, EagerPlan
+from capa_export.errors import CapaError
+from capa_export.parity.half import HALF, lowered
+from capa_export.parity.subject import Subject
+from capa_export.parity.trace import HiddenStates, Trace, sampled_rows
+from capa_export.progress import Report, silent, tracked
+from capa_export.prompt import Picture, Prompt
+from capa_export.samples import Samples
+
+__all__ = ["Noise", "Record", "Records", "eager_trace", "forced_plan", "relative_errors", "write_records"]
+
+_ABOUT = "records.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a precision alone does to the eager model, kept sets forced; worst over the prompts, 0 for FP32.
+
+    Measured without any exported graph: a wrong graph cannot excuse itself.
+    """
+
+    logits: float = 0.0
+    """Largest difference of a logit; not a number where the eager model overflows."""
+    hidden: tuple[float, ...] = ()
+    """Relative error of the hidden states that leave each layer."""
+    scores: tuple[float, ...] = ()
+    """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt, and what the eager model makes of it with CAPA."""
+
+    prompt: Prompt
+    tokens: list[int]
+    """Fed after the prompt [S - 1]: the known answer, then what the eager model says."""
+    rows: np.ndarray
+    """[R] prompt positions whose hidden states were seen."""
+    oracle: Trace
+    """In FP32."""
+    half: Trace | None
+    """In the bundle's precision, with the oracle's kept sets; None for FP32."""
+
+
+def eager_trace(
+    subject: Subject,
+    eager: Eager,
+    prompt: Prompt,
+    plan: EagerPlan,
+    steps: int,
+    tokens: Sequence[int] = (),
+    rows: np.ndarray | None = None,
+) -> tuple[Trace, list[int]]:
+    """Run the eager model; returns the trace, and the S - 1 tokens it was fed.
+
+    Args:
+        subject: names the family.
+        eager: in whatever precision.
+        prompt: to run.
+        plan: of the pruning.
+        steps: S.
+        tokens: to feed first; greedy from there on.
+        rows: prompt positions whose hidden states to see, with the vision tower's output.
+    """
+    inputs = EagerInputs.of(subject.family.eager_inputs(eager.model, prompt))
+    is_visual = torch.from_numpy(prompt.is_visual)
+    states = None if rows is None else HiddenStates(rows, len(eager.text.layers))
+
+    def watch(_layer: int, hidden_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        if states is not None:
+            states.add_prefill(hidden_TD.float().numpy(), positions_T.numpy())
+
+    def watch_step(layer: int, hidden_1D: torch.Tensor, _positions: torch.Tensor) -> None:
+        if states is not None:
+            states.add_step(layer, hidden_1D[0].float().numpy())
+
+    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack, watch)
+    logits, fed = [run.logits.numpy()], list(tokens[: steps - 1])
+    for step in range(steps - 1):
+        if step == len(fed):
+            fed.append(int(logits[-1].argmax()))
+        logits.append(eager.step(run, fed[step], run.next_position + step, watch_step).numpy())
+    trace = Trace(
+        np.stack(logits),
+        [run.kept[layer].numpy() for layer in plan.keep],
+        [run.scores[layer].numpy() for layer in plan.keep],
+        None if states is None else states.stacked(),
+        None if states is None or not prompt.pictures else inputs.embeds[0, is_visual].detach().float().numpy(),
+    )
+    return trace, fed
+
+
+def forced_plan(subject: Subject, prompt: Prompt, kept: Sequence[np.ndarray]) -> EagerPlan:
+    """The bundle's plan with the kept positions given."""
+    plan = subject.plan(prompt)
+    return replace(plan, forced={layer: torch.from_numpy(rows) for layer, rows in zip(plan.keep, kept, strict=True)})
+
+
+def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, report: Report = silent) -> "Records":
+    """Run the eager model in FP32 and in the bundle's precision over the samples.
+
+    Args:
+        folder: an empty one, to write into.
+        subject: the eager model and its plan.
+        samples: what to run.
+        steps: S, logits compared per prompt.
+        report: progress.
+    """
+    eager = Eager(subject.model)
+    dtype = HALF.get(subject.precision)
+    half = None if dtype is None else Eager(lowered(subject.model, dtype, subject.fp32_layers))
+    meter = _NoiseMeter()
+    for index, sample in enumerate(tracked(samples, "validate: eager", samples.count, report)):
+        prompt = subject.prompter.chat(sample.turns)
+        plan = subject.plan(prompt)
+        rows = sampled_rows(len(prompt.input_ids))
+        answer = subject.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
+        oracle, tokens = eager_trace(subject, eager, prompt, plan, steps, answer, rows)
+        same = None
+        if half is not None and dtype is not None:
+            forced = forced_plan(subject, prompt, oracle.kept)
+            forced = replace(forced, scales={layer: alpha.to(dtype) for layer, alpha in plan.scales.items()})
+            same, _ = eager_trace(subject, half, prompt, forced, steps, tokens, rows)
+            meter.add(prompt, oracle, same)
+        _save(folder / _file(index), Record(prompt, tokens, rows, oracle, same))
+    about = {
+        "version": _VERSION,
+        "count": samples.count,
+        "samples": samples.name,
+        "precision": subject.precision,
+        "steps": steps,
+        "noise": asdict(meter.noise()),
+    }
+    (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return Records(folder)
+
+
+class Records:
+    """The records of a folder, read one at a time.
+
+    Raises:
+        CapaError: the folder holds none, or damaged ones.
+    """
+
+    def __init__(self, folder: Path, count: int | None = None) -> None:
+        self.folder = folder
+        path = folder / _ABOUT
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            if about["version"] != _VERSION:
+                raise CapaError(
+                    f"{path}: version {about['version']}, this capa-export reads {_VERSION}; store them again"
+                )
+            noise = about["noise"]
+            self.noise = Noise(noise["logits"], tuple(noise["hidden"]), tuple(noise["scores"]))
+            self.precision: str = about["precision"]
+            self.steps: int = about["steps"]
+            self.samples: str = about["samples"]
+            self._count: int = about["count"] if count is None else min(count, about["count"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CapaError(f"{path}: no golden samples ({error}); store them again") from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Record]:
+        return (_load(self.folder / _file(index)) for index in range(self._count))
+
+    def files(self) -> list[Path]:
+        """All that a copy of the first `len` records takes."""
+        return [self.folder / _ABOUT, *(self.folder / _file(index) for index in range(self._count))]
+
+
+def _file(index: int) -> str:
+    return f"{index:04}.safetensors"
+
+
+_TRACES = ("oracle", "half")
+
+
+def _save(path: Path, record: Record) -> None:
+    prompt = record.prompt
+    tensors = {
+        "input_ids": prompt.input_ids,
+        "is_visual": prompt.is_visual,
+        "position_ids": prompt.position_ids,
+        "rows": record.rows,
+        **{f"patches.{index}": picture.patches for index, picture in enumerate(prompt.pictures)},
+    }
+    for name in _TRACES:
+        trace: Trace | None = getattr(record, name)
+        if trace is None:
+            continue
+        tensors |= {f"{name}.logits": trace.logits, f"{name}.hidden": trace.hidden, f"{name}.features": trace.features}
+        tensors |= {f"{name}.kept.{stage}": rows for stage, rows in enumerate(trace.kept)}
+        tensors |= {f"{name}.scores.{stage}": scores for stage, scores in enumerate(trace.scores)}
+    about = {
+        "next_position": prompt.next_position,
+        "tokens": record.tokens,
+        "pictures": [
+            {
+                "num_tokens": picture.num_tokens,
+                "grid": picture.grid,
+                "frame_seconds": picture.frame_seconds,
+                "frame_positions": picture.frame_positions,
+            }
+            for picture in prompt.pictures
+        ],
+    }
+    given = {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
+    save_file(given, path, metadata={"capa_record": json.dumps(about)})
+
+
+def _load(path: Path) -> Record:
+    try:
+        with safe_open(path, framework="np") as file:
+            about = json.loads((file.metadata() or {})["capa_record"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping.
+        pictures = tuple(
+            Picture(
+                tensors[f"patches.{index}"],
+                facts["num_tokens"],
+                None if facts["grid"] is None else (facts["grid"][0], facts["grid"][1]),
+                facts["frame_seconds"],
+                facts["frame_positions"],
+            )
+            for index, facts in enumerate(about["pictures"])
+        )
+        prompt = Prompt(
+            tensors["input_ids"], tensors["is_visual"], pictures, tensors["position_ids"], about["next_position"]
+        )
+        oracle, half = (_trace(tensors, name) for name in _TRACES)
+        assert oracle is not None
+        return Record(prompt, about["tokens"], tensors["rows"], oracle, half)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CapaError(f"{path}: damaged golden sample ({error}); store them again") from error
+
+
+def _trace(tensors: dict[str, Any], name: str) -> Trace | None:
+    if f"{name}.logits" not in tensors:
+        return None
+    stages = sum(key.startswith(f"{name}.kept.") for key in tensors)
+    kept, scores = ([tensors[f"{name}.{what}.{stage}"] for stage in range(stages)] for what in ("kept", "scores"))
+    return Trace(
+        tensors[f"{name}.logits"], kept, scores, tensors.get(f"{name}.hidden"), tensors.get(f"{name}.features")
+    )
+
+
+class _NoiseMeter:
+    """The worst over the prompts."""
+
+    def __init__(self) -> None:
+        self._logits, self._hidden, self._scores = 0.0, np.zeros(0), np.zeros(0)
+
+    def add(self, prompt: Prompt, oracle: Trace, half: Trace) -> None:
+        assert oracle.hidden is not None and half.hidden is not None
+        # maximum() keeps a NaN, which max() would drop.
+        self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
+        self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden))
+        self._scores = _maximum(self._scores, np.fromiter(_score_noise(prompt, oracle, half), float))
+
+    def noise(self) -> Noise:
+        return Noise(self._logits, tuple(self._hidden.tolist()), tuple(self._scores.tolist()))
+
+
+def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.maximum(a, b) if len(a) else b
+
+
+def relative_errors(hidden: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """[L] || difference || / || reference || where the reference has a state; [L, R + S - 1, D] each."""
+    seen = ~np.isnan(reference[..., :1])
+    difference = np.where(seen, hidden - reference, 0.0).astype(np.float64)
+    norm = np.linalg.norm(np.where(seen, reference, 0.0).astype(np.float64), axis=(1, 2))
+    return np.linalg.norm(difference, axis=(1, 2)) / np.maximum(norm, 1e-30)
+
+
+def _score_noise(prompt: Prompt, oracle: Trace, half: Trace) -> Iterator[float]:
+    entering = np.arange(len(prompt.input_ids))
+    for kept, scores, other in zip(oracle.kept, oracle.scores, half.scores, strict=True):
+        visual = prompt.is_visual[entering]
+        chosen = visual & np.isin(entering, kept)
+        near = visual & (scores >= scores[chosen].min(initial=np.inf) / 2)
+        yield float((np.abs(other - scores)[near] / scores[near]).max(initial=0.0))
+        entering = kept

@@ -1,0 +1,186 @@
+"""Whether an artefact keeps the oracle's visual tokens, and how far from the cut those lie that it does not.
+
+T = tokens that enter a stage, K = tokens kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import numpy as np
+
+from capa_export.parity.comparison import bounded, worse
+from capa_export.parity.record import Noise, Record
+from capa_export.parity.schema import Check, Kept, Selection
+from capa_export.parity.trace import Trace
+from capa_export.recipe import Bound, Gate
+
+__all__ = ["Choice", "agreeing"]
+
+
+@dataclass
+class _Stage:
+    """One stage of the schedule, over the prompts."""
+
+    iou: list[float] = field(default_factory=list)
+    bound: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+    furthest: float = 0.0
+    flipped: int = 0
+
+
+@dataclass
+class Choice:
+    """What an artefact keeps, against the oracle, of the tokens that entered a stage on both sides."""
+
+    artefact: str
+    reference: str
+    layers: Sequence[int]
+    """Of the schedule."""
+    gate: Gate
+    noise: Noise
+    min_keep_per_image: int
+    prompts: int = 0
+    stages: list[_Stage] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stages = [_Stage() for _ in self.layers]
+
+    def band(self, stage: int) -> float:
+        """Lead of a score that the noise of the precision explains, relative."""
+        ratio, noise = self.gate.flip_noise_ratio, self.noise.scores
+        measured = ratio.limit * noise[stage] if ratio is not None and noise else 0.0
+        return max(self.gate.flip_distance.limit, measured)
+
+    def add(self, kept: Sequence[np.ndarray], record: Record) -> None:
+        """Count one prompt.
+
+        Args:
+            kept: prompt positions that the artefact's stages keep; a stage counts where the tokens that enter it are
+                the oracle's, so give as many stages as that is true of.
+            record: the oracle's.
+        """
+        self.prompts += 1
+        entering = np.arange(len(record.prompt.input_ids))
+        for index, (own, wanted, scores) in enumerate(
+            zip(kept, record.oracle.kept, record.oracle.scores, strict=False)
+        ):
+            stage = self.stages[index]
+            cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
+            stage.iou.append(_iou(own, wanted, len(record.prompt.text_positions)))
+            stage.bound.append(cut.iou_bound(self.band(index)))
+            stage.margin.append(cut.margin)
+            if not np.array_equal(own, wanted):
+                stage.flipped += 1
+                stage.furthest = worse(stage.furthest, _lead(own, wanted, entering, scores))
+            entering = wanted
+
+    def result(self) -> Selection:
+        """The figures beside their gates."""
+        noise = self.noise.scores or (0.0,) * len(self.layers)
+        return Selection(
+            artefact=self.artefact,
+            reference=self.reference,
+            prompts=self.prompts,
+            stages=tuple(
+                Kept(
+                    layer=layer,
+                    iou_mean=float(np.mean(stage.iou)),
+                    iou_min=min(stage.iou),
+                    iou_bound=float(np.mean(stage.bound)),
+                    margin_min=min(stage.margin),
+                    margin_median=float(np.median(stage.margin)),
+                    score_noise=noise[index],
+                    flipped=stage.flipped,
+                )
+                for index, (layer, stage) in enumerate(zip(self.layers, self.stages, strict=True))
+                if stage.iou
+            ),
+            checks=tuple(self._checks()),
+        )
+
+    def _checks(self) -> list[Check]:
+        who = f"{self.artefact} against {self.reference}"
+        checks: list[Check] = []
+        for index, (layer, stage) in enumerate(zip(self.layers, self.stages, strict=True)):
+            if not stage.iou:
+                continue
+            where = f"{who}, layer {layer}"
+            worst = int(np.argmin(np.subtract(stage.iou, stage.bound)))
+            iou = Bound(limit=stage.bound[worst])
+            band = Bound(limit=self.band(index), healthy=self.gate.flip_distance.healthy)
+            checks += [
+                bounded(where, "kept-set IoU", stage.iou[worst], at_least=iou),
+                bounded(where, "furthest flip", stage.furthest, at_most=band),
+            ]
+        return checks
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where one prompt's scores are cut: free tokens against each other, and each image's guaranteed few."""
+
+    contests: list[tuple[np.ndarray, np.ndarray]]
+    """Scores of tokens kept and of tokens dropped that compete for the same places."""
+    num_kept: int
+
+    @classmethod
+    def of(
+        cls, entering: np.ndarray, kept: np.ndarray, scores: np.ndarray, is_visual: np.ndarray, min_keep: int
+    ) -> "_Cut":
+        visual = is_visual[entering]
+        chosen = visual & np.isin(entering, kept)
+        image = np.cumsum(~is_visual)[entering]
+        guaranteed = np.zeros_like(chosen)
+        contests: list[tuple[np.ndarray, np.ndarray]] = []
+        for one in np.unique(image[visual]):
+            rows = np.flatnonzero(visual & (image == one))
+            best = rows[np.argsort(-scores[rows], kind="stable")[:min_keep]]
+            guaranteed[best] = True
+            contests.append((scores[best], scores[rows[~chosen[rows]]]))
+        contests.append((scores[chosen & ~guaranteed], scores[visual & ~chosen]))
+        return cls(contests, int(chosen.sum()))
+
+    @property
+    def margin(self) -> float:
+        """Lead of the worst free token kept over the best one dropped, relative; infinite where nothing is dropped."""
+        free, dropped = self.contests[-1]
+        worst = free.min(initial=inf)
+        return float((worst - dropped.max()) / worst) if len(free) and len(dropped) else inf
+
+    def iou_bound(self, band: float) -> float:
+        """The least IoU when tokens may change places whose scores differ by no more than the band."""
+        swaps = 0
+        for kept, dropped in self.contests:
+            if len(kept) and len(dropped):
+                falling = int((kept * (1 - band) <= dropped.max()).sum())
+                rising = int((dropped >= kept.min() * (1 - band)).sum())
+                swaps += min(falling, rising)
+        swaps = min(swaps, self.num_kept)
+        return (self.num_kept - swaps) / (self.num_kept + swaps) if self.num_kept else 1.0
+
+
+def _lead(own: np.ndarray, wanted: np.ndarray, entering: np.ndarray, scores: np.ndarray) -> float:
+    """How far apart, at worst, a token wrongly dropped and the one wrongly kept in its place score, relative."""
+    dropped, added = np.setdiff1d(wanted, own), np.setdiff1d(own, wanted)
+    if len(dropped) != len(added) or not len(dropped) or not np.isin(added, entering).all():
+        return inf
+    best, worst = (-np.sort(-scores[np.searchsorted(entering, rows)]) for rows in (dropped, added))
+    if not np.isfinite(best).all() or not np.isfinite(worst).all():
+        return inf
+    return float((np.abs(best - worst) / np.maximum(best, worst)).max())
+
+
+def _iou(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
+    """Intersection over union of two kept sets, text left out."""
+    common = len(np.intersect1d(a, b)) - num_text
+    union = len(np.union1d(a, b)) - num_text
+    return common / union if union else 1.0
+
+
+def agreeing(trace: Trace, oracle: Trace) -> list[np.ndarray]:
+    """The kept sets of the stages that chose of the same tokens: up to the first that differs, and that one."""
+    for index, (own, wanted) in enumerate(zip(trace.kept, oracle.kept, strict=True)):
+        if not np.array_equal(own, wanted):
+            return trace.kept[: index + 1]
+    return trace.kept

@@ -1,0 +1,360 @@
+"""The stage that validates a bundle: against the eager model, or against golden samples that it left behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from capa_export.bundle import Bundle
+from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.errors import CapaError
+from capa_export.gates import with_gates
+from capa_export.job import ONNX, PARITY, REPORT, Job, alpha_digest, eos_token_ids, run_stage, tool_versions
+from capa_export.parity.schema import MethodError, ParityReport, Stage, read_parity, write_parity
+from capa_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from capa_export.execution import BuiltEngines
+    from capa_export.parity.record import Records
+    from capa_export.parity.report import Example
+    from capa_export.parity.validate import Compared
+    from capa_export.samples import Samples
+
+__all__ = ["GOLDEN", "Wanted", "validate"]
+
+GOLDEN = "golden"
+
+_ON_CPU = {
+    "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
+    "fp16": "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
+    "bf16": "ONNX Runtime's CPU provider has no bf16 kernels: the bf16 weights were run in FP32 arithmetic.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How a bundle is to be validated."""
+
+    engine: str | None = None
+    """Target whose engines are run on the GPU and held to the same gates."""
+    golden: bool = False
+    """Whether the stored samples stand for the eager model, so that no checkpoint is needed."""
+    samples: int | None = None
+    """Prompts compared and questions asked, in place of the recipe's numbers."""
+    seed: int | None = None
+    """Of other samples than the usual ones."""
+    gate: Path | None = None
+    """Bounds in place of the recipe's."""
+    strict: bool = False
+    """Whether warnings are failures."""
+    bisect: bool = False
+    """Whether to look for the place where an artefact that failed leaves the eager model."""
+    store_golden: int = 0
+    """Samples to leave in the bundle."""
+
+
+def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
+    """Hold the bundle against the eager model, or against what that made of the golden samples.
+
+    Returns:
+        What is also in `parity.json`; the caller turns `passed` into an exit code.
+
+    Raises:
+        CapaError: a file of the bundle was changed, or the checkpoint is another.
+    """
+    wanted = wanted or Wanted()
+    bundle = job.bundle
+    built = None
+    if wanted.engine is not None:
+        from capa_export.execution import require_engines
+
+        built = require_engines(bundle, wanted.engine)
+        bundle.verify(f"engine/{wanted.engine}")
+    bundle.verify("export", *(["calibrate"] if "calibrate" in bundle.manifest["stages"] else []))
+    recipe = job.recipe.model_copy(update={"parity": with_gates(job.recipe.parity, wanted.gate)})
+    validation = (_AgainstGolden if wanted.golden else _AgainstEager)(job, recipe, wanted, built)
+    key = [
+        tool_versions("onnxruntime", "torch", "transformers"),
+        bundle.digest("export"),
+        recipe.prune.model_dump(),
+        recipe.parity.model_dump(),
+        [wanted.strict, wanted.seed, wanted.bisect],
+        validation.key(),
+        *([] if built is None else [bundle.digest(f"engine/{wanted.engine}"), built.gpu.name]),
+    ]
+    run_stage(bundle, "validate", key, [PARITY, REPORT], validation.run)
+    parity = read_parity(bundle.folder / PARITY)
+    if wanted.store_golden:
+        _store_golden(job, recipe, wanted.store_golden, parity)
+    return parity
+
+
+class _Validation:
+    """What both kinds of validation share: the bundle's artefacts, and what is made of the figures."""
+
+    oracle: Literal["eager", "golden"]
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        self.job, self.recipe, self.wanted, self.built = job, recipe, wanted, built
+        self.bundle = job.bundle
+        self.exported: dict[str, Any] = self.bundle.stage("export")["result"]
+        self.precision: Literal["fp16", "bf16", "fp32"] = self.exported["precision"]
+        self.calibration = _calibration(self.bundle)
+
+    def key(self) -> Any:
+        """What the result depends on besides the bundle."""
+        raise NotImplementedError
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        """Validate, and write the report and its page."""
+        raise NotImplementedError
+
+    def engine_model(self) -> Any:
+        """The bundle's engines on the GPU."""
+        from capa_export.engine_runtime import EngineModel
+
+        assert self.built is not None
+        return EngineModel(self.built)
+
+    def finish(
+        self,
+        scratch: Path,
+        compared: "Sequence[Compared]",
+        records: "Records",
+        method_error: MethodError,
+        examples: "Sequence[Example]",
+        latency: dict[str, Any] | None,
+        *,
+        notes: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+        **found: Any,
+    ) -> ParityReport:
+        """Write `parity.json` and `report.html`."""
+        from capa_export.dry_run import dry_run
+        from capa_export.parity.report import write_report
+
+        recipe, exported = self.recipe, self.exported
+        errors = [error for one in compared for error in one.export_error]
+        selection = [choice for one in compared for choice in one.selection]
+        failures = [check.failure for one in (*errors, *selection) for check in one.checks if check.failure]
+        if method_error.beats_random is False:
+            warnings = [*warnings, *method_error.words[:1]]
+        if self.wanted.strict:
+            failures += [f"--strict: {warning}" for warning in warnings]
+        notes = [_ON_CPU[self.precision], *notes, *(note for one in compared for note in one.notes)]
+        if self.built is None:
+            notes.append("No engine was run.")
+        parity = ParityReport(
+            passed=not failures,
+            failures=tuple(failures),
+            warnings=tuple(warnings),
+            strict=self.wanted.strict,
+            oracle=self.oracle,
+            prompts=records.samples,
+            num_prompts=len(records),
+            seed=self.wanted.seed or 0,
+            schedule=tuple(Stage(**stage.model_dump()) for stage in recipe.prune.schedule),
+            linear_layers=tuple(exported["linear_layers"]),
+            fp32_layers=tuple(exported.get("fp32_layers", ())),
+            export_error=tuple(errors),
+            selection=tuple(selection),
+            method_error=method_error,
+            notes=tuple(notes),
+            **found,
+        )
+        write_parity(scratch / PARITY, parity)
+        config = self.bundle.folder / ONNX / "llm"
+        calibration = self.calibration
+        write_report(
+            scratch / REPORT,
+            manifest=self.bundle.manifest,
+            parity=parity,
+            calibration=calibration.summary(recipe.ffn.eta, recipe.ffn.paper_layers) if calibration else None,
+            plan=dry_run(recipe, str(config), self.bundle.folder, self.precision, ffn=bool(exported["linear_layers"])),
+            examples=examples,
+            latency=latency,
+        )
+        return parity
+
+
+class _AgainstEager(_Validation):
+    """The eager model is run anew."""
+
+    oracle = "eager"
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        super().__init__(job, recipe, wanted, built)
+        recorded = self.bundle.manifest["checkpoint"]
+        if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
+            raise CapaError(
+                f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint"
+            )
+        linear = self.exported["linear_layers"]
+        layers = self.calibration.layers if self.calibration else []
+        self.scales = {layer: layers[layer].alpha for layer in linear} if layers else {}
+        if self.exported["alpha"] != alpha_digest(self.scales):
+            path = self.bundle.folder / CALIBRATION
+            raise CapaError(f"{path}: changed since the export; run `capa-export export` again")
+        count, questions = recipe.parity.prompts, recipe.parity.accuracy_samples
+        self.prompts = _samples(job, recipe, wanted, count, repeat=True)
+        self.questions = _samples(job, recipe, wanted, questions, repeat=False)
+
+    def key(self) -> Any:
+        return [self.prompts.digest(), self.questions.digest()]
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from capa_export.bundled import bundled_prompter
+        from capa_export.eager import Eager
+        from capa_export.export import write_onnx
+        from capa_export.parity.method import method_effect
+        from capa_export.parity.record import write_records
+        from capa_export.parity.validate import (
+            compare_dense,
+            compare_engine,
+            compare_onnx,
+            compare_prompts,
+            replayed_oracle,
+        )
+
+        job, recipe, report = self.job, self.recipe, self.job.report
+        with TemporaryDirectory(dir=scratch) as folder:
+            twin, kept = Path(folder) / "twin", Path(folder) / "records"
+            kept.mkdir()
+            write_onnx(job.source, "fp32", twin, **job.pruning, scales=self.scales, dense=True, report=report)
+            subject = _subject(job, recipe, self.exported, self.scales, twin)
+            records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
+            compared = [
+                compare_prompts(job.prompter, bundled_prompter(self.bundle), self.prompts),
+                dense := compare_dense(subject, records, recipe, report),
+                capa := compare_onnx(twin, "fp32", records, recipe, report),
+            ]
+            if self.precision != "fp32":
+                compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report))
+            if self.built is not None:
+                expected = replayed_oracle(subject)
+                engines = (self.engine_model(), subject.onnx, self.precision)
+                compared.append(compare_engine(*engines, records, recipe, expected, report))
+            seed = self.wanted.seed or 0
+            steps = recipe.parity.steps
+            effect, examples = method_effect(subject, Eager(subject.model), self.questions, seed, steps, report)
+            found = {"bisection": self._bisection(compared, subject.onnx, twin, records)}
+            notes = []
+            if self.wanted.seed is not None and job.images is not None:
+                notes.append("Samples of another seed: calibration may have seen some of them.")
+            few = _few_pictures(self.prompts)
+            latency = _latency(dense, capa)
+            parity = self.finish(
+                scratch, compared, records, effect, examples, latency, notes=notes, warnings=few, **found
+            )
+        return {"passed": parity.passed, "latency": latency}
+
+    def _bisection(self, compared: "Sequence[Compared]", onnx: Path, twin: Path, records: "Records") -> Any:
+        """Where the first artefact that failed leaves the eager model, if that is asked for."""
+        if not self.wanted.bisect:
+            return None
+        from capa_export.parity.bisect import bisect
+
+        failed = [one for one in compared if any(check.failure for error in one.export_error for check in error.checks)]
+        names = {error.artefact for one in failed for error in one.export_error}
+        # What is wrong with the graphs in FP32 is wrong with all of them.
+        folder, precision = (twin, "fp32") if any(name.startswith("fp32") for name in names) else (onnx, self.precision)
+        return bisect(folder, precision, twin, records, self.recipe, self.job.report)
+
+
+class _AgainstGolden(_Validation):
+    """The stored samples say what the eager model made of them."""
+
+    oracle = "golden"
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        super().__init__(job, recipe, wanted, built)
+        self.bundle.verify(GOLDEN)
+
+    def key(self) -> Any:
+        return self.bundle.digest(GOLDEN)
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from capa_export.parity.record import Records
+        from capa_export.parity.validate import compare_engine, compare_onnx
+
+        recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
+        stored = self.bundle.stage(GOLDEN)["result"]
+        records = Records(self.bundle.folder / GOLDEN)
+        compared = [compare_onnx(onnx, self.precision, records, recipe, report)]
+        if self.built is not None:
+            engines = (self.engine_model(), onnx, self.precision)
+            compared.append(compare_engine(*engines, records, recipe, None, report))
+        notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
+        method_error = MethodError.model_validate(stored["method_error"])
+        self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
+        return {"latency": stored["latency"]}
+
+
+def _store_golden(job: Job, recipe: Recipe, count: int, parity: ParityReport) -> None:
+    """Leave what the eager model makes of the first few prompts in the bundle."""
+    bundle = job.bundle
+    exported, calibration = bundle.stage("export")["result"], _calibration(bundle)
+    layers = calibration.layers if calibration else []
+    scales = {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
+    samples = _samples(job, recipe, Wanted(), count, repeat=True)
+    steps = recipe.parity.steps
+    key = [tool_versions("torch", "transformers"), bundle.digest("export"), samples.digest(), steps]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from capa_export.parity.record import write_records
+
+        (scratch / GOLDEN).mkdir()
+        subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX)
+        write_records(scratch / GOLDEN, subject, samples, steps, job.report)
+        latency = bundle.stage("validate")["result"]["latency"]
+        return {"method_error": parity.method_error.model_dump(mode="json"), "latency": latency}
+
+    run_stage(bundle, GOLDEN, key, [GOLDEN], work)
+
+
+def _subject(job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: Path) -> Any:
+    from capa_export.parity.subject import Subject
+
+    return Subject(
+        model=job.eager_model,
+        family=job.family,
+        prompter=job.prompter,
+        prune=recipe.prune,
+        scales=scales,
+        precision=exported["precision"],
+        onnx=job.bundle.folder / ONNX,
+        fp32_onnx=twin,
+        eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
+        fp32_layers=exported.get("fp32_layers", ()),
+    )
+
+
+def _samples(job: Job, recipe: Recipe, wanted: Wanted, count: int, *, repeat: bool) -> "Samples":
+    from capa_export.samples import samples_from
+
+    count = count if wanted.samples is None else wanted.samples
+    return samples_from(job.images, recipe, count, split="held_out", repeat=repeat, seed=wanted.seed)
+
+
+def _calibration(bundle: Bundle) -> Calibration | None:
+    return Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
+
+
+def _latency(dense: "Compared", capa: "Compared") -> dict[str, Any]:
+    """Medians of the FP32 graphs on this CPU, dense against CAPA."""
+    import platform
+
+    rows = [
+        {"name": name, "dense_ms": dense.milliseconds[name], "capa_ms": value}
+        for name, value in capa.milliseconds.items()
+    ]
+    return {"machine": platform.processor() or platform.machine(), "rows": rows}
+
+
+def _few_pictures(prompts: "Samples") -> list[str]:
+    different = len(prompts.conversations or prompts.files)
+    if not different or different >= prompts.count:
+        return []
+    what = "conversations" if prompts.conversations else "pictures"
+    return [f"Only {different} different {what} for {prompts.count} prompts: give as many in --images."]

@@ -1,0 +1,42 @@
+"""How sure a figure is: 95 % intervals of shares and of paired differences."""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+
+from capa_export.parity.schema import Difference, Rate
+
+__all__ = ["paired_bootstrap", "wilson"]
+
+_Z = 1.959964
+"""Quantile of the normal distribution that leaves 2.5 % above it."""
+_RESAMPLES = 2000
+
+
+def wilson(hits: Sequence[bool]) -> Rate:
+    """The share of hits, of at least one try, with the Wilson score interval, which holds near 0 and 1 too."""
+    count, share = len(hits), sum(hits) / len(hits)
+    centre = share + _Z**2 / (2 * count)
+    reach = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    scale = 1 + _Z**2 / count
+    # Where all or none hit, rounding alone would carry an end past the share.
+    low = (centre - reach) / scale if any(hits) else 0.0
+    high = (centre + reach) / scale if not all(hits) else 1.0
+    return Rate(value=share, low=low, high=high)
+
+
+def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int) -> Difference:
+    """Mean of first - second with the percentile interval of 2,000 bootstrap resamples.
+
+    Args:
+        first: a finite figure per question, at least one.
+        second: the same questions' other figure.
+        seed: of the resamples.
+    """
+    differences = np.subtract(first, second, dtype=np.float64)
+    rng, count = np.random.default_rng(seed), len(differences)
+    # One resample at a time: all at once would take 2,000 times the memory of the questions.
+    means = [differences[rng.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Difference(value=float(differences.mean()), low=float(low), high=float(high))

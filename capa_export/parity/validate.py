@@ -1,0 +1,262 @@
+"""Holds a bundle's artefacts against the eager model: export error, selection, and the method's own effect."""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from capa_export.eager import Eager, EagerInputs
+from capa_export.export import DENSE
+from capa_export.parity.comparison import Comparison
+from capa_export.parity.probe import ProbedModel
+from capa_export.parity.record import Noise, Record, Records, eager_trace, forced_plan
+from capa_export.parity.schema import Check, ExportError, Selection
+from capa_export.parity.selection import Choice, agreeing
+from capa_export.parity.subject import Subject
+from capa_export.parity.trace import Trace
+from capa_export.progress import Report, silent, tracked
+from capa_export.prompt import Prompter
+from capa_export.recipe import Recipe
+from capa_export.runtime import Model, OnnxModel
+from capa_export.samples import Samples
+
+if TYPE_CHECKING:
+    from capa_export.engine_runtime import EngineModel
+
+__all__ = ["Compared", "compare_dense", "compare_engine", "compare_onnx", "compare_prompts", "replayed_oracle"]
+
+_REPLAYED = 8
+"""Prompts whose hidden states are compared; beyond them, those whose kept sets flipped are replayed too."""
+
+Expected = Callable[[Record, Sequence[np.ndarray]], Trace]
+"""What the oracle makes of a record's prompt with other kept positions."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One artefact against its references."""
+
+    export_error: tuple[ExportError, ...]
+    selection: tuple[Selection, ...] = ()
+    notes: tuple[str, ...] = ()
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    """Median of a prefill, vision apart, and of a decode step, over the prompts."""
+
+
+def compare_onnx(folder: Path, precision: str, records: Records, recipe: Recipe, report: Report = silent) -> Compared:
+    """ONNX files against eager CAPA in FP32, and in their own precision.
+
+    The files run as they are. Where they keep other tokens than the oracle they are run again with the oracle's, so
+    that flips and numeric drift are measured apart; so are the first few, to see their hidden states.
+
+    Args:
+        folder: an `onnx` folder.
+        precision: of its graphs.
+        records: what the oracle made of the prompts.
+        recipe: the schedule, and the gates.
+        report: progress.
+    """
+    what = f"{precision} ONNX"
+    comparisons = _comparisons(what, precision, records, recipe)
+    choice = _choice(what, precision, records, recipe)
+    plain, probed, clock = OnnxModel(folder), ProbedModel(folder), _Clock()
+    for index, record in enumerate(tracked(records, f"validate: {what}", len(records), report)):
+        trace, states = _trace(plain, record, clock), None
+        flipped = not _same_kept(trace, record.oracle)
+        if flipped or index < _REPLAYED:
+            states, chosen = probed.replay(record)
+            choice.add(chosen if flipped else trace.kept, record)
+        else:
+            choice.add(trace.kept, record)
+        if flipped:
+            # What the user gets is held to the selection's gates; what it computes is seen with the same tokens kept.
+            assert states is not None
+            trace = states
+        for comparison, reference in zip(comparisons, _references(record), strict=False):
+            comparison.add(trace, reference, states)
+    return Compared(tuple(one.result() for one in comparisons), (choice.result(),), milliseconds=clock.medians())
+
+
+def compare_engine(
+    engine: "EngineModel",
+    folder: Path,
+    precision: str,
+    records: Records,
+    recipe: Recipe,
+    expected: Expected | None = None,
+    report: Report = silent,
+) -> Compared:
+    """Engines against eager CAPA, and against the ONNX files they were built from, made to keep the same tokens.
+
+    Args:
+        engine: the bundle's engines, on the GPU.
+        folder: the bundle's `onnx` folder.
+        precision: of both.
+        records: what the oracle made of the prompts.
+        recipe: the schedule, and the gates.
+        expected: the oracle with kept positions that are not its own; where it is not given, prompts on which the
+            engines keep others are held against the ONNX files alone.
+        report: progress.
+    """
+    what = f"{precision} engine"
+    comparisons = _comparisons(what, precision, records, recipe)
+    choice = _choice(what, precision, records, recipe)
+    gate = getattr(recipe.parity, precision)
+    against_onnx = Comparison(what, f"{precision} ONNX", gate, _noise(precision, records))
+    for record in records:
+        engine.check([record.prompt], [_num_keep(record, recipe)], records.steps)
+    onnx, unseen, clock = ProbedModel(folder), 0, _Clock()
+    for record in tracked(records, f"validate: {what}", len(records), report):
+        trace = _trace(engine, record, clock)
+        choice.add(agreeing(trace, record.oracle), record)
+        against_onnx.add(trace, onnx.replay(record, trace.kept)[0])
+        if _same_kept(trace, record.oracle):
+            for comparison, reference in zip(comparisons, _references(record), strict=False):
+                comparison.add(trace, reference)
+        elif expected is not None:
+            comparisons[0].add(trace, expected(record, trace.kept))
+        else:
+            unseen += 1
+    notes = [f"The engines ran on {engine.gpu.name}."]
+    if unseen:
+        notes.append(
+            f"On {unseen} of {len(records)} prompts the engines kept other tokens than the oracle: there, they are "
+            "held against the ONNX files alone."
+        )
+    compared = [one for one in (*comparisons, against_onnx) if one.prompts]
+    return Compared(tuple(one.result() for one in compared), (choice.result(),), tuple(notes), clock.medians())
+
+
+def replayed_oracle(subject: Subject) -> Expected:
+    """The eager model, run again with the kept positions of an artefact."""
+
+    def expected(record: Record, kept: Sequence[np.ndarray]) -> Trace:
+        plan = forced_plan(subject, record.prompt, kept)
+        eager = Eager(subject.model)
+        return eager_trace(subject, eager, record.prompt, plan, len(record.oracle.logits), record.tokens)[0]
+
+    return expected
+
+
+def compare_dense(subject: Subject, records: Records, recipe: Recipe, report: Report = silent) -> Compared:
+    """Nothing removed and no FFN scales, against the dense model's own forward pass."""
+    model, clock = OnnxModel(subject.fp32_onnx, prefill=DENSE), _Clock()
+    comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
+    for record in tracked(records, "validate: dense", len(records), report):
+        prompt, stages = record.prompt, len(recipe.prune.schedule)
+        everything = [np.arange(len(prompt.input_ids))] * stages
+        reference = Trace(_dense_logits(subject, record), everything)
+        comparison.add(_trace(model, record, clock, [prompt.num_visual] * stages), reference)
+    return Compared((comparison.result(),), milliseconds=clock.medians())
+
+
+def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples) -> Compared:
+    """What the bundle's tokenizer, chat template and image processor make of the samples, against the checkpoint's."""
+    different = 0
+    for sample in samples:
+        own, wanted = bundled.chat(sample.turns), prompter.chat(sample.turns)
+        same = np.array_equal(own.input_ids, wanted.input_ids) and len(own.pictures) == len(wanted.pictures)
+        different += not same or not all(
+            np.array_equal(a.patches, b.patches) for a, b in zip(own.pictures, wanted.pictures, strict=True)
+        )
+    what, reference = "tokenizer and image processor", "the checkpoint's"
+    failure = f"{what} against {reference}: {different} of {samples.count} prompts differ" if different else ""
+    check = Check(name="prompts that differ", value=different, at_most=0, of=samples.count, failure=failure)
+    error = ExportError(artefact=what, reference=reference, prompts=samples.count, steps=0, noise=0.0, checks=(check,))
+    return Compared((error,))
+
+
+def _comparisons(what: str, precision: str, records: Records, recipe: Recipe) -> list[Comparison]:
+    """Against the oracle, and against the eager model in the artefact's own precision where that is another."""
+    names = ["fp32", *([precision] if precision != "fp32" else [])]
+    gate, noise = getattr(recipe.parity, precision), _noise(precision, records)
+    return [Comparison(what, f"eager CAPA {name}", gate, noise) for name in names]
+
+
+def _choice(what: str, precision: str, records: Records, recipe: Recipe) -> Choice:
+    return Choice(
+        what,
+        "eager CAPA fp32",
+        [stage.layer for stage in recipe.prune.schedule],
+        getattr(recipe.parity, precision),
+        _noise(precision, records),
+        recipe.prune.min_keep_per_image,
+    )
+
+
+def _noise(precision: str, records: Records) -> Noise:
+    return records.noise if precision == records.precision else Noise()
+
+
+def _references(record: Record) -> Iterator[Trace]:
+    """In the order of `_comparisons`."""
+    yield record.oracle
+    if record.half is not None:
+        yield record.half
+
+
+def _num_keep(record: Record, recipe: Recipe) -> list[int]:
+    return recipe.prune.num_keep(record.prompt.image_lengths)
+
+
+class _Clock:
+    """Times of prefills and decode steps."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    @contextmanager
+    def timing(self, what: str) -> Generator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[what].append(time.perf_counter() - started)
+
+    def medians(self) -> dict[str, float]:
+        """In milliseconds, of what was timed."""
+        return {what: median(seconds) * 1e3 for what, seconds in self._seconds.items() if seconds}
+
+
+def _trace(model: Model[Any], record: Record, clock: _Clock, num_keep: Sequence[int] | None = None) -> Trace:
+    """The graphs as they are, fed the record's tokens."""
+    prompt = record.prompt
+    if num_keep is None:
+        num_keep = [len(kept) - len(prompt.text_positions) for kept in record.oracle.kept]
+    embeds = model.embed(prompt)
+    model.load(prompt)
+    with clock.timing("prefill"):
+        run = model.prefill(prompt, num_keep, embeds)
+    logits, cache = [run.logits], model.batch([run.cache], len(record.oracle.logits))
+    for step, token in enumerate(record.tokens):
+        with clock.timing("decode"):
+            output, cache = model.step(cache, token, prompt.next_position + step)
+        logits.append(output)
+    return Trace(np.stack(logits), run.kept)
+
+
+def _same_kept(trace: Trace, other: Trace) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(trace.kept, other.kept, strict=True))
+
+
+@torch.no_grad()
+def _dense_logits(subject: Subject, record: Record) -> np.ndarray:
+    """[S, V] of the Hugging Face decoder's own forward pass, fed the record's tokens."""
+    text, head = subject.model.model.language_model, subject.model.lm_head
+    inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, record.prompt))
+    next_position = int(inputs.position_ids.max()) + 1
+    output = text(**inputs.arguments(torch.from_numpy(record.prompt.is_visual)), use_cache=True)
+    logits = [head(output.last_hidden_state[0, -1]).float()]
+    for step, token in enumerate(record.tokens):
+        output = text(
+            input_ids=torch.tensor([[token]]),
+            position_ids=torch.full((*inputs.position_ids.shape[:-1], 1), next_position + step),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        logits.append(head(output.last_hidden_state[0, -1]).float())
+    return torch.stack(logits).numpy()

@@ -1,0 +1,96 @@
+"""Flips belong at the cut: how far from it they may lie follows from the noise of the scores."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capa_export.parity.record import Noise
+from capa_export.parity.selection import Choice, agreeing
+from capa_export.parity.trace import Trace
+from capa_export.recipe import Bound, load_recipe
+
+GATE = load_recipe("qwen25vl").parity.fp16.model_copy(
+    update={"flip_distance": Bound(limit=1e-4), "flip_noise_ratio": Bound(limit=2.0)}
+)
+LOGITS = np.zeros((1, 3))
+INF = np.inf
+
+
+def record(scores: list[float], kept: list[int]) -> Any:
+    values = np.array(scores)
+    prompt = SimpleNamespace(
+        input_ids=values, is_visual=np.isfinite(values), text_positions=np.flatnonzero(~np.isfinite(values))
+    )
+    return SimpleNamespace(prompt=prompt, oracle=Trace(LOGITS, [np.array(kept)], [values]))
+
+
+def choice(noise: float, min_keep: int = 0) -> Choice:
+    return Choice("x", "y", [2], GATE, Noise(scores=(noise,)), min_keep)
+
+
+def failing(one: Choice) -> set[str]:
+    return {check.name for check in one.result().checks if check.failure}
+
+
+@pytest.mark.parametrize(
+    ("own", "noise", "fails"),
+    [
+        ([0, 1, 2, 6], 0.0, set()),
+        # 3.00 for 2.97, one per cent: too far for this noise, and near enough for that.
+        ([0, 1, 3, 6], 0.001, {"kept-set IoU", "furthest flip"}),
+        ([0, 1, 3, 6], 0.01, set()),
+        # 3.00 for 1.00 is a wrong choice whatever the noise explains at the cut.
+        ([0, 1, 4, 6], 0.01, {"furthest flip"}),
+        # 9.00 for 2.97.
+        ([0, 2, 3, 6], 0.01, {"furthest flip"}),
+        # In the wrong order, or too few.
+        ([1, 0, 2, 6], 0.01, {"furthest flip"}),
+        ([0, 1, 6], 0.01, {"furthest flip"}),
+    ],
+)
+def test_a_flip_is_explained_by_noise_or_wrong(own: list[int], noise: float, fails: set[str]) -> None:
+    one = choice(noise)
+    one.add([np.array(own)], record([INF, 9.0, 3.0, 2.97, 1.0, 0.5, INF], [0, 1, 2, 6]))
+    assert failing(one) == fails
+    (stage,) = one.result().stages
+    assert stage.margin_min == pytest.approx(0.01)
+    assert stage.flipped == (own != [0, 1, 2, 6])
+
+
+def test_iou_leaves_text_out() -> None:
+    one = choice(0.0)
+    one.add([np.array([0, 1, 5, 9])], record([INF, INF, 9, 1, 2, 4, 3, 0, 5.0, INF], [0, 1, 8, 9]))
+    (stage,) = one.result().stages
+    assert stage.iou_min == 0
+    (flip,) = (check for check in one.result().checks if check.name == "furthest flip")
+    assert flip.value == pytest.approx(0.2)
+
+
+def test_an_image_that_is_guaranteed_its_best_is_cut_for_itself() -> None:
+    """The second image keeps one token far below the first one's: neither a margin nor a flip in the first."""
+    scores = [INF, 9.0, 8.0, 7.0, INF, 0.1, 0.0999, INF]
+    kept = record(scores, [0, 1, 2, 4, 5, 7])
+    one = choice(0.01, min_keep=1)
+    one.add([np.array([0, 1, 2, 4, 6, 7])], kept)
+    assert failing(one) == set()
+    (stage,) = one.result().stages
+    assert stage.iou_bound == pytest.approx(0.5) and stage.iou_min == pytest.approx(0.5)
+    assert stage.margin_min == pytest.approx(1 / 8)
+    wrong = choice(0.01, min_keep=1)
+    wrong.add([np.array([0, 1, 2, 3, 4, 7])], kept)
+    assert failing(wrong) == {"furthest flip"}
+
+
+def test_nothing_dropped_has_no_margin() -> None:
+    one = choice(0.0)
+    one.add([np.arange(4)], record([INF, 2.0, 1.0, INF], [0, 1, 2, 3]))
+    (stage,) = one.result().stages
+    assert stage.margin_min is None and stage.iou_bound == 1 and failing(one) == set()
+
+
+def test_later_stages_count_while_the_earlier_agree() -> None:
+    wanted = Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 2])])
+    assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 1])]), wanted)) == 2
+    assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 3]), np.array([0, 1])]), wanted)) == 1
