@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "What color is the star?"
 
 test: .venv/dev.stamp
-	$(BIN)/pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest --cov -n auto --maxprocesses 8 --dist worksteal
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check

@@ -28,6 +28,7 @@ def answer(
     max_new_tokens: int = 64,
     stream: Callable[[str], None] | None = None,
     engine: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate greedily; several conversations are prefilled in turn and decoded side by side.
 
@@ -38,6 +39,7 @@ def answer(
         max_new_tokens: longest answer.
         stream: told each new piece of the first answer.
         engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
+        trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
 
     Raises:
         CapaError: a file of the bundle was changed, the model does not take a conversation, or its engines or this
@@ -55,7 +57,7 @@ def answer(
     bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX
-    prompter = bundled_prompter(bundle)
+    prompter = bundled_prompter(bundle, trust_remote_code=trust_remote_code)
     prompts = [prompter.chat(turns) for turns in conversations]
     if (context := prompter.dims.decoder.rope_limit) is not None:
         # From there on the rotary frequencies would be others.

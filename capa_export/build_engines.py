@@ -2,13 +2,13 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from capa_export.bundle import Bundle, file_digest
 from capa_export.bundled import bundled_dims
+from capa_export.confined import confined
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.errors import CapaError, ExitCode
@@ -81,14 +81,14 @@ def build_engines(
     _refuse_library(target, plugin_library)
     if target.require_engine().built == "on-device":
         return _write_kit(bundle, target, weights, plugins, report)
+    bundle.verify("export", weights=False)
     export = bundle.stage("export")
     precision = export["result"]["precision"]
     target.require_precision(precision)
     chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder, plugin_library)
     if not _has_engines(bundle, target, weights):
-        # Before the files are read, which takes as long as they are large; damaged ones are what comes out then.
-        with suppress(OSError, ValueError):
-            _check_room(bundle, weights)
+        # Before the weights are read, which takes as long as they are large.
+        _check_room(bundle, weights)
     bundle.verify("export")
     folder = f"engines/{target.name}"
     record = {"kind": chosen.kind, "library_sha256": file_digest(chosen.library) if chosen.library else None}
@@ -139,7 +139,7 @@ def _build(
     values = target.require_engine().values
     stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
     # Outside the scratch folder, since it must outlive a failed build.
-    log = bundle.folder / f"{name.replace('/', '-')}.{target.name}.log"
+    log = confined(bundle.folder, f"{name.replace('/', '-')}.{target.name}.log")
     try:
         built = build_engine(
             bundle.folder / ONNX / onnx,

@@ -2,30 +2,28 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from types import MappingProxyType
 from typing import Any
 
+from capa_export.confined import confined, references
 from capa_export.errors import CapaError, ExitCode
 from capa_export.fingerprint import fingerprint
+from capa_export.manifest import VERSION, digest_of, parsed, written
 
 __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
 
 MANIFEST = "capa_manifest.json"
-_VERSION = 1
 _PARTIAL = ".partial"
+_WEIGHTS = (".data", ".safetensors")
+"""How the names of large files end."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def digest_of(value: object) -> str:
-    """SHA-256 of a JSON-able value: equal values, equal digests."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -39,7 +37,11 @@ def file_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with a manifest; every stage's outputs are recorded with the key of what they were made from."""
+    """A folder with a manifest; every stage's outputs are recorded with the key of what they were made from.
+
+    Digests show what changed since it was built, the manifest's own included. They say nothing about who built it:
+    whoever can write the folder can write digests that fit.
+    """
 
     folder: Path
 
@@ -48,39 +50,36 @@ class Bundle:
         """A bundle that exists.
 
         Raises:
-            CapaError: there is no manifest, or this version cannot read it.
+            CapaError: there is no manifest, or it is damaged, or of another version.
         """
         bundle = cls(folder)
         if not (folder / MANIFEST).is_file():
             raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build` makes one")
-        version = bundle.manifest.get("version")
-        if version != _VERSION:
-            raise CapaError(
-                f"{folder / MANIFEST}: version {version}, this capa-export reads {_VERSION}; build it again"
-            )
+        _ = bundle.manifest
         return bundle
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What is recorded so far; empty for a new bundle.
+        """What is recorded so far, its own digest left out; no more than a version for a new bundle.
 
         Raises:
-            CapaError: the manifest is damaged.
+            CapaError: the manifest is damaged, was changed, or is of another version.
         """
-        path = self.folder / MANIFEST
+        path = confined(self.folder, MANIFEST)
         if not path.exists():
-            return {"version": _VERSION, "stages": {}}
+            return {"version": VERSION, "stages": {}}
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return data if isinstance(data["stages"], dict) else {}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return parsed(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise CapaError(f"{path}: damaged manifest ({error}); delete the folder and build it again") from error
 
     def update(self, **entries: Any) -> None:
         """Set top-level entries of the manifest, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{MANIFEST}{_PARTIAL}"
-        partial.write_text(json.dumps({**self.manifest, **entries}, indent=2) + "\n", encoding="utf-8")
+        # What lies there may be a link.
+        _remove(partial)
+        partial.write_bytes(written({**self.manifest, **entries}))
         os.replace(partial, self.folder / MANIFEST)
 
     def stage(self, name: str) -> dict[str, Any]:
@@ -135,42 +134,77 @@ class Bundle:
         digests = {file: sha256.get(file) or file_digest(self.folder / file) for file in own}
         links = {file: {**fingerprint(self.folder / file), "sha256": digest} for file, digest in linked.items()}
         kept = {other: record for other, record in stages.items() if other not in old}
+        outdated = [confined(self.folder, file) for other in old for file in _files(stages[other])]
         self.update(stages={**kept, name: {"key": key, **entries, "files": digests, "linked": links}})
-        for file in (file for other in old for file in _files(stages[other])):
-            path = self.folder / file
+        for path in outdated:
             path.unlink(missing_ok=True)
             for parent in path.relative_to(self.folder).parents[:-1]:
                 with suppress(OSError):
                     # Only succeeds where nothing is left.
                     (self.folder / parent).rmdir()
 
-    def verify(self, *names: str) -> None:
-        """Check that the files of these stages are what was built.
+    def verify(self, *names: str, weights: bool = True) -> None:
+        """Check that the files of these stages are what was built, that they lead nowhere else, and are all there is.
+
+        Args:
+            names: of the stages.
+            weights: whether to read the files of weights, too, which takes as long as they are large.
 
         Raises:
-            CapaError: a file is missing or was changed, or a stage has not run.
+            CapaError: a file is missing, was changed or added, or leads to one that is no file of the bundle, or a
+                stage has not run.
         """
+        stages = self.manifest["stages"]
+        known = {MANIFEST, *(file for record in stages.values() for file in _files(record))}
         for name in names:
-            if changed := self._changed(self.stage(name)):
-                linked = changed[0] not in self.stage(name)["files"]
-                how = "size, time or header differ" if linked else "sha256 differs"
-                raise CapaError(
-                    f"{self.folder / changed[0]}: missing or changed since it was built ({how} from "
-                    f"{MANIFEST}); build again, or copy the bundle again{', with its times (cp -a)' if linked else ''}"
-                )
+            record = self.stage(name)
+            files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
+            for file in files:
+                if not self._is_same(record, file, read_links=True):
+                    by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
+                    how = "size, time or header differ" if by_time else "sha256 differs"
+                    raise CapaError(
+                        f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
+                        f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
+                    )
+            for file in files:
+                for target in references(self.folder / file):
+                    if normpath(PurePosixPath(file).parent / target) not in known:
+                        raise CapaError(
+                            f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
+                        )
+            for path in self._beside_graphs(files):
+                if path.relative_to(self.folder).as_posix() not in known:
+                    raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
 
-    def _changed(self, record: Mapping[str, Any]) -> list[str]:
-        paths = {file: self.folder / file for file in _files(record)}
+    def _beside_graphs(self, files: Sequence[str]) -> list[Path]:
+        """Files that readers of a graph's folder find: a tokenizer, a template, an embedding."""
+        folders = {self.folder / PurePosixPath(file).parent for file in files if file.endswith(".onnx")}
+        paths = {path for folder in folders for path in folder.rglob("*")}
+        return sorted(path for path in paths if (path.is_symlink() or not path.is_dir()) and path.name[0] != ".")
 
-        def same(file: str, path: Path) -> bool:
-            if file in record["files"]:
-                return file_digest(path) == record["files"][file]
-            known = dict(record["linked"][file])
-            digest = known.pop("sha256")
+    def _changed(self, record: Mapping[str, Any]) -> bool:
+        return not all(self._is_same(record, file) for file in _files(record))
+
+    def _is_same(self, record: Mapping[str, Any], file: str, *, read_links: bool = False) -> bool:
+        """Whether a file is there, and is what a stage wrote or linked to.
+
+        Args:
+            record: of the stage.
+            file: its name.
+            read_links: whether a link's size, time and header are not enough where its digest is known.
+        """
+        path = confined(self.folder, file)
+        if not path.is_file():
+            return False
+        if file in record["files"]:
+            return file_digest(path) == record["files"][file]
+        known = dict(record["linked"][file])
+        digest = known.pop("sha256")
+        if digest is not None and (read_links or fingerprint(path) != known):
             # A copy of the bundle may have other times.
-            return fingerprint(path) == known or (digest is not None and file_digest(path) == digest)
-
-        return [file for file, path in paths.items() if not path.is_file() or not same(file, path)]
+            return file_digest(path) == digest
+        return fingerprint(path) == known
 
     @contextmanager
     def replacing(self, *outputs: str) -> Generator[Path]:
@@ -180,11 +214,13 @@ class Bundle:
             CapaError: the folder is somebody's own, or cannot be written, or the disk is full.
         """
         scratch = self.folder / _PARTIAL
+        for output in outputs:
+            confined(self.folder, output)
         self._claim(scratch)
         try:
             yield scratch
             for output in outputs:
-                _put(scratch / output, self.folder / output)
+                _put(scratch / output, confined(self.folder, output))
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
@@ -206,7 +242,7 @@ class Bundle:
                     f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
                     ExitCode.USAGE,
                 )
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -265,9 +301,17 @@ def _put(source: Path, place: Path) -> None:
     if place.is_dir():
         old = place.with_name(f"{place.name}{_PARTIAL}")
         # Left behind by an interruption.
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         place.rename(old)
         source.rename(place)
         shutil.rmtree(old)
     else:
         os.replace(source, place)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; what a link leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,9 +1,9 @@
 """What a bundle alone says of its model."""
 
-import json
 from typing import Any
 
 from capa_export.bundle import Bundle
+from capa_export.checkpoint import fetch_config
 from capa_export.dims import ModelDims
 from capa_export.families import load_family
 from capa_export.job import ONNX
@@ -14,13 +14,17 @@ __all__ = ["bundled_dims", "bundled_prompter"]
 
 
 def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
-    """The dimensions."""
-    path = bundle.folder / ONNX / "llm" / "config.json"
+    """The dimensions.
+
+    Raises:
+        CapaError: the config cannot be read, or is another model's.
+    """
+    folder = bundle.folder / ONNX / "llm"
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    return family.model_dims(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    return family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
 
 
-def bundled_prompter(bundle: Bundle) -> Prompter:
+def bundled_prompter(bundle: Bundle, *, trust_remote_code: bool = False) -> Prompter:
     """Its tokenizer, chat template and image processor.
 
     Raises:
@@ -28,4 +32,6 @@ def bundled_prompter(bundle: Bundle) -> Prompter:
     """
     folder = bundle.folder / ONNX
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    return Prompter(folder / "llm", folder / "visual", family, bundled_dims(bundle))
+    return Prompter(
+        folder / "llm", folder / "visual", family, bundled_dims(bundle), trust_remote_code=trust_remote_code
+    )

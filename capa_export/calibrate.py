@@ -1,18 +1,19 @@
 """Runs the dense eager model over pictures: where visual FFNs are linear, alpha, sinks, activation ranges.
 
-T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers.
+T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers; H = query heads, G = KV heads, d = head size.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
 from capa_export.eager import EagerInputs
@@ -24,7 +25,12 @@ from capa_export.samples import Samples
 
 __all__ = ["Measurement", "calibrate", "measuring"]
 
-_BLOCK = re.compile(r"(?:layers?|blocks)\.\d+(?:\.(?:self_attn|attn|attention|mlp))?$")
+_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.\d+(?:\.(?P<path>.+))?")
+_ATTENTION = ("self_attn", "attn", "attention")
+_SDPA = "sdpa"
+"""The attention that models are loaded with."""
+_TILE = 1 << 20
+"""Attention scores in memory at a time."""
 
 
 def calibrate(
@@ -59,7 +65,7 @@ class Measurement:
 
     sums: list[LayerSums]
     absmax: dict[str, float] = field(default_factory=dict)
-    """Largest magnitude of every block's, attention's and FFN's output, by module path."""
+    """Largest magnitudes, as in `Calibration`."""
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
 
@@ -144,22 +150,88 @@ def _watch_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Generato
 
 @contextmanager
 def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
-    """Module path -> largest magnitude of its output."""
+    """Largest magnitudes by module path: see `Calibration.absmax`."""
 
-    def watch(name: str) -> Any:
+    def note(name: str, *extremes: Tensor) -> None:
+        largest = float(torch.stack(extremes).abs().max())
+        # max() would drop a NaN.
+        absmax[name] = largest if isnan(largest) else max(absmax.get(name, 0.0), largest)
+
+    def output_of(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            values = output[0] if isinstance(output, tuple) else output
-            largest = float(values.abs().max())
-            # max() would drop a NaN.
-            absmax[name] = largest if isnan(largest) else max(absmax.get(name, 0.0), largest)
+            note(name, *torch.aminmax(output[0] if isinstance(output, tuple) else output))
 
         return hook
 
-    handles = [
-        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if _BLOCK.search(name)
-    ]
+    def input_of(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            note(f"{name}.input", *torch.aminmax(inputs[0]))
+
+        return hook
+
+    handles: list[Any] = []
+    attentions: dict[nn.Module, str] = {}
+    for name, module in _watched(model):
+        handles.append(module.register_forward_hook(output_of(name)))
+        if _is_leaf(module):
+            handles.append(module.register_forward_pre_hook(input_of(name)))
+        if name.endswith(_ATTENTION):
+            attentions[module] = name
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        if name := attentions.get(module):
+            for part, values in (("query", query), ("key", key), ("value", value)):
+                note(f"{name}.{part}", *torch.aminmax(values))
+            note(f"{name}.scores", _largest_product(query[0], key[0]) * options["scaling"])
+        return plain(module, query, key, value, *args, **options)
+
+    interface = AttentionInterface()
+    plain = interface[_SDPA]
+    interface.register(_SDPA, attend)
     try:
         yield
     finally:
+        interface.register(_SDPA, plain)
         for handle in handles:
             handle.remove()
+
+
+def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks, attentions and FFNs; norms and projections in them and behind them, but for those of attentions."""
+    begun: set[bool] = set()
+    for name, module in model.named_modules():
+        side = "language_model" in name
+        found = _BLOCK.fullmatch(name)
+        path = "" if found is None else found["path"] or ""
+        if found is not None:
+            begun.add(side)
+        projected = _is_leaf(module) and not path.startswith(_ATTENTION) and not name.startswith("lm_head")
+        if side in begun and (projected or (found is not None and path in ("", "mlp", *_ATTENTION))):
+            yield name, module
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def _largest_product(query_HTd: Tensor, key_GLd: Tensor) -> Tensor:
+    """The largest |q k|, in bounded memory.
+
+    No product is larger than the two lengths multiplied, so that the longest queries are tried first and most others
+    need no trying.
+    """
+    heads, groups, length = len(query_HTd), len(key_GLd), key_GLd.shape[1]
+    query_GRd = query_HTd.reshape(groups, -1, query_HTd.shape[-1])
+    if heads * query_HTd.shape[1] * length <= _TILE:
+        return torch.stack(torch.aminmax(query_GRd @ key_GLd.mT)).abs().max()
+    largest = query_HTd.new_zeros(())
+    for query_Rd, key_Ld in zip(query_GRd, key_GLd, strict=True):
+        bound_R = torch.linalg.vector_norm(query_Rd, dim=-1) * torch.linalg.vector_norm(key_Ld, dim=-1).max()
+        bound_R, order_R = bound_R.sort(descending=True)
+        for rows, bounds in zip(
+            order_R.split(max(1, _TILE // length)), bound_R.split(max(1, _TILE // length)), strict=True
+        ):
+            if bounds[0] <= largest:
+                break
+            largest = torch.maximum(largest, torch.stack(torch.aminmax(query_Rd[rows] @ key_Ld.T)).abs().max())
+    return largest

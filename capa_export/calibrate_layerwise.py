@@ -101,7 +101,7 @@ def _look(
 def _decode(model: Any, weights: "_Weights", count: int, shelf: Path, measurement: Measurement, report: Report) -> None:
     """Take every sample through the decoder, all of them through one layer before the next."""
     text = model.model.language_model
-    layers = list(text.layers)
+    layers, norm = list(text.layers), text.norm
     text.norm = nn.Identity()
     for number, layer in enumerate(layers):
         # The model's own forward, for its masks, its rotary tables and what it does between layers.
@@ -115,6 +115,10 @@ def _decode(model: Any, weights: "_Weights", count: int, shelf: Path, measuremen
                 hidden = text(**inputs.arguments(is_visual), use_cache=False).last_hidden_state
                 measurement.add(is_visual, weights.damaged)
                 _write(shelf / f"{index}.hidden", hidden)
+    with weights.loaded(norm, f"{_DECODER}norm."):
+        for index in range(count):
+            norm(torch.load(shelf / f"{index}.hidden"))
+            measurement.add(torch.empty(0, dtype=torch.bool), weights.damaged)
     report("calibrate layer by layer", len(layers) * count, len(layers) * count)
 
 

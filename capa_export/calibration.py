@@ -56,6 +56,12 @@ class LayerSums:
         return np.where(degenerate, 1.0, self.xy / np.where(degenerate, 1.0, self.xx))
 
     @property
+    def alpha_spread(self) -> dict[str, float]:
+        """Percentiles of alpha over the channels."""
+        percentiles = {"min": 0, "p05": 5, "median": 50, "p95": 95, "max": 100}
+        return dict(zip(percentiles, np.percentile(self.alpha, list(percentiles.values())).tolist(), strict=True))
+
+    @property
     def cosine(self) -> float:
         """Mean cosine(x, y) of the visual tokens."""
         return self.visual_cosine / max(self.visual_tokens, 1)
@@ -77,7 +83,9 @@ class Calibration:
     samples: int
     layers: Sequence[LayerSums]
     absmax: dict[str, float]
-    """Largest magnitude of each block's output, by module path."""
+    """Largest magnitudes by module path: outputs of blocks, attentions, FFNs, norms and projections; with `.input`
+    behind it, what goes into one of the latter two; behind an attention's, its `.query`, `.key` and `.value`, rotated,
+    and its `.scores`, before the softmax and whether they are masked or not."""
 
     def linear_layers(self, eta: float) -> tuple[int, ...]:
         """Layers whose visual FFN a scale may replace: mean cosine above eta."""
@@ -109,6 +117,7 @@ class Calibration:
                     "cosine_visual": layer.cosine,
                     "cosine_text": layer.text_cosine / max(layer.text_tokens, 1),
                     "relative_error": layer.relative_error,
+                    "alpha": layer.alpha_spread,
                     "sink_tokens": self.sink_tokens(index),
                 }
                 for index, layer in enumerate(self.layers)
@@ -131,7 +140,7 @@ class Calibration:
             for name in ("xx", "xy", "yy")
         }
         try:
-            save_file(tensors, path, metadata={"capa_calibration": self._about()})
+            save_file(tensors, path, metadata={"capa_calibration": self._about(), "digest": self.digest()})
         except SafetensorError as error:
             raise CapaError(f"{path}: cannot be written: {error}", ExitCode.EXPORT) from error
         path.chmod(0o644)
@@ -163,10 +172,15 @@ class Calibration:
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
         """
-        path = path / CALIBRATION if path.is_dir() else path
+        if path.is_dir():
+            from capa_export.bundle import Bundle
+
+            Bundle.open(path).verify("calibrate")
+            path /= CALIBRATION
         try:
             with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {})["capa_calibration"])
+                metadata = file.metadata() or {}
+                about = json.loads(metadata["capa_calibration"])
                 layers = [
                     LayerSums(
                         *(file.get_tensor(f"layers.{index}.{name}") for name in ("xx", "xy", "yy")),
@@ -175,7 +189,11 @@ class Calibration:
                     )
                     for index, counts in enumerate(about["layers"])
                 ]
-                return cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"])
+            calibration = cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"])
+            # Those of earlier versions have none.
+            if metadata.get("digest", calibration.digest()) != calibration.digest():
+                raise ValueError("its digest differs from what it holds: it was changed since it was measured")
+            return calibration
         except FileNotFoundError as error:
             raise CapaError(f"{path}: no such calibration; `capa-export calibrate` writes one") from error
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:

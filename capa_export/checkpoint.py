@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from capa_export.confined import is_name
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "fetch_config",
     "open_checkpoint",
     "open_tensors",
+    "read_json",
 ]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -213,7 +216,7 @@ def _folder(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+    return read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
 
 
 def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -237,12 +240,17 @@ def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> P
     raise CapaError(f"{what}: {problem}") from cause
 
 
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str = "copy it from where the weights were published") -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CapaError: it is missing, which `hint` says what to do about, or holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CapaError(f"{path}: not found; {hint}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CapaError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise CapaError(f"{path}: not a JSON object; download it again")
@@ -254,7 +262,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / _INDEX
     if not path.exists():
         return {}
-    weight_map = _read_json(path, "").get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if isinstance(weight_map, dict):
         entries = cast("dict[str, object]", weight_map)
         shards = {name: shard for name, shard in entries.items() if isinstance(shard, str)}
@@ -283,7 +291,7 @@ def _shards(folder: Path) -> list[Path]:
             "save_pretrained(folder, safe_serialization=True)"
         )
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_name(name):
             raise CapaError(f"{folder / _INDEX}: shard {name} lies outside the folder; download the index again")
         if not (folder / name).is_file():
             raise CapaError(f"{folder / name}: shard not found, though {_INDEX} names it; download it again")
@@ -297,10 +305,11 @@ def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if repeated := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
-        raise ValueError(f"{repeated[0]} appears twice")
-    return dict(pairs)
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{repeated} appears twice")
+    return entries
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
@@ -327,7 +336,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
         )
     except OSError as error:
         raise CapaError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CapaError(f"{path}: corrupt header: {error}; download it again") from error
     end = 8 + length
     for tensor in tensors:

@@ -10,6 +10,7 @@ import typer
 
 import capa_export
 from capa_export.cli_build import build, plan
+from capa_export.cli_compare import compare
 from capa_export.cli_plugins import plugins
 from capa_export.cli_run import run
 from capa_export.cli_show import doctor, inspect, models, targets
@@ -39,7 +40,7 @@ def _root(
         raise typer.Exit
 
 
-for _command in (build, calibrate, export, engine, validate, run, inspect, plan, doctor, models, targets):
+for _command in (build, calibrate, export, engine, validate, compare, run, inspect, plan, doctor, models, targets):
     app.command()(_command)
 app.add_typer(plugins, name="plugins")
 

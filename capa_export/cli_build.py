@@ -12,10 +12,14 @@ from capa_export.cli_options import (
     CalibrationOpt,
     CheckpointOpt,
     FfnOpt,
+    Fp32LayersOpt,
+    GateOpt,
     ImagesOpt,
     JsonOpt,
+    JunitOpt,
     LayerByLayerOpt,
     LayerOpt,
+    MarkdownOpt,
     MinKeepOpt,
     ModelOpt,
     PluginLibraryOpt,
@@ -26,7 +30,10 @@ from capa_export.cli_options import (
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
+    StoreGoldenOpt,
+    StrictOpt,
     TargetOpt,
+    TrustOpt,
 )
 from capa_export.cli_show import print_json
 from capa_export.cli_stages import finish, recipe_from
@@ -52,17 +59,27 @@ def build(
     layer_by_layer: LayerByLayerOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
+    fp32_layers: Fp32LayersOpt = None,
+    auto_fp32: Annotated[
+        bool, typer.Option("--auto-fp32", help="Where the gates fail, do what --bisect proposes, and validate again.")
+    ] = False,
     target: TargetOpt = "rtx",
     weights: BuildWeightsOpt = BuildWeights.embedded,
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
+    gate: GateOpt = None,
+    strict: StrictOpt = False,
+    store_golden: StoreGoldenOpt = 0,
+    junit: JunitOpt = None,
+    markdown: MarkdownOpt = None,
+    trust_remote_code: TrustOpt = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.target import load_target
 
-    recipe = recipe_from(model, ratio, prune_layer, min_keep_per_image)
+    recipe = recipe_from(model, ratio, prune_layer, min_keep_per_image, fp32_layers)
     device = load_target(target)
     device.require_precision(precision.value)
     if device.engine:
@@ -93,8 +110,10 @@ def build(
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.job import Job
+    from capa_export.parity.stage import Wanted
     from capa_export.progress import progress
 
+    wanted = Wanted(gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)
     with progress() as report:
         job = Job(
             recipe=recipe,
@@ -111,15 +130,16 @@ def build(
             in_place=weights == BuildWeights.in_place,
             plugins=plugins.value,
             plugin_library=plugin_library,
+            trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
             report=report,
         )
-        parity = pipeline.build(job, device)
+        parity = pipeline.build(job, device, wanted, auto_fp32=auto_fp32)
     if device.engine and not as_json:
         from capa_export.tables import engine_table
 
         engine_table(job.bundle.stage(f"engine/{device.name}")["result"])
-    finish(job.bundle, parity, as_json=as_json)
+    finish(job.bundle, parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
 def plan(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "BisectOpt",
     "BuildWeights",
     "BuildWeightsOpt",
     "BundleArg",
@@ -16,10 +17,14 @@ __all__ = [
     "ExportWeights",
     "ExportWeightsOpt",
     "FfnOpt",
+    "Fp32LayersOpt",
+    "GateOpt",
     "ImagesOpt",
     "JsonOpt",
+    "JunitOpt",
     "LayerByLayerOpt",
     "LayerOpt",
+    "MarkdownOpt",
     "MinKeepOpt",
     "ModelOpt",
     "OutOpt",
@@ -31,7 +36,10 @@ __all__ = [
     "RatioOpt",
     "RevisionOpt",
     "SamplesOpt",
+    "StoreGoldenOpt",
+    "StrictOpt",
     "TargetOpt",
+    "TrustOpt",
     "Weights",
     "WeightsOpt",
 ]
@@ -129,6 +137,26 @@ PluginsOpt = Annotated[
 PluginLibraryOpt = Annotated[Path | None, typer.Option(help="What `capa-export plugins build` wrote.")]
 EngineOpt = Annotated[
     str | None, typer.Option(help="Run this target's engines on the GPU [default: ONNX Runtime on the CPU].")
+]
+Fp32LayersOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--fp32-layers",
+        help="Parts in FP32, as 3,5.mlp,residual,visual.31; the audit adds its own [default: the recipe's].",
+    ),
+]
+GateOpt = Annotated[Path | None, typer.Option("--gate", help="TOML with bounds in place of the recipe's.")]
+StrictOpt = Annotated[bool, typer.Option("--strict", help="Warnings are failures too.")]
+BisectOpt = Annotated[
+    bool, typer.Option("--bisect", help="Where the gates fail, find the layer, block and operator at fault.")
+]
+StoreGoldenOpt = Annotated[
+    int, typer.Option("--store-golden", min=0, help="Samples to leave in the bundle, to validate without a checkpoint.")
+]
+JunitOpt = Annotated[Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.")]
+MarkdownOpt = Annotated[Path | None, typer.Option("--markdown", help="Write a summary for a pull request.")]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python run, for its processors.")
 ]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt
+from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, TrustOpt
 from capa_export.cli_show import print_json
 
 __all__ = ["run"]
@@ -33,6 +33,7 @@ def run(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     engine: EngineOpt = None,
+    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
@@ -47,7 +48,15 @@ def run(
     asked = conversations(prompt, image or [], video, fps, messages or [])
     several = len(asked) > 1
     told = None if as_json or several else stream
-    results = answer(opened, asked, ratio=ratio, max_new_tokens=max_new_tokens, stream=told, engine=engine)
+    results = answer(
+        opened,
+        asked,
+        ratio=ratio,
+        max_new_tokens=max_new_tokens,
+        stream=told,
+        engine=engine,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         print_json(results if several else results[0])
         return

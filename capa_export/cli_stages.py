@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capa_export.cli_options import (
+    BisectOpt,
     BundleArg,
     CalibrationOpt,
     CheckpointOpt,
@@ -14,10 +15,14 @@ from capa_export.cli_options import (
     ExportWeights,
     ExportWeightsOpt,
     FfnOpt,
+    Fp32LayersOpt,
+    GateOpt,
     ImagesOpt,
     JsonOpt,
+    JunitOpt,
     LayerByLayerOpt,
     LayerOpt,
+    MarkdownOpt,
     MinKeepOpt,
     ModelOpt,
     OutOpt,
@@ -29,7 +34,10 @@ from capa_export.cli_options import (
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
+    StoreGoldenOpt,
+    StrictOpt,
     TargetOpt,
+    TrustOpt,
     Weights,
     WeightsOpt,
 )
@@ -38,6 +46,7 @@ from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     from capa_export.bundle import Bundle
+    from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
 
 __all__ = ["calibrate", "engine", "export", "finish", "recipe_from", "validate"]
@@ -53,6 +62,7 @@ def calibrate(
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
+    trust_remote_code: TrustOpt = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
     ] = False,
@@ -90,6 +100,7 @@ def calibrate(
                 images=images,
                 samples=samples,
                 layer_by_layer=layer_by_layer,
+                trust_remote_code=trust_remote_code,
                 report=report,
             )
             calibration = pipeline.calibrate(job)
@@ -114,7 +125,9 @@ def export(
     ffn: FfnOpt = True,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
+    fp32_layers: Fp32LayersOpt = None,
     weights: ExportWeightsOpt = ExportWeights.copied,
+    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
@@ -123,7 +136,7 @@ def export(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe, bundle = recipe_from(model, ratio, prune_layer, min_keep_per_image), Bundle(out)
+    recipe, bundle = recipe_from(model, ratio, prune_layer, min_keep_per_image, fp32_layers), Bundle(out)
     with progress() as report:
         job = Job(
             recipe=recipe,
@@ -134,6 +147,7 @@ def export(
             precision=precision.value,
             ffn=ffn,
             in_place=weights == ExportWeights.in_place,
+            trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
             report=report,
         )
@@ -197,40 +211,91 @@ def validate(
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
+    gate: GateOpt = None,
+    strict: StrictOpt = False,
+    bisect: BisectOpt = False,
+    store_golden: StoreGoldenOpt = 0,
     engine: EngineOpt = None,
+    junit: JunitOpt = None,
+    markdown: MarkdownOpt = None,
+    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Hold a bundle against the eager model (exit code 6: parity)."""
+    """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.job import Job
+    from capa_export.parity.stage import GOLDEN, Wanted
     from capa_export.progress import progress
 
     opened = Bundle.open(bundle)
+    live = bisect or store_golden or any(given is not None for given in (checkpoint, revision, images, samples, seed))
+    wanted = Wanted(
+        engine=engine,
+        golden=not live and GOLDEN in opened.manifest["stages"],
+        samples=samples,
+        seed=seed,
+        gate=gate,
+        strict=strict,
+        bisect=bisect,
+        store_golden=store_golden,
+    )
     with progress() as report:
-        job = Job.of_bundle(opened, checkpoint=checkpoint, revision=revision, images=images, report=report)
-        parity = pipeline.validate(job, engine)
-    finish(opened, parity, as_json=as_json)
+        job = Job.of_bundle(
+            opened,
+            checkpoint=checkpoint,
+            revision=revision,
+            images=images,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
+        parity = pipeline.validate(job, wanted)
+    finish(opened, parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
 def recipe_from(
-    model: str, ratio: float | None = None, prune_layer: int | None = None, min_keep_per_image: int | None = None
+    model: str,
+    ratio: float | None = None,
+    prune_layer: int | None = None,
+    min_keep_per_image: int | None = None,
+    fp32_layers: str | None = None,
 ) -> "Recipe":
-    """The recipe with the command line's numbers in it."""
+    """The recipe with the command line's choices in it."""
     from capa_export.recipe import load_recipe
 
-    return load_recipe(model).with_options(ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image)
+    recipe = load_recipe(model)
+    parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
+    return recipe.with_options(
+        ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image, fp32_layers=parts
+    )
 
 
-def finish(bundle: "Bundle", parity: dict[str, Any], *, as_json: bool) -> None:
-    """Print the parity report; an error where it failed."""
+def finish(
+    bundle: "Bundle",
+    parity: "ParityReport",
+    *,
+    junit: Path | None = None,
+    markdown: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print the parity report, and write it in the forms that were asked for; an error where it failed."""
+    if junit is not None:
+        from capa_export.parity.junit import write_junit
+
+        write_junit(junit, parity, bundle.folder.name)
+    if markdown is not None:
+        from capa_export.parity.markdown import write_markdown
+
+        write_markdown(markdown, parity, bundle.manifest)
     if as_json:
-        print_json(parity)
+        print_json(parity.model_dump(mode="json"))
     else:
         from capa_export.tables import parity_table
 
         parity_table(parity)
-    if not parity["passed"]:
-        raise CapaError(
-            f"{bundle.folder}: {parity['failures'][0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY
-        )
+    if not parity.passed:
+        raise CapaError(f"{bundle.folder}: {parity.failures[0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)

@@ -103,7 +103,7 @@ def read_messages(path: Path) -> list[Turn]:
         raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
     except ValidationError as error:
         raise CapaError(f"{path}: {first_problem(error, Message)}", ExitCode.USAGE) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CapaError(f"{path}: is no JSON file: {error}", ExitCode.USAGE) from error
     return turns_from(messages, path.parent)
 

@@ -46,6 +46,11 @@ class VisionDims(Protocol):
     """What every stage may ask of a vision tower; its family knows the rest."""
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks that the graph runs."""
+        ...
+
+    @property
     def num_parameters(self) -> int:
         """Weights, biases and norms, projector included."""
         ...

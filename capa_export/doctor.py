@@ -45,11 +45,12 @@ def examine(target: Target, bundle: Bundle | None) -> list[Finding]:
     """Everything that can be told of this machine, of a target, and of a bundle's graphs against it.
 
     Raises:
-        CapaError: the bundle has no ONNX files.
+        CapaError: the bundle has no ONNX files, or they are not what was built.
     """
+    if bundle is not None:
+        bundle.verify("export", weights=False)
     found = [*_tools(target), *_kernels(target), *_gpu(target)]
     if bundle is not None:
-        bundle.stage("export")
         for path in sorted((bundle.folder / ONNX).rglob("*.onnx")):
             found += _graph(path, bundle.folder)
         found += [*_memory(target, bundle), *_pictures(target, bundle)]
@@ -165,13 +166,19 @@ def _graph(path: Path, folder: Path) -> Iterator[Finding]:
             if node.domain == DOMAIN
         ]
     nodes = [node for node in model.graph if node.domain == DOMAIN]
+    is_half = model.graph.inputs[0].dtype != ir.DataType.FLOAT
     problems += [
         Finding(name, "problem", f"{node.name}: lacks {key}, so that no plugin is found", "export it again")
         for node in nodes
         for key in PLUGIN
-        if key not in node.attributes
+        if key not in node.attributes and not (is_half and _is_fp32(node))
     ]
     yield from problems or [Finding(name, "ok", f"{len(nodes)} CAPA nodes, each with a plugin's name and a body")]
+
+
+def _is_fp32(node: ir.Node) -> bool:
+    """Whether a CAPA node computes in FP32, for which there is no plugin."""
+    return node.op_type != "TopKKeep" and any(value and value.dtype == ir.DataType.FLOAT for value in node.inputs)
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -27,5 +27,8 @@ class CapaError(Exception):
     """A failure the user can act on: one line that says what is wrong, where, and what would do."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.PREFLIGHT) -> None:
-        super().__init__(message)
+        # What is quoted from a file may hold line ends and control characters.
+        super().__init__(
+            "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
+        )
         self.code = code

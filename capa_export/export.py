@@ -20,6 +20,7 @@ from capa_export.families import Family
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
+from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
 
 __all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
@@ -76,6 +77,7 @@ def write_onnx(
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
     min_keep_per_image: int = 1,
+    fp32_layers: Sequence[str] = (),
     dense: bool = False,
     in_place: bool = False,
     report: Report = silent,
@@ -89,6 +91,7 @@ def write_onnx(
         prune_layers: layers that drop visual tokens, ascending.
         scales: layer -> alpha [D] that stands for the FFN of visual tokens.
         min_keep_per_image: visual tokens that each image keeps at every stage.
+        fp32_layers: parts that are computed in FP32 whatever the precision, as `--fp32-layers` names them.
         dense: also write `DENSE`.
         in_place: link to the checkpoint's shards instead of copying them; weights are then not read, and so not
             searched for NaN.
@@ -101,6 +104,7 @@ def write_onnx(
         CapaError: a tensor is missing, not finite or out of range, the disk is too small, or the weights cannot stay
             in place.
     """
+    check_units(fp32_layers, source.dims)
     dtype, dims = PRECISIONS[precision], source.dims
     rotary = rotary_tables(dims)
     pruning: Any = {"prune_layers": prune_layers, "min_keep_per_image": min_keep_per_image}
@@ -111,6 +115,10 @@ def write_onnx(
     if dense:
         llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, linear_layers=(), **pruning)
     visual = {"model.onnx": source.family.vision_model(dims.vision, dtype)}
+    units = [parse_unit(word) for word in fp32_layers]
+    if dtype != ir.DataType.FLOAT:
+        for model in (*llm.values(), *visual.values()):
+            compute_in_fp32(model, units)
     shards = Shards(source.checkpoint, precision) if in_place else None
     if shards is None:
         check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
@@ -150,15 +158,21 @@ def write_onnx(
     return sizes
 
 
-def sidecars(folder: Path) -> dict[str, list[Path]]:
-    """Config, tokenizer and processor files of a checkpoint, by the part of the bundle that they belong to."""
-    parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS), "visual": _VISUAL_SIDECARS}
+def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
+    """Config, tokenizer and processor files of a checkpoint, by the part of the bundle that they belong to.
+
+    Args:
+        folder: of the checkpoint.
+        code: whether its own Python belongs to them.
+    """
+    own = ("*.py",) if code else ()
+    parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS, *own), "visual": (*_VISUAL_SIDECARS, *own)}
     return {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
 
 
-def copy_sidecars(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
     """Copy them, so that the bundle needs no checkpoint to run."""
-    for part, paths in sidecars(checkpoint.folder).items():
+    for part, paths in sidecars(checkpoint.folder, code=code).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         for path in paths:
             shutil.copyfile(path, folder / part / path.name)

@@ -1,25 +1,25 @@
 """Gates of the user's own, in place of the recipe's: `--gate FILE`."""
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError
 
+from capa_export.compare.schema import Limits
 from capa_export.errors import CapaError, ExitCode
 from capa_export.recipe import Bound, Gate, Parity
 from capa_export.settings import Settings, first_problem, read_toml
 
-__all__ = ["with_gates"]
+__all__ = ["GateFile", "with_gates"]
 
 
-class _Gates(Settings):
-    """A table per precision, each with the bounds that are other than the recipe's."""
+class GateFile(Settings):
+    """A table per precision, each with the bounds that are other than the recipe's, and one for `compare`."""
 
     fp32: dict[str, Bound | bool] = Field(default_factory=dict)
     fp16: dict[str, Bound | bool] = Field(default_factory=dict)
     bf16: dict[str, Bound | bool] = Field(default_factory=dict)
-    compare: dict[str, Any] = Field(default_factory=dict)
-    """Of `capa-export compare`, which reads the same file."""
+    compare: Limits = Limits()
+    """What `capa-export compare` lets a candidate lose."""
 
 
 def with_gates(parity: Parity, path: Path | None) -> Parity:
@@ -30,7 +30,7 @@ def with_gates(parity: Parity, path: Path | None) -> Parity:
     """
     if path is None:
         return parity
-    given = read_toml(path, _Gates)
+    given = read_toml(path, GateFile)
     changed: dict[str, Gate] = {}
     for precision in ("fp32", "fp16", "bf16"):
         gate: Gate = getattr(parity, precision)

@@ -126,5 +126,5 @@ def embedding_of(folder: Path) -> StoredTensor:
     try:
         pointer = json.loads((folder / _POINTER).read_text(encoding="utf-8"))
         return open_tensors(folder / pointer["file"])[pointer["tensor"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CapaError(f"{folder / _POINTER}: names no embedding; build the bundle again", ExitCode.EXPORT) from error

@@ -1,8 +1,7 @@
 """What a build was asked for, and what is opened on the way: checkpoint, eager model, prompts."""
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -20,7 +19,7 @@ from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 
-__all__ = ["ONNX", "PARITY", "REPORT", "Job", "eos_token_ids", "run_stage", "say", "tool_versions"]
+__all__ = ["ONNX", "PARITY", "REPORT", "Job", "alpha_digest", "eos_token_ids", "run_stage", "say", "tool_versions"]
 
 ONNX = "onnx"
 PARITY = "parity.json"
@@ -70,13 +69,22 @@ class Job:
     plugin_library: Path | None = None
     in_place: bool = False
     """Whether the ONNX files read the checkpoint's own shards instead of a copy."""
+    trust_remote_code: bool = False
+    """Whether the checkpoint's own Python may run, for its tokenizer and image processor."""
     command: Sequence[str] = ()
     report: Report = field(default=silent)
     _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
 
     @classmethod
     def of_bundle(
-        cls, bundle: Bundle, *, checkpoint: str | None, revision: str | None, images: Path | None, report: Report
+        cls,
+        bundle: Bundle,
+        *,
+        checkpoint: str | None,
+        revision: str | None,
+        images: Path | None,
+        trust_remote_code: bool = False,
+        report: Report,
     ) -> "Job":
         """The request that made a bundle, from its manifest; a checkpoint that is given stands for the recorded one.
 
@@ -85,12 +93,16 @@ class Job:
         """
         bundle.stage("export")
         manifest = bundle.manifest
+        recorded = manifest.get("checkpoint")
+        if recorded is None:
+            raise CapaError(f"{bundle.folder}: the export was interrupted; `capa-export export` finishes it")
         return cls(
             recipe=recipe_of(manifest, bundle.folder),
             bundle=bundle,
-            checkpoint=checkpoint or manifest["checkpoint"]["source"],
-            revision=revision or (None if checkpoint else manifest["checkpoint"]["revision"]),
+            checkpoint=checkpoint or recorded["source"],
+            revision=revision or (None if checkpoint else recorded["revision"]),
             images=images,
+            trust_remote_code=trust_remote_code,
             report=report,
         )
 
@@ -166,7 +178,8 @@ class Job:
         """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
         from capa_export.export import sidecars
 
-        paths = {path for paths in sidecars(self.source.checkpoint.folder).values() for path in paths}
+        parts = sidecars(self.source.checkpoint.folder, code=self.trust_remote_code)
+        paths = {path for part in parts.values() for path in part}
         return {path.name: file_digest(path) for path in sorted(paths)}
 
     @cached_property
@@ -179,7 +192,9 @@ class Job:
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
         try:
-            return architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+            return architecture.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            ).eval()
         except (OSError, ValueError) as error:
             raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
@@ -188,7 +203,7 @@ class Job:
         from capa_export.prompt import Prompter
 
         folder = self.source.checkpoint.folder
-        return Prompter(folder, folder, self.family, self.source.dims)
+        return Prompter(folder, folder, self.family, self.source.dims, trust_remote_code=self.trust_remote_code)
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -206,19 +221,30 @@ class Job:
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
 
 
+def alpha_digest(scales: Mapping[int, Any]) -> str:
+    """Of the scale [D] of every layer that has one."""
+    return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
+
+
 def eos_token_ids(folder: Path) -> list[int]:
     """Tokens that end an answer: those of `generation_config.json`, or of `config.json` where that says nothing.
 
     Raises:
-        CapaError: neither file names one.
+        CapaError: neither file names one, or one is malformed.
     """
+    from capa_export.checkpoint import read_json
+
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for section in (config, config.get("text_config") or {}):
-            ids = section.get("eos_token_id")
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
+        config = read_json(path) if path.is_file() else {}
+        text = config.get("text_config")
+        for section in (config, text if isinstance(text, dict) else {}):
+            given = section.get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            if not all(isinstance(token, int) for token in ids):
+                raise CapaError(f"{path}: eos_token_id: must be a whole number or a list of them, not {given!r}")
+            if ids:
+                return ids
     raise CapaError(f"{folder}: no eos_token_id in generation_config.json or config.json; copy the published files")
 
 

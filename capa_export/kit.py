@@ -14,7 +14,7 @@ import onnx_ir as ir
 import capa_export
 from capa_export import kit_builder
 from capa_export.build_engines import GRAPHS, refuse_copies
-from capa_export.bundle import MANIFEST, Bundle, file_digest
+from capa_export.bundle import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.bundled import bundled_dims
 from capa_export.dry_run import run_memory
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
@@ -154,7 +154,7 @@ def write_kit(
             "engines": engines,
             "files": digests,
         }
-        text = json.dumps(manifest, indent=1) + "\n"
+        text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1) + "\n"
         (kit / kit_builder.KIT).write_text(text, encoding="utf-8")
         digests[kit_builder.KIT] = file_digest(kit / kit_builder.KIT)
         kit.rename(folder)

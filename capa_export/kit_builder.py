@@ -158,11 +158,15 @@ def build(
 
 def _read(kit: Path) -> dict[str, Any]:
     try:
-        return json.loads((kit / KIT).read_text(encoding="utf-8"))
+        spec = json.loads((kit / KIT).read_text(encoding="utf-8"))
+        digest = spec.pop("digest")
+        if digest != hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest():
+            raise ValueError("its digest differs from what it holds")
     except OSError as error:
         raise KitError(f"{kit}: no kit ({KIT}: {error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError(f"{kit / KIT}: damaged: copy the kit again") from error
+    return spec
 
 
 def _check_device(spec: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Wall time and peak memory of a piece of work."""
 
 import os
+import platform
 import resource
 import time
 from collections.abc import Generator
@@ -8,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cost", "available_memory", "measured"]
+__all__ = ["Cost", "available_memory", "measured", "processor"]
 
 
 @dataclass
@@ -77,3 +78,12 @@ def _peak_memory() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
     return 0
+
+
+def processor() -> str:
+    """What the system calls its processor."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

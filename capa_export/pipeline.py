@@ -1,24 +1,24 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
-import json
-from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from capa_export.bundle import Bundle, digest_of
-from capa_export.calibration import CALIBRATION, FP16_MAX, Calibration
+from capa_export.audit import audit
+from capa_export.bundle import Bundle
+from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.errors import CapaError
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, PARITY, REPORT, Job, eos_token_ids, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, tool_versions
+from capa_export.parity.schema import ParityReport
+from capa_export.parity.stage import GOLDEN, Wanted, validate
 from capa_export.recipe import Recipe, ranges
 from capa_export.target import Target
 
 __all__ = ["adopt_calibration", "build", "calibrate", "export", "validate"]
 
 
-def build(job: Job, target: Target) -> dict[str, Any]:
+def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: bool = False) -> ParityReport:
     """Everything from checkpoint to parity report; returns the report.
 
     Raises:
@@ -35,17 +35,42 @@ def build(job: Job, target: Target) -> dict[str, Any]:
         with job.bundle.replacing() as scratch:
             Shards(job.source.checkpoint, job.precision).try_to_link(scratch)
     calibrate(job)
-    export(job)
-    if target.engine is not None:
-        build_engines(
-            job.bundle,
-            target,
-            weights=job.weights,
-            report=job.report,
-            plugins=job.plugins,
-            plugin_library=job.plugin_library,
-        )
-    return validate(job)
+
+    def export_and_build() -> None:
+        export(job)
+        if target.engine is not None:
+            build_engines(
+                job.bundle,
+                target,
+                weights=job.weights,
+                report=job.report,
+                plugins=job.plugins,
+                plugin_library=job.plugin_library,
+            )
+
+    export_and_build()
+    parity = validate(job, wanted)
+    while auto_fp32 and (proposed := _proposed(parity)):
+        job.recipe = job.recipe.with_options(fp32_layers=(*job.recipe.fp32_layers, *proposed))
+        say(f"auto-fp32     {parity.bisection.sentence if parity.bisection else ''}")
+        export_and_build()
+        before, parity = parity, validate(job, wanted)
+        say(f"{'':<14}{', '.join(proposed)} in FP32: {_worst(before)} -> {_worst(parity)}")
+    return parity
+
+
+def _proposed(parity: ParityReport) -> tuple[str, ...]:
+    """What the bisection of a failure would have in FP32 that is not yet."""
+    if parity.passed or parity.bisection is None:
+        return ()
+    return tuple(part for part in parity.bisection.fp32_layers if part not in parity.fp32_layers)
+
+
+def _worst(parity: ParityReport) -> str:
+    """The verdict, and the largest error of a logit in the bundle's precision."""
+    errors = [check for error in parity.export_error for check in error.checks if check.name == "relative error"]
+    worst = max((inf if check.value is None else check.value for check in errors), default=0.0)
+    return f"{'passed' if parity.passed else 'failed'}, relative error {worst:.1e}"
 
 
 def calibrate(job: Job) -> Calibration:
@@ -127,11 +152,10 @@ def export(job: Job) -> None:
     if job.ffn or (job.bundle.folder / CALIBRATION).exists():
         calibration = Calibration.load(job.bundle.folder)
         _check_owner(calibration, job, job.bundle.folder / CALIBRATION)
-        _audit(calibration, job)
         if job.ffn:
             linear = calibration.linear_layers(job.recipe.ffn.eta)
             scales = {layer: calibration.layers[layer].alpha for layer in linear}
-    alpha = _alpha_digest(scales)
+    alpha, fp32_layers = alpha_digest(scales), _fp32_layers(job, calibration)
 
     def digests() -> dict[str, str]:
         # A calibration needed them; weights in place are too many bytes to read for anything less.
@@ -145,6 +169,7 @@ def export(job: Job) -> None:
             job.pruning,
             job.sidecar_digests,
             alpha,
+            fp32_layers,
         ]
 
     def work(scratch: Path) -> dict[str, Any]:
@@ -158,17 +183,24 @@ def export(job: Job) -> None:
             scratch / ONNX,
             **job.pruning,
             scales=scales,
+            fp32_layers=fp32_layers,
             in_place=job.in_place,
             report=job.report,
         )
-        copy_sidecars(job.source.checkpoint, scratch / ONNX)
+        copy_sidecars(job.source.checkpoint, scratch / ONNX, code=job.trust_remote_code)
         known = digests()
         linked = {f"{ONNX}/{file}": known.get(size["shard"]) for file, size in sizes.items() if "shard" in size}
-        made = {"files": sizes, "linear_layers": sorted(scales), "alpha": alpha, "precision": job.precision}
+        made = {
+            "files": sizes,
+            "linear_layers": sorted(scales),
+            "alpha": alpha,
+            "precision": job.precision,
+            "fp32_layers": fp32_layers,
+        }
         sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
 
-    run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate"])
+    run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
     visual = job.recipe.visual_tokens
     for stage, kept in zip(job.schedule, job.recipe.prune.num_keep([visual]), strict=True):
         say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
@@ -188,95 +220,6 @@ def export(job: Job) -> None:
         _note_digests(job)
 
 
-def validate(job: Job, engine: str | None = None) -> dict[str, Any]:
-    """Hold the bundle against the eager model.
-
-    Args:
-        job: what to validate, and on what.
-        engine: target whose engines are run on the GPU and held to the same gates.
-
-    Returns:
-        The parity report, which is also in `parity.json`; the caller turns `passed` into an exit code.
-    """
-    from tempfile import TemporaryDirectory
-
-    from capa_export.samples import samples_from
-
-    bundle, parity = job.bundle, job.recipe.parity
-    built = None
-    if engine is not None:
-        from capa_export.execution import require_engines
-
-        built = require_engines(bundle, engine)
-        bundle.verify(f"engine/{engine}")
-    bundle.verify("export")
-    result = bundle.stage("export")["result"]
-    recorded = bundle.manifest["checkpoint"]
-    if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
-        raise CapaError(f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint")
-    calibration = Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
-    scales = {layer: calibration.layers[layer].alpha for layer in result["linear_layers"]} if calibration else {}
-    if result["alpha"] != _alpha_digest(scales):
-        raise CapaError(f"{bundle.folder / CALIBRATION}: changed since the export; run `capa-export export` again")
-    prompts = samples_from(job.images, job.recipe, parity.prompts, split="held_out", repeat=True)
-    questions = samples_from(job.images, job.recipe, parity.accuracy_samples, split="held_out")
-    key = [
-        tool_versions("onnxruntime", "torch", "transformers"),
-        bundle.digest("export"),
-        job.recipe.prune.model_dump(),
-        parity.model_dump(),
-        prompts.digest(),
-        questions.digest(),
-        *([] if built is None else [bundle.digest(f"engine/{engine}"), built.gpu.name]),
-    ]
-
-    def work(scratch: Path) -> dict[str, Any]:
-        from capa_export.dry_run import dry_run
-        from capa_export.export import write_onnx
-        from capa_export.report import write_report
-        from capa_export.subject import Subject
-        from capa_export.validate import validate as compare
-
-        with TemporaryDirectory(dir=scratch) as twin:
-            write_onnx(job.source, "fp32", Path(twin), **job.pruning, scales=scales, dense=True, report=job.report)
-            subject = Subject(
-                model=job.eager_model,
-                family=job.family,
-                prompter=job.prompter,
-                prune=job.recipe.prune,
-                scales=scales,
-                precision=result["precision"],
-                onnx=bundle.folder / ONNX,
-                fp32_onnx=Path(twin),
-                eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
-            )
-            model = None
-            if built is not None:
-                from capa_export.engine_runtime import EngineModel
-
-                model = EngineModel(built)
-            parity_report, examples = compare(subject, job.recipe, prompts, questions, job.report, model)
-        (scratch / PARITY).write_text(json.dumps(parity_report, indent=2) + "\n", encoding="utf-8")
-        plan = dry_run(
-            job.recipe, str(job.source.checkpoint.folder), bundle.folder, result["precision"], ffn=bool(scales)
-        )
-        write_report(
-            scratch / REPORT,
-            manifest=bundle.manifest,
-            parity=parity_report,
-            calibration=calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers) if calibration else None,
-            plan=plan,
-            examples=examples,
-        )
-        return parity_report
-
-    return run_stage(bundle, "validate", key, [PARITY, REPORT], work)
-
-
-def _alpha_digest(scales: Mapping[int, np.ndarray]) -> str:
-    return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
-
-
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:
     linear = calibration.linear_layers(recipe.ffn.eta)
     paper = f"; the paper lists {ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
@@ -289,15 +232,15 @@ def _check_owner(calibration: Calibration, job: Job, path: Path) -> None:
         raise CapaError(f"{path}: measured on another checkpoint than {job.checkpoint}; calibrate this one")
 
 
-def _audit(calibration: Calibration, job: Job) -> None:
-    """Refuse FP16 where calibration saw a value that it cannot hold."""
-    if job.precision != "fp16":
-        return
-    for name, largest in calibration.absmax.items():
-        if largest > FP16_MAX:
-            raise CapaError(
-                f"{name} reaches {largest:.3g}, above {FP16_MAX:.0f}, the largest FP16 number; "
-                "build with --precision bf16"
-            )
-        if largest > FP16_MAX / 4:
-            say(f"warning: {name} reaches {largest:.3g}, {largest / FP16_MAX:.0%} of the largest FP16 number")
+def _fp32_layers(job: Job, calibration: Calibration | None) -> list[str]:
+    """The recipe's parts in FP32, and those that the calibration asks for."""
+    if job.precision == "fp32":
+        return []
+    asked: tuple[str, ...] = ()
+    if calibration is not None:
+        asked, findings = audit(calibration.absmax, job.precision, job.source.dims)
+        for finding in findings:
+            say(f"audit         {finding}")
+    elif job.precision == "fp16":
+        say("audit         no calibration, so whether FP16 holds every activation is not known")
+    return sorted({*job.recipe.fp32_layers, *asked})

@@ -10,10 +10,12 @@ from onnx_ir.passes.common import InlinePass
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.external_weights import externalize_weights
-from capa_export.graph.functions import DOMAIN
+from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.lower import lower
 
 __all__ = ["Prepared", "prepare"]
+
+_INLINED = "capa.inlined"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,8 @@ def prepare(
         CapaError: plugins are asked for in a precision that they do not take.
     """
     model = ir.load(onnx)
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    # Those in an FP32 island have no plugin.
+    nodes = [node for node in model.graph if node.domain == DOMAIN and PLUGIN.keys() <= node.attributes.keys()]
     if plugins and nodes and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
         raise CapaError(
             f"{onnx}: is FP32, and the plugins take fp16 and bf16: build with --plugins none", ExitCode.ENGINE
@@ -50,6 +53,7 @@ def prepare(
     if version is not None and lower(model, version):
         if plugins:
             # Before 10.7, TensorRT takes a body even where there is a plugin.
+            _inline_others(model, nodes)
             model.functions.clear()
         else:
             # Before 10.8, a value of the graph that has the name of a function's input stands in for it.
@@ -61,3 +65,16 @@ def prepare(
             node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
     out.write_bytes(ir.to_proto(model).SerializeToString())
     return Prepared(weights=[asdict(weight) for weight in weights], num_plugins=len(nodes) if plugins else 0)
+
+
+def _inline_others(model: ir.Model, plugins: Sequence[ir.Node]) -> None:
+    """Put their bodies in the places of the CAPA nodes that are no plugins."""
+    for node in model.graph:
+        if node.domain == DOMAIN and node not in plugins:
+            function = model.functions[node.op_identifier()]
+            node.domain = _INLINED
+            body = ir.Function(
+                _INLINED, function.name, graph=function.graph.clone(), attributes=function.attributes.values()
+            )
+            model.functions[body.identifier()] = body
+    InlinePass(lambda function: function.domain == _INLINED)(model)

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ __all__ = ["PICTURE_SUFFIXES", "Picture", "Prompt", "Prompter", "Turn", "Video",
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_CODE_FILES: Mapping[str, set[str] | None] = {
+    "tokenizer_config.json": None,
+    "preprocessor_config.json": None,
+    "processor_config.json": None,
+    # What it names beside are models, and those are never its own.
+    "config.json": {"AutoTokenizer", "AutoImageProcessor"},
+}
+"""Where code of the checkpoint's own is named, and by which keys, if not by any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,8 @@ class Picture:
     """Visual tokens it becomes."""
     grid: tuple[int, int] | None = None
     """Rows and columns of those tokens, where they make one grid."""
+    square: bool = False
+    """Whether the grid lies over a centred square of the picture, and the rest was cropped off."""
     frame_seconds: float | None = None
     """Of a video: what one of the vision graph's frames lasts."""
     frame_positions: float = 1.0
@@ -94,17 +104,25 @@ class Prompter:
         visual: folder with the image processor; in a checkpoint it is the same.
         family: module of the model's family.
         dims: of the model.
+        trust_remote_code: whether Python files that lie in the folders, and that the tokenizer or image processor
+            names as its own, may be run.
 
     Raises:
-        CapaError: a file is missing, or does not load.
+        CapaError: a file is missing, or does not load, or needs code that may not be run.
     """
 
-    def __init__(self, text: Path, visual: Path, family: Family, dims: ModelDims[Any]) -> None:
+    def __init__(
+        self, text: Path, visual: Path, family: Family, dims: ModelDims[Any], *, trust_remote_code: bool = False
+    ) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.family, self.dims, self.folder = family, dims, visual
-        self.tokenizer = _load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
-        self.image_processor = _load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
+        if not trust_remote_code:
+            for folder in dict.fromkeys((text, visual)):
+                _refuse_own_code(folder)
+        load = partial(_load, trust_remote_code=trust_remote_code)
+        self.tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
+        self.image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
         self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
@@ -166,7 +184,6 @@ class Prompter:
 
     def _written(self, turns: Sequence[Turn]) -> str:
         """The conversation as the chat template writes it, a placeholder where a picture or video stands."""
-        from jinja2 import TemplateError
 
         def entry(part: str | Image.Image | Video) -> dict[str, str]:
             if isinstance(part, str):
@@ -176,7 +193,7 @@ class Prompter:
         messages = [{"role": turn.role, "content": [entry(part) for part in turn.content]} for turn in turns]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # A template raises what its expressions do.
             raise CapaError(f"the chat template does not take this conversation: {_first_line(error)}") from error
 
     def _expanded(self, text: str, shown: dict[str, list[Picture]]) -> tuple[str, list[Picture]]:
@@ -198,25 +215,50 @@ class Prompter:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-def _load(auto_class: Any, folder: Path, what: str, files: Sequence[str]) -> Any:
+def _load(auto_class: Any, folder: Path, what: str, files: Sequence[str], *, trust_remote_code: bool) -> Any:
     """Load what lies in the first of `files` that is there."""
     if not any((folder / file).is_file() for file in files):
         raise CapaError(
             f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); copy it from where the weights were published"
         )
     try:
-        return auto_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Left open, transformers would ask on stdin.
+        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # The tokenizers library raises nothing more specific.
         raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Raise where tokenizer or processors are code that came with them; transformers' own would be another's."""
+    for file, keys in _CODE_FILES.items():
+        path = folder / file
+        if not path.is_file():
+            continue
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CapaError(f"{path}: cannot be read as JSON ({_first_line(error)}); download it again") from error
+        sections = [data, *data.values()] if isinstance(data, dict) else []
+        for code in (section.get("auto_map") for section in sections if isinstance(section, dict)):
+            if code and (keys is None or (isinstance(code, dict) and keys & set(code))):
+                raise CapaError(
+                    f"{path}: auto_map names code of the checkpoint's own, which is not run; --trust-remote-code runs "
+                    "it, if you have read it; without auto_map transformers' own classes are used"
+                )
 
 
 def _processor_template(folder: Path) -> str | None:
     """The chat template that older checkpoints keep for their processor alone."""
     path = folder / "chat_template.json"
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["chat_template"] if path.is_file() else None
-    except (OSError, ValueError, KeyError) as error:
+        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        if not isinstance(template, str):
+            raise TypeError("chat_template is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CapaError(f"{path}: holds no chat template: {_first_line(error)}") from error
+    return template
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -166,7 +166,7 @@ def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_o
 
 def _conversations(path: Path) -> tuple[Conversation, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such file of conversations") from error
     except (OSError, UnicodeDecodeError) as error:

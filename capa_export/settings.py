@@ -38,7 +38,7 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
         raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
     except OSError as error:
         raise CapaError(f"{path}: {error.strerror}", ExitCode.USAGE) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CapaError(f"{path}: {error}", ExitCode.USAGE) from error
     for key in extra:
         if key in data:

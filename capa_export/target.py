@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from capa_export.shipped import shipped, shipped_names
 __all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target", "version_parts"]
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 
 class DimRange(Settings):
@@ -55,9 +56,9 @@ class Engine(Settings):
     runtime: Literal["tensorrt-rtx", "tensorrt"]
     built: Literal["here", "on-device"]
     """Where: TensorRT-RTX needs no GPU to build, TensorRT builds for the one that it finds."""
-    version_min: str
+    version_min: Version
     """First version of the runtime that will do."""
-    version_below: str
+    version_below: Version
     """First version that is not known to do."""
     jetpack: str | None = None
     """JetPack releases that have such a runtime; None for what is no Jetson."""
@@ -146,6 +147,11 @@ def load_target(target: str) -> Target:
     Raises:
         CapaError: no such target, or a file that is not a valid one.
     """
+    return _load(target, ())
+
+
+def _load(target: str, above: tuple[str, ...]) -> Target:
+    """A target; `above` are those whose limits it is to give."""
     path = Path(target) if target.endswith(".toml") else shipped("engines") / f"{target}.toml"
     if not target.endswith(".toml") and target not in shipped_names("engines"):
         raise CapaError(
@@ -156,7 +162,9 @@ def load_target(target: str) -> Target:
     read = read_toml(path, Target, name=path.stem)
     if read.engine is None or read.engine.limits_of is None:
         return read
-    base = load_target(read.engine.limits_of).require_engine()
+    if target in above:
+        raise CapaError(f"{path}: limits_of leads back to it; name a target with limits of its own", ExitCode.USAGE)
+    base = _load(read.engine.limits_of, (*above, target)).require_engine()
     limits = {"dims": {**base.dims, **read.engine.dims}, "values": {**base.values, **read.engine.values}}
     return read.model_copy(update={"engine": read.engine.model_copy(update=limits)})
 

@@ -129,7 +129,8 @@ def _is_plain_attention(op_type: str, inputs: Sequence[object]) -> bool:
 
 def _function(dtype: ir.DataType, *, causal: bool) -> ir.Function:
     text = _FUNCTION.format(
-        name=("TiledCausalAttention" if causal else "TiledAttention"),
+        # An FP32 island has one of its own.
+        name=f"Tiled{'Causal' if causal else ''}Attention_{dtype.name}",
         opset=OPSET,
         domain=_DOMAIN,
         tile=_TILE,

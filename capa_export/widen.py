@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["is_bfloat16", "widen"]
+__all__ = ["is_bfloat16", "tensor_values", "widen"]
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -36,7 +36,8 @@ def widen(source: Path, target: Path) -> None:
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def _values(tensor: ir.TensorProtocol) -> Any:
+def tensor_values(tensor: ir.TensorProtocol) -> Any:
+    """The numbers of a tensor; mapped, not read, where they lie in a file of their own."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor.numpy()
     # Its own reader refuses files with several hard links, which is what weights in place are.
@@ -45,6 +46,6 @@ def _values(tensor: ir.TensorProtocol) -> Any:
 
 def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def convert() -> ir.TensorProtocol:
-        return ir.tensor(_values(tensor).astype("float32"), name=tensor.name)
+        return ir.tensor(tensor_values(tensor).astype("float32"), name=tensor.name)
 
     return ir.LazyTensor(convert, _FP32, ir.Shape(tensor.shape.numpy()), name=tensor.name)

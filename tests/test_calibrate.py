@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
-from capa_export.calibrate import calibrate
+from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
 from capa_export.errors import CapaError
 from capa_export.families import qwen25vl
@@ -110,9 +111,63 @@ def test_linear_layers_follow_eta(calibration: Calibration) -> None:
 
 
 def test_every_block_is_watched(calibration: Calibration) -> None:
-    for name in ("model.language_model.layers.4", "model.language_model.layers.0.mlp", "model.visual.blocks.2.attn"):
-        assert calibration.absmax[name] > 0
-    assert len(calibration.absmax) == 3 * (5 + 3)
+    parts = ["", ".mlp", ".mlp.up_proj", ".mlp.down_proj", ".mlp.down_proj.input"]
+    attention = ["", ".query", ".key", ".value", ".scores"]
+    decoder = [
+        *parts,
+        ".input_layernorm",
+        ".post_attention_layernorm.input",
+        *(".self_attn" + part for part in attention),
+    ]
+    tower = [*parts, ".norm1", ".norm2.input", *(".attn" + part for part in attention)]
+    names = [f"model.language_model.layers.{layer}{part}" for layer in range(5) for part in decoder]
+    names += [f"model.visual.blocks.{block}{part}" for block in range(3) for part in tower]
+    names += ["model.language_model.norm", "model.visual.merger.ln_q.input", "model.visual.merger.mlp.2"]
+    assert all(calibration.absmax[name] > 0 for name in names)
+    # Two norms and three projections in a block, one and two behind the tower's, one behind the decoder's.
+    assert len(calibration.absmax) == (5 + 3) * (2 + len(attention) + 2 * 5) + 2 * 3 + 2
+
+
+def test_ranges_are_those_of_the_model(model: Any, prompter: Prompter, pictures: Path) -> None:
+    samples = samples_from(pictures, load_recipe("qwen25vl"), 1, split="train")
+    absmax = run(model, prompter, samples).absmax
+    [sample] = samples
+    embeds, position_ids = qwen25vl.eager_inputs(model, prompter(sample.question, [sample.image]))
+    text, name = model.model.language_model, "model.language_model.layers.2"
+    layer = text.layers[2]
+    with torch.no_grad():
+        states = text(inputs_embeds=embeds, position_ids=position_ids, output_hidden_states=True).hidden_states
+        normed = layer.input_layernorm(states[2])
+        rotary = text.rotary_emb(embeds, position_ids)
+        mixed, _ = layer.self_attn(normed, attention_mask=None, position_embeddings=rotary)
+        between = layer.post_attention_layernorm(states[2] + mixed)
+        inner = layer.mlp.act_fn(layer.mlp.gate_proj(between)) * layer.mlp.up_proj(between)
+    expected = {
+        "": states[3],
+        ".input_layernorm": normed,
+        ".self_attn": mixed,
+        ".post_attention_layernorm.input": states[2] + mixed,
+        ".mlp.down_proj.input": inner,
+    }
+    for part, values in expected.items():
+        assert absmax[name + part] == pytest.approx(float(values.abs().max()), rel=1e-5), part
+
+
+@pytest.mark.parametrize("tile", [1 << 20, 40])
+def test_the_largest_score_is_found_in_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr("capa_export.calibrate._TILE", tile)
+    torch.manual_seed(0)
+    for spread in (0.0, 2.0):
+        lengths = torch.exp(spread * torch.randn(6, 37, 1))
+        query, key = lengths * torch.randn(6, 37, 8), torch.randn(2, 19, 8)
+        products = query @ key.repeat_interleave(3, dim=0).mT
+        assert float(_largest_product(query, key)) == pytest.approx(float(products.abs().max()), rel=1e-6)
+
+
+def test_the_attention_is_left_as_it_was(model: Any, prompter: Prompter, pictures: Path) -> None:
+    before = AttentionInterface()["sdpa"]
+    run(model, prompter, samples_from(pictures, load_recipe("qwen25vl"), 1, split="train"))
+    assert AttentionInterface()["sdpa"] is before
 
 
 def test_planted_sinks_are_found(prompter: Prompter, pictures: Path) -> None:

@@ -14,8 +14,6 @@ from transformers.utils import import_utils
 from capa_export.conversation import conversations, open_video, read_messages
 from capa_export.errors import CapaError, ExitCode
 from capa_export.prompt import Turn, Video
-from capa_export.recipe import load_recipe
-from capa_export.samples import samples_from
 from tests.conftest import noise
 
 Write = Callable[[object], Path]
@@ -196,46 +194,3 @@ def test_any_other_video_goes_through_transformers(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(video_utils, "load_video", fail)
     with pytest.raises(CapaError, match=r"clip\.mp4: does not decode as a video: Invalid data found$"):
         open_video(path, 2.0)
-
-
-def test_conversations_are_samples(tmp_path: Path) -> None:
-    path, recipe = tmp_path / "samples.jsonl", load_recipe("qwen25vl")
-    for index in range(3):
-        noise(20, 10 + index, index).save(tmp_path / f"{index}.png")
-    lines = [
-        {"messages": [{"role": "user", "content": [*shown(0), *shown(1), {"type": "text", "text": "compare"}]}]},
-        {
-            "messages": [
-                {"role": "user", "content": shown(2)},
-                {"role": "assistant", "content": "red"},
-                {"role": "user", "content": "why"},
-            ]
-        },
-    ]
-    path.write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
-    samples = samples_from(path, recipe, 5, split="train")
-    assert (samples.count, samples.has_answers) == (2, False)
-    first, second = samples
-    assert [part.size for part in first.turns[0].content[:2]] == [(20, 10), (20, 11)]
-    assert (first.question, second.question) == ("compare", "why")
-    assert second.image.size == (20, 12)
-    assert len(list(samples_from(path, recipe, 5, split="held_out", repeat=True))) == 5
-    digest = samples.digest()
-    noise(20, 11, 9).save(tmp_path / "1.png")
-    assert samples.digest() != digest
-    for line, message in (
-        ("", "holds no conversation"),
-        ("{", "line 1: Invalid JSON"),
-        ('{"message": []}', "line 1: messages: Field required"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "line 1: shows no picture"),
-        (json.dumps(lines[0]).replace("1.png", "9.png"), "line 1: .*9.png: no such picture"),
-    ):
-        path.write_text(line, encoding="utf-8")
-        with pytest.raises(CapaError, match=message):
-            samples_from(path, recipe, 5, split="train")
-    with pytest.raises(CapaError, match="no such file of conversations"):
-        samples_from(tmp_path / "nowhere.jsonl", recipe, 5, split="train")
-
-
-def shown(index: int) -> list[dict[str, str]]:
-    return [{"type": "image", "image": f"{index}.png"}]

@@ -15,7 +15,7 @@ import torch
 
 from capa_export.errors import CapaError
 from capa_export.kernels.execute import execute
-from capa_export.parity import Trace
+from capa_export.parity.trace import Trace
 from tests.conftest import random_model, save_model
 from tests.graph.one_node import run
 

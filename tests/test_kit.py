@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from capa_export import kit_builder, pipeline
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.engine import parse_layers, weight_copies
 from capa_export.errors import CapaError, ExitCode
 from capa_export.job import Job
@@ -67,6 +67,12 @@ def spare(kit: Path, tmp_path: Path) -> Path:
 
 def described(kit: Path) -> dict[str, Any]:
     return json.loads((kit / kit_builder.KIT).read_text(encoding="utf-8"))
+
+
+def describe(kit: Path, spec: dict[str, Any]) -> None:
+    """Make a kit say something else, and say that this is what was made."""
+    kept = {name: value for name, value in spec.items() if name != "digest"}
+    (kit / kit_builder.KIT).write_text(json.dumps({**kept, "digest": digest_of(kept)}), encoding="utf-8")
 
 
 def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
@@ -195,7 +201,7 @@ class Device:
         self.folder, self.kit = folder, kit
         spec = described(kit)
         spec["cpu"] = platform.machine()
-        (kit / kit_builder.KIT).write_text(json.dumps(spec))
+        describe(kit, spec)
         self.capability("8.7")
         self.tensorrt("10.3.0")
 
@@ -258,7 +264,7 @@ def test_no_tensorrt_is_refused(device: Device) -> None:
 
 def test_another_cpu_is_refused(device: Device) -> None:
     spec = described(device.kit)
-    (device.kit / kit_builder.KIT).write_text(json.dumps({**spec, "cpu": "riscv64"}))
+    describe(device.kit, {**spec, "cpu": "riscv64"})
     code, error = device.run()
     assert code == 5
     assert error == f"error: this machine is {platform.machine()}, the kit is for orin, which is riscv64: copy it there"
@@ -277,8 +283,10 @@ def test_a_missing_file_is_refused(device: Device) -> None:
     assert device.run() == (5, f"error: {path}: missing: copy the kit again")
 
 
-def test_a_damaged_manifest_is_refused(device: Device) -> None:
-    (device.kit / kit_builder.KIT).write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "{}", None], ids=["cut", "list", "empty", "changed"])
+def test_a_damaged_manifest_is_refused(device: Device, text: str | None) -> None:
+    changed = json.dumps({**described(device.kit), "version_min": "9.0"})
+    (device.kit / kit_builder.KIT).write_text(changed if text is None else text)
     assert device.run() == (5, f"error: {device.kit / kit_builder.KIT}: damaged: copy the kit again")
 
 
@@ -291,7 +299,7 @@ def test_a_damaged_manifest_is_refused(device: Device) -> None:
 )
 def test_headers_must_be_the_runtimes(device: Device, version: str | None, message: str) -> None:
     spec = described(device.kit)
-    (device.kit / kit_builder.KIT).write_text(json.dumps({**spec, "plugins": "native"}))
+    describe(device.kit, {**spec, "plugins": "native"})
     device.tensorrt("10.7.0")
     include = device.folder / "include"
     include.mkdir()

@@ -88,7 +88,7 @@ def test_a_graph_that_went_wrong_fails_whatever_its_precision(job: Job, precisio
     stages = job.bundle.manifest["stages"]
     stages["export"]["files"]["onnx/llm/prefill.onnx"] = file_digest(path)
     job.bundle.update(stages=stages)
-    assert not pipeline.validate(again(job))["passed"]
+    assert not pipeline.validate(again(job)).passed
 
 
 def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,10 @@ class _Tokens:
     norm_ratio: float = 0.0
 
     def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
+        if not len(reference_XD):
+            # The last token is never dropped: a reference without it has overflowed.
+            self.cosine, self.norm_ratio = -inf, inf
+            return
         norm, wanted = np.linalg.norm(own_XD, axis=-1), np.linalg.norm(reference_XD, axis=-1)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)

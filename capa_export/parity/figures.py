@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from capa_export.parity.schema import Check, Difference, ExportError, Kept, Rate, Selection
+from capa_export.parity.schema import Check, Difference, ExportError, Kept, ParityReport, Rate, Selection
 
 __all__ = [
     "METHODS",
@@ -13,6 +13,7 @@ __all__ = [
     "decimals",
     "difference",
     "error",
+    "open_warnings",
     "percent",
     "rate",
     "shown",
@@ -76,6 +77,11 @@ def by_stage(selection: Selection) -> list[tuple[Kept, list[Check]]]:
         (stage, [found[index] for found in named.values() if index < len(found)])
         for index, stage in enumerate(selection.stages)
     ]
+
+
+def open_warnings(parity: ParityReport) -> list[str]:
+    """Warnings that no failure repeats, as those of a strict run do."""
+    return [warning for warning in parity.warnings if not any(warning in failure for failure in parity.failures)]
 
 
 def worst_error(rows: Iterable[ExportError]) -> tuple[str, str] | None:

@@ -4,7 +4,7 @@ Shares no code with the graphs' islands.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -67,16 +67,16 @@ def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower
                 yield module
             if tower:
                 stream = torch.float32 if residual else dtype
-                module.register_forward_pre_hook(lambda _, given, to=stream: (given[0].to(to), *given[1:]))
-                module.register_forward_hook(lambda _, __, output, to=stream: _cast(output, to))
+                module.register_forward_pre_hook(_entering(stream))
+                module.register_forward_hook(_leaving(stream))
             blocks.append(module)
         elif residual and blocks and not _BLOCK.match(name) and dict(module.named_parameters(recurse=False)):
             # Behind the blocks: whatever is given the stream computes in FP32, and what comes after it does not.
             yield module
-            module.register_forward_pre_hook(lambda module, given: module.to(given[0].dtype) and None)
-            module.register_forward_hook(lambda _, __, output: output.to(dtype))
+            module.register_forward_pre_hook(_follow)
+            module.register_forward_hook(_leaving(dtype))
     if residual and not tower:
-        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.float())
+        model.get_input_embeddings().register_forward_hook(_leaving(torch.float32))
 
 
 def _branches(block: nn.Module) -> dict[str, list[nn.Module]]:
@@ -91,6 +91,25 @@ def _take(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> t
     """A module's inputs in the dtype of its weights."""
     to = next(module.parameters()).dtype
     return _cast(given, to), {name: _cast(value, to) for name, value in named.items()}
+
+
+def _follow(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Put a module in the dtype of its input, which is the same at every call."""
+    module.to(given[0].dtype)
+
+
+def _entering(dtype: torch.dtype) -> Callable[..., Any]:
+    def hook(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_cast(given[0], dtype), *given[1:])
+
+    return hook
+
+
+def _leaving(dtype: torch.dtype) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _given: Any, output: Any) -> Any:
+        return _cast(output, dtype)
+
+    return hook
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -133,12 +133,17 @@ def _kl(dense_V: torch.Tensor, other_V: torch.Tensor) -> float:
 
 def _kept_maps(prompt: Prompt, run: Prefill) -> tuple[KeptMap, ...]:
     """Where the kept tokens lie on the picture; nothing where the visual tokens make no single grid."""
-    grid = prompt.pictures[0].grid if len(prompt.pictures) == 1 else None
-    if grid is None:
+    picture = prompt.pictures[0] if len(prompt.pictures) == 1 else None
+    if picture is None or picture.grid is None:
         return ()
     order = np.cumsum(prompt.is_visual) - 1
     return tuple(
-        KeptMap(layer, *grid, tuple(int(order[row]) for row in kept.tolist() if prompt.is_visual[row]))
+        KeptMap(
+            layer,
+            *picture.grid,
+            tuple(int(order[row]) for row in kept.tolist() if prompt.is_visual[row]),
+            square=picture.square,
+        )
         for layer, kept in run.kept.items()
     )
 
@@ -185,7 +190,6 @@ def _words(found: MethodError, *, removed: bool) -> Iterator[str]:
     dense, capa, random = found.methods
     assert capa.same_answer is not None and random.same_answer is not None
     same, by_chance = percent(capa.same_answer.value), percent(random.same_answer.value)
-    yield f"CAPA gives dense's answer to {same} of {found.questions} questions, random pruning to {by_chance}."
     if not removed:
         yield "No visual token was removed, so CAPA and random pruning do the same: neither can beat the other."
     elif found.beats_random is None:
@@ -202,6 +206,7 @@ def _words(found: MethodError, *, removed: bool) -> Iterator[str]:
             f"{verdict} random pruning at the same k: KL from dense {capa.kl:.3g} against {random.kl:.3g} nats, "
             f"a gain of {found.kl_gain.low:.3g} to {found.kl_gain.high:.3g}{above}."
         )
+    yield f"CAPA gives dense's answer to {same} of {found.questions} questions, random pruning to {by_chance}."
     if dense.accuracy is None:
         yield "The answers are not known, so there is no accuracy."
     elif not dense.accuracy.value:

@@ -7,7 +7,7 @@ S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D =
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +217,7 @@ def _save(path: Path, record: Record) -> None:
         "next_position": prompt.next_position,
         "tokens": record.tokens,
         "pictures": [
-            {
-                "num_tokens": picture.num_tokens,
-                "grid": picture.grid,
-                "frame_seconds": picture.frame_seconds,
-                "frame_positions": picture.frame_positions,
-            }
+            {entry.name: getattr(picture, entry.name) for entry in fields(picture) if entry.name != "patches"}
             for picture in prompt.pictures
         ],
     }
@@ -236,13 +231,7 @@ def _load(path: Path) -> Record:
             about = json.loads((file.metadata() or {})["capa_record"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping.
         pictures = tuple(
-            Picture(
-                tensors[f"patches.{index}"],
-                facts["num_tokens"],
-                None if facts["grid"] is None else (facts["grid"][0], facts["grid"][1]),
-                facts["frame_seconds"],
-                facts["frame_positions"],
-            )
+            Picture(tensors[f"patches.{index}"], **(facts | {"grid": facts["grid"] and tuple(facts["grid"])}))
             for index, facts in enumerate(about["pictures"])
         )
         prompt = Prompt(

@@ -15,7 +15,7 @@ from capa_export.parity.schema import Check, Kept, Selection
 from capa_export.parity.trace import Trace
 from capa_export.recipe import Bound, Gate
 
-__all__ = ["Choice", "agreeing"]
+__all__ = ["Choice", "agreeing", "overlap"]
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Choice:
         ):
             stage = self.stages[index]
             cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
-            stage.iou.append(_iou(own, wanted, len(record.prompt.text_positions)))
+            stage.iou.append(overlap(own, wanted, len(record.prompt.text_positions)))
             stage.bound.append(cut.iou_bound(self.band(index)))
             stage.margin.append(cut.margin)
             if not np.array_equal(own, wanted):
@@ -171,7 +171,7 @@ def _lead(own: np.ndarray, wanted: np.ndarray, entering: np.ndarray, scores: np.
     return float((np.abs(best - worst) / np.maximum(best, worst)).max())
 
 
-def _iou(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
+def overlap(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
     """Intersection over union of two kept sets, text left out."""
     common = len(np.intersect1d(a, b)) - num_text
     union = len(np.union1d(a, b)) - num_text

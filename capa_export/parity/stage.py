@@ -1,7 +1,9 @@
 """The stage that validates a bundle: against the eager model, or against golden samples that it left behind."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +13,7 @@ from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.errors import CapaError
 from capa_export.gates import with_gates
 from capa_export.job import ONNX, PARITY, REPORT, Job, alpha_digest, eos_token_ids, run_stage, tool_versions
+from capa_export.measure import processor
 from capa_export.parity.schema import MethodError, ParityReport, Stage, read_parity, write_parity
 from capa_export.recipe import Recipe
 
@@ -225,7 +228,9 @@ class _AgainstEager(_Validation):
             subject = _subject(job, recipe, self.exported, self.scales, twin)
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
-                compare_prompts(job.prompter, bundled_prompter(self.bundle), self.prompts),
+                compare_prompts(
+                    job.prompter, bundled_prompter(self.bundle, trust_remote_code=job.trust_remote_code), self.prompts
+                ),
                 dense := compare_dense(subject, records, recipe, report),
                 capa := compare_onnx(twin, "fp32", records, recipe, report),
             ]
@@ -238,7 +243,10 @@ class _AgainstEager(_Validation):
             seed = self.wanted.seed or 0
             steps = recipe.parity.steps
             effect, examples = method_effect(subject, Eager(subject.model), self.questions, seed, steps, report)
-            found = {"bisection": self._bisection(compared, subject.onnx, twin, records)}
+            found = {
+                "bisection": self._bisection(compared, subject.onnx, twin, records),
+                "prompts_sha256": self.prompts.digest(),
+            }
             notes = []
             if self.wanted.seed is not None and job.images is not None:
                 notes.append("Samples of another seed: calibration may have seen some of them.")
@@ -259,7 +267,7 @@ class _AgainstEager(_Validation):
         names = {error.artefact for one in failed for error in one.export_error}
         # What is wrong with the graphs in FP32 is wrong with all of them.
         folder, precision = (twin, "fp32") if any(name.startswith("fp32") for name in names) else (onnx, self.precision)
-        return bisect(folder, precision, twin, records, self.recipe, self.job.report)
+        return bisect(folder, precision, twin, records, self.job.report)
 
 
 class _AgainstGolden(_Validation):
@@ -343,13 +351,11 @@ def _calibration(bundle: Bundle) -> Calibration | None:
 
 def _latency(dense: "Compared", capa: "Compared") -> dict[str, Any]:
     """Medians of the FP32 graphs on this CPU, dense against CAPA."""
-    import platform
-
     rows = [
         {"name": name, "dense_ms": dense.milliseconds[name], "capa_ms": value}
         for name, value in capa.milliseconds.items()
     ]
-    return {"machine": platform.processor() or platform.machine(), "rows": rows}
+    return {"machine": f"{processor()}, {os.cpu_count()} cores, ONNX Runtime {version('onnxruntime')}", "rows": rows}
 
 
 def _few_pictures(prompts: "Samples") -> list[str]:

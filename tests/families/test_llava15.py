@@ -28,7 +28,7 @@ from capa_export.prompt import Picture, Prompter
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.conftest import noise
-from tests.parity import compare
+from tests.agreement import compare
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -383,6 +383,7 @@ def test_prompts_equal_those_of_the_processor(prompter: Prompter, pictures: list
     np.testing.assert_array_equal(prompt.input_ids, expected["input_ids"][0])
     assert prompt.num_visual == 16 * len(pictures)
     assert [picture.patches.shape for picture in prompt.pictures] == [(1, 3, SIDE, SIDE)] * len(pictures)
+    assert [(picture.grid, picture.square) for picture in prompt.pictures] == [((4, 4), True)] * len(pictures)
     if pictures:
         pixels = np.concatenate([picture.patches for picture in prompt.pictures])
         np.testing.assert_array_equal(pixels, expected["pixel_values"])

@@ -36,7 +36,7 @@ from capa_export.target import load_target
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
-from tests.parity import compare
+from tests.agreement import compare
 
 VALUES = 3 * 2 * 16 * 16
 

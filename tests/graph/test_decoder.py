@@ -20,7 +20,7 @@ from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Prune, Stage
 from capa_export.runtime import KVCache, OnnxModel
 from tests.conftest import noise
-from tests.parity import compare
+from tests.agreement import compare
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.2, 0.8, 64)}
 Build = Callable[..., OnnxModel]

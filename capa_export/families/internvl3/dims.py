@@ -75,6 +75,11 @@ class Vision:
         return self.hidden_size * _SHUFFLE**2
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks that the graph runs."""
+        return self.depth
+
+    @property
     def num_parameters(self) -> int:
         """Weights, biases, norms and scales, projector included."""
         d, f, out = self.hidden_size, self.intermediate_size, self.out_hidden_size

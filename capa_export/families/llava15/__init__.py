@@ -54,7 +54,8 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
             f"preprocessor_config.json makes pictures of {list(pixels.shape[1:])}, config.json implies {list(shape)}; "
             "use the two files that were published together"
         )
-    return [Picture(tile[None], num_tokens=vision.num_tokens) for tile in pixels]
+    grid = None if vision.keeps_class_token else (vision.grid, vision.grid)
+    return [Picture(tile[None], num_tokens=vision.num_tokens, grid=grid, square=True) for tile in pixels]
 
 
 def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:

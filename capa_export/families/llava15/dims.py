@@ -65,6 +65,11 @@ class Vision:
         return self.num_positions - (not self.keeps_class_token)
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks that the graph runs."""
+        return self.num_run_layers
+
+    @property
     def num_parameters(self) -> int:
         """Weights, biases and norms, projector and layers that do not run included."""
         d, f, out = self.hidden_size, self.intermediate_size, self.out_hidden_size

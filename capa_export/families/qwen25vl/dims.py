@@ -54,6 +54,11 @@ class Vision:
         return self.hidden_size * self.spatial_merge_size**2
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks that the graph runs."""
+        return self.depth
+
+    @property
     def num_parameters(self) -> int:
         """Weights, biases and norms, merger included."""
         d, f, merged = self.hidden_size, self.intermediate_size, self.merged_size

@@ -6,7 +6,7 @@ F = frames, P = frames that share a patch, N = patches of a frame, C = channels.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def _settings(folder: Path) -> Section:
     """What transformers would give its video processor: the first file that has something for it."""
     processor = _read(folder / "processor_config.json")
     if "video_processor" in processor:
-        return Section(processor["video_processor"], str(folder / "processor_config.json"), "video_processor")
+        return Section(processor, str(folder / "processor_config.json"), "").section("video_processor")
     found = next((folder / name for name in _FILES if (folder / name).is_file()), folder)
     return Section(_read(found), str(found), "")
 
@@ -68,9 +68,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CapaError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CapaError(f"{path}: is no JSON object")
+    return cast("dict[str, Any]", data)
 
 
 def _size(settings: Section, num_frames: int, unit: int, temporal_patch_size: int) -> dict[str, int]:

@@ -53,6 +53,11 @@ class Vision:
         return self.hidden_size * self.spatial_merge_size**2
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks that the graph runs."""
+        return self.depth
+
+    @property
     def num_parameters(self) -> int:
         """Weights, biases and norms, mergers included."""
         d, f, merged, out = self.hidden_size, self.intermediate_size, self.merged_size, self.out_hidden_size

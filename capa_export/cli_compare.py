@@ -1,0 +1,44 @@
+"""The command that holds one bundle against another."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capa_export.cli_options import ImagesOpt, JsonOpt
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["compare"]
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="Bundle folder: what is deployed.")],
+    candidate: Annotated[Path, typer.Argument(help="Bundle folder: what is to take its place.")],
+    images: ImagesOpt = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many to ask about [default: a bundle's golden samples, or else 8].")
+    ] = None,
+    gate: Annotated[Path | None, typer.Option(help="TOML file with a table [compare]: what may be lost.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
+    from capa_export.bundle import Bundle
+    from capa_export.compare.bundles import compare as compare_bundles
+    from capa_export.compare.schema import Limits
+    from capa_export.gates import GateFile
+    from capa_export.progress import progress
+    from capa_export.settings import read_toml
+
+    limits = Limits() if gate is None else read_toml(gate, GateFile).compare
+    with progress() as report:
+        found = compare_bundles(
+            Bundle.open(reference), Bundle.open(candidate), images=images, samples=samples, limits=limits, report=report
+        )
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        from capa_export.compare.table import compare_table
+
+        compare_table(found)
+    if not found.passed:
+        raise CapaError(found.failures[0], ExitCode.PARITY)

@@ -1,0 +1,1 @@
+"""What changed from one bundle to the next, and whether it may."""

@@ -1,0 +1,80 @@
+"""What differs in how two bundles were made, by their manifests; of every pair, the first is the reference's."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from capa_export.bundle import Bundle
+from capa_export.compare.schema import Change, EngineChange, EngineFacts, Size
+
+__all__ = ["changes", "engines", "sizes"]
+
+_GRAPHS = (".onnx", ".data", ".safetensors")
+"""What counts: graphs, weights and the embedding table."""
+_ENGINE = "engine/"
+
+
+def changes(reference: Bundle, candidate: Bundle) -> Iterator[Change]:
+    """Recipe, precision, linear layers, checkpoint, tools, files and engines, by dotted name."""
+    one, other = dict(_flat(_facts(reference))), dict(_flat(_facts(candidate)))
+    for name in one | other:
+        if one.get(name) != other.get(name):
+            yield Change(name=name, reference=one.get(name), candidate=other.get(name))
+
+
+def sizes(reference: Bundle, candidate: Bundle) -> Iterator[Size]:
+    """Of the ONNX files."""
+    one, other = (_graph_bytes(bundle) for bundle in (reference, candidate))
+    return (Size(file=file, reference=one.get(file), candidate=other.get(file)) for file in sorted(one | other))
+
+
+def engines(reference: Bundle, candidate: Bundle) -> Iterator[EngineChange]:
+    """Those of the targets that both have engines for; a kit has none yet."""
+    one, other = (_engine_facts(bundle) for bundle in (reference, candidate))
+    both = (name for name in one if name in other)
+    return (EngineChange(engine=name, reference=one[name], candidate=other[name]) for name in both)
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest, export = bundle.manifest, bundle.stage("export")
+    return {
+        "recipe": manifest["recipe"],
+        **{key: export["result"].get(key) for key in ("precision", "linear_layers", "fp32_layers", "alpha")},
+        "checkpoint": {key: manifest["checkpoint"].get(key) for key in ("revision", "sha256")},
+        "calibration_samples": manifest.get("calibration_samples"),
+        "tool": manifest["tool"],
+        "files": {**export["files"], **{file: link["sha256"] for file, link in export["linked"].items()}},
+        "engines": {
+            target: {key: result.get(key) for key in ("runtime", "compute_capabilities", "weights", "plugins")}
+            for target, result in _engine_results(bundle).items()
+        },
+    }
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; a list of plain values is one."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _flat(part, f"{name}.{key}" if name else str(key))
+
+
+def _graph_bytes(bundle: Bundle) -> dict[str, int]:
+    export = bundle.stage("export")
+    files = (file for file in [*export["files"], *export["linked"]] if file.endswith(_GRAPHS))
+    return {file: (bundle.folder / file).stat().st_size for file in files}
+
+
+def _engine_results(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    stages = bundle.manifest["stages"].items()
+    return {name.removeprefix(_ENGINE): record["result"] for name, record in stages if name.startswith(_ENGINE)}
+
+
+def _engine_facts(bundle: Bundle) -> dict[str, EngineFacts]:
+    return {
+        f"{target}/{engine}": EngineFacts(**{key: facts[key] for key in EngineFacts.model_fields})
+        for target, result in _engine_results(bundle).items()
+        for engine, facts in result["engines"].items()
+    }

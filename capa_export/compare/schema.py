@@ -1,0 +1,151 @@
+"""What a comparison of two bundles found, as `compare --json` prints it; figures that are not finite are null.
+
+The reference is what is deployed, the candidate what is to take its place.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from capa_export.parity.schema import Check, Difference, Figure, Rate
+from capa_export.settings import Settings
+
+__all__ = [
+    "Answers",
+    "BundleComparison",
+    "Change",
+    "EngineChange",
+    "EngineFacts",
+    "KeptChange",
+    "Limits",
+    "LogitChange",
+    "Size",
+    "Timing",
+]
+
+
+class Limits(Settings):
+    """What a candidate may cost: the table `compare` of a gate file."""
+
+    kl: float = Field(default=0.02, ge=0)
+    """Mean KL(reference || candidate) of the next token, in nats.
+
+    Of the tiny Qwen2.5-VL's bundles: FP32 for FP16 makes 5e-9, a ratio of 0.97 for 0.75 makes 7e-4, no linear FFN for
+    eleven makes 4e-3; random pruning is 0.3 from dense.
+    """
+    accuracy_drop: float = Field(default=0.05, ge=0)
+    """Share of the answers that may be lost, where so few are asked that losing them is not significant."""
+    vision_slowdown: float | None = Field(default=None, gt=0)
+    """Milliseconds of the candidate over those of the reference; not asked where it is not given, as those below."""
+    prefill_slowdown: float | None = Field(default=None, gt=0)
+    decode_slowdown: float | None = Field(default=None, gt=0)
+
+
+class Change(Settings):
+    """Something recorded that differs; None where a bundle does not have it."""
+
+    name: str
+    """As `recipe.prune.schedule.0.ratio`."""
+    reference: Any
+    candidate: Any
+
+
+class KeptChange(Settings):
+    """The visual tokens kept after one layer."""
+
+    layer: int
+    reference: float | None
+    """Mean number over the prompts; None where nothing is dropped there."""
+    candidate: float | None
+    iou: float | None
+    """Mean over the prompts; None where only one side drops there, or the prompts themselves differ."""
+
+
+class LogitChange(Settings):
+    """Next-token distributions, both sides fed the reference's greedy answer."""
+
+    steps: int
+    """Of all prompts together."""
+    kl_mean: Figure
+    """KL(reference || candidate), in nats."""
+    kl_max: Figure
+    top1: float
+    """Share of the steps with the same likeliest token."""
+    diverged: int
+    """Prompts on which another token came first at some step."""
+    diverges_at: int | None
+    """The earliest such step."""
+
+
+class Answers(Settings):
+    """Right answers of both sides."""
+
+    source: Literal["asked now", "parity.json"]
+    """Asked of these graphs, or what eager CAPA in FP32 answered when each bundle was validated."""
+    questions: int
+    reference: Rate
+    candidate: Rate
+    difference: Difference | None
+    """Candidate minus reference, question by question; None where they were not asked side by side."""
+
+
+class Timing(Settings):
+    """Medians of one kind of work on this machine's processor, the two sides in turn."""
+
+    what: Literal["vision", "prefill", "decode"]
+    """`vision` and `prefill` of a prompt, `decode` of a token."""
+    runs: int
+    reference_ms: float
+    candidate_ms: float
+    ratio: float
+    """Candidate over reference."""
+
+
+class Size(Settings):
+    """Bytes of a file; None where a bundle does not have it."""
+
+    file: str
+    reference: int | None
+    candidate: int | None
+
+
+class EngineFacts(Settings):
+    """One engine."""
+
+    bytes: int
+    layers: int
+    custom_layers: int
+    """CAPA nodes that became plugin layers."""
+    weight_copies: int
+
+
+class EngineChange(Settings):
+    """An engine that both have for the same target."""
+
+    engine: str
+    """As `rtx/llm/prefill`."""
+    reference: EngineFacts
+    candidate: EngineFacts
+
+
+class BundleComparison(Settings):
+    """All that was found."""
+
+    version: Literal[1] = 1
+    passed: bool
+    failures: tuple[str, ...]
+    """A sentence per check that failed."""
+    reference: str
+    candidate: str
+    prompts: str
+    """Where they came from."""
+    num_prompts: int
+    checks: tuple[Check, ...]
+    changes: tuple[Change, ...]
+    kept: tuple[KeptChange, ...]
+    logits: LogitChange
+    answers: Answers | None
+    """None where nobody knows them."""
+    timings: tuple[Timing, ...]
+    sizes: tuple[Size, ...]
+    engines: tuple[EngineChange, ...]

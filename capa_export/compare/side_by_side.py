@@ -1,0 +1,220 @@
+"""Runs two bundles on ONNX Runtime over the same questions, and counts how they differ.
+
+Of every pair, the first is the reference's. S = steps, V = vocabulary, K = tokens kept.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean, median
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_prompter
+from capa_export.compare.schema import Answers, KeptChange, LogitChange, Timing
+from capa_export.job import ONNX, eos_token_ids
+from capa_export.parity.statistics import paired_bootstrap, wilson
+from capa_export.prompt import Prompt, Prompter
+from capa_export.recipe import Recipe, recipe_of
+from capa_export.runtime import KVCache, OnnxModel, PrefillRun, greedy
+
+__all__ = ["Question", "Side", "SideBySide"]
+
+_ENOUGH_SECONDS = 0.1
+"""After which a pair of calls is not timed again."""
+
+T = TypeVar("T")
+Work = Literal["vision", "prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A bundle, opened."""
+
+    bundle: Bundle
+    recipe: Recipe
+    prompter: Prompter
+    model: OnnxModel
+    stop: Sequence[int]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "Side":
+        """Found to be as it was built.
+
+        Raises:
+            CapaError: nothing was exported, or a file is missing or was changed.
+        """
+        bundle.verify("export", *bundle.manifest["stages"])
+        folder = bundle.folder / ONNX
+        recipe = recipe_of(bundle.manifest, bundle.folder)
+        return cls(bundle, recipe, bundled_prompter(bundle), OnnxModel(folder), eos_token_ids(folder / "llm"))
+
+    def prefill(self, prompt: Prompt, embeds: Mapping[str, np.ndarray]) -> PrefillRun[KVCache]:
+        return self.model.prefill(prompt, self.recipe.prune.num_keep(prompt.image_lengths), embeds)
+
+    def kept(self, prompt: Prompt, run: PrefillRun[KVCache]) -> dict[int, np.ndarray]:
+        """Layer -> positions of the visual tokens kept after it."""
+        layers = [stage.layer for stage in self.recipe.prune.schedule]
+        return {layer: rows[prompt.is_visual[rows]] for layer, rows in zip(layers, run.kept, strict=True)}
+
+    def answer(self, prompt: Prompt, run: PrefillRun[KVCache], limit: int) -> list[int]:
+        """Greedy tokens."""
+        return [token for (token,) in greedy(self.model, [prompt], [run], self.stop, limit) if token is not None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both are asked."""
+
+    prompts: tuple[Prompt, Prompt]
+    """Each side's own: tokenizer and image processor are part of a bundle."""
+    answer: str = ""
+    """Empty where nobody knows it."""
+
+
+@dataclass
+class _Stopwatch:
+    """Runs the sides in turn, so that what else the machine does falls on both."""
+
+    most: int = 5
+    """Runs of a call at most."""
+    seconds: dict[Work, tuple[list[float], list[float]]] = field(default_factory=dict)
+    _first: int = 0
+
+    def both(self, what: Work, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """What each side's call returns; short ones are repeated, so they must do the same every time."""
+        results: dict[int, T] = {}
+        begun = time.perf_counter()
+        for _ in range(self.most):
+            for index in (self._first, 1 - self._first):
+                started = time.perf_counter()
+                results[index] = calls[index]()
+                self.seconds.setdefault(what, ([], []))[index].append(time.perf_counter() - started)
+            self._first = 1 - self._first
+            if time.perf_counter() - begun > _ENOUGH_SECONDS:
+                break
+        return [results[0], results[1]]
+
+
+@dataclass
+class SideBySide:
+    """Two bundles of one family and vocabulary, and what the questions asked so far have shown."""
+
+    sides: tuple[Side, Side]
+    _watch: _Stopwatch = field(default_factory=_Stopwatch)
+    _kl: list[float] = field(default_factory=list)
+    _same: list[bool] = field(default_factory=list)
+    _diverged: list[int] = field(default_factory=list)
+    _kept: dict[int, list[tuple[int | None, int | None, float | None]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    _right: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def warm(self, question: Question) -> None:
+        """Run a question that does not count: a session's first runs are its slowest."""
+        SideBySide(self.sides, _Stopwatch(most=1)).ask(question)
+
+    def ask(self, question: Question) -> None:
+        """Feed both the reference's greedy answer, a step of one and the same step of the other."""
+        for side, prompt in zip(self.sides, question.prompts, strict=True):
+            side.model.load(prompt)
+        pairs = list(zip(self.sides, question.prompts, strict=True))
+        embeds = self._watch.both("vision", [partial(side.model.embed, prompt) for side, prompt in pairs])
+        calls = [partial(side.prefill, prompt, rows) for (side, prompt), rows in zip(pairs, embeds, strict=True)]
+        runs = self._watch.both("prefill", calls)
+        limit, tokens = self.sides[0].recipe.parity.steps, list[int]()
+        logits, caches = [[run.logits] for run in runs], [run.cache for run in runs]
+        while (token := int(logits[0][-1].argmax())) not in self.sides[0].stop:
+            tokens.append(token)
+            if len(tokens) == limit:
+                break
+            calls = [
+                partial(side.model.step, cache, token, prompt.next_position + len(tokens) - 1)
+                for (side, prompt), cache in zip(pairs, caches, strict=True)
+            ]
+            stepped = self._watch.both("decode", calls)
+            caches = [cache for _, cache in stepped]
+            for rows, (row, _) in zip(logits, stepped, strict=True):
+                rows.append(row)
+        same = self._count_logits(*(np.stack(rows) for rows in logits))
+        self._count_kept(question.prompts, runs)
+        if question.answer:
+            said = tokens, tokens if same else self.sides[1].answer(question.prompts[1], runs[1], limit)
+            texts = [side.prompter.decode(words).strip() for side, words in zip(self.sides, said, strict=True)]
+            self._right.append((texts[0] == question.answer, texts[1] == question.answer))
+
+    def _count_logits(self, reference_SV: np.ndarray, candidate_SV: np.ndarray) -> bool:
+        """Returns whether the likeliest token is the same at every step."""
+        p, q = _log_softmax(reference_SV), _log_softmax(candidate_SV)
+        self._kl += (np.exp(p) * (p - q)).sum(-1).tolist()
+        same = p.argmax(-1) == q.argmax(-1)
+        self._same += same.tolist()
+        if not same.all():
+            self._diverged.append(int(same.argmin()))
+        return bool(same.all())
+
+    def _count_kept(self, prompts: tuple[Prompt, Prompt], runs: Sequence[PrefillRun[KVCache]]) -> None:
+        reference, candidate = (
+            side.kept(prompt, run) for side, prompt, run in zip(self.sides, prompts, runs, strict=True)
+        )
+        alike = np.array_equal(prompts[0].is_visual, prompts[1].is_visual)
+        for layer in reference | candidate:
+            one, other, iou = reference.get(layer), candidate.get(layer), None
+            if alike and one is not None and other is not None and len(one) + len(other):
+                iou = len(np.intersect1d(one, other)) / len(np.union1d(one, other))
+            before, after = (None if rows is None else len(rows) for rows in (one, other))
+            self._kept[layer].append((before, after, iou))
+
+    def logits(self) -> LogitChange:
+        return LogitChange(
+            steps=len(self._kl),
+            kl_mean=float(np.mean(self._kl)),
+            kl_max=float(np.max(self._kl)),
+            top1=fmean(self._same),
+            diverged=len(self._diverged),
+            diverges_at=min(self._diverged, default=None),
+        )
+
+    def kept(self) -> Iterator[KeptChange]:
+        for layer, rows in sorted(self._kept.items()):
+            reference, candidate, iou = (_mean(column) for column in zip(*rows, strict=True))
+            yield KeptChange(layer=layer, reference=reference, candidate=candidate, iou=iou)
+
+    def answers(self) -> Answers | None:
+        """None where no answer was known."""
+        if not self._right:
+            return None
+        reference, candidate = zip(*self._right, strict=True)
+        return Answers(
+            source="asked now",
+            questions=len(self._right),
+            reference=wilson(reference),
+            candidate=wilson(candidate),
+            difference=paired_bootstrap(candidate, reference, seed=0),
+        )
+
+    def timings(self) -> Iterator[Timing]:
+        for what, seconds in self._watch.seconds.items():
+            reference, candidate = (median(side) * 1e3 for side in seconds)
+            yield Timing(
+                what=what,
+                runs=len(seconds[0]),
+                reference_ms=reference,
+                candidate_ms=candidate,
+                ratio=candidate / reference,
+            )
+
+
+def _log_softmax(logits_SV: np.ndarray) -> np.ndarray:
+    shifted = logits_SV.astype(np.float64) - logits_SV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _mean(column: Sequence[float | None]) -> float | None:
+    """Of the numbers among them."""
+    known = [value for value in column if value is not None]
+    return fmean(known) if known else None

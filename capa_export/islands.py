@@ -1,0 +1,195 @@
+"""Puts parts of a graph in FP32, where half precision would overflow; what surrounds them keeps its dtype."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from capa_export.dims import ModelDims
+from capa_export.errors import CapaError, ExitCode
+from capa_export.graph.functions import DOMAIN, PLUGIN
+
+__all__ = ["Unit", "check_units", "compute_in_fp32", "parse_unit"]
+
+_WORD = re.compile(
+    r"(?:(?P<layer>\d+)(?:\.(?P<branch>self_attn|mlp))?|(?P<tower>visual)\.(?:(?P<block>\d+)(?:\.(?P<part>attn|mlp))?"
+    r"|residual)|residual)"
+)
+_BLOCK = re.compile(r"(?:^|.*/)(?:layers?|blocks)\.(?P<index>\d+)/(?P<path>.+)")
+_STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "Transpose", "VisualScale")
+"""Operators whose first output is the residual stream if one of their inputs is."""
+
+Branch = Literal["attention", "mlp"]
+_WORDS: dict[Branch, str] = {"attention": "self_attn", "mlp": "mlp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of the model that can be computed in FP32."""
+
+    tower: bool
+    """Whether it is the vision tower's, and not the decoder's."""
+    index: int | None = None
+    """Of the layer; None for the residual stream, from the first layer to whatever reads it behind the last."""
+    branch: Branch | None = None
+    """Attention or FFN, each with the norm before it; None for the whole layer."""
+
+    def __str__(self) -> str:
+        """As `parse_unit` reads it."""
+        branch = "attn" if self.branch == "attention" and self.tower else self.branch and _WORDS[self.branch]
+        words = ["visual" if self.tower else None, "residual" if self.index is None else str(self.index), branch]
+        return ".".join(word for word in words if word is not None)
+
+
+def parse_unit(word: str) -> Unit:
+    """The unit that `--fp32-layers` calls so.
+
+    Raises:
+        CapaError: it calls none so.
+    """
+    found = _WORD.fullmatch(word)
+    if found is None:
+        raise CapaError(
+            f"--fp32-layers {word}: no such part of a model; its parts are N, N.self_attn, N.mlp and residual, and "
+            "of its vision tower visual.N, visual.N.attn, visual.N.mlp and visual.residual",
+            ExitCode.USAGE,
+        )
+    index, branch = (found["layer"] or found["block"]), (found["branch"] or found["part"])
+    return Unit(
+        word.startswith("visual."),
+        None if index is None else int(index),
+        None if branch is None else "mlp" if branch == "mlp" else "attention",
+    )
+
+
+def check_units(words: Iterable[str], dims: ModelDims[Any]) -> None:
+    """Refuse parts that a model does not have, before anything is run.
+
+    Raises:
+        CapaError: it has no such layer, or no model has such a part.
+    """
+    for word in words:
+        unit = parse_unit(word)
+        count = dims.vision.num_blocks if unit.tower else dims.decoder.num_layers
+        if unit.index is not None and unit.index >= count:
+            what = "vision tower" if unit.tower else "decoder"
+            raise CapaError(f"--fp32-layers {word}: this model's {what} has layers 0 to {count - 1}", ExitCode.USAGE)
+
+
+def compute_in_fp32(model: ir.Model, units: Sequence[Unit]) -> bool:
+    """Put the units that are this graph's in FP32, in place; inputs and outputs of the graph keep their dtypes.
+
+    Weights that only they read become FP32 and are then bound as such. CAPA nodes among them lose the attributes that
+    make TensorRT take a plugin, since plugins take half precision alone.
+
+    Args:
+        model: a graph without its weights, in half precision.
+        units: of the model; those of the decoder do nothing to a vision tower, and the other way round.
+
+    Returns:
+        Whether anything changed; nothing does a second time.
+    """
+    graph = model.graph
+    dtype = graph.inputs[0].dtype
+    assert dtype is not None
+    members = _members(graph, [unit for unit in units if unit.tower == (graph.name == "visual")])
+    for node in members:
+        if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
+            for name in PLUGIN:
+                del node.attributes[name]
+    leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
+    for value in leaving:
+        value.dtype = ir.DataType.FLOAT
+    casts: dict[ir.Value, ir.Value] = {}
+    changed = bool(leaving)
+    for node in list(graph):
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if node in members and value.dtype == dtype:
+                if _is_weight(value) and all(use.node in members for use in value.uses()):
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                else:
+                    node.replace_input_with(index, _cast(graph, value, ir.DataType.FLOAT, casts))
+                changed = True
+            elif node not in members and value in leaving:
+                node.replace_input_with(index, _cast(graph, value, dtype, casts))
+    for index, value in enumerate(graph.outputs):
+        if value in leaving:
+            producer, cast = value.producer(), _cast(graph, value, dtype, casts)
+            assert producer is not None
+            cast.name, value.name = value.name, f"{producer.name}/output_{value.index()}"
+            graph.outputs[index] = cast
+    return changed
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return value.is_initializer() and value.const_value is None
+
+
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, made: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The value in another dtype, cast once, right behind where it is made."""
+    if value not in made:
+        producer = value.producer()
+        scope = "widened" if dtype == ir.DataType.FLOAT else "narrowed"
+        name = f"{value.name if producer is None else producer.name}/{scope}/Cast"
+        if index := value.index():
+            name += f"_{index + 1}"
+        made[value] = ir.Value(name=f"{name}/output_0", type=ir.TensorType(dtype), shape=value.shape)
+        node = ir.node("Cast", [value], {"to": dtype}, name=name, outputs=[made[value]])
+        if producer is None:
+            graph.insert_before(graph[0], node)
+        else:
+            graph.insert_after(producer, node)
+    return made[value]
+
+
+def _members(graph: ir.Graph, units: Sequence[Unit]) -> set[ir.Node]:
+    """The nodes of the units."""
+    blocks: defaultdict[int, list[tuple[ir.Node, str]]] = defaultdict(list)
+    for node in graph:
+        if found := _BLOCK.fullmatch(node.name or ""):
+            blocks[int(found["index"])].append((node, found["path"]))
+    members: set[ir.Node] = set()
+    for unit in units:
+        if unit.index is None:
+            members |= _residual(blocks[0])
+        else:
+            members |= {node for node, branch in _branches(blocks[unit.index]) if unit.branch in (None, branch)}
+    # A cast is where an island ends.
+    return {node for node in members if node.op_type != "Cast"}
+
+
+def _branches(block: Sequence[tuple[ir.Node, str]]) -> Iterator[tuple[ir.Node, Branch | None]]:
+    """The nodes of a layer, each with the branch it is of; None for what joins them and for the tokens' way.
+
+    A layer adds its attention to the stream before its FFN begins.
+    """
+    branch: Branch = "attention"
+    for node, path in block:
+        if "/" not in path and node.op_type == "Add" and node.outputs[0].dtype != ir.DataType.INT64:
+            branch = "mlp"
+            yield node, None
+        elif path.startswith("prune/"):
+            # The score reads the output projection, whose weights are to have one dtype.
+            yield node, "attention" if node.op_type in ("Slice", "ContributionScore") else None
+        else:
+            yield node, None if path in ("Gather", "VisualScale") else branch
+
+
+def _residual(first_block: Sequence[tuple[ir.Node, str]]) -> set[ir.Node]:
+    """All that reads the stream that enters the first block, or what becomes of it."""
+    norm = next(node for node, path in first_block if node.op_type.endswith("Normalization") and path.count("/") == 1)
+    readers: set[ir.Node] = set()
+    stream = [norm.inputs[0]]
+    while stream:
+        value = stream.pop()
+        assert value is not None
+        for node in {use.node for use in value.uses()} - readers:
+            readers.add(node)
+            if node.op_type in _STREAM:
+                stream.append(node.outputs[0])
+    return readers

@@ -1,0 +1,86 @@
+"""`capa-export compare`: what it prints, its exit codes, and its one line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from capa_export.bundle import Bundle
+from capa_export.cli import main
+from capa_export.compare.schema import BundleComparison
+from capa_export.errors import ExitCode
+from tests.compare.conftest import Exported, note_validation
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    return tmp_path / "gates.toml"
+
+
+def test_the_table_says_what_changed_and_what_comes_of_it(
+    reference: Bundle, exported: Exported, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    candidate = exported(ratio=0.5, precision="fp32")
+    assert main(["compare", str(reference.folder), str(candidate.folder), "--images", str(pictures)]) == ExitCode.OK
+    printed = capsys.readouterr().out
+    assert printed.startswith("compare: passed\n")
+    assert "recipe.prune.schedule.0.ratio: 0.75 -> 0.5" in printed
+    assert "precision: fp16 -> fp32" in printed
+    for row in (
+        "visual tokens kept after layer 2",
+        "same likeliest token",
+        "prefill ms",
+        "onnx/llm/model.onnx.data MB",
+    ):
+        assert row in printed
+    assert max(map(len, printed.splitlines())) < 200
+
+
+def test_a_regression_is_exit_code_6_with_the_first_sentence(
+    reference: Bundle, spare: Bundle, pictures: Path, gate: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_validation(spare, "fp16 ONNX: too far")
+    gate.write_text("[compare]\nprefill_slowdown = 1e-6\n[fp16]\ncosine = 0.99\n", encoding="utf-8")
+    options = ["compare", str(reference.folder), str(spare.folder), "--images", str(pictures), "--gate", str(gate)]
+    assert main([*options, "--json"]) == ExitCode.PARITY
+    captured = capsys.readouterr()
+    found = BundleComparison.model_validate_json(captured.out)
+    assert len(found.failures) == 2 and not found.passed
+    assert captured.err.splitlines()[-1] == f"error: {found.failures[0]}"
+    assert found.failures[0].endswith("fp16 ONNX: too far")
+    failing = [check for check in found.checks if check.failure]
+    assert [(check.name, check.at_least, check.at_most) for check in failing] == [
+        ("passed its own validation", 1, None),
+        ("prefill slowdown", None, 1e-6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[compare]\nkl_max = 1\n", "unknown key compare.kl_max; known keys: accuracy_drop, decode_slowdown, kl,"),
+        ("[compare]\nkl = -1\n", "compare.kl: Input should be greater than or equal to 0"),
+        ("[compared]\nkl = 1\n", "unknown key compared"),
+        ("kl = ", "Invalid value"),
+        (None, "no such file"),
+    ],
+)
+def test_a_gate_file_that_does_not_fit_is_a_usage_error(
+    reference: Bundle, gate: Path, text: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        gate.write_text(text, encoding="utf-8")
+    code = main(["compare", str(reference.folder), str(reference.folder), "--gate", str(gate)])
+    assert code == ExitCode.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(gate) in line and said in line
+
+
+def test_what_cannot_be_compared_is_one_line(
+    reference: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(reference.folder), str(tmp_path)]) == ExitCode.PREFLIGHT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not a bundle" in line
+    assert main(["compare", str(reference.folder), str(reference.folder)]) == ExitCode.PREFLIGHT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pass --images" in line

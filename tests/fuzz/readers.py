@@ -1,0 +1,236 @@
+"""Every reader of files that others wrote, as one function of bytes; CapaError is all that may come out of it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from onnx import TensorProto, helper
+from PIL import Image
+from safetensors.numpy import save
+from transformers import AutoConfig
+
+from capa_export.bundle import MANIFEST, Bundle
+from capa_export.calibration import Calibration, LayerSums
+from capa_export.checkpoint import fetch_config, open_checkpoint, open_tensors
+from capa_export.confined import references
+from capa_export.conversation import read_messages
+from capa_export.families import load_family, qwen25vl
+from capa_export.families.qwen25vl.video import _settings, _size
+from capa_export.gates import with_gates
+from capa_export.in_place import embedding_of
+from capa_export.job import Job, eos_token_ids
+from capa_export.manifest import written
+from capa_export.parity.schema import read_parity
+from capa_export.progress import silent
+from capa_export.prompt import Prompter
+from capa_export.recipe import load_recipe, recipe_of
+from capa_export.samples import samples_from
+from capa_export.shipped import shipped
+from capa_export.target import load_target
+
+__all__ = ["READERS", "Reader"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is read, and a file that is good."""
+
+    file: str
+    """Its name."""
+    read: Callable[[Path], object]
+    good: bytes
+    kind: Literal["json", "toml", "binary"]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Other files in its folder."""
+    is_slow: bool = False
+
+    def __call__(self, folder: Path, data: bytes) -> None:
+        """Read `data` as the file; the folder is this reader's own."""
+        for name, content in {**self.beside, self.file: data}.items():
+            (folder / name).write_bytes(content)
+        self.read(folder / self.file)
+
+
+def _manifest(path: Path) -> None:
+    bundle = Bundle.open(path.parent)
+    recipe_of(bundle.manifest, bundle.folder)
+
+
+def _signed_manifest(path: Path) -> None:
+    """The bundle of a hostile builder, whose digests fit."""
+    try:
+        entries = json.loads(path.read_bytes())
+        path.write_bytes(written({**entries, "version": 2}))
+    except (ValueError, TypeError, RecursionError):
+        return
+    bundle = Bundle.open(path.parent)
+    Job.of_bundle(bundle, checkpoint=None, revision=None, images=None, report=silent)
+    for stage in bundle.manifest["stages"]:
+        bundle.is_current(stage, "key")
+        bundle.verify(stage)
+
+
+def _target(path: Path) -> None:
+    target = load_target(str(path))
+    if target.engine is not None:
+        target.require_engine()
+        target.dim("sequence")
+
+
+def _graph(path: Path) -> None:
+    bundle = Bundle(path.parent)
+    bundle.record("export", "key", [path.name, "data"])
+    bundle.verify("export")
+
+
+def _prompt(path: Path) -> None:
+    dims = qwen25vl.model_dims(fetch_config(str(_TINY)))
+    Prompter(path.parent, path.parent, qwen25vl, dims)
+
+
+def _video(path: Path) -> None:
+    _size(_settings(path.parent), 8, 28, 2)
+
+
+def _dims(family: str) -> Callable[[Path], object]:
+    return lambda path: load_family(family).model_dims(fetch_config(str(path.parent)))
+
+
+def _config(model_type: str, **vision: Any) -> bytes:
+    config = AutoConfig.for_model(model_type).to_dict()
+    config["vision_config"] |= vision
+    return json.dumps(config).encode()
+
+
+def _calibration() -> bytes:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        Calibration("digest", 1, [LayerSums.zeros(4)] * 2, {"layers.0": 1.0}).save(Path(folder) / "x")
+        return (Path(folder) / "x").read_bytes()
+
+
+def _onnx() -> bytes:
+    data = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "data", "offset": "0", "length": "16"}.items():
+        data.external_data.add(key=key, value=value)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    inner = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "inner", [], [y], [data])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+    return helper.make_model(helper.make_graph([node], "main", [x], [y], [data])).SerializeToString()
+
+
+def _picture() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _shipped(file: str) -> bytes:
+    folder, name = file.split("/")
+    return (shipped(folder) / name).read_bytes()
+
+
+def _recipe(path: Path) -> None:
+    load_recipe(str(path)).with_options(ratio=0.5)
+
+
+_SAMPLES = load_recipe("tiny-qwen25vl")
+_TINY = Path(_SAMPLES.checkpoint)
+_SIDECARS = {path.name: path.read_bytes() for path in _TINY.iterdir() if path.suffix in (".json", ".jinja")}
+_MESSAGES = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what ?"}]}]
+_STAGE = {
+    "key": "key",
+    "files": {"x": sha256(b"x").hexdigest()},
+    "linked": {},
+    "result": {"precision": "fp16", "engines": {}},
+}
+_ENTRIES: dict[str, Any] = {
+    "version": 2,
+    "stages": {"export": _STAGE, "engine/rtx": _STAGE},
+    "recipe": _SAMPLES.model_dump(mode="json"),
+    "command": ["build"],
+    "checkpoint": {"source": "x", "revision": None, "files": {}, "sha256": {}},
+    "hashed": {"files": {}, "sha256": {}},
+}
+_PARITY = {
+    "passed": True,
+    "failures": [],
+    "warnings": [],
+    "strict": False,
+    "oracle": "eager",
+    "prompts": "scenes",
+    "num_prompts": 1,
+    "seed": 0,
+    "schedule": [{"layer": 1, "ratio": 0.5}],
+    "linear_layers": [2],
+    "fp32_layers": [],
+    "export_error": [],
+    "selection": [],
+    "method_error": {"questions": 0},
+    "notes": [],
+}
+_TENSOR = save({"a": np.zeros(4, np.float32)})
+_INDEX = {"weight_map": {"a": "model-1.safetensors"}}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+READERS: Mapping[str, Reader] = {
+    "manifest": Reader(MANIFEST, _manifest, written(_ENTRIES), "json"),
+    "signed manifest": Reader(MANIFEST, _signed_manifest, _json(_ENTRIES), "json", {"x": b"x"}),
+    "recipe": Reader("r.toml", _recipe, _shipped("graphs/qwen25vl.toml"), "toml"),
+    "target": Reader("t.toml", _target, _shipped("engines/orin.toml"), "toml"),
+    "gates": Reader("g.toml", lambda path: with_gates(_SAMPLES.parity, path), b"[fp16]\ncosine = 0.9\n", "toml"),
+    "qwen25vl config": Reader("config.json", _dims("qwen25vl"), _config("qwen2_5_vl", out_hidden_size=8192), "json"),
+    "qwen3vl config": Reader("config.json", _dims("qwen3vl"), _config("qwen3_vl", out_hidden_size=4096), "json"),
+    "internvl3 config": Reader("config.json", _dims("internvl3"), _config("internvl"), "json"),
+    "llava15 config": Reader("config.json", _dims("llava15"), _config("llava"), "json"),
+    "eos": Reader(
+        "generation_config.json", lambda path: eos_token_ids(path.parent), _json({"eos_token_id": [1, 2]}), "json"
+    ),
+    "messages": Reader("m.json", read_messages, _json(_MESSAGES), "json", {"a.png": _picture()}),
+    "samples": Reader(
+        "s.jsonl",
+        lambda path: samples_from(path, _SAMPLES, 2, split="train"),
+        _json({"messages": _MESSAGES, "answer": "x"}),
+        "json",
+        {"a.png": _picture()},
+    ),
+    "shard": Reader("x.safetensors", open_tensors, _TENSOR, "binary"),
+    "index": Reader(
+        "model.safetensors.index.json",
+        lambda path: open_checkpoint(str(path.parent)),
+        _json(_INDEX),
+        "json",
+        {"config.json": b"{}", "model-1.safetensors": _TENSOR},
+    ),
+    "calibration": Reader("c.safetensors", Calibration.load, _calibration(), "binary"),
+    "parity": Reader("parity.json", read_parity, _json(_PARITY), "json"),
+    "graph": Reader("m.onnx", _graph, _onnx(), "binary", {"data": bytes(16)}),
+    "weights table": Reader(
+        "x.weights.json", references, _json({"w": {"file": "x", "offset": 0, "length": 1}}), "json", {"x": b"x"}
+    ),
+    "embedding": Reader(
+        "embedding.json",
+        lambda path: embedding_of(path.parent),
+        _json({"file": "x", "tensor": "a"}),
+        "json",
+        {"x": _TENSOR},
+    ),
+    "image processor": Reader(
+        "preprocessor_config.json", _prompt, _SIDECARS["preprocessor_config.json"], "json", _SIDECARS, is_slow=True
+    ),
+    "tokenizer config": Reader(
+        "tokenizer_config.json", _prompt, _SIDECARS["tokenizer_config.json"], "json", _SIDECARS, is_slow=True
+    ),
+    "tokenizer": Reader("tokenizer.json", _prompt, _SIDECARS["tokenizer.json"], "json", _SIDECARS, is_slow=True),
+    "video settings": Reader("preprocessor_config.json", _video, _SIDECARS["preprocessor_config.json"], "json"),
+}

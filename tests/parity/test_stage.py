@@ -1,0 +1,175 @@
+"""The validate stage: what is asked of it, golden samples in the place of a checkpoint, and a fault in a bundle."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from capa_export import pipeline
+from capa_export.bundle import Bundle
+from capa_export.cli import main
+from capa_export.errors import CapaError, ExitCode
+from capa_export.job import Job
+from capa_export.parity.schema import ParityReport, read_parity
+from capa_export.parity.stage import GOLDEN, Wanted
+from capa_export.recipe import Recipe, load_recipe
+from capa_export.target import load_target
+from tests.conftest import noise
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, size in enumerate(((224, 224), (140, 196))):
+        noise(*size, index).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two golden samples, and a checkpoint that is gone since."""
+    data = load_recipe("qwen25vl").model_dump()
+    data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
+    data["ffn"] = {"eta": 0.5}
+    data["parity"] |= {"prompts": 3, "steps": 3, "accuracy_samples": 2}
+    folder = tmp_path_factory.mktemp("stage")
+    own = shutil.copytree(checkpoint, folder / "checkpoint")
+    job = Job(recipe=Recipe(**data), bundle=Bundle(folder / "bundle"), checkpoint=str(own), images=pictures)
+    parity = pipeline.build(job, load_target("onnx"), Wanted(store_golden=2))
+    assert parity.passed, parity.failures
+    shutil.rmtree(own)
+    return folder / "bundle"
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Bundle:
+    return Bundle(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def validated(
+    bundle: Bundle, pictures: Path | None = None, checkpoint: Path | None = None, **wanted: Any
+) -> ParityReport:
+    given = None if checkpoint is None else str(checkpoint)
+    job = Job.of_bundle(bundle, checkpoint=given, revision=None, images=pictures, report=lambda *_: None)
+    return pipeline.validate(job, Wanted(**wanted))
+
+
+def plant(bundle: Bundle, file: str, change: Callable[[ir.Model], None]) -> None:
+    """Change a graph, and make the manifest say that this is what was built."""
+    path = bundle.folder / "onnx" / file
+    model = ir.load(path)
+    change(model)
+    ir.save(model, path)
+    record = dict(bundle.stage("export"))
+    names = [*record.pop("files")]
+    record.pop("linked")
+    bundle.record("export", record.pop("key"), names, **record)
+
+
+def epsilon(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.name == "model/layers.1/post_attention_layernorm/RMSNormalization")
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+
+
+def test_golden_samples_stand_for_the_checkpoint(bundle: Bundle) -> None:
+    live = read_parity(bundle.folder / "parity.json")
+    golden = validated(bundle, golden=True)
+    assert golden.passed and (live.oracle, golden.oracle) == ("eager", "golden")
+    assert golden.num_prompts == 2
+    assert [row.reference for row in golden.export_error] == ["eager CAPA fp32", "eager CAPA fp16"]
+    assert golden.method_error == live.method_error
+    assert any("2 stored golden samples" in note for note in golden.notes)
+    assert read_parity(bundle.folder / "parity.json") == golden
+    assert "Passed" in (bundle.folder / "report.html").read_text()
+
+
+def test_a_fault_fails_on_golden_samples_too(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(bundle, "llm/prefill.onnx", epsilon)
+    assert main(["validate", str(bundle.folder)]) == ExitCode.PARITY
+    err = capsys.readouterr().err
+    assert "fp16 ONNX against eager CAPA fp32" in err and len(err.strip().splitlines()[-1].split("error: ")) == 2
+    assert not read_parity(bundle.folder / "parity.json").passed
+
+
+def test_what_asks_for_the_eager_model_needs_the_checkpoint(
+    bundle: Bundle, pictures: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (["--samples", "2"], ["--seed", "3"], ["--bisect"], ["--images", str(pictures)]):
+        assert main(["validate", str(bundle.folder), *option]) == ExitCode.PREFLIGHT
+        assert "no such folder" in capsys.readouterr().err or option
+    options = ["--checkpoint", str(checkpoint), "--images", str(pictures), "--samples", "2", "--seed", "3"]
+    assert main(["validate", str(bundle.folder), *options]) == ExitCode.OK
+    parity = read_parity(bundle.folder / "parity.json")
+    assert (parity.oracle, parity.num_prompts, parity.seed) == ("eager", 2, 3)
+
+
+def test_bisect_names_the_layer(bundle: Bundle, pictures: Path, checkpoint: Path) -> None:
+    plant(bundle, "llm/prefill.onnx", epsilon)
+    parity = validated(bundle, pictures, checkpoint, bisect=True)
+    assert not parity.passed and parity.bisection is not None
+    assert (parity.bisection.layer, parity.bisection.block) == ("layers.1", "post_attention_layernorm")
+    assert parity.bisection.graph == "llm/prefill.onnx" and not parity.bisection.fp32_layers
+
+
+def test_gates_of_ones_own(bundle: Bundle, tmp_path: Path) -> None:
+    gate = tmp_path / "gate.toml"
+    gate.write_text("[fp16]\ncosine = 0.99999999\n")
+    parity = validated(bundle, golden=True, gate=gate)
+    (failure, _) = parity.failures
+    assert "cosine" in failure and "below 1" in failure
+    for text, problem in (
+        ("[fp16]\ncosin = 1\n", "fp16: unknown key cosin; known keys: cosine"),
+        ("[fp8]\ncosine = 1\n", "unknown key fp8"),
+        ("[fp16]\ncosine = 'x'\n", "fp16"),
+        ("[fp16\n", "gate.toml"),
+    ):
+        gate.write_text(text)
+        with pytest.raises(CapaError, match=problem) as error:
+            validated(bundle, golden=True, gate=gate)
+        assert "\n" not in str(error.value) and error.value.code == ExitCode.USAGE
+
+
+def test_warnings_are_failures_where_strict(bundle: Bundle, pictures: Path, checkpoint: Path) -> None:
+    loose = validated(bundle, pictures, checkpoint)
+    assert loose.passed and any("Only 2 different pictures for 3 prompts" in warning for warning in loose.warnings)
+    strict = validated(bundle, pictures, checkpoint, strict=True)
+    assert not strict.passed and strict.failures == tuple(f"--strict: {warning}" for warning in strict.warnings)
+
+
+def test_golden_samples_go_with_the_export(bundle: Bundle, pictures: Path, checkpoint: Path) -> None:
+    job = Job.of_bundle(bundle, checkpoint=str(checkpoint), revision=None, images=pictures, report=lambda *_: None)
+    job.precision = "bf16"
+    pipeline.export(job)
+    assert GOLDEN not in bundle.manifest["stages"] and not (bundle.folder / GOLDEN).exists()
+
+
+def test_a_golden_sample_that_was_changed_is_refused(bundle: Bundle) -> None:
+    path = bundle.folder / GOLDEN / "0001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CapaError, match=r"golden/0001\.safetensors"):
+        validated(bundle, golden=True)
+
+
+def test_what_leaves_fp16_is_computed_in_fp32_where_that_is_asked(
+    checkpoint: Path, pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    """What the recipe or the command line has in FP32 is in FP32 in graph and reference alike."""
+    recipe = Job.of_bundle(
+        bundle, checkpoint=None, revision=None, images=pictures, report=lambda *_: None
+    ).recipe.with_options(fp32_layers=["1.mlp", "residual"])
+    job = Job(recipe=recipe, bundle=Bundle(tmp_path / "wide"), checkpoint=str(checkpoint), images=pictures)
+    parity = pipeline.build(job, load_target("onnx"))
+    assert parity.passed and parity.fp32_layers == ("1.mlp", "residual")
+    plain = read_parity(bundle.folder / "parity.json")
+
+    def noise_of(report: ParityReport) -> np.ndarray:
+        (row,) = (row for row in report.export_error if row.reference == "eager CAPA fp16")
+        return np.array([layer.noise for layer in row.layers])
+
+    assert (noise_of(parity) < noise_of(plain)).all()
