@@ -193,11 +193,11 @@ class Calibration:
             # Those of earlier versions have none.
             if metadata.get("digest", calibration.digest()) != calibration.digest():
                 raise ValueError("its digest differs from what it holds: it was changed since it was measured")
-            return calibration
         except FileNotFoundError as error:
             raise CapaError(f"{path}: no such calibration; `capa-export calibrate` writes one") from error
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise CapaError(f"{path}: not a calibration of capa-export ({error})") from error
+        return calibration
 
 
 def merged(parts: Sequence[Calibration]) -> Calibration:

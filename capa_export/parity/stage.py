@@ -259,14 +259,15 @@ class _AgainstEager(_Validation):
 
     def _bisection(self, compared: "Sequence[Compared]", onnx: Path, twin: Path, records: "Records") -> Any:
         """Where the first artefact that failed leaves the eager model, if that is asked for."""
-        if not self.wanted.bisect:
+        rows = [row for one in compared for row in (*one.export_error, *one.selection)]
+        failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
+        if not self.wanted.bisect or not failed:
             return None
         from capa_export.parity.bisect import bisect
 
-        failed = [one for one in compared if any(check.failure for error in one.export_error for check in error.checks)]
-        names = {error.artefact for one in failed for error in one.export_error}
         # What is wrong with the graphs in FP32 is wrong with all of them.
-        folder, precision = (twin, "fp32") if any(name.startswith("fp32") for name in names) else (onnx, self.precision)
+        in_fp32 = any(artefact.startswith("fp32") for artefact in failed)
+        folder, precision = (twin, "fp32") if in_fp32 else (onnx, self.precision)
         return bisect(folder, precision, twin, records, self.job.report)
 
 

@@ -1,5 +1,6 @@
 """The validate stage: what is asked of it, golden samples in the place of a checkpoint, and a fault in a bundle."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.stage import GOLDEN, Wanted
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
-from tests.conftest import noise
+from tests.conftest import noise, random_model, save_model
+from tests.planted import plant_in_decoder
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,49 @@ def test_what_leaves_fp16_is_computed_in_fp32_where_that_is_asked(
         return np.array([layer.noise for layer in row.layers])
 
     assert (noise_of(parity) < noise_of(plain)).all()
+
+
+@pytest.fixture(scope="module")
+def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose residual stream reaches 2e5, as Qwen2's does."""
+    model = random_model()
+    plant_in_decoder(model)
+    return save_model(tmp_path_factory.mktemp("massive"), model)
+
+
+def massive_job(bundle: Bundle, massive: Path, pictures: Path, out: Path) -> Job:
+    job = Job.of_bundle(bundle, checkpoint=str(massive), revision=None, images=pictures, report=lambda *_: None)
+    job.bundle = Bundle(out)
+    return job
+
+
+def test_massive_activations_come_out_right(
+    bundle: Bundle, massive: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parity = pipeline.build(massive_job(bundle, massive, pictures, tmp_path / "out"), load_target("onnx"))
+    assert parity.passed, parity.failures
+    assert parity.fp32_layers == ("1.mlp", "residual")
+    said = r"audit +1\.mlp in FP32: model\.language_model\.layers\.1\.mlp\S* reaches [\d.e+]+, \d+% of the largest FP16 number"
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_what_an_audit_missed_is_found_by_bisection(
+    bundle: Bundle,
+    massive: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Calibration pictures may be tamer than what comes; `--auto-fp32` does what the bisection proposes."""
+    monkeypatch.setattr(pipeline, "audit", lambda *_: ((), ()))
+    job = massive_job(bundle, massive, pictures, tmp_path / "out")
+    failed = pipeline.build(job, load_target("onnx"), Wanted(bisect=True))
+    assert not failed.passed and failed.bisection is not None
+    assert failed.bisection.fp32_layers == ("1.mlp", "residual")
+    capsys.readouterr()
+    job = massive_job(bundle, massive, pictures, tmp_path / "out")
+    parity = pipeline.build(job, load_target("onnx"), Wanted(bisect=True), auto_fp32=True)
+    assert parity.passed and parity.fp32_layers == ("1.mlp", "residual")
+    assert "1.mlp, residual in FP32: failed, relative error inf -> passed" in capsys.readouterr().err
+    assert job.bundle.manifest["recipe"]["fp32_layers"] == ["1.mlp", "residual"]

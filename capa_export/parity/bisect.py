@@ -1,0 +1,368 @@
+"""Finds where an artefact leaves the oracle: the graph, then the layer in log steps, then the operator."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from capa_export.errors import CapaError
+from capa_export.in_place import EMBEDDING_FILE, embedding_of
+from capa_export.parity.cut import Cut, Opened, block_of, layer_of
+from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
+from capa_export.parity.record import Record, Records
+from capa_export.parity.schema import Bisection, Probe
+from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
+from capa_export.progress import Report, silent, tracked
+from capa_export.prompt import Picture
+
+__all__ = ["bisect"]
+
+_VISUAL, _PREFILL, _DECODE = "visual/model.onnx", "llm/prefill.onnx", "llm/decode.onnx"
+_EMBEDDING = f"llm/{EMBEDDING_FILE}"
+_LARGEST = {"fp16": 65504.0}
+_AGAIN = "the file was changed: run `capa-export export` again"
+
+
+def bisect(artefact: Path, precision: str, twin: Path, records: Records, report: Report = silent) -> Bisection:
+    """Say where an artefact leaves the eager model, on the first prompt on which it does.
+
+    Args:
+        artefact: an `onnx` folder.
+        precision: of its graphs.
+        twin: the same graphs written anew in FP32 from the checkpoint, with the same node names.
+        records: what the eager model makes of some prompts.
+        report: progress.
+
+    Raises:
+        CapaError: a graph or its embeddings cannot be loaded.
+    """
+    search = _Search(artefact, precision, twin)
+    for record in tracked(records, "bisect", len(records), report):
+        if (found := search.embedding(record)) is not None:
+            return found
+        for run in search.runs(record):
+            if (found := search.within(run) or search.overflow(run, record)) is not None:
+                return found
+    return search.found(
+        "", f"no graph of the {precision} ONNX leaves the eager model by more than its precision explains"
+    )
+
+
+class _Search:
+    """One artefact, and what was looked at."""
+
+    def __init__(self, artefact: Path, precision: str, twin: Path) -> None:
+        self.precision, self.limits = precision, Limits.of(precision)
+        self.graphs = Opened(artefact), Opened(twin)
+        self.tables = _table(artefact), _table(twin)
+        self.probes: list[Probe] = []
+        self._cuts: dict[str, tuple[Cut, Cut]] = {}
+
+    def found(self, file: str, what: str, node: ir.Node | None = None, layer: str = "", **more: Any) -> Bisection:
+        """A finding in one sentence."""
+        name = "" if node is None else str(node.name)
+        return Bisection(
+            artefact=f"{self.precision} ONNX",
+            graph=file,
+            layer=layer,
+            block=block_of(name) if name else "",
+            node=name,
+            sentence=f"{what}.",
+            probes=tuple(self.probes),
+            **more,
+        )
+
+    def _probe(self, name: str, error: float, limit: float) -> bool:
+        """Note what was seen, and say whether it is clean."""
+        clean = bool(error <= limit)
+        self.probes.append(Probe(name=name, relative_error=error, limit=limit, clean=clean))
+        return clean
+
+    # What is run, and what should come of it.
+
+    def embedding(self, record: Record) -> Bisection | None:
+        """Whether the tokens' embeddings are the checkpoint's."""
+        rows = np.unique([*record.prompt.input_ids[~record.prompt.is_visual], *record.tokens])
+        own, twin = (np.asarray(table[rows]) for table in self.tables)
+        wrong = int((own != twin.astype(own.dtype)).any(axis=-1).sum())
+        if not wrong:
+            return None
+        self._probe(_EMBEDDING, relative_error(own, twin), 0.0)
+        return self.found(
+            _EMBEDDING,
+            f"{_EMBEDDING}: the embeddings of {wrong} of {len(rows)} tokens are not the checkpoint's; {_AGAIN}",
+        )
+
+    def runs(self, record: Record) -> Iterator[Run]:
+        """Each graph on what the eager model feeds it, so that one fault does not hide another."""
+        prompt, oracle = record.prompt, record.oracle
+        # In FP32 there is no noise: the oracle beside itself.
+        traces = oracle, oracle if self.precision == "fp32" or record.half is None else record.half
+        ends = np.cumsum([picture.num_tokens for picture in prompt.pictures])
+        for picture, end in zip(prompt.pictures, ends, strict=True):
+            rows = slice(end - picture.num_tokens, end)
+            features = self._expected(*(_seen(trace.features)[rows] for trace in traces))
+            yield self._run(_VISUAL, _pixels(picture), {"image_features": features}, limit=features.limit)
+        entering = [np.arange(len(prompt.input_ids)), *oracle.kept]
+        positions = {len(rows): rows for rows in entering}
+        visual = [prompt.is_visual[rows] for rows in entering]
+        scores = [
+            self._expected(*(np.where(visual[stage], trace.scores[stage], np.inf) for trace in traces))
+            for stage in range(len(oracle.scores))
+        ]
+        num_rows = len(record.rows)
+        prefill = self._run(
+            _PREFILL,
+            self._prompt_feed(record),
+            self._logits(traces, 0),
+            bounds=self._hidden(traces, slice(0, num_rows)),
+            rows=partial(_sampled, positions=positions, rows=record.rows),
+            kept_rows=rows_of_positions(oracle.kept),
+            scores=scores,
+        )
+        yield prefill
+        past = _past(prefill.twin(prefill.cuts[1].outputs))
+        lengths = np.array([[len(rows)] for rows in entering], np.int64)
+        for step, token in enumerate(record.tokens):
+            feed = {
+                "inputs_embeds": self.tables[1][[[token]]],
+                "position_ids": np.full((len(prompt.position_ids), 1, 1), prompt.next_position + step),
+                "past_lengths": lengths + step,
+                **past,
+            }
+            hidden = self._hidden(traces, slice(num_rows + step, num_rows + step + 1))
+            decode = self._run(_DECODE, feed, self._logits(traces, step + 1), bounds=hidden)
+            yield decode
+            past = _past(decode.twin(decode.cuts[1].outputs))
+
+    def _run(self, file: str, feed: Mapping[str, np.ndarray], outputs: Mapping[str, Expected], **more: Any) -> Run:
+        if file not in self._cuts:
+            twin = Cut(self.graphs[1].graph(file))
+            self._cuts[file] = Cut(self.graphs[0].graph(file), twin), twin
+        return Run(file, self.graphs, self._cuts[file], feed, self.limits, outputs, **more)
+
+    def _prompt_feed(self, record: Record) -> dict[str, np.ndarray]:
+        prompt = record.prompt
+        embeds = self.tables[1][prompt.input_ids].astype(np.float32)
+        feed = {
+            "inputs_embeds": embeds[None],
+            "position_ids": prompt.position_ids,
+            "text_positions": prompt.text_positions,
+            "num_keep": np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
+        }
+        if not prompt.pictures:
+            return feed
+        embeds[prompt.is_visual] = _seen(record.oracle.features)
+        inputs = {value.name: value for value in self.graphs[1].graph(_PREFILL).graph.inputs}
+        if "deepstack_embeds" in inputs:
+            name = "deepstack_features"
+            seen = [self.graphs[1].values(_VISUAL, [name], _pixels(picture))[name] for picture in prompt.pictures]
+            deepstack_LND = np.concatenate(seen, axis=1)
+            feed["deepstack_embeds"] = np.zeros((len(deepstack_LND), *embeds.shape), np.float32)
+            feed["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+        return feed
+
+    def _expected(self, wanted: np.ndarray, rounded: np.ndarray) -> Expected:
+        """A part of the oracle's trace, and what the precision makes of it in the eager model."""
+        return Expected(wanted, self.limits.over(relative_error(rounded, wanted)))
+
+    def _logits(self, traces: Sequence[Trace], step: int) -> dict[str, Expected]:
+        return {"logits": self._expected(*(trace.logits[step : step + 1] for trace in traces))}
+
+    def _hidden(self, traces: Sequence[Trace], rows: slice) -> dict[int, Expected]:
+        """Per bound behind a layer what should be there."""
+        hidden = [_seen(trace.hidden)[:, rows] for trace in traces]
+        return {layer + 1: self._expected(*of_layer) for layer, of_layer in enumerate(zip(*hidden, strict=True))}
+
+    # Where it is wrong.
+
+    def within(self, run: Run) -> Bisection | None:
+        """What is wrong in one graph on one input, if anything is."""
+        if missing := run.cuts[0].missing:
+            what = f"{run.file} has no {missing}, which it has when written anew; {_AGAIN}"
+            return self.found(run.file, what, run.cuts[1].nodes.get(missing), layer_of(missing))
+        try:
+            run.first_look()
+            bad = run.bad_groups()
+        except CapaError:
+            # It does not run to its end; how far it does will be seen.
+            bad = [len(run.layers) + 1]
+        last = len(run.layers)
+        wrong = not self._look(run, last)
+        if not wrong and not bad:
+            return None
+        if wrong:
+            bad = sorted({*bad, self._first_layer(run, last)})
+        for group in bad:
+            if (culprit := run.culprit(group)) is not None:
+                return self._blame(run, culprit, group)
+        if (culprit := run.changed(range(bad[0] + 1))) is not None:
+            return self._blame(run, culprit, bad[0])
+        return self._no_culprit(run, bad[0])
+
+    def _look(self, run: Run, bound: int) -> bool:
+        error, limit = run.bound_error(bound)
+        return self._probe(run.layers[bound - 1] if bound else run.file, error, limit)
+
+    def _first_layer(self, run: Run, wrong: int) -> int:
+        """The group before the first bound that is off, in log steps: what is off stays off down a residual stream."""
+        # Embeddings are given; the tower makes its own.
+        clean = 0 if run.bounds else -1
+        while wrong - clean > 1:
+            middle = (clean + wrong) // 2
+            if self._look(run, middle):
+                clean = middle
+            else:
+                wrong = middle
+        return wrong
+
+    def _blame(self, run: Run, culprit: Culprit, group: int) -> Bisection:
+        """One operator is to blame: for what it says, or for the precision it says it in."""
+        node = culprit.node
+        self._probe(str(node.name), culprit.output_error, self.limits.operator)
+        layer = layer_of(str(node.name))
+        where = f"{run.file} leaves the eager model at {_place(str(node.name), layer)}"
+        if culprit.difference:
+            what = f"{_symptom(culprit, self.limits)}; {culprit.difference}"
+            if not culprit.output_error:
+                what = f"{culprit.difference}, which shows at {self._group(run, group)}"
+            return self.found(run.file, f"{where}: {what}; {_AGAIN}", node, layer)
+        if self.precision == "fp32":
+            what = "ONNX Runtime computes it otherwise than in the same graph written anew; please report it"
+            return self.found(run.file, f"{where}: {what}", node, layer)
+        return self._too_narrow(run, culprit, where)
+
+    def _too_narrow(self, run: Run, culprit: Culprit, where: str) -> Bisection:
+        limit = _LARGEST.get(self.precision, np.inf)
+        if not culprit.finite and culprit.largest > limit:
+            why = f"it overflows {self.precision.upper()}: {culprit.largest:.2g} > {limit:g}"
+            return self._in_fp32(run, culprit.node, run.beyond(limit), f"{where}: {why}")
+        why = f"it is off by {culprit.output_error:.2g} in {self.precision.upper()} and good in FP32"
+        return self._in_fp32(run, culprit.node, [culprit.node], f"{where}: {why}")
+
+    def _in_fp32(self, run: Run, node: ir.Node, nodes: Iterable[ir.Node], why: str) -> Bisection:
+        """Name the parts that these nodes are in."""
+        layer = layer_of(str(node.name))
+        units = tuple(dict.fromkeys(unit for one in nodes if (unit := _unit(one, run.cuts[1]))))
+        if not units:
+            return self.found(run.file, f"{why}; use --precision fp32", node, layer)
+        remedy = f"compute it in FP32: --fp32-layers {','.join(units)}"
+        return self.found(run.file, f"{why}; {remedy}", node, layer, fp32_layers=units)
+
+    def overflow(self, run: Run, record: Record) -> Bisection | None:
+        """What leaves the range of the precision where the eager model does, though ONNX Runtime got by in FP32."""
+        half, limit = record.half, _LARGEST.get(self.precision)
+        if half is None or limit is None or _is_finite(half, record.oracle):
+            return None
+        found = run.beyond(limit)
+        if not found:
+            return None
+        node, largest = next(iter(found.items()))
+        self.probes.append(Probe(name=str(node.name), relative_error=np.inf, limit=self.limits.operator, clean=False))
+        place = _place(str(node.name), layer_of(str(node.name)))
+        why = (
+            f"{run.file} reaches {largest:.2g} > {limit:g} at {place}, where the eager model overflows "
+            f"{self.precision.upper()} and ONNX Runtime's CPU provider computes in FP32"
+        )
+        return self._in_fp32(run, node, found, why)
+
+    def _no_culprit(self, run: Run, group: int) -> Bisection:
+        """No operator is to blame: the graph was written wrong, or small errors add up."""
+        if run.twin_is_off(group):
+            import transformers
+
+            what = (
+                f"{run.file} leaves the eager model at {self._group(run, group)}, and so does the same graph written "
+                "anew from the checkpoint: the graph itself is not this model's; please report it, with transformers "
+                f"{transformers.__version__}"
+            )
+            return self.found(run.file, what, layer=self._layer(run, group))
+        worst = max(run.operators(group), key=lambda operator: operator.output_error)
+        name = str(worst.node.name)
+        where = f"{run.file} leaves the eager model at {_place(name, layer_of(name))}"
+        return self._too_narrow(run, worst, where)
+
+    @staticmethod
+    def _layer(run: Run, group: int) -> str:
+        return run.layers[group - 1] if 0 < group <= len(run.layers) else ""
+
+    def _group(self, run: Run, group: int) -> str:
+        return self._layer(run, group) or ("its embeddings" if group == 0 else "what follows its layers")
+
+
+def _symptom(culprit: Culprit, limits: Limits) -> str:
+    off = f"its output is off by {culprit.output_error:.2g}"
+    if not culprit.finite:
+        off = "its output is not finite"
+    elif np.isinf(culprit.output_error):
+        off = "its output is another"
+    good = culprit.input_error <= limits.operator
+    return f"its inputs are good to {culprit.input_error:.1g}, {off}" if good else off
+
+
+def _place(node: str, layer: str) -> str:
+    """`layers.3.self_attn (o_proj/Gemm)`."""
+    block = block_of(node)
+    if not layer and not block:
+        return node
+    path = node.split("/")
+    inner = path[path.index(block) + 1 :] if block in path else path[-1:]
+    return f"{'.'.join(part for part in (layer, block) if part)} ({'/'.join(inner)})"
+
+
+_STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "VisualScale")
+
+
+def _unit(node: ir.Node, cut: Cut) -> str:
+    """What `--fp32-layers` calls the part of the model that a node is in; empty where it has no name."""
+    layer, block = layer_of(str(node.name)), block_of(str(node.name))
+    tower = cut.model.graph.name == "visual"
+    before = "visual." if tower else ""
+    if not layer or block in ("residual", "visual_scale") or node.op_type == "TokenGather":
+        return f"{before}residual" if node.op_type in _STREAM else ""
+    index = layer.rpartition(".")[2]
+    # A branch begins with its norm; what has been added to the stream is behind the attention.
+    path = [one for one in cut.model.graph if layer_of(str(one.name)) == layer]
+    added = next(at for at, one in enumerate(path) if one.op_type == "Add" and block_of(str(one.name)) == "residual")
+    if path.index(node) > added and block != "prune":
+        return f"{before}{index}.mlp"
+    return f"{before}{index}.{'attn' if tower else 'self_attn'}"
+
+
+def _table(folder: Path) -> np.ndarray:
+    tensor = embedding_of(folder / "llm")
+    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
+
+
+def _seen(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array
+
+
+def _is_finite(half: Trace, oracle: Trace) -> bool:
+    pairs = (half.logits, oracle.logits), (_seen(half.hidden), _seen(oracle.hidden))
+    return all(np.isfinite(relative_error(rounded, wanted)) for rounded, wanted in pairs)
+
+
+def _pixels(picture: Picture) -> dict[str, np.ndarray]:
+    return {"pixel_values": picture.patches}
+
+
+def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """[R, D] at sampled prompt positions, NaN where one was dropped; as it is where it has a length that none has."""
+    if len(hidden_TD) not in positions:
+        return hidden_TD
+    states = HiddenStates(rows, 1)
+    states.add_prefill(hidden_TD, positions[len(hidden_TD)])
+    return states.stacked()[0]
+
+
+def _past(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        f"past_key_values.{name.removeprefix('present.')}": value
+        for name, value in outputs.items()
+        if name.startswith("present.")
+    }
