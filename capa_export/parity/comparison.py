@@ -8,7 +8,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from capa_export.parity.record import Noise, relative_errors
+from capa_export.parity.record import Noise, relative_error, relative_errors
 from capa_export.parity.schema import Check, ExportError, LayerError
 from capa_export.parity.trace import Trace
 from capa_export.recipe import Bound, Gate
@@ -57,6 +57,7 @@ class Comparison:
     same_tokens: int = 0
     """Prompts with the reference's token at every step."""
     features: _Tokens | None = None
+    features_error: float = 0.0
     layers: list[_Tokens] = field(default_factory=list)
     layer_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -77,8 +78,9 @@ class Comparison:
         if states.features is not None and reference.features is not None:
             self.features = self.features or _Tokens()
             self.features.add(states.features.astype(np.float64), reference.features.astype(np.float64))
+            self.features_error = worse(self.features_error, relative_error(states.features, reference.features))
         if states.hidden is not None and reference.hidden is not None:
-            self._add_hidden(states.hidden, reference.hidden)
+            self._add_hidden(states.hidden, reference.hidden, len(reference.logits))
 
     def _add_logits(self, own_V: np.ndarray, wanted_V: np.ndarray) -> None:
         self.steps += 1
@@ -92,12 +94,12 @@ class Comparison:
             self.top1_counted += 1
             self.top1_wrong += int(own_V.argmax() != wanted_V.argmax())
 
-    def _add_hidden(self, own_LXD: np.ndarray, wanted_LXD: np.ndarray) -> None:
+    def _add_hidden(self, own_LXD: np.ndarray, wanted_LXD: np.ndarray, steps: int) -> None:
         self.layers = self.layers or [_Tokens() for _ in wanted_LXD]
         for tokens, own, wanted in zip(self.layers, own_LXD, wanted_LXD, strict=True):
             seen = ~np.isnan(wanted[:, 0])
             tokens.add(own[seen].astype(np.float64), wanted[seen].astype(np.float64))
-        errors = relative_errors(own_LXD, wanted_LXD)
+        errors = relative_errors(own_LXD, wanted_LXD, steps)
         errors[~np.isfinite(errors)] = inf
         self.layer_errors = np.maximum(self.layer_errors, errors) if len(self.layer_errors) else errors
 
@@ -153,6 +155,9 @@ class Comparison:
                 bounded(who, "features cosine", self.features.cosine, at_least=gate.hidden_cosine),
                 bounded(who, "features norm ratio", self.features.norm_ratio, at_most=gate.hidden_norm_ratio),
             ]
+            if self.noise.features:
+                times = self.features_error / self.noise.features
+                checks.append(bounded(who, "features, times the noise", times, at_most=gate.noise_ratio))
         if self.layers:
             cosine = min(tokens.cosine for tokens in self.layers)
             norm_ratio = max(tokens.norm_ratio for tokens in self.layers)

@@ -72,6 +72,7 @@ class ProbedModel(OnnxModel):
         super().__init__(folder, threads=threads)
         self._layers: dict[str, list[str]] = {}
         self._chosen: list[str] = []
+        self._scores: list[str] = []
         self._rows: dict[str, np.ndarray] = {}
         self._seen: dict[str, Any] = {}
 
@@ -84,6 +85,8 @@ class ProbedModel(OnnxModel):
         tapped(model, self._layers[file])
         if file.endswith(self.prefill_file):
             self._chosen = forced(model)
+            self._scores = [str(node.outputs[0].name) for node in model.graph if node.op_type == "ContributionScore"]
+            tapped(model, self._scores)
         return ir.to_proto(model)
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -110,6 +113,7 @@ class ProbedModel(OnnxModel):
         run = self.prefill(prompt, [len(own) - len(prompt.text_positions) for own in kept], embeds)
         entering = [np.arange(len(prompt.input_ids)), *kept]
         chosen = [before[self._seen[name]] for before, name in zip(entering, self._chosen, strict=False)]
+        scores = [self._seen[name] for name in self._scores]
         positions = {len(own): own for own in entering}
         prefill, decode = (self._layers[f"llm/{file}"] for file in (self.prefill_file, "decode.onnx"))
         states = HiddenStates(record.rows, len(prefill))
@@ -122,4 +126,4 @@ class ProbedModel(OnnxModel):
             for layer, name in enumerate(decode):
                 states.add_step(layer, self._seen[name][0])
         features = embeds["inputs_embeds"][0, prompt.is_visual].astype(np.float32) if prompt.pictures else None
-        return Trace(np.stack(logits), kept, hidden=states.stacked(), features=features), chosen
+        return Trace(np.stack(logits), kept, scores, states.stacked(), features), chosen

@@ -25,7 +25,17 @@ from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Picture, Prompt
 from capa_export.samples import Samples
 
-__all__ = ["Noise", "Record", "Records", "eager_trace", "forced_plan", "relative_errors", "write_records"]
+__all__ = [
+    "Noise",
+    "Record",
+    "Records",
+    "eager_trace",
+    "forced_plan",
+    "relative_error",
+    "relative_errors",
+    "score_errors",
+    "write_records",
+]
 
 _ABOUT = "records.json"
 _VERSION = 1
@@ -42,6 +52,8 @@ class Noise:
     """Largest difference of a logit; not a number where the eager model overflows."""
     hidden: tuple[float, ...] = ()
     """Relative error of the hidden states that leave each layer."""
+    features: float = 0.0
+    """Relative error of the vision tower's output."""
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
 
@@ -171,7 +183,7 @@ class Records:
                     f"{path}: version {about['version']}, this capa-export reads {_VERSION}; store them again"
                 )
             noise = about["noise"]
-            self.noise = Noise(noise["logits"], tuple(noise["hidden"]), tuple(noise["scores"]))
+            self.noise = Noise(noise["logits"], tuple(noise["hidden"]), noise["features"], tuple(noise["scores"]))
             self.precision: str = about["precision"]
             self.steps: int = about["steps"]
             self.samples: str = about["samples"]
@@ -258,36 +270,60 @@ class _NoiseMeter:
     """The worst over the prompts."""
 
     def __init__(self) -> None:
-        self._logits, self._hidden, self._scores = 0.0, np.zeros(0), np.zeros(0)
+        self._logits, self._features, self._hidden, self._scores = 0.0, 0.0, np.zeros(0), np.zeros(0)
 
     def add(self, prompt: Prompt, oracle: Trace, half: Trace) -> None:
         assert oracle.hidden is not None and half.hidden is not None
         # maximum() keeps a NaN, which max() would drop.
         self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
-        self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden))
-        self._scores = _maximum(self._scores, np.fromiter(_score_noise(prompt, oracle, half), float))
+        if oracle.features is not None and half.features is not None:
+            self._features = float(np.maximum(self._features, relative_error(half.features, oracle.features)))
+        self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden, len(oracle.logits)))
+        self._scores = _maximum(self._scores, np.array(score_errors(prompt, oracle, half)))
 
     def noise(self) -> Noise:
-        return Noise(self._logits, tuple(self._hidden.tolist()), tuple(self._scores.tolist()))
+        return Noise(self._logits, tuple(self._hidden.tolist()), self._features, tuple(self._scores.tolist()))
 
 
 def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a, b) if len(a) else b
 
 
-def relative_errors(hidden: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """[L] || difference || / || reference || where the reference has a state; [L, R + S - 1, D] each."""
+def relative_error(own: np.ndarray, reference: np.ndarray) -> float:
+    """|| difference || / || reference || of two arrays of one shape."""
+    difference = (own - reference).astype(np.float64)
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30))
+
+
+def relative_errors(hidden: np.ndarray, reference: np.ndarray, steps: int) -> np.ndarray:
+    """[L] || difference || / || reference || of the prompt's states or of the steps', whichever is larger.
+
+    One does not hide the other: a prompt has many states, and an answer few.
+
+    Args:
+        hidden: [L, R + S - 1, D].
+        reference: the same; NaN where there is no state.
+        steps: S.
+    """
     seen = ~np.isnan(reference[..., :1])
-    difference = np.where(seen, hidden - reference, 0.0).astype(np.float64)
-    norm = np.linalg.norm(np.where(seen, reference, 0.0).astype(np.float64), axis=(1, 2))
-    return np.linalg.norm(difference, axis=(1, 2)) / np.maximum(norm, 1e-30)
+    prompt = reference.shape[1] - (steps - 1)
+    difference, wanted = (np.where(seen, one, 0.0).astype(np.float64) for one in (hidden - reference, reference))
+    errors = [
+        np.linalg.norm(difference[:, part], axis=(1, 2))
+        / np.maximum(np.linalg.norm(wanted[:, part], axis=(1, 2)), 1e-30)
+        for part in (slice(None, prompt), slice(prompt, None))
+    ]
+    return np.maximum(*errors)
 
 
-def _score_noise(prompt: Prompt, oracle: Trace, half: Trace) -> Iterator[float]:
+def score_errors(prompt: Prompt, oracle: Trace, other: Trace) -> list[float]:
+    """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
+    errors: list[float] = []
     entering = np.arange(len(prompt.input_ids))
-    for kept, scores, other in zip(oracle.kept, oracle.scores, half.scores, strict=True):
+    for kept, scores, own in zip(oracle.kept, oracle.scores, other.scores, strict=True):
         visual = prompt.is_visual[entering]
         chosen = visual & np.isin(entering, kept)
         near = visual & (scores >= scores[chosen].min(initial=np.inf) / 2)
-        yield float((np.abs(other - scores)[near] / scores[near]).max(initial=0.0))
+        errors.append(float((np.abs(own - scores)[near] / scores[near]).max(initial=0.0)))
         entering = kept
+    return errors

@@ -10,7 +10,7 @@ from math import inf
 import numpy as np
 
 from capa_export.parity.comparison import bounded, worse
-from capa_export.parity.record import Noise, Record
+from capa_export.parity.record import Noise, Record, score_errors
 from capa_export.parity.schema import Check, Kept, Selection
 from capa_export.parity.trace import Trace
 from capa_export.recipe import Bound, Gate
@@ -26,6 +26,8 @@ class _Stage:
     bound: list[float] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
     furthest: float = 0.0
+    score_error: float | None = None
+    """None where the scores cannot be seen."""
     flipped: int = 0
 
 
@@ -52,13 +54,14 @@ class Choice:
         measured = ratio.limit * noise[stage] if ratio is not None and noise else 0.0
         return max(self.gate.flip_distance.limit, measured)
 
-    def add(self, kept: Sequence[np.ndarray], record: Record) -> None:
+    def add(self, kept: Sequence[np.ndarray], record: Record, states: Trace | None = None) -> None:
         """Count one prompt.
 
         Args:
             kept: prompt positions that the artefact's stages keep; a stage counts where the tokens that enter it are
                 the oracle's, so give as many stages as that is true of.
             record: the oracle's.
+            states: of the artefact, made to keep the oracle's tokens, where its scores were seen.
         """
         self.prompts += 1
         entering = np.arange(len(record.prompt.input_ids))
@@ -74,6 +77,9 @@ class Choice:
                 stage.flipped += 1
                 stage.furthest = worse(stage.furthest, _lead(own, wanted, entering, scores))
             entering = wanted
+        if states is not None:
+            for stage, error in zip(self.stages, score_errors(record.prompt, record.oracle, states), strict=True):
+                stage.score_error = worse(stage.score_error or 0.0, error)
 
     def result(self) -> Selection:
         """The figures beside their gates."""
@@ -113,6 +119,11 @@ class Choice:
                 bounded(where, "kept-set IoU", stage.iou[worst], at_least=iou),
                 bounded(where, "furthest flip", stage.furthest, at_most=band),
             ]
+            if stage.score_error is not None and self.noise.scores:
+                times = stage.score_error / max(self.noise.scores[index], 1e-30)
+                checks.append(bounded(where, "scores, times the noise", times, at_most=self.gate.noise_ratio))
+            elif stage.score_error is not None:
+                checks.append(bounded(where, "score error", stage.score_error, at_most=self.gate.relative_error))
         return checks
 
 

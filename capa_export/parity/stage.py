@@ -285,7 +285,7 @@ class _AgainstGolden(_Validation):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.parity.record import Records
-        from capa_export.parity.validate import compare_engine, compare_onnx
+        from capa_export.parity.validate import compare_engine, compare_onnx, compare_sidecars
 
         recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
@@ -294,6 +294,7 @@ class _AgainstGolden(_Validation):
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
             compared.append(compare_engine(*engines, records, recipe, None, report))
+        compared.append(compare_sidecars(stored["sidecars"], _sidecars(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
@@ -317,9 +318,19 @@ def _store_golden(job: Job, recipe: Recipe, count: int, parity: ParityReport) ->
         subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX)
         write_records(scratch / GOLDEN, subject, samples, steps, job.report)
         latency = bundle.stage("validate")["result"]["latency"]
-        return {"method_error": parity.method_error.model_dump(mode="json"), "latency": latency}
+        return {
+            "method_error": parity.method_error.model_dump(mode="json"),
+            "latency": latency,
+            "sidecars": _sidecars(bundle),
+        }
 
     run_stage(bundle, GOLDEN, key, [GOLDEN], work)
+
+
+def _sidecars(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of tokenizer, template, config and processor files, which the golden samples' prompts came from."""
+    files = bundle.stage("export")["files"]
+    return {name: digest for name, digest in files.items() if not name.endswith((".onnx", ".data", ".safetensors"))}
 
 
 def _subject(job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: Path) -> Any:

@@ -29,7 +29,15 @@ from capa_export.samples import Samples
 if TYPE_CHECKING:
     from capa_export.engine_runtime import EngineModel
 
-__all__ = ["Compared", "compare_dense", "compare_engine", "compare_onnx", "compare_prompts", "replayed_oracle"]
+__all__ = [
+    "Compared",
+    "compare_dense",
+    "compare_engine",
+    "compare_onnx",
+    "compare_prompts",
+    "compare_sidecars",
+    "replayed_oracle",
+]
 
 _REPLAYED = 8
 """Prompts whose hidden states are compared; beyond them, those whose kept sets flipped are replayed too."""
@@ -71,7 +79,7 @@ def compare_onnx(folder: Path, precision: str, records: Records, recipe: Recipe,
         flipped = not _same_kept(trace, record.oracle)
         if flipped or index < _REPLAYED:
             states, chosen = probed.replay(record)
-            choice.add(chosen if flipped else trace.kept, record)
+            choice.add(chosen if flipped else trace.kept, record, states)
         else:
             choice.add(trace.kept, record)
         if flipped:
@@ -165,11 +173,23 @@ def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples) -> 
         different += not same or not all(
             np.array_equal(a.patches, b.patches) for a, b in zip(own.pictures, wanted.pictures, strict=True)
         )
-    what, reference = "tokenizer and image processor", "the checkpoint's"
-    failure = f"{what} against {reference}: {different} of {samples.count} prompts differ" if different else ""
-    check = Check(name="prompts that differ", value=different, at_most=0, of=samples.count, failure=failure)
-    error = ExportError(artefact=what, reference=reference, prompts=samples.count, steps=0, noise=0.0, checks=(check,))
-    return Compared((error,))
+    what = f"{different} of {samples.count} prompts differ"
+    return _of_prompts("the checkpoint's", what, different, samples.count)
+
+
+def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> Compared:
+    """The files that make prompts, against those that made the golden samples, by SHA-256."""
+    different = sorted(name for name in {*stored, *present} if stored.get(name) != present.get(name))
+    return _of_prompts("the golden samples'", ", ".join(different), len(different), len(stored))
+
+
+def _of_prompts(reference: str, what: str, different: int, count: int) -> Compared:
+    artefact = "tokenizer and image processor"
+    failure = f"{artefact} against {reference}: {what}" if different else ""
+    check = Check(name="differ", value=different, at_most=0, of=count, failure=failure)
+    return Compared(
+        (ExportError(artefact=artefact, reference=reference, prompts=count, steps=0, noise=0.0, checks=(check,)),)
+    )
 
 
 def _comparisons(what: str, precision: str, records: Records, recipe: Recipe) -> list[Comparison]:

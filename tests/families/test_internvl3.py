@@ -24,8 +24,8 @@ from capa_export.prompt import Picture, Prompter
 from capa_export.recipe import load_recipe
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
-from tests.conftest import noise
 from tests.agreement import compare
+from tests.conftest import noise
 
 SIDE = 56
 """Of a tile: 4 x 4 patches, 2 x 2 visual tokens."""

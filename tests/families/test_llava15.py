@@ -27,8 +27,8 @@ from capa_export.plan import parameters
 from capa_export.prompt import Picture, Prompter
 from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
-from tests.conftest import noise
 from tests.agreement import compare
+from tests.conftest import noise
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"

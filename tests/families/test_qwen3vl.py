@@ -34,9 +34,9 @@ from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from capa_export.target import load_target
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
+from tests.agreement import compare
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
-from tests.agreement import compare
 
 VALUES = 3 * 2 * 16 * 16
 

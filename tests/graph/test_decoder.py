@@ -19,8 +19,8 @@ from capa_export.families import qwen25vl
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Prune, Stage
 from capa_export.runtime import KVCache, OnnxModel
-from tests.conftest import noise
 from tests.agreement import compare
+from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.2, 0.8, 64)}
 Build = Callable[..., OnnxModel]

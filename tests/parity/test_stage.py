@@ -61,11 +61,16 @@ def validated(
 
 
 def plant(bundle: Bundle, file: str, change: Callable[[ir.Model], None]) -> None:
-    """Change a graph, and make the manifest say that this is what was built."""
+    """Change a graph, and its recorded hash."""
     path = bundle.folder / "onnx" / file
     model = ir.load(path)
     change(model)
     ir.save(model, path)
+    recorded(bundle)
+
+
+def recorded(bundle: Bundle) -> None:
+    """Make the manifest say that the export is what was built."""
     record = dict(bundle.stage("export"))
     names = [*record.pop("files")]
     record.pop("linked")
@@ -82,7 +87,11 @@ def test_golden_samples_stand_for_the_checkpoint(bundle: Bundle) -> None:
     golden = validated(bundle, golden=True)
     assert golden.passed and (live.oracle, golden.oracle) == ("eager", "golden")
     assert golden.num_prompts == 2
-    assert [row.reference for row in golden.export_error] == ["eager CAPA fp32", "eager CAPA fp16"]
+    assert [row.reference for row in golden.export_error] == [
+        "eager CAPA fp32",
+        "eager CAPA fp16",
+        "the golden samples'",
+    ]
     assert golden.method_error == live.method_error
     assert any("2 stored golden samples" in note for note in golden.notes)
     assert read_parity(bundle.folder / "parity.json") == golden
@@ -95,6 +104,17 @@ def test_a_fault_fails_on_golden_samples_too(bundle: Bundle, capsys: pytest.Capt
     err = capsys.readouterr().err
     assert "fp16 ONNX against eager CAPA fp32" in err and len(err.strip().splitlines()[-1].split("error: ")) == 2
     assert not read_parity(bundle.folder / "parity.json").passed
+
+
+def test_another_processor_than_the_golden_samples_fails(bundle: Bundle) -> None:
+    path = bundle.folder / "onnx" / "visual" / "preprocessor_config.json"
+    path.write_text(path.read_text().replace("0.48145466", "0.48"))
+    with pytest.raises(CapaError, match=r"preprocessor_config\.json: missing or changed"):
+        validated(bundle, golden=True)
+    recorded(bundle)
+    assert validated(bundle, golden=True).failures == (
+        "tokenizer and image processor against the golden samples': onnx/visual/preprocessor_config.json",
+    )
 
 
 def test_what_asks_for_the_eager_model_needs_the_checkpoint(
@@ -197,7 +217,7 @@ def test_massive_activations_come_out_right(
     parity = pipeline.build(massive_job(bundle, massive, pictures, tmp_path / "out"), load_target("onnx"))
     assert parity.passed, parity.failures
     assert parity.fp32_layers == ("1.mlp", "residual")
-    said = r"audit +1\.mlp in FP32: model\.language_model\.layers\.1\.mlp\S* reaches [\d.e+]+, \d+% of the largest FP16 number"
+    said = r"audit +1\.mlp in FP32: model\.language_model\.layers\.1\.mlp\S* reaches \S+, \d+% of the largest FP16"
     assert re.search(said, capsys.readouterr().err)
 
 

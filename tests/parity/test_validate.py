@@ -112,7 +112,7 @@ def test_flips_and_numeric_drift_are_told_apart(subject: Subject, records: Recor
     assert not failures(Compared(compared.export_error))
     (row,) = compared.selection
     assert row.stages[0].flipped > 0
-    assert {check.name for check in row.checks if check.failure} == {"kept-set IoU", "furthest flip"}
+    assert {check.name for check in row.checks if check.failure} == {"kept-set IoU", "furthest flip", "score error"}
 
 
 class OtherRuntime(OnnxModel):
