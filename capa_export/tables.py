@@ -10,7 +10,7 @@ from rich.text import Text
 
 from capa_export.doctor import Finding
 from capa_export.dry_run import UNKNOWN
-from capa_export.parity.figures import METHODS, by_stage, check_of, decimals, open_warnings, rate, shown
+from capa_export.parity.figures import METHODS, by_stage, check_of, decimals, open_warnings, percent, shown
 from capa_export.parity.schema import Check, MethodError, ParityReport, Rate
 from capa_export.recipe import ranges, recipe_of
 
@@ -114,18 +114,19 @@ def parity_table(parity: ParityReport) -> None:
     figures = {
         "relative error": "rel. error",
         "cosine": "1 - cos",
-        "hidden cosine": "hidden 1 - cos",
-        "norm ratio": "norm",
+        "hidden cosine": "hidden",
         "KL": "KL",
         "top-1 wrong": "wrong",
         "same tokens": "same",
     }
-    table = columns("", "against", *figures.values())
+    table = columns("", *figures.values())
     for row in parity.export_error:
-        cells = (_cell(check_of(row.checks, figure)) for figure in figures)
-        table.add_row(Text(row.artefact), Text(row.reference), *cells)
-    show("Export error: worst of all prompts and steps", table)
-    say("wrong: top-1 tokens that differ; same: prompts whose tokens are all the same", "dim")
+        cells = [_cell(check_of(row.checks, figure)) for figure in figures]
+        other = row.reference.removeprefix("eager CAPA ")
+        if any(cells):
+            table.add_row(Text(row.artefact if other.endswith("fp32") else f"{row.artefact}, {other}"), *cells)
+    show("Export error: worst of all prompts and steps, against eager FP32 or what is named", table)
+    say("hidden: 1 - cos of hidden states; wrong: top-1 tokens that differ; same: prompts with the same tokens", "dim")
     table = columns("", "layer", "mean IoU", "bound", "flipped", "furthest flip")
     for row in parity.selection:
         for stage, checks in by_stage(row):
@@ -147,19 +148,20 @@ def parity_table(parity: ParityReport) -> None:
 
 
 def _method_table(found: MethodError) -> None:
-    table = columns("", "accuracy", "first token as dense", "KL from dense", "same answer")
+    table = columns("", "accuracy", "first token", "answer", "KL from dense")
     for method in found.methods:
-        shares = ["" if share is None else " (".join(rate(share)) + ")" for share in (method.accuracy, method.top1)]
-        others = ("", "") if method.name == "dense" else (decimals(method.kl), _share(method.same_answer))
-        table.add_row(METHODS[method.name], *shares, *others)
+        shares = [_share(share) for share in (method.accuracy, method.top1, method.same_answer)]
+        table.add_row(METHODS[method.name], *shares, "" if method.name == "dense" else decimals(method.kl))
     if found.methods:
-        show(f"Method error on {found.questions} questions, eager FP32 (95% intervals)", table)
+        show(f"Method error on {found.questions} questions, eager FP32: right, and as dense (95% interval)", table)
     for sentence in found.words:
         say(sentence)
 
 
 def _share(found: Rate | None) -> str:
-    return "" if found is None else rate(found)[0]
+    if found is None:
+        return ""
+    return f"{percent(found.value)} ({100 * found.low:.0f}-{100 * found.high:.0f})"
 
 
 def _cell(check: Check | None) -> Text:

@@ -337,7 +337,7 @@ def test_an_impossible_gpu_is_refused_at_once(cli: Cli, spare: Path, tmp_path: P
     assert code == ExitCode.ENGINE and "for compute capability 8.7; it can for 8.0" in err
 
 
-def test_fp16_that_would_overflow_is_refused(
+def test_what_fp16_cannot_hold_is_computed_in_fp32_or_refused(
     cli: Cli, model: Any, recipe: Path, pictures: Path, tmp_path: Path
 ) -> None:
     hot = save_model(tmp_path / "hot", random_model())
@@ -347,7 +347,12 @@ def test_fp16_that_would_overflow_is_refused(
     save_file(tensors, hot / "model.safetensors", metadata={"format": "pt"})
     options = ("build", "-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out", "--checkpoint", hot)
     code, _, err = cli(*options)
-    assert code == ExitCode.PREFLIGHT and "above 65504" in err and "--precision bf16" in err
+    assert code == ExitCode.OK and "3.mlp in FP32" in err and "residual in FP32" in err
+    tensors[next(key for key in tensors if key.endswith("embed_tokens.weight"))] *= 1e6
+    save_file(tensors, hot / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = cli(*options)
+    last = err.splitlines()[-1]
+    assert code == ExitCode.PREFLIGHT and "of the largest FP16 number" in last and "--precision bf16" in last
 
 
 def test_interrupt_keeps_finished_stages(
@@ -401,7 +406,7 @@ def test_no_engine_to_build_is_a_usage_error(cli: Cli, spare: Path) -> None:
 
 def test_sigterm_ends_as_ctrl_c_does(cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("capa_export.pipeline.build", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("capa_export.pipeline.build", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     code, _, err = cli("build", "-m", recipe, "-t", "onnx", "-o", tmp_path / "out")
     assert code == ExitCode.TERMINATED and "the same command goes on" in err
     assert signal.getsignal(signal.SIGTERM) is before
@@ -500,7 +505,8 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
     bad.write_text('name = "x"\n' + recipe.read_text())
     code, _, err = cli("plan", "-m", bad)
     assert (
-        code == ExitCode.USAGE and "unknown key name; known keys: calibration, checkpoint, family, ffn, parity" in err
+        code == ExitCode.USAGE
+        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, parity" in err
     )
     bad.write_text(
         recipe.read_text().replace(

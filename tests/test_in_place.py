@@ -236,7 +236,7 @@ def said(bundle: Bundle, picture: Path, capsys: pytest.CaptureFixture[str]) -> s
 
 def test_a_whole_build_in_place(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, picture = state(tmp_path / "checkpoint"), tmp_path / "pictures" / "1.png"
-    assert pipeline.build(job, load_target("onnx"))["passed"]
+    assert pipeline.build(job, load_target("onnx")).passed
     Bundle.open(tmp_path / "out").verify("calibrate", "export", "validate")
     assert job.bundle.stage("export")["result"]["searched_for_nan"] is False
     copied = again(job, in_place=False, bundle=Bundle(tmp_path / "copied"))

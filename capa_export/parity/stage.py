@@ -226,15 +226,17 @@ class _AgainstEager(_Validation):
             kept.mkdir()
             write_onnx(job.source, "fp32", twin, **job.pruning, scales=self.scales, dense=True, report=report)
             subject = _subject(job, recipe, self.exported, self.scales, twin)
+            # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
+            fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
                 compare_prompts(
                     job.prompter, bundled_prompter(self.bundle, trust_remote_code=job.trust_remote_code), self.prompts
                 ),
                 dense := compare_dense(subject, records, recipe, report),
-                capa := compare_onnx(twin, "fp32", records, recipe, report),
+                capa := compare_onnx(fp32, "fp32", records, recipe, report),
             ]
-            if self.precision != "fp32":
+            if fp32 != subject.onnx:
                 compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report))
             if self.built is not None:
                 expected = replayed_oracle(subject)
@@ -265,9 +267,9 @@ class _AgainstEager(_Validation):
             return None
         from capa_export.parity.bisect import bisect
 
-        # What is wrong with the graphs in FP32 is wrong with all of them.
-        in_fp32 = any(artefact.startswith("fp32") for artefact in failed)
-        folder, precision = (twin, "fp32") if in_fp32 else (onnx, self.precision)
+        # What is wrong with the twin is wrong with the graphs themselves.
+        of_twin = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
+        folder, precision = (twin, "fp32") if of_twin else (onnx, self.precision)
         return bisect(folder, precision, twin, records, self.job.report)
 
 

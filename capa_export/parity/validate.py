@@ -173,18 +173,18 @@ def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples) -> 
         different += not same or not all(
             np.array_equal(a.patches, b.patches) for a, b in zip(own.pictures, wanted.pictures, strict=True)
         )
-    what = f"{different} of {samples.count} prompts differ"
-    return _of_prompts("the checkpoint's", what, different, samples.count)
+    what = f"{different} of {samples.count} differ"
+    return _of_prompts("the checkpoint's processors", what, different, samples.count)
 
 
 def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> Compared:
     """The files that make prompts, against those that made the golden samples, by SHA-256."""
     different = sorted(name for name in {*stored, *present} if stored.get(name) != present.get(name))
-    return _of_prompts("the golden samples'", ", ".join(different), len(different), len(stored))
+    return _of_prompts("the golden samples' processors", ", ".join(different), len(different), len(stored))
 
 
 def _of_prompts(reference: str, what: str, different: int, count: int) -> Compared:
-    artefact = "tokenizer and image processor"
+    artefact = "prompts"
     failure = f"{artefact} against {reference}: {what}" if different else ""
     check = Check(name="differ", value=different, at_most=0, of=count, failure=failure)
     return Compared(

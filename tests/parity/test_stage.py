@@ -90,7 +90,7 @@ def test_golden_samples_stand_for_the_checkpoint(bundle: Bundle) -> None:
     assert [row.reference for row in golden.export_error] == [
         "eager CAPA fp32",
         "eager CAPA fp16",
-        "the golden samples'",
+        "the golden samples' processors",
     ]
     assert golden.method_error == live.method_error
     assert any("2 stored golden samples" in note for note in golden.notes)
@@ -113,7 +113,7 @@ def test_another_processor_than_the_golden_samples_fails(bundle: Bundle) -> None
         validated(bundle, golden=True)
     recorded(bundle)
     assert validated(bundle, golden=True).failures == (
-        "tokenizer and image processor against the golden samples': onnx/visual/preprocessor_config.json",
+        "prompts against the golden samples' processors: onnx/visual/preprocessor_config.json",
     )
 
 
