@@ -33,7 +33,7 @@ def audit(absmax: Mapping[str, float], precision: str, dims: ModelDims[Any]) -> 
         return (), ()
     worst: dict[Unit, tuple[float, str]] = {}
     for name, largest in absmax.items():
-        if largest > _LIMIT and (unit := _unit(name, largest, dims)) is not None:
+        if not largest <= _LIMIT and (unit := _unit(name, largest, dims)) is not None:
             worst[unit] = max(worst.get(unit, (0.0, "")), (largest, name))
     findings = [f"{unit} in FP32: {name} reaches {_share(largest)}" for unit, (largest, name) in worst.items()]
     if not any(name.endswith(".scores") for name in absmax):

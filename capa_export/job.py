@@ -218,7 +218,10 @@ class Job:
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""
+        from capa_export.islands import check_units
+
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
+        check_units(self.recipe.fp32_layers, self.source.dims)
 
 
 def alpha_digest(scales: Mapping[int, Any]) -> str:

@@ -78,14 +78,14 @@ class Calibration(Settings):
 class Bound(Settings):
     """A limit, and the measurement it rests on; a bare number is a limit alone."""
 
-    limit: float
+    limit: float = Field(allow_inf_nan=False)
     healthy: float | None = None
     """Worst figure of healthy exports in `benchmarks/results`, by `benchmarks/faults.py`."""
 
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, given: Any) -> Any:
-        return {"limit": given} if isinstance(given, int | float) else given
+        return {"limit": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
 
 
 class Gate(Settings):
@@ -97,7 +97,7 @@ class Gate(Settings):
     """Smallest cosine of the logits."""
     norm_ratio: Bound
     """Largest | |logits| / |reference's| - 1 |."""
-    kl: Bound
+    kl: Bound | None = None
     """Largest KL(reference || artefact) of the next token, in nats."""
     hidden_cosine: Bound
     """Smallest cosine of a hidden state that leaves a layer."""
@@ -106,6 +106,8 @@ class Gate(Settings):
     noise_ratio: Bound | None = None
     """Largest difference of logits, and of a layer's hidden states, in units of what the eager model itself shows in
     this precision."""
+    typical_noise_ratio: Bound | None = None
+    """The same of the logits, as the geometric mean over all steps: an error that is small, and everywhere."""
     flip_distance: Bound
     """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
     flip_noise_ratio: Bound | None = None
@@ -118,8 +120,8 @@ class Parity(Settings):
     """How the artefacts are validated."""
 
     prompts: int = Field(default=32, ge=1)
-    steps: int = Field(default=16, ge=1)
-    """Greedy tokens compared per prompt."""
+    steps: int = Field(default=16, ge=2)
+    """Tokens compared per prompt: what prefill says, and what decode says after each that it is fed."""
     accuracy_samples: int = Field(default=200, ge=0)
     """Questions with known answers on which dense, CAPA and random pruning are compared."""
     fp32: Gate
@@ -180,6 +182,10 @@ class Recipe(Settings):
             prune["min_keep_per_image"] = min_keep_per_image
         changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
         if fp32_layers is not None:
+            from capa_export.islands import parse_unit
+
+            for word in fp32_layers:
+                parse_unit(word)
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         return self.model_copy(update=changed)
 

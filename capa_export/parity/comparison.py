@@ -4,11 +4,11 @@ S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D =
 """
 
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 
 import numpy as np
 
-from capa_export.parity.record import Noise, relative_error, relative_errors
+from capa_export.parity.record import Noise, kl_divergence, relative_error, relative_errors
 from capa_export.parity.schema import Check, ExportError, LayerError
 from capa_export.parity.trace import Trace
 from capa_export.recipe import Bound, Gate
@@ -56,19 +56,26 @@ class Comparison:
     top1_wrong: int = 0
     same_tokens: int = 0
     """Prompts with the reference's token at every step."""
+    log_ratios: list[float] = field(default_factory=list)
+    """Of each step: how the difference of its logits compares with the precision's own, as a logarithm."""
     features: _Tokens | None = None
     features_error: float = 0.0
     layers: list[_Tokens] = field(default_factory=list)
     layer_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
-    def add(self, trace: Trace, reference: Trace, states: Trace | None = None) -> None:
+    def add(self, trace: Trace, reference: Trace, states: Trace | None = None, noise: np.ndarray | None = None) -> None:
         """Count one prompt.
 
         Args:
             trace: of the artefact.
             reference: with the same kept sets.
             states: of the artefact with its layers seen, where that is another run.
+            noise: [S, V] FP32, what the precision alone does to these logits.
         """
+        if noise is not None:
+            own = np.linalg.norm((trace.logits - reference.logits).astype(np.float64), axis=-1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                self.log_ratios += np.log(own / np.linalg.norm(noise.astype(np.float64), axis=-1)).tolist()
         self.prompts += 1
         for own, wanted in zip(trace.logits.astype(np.float64), reference.logits.astype(np.float64), strict=True):
             self._add_logits(own, wanted)
@@ -87,7 +94,7 @@ class Comparison:
         difference = float(np.abs(own_V - wanted_V).max())
         self.difference = worse(self.difference, difference)
         self.relative_error = worse(self.relative_error, difference / float(np.abs(wanted_V).max()))
-        self.kl = worse(self.kl, _kl(wanted_V, own_V))
+        self.kl = worse(self.kl, kl_divergence(wanted_V, own_V))
         self.logits.add(own_V, wanted_V)
         second, first = np.partition(wanted_V, -2)[-2:]
         if first - second > 2 * self.noise.logits:
@@ -147,6 +154,13 @@ class Comparison:
         measured = self.noise.logits > 0 or not isfinite(self.noise.logits)
         if measured and isfinite(self.noise.logits):
             checks.append(bounded(who, "times the noise", self.times_the_noise, at_most=gate.noise_ratio))
+            if self.log_ratios and self.noise.logits:
+                typical = float(np.exp(np.mean(self.log_ratios)))
+                typical_bound = gate.typical_noise_ratio
+                checks.append(bounded(who, "times the noise, typical", typical, at_most=typical_bound))
+            # KL grows with the square of what is added to the logits.
+            times = sqrt(self.kl / self.noise.kl) if self.noise.kl else 0.0
+            checks.append(bounded(who, "root of KL, times the noise", times, at_most=gate.noise_ratio))
         elif measured:
             failure = f"{who}: the eager model itself overflows in this precision; --fp32-layers keeps parts in FP32"
             checks.append(Check(name="times the noise", value=None, failure=failure))
@@ -207,17 +221,3 @@ def bounded(who: str, name: str, value: float, *, at_most: Bound | None = None, 
 def worse(worst: float, value: float) -> float:
     """The larger; infinity for what is not finite, since max() would drop a NaN."""
     return max(worst, value) if isfinite(value) else inf
-
-
-def _kl(reference_V: np.ndarray, own_V: np.ndarray) -> float:
-    """KL(reference || own) of the next token, in nats."""
-
-    def log_softmax(logits: np.ndarray) -> np.ndarray:
-        shifted = logits - logits.max()
-        return shifted - np.log(np.exp(shifted).sum())
-
-    with np.errstate(invalid="ignore"):
-        p, q = log_softmax(reference_V), log_softmax(own_V)
-    divergence = float((np.exp(p) * (p - q)).sum())
-    # Rounding leaves a little below 0; max() would make 0 of a NaN.
-    return 0.0 if divergence < 0 else divergence

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, ExitCode
 from capa_export.parity.half import HALF, lowered
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, sampled_rows
@@ -31,6 +31,7 @@ __all__ = [
     "Records",
     "eager_trace",
     "forced_plan",
+    "kl_divergence",
     "relative_error",
     "relative_errors",
     "score_errors",
@@ -54,6 +55,8 @@ class Noise:
     """Relative error of the hidden states that leave each layer."""
     features: float = 0.0
     """Relative error of the vision tower's output."""
+    kl: float = 0.0
+    """Largest KL(FP32 || this precision) of the next token, in nats."""
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
 
@@ -150,8 +153,8 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
         same = None
         if half is not None and dtype is not None:
             forced = forced_plan(subject, prompt, oracle.kept)
-            forced = replace(forced, scales={layer: alpha.to(dtype) for layer, alpha in plan.scales.items()})
-            same, _ = eager_trace(subject, half, prompt, forced, steps, tokens, rows)
+            scales = {layer: alpha.to(dtype) for layer, alpha in plan.scales.items()}
+            same, _ = eager_trace(subject, half, prompt, replace(forced, scales=scales), steps, tokens, rows)
             meter.add(prompt, oracle, same)
         _save(folder / _file(index), Record(prompt, tokens, rows, oracle, same))
     about = {
@@ -182,8 +185,10 @@ class Records:
                 raise CapaError(
                     f"{path}: version {about['version']}, this capa-export reads {_VERSION}; store them again"
                 )
-            noise = about["noise"]
-            self.noise = Noise(noise["logits"], tuple(noise["hidden"]), noise["features"], tuple(noise["scores"]))
+            noise: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in about["noise"].items()
+            }
+            self.noise = Noise(**noise)
             self.precision: str = about["precision"]
             self.steps: int = about["steps"]
             self.samples: str = about["samples"]
@@ -234,7 +239,10 @@ def _save(path: Path, record: Record) -> None:
         ],
     }
     given = {name: np.ascontiguousarray(array) for name, array in tensors.items() if array is not None}
-    save_file(given, path, metadata={"capa_record": json.dumps(about)})
+    try:
+        save_file(given, path, metadata={"capa_record": json.dumps(about)})
+    except SafetensorError as error:
+        raise CapaError(f"{path}: cannot be written: {error}", ExitCode.EXPORT) from error
 
 
 def _load(path: Path) -> Record:
@@ -270,23 +278,41 @@ class _NoiseMeter:
     """The worst over the prompts."""
 
     def __init__(self) -> None:
-        self._logits, self._features, self._hidden, self._scores = 0.0, 0.0, np.zeros(0), np.zeros(0)
+        self._logits, self._features, self._kl = 0.0, 0.0, 0.0
+        self._hidden, self._scores = np.zeros(0), np.zeros(0)
 
     def add(self, prompt: Prompt, oracle: Trace, half: Trace) -> None:
         assert oracle.hidden is not None and half.hidden is not None
         # maximum() keeps a NaN, which max() would drop.
         self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
+        pairs = zip(oracle.logits.astype(np.float64), half.logits.astype(np.float64), strict=True)
+        self._kl = float(np.maximum(self._kl, np.max([kl_divergence(*pair) for pair in pairs])))
         if oracle.features is not None and half.features is not None:
             self._features = float(np.maximum(self._features, relative_error(half.features, oracle.features)))
         self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden, len(oracle.logits)))
         self._scores = _maximum(self._scores, np.array(score_errors(prompt, oracle, half)))
 
     def noise(self) -> Noise:
-        return Noise(self._logits, tuple(self._hidden.tolist()), self._features, tuple(self._scores.tolist()))
+        hidden, scores = (tuple(values.tolist()) for values in (self._hidden, self._scores))
+        return Noise(logits=self._logits, hidden=hidden, features=self._features, kl=self._kl, scores=scores)
 
 
 def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a, b) if len(a) else b
+
+
+def kl_divergence(reference_V: np.ndarray, own_V: np.ndarray) -> float:
+    """KL(reference || own) of the next token, in nats, of FP64 logits."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits - logits.max()
+        return shifted - np.log(np.exp(shifted).sum())
+
+    with np.errstate(invalid="ignore"):
+        p, q = log_softmax(reference_V), log_softmax(own_V)
+        divergence = float((np.exp(p) * (p - q)).sum())
+    # Rounding leaves a little below 0; max() would make 0 of a NaN.
+    return 0.0 if divergence < 0 else divergence
 
 
 def relative_error(own: np.ndarray, reference: np.ndarray) -> float:

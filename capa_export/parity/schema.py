@@ -15,6 +15,7 @@ from capa_export.errors import CapaError
 from capa_export.settings import first_problem
 
 __all__ = [
+    "PROMPTS",
     "Bisection",
     "Check",
     "Difference",
@@ -35,6 +36,9 @@ __all__ = [
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+
+PROMPTS = "prompts"
+"""Artefact: what tokenizer and image processor make of the samples."""
 
 Figure = Annotated[float | None, BeforeValidator(_finite)]
 """A number; None where it came out as NaN or infinity."""
@@ -221,6 +225,8 @@ class ParityReport(_Entry):
     """Where they came from."""
     num_prompts: int
     seed: int
+    gates: str = ""
+    """SHA-256 of the file whose bounds stood in place of the recipe's; empty where none did."""
     prompts_sha256: str = ""
     """Over pictures and questions; empty where the golden samples stood for them."""
     schedule: tuple[Stage, ...]

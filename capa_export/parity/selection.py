@@ -5,7 +5,7 @@ T = tokens that enter a stage, K = tokens kept.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from capa_export.parity.trace import Trace
 from capa_export.recipe import Bound, Gate
 
 __all__ = ["Choice", "agreeing", "overlap"]
+
+
+_WIDEST = 0.25
+"""Relative lead of a score that no noise explains."""
 
 
 @dataclass
@@ -52,7 +56,8 @@ class Choice:
         """Lead of a score that the noise of the precision explains, relative."""
         ratio, noise = self.gate.flip_noise_ratio, self.noise.scores
         measured = ratio.limit * noise[stage] if ratio is not None and noise else 0.0
-        return max(self.gate.flip_distance.limit, measured)
+        # A NaN leaves the floor, and nothing excuses keeping the worst tokens.
+        return max(self.gate.flip_distance.limit, min(measured, _WIDEST) if isfinite(measured) else 0.0)
 
     def add(self, kept: Sequence[np.ndarray], record: Record, states: Trace | None = None) -> None:
         """Count one prompt.

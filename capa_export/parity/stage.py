@@ -2,19 +2,19 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from capa_export.bundle import Bundle
+from capa_export.bundle import Bundle, file_digest
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.errors import CapaError
 from capa_export.gates import with_gates
-from capa_export.job import ONNX, PARITY, REPORT, Job, alpha_digest, eos_token_ids, run_stage, tool_versions
+from capa_export.job import ONNX, PARITY, REPORT, Job, alpha_digest, eos_token_ids, run_stage, say, tool_versions
 from capa_export.measure import processor
-from capa_export.parity.schema import MethodError, ParityReport, Stage, read_parity, write_parity
+from capa_export.parity.schema import PROMPTS, MethodError, ParityReport, Stage, read_parity, write_parity
 from capa_export.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -80,16 +80,17 @@ def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
     key = [
         tool_versions("onnxruntime", "torch", "transformers"),
         bundle.digest("export"),
-        recipe.prune.model_dump(),
-        recipe.parity.model_dump(),
+        recipe.model_dump(mode="json"),
         [wanted.strict, wanted.seed, wanted.bisect],
         validation.key(),
         *([] if built is None else [bundle.digest(f"engine/{wanted.engine}"), built.gpu.name]),
     ]
     run_stage(bundle, "validate", key, [PARITY, REPORT], validation.run)
     parity = read_parity(bundle.folder / PARITY)
-    if wanted.store_golden:
-        _store_golden(job, recipe, wanted.store_golden, parity)
+    if wanted.store_golden and parity.passed:
+        _store_golden(job, recipe, wanted, parity)
+    elif wanted.store_golden:
+        say(f"{GOLDEN:<14}not stored: they would vouch for a bundle that failed")
     return parity
 
 
@@ -157,6 +158,7 @@ class _Validation:
             prompts=records.samples,
             num_prompts=len(records),
             seed=self.wanted.seed or 0,
+            gates="" if self.wanted.gate is None else file_digest(self.wanted.gate),
             schedule=tuple(Stage(**stage.model_dump()) for stage in recipe.prune.schedule),
             linear_layers=tuple(exported["linear_layers"]),
             fp32_layers=tuple(exported.get("fp32_layers", ())),
@@ -204,7 +206,8 @@ class _AgainstEager(_Validation):
         self.questions = _samples(job, recipe, wanted, questions, repeat=False)
 
     def key(self) -> Any:
-        return [self.prompts.digest(), self.questions.digest()]
+        stop = eos_token_ids(self.job.source.checkpoint.folder)
+        return [self.prompts.digest(), self.questions.digest(), self.job.sidecar_digests, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.bundled import bundled_prompter
@@ -263,7 +266,7 @@ class _AgainstEager(_Validation):
         """Where the first artefact that failed leaves the eager model, if that is asked for."""
         rows = [row for one in compared for row in (*one.export_error, *one.selection)]
         failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
-        if not self.wanted.bisect or not failed:
+        if not self.wanted.bisect or not failed - {PROMPTS}:
             return None
         from capa_export.parity.bisect import bisect
 
@@ -281,6 +284,11 @@ class _AgainstGolden(_Validation):
     def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
         super().__init__(job, recipe, wanted, built)
         self.bundle.verify(GOLDEN)
+        if self.bundle.stage(GOLDEN)["result"]["prune"] != recipe.prune.model_dump(mode="json"):
+            raise CapaError(
+                f"{self.bundle.folder}: its golden samples are of another schedule; store them again with "
+                "`capa-export validate --store-golden`"
+            )
 
     def key(self) -> Any:
         return self.bundle.digest(GOLDEN)
@@ -303,15 +311,18 @@ class _AgainstGolden(_Validation):
         return {"latency": stored["latency"]}
 
 
-def _store_golden(job: Job, recipe: Recipe, count: int, parity: ParityReport) -> None:
+def _store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport) -> None:
     """Leave what the eager model makes of the first few prompts in the bundle."""
     bundle = job.bundle
     exported, calibration = bundle.stage("export")["result"], _calibration(bundle)
     layers = calibration.layers if calibration else []
     scales = {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
-    samples = _samples(job, recipe, Wanted(), count, repeat=True)
+    samples = _samples(job, recipe, replace(wanted, samples=None), wanted.store_golden, repeat=True)
     steps = recipe.parity.steps
-    key = [tool_versions("torch", "transformers"), bundle.digest("export"), samples.digest(), steps]
+    prune, sidecars = recipe.prune.model_dump(mode="json"), _sidecars(bundle)
+    method_error = parity.method_error.model_dump(mode="json")
+    versions = tool_versions("torch", "transformers")
+    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.sidecar_digests, method_error]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.parity.record import write_records
@@ -320,11 +331,7 @@ def _store_golden(job: Job, recipe: Recipe, count: int, parity: ParityReport) ->
         subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX)
         write_records(scratch / GOLDEN, subject, samples, steps, job.report)
         latency = bundle.stage("validate")["result"]["latency"]
-        return {
-            "method_error": parity.method_error.model_dump(mode="json"),
-            "latency": latency,
-            "sidecars": _sidecars(bundle),
-        }
+        return {"method_error": method_error, "latency": latency, "sidecars": sidecars, "prune": prune}
 
     run_stage(bundle, GOLDEN, key, [GOLDEN], work)
 

@@ -16,7 +16,7 @@ from capa_export.export import DENSE
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.record import Noise, Record, Records, eager_trace, forced_plan
-from capa_export.parity.schema import Check, ExportError, Selection
+from capa_export.parity.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
@@ -75,19 +75,27 @@ def compare_onnx(folder: Path, precision: str, records: Records, recipe: Recipe,
     choice = _choice(what, precision, records, recipe)
     plain, probed, clock = OnnxModel(folder), ProbedModel(folder), _Clock()
     for index, record in enumerate(tracked(records, f"validate: {what}", len(records), report)):
-        trace, states = _trace(plain, record, clock), None
-        flipped = not _same_kept(trace, record.oracle)
-        if flipped or index < _REPLAYED:
-            states, chosen = probed.replay(record)
-            choice.add(chosen if flipped else trace.kept, record, states)
+        try:
+            trace, states, chosen = _trace(plain, record, clock), None, []
+            flipped = not _same_kept(trace, record.oracle)
+            if flipped or index < _REPLAYED:
+                states, chosen = probed.replay(record)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class.
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            return _stopped(what, error, records)
+        if states is not None:
+            # What the graph says it kept, where the same tokens entered; behind that, what it would have kept of them.
+            own = agreeing(trace, record.oracle)
+            choice.add([*own, *chosen[len(own) :]], record, states)
         else:
             choice.add(trace.kept, record)
         if flipped:
             # What the user gets is held to the selection's gates; what it computes is seen with the same tokens kept.
             assert states is not None
             trace = states
-        for comparison, reference in zip(comparisons, _references(record), strict=False):
-            comparison.add(trace, reference, states)
+        for comparison, reference in zip(comparisons, _references(record, precision), strict=True):
+            comparison.add(trace, reference, states, _noise_of(record, precision))
     return Compared(tuple(one.result() for one in comparisons), (choice.result(),), milliseconds=clock.medians())
 
 
@@ -125,8 +133,8 @@ def compare_engine(
         choice.add(agreeing(trace, record.oracle), record)
         against_onnx.add(trace, onnx.replay(record, trace.kept)[0])
         if _same_kept(trace, record.oracle):
-            for comparison, reference in zip(comparisons, _references(record), strict=False):
-                comparison.add(trace, reference)
+            for comparison, reference in zip(comparisons, _references(record, precision), strict=False):
+                comparison.add(trace, reference, noise=_noise_of(record, precision))
         elif expected is not None:
             comparisons[0].add(trace, expected(record, trace.kept))
         else:
@@ -184,11 +192,20 @@ def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> C
 
 
 def _of_prompts(reference: str, what: str, different: int, count: int) -> Compared:
-    artefact = "prompts"
-    failure = f"{artefact} against {reference}: {what}" if different else ""
+    failure = f"{PROMPTS} against {reference}: {what}" if different else ""
     check = Check(name="differ", value=different, at_most=0, of=count, failure=failure)
     return Compared(
-        (ExportError(artefact=artefact, reference=reference, prompts=count, steps=0, noise=0.0, checks=(check,)),)
+        (ExportError(artefact=PROMPTS, reference=reference, prompts=count, steps=0, noise=0.0, checks=(check,)),)
+    )
+
+
+def _stopped(what: str, error: Exception, records: Records) -> Compared:
+    """A graph that ONNX Runtime does not run to its end."""
+    reference = "eager CAPA fp32"
+    failure = f"{what} against {reference}: ONNX Runtime stops: {next(iter(str(error).splitlines()), '')[:300]}"
+    check = Check(name="runs", value=0, at_least=1, failure=failure)
+    return Compared(
+        (ExportError(artefact=what, reference=reference, prompts=len(records), steps=0, noise=0.0, checks=(check,)),)
     )
 
 
@@ -214,11 +231,16 @@ def _noise(precision: str, records: Records) -> Noise:
     return records.noise if precision == records.precision else Noise()
 
 
-def _references(record: Record) -> Iterator[Trace]:
-    """In the order of `_comparisons`."""
+def _references(record: Record, precision: str) -> Iterator[Trace]:
+    """In the order of the comparisons."""
     yield record.oracle
-    if record.half is not None:
+    if precision != "fp32" and record.half is not None:
         yield record.half
+
+
+def _noise_of(record: Record, precision: str) -> np.ndarray | None:
+    """[S, V], what the precision alone does to the logits."""
+    return None if record.half is None or precision == "fp32" else record.half.logits - record.oracle.logits
 
 
 def _num_keep(record: Record, recipe: Recipe) -> list[int]:
