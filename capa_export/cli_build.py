@@ -36,7 +36,7 @@ from capa_export.cli_options import (
     TrustOpt,
 )
 from capa_export.cli_show import print_json
-from capa_export.cli_stages import finish, recipe_from
+from capa_export.cli_stages import check_places, finish, recipe_from
 from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def build(
     from capa_export.parity.stage import Wanted
     from capa_export.progress import progress
 
+    check_places(junit, markdown)
     wanted = Wanted(gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)
     with progress() as report:
         job = Job(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
 
-__all__ = ["calibrate", "engine", "export", "finish", "recipe_from", "validate"]
+__all__ = ["calibrate", "check_places", "engine", "export", "finish", "recipe_from", "validate"]
 
 
 def calibrate(
@@ -233,6 +233,7 @@ def validate(
     from capa_export.progress import progress
 
     opened = Bundle.open(bundle)
+    check_places(junit, markdown)
     live = bisect or store_golden or any(given is not None for given in (checkpoint, revision, images, samples, seed))
     wanted = Wanted(
         engine=engine,
@@ -272,6 +273,18 @@ def recipe_from(
     return recipe.with_options(
         ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image, fp32_layers=parts
     )
+
+
+def check_places(*paths: Path | None) -> None:
+    """Refuse to work for long for a file that could not be written.
+
+    Raises:
+        CapaError: a path is a folder, or its folder does not exist.
+    """
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            problem = "is a folder" if path.is_dir() else "its folder does not exist"
+            raise CapaError(f"{path}: {problem}; name a file in a folder that exists", ExitCode.USAGE)
 
 
 def finish(

@@ -56,6 +56,8 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
         export_and_build()
         before, parity = parity, validate(job, wanted)
         say(f"{'':<14}{', '.join(proposed)} in FP32: {_worst(before)} -> {_worst(parity)}")
+    if auto_fp32 and not parity.passed:
+        say(f"auto-fp32     nothing more to put in FP32: {parity.bisection.sentence if parity.bisection else ''}")
     return parity
 
 

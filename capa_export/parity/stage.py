@@ -284,7 +284,7 @@ class _AgainstGolden(_Validation):
     def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
         super().__init__(job, recipe, wanted, built)
         self.bundle.verify(GOLDEN)
-        if self.bundle.stage(GOLDEN)["result"]["prune"] != recipe.prune.model_dump(mode="json"):
+        if self.bundle.stage(GOLDEN)["result"].get("prune") != recipe.prune.model_dump(mode="json"):
             raise CapaError(
                 f"{self.bundle.folder}: its golden samples are of another schedule; store them again with "
                 "`capa-export validate --store-golden`"
