@@ -17,7 +17,7 @@ from capa_export.runtime import Model, OnnxModel, PrefillRun, greedy
 if TYPE_CHECKING:
     from capa_export.execution import BuiltEngines
 
-__all__ = ["answer"]
+__all__ = ["answer", "runtime_errors"]
 
 
 def answer(
@@ -68,7 +68,7 @@ def answer(
     answers = [_Answer(prompter) for _ in prompts]
     started = time.perf_counter()
     runs, stop = [run for run, _ in starts], eos_token_ids(folder / "llm")
-    with _runtime_errors(sum(prompt.num_visual for prompt in prompts)):
+    with runtime_errors(sum(prompt.num_visual for prompt in prompts)):
         for tokens in greedy(model, prompts, runs, stop, max_new_tokens):
             for said, token in zip(answers, tokens, strict=True):
                 if token is not None:
@@ -104,7 +104,7 @@ def _engine_model(built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune
 def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:
     """The prefill of one prompt, and what there is to say about it."""
     num_keep = prune.num_keep(prompt.image_lengths)
-    with _runtime_errors(prompt.num_visual):
+    with runtime_errors(prompt.num_visual):
         model.load(prompt)
         started = time.perf_counter()
         embeds = model.embed(prompt)
@@ -114,7 +114,7 @@ def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRu
     return run, {
         "prompt_tokens": len(prompt.input_ids),
         "stages": [
-            {"layer": stage.layer, "kept": kept, "visual": prompt.num_visual}
+            {"layer": stage.layer, "where": stage.where, "kept": kept, "visual": prompt.num_visual}
             for stage, kept in zip(prune.schedule, num_keep, strict=True)
         ],
         "vision_ms": _milliseconds(seen - started),
@@ -144,7 +144,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 @contextmanager
-def _runtime_errors(num_visual: int) -> Generator[None]:
+def runtime_errors(num_visual: int) -> Generator[None]:
     """Turn a failure of ONNX Runtime, or a lack of memory, into one line."""
     try:
         yield

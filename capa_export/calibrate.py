@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums
+from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums, summed
 from capa_export.eager import EagerInputs
 from capa_export.errors import CapaError
 from capa_export.families import Family
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
-from capa_export.samples import Samples
+from capa_export.samples import Sample, Samples
 
-__all__ = ["Measurement", "calibrate", "measuring"]
+__all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 
 _BLOCK = re.compile(r".*\.(?:layers?|blocks)\.\d+(?:\.(?P<path>.+))?")
 _ATTENTION = ("self_attn", "attn", "attention")
@@ -38,6 +38,18 @@ def calibrate(
 ) -> Calibration:
     """Stream the samples through the dense model and keep sums only.
 
+    Raises:
+        CapaError: the model yields NaN or infinity.
+    """
+    return summed(
+        measure(model, family, prompter, sample, checkpoint_digest)
+        for sample in tracked(samples, "calibrate", samples.count, report)
+    )
+
+
+def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, checkpoint_digest: str) -> Calibration:
+    """What one sample adds: summed in the order of samples, the total has the same bits wherever each was measured.
+
     x is the residual stream before the post-attention norm and y = x + FFN(norm(x)) (CAPA, section 4.2).
 
     Raises:
@@ -48,15 +60,14 @@ def calibrate(
     def damaged() -> str | None:
         return next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
 
+    prompt = prompter.chat(sample.turns)
+    is_visual = torch.from_numpy(prompt.is_visual)
     with measuring(model) as measurement:
-        for sample in tracked(samples, "calibrate", samples.count, report):
-            prompt = prompter.chat(sample.turns)
-            is_visual = torch.from_numpy(prompt.is_visual)
-            with torch.no_grad():
-                inputs = EagerInputs.of(family.eager_inputs(model, prompt))
-                text(**inputs.arguments(is_visual), use_cache=False)
-            measurement.add(is_visual, damaged)
-    return measurement.calibration(checkpoint_digest, samples.count)
+        with torch.no_grad():
+            inputs = EagerInputs.of(family.eager_inputs(model, prompt))
+            text(**inputs.arguments(is_visual), use_cache=False)
+        measurement.add(is_visual, damaged)
+    return measurement.calibration(checkpoint_digest, 1)
 
 
 @dataclass
@@ -95,7 +106,7 @@ def measuring(model: Any) -> Generator[Measurement]:
     """Watch every forward of the model's blocks, in whatever order and number they run."""
     text = model.model.language_model
     measurement = Measurement([LayerSums.zeros(text.config.hidden_size) for _ in text.layers])
-    with _watch_ranges(model, measurement.absmax), _watch_ffns(text.layers, measurement.seen):
+    with _watch_ranges(model, measurement.absmax), watching_ffns(text.layers, measurement.seen):
         yield measurement
 
 
@@ -125,8 +136,8 @@ def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None
 
 
 @contextmanager
-def _watch_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Generator[None]:
-    """Layer -> (x, x + FFN(norm(x)))."""
+def watching_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Generator[None]:
+    """Note, layer by layer, (x, x + FFN(norm(x))) of every forward."""
     entering: dict[int, Tensor] = {}
     handles = []
     for index, layer in enumerate(layers):

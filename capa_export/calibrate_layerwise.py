@@ -92,7 +92,7 @@ def _look(
         for index, sample in enumerate(tracked(samples, "look at pictures", samples.count, report)):
             prompt = prompter.chat(sample.turns)
             is_visual = torch.from_numpy(prompt.is_visual)
-            embeds, *others = EagerInputs.of(weights.source.family.eager_inputs(model, prompt))
+            embeds, *others = EagerInputs.of(weights.source.family.eager_inputs(model, prompt))[:3]
             measurement.add(is_visual, weights.damaged)
             _write(shelf / f"{index}.hidden", embeds)
             _write(shelf / f"{index}.others", [is_visual, *others])

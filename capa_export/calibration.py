@@ -3,11 +3,12 @@
 D = hidden size, L = decoder layers.
 """
 
+import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged"]
+__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "summed"]
 
 CALIBRATION = "calibration.safetensors"
 FP16_MAX = 65504.0
@@ -48,6 +49,11 @@ class LayerSums:
     def zeros(cls, size: int) -> "LayerSums":
         """Sums over nothing."""
         return cls(np.zeros(size), np.zeros(size), np.zeros(size))
+
+    def add(self, others: "LayerSums") -> None:
+        """Take in the sums over other tokens."""
+        for name in (entry.name for entry in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(others, name))
 
     @property
     def alpha(self) -> np.ndarray:
@@ -212,17 +218,17 @@ def merged(parts: Sequence[Calibration]) -> Calibration:
         raise CapaError("the same calibration is given twice; its samples would count twice")
     if any(part.checkpoint_digest != first.checkpoint_digest for part in parts):
         raise CapaError("calibrations of different checkpoints do not merge")
-    layers = [
-        LayerSums(
-            *(np.sum([getattr(sums, name) for sums in same], axis=0) for name in ("xx", "xy", "yy")),
-            **{
-                name: sum(getattr(sums, name) for sums in same)
-                for name in ("visual_tokens", "visual_cosine", "text_tokens", "text_cosine")
-            },
-            sinks=sum((sums.sinks for sums in same), Counter()),
-        )
-        for same in zip(*(part.layers for part in parts), strict=True)
-    ]
-    names = sorted({name for part in parts for name in part.absmax})
-    absmax = {name: max(part.absmax.get(name, 0.0) for part in parts) for name in names}
-    return Calibration(first.checkpoint_digest, sum(part.samples for part in parts), layers, absmax)
+    return summed(parts)
+
+
+def summed(parts: Iterable[Calibration]) -> Calibration:
+    """All that several runs on one checkpoint measured, added in the order given; at least one."""
+    remaining = iter(parts)
+    total = copy.deepcopy(next(remaining))
+    for part in remaining:
+        for sums, others in zip(total.layers, part.layers, strict=True):
+            sums.add(others)
+        for name, largest in part.absmax.items():
+            total.absmax[name] = max(total.absmax.get(name, 0.0), largest)
+        total = replace(total, samples=total.samples + part.samples)
+    return replace(total, absmax=dict(sorted(total.absmax.items())))

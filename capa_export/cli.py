@@ -11,10 +11,13 @@ import typer
 import capa_export
 from capa_export.cli_build import build, plan
 from capa_export.cli_compare import compare
+from capa_export.cli_evaluate import evaluate
+from capa_export.cli_explain import explain
 from capa_export.cli_plugins import plugins
 from capa_export.cli_run import run
-from capa_export.cli_show import doctor, inspect, models, targets
+from capa_export.cli_show import doctor, inspect, models, selectors, targets
 from capa_export.cli_stages import calibrate, engine, export, validate
+from capa_export.cli_tune import tune
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["app", "main"]
@@ -40,7 +43,10 @@ def _root(
         raise typer.Exit
 
 
-for _command in (build, calibrate, export, engine, validate, compare, run, inspect, plan, doctor, models, targets):
+for _command in (
+    *(build, calibrate, export, engine, validate, compare, evaluate, explain, tune, run),
+    *(inspect, plan, doctor, models, selectors, targets),
+):
     app.command()(_command)
 app.add_typer(plugins, name="plugins")
 

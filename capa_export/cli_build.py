@@ -30,6 +30,7 @@ from capa_export.cli_options import (
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
+    SelectorOpt,
     StoreGoldenOpt,
     StrictOpt,
     TargetOpt,
@@ -52,6 +53,7 @@ def build(
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     images: ImagesOpt = None,
@@ -79,7 +81,7 @@ def build(
     """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.target import load_target
 
-    recipe = recipe_from(model, ratio, prune_layer, min_keep_per_image, fp32_layers)
+    recipe = recipe_from(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
     device = load_target(target)
     device.require_precision(precision.value)
     if device.engine:
@@ -148,6 +150,7 @@ def plan(
     checkpoint: CheckpointOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     precision: PrecisionOpt = Precision.fp16,
@@ -165,6 +168,7 @@ def plan(
         checkpoint=checkpoint,
         ratio=ratio,
         prune_layer=prune_layer,
+        selector=selector,
         min_keep_per_image=min_keep_per_image,
         ffn=ffn,
         precision=precision,

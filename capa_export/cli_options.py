@@ -34,14 +34,17 @@ __all__ = [
     "Precision",
     "PrecisionOpt",
     "RatioOpt",
+    "RayOpt",
     "RevisionOpt",
     "SamplesOpt",
+    "SelectorOpt",
     "StoreGoldenOpt",
     "StrictOpt",
     "TargetOpt",
     "TrustOpt",
     "Weights",
     "WeightsOpt",
+    "WorkersOpt",
 ]
 
 
@@ -94,6 +97,10 @@ RatioOpt = Annotated[
 ]
 LayerOpt = Annotated[
     int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")
+]
+SelectorOpt = Annotated[
+    str | None,
+    typer.Option("--selector", help="What chooses the tokens; `selectors` lists them [default: the recipe's]."),
 ]
 MinKeepOpt = Annotated[
     int | None, typer.Option(min=0, help="Visual tokens that each image keeps at least [default: the recipe's].")
@@ -157,6 +164,12 @@ JunitOpt = Annotated[Path | None, typer.Option("--junit", help="Write the checks
 MarkdownOpt = Annotated[Path | None, typer.Option("--markdown", help="Write a summary for a pull request.")]
 TrustOpt = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python run, for its processors.")
+]
+WorkersOpt = Annotated[
+    int | None, typer.Option(min=1, help="Processes that share the samples; each holds the model [default: 1].")
+]
+RayOpt = Annotated[
+    str | None, typer.Option(help="Share the samples over the Ray cluster at this address, --workers at a time.")
 ]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]

@@ -68,8 +68,7 @@ def run(
 
 def _say_cost(result: dict[str, Any]) -> None:
     kept = ", ".join(
-        f"kept {stage['kept']} of {stage['visual']} visual tokens after layer {stage['layer']}"
-        for stage in result["stages"]
+        f"kept {stage['kept']} of {stage['visual']} visual tokens {stage['where']}" for stage in result["stages"]
     )
     per_token = result["decode_ms_per_token"]
     decode = f", decode {per_token:.1f} ms a token" if per_token is not None else ""

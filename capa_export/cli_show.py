@@ -9,7 +9,7 @@ import typer
 from capa_export.cli_options import BundleArg, JsonOpt, TargetOpt
 from capa_export.errors import CapaError
 
-__all__ = ["doctor", "inspect", "models", "print_json", "targets"]
+__all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
 
 
 def print_json(value: Any) -> None:
@@ -54,6 +54,13 @@ def doctor(
         raise CapaError(f"{problems[0].check}: {problems[0].detail}")
 
 
+_PLACES = {
+    "attention": "right after the attention of a layer",
+    "entry": "before a layer",
+    "input": "before the decoder",
+}
+
+
 def models(as_json: JsonOpt = False) -> None:
     """List the shipped recipes."""
     from capa_export.recipe import load_recipe
@@ -64,10 +71,35 @@ def models(as_json: JsonOpt = False) -> None:
         print_json([recipe.model_dump(mode="json") for recipe in recipes])
         return
     for recipe in recipes:
-        layers = ", ".join(str(stage.layer) for stage in recipe.prune.schedule)
+        stages = ", ".join(stage.where for stage in recipe.prune.schedule)
         others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
         where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
-        print(f"{recipe.name:<16}{where:<32}prunes at layer {layers}{others}")
+        print(f"{recipe.name:<16}{where:<32}prunes {stages}{others}")
+
+
+def selectors(as_json: JsonOpt = False) -> None:
+    """List what can choose the visual tokens, and where each acts."""
+    from capa_export.selectors import load_selector
+    from capa_export.selectors import selectors as names
+
+    known = {name: load_selector(name) for name in names()}
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "place": one.PLACE,
+                    "layer": one.LAYER,
+                    "least": one.LEAST,
+                    "reads": one.READS,
+                    "options": one.OPTIONS,
+                }
+                for name, one in known.items()
+            ]
+        )
+        return
+    for name, one in known.items():
+        print(f"{name:<14}{_PLACES[one.PLACE]:<36}{(one.__doc__ or '').splitlines()[0]}")
 
 
 def targets(as_json: JsonOpt = False) -> None:

@@ -32,14 +32,17 @@ from capa_export.cli_options import (
     Precision,
     PrecisionOpt,
     RatioOpt,
+    RayOpt,
     RevisionOpt,
     SamplesOpt,
+    SelectorOpt,
     StoreGoldenOpt,
     StrictOpt,
     TargetOpt,
     TrustOpt,
     Weights,
     WeightsOpt,
+    WorkersOpt,
 )
 from capa_export.cli_show import print_json
 from capa_export.errors import CapaError, ExitCode
@@ -62,6 +65,8 @@ def calibrate(
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
+    workers: WorkersOpt = None,
+    ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
@@ -78,9 +83,11 @@ def calibrate(
     from capa_export.job import Job
     from capa_export.progress import progress
     from capa_export.recipe import FFN
+    from capa_export.spread import Workers
 
     if merge:
-        if not parts or images or samples or checkpoint or revision or layer_by_layer is not None:
+        chosen = (images, samples, checkpoint, revision, workers, ray)
+        if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
@@ -100,6 +107,7 @@ def calibrate(
                 images=images,
                 samples=samples,
                 layer_by_layer=layer_by_layer,
+                workers=Workers(count=workers, ray=ray),
                 trust_remote_code=trust_remote_code,
                 report=report,
             )
@@ -121,6 +129,7 @@ def export(
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
+    selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     calibration: CalibrationOpt = None,
@@ -136,7 +145,7 @@ def export(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe, bundle = recipe_from(model, ratio, prune_layer, min_keep_per_image, fp32_layers), Bundle(out)
+    recipe, bundle = recipe_from(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers), Bundle(out)
     with progress() as report:
         job = Job(
             recipe=recipe,
@@ -262,6 +271,7 @@ def recipe_from(
     model: str,
     ratio: float | None = None,
     prune_layer: int | None = None,
+    selector: str | None = None,
     min_keep_per_image: int | None = None,
     fp32_layers: str | None = None,
 ) -> "Recipe":
@@ -271,7 +281,11 @@ def recipe_from(
     recipe = load_recipe(model)
     parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
     return recipe.with_options(
-        ratio=ratio, prune_layer=prune_layer, min_keep_per_image=min_keep_per_image, fp32_layers=parts
+        ratio=ratio,
+        prune_layer=prune_layer,
+        selector=selector,
+        min_keep_per_image=min_keep_per_image,
+        fp32_layers=parts,
     )
 
 

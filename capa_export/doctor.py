@@ -11,6 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from capa_export.build_engines import GRAPHS
 from capa_export.bundle import Bundle
 from capa_export.errors import CapaError
 from capa_export.graph.functions import DOMAIN, PLUGIN
@@ -51,8 +52,8 @@ def examine(target: Target, bundle: Bundle | None) -> list[Finding]:
         bundle.verify("export", weights=False)
     found = [*_tools(target), *_kernels(target), *_gpu(target)]
     if bundle is not None:
-        for path in sorted((bundle.folder / ONNX).rglob("*.onnx")):
-            found += _graph(path, bundle.folder)
+        for graph in sorted(GRAPHS):
+            found += _graph(bundle.folder / ONNX / graph, bundle.folder)
         found += [*_memory(target, bundle), *_pictures(target, bundle)]
     return found
 

@@ -84,11 +84,20 @@ def dry_run(
         "precision": precision,
         "visual_tokens": recipe.visual_tokens,
         "text_tokens": _TEXT_TOKENS,
-        "stages": [{"layer": layer, "kept": kept, "visual": recipe.visual_tokens} for layer, kept in stages],
+        "stages": [
+            {
+                "layer": stage.layer,
+                "where": stage.where,
+                "selector": stage.selector,
+                "kept": count,
+                "visual": recipe.visual_tokens,
+            }
+            for stage, count in zip(recipe.prune.schedule, kept, strict=True)
+        ],
         "linear_layers": list(linear),
         "linear_layers_from": basis,
         "parameters": asdict(total),
-        "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear)),
+        "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
         "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
         "vision": {"total": dims.vision.flops(recipe.visual_tokens)},

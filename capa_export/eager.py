@@ -1,4 +1,4 @@
-"""CAPA on the Hugging Face model itself: its own modules, called layer by layer. Shares no code with the graphs.
+"""Pruning on the Hugging Face model itself: its own modules, called layer by layer. Shares no code with the graphs.
 
 T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
 """
@@ -6,13 +6,20 @@ T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV h
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch"]
+from capa_export.families import Family, require_selection
+from capa_export.selectors import CAPA, Chosen, Place, Prompted, TensorView, load_selector, reads
+
+if TYPE_CHECKING:
+    from capa_export.prompt import Prompt
+
+__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch", "best", "inputs_for"]
 
 
 Watch = Callable[[int, Tensor, Tensor], None]
@@ -28,6 +35,8 @@ class EagerInputs(NamedTuple):
     """[3, 1, T] or [1, T]"""
     deepstack: Sequence[Tensor] = ()
     """[V, D] each: what the outputs of the first layers gain at visual tokens."""
+    prompted: Mapping[Prompted, Tensor] = MappingProxyType({})
+    """What selectors read of the prompt, as in `TensorView`."""
 
     @classmethod
     def of(cls, given: "EagerInputs | tuple[Tensor, Tensor]") -> "EagerInputs":
@@ -47,15 +56,51 @@ class EagerPlan:
     """What to do to the dense model; the default is nothing."""
 
     keep: Mapping[int, int] = field(default_factory=dict)
-    """Layer -> visual tokens kept from there on."""
+    """Layer -> visual tokens kept from there on; -1 before the decoder."""
     scales: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> alpha [D] that stands for the FFN of visual tokens."""
+    selectors: Mapping[int, Chosen] = field(default_factory=dict)
+    """Layer -> what chooses the tokens kept; CAPA where it says nothing."""
     forced: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> prompt positions to keep whatever the scores say."""
     random_seed: int | None = None
     """Keep random visual tokens instead: the baseline every method has to beat."""
     min_keep_per_image: int = 0
     """Visual tokens that each image keeps whatever the others score."""
+    jitter: float = 0.0
+    """Relative noise on what selectors read: shows how near to ties their choices are."""
+
+    def chosen(self, layer: int) -> Chosen:
+        return self.selectors.get(layer, CAPA)
+
+    def prunes(self, layer: int, place: Place) -> bool:
+        """Whether a stage of this layer acts at this place."""
+        return layer in self.keep and self.chosen(layer).place == place
+
+    @property
+    def reads(self) -> tuple[Prompted, ...]:
+        """What the prompt has to bring along."""
+        return reads(self.chosen(layer) for layer in self.keep)
+
+
+def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") -> EagerInputs:
+    """What the decoder is fed, with what the plan's selectors read.
+
+    Raises:
+        CapaError: the family's vision tower does not give it.
+    """
+    inputs = EagerInputs.of(family.eager_inputs(model, prompt))
+    prompted: dict[Prompted, Tensor] = {}
+    if "visual_grid" in plan.reads:
+        prompted["visual_grid"] = torch.from_numpy(prompt.visual_grid)
+    if {"visual_saliency", "visual_features"} & set(plan.reads):
+        name = next(chosen.name for chosen in plan.selectors.values() if load_selector(chosen.name).READS)
+        tower = require_selection(family, name).eager_selection(model, prompt)
+        for key, values in zip(("visual_saliency", "visual_features"), tower, strict=True):
+            whole = values.new_zeros(len(prompt.input_ids), *values.shape[1:], dtype=torch.float32)
+            whole[torch.from_numpy(prompt.is_visual)] = values.float()
+            prompted[key] = whole
+    return inputs._replace(prompted=prompted)
 
 
 @dataclass
@@ -69,7 +114,7 @@ class Prefill:
     kept: dict[int, Tensor]
     """Layer -> prompt positions [K] that survive it, ascending."""
     scores: dict[int, Tensor]
-    """Layer -> contribution of each token that entered it [T], text included."""
+    """Layer -> score of each token that entered the stage [T]; what it says of text does not count."""
     position_shape: tuple[int, ...]
     """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
     next_position: int
@@ -97,49 +142,62 @@ class Eager:
     @torch.no_grad()
     def prefill(
         self,
-        embeds: Tensor,
-        position_ids: Tensor,
+        inputs: EagerInputs,
         is_visual: Tensor,
         plan: EagerPlan,
-        deepstack: Sequence[Tensor] = (),
         watch: Watch | None = None,
     ) -> Prefill:
-        """Run the prompt; the tensors are those of `EagerInputs`, and `is_visual` is [T] bool."""
+        """Run the prompt; `is_visual` is [T] bool."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        positions = torch.arange(embeds.shape[1])
         kept: dict[int, Tensor] = {}
         scores: dict[int, Tensor] = {}
-        hidden = embeds
-        rotary = self.text.rotary_emb(hidden, position_ids)
+        tokens = _Tokens(
+            inputs.embeds,
+            self.text.rotary_emb(inputs.embeds, inputs.position_ids),
+            torch.arange(inputs.embeds.shape[1]),
+            is_visual,
+            inputs.deepstack,
+            inputs.prompted,
+        )
+
+        def prune(stage: int, of_attention: Mapping[str, Tensor]) -> Tensor:
+            nonlocal tokens
+            scores[stage], rows = _choose(plan, stage, tokens, of_attention)
+            tokens = tokens.at(rows)
+            kept[stage] = tokens.positions
+            return rows
+
+        if plan.prunes(-1, "input"):
+            prune(-1, {})
         for index, layer in enumerate(self.text.layers):
-            normed = layer.input_layernorm(hidden)
-            mixed, _ = layer.self_attn(normed, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
-            hidden = hidden + mixed
-            if index in plan.keep:
-                stored = cast("Any", cache.layers[index])
-                scores[index] = self._contribution(layer.self_attn, normed, rotary, stored.keys, stored.values)
-                if index in plan.forced:
-                    rows = torch.isin(positions, plan.forced[index]).nonzero()[:, 0]
-                else:
-                    rows = _best(scores[index], is_visual, plan.keep[index], plan)
-                rows_of_visual = torch.isin(is_visual.nonzero()[:, 0], rows)
-                deepstack = [features[rows_of_visual] for features in deepstack]
-                hidden, positions, is_visual = hidden[:, rows], positions[rows], is_visual[rows]
-                rotary = tuple(table[:, rows] for table in rotary)
+            normed = layer.input_layernorm(tokens.hidden)
+            mixed, _ = layer.self_attn(
+                normed, attention_mask=None, position_embeddings=tokens.rotary, past_key_values=cache
+            )
+            tokens = replace(tokens, hidden=tokens.hidden + mixed)
+            of_attention: dict[str, Tensor] = {}
+            stored = cast("Any", cache.layers[index])
+            if plan.prunes(index, "attention") or plan.prunes(index + 1, "entry"):
+                of_attention = _of_attention(layer.self_attn, normed, tokens.rotary, stored.keys, stored.values)
+            if plan.prunes(index, "attention"):
+                rows = prune(index, of_attention)
                 stored.keys, stored.values = stored.keys[:, :, rows], stored.values[:, :, rows]
-                kept[index] = positions
+            hidden = tokens.hidden
             after = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             if index in plan.scales:
-                after = torch.where(is_visual[:, None], hidden * plan.scales[index], after)
-            if index < len(deepstack):
-                after = self.text._deepstack_process(after, is_visual[None], deepstack[index])
-            hidden = after.to(embeds.dtype)
+                after = torch.where(tokens.is_visual[:, None], hidden * plan.scales[index], after)
+            if index < len(tokens.deepstack):
+                after = self.text._deepstack_process(after, tokens.is_visual[None], tokens.deepstack[index])
+            tokens = replace(tokens, hidden=after.to(inputs.embeds.dtype))
+            if plan.prunes(index + 1, "entry"):
+                prune(index + 1, of_attention)
             if watch is not None:
-                watch(index, hidden[0], positions)
+                watch(index, tokens.hidden[0], tokens.positions)
+        position_ids = inputs.position_ids
         return Prefill(
-            self._logits(hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
+            self._logits(tokens.hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
         )
 
     @torch.no_grad()
@@ -163,23 +221,61 @@ class Eager:
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.text.norm(hidden[:, -1]))[0].float()
 
-    def _contribution(
-        self, attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """|| sum_h A_{i,h} v_i W_O,h ||_2 for the last query (CAPA, eq. 2), head by head as the paper writes it."""
-        with _attention_weights(attention.config):
-            last = tuple(table[:, -1:] for table in rotary)
-            _, weights = attention(
-                normed[:, -1:],
-                attention_mask=None,
-                position_embeddings=last,
-                past_key_values=_FrozenCache(keys, values),
-            )
-        weights = weights[0, :, 0].float()
-        values = values[0].float().repeat_interleave(weights.shape[0] // values.shape[1], dim=0)
-        output = attention.o_proj.weight.float().split(values.shape[-1], dim=1)
-        total = sum(weights[h][:, None] * (values[h] @ output[h].T) for h in range(weights.shape[0]))
-        return torch.linalg.vector_norm(total, dim=-1)
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What travels down the layers."""
+
+    hidden: Tensor
+    """[1, T, D]"""
+    rotary: Sequence[Tensor]
+    """cos and sin, [1, T, d] each."""
+    positions: Tensor
+    """[T] in the prompt."""
+    is_visual: Tensor
+    """[T] bool."""
+    deepstack: Sequence[Tensor]
+    """[V, D] each."""
+    prompted: Mapping[Prompted, Tensor]
+    """Of the whole prompt."""
+
+    def at(self, rows: Tensor) -> "_Tokens":
+        """Some of them."""
+        rows_of_visual = torch.isin(self.is_visual.nonzero()[:, 0], rows)
+        return replace(
+            self,
+            hidden=self.hidden[:, rows],
+            rotary=tuple(table[:, rows] for table in self.rotary),
+            positions=self.positions[rows],
+            is_visual=self.is_visual[rows],
+            deepstack=[features[rows_of_visual] for features in self.deepstack],
+        )
+
+
+def _of_attention(
+    attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
+) -> dict[str, Tensor]:
+    """What a selector may read of an attention, in FP32: see `TensorView`."""
+    with _attention_weights(attention.config):
+        last = tuple(table[:, -1:] for table in rotary)
+        _, weights = attention(
+            normed[:, -1:], attention_mask=None, position_embeddings=last, past_key_values=_FrozenCache(keys, values)
+        )
+
+    def heads(project: Any, norm: str) -> Tensor:
+        split_HTd = project(normed.to(project.weight.dtype))[0].unflatten(-1, (-1, values.shape[-1])).transpose(0, 1)
+        return getattr(attention, norm, nn.Identity())(split_HTd)
+
+    plain_query, plain_key = heads(attention.q_proj, "q_norm")[:, -1], heads(attention.k_proj, "k_norm")
+    found = {
+        "attention": weights[0, :, 0],
+        "key": keys[0],
+        "value": values[0],
+        "plain_query": plain_query,
+        "plain_key": plain_key,
+        "output_weight": attention.o_proj.weight,
+    }
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 @contextmanager
@@ -193,7 +289,7 @@ def _attention_weights(config: Any) -> Generator[None]:
         config._attn_implementation = before
 
 
-def _best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
+def best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
     """Rows of all text and of `keep` visual tokens, ascending: each image's best few, then the best of the rest."""
     visual = is_visual.nonzero()[:, 0]
     if plan.random_seed is None:
@@ -211,3 +307,37 @@ def _best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tens
         kept_of_image[image] += 1
     rows = torch.cat([(~is_visual).nonzero()[:, 0], torch.tensor((first + rest)[:keep], dtype=torch.long)])
     return rows.sort().values
+
+
+def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores [T] of the tokens that enter a stage, and the rows [K] that it keeps."""
+    if not tokens.is_visual.any():
+        return torch.zeros(len(tokens.positions)), torch.arange(len(tokens.positions))
+    chosen, keep = plan.chosen(stage), min(plan.keep[stage], int(tokens.is_visual.sum()))
+    selector = load_selector(chosen.name)
+    view = TensorView(
+        is_visual=tokens.is_visual,
+        num_keep=keep,
+        hidden=tokens.hidden[0].float(),
+        **of_attention,
+        **{name: tokens.prompted[name][..., tokens.positions] for name in selector.READS if name == "visual_grid"},
+        **{name: tokens.prompted[name][tokens.positions] for name in selector.READS if name != "visual_grid"},
+    )
+    if plan.jitter:
+        view = _jittered(view, plan.jitter)
+    scores = selector.reference(view, **chosen.values)
+    if stage in plan.forced:
+        return scores, torch.isin(tokens.positions, plan.forced[stage]).nonzero()[:, 0]
+    return scores, best(scores, tokens.is_visual, keep, plan)
+
+
+def _jittered(view: TensorView, amount: float) -> TensorView:
+    """The view with every number changed a little, always in the same way."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {entry.name: getattr(view, entry.name) for entry in fields(view)}
+    changed = {
+        name: values * (1 + amount * torch.randn(values.shape, generator=random))
+        for name, values in tensors.items()
+        if isinstance(values, Tensor) and values.is_floating_point()
+    }
+    return replace(view, **changed)

@@ -53,6 +53,8 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # FP32 is computed as FP32: scores, and whatever is an FP32 graph.
     config.clear_flag(trt.BuilderFlag.TF32)
+    # Branches side by side need their memory all at once: of a vision tower's attention scores, tens of gigabytes.
+    config.max_aux_streams = 0
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # No allocation while an engine runs, or its runs could not be captured in a CUDA graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from capa_export.bind import EMBEDDING, bind, check_disk, tied, unused_tensors, 
 from capa_export.checkpoint import Checkpoint, StoredTensor
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
-from capa_export.families import Family
+from capa_export.families import Family, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
+from capa_export.selectors import Chosen, reads
 
 __all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
 
@@ -76,6 +78,7 @@ def write_onnx(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
+    selectors: Mapping[int, Chosen] = MappingProxyType({}),
     min_keep_per_image: int = 1,
     fp32_layers: Sequence[str] = (),
     dense: bool = False,
@@ -88,7 +91,8 @@ def write_onnx(
         source: the checkpoint.
         precision: a key of `PRECISIONS`, of weights and activations.
         folder: receives `llm/` and `visual/`.
-        prune_layers: layers that drop visual tokens, ascending.
+        prune_layers: first layers whose caches are without what a stage drops, ascending; -1 before the decoder.
+        selectors: of some of them, what chooses the tokens in place of CAPA.
         scales: layer -> alpha [D] that stands for the FFN of visual tokens.
         min_keep_per_image: visual tokens that each image keeps at every stage.
         fp32_layers: parts that are computed in FP32 whatever the precision, as `--fp32-layers` names them.
@@ -107,14 +111,21 @@ def write_onnx(
     check_units(fp32_layers, source.dims)
     dtype, dims = PRECISIONS[precision], source.dims
     rotary = rotary_tables(dims)
-    pruning: Any = {"prune_layers": prune_layers, "min_keep_per_image": min_keep_per_image}
+    tower = _tower(source, dtype, selectors)
+    features = next((value for value in tower.graph.outputs if value.name == "tower_features"), None)
+    pruning: Any = {
+        "prune_layers": prune_layers,
+        "selectors": selectors,
+        "min_keep_per_image": min_keep_per_image,
+        "feature_size": 0 if features is None or features.shape is None else features.shape[1],
+    }
     llm = {
         "prefill.onnx": prefill_model(dims.decoder, dtype, rotary, linear_layers=sorted(scales), **pruning),
         "decode.onnx": decode_model(dims.decoder, dtype, rotary, prune_layers=prune_layers),
     }
     if dense:
         llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, linear_layers=(), **pruning)
-    visual = {"model.onnx": source.family.vision_model(dims.vision, dtype)}
+    visual = {"model.onnx": tower}
     units = [parse_unit(word) for word in fp32_layers]
     if dtype != ir.DataType.FLOAT:
         for model in (*llm.values(), *visual.values()):
@@ -156,6 +167,14 @@ def write_onnx(
             if sha256 is not None:
                 sizes[f"{part}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256}
     return sizes
+
+
+def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) -> ir.Model:
+    """The vision tower, with what selectors read of it."""
+    for chosen in selectors.values():
+        if reads([chosen]) and set(reads([chosen])) != {"visual_grid"}:
+            return require_selection(source.family, chosen.name).vision_model(source.dims.vision, dtype, selection=True)
+    return source.family.vision_model(source.dims.vision, dtype)
 
 
 def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:

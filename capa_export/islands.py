@@ -22,6 +22,9 @@ _BLOCK = re.compile(r"(?:^|.*/)(?:layers?|blocks)\.(?P<index>\d+)/(?P<path>.+)")
 _STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "Transpose", "VisualScale")
 """Operators whose first output is the residual stream if one of their inputs is."""
 
+_CHOOSE = ("TopKKeep", "TokenGather", "KeepText")
+"""Nodes of a stage that are no score."""
+
 Branch = Literal["attention", "mlp"]
 _WORDS: dict[Branch, str] = {"attention": "self_attn", "mlp": "mlp"}
 
@@ -98,7 +101,7 @@ def compute_in_fp32(model: ir.Model, units: Sequence[Unit]) -> bool:
     members = _members(graph, [unit for unit in units if unit.tower == (graph.name == "visual")])
     for node in members:
         if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
-            for name in PLUGIN:
+            for name in PLUGIN.keys() & node.attributes.keys():
                 del node.attributes[name]
     leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
     for value in leaving:
@@ -173,9 +176,10 @@ def _branches(block: Sequence[tuple[ir.Node, str]]) -> Iterator[tuple[ir.Node, B
         if "/" not in path and node.op_type == "Add" and node.outputs[0].dtype != ir.DataType.INT64:
             branch = "mlp"
             yield node, None
-        elif path.startswith("prune/"):
-            # The score reads the output projection, whose weights are to have one dtype.
-            yield node, "attention" if node.op_type in ("Slice", "ContributionScore") else None
+        elif path.startswith("prune"):
+            # A score may read the output projection, whose weights are to have one dtype.
+            scores = node.op_type == "Slice" or (node.domain == DOMAIN and node.op_type not in _CHOOSE)
+            yield node, "attention" if scores else None
         else:
             yield node, None if path in ("Gather", "VisualScale") else branch
 

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import capa_export
 from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
-from capa_export.families import Family, load_family
+from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
 from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
+from capa_export.selectors import reads
+from capa_export.spread import Workers
 
 __all__ = ["ONNX", "PARITY", "REPORT", "Job", "alpha_digest", "eos_token_ids", "run_stage", "say", "tool_versions"]
 
@@ -62,6 +64,8 @@ class Job:
     samples: int | None = None
     layer_by_layer: bool | None = None
     """Calibrate with one layer's weights in memory; None where the model does not fit."""
+    workers: Workers = field(default_factory=Workers)
+    """Where the calibration runs."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     ffn: bool = True
     weights: Literal["embedded", "external"] = "embedded"
@@ -214,13 +218,20 @@ class Job:
         """What the graphs need to know of the pruning."""
         prune = self.recipe.prune
         layers = tuple(stage.layer for stage in prune.schedule)
-        return {"prune_layers": layers, "min_keep_per_image": prune.min_keep_per_image}
+        return {
+            "prune_layers": layers,
+            "selectors": prune.selectors,
+            "min_keep_per_image": prune.min_keep_per_image,
+        }
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""
         from capa_export.islands import check_units
 
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
+        for stage in self.schedule:
+            if {"visual_saliency", "visual_features"} & set(reads([stage.chosen])):
+                require_selection(self.family, stage.selector)
         check_units(self.recipe.fp32_layers, self.source.dims)
 
 

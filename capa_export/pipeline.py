@@ -1,21 +1,33 @@
 """The stages of a build, in order: calibrate, graph and bind, engine, validate. Each is skipped if it is current."""
 
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capa_export.audit import audit
 from capa_export.bundle import Bundle
-from capa_export.calibration import CALIBRATION, Calibration
-from capa_export.errors import CapaError
+from capa_export.calibration import CALIBRATION, Calibration, summed
+from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, eos_token_ids, run_stage, say, tool_versions
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import GOLDEN, Wanted, validate
+from capa_export.progress import silent, tracked
 from capa_export.recipe import Recipe, ranges
+from capa_export.spread import chunks, in_order, spread
 from capa_export.target import Target
 
-__all__ = ["adopt_calibration", "build", "calibrate", "export", "validate"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from capa_export.samples import Sample, Samples
+
+__all__ = ["adopt_calibration", "build", "calibrate", "check_workers", "export", "note_digests", "validate"]
+
+_SAMPLES_A_TASK = 4
 
 
 def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: bool = False) -> ParityReport:
@@ -80,11 +92,12 @@ def calibrate(job: Job) -> Calibration:
     from capa_export.export import check_tensors
     from capa_export.samples import samples_from
 
+    check_workers(job)
     if job.calibration is not None:
         calibration = Calibration.load(job.calibration)
         _check_owner(calibration, job, job.calibration)
         adopt_calibration(job.bundle, calibration)
-        _note_digests(job)
+        note_digests(job)
         _say_linear(calibration, job.recipe)
         return calibration
 
@@ -98,7 +111,9 @@ def calibrate(job: Job) -> Calibration:
         from capa_export.calibrate_layerwise import calibrate_layerwise
 
         about: Any = {"checkpoint_digest": job.checkpoint_digest, "report": job.report}
-        if _exceeds_memory(job) if job.layer_by_layer is None else job.layer_by_layer:
+        if not job.workers.here:
+            calibration = _calibrate_spread(job, samples)
+        elif _exceeds_memory(job) if job.layer_by_layer is None else job.layer_by_layer:
             calibration = calibrate_layerwise(job.source, job.prompter, samples, **about, folder=scratch)
         else:
             calibration = measure(job.eager_model, job.family, job.prompter, samples, **about)
@@ -107,15 +122,54 @@ def calibrate(job: Job) -> Calibration:
 
     check_tensors(job.source)
     run_stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
-    _note_digests(job)
+    note_digests(job)
     calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
     return calibration
 
 
-def _note_digests(job: Job) -> None:
+def note_digests(job: Job) -> None:
     """Spare the next command reading the whole checkpoint."""
     job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
+
+
+def _calibrate_spread(job: Job, samples: "Samples") -> Calibration:
+    """What one process would measure, to the last bit where each has as many threads."""
+    apart = replace(job, checkpoint=job.checkpoint_source, report=silent)
+    tasks = chunks(samples, _SAMPLES_A_TASK)
+    results = in_order(spread(partial(_measurer, apart, job.checkpoint_digest), tasks, job.workers))
+    measured = tracked(chain.from_iterable(results), "calibrate", samples.count, job.report)
+    return summed(measured)
+
+
+def _measurer(job: Job, checkpoint_digest: str) -> "Callable[[Sequence[Sample]], list[Calibration]]":
+    """Of a worker process: opens the model, and measures each of the samples it is given."""
+    from capa_export.calibrate import measure
+
+    model, family, prompter = job.eager_model, job.family, job.prompter
+    return lambda samples: [measure(model, family, prompter, sample, checkpoint_digest) for sample in samples]
+
+
+def check_workers(job: Job) -> None:
+    """Refuse workers that this machine's memory, or another option, does not allow.
+
+    Raises:
+        CapaError: every worker holds the whole model, and that is too much.
+    """
+    from capa_export.dry_run import calibration_bytes
+    from capa_export.measure import available_memory
+
+    if job.workers.here:
+        return
+    if job.layer_by_layer:
+        raise CapaError("--layer-by-layer runs in one process: drop it, or --workers and --ray", ExitCode.USAGE)
+    count = job.workers.count or 1
+    needed, available = count * calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
+    if job.workers.ray is None and needed > available:
+        raise CapaError(
+            f"--workers {count}: so many copies of the model take {needed / 1e9:.1f} GB in FP32, "
+            f"{available / 1e9:.1f} GB are free; use fewer"
+        )
 
 
 def _exceeds_memory(job: Job) -> bool:
@@ -176,6 +230,7 @@ def export(job: Job) -> None:
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.export import copy_sidecars, write_onnx
+        from capa_export.genai.write import reason_against, write_genai
 
         if not job.in_place:
             job.hash_meanwhile()
@@ -190,6 +245,18 @@ def export(job: Job) -> None:
             report=job.report,
         )
         copy_sidecars(job.source.checkpoint, scratch / ONNX, code=job.trust_remote_code)
+        not_genai = reason_against(job.source, job.recipe.prune.selectors)
+        if not_genai is None:
+            sizes |= write_genai(
+                job.source,
+                job.precision,
+                scratch / ONNX,
+                selectors=job.recipe.prune.selectors,
+                linear_layers=sorted(scales),
+                eos_token_ids=eos_token_ids(scratch / ONNX / "llm"),
+                min_keep_per_image=job.recipe.prune.min_keep_per_image,
+                fp32_layers=fp32_layers,
+            )
         known = digests()
         linked = {f"{ONNX}/{file}": known.get(size["shard"]) for file, size in sizes.items() if "shard" in size}
         made = {
@@ -198,6 +265,7 @@ def export(job: Job) -> None:
             "alpha": alpha,
             "precision": job.precision,
             "fp32_layers": fp32_layers,
+            "not_for_genai": not_genai,
         }
         sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
@@ -205,7 +273,8 @@ def export(job: Job) -> None:
     run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
     visual = job.recipe.visual_tokens
     for stage, kept in zip(job.schedule, job.recipe.prune.num_keep([visual]), strict=True):
-        say(f"{'':<14}ratio {stage.ratio:g} after layer {stage.layer}: kept {kept} of {visual} visual tokens")
+        by = "" if stage.selector == "capa" else f" by {stage.selector}"
+        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: kept {kept} of {visual} visual tokens")
     job.bundle.update(
         tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
         command=list(job.command),
@@ -219,7 +288,7 @@ def export(job: Job) -> None:
         calibration_samples=calibration.samples if calibration else 0,
     )
     if digests():
-        _note_digests(job)
+        note_digests(job)
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:

@@ -4,13 +4,15 @@ One multiply-accumulate is 2 FLOPs. Matrix products are counted, and the scale t
 rotary positions, softmax, activations and the ranking of scores are not: they are far below 1 %.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 from capa_export.dims import DecoderDims, ModelDims
 from capa_export.errors import CapaError, ExitCode
+from capa_export.selectors import CAPA, Chosen, Size, load_selector
 
 __all__ = [
     "DecodeFlops",
@@ -26,7 +28,10 @@ __all__ = [
 ]
 
 Schedule = Sequence[tuple[int, int]]
-"""(layer, visual tokens kept from its FFN on), in the order of layers."""
+"""(layer, visual tokens kept from there on), in the order of layers; layer -1 is before the decoder."""
+Selectors = Mapping[int, Chosen]
+"""Layer -> what chooses them; CAPA where it says nothing."""
+_NONE: Selectors = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,7 @@ class DecoderFlops:
     """The same for the pairs at or below the diagonal only."""
     ffn: int
     score: int
-    """Contribution scores at the prune layers."""
+    """Scores of the tokens, at every stage."""
     lm_head: int
     """Of the last token."""
     total: int
@@ -114,11 +119,18 @@ class Parameters:
 
 
 def flops(
-    dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule, linear_layers: Collection[int]
+    dims: DecoderDims,
+    *,
+    num_visual: int,
+    num_text: int,
+    schedule: Schedule,
+    linear_layers: Collection[int],
+    selectors: Selectors = _NONE,
 ) -> PrefillFlops:
     """Count the prefill.
 
-    Attention of a prune layer runs on the tokens that enter it; its FFN and all that follows on those it keeps.
+    Where a stage acts after the attention of its layer, that runs on the tokens that enter it; the FFN and all that
+    follows on those it keeps.
 
     Args:
         dims: of the decoder.
@@ -126,13 +138,14 @@ def flops(
         num_text: all the others.
         schedule: where visual tokens are dropped, and how many stay.
         linear_layers: layers in which visual tokens take a scale instead of the FFN.
+        selectors: of the stages.
 
     Raises:
         CapaError: the schedule or the linear layers do not fit the model or the prompt.
     """
     _check(dims, num_visual, schedule, linear_layers)
-    dense, dense_visual = (_prefill(dims, num_visual, text, (), ()) for text in (num_text, 0))
-    capa, capa_visual = (_prefill(dims, num_visual, text, schedule, linear_layers) for text in (num_text, 0))
+    dense, dense_visual = (_prefill(dims, num_visual, text, (), (), _NONE) for text in (num_text, 0))
+    capa, capa_visual = (_prefill(dims, num_visual, text, schedule, linear_layers, selectors) for text in (num_text, 0))
     return PrefillFlops(
         num_visual=num_visual,
         num_text=num_text,
@@ -150,7 +163,7 @@ def flops(
 def _check(dims: DecoderDims, num_visual: int, schedule: Schedule, linear_layers: Collection[int]) -> None:
     layers, kept = [layer for layer, _ in schedule], [num_visual, *(kept for _, kept in schedule)]
     for layer in (*layers, *linear_layers):
-        if not 0 <= layer < dims.num_layers:
+        if not (-1 if layer in layers[:1] else 0) <= layer < dims.num_layers:
             raise CapaError(f"layer {layer}: the decoder has layers 0 to {dims.num_layers - 1}", ExitCode.USAGE)
     if layers != sorted(set(layers)) or kept != sorted(kept, reverse=True) or kept[-1] < 0:
         raise CapaError(
@@ -162,12 +175,15 @@ def _ratio(dense: int, capa: int) -> float:
     return dense / capa if capa else 1.0
 
 
-def _visual_by_layer(num_layers: int, num_visual: int, schedule: Schedule) -> list[tuple[int, int]]:
+def _visual_by_layer(
+    num_layers: int, num_visual: int, schedule: Schedule, selectors: Selectors = _NONE
+) -> list[tuple[int, int]]:
     """Visual tokens in the attention and in the FFN of every layer."""
     kept, counts = dict(schedule), list[tuple[int, int]]()
+    num_visual = kept.get(-1, num_visual)
     for layer in range(num_layers):
         entering, num_visual = num_visual, kept.get(layer, num_visual)
-        counts.append((entering, num_visual))
+        counts.append((num_visual if selectors.get(layer, CAPA).place == "entry" else entering, num_visual))
     return counts
 
 
@@ -177,19 +193,25 @@ def _projections(dims: DecoderDims) -> int:
 
 
 def _prefill(
-    dims: DecoderDims, num_visual: int, num_text: int, schedule: Schedule, linear_layers: Collection[int]
+    dims: DecoderDims,
+    num_visual: int,
+    num_text: int,
+    schedule: Schedule,
+    linear_layers: Collection[int],
+    selectors: Selectors,
 ) -> DecoderFlops:
     width = dims.num_heads * dims.head_dim
-    pruned = {layer for layer, _ in schedule}
     projections = attention = causal = ffn = score = 0
-    for layer, (entering, leaving) in enumerate(_visual_by_layer(dims.num_layers, num_visual, schedule)):
+    scored = num_visual
+    for layer, kept in schedule:
+        size = Size(tokens=scored + num_text, visual=scored, keep=kept, dims=dims)
+        score += load_selector(selectors.get(layer, CAPA).name).flops(size)
+        scored = kept
+    for layer, (entering, leaving) in enumerate(_visual_by_layer(dims.num_layers, num_visual, schedule, selectors)):
         tokens = entering + num_text
         projections += 2 * tokens * _projections(dims)
         attention += 4 * tokens * tokens * width
         causal += 2 * tokens * (tokens + 1) * width
-        if layer in pruned:
-            # The last query's row of QK^T, the weighting of V, and its projection, for every token that enters.
-            score += tokens * (2 * width + width + 2 * width * dims.hidden_size)
         through_ffn = num_text if layer in linear_layers else num_text + leaving
         ffn += 6 * through_ffn * dims.hidden_size * dims.intermediate_size
         ffn += leaving * dims.hidden_size if layer in linear_layers else 0

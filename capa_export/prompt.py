@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,19 @@ class Picture:
     """Visual tokens it becomes."""
     grid: tuple[int, int] | None = None
     """Rows and columns of those tokens, where they make one grid."""
+    tile: tuple[int, int] | None = None
+    """The same of one tile, where there are several of one shape, one after the other."""
     square: bool = False
     """Whether the grid lies over a centred square of the picture, and the rest was cropped off."""
     frame_seconds: float | None = None
     """Of a video: what one of the vision graph's frames lasts."""
     frame_positions: float = 1.0
     """Temporal positions from one of the vision graph's frames to the next."""
+
+    def cells(self) -> np.ndarray:
+        """[2, N] int64, row and column of each visual token."""
+        rows, cols = self.grid or self.tile or (1, self.num_tokens)
+        return np.tile(np.indices((rows, cols)).reshape(2, -1), self.num_tokens // (rows * cols))
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,14 @@ class Prompt:
     def text_positions(self) -> np.ndarray:
         """[X] int64, ascending."""
         return np.flatnonzero(~self.is_visual)
+
+    @cached_property
+    def visual_grid(self) -> np.ndarray:
+        """[2, T] int64, row and column of each visual token in its picture, or in its tile; -1 for text."""
+        grid_2T = np.full((2, len(self.input_ids)), -1, np.int64)
+        if self.pictures:
+            grid_2T[:, self.is_visual] = np.concatenate([picture.cells() for picture in self.pictures], axis=1)
+        return grid_2T
 
     @property
     def num_visual(self) -> int:
@@ -261,14 +277,14 @@ def _processor_template(folder: Path) -> str | None:
     return template
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture at `path`, upright, in RGB.
+def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
+    """The picture at `path`, upright, in RGB; `data` is the file where it has been read.
 
     Raises:
         CapaError: there is none, or it does not decode.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else BytesIO(data)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such picture") from error

@@ -1,6 +1,7 @@
 """A recipe: what one model becomes. Read from `graphs/<name>.toml` or from the user's own file."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from capa_export.errors import CapaError, ExitCode
+from capa_export.selectors import Chosen, Option, load_selector, selectors
 from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
 
@@ -26,13 +28,59 @@ __all__ = [
 ]
 
 
+_WHERE = {"attention": "after", "entry": "before"}
+
+
 class Stage(Settings):
     """One entry of the pruning schedule."""
 
-    layer: int = Field(ge=0)
-    """0-based decoder layer whose attention scores the visual tokens; they are dropped right after it."""
+    layer: int = Field(default=-1, ge=-1)
+    """0-based decoder layer, the first whose KV cache is without the dropped tokens; -1 before the decoder, which is
+    for selectors that act there."""
     ratio: float = Field(ge=0, lt=1)
-    """Fraction of the prompt's visual tokens that are gone after this layer."""
+    """Fraction of the prompt's visual tokens that are gone after this stage."""
+    selector: str = "capa"
+    """What chooses the tokens: a module of `capa_export.selectors`."""
+    options: dict[str, Option] = Field(default_factory=dict)
+    """Of the selector, in place of its own."""
+
+    @property
+    def chosen(self) -> Chosen:
+        return Chosen(self.selector, self.options)
+
+    @property
+    def where(self) -> str:
+        """For people: `after layer 2`, `before layer 2`, `before the decoder`."""
+        place = self.chosen.place
+        return "before the decoder" if place == "input" else f"{_WHERE[place]} layer {self.layer}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_layer(cls, given: Any) -> Any:
+        """A selector that was published with a layer acts there unless another is named."""
+        if not isinstance(given, dict) or "layer" in given or given.get("selector") not in selectors():
+            return given
+        layer = load_selector(given["selector"]).LAYER
+        return given if layer is None else {**given, "layer": layer}
+
+    @model_validator(mode="after")
+    def _fits_selector(self) -> "Stage":
+        try:
+            selector = load_selector(self.selector)
+        except CapaError as error:
+            raise ValueError(str(error)) from error
+        if unknown := [name for name in self.options if name not in selector.OPTIONS]:
+            known = ", ".join(selector.OPTIONS) or "none"
+            raise ValueError(f"selector {self.selector} has no option {unknown[0]!r}; its options: {known}")
+        for name, value in self.options.items():
+            if problem := selector.OPTIONS[name].problem(value):
+                raise ValueError(f"selector {self.selector}: option {name}: {problem}")
+        if selector.PLACE == "input" and self.layer >= 0:
+            raise ValueError(f"selector {self.selector} acts before the decoder and takes no layer")
+        if selector.PLACE != "input" and self.layer < (1 if selector.PLACE == "entry" else 0):
+            least = "1 or more, for the attention of the one before" if selector.PLACE == "entry" else "0 or more"
+            raise ValueError(f"selector {self.selector} needs a layer of {least}")
+        return self
 
 
 class Prune(Settings):
@@ -45,9 +93,29 @@ class Prune(Settings):
     """Visual tokens that each image keeps at every stage, so that one cannot starve another."""
 
     def num_keep(self, images: Sequence[int]) -> list[int]:
-        """Visual tokens kept at each stage, of images of so many visual tokens each."""
+        """Visual tokens kept at each stage, of images of so many visual tokens each.
+
+        Raises:
+            CapaError: fewer than a selector can choose.
+        """
         least = sum(min(self.min_keep_per_image, count) for count in images)
-        return [max(least, kept_tokens(sum(images), stage.ratio)) for stage in self.schedule]
+        entering, kept = sum(images), list[int]()
+        for stage in self.schedule:
+            leaving = max(least, kept_tokens(sum(images), stage.ratio))
+            fewest = load_selector(stage.selector).LEAST
+            if leaving < min(entering, fewest):
+                raise CapaError(
+                    f"selector {stage.selector} chooses {fewest} tokens or more, and ratio {stage.ratio:g} leaves "
+                    f"{leaving} of {sum(images)}; use a smaller ratio or larger pictures"
+                )
+            kept.append(leaving)
+            entering = leaving
+        return kept
+
+    @property
+    def selectors(self) -> dict[int, Chosen]:
+        """Layer -> what chooses there."""
+        return {stage.layer: stage.chosen for stage in self.schedule}
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "Prune":
@@ -55,6 +123,12 @@ class Prune(Settings):
         ratios = [stage.ratio for stage in self.schedule]
         if layers != sorted(set(layers)) or ratios != sorted(ratios):
             raise ValueError("layers must rise and ratios must not fall from one stage to the next")
+        for before, stage in pairwise(self.schedule):
+            if stage.chosen.place == "entry" and before.layer == stage.layer - 1:
+                raise ValueError(
+                    f"selector {stage.selector} at layer {stage.layer} reads the attention of layer {before.layer}, "
+                    "which a stage prunes; leave a layer between them"
+                )
         return self
 
 
@@ -153,6 +227,7 @@ class Recipe(Settings):
         *,
         ratio: float | None = None,
         prune_layer: int | None = None,
+        selector: str | None = None,
         min_keep_per_image: int | None = None,
         fp32_layers: Sequence[str] | None = None,
     ) -> "Recipe":
@@ -168,16 +243,14 @@ class Recipe(Settings):
         if min_keep_per_image is not None and min_keep_per_image < 0:
             raise CapaError(f"--min-keep-per-image {min_keep_per_image}: must not be negative", ExitCode.USAGE)
         schedule = self.prune.schedule
-        if (ratio is not None or prune_layer is not None) and len(schedule) > 1:
+        if any(given is not None for given in (ratio, prune_layer, selector)) and len(schedule) > 1:
             raise CapaError(
-                f"{self.name}: --ratio and --prune-layer need a schedule of one stage, this recipe has "
+                f"{self.name}: --ratio, --prune-layer and --selector need a schedule of one stage, this recipe has "
                 f"{len(schedule)}; edit prune.schedule in a recipe of your own and pass it with --model",
                 ExitCode.USAGE,
             )
         assert schedule
-        changes = {"ratio": ratio, "layer": prune_layer}
-        stage = schedule[0].model_copy(update={key: value for key, value in changes.items() if value is not None})
-        prune: dict[str, Any] = {"schedule": (stage, *schedule[1:])}
+        prune: dict[str, Any] = {"schedule": (_changed(schedule[0], ratio, prune_layer, selector), *schedule[1:])}
         if min_keep_per_image is not None:
             prune["min_keep_per_image"] = min_keep_per_image
         changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
@@ -188,6 +261,23 @@ class Recipe(Settings):
                 parse_unit(word)
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         return self.model_copy(update=changed)
+
+
+def _changed(stage: Stage, ratio: float | None, layer: int | None, selector: str | None) -> Stage:
+    """A stage with the command line's choices; another selector acts where it acts by itself."""
+    options = stage.options
+    if selector is not None and selector != stage.selector:
+        own, options = load_selector(selector), {}
+        if own.PLACE == "input":
+            stage = stage.model_copy(update={"layer": -1})
+        elif layer is None and (own.LAYER is not None or stage.layer < 0):
+            layer = own.LAYER
+    given = {"ratio": ratio, "layer": layer, "selector": selector, "options": options}
+    changed = {**stage.model_dump(), **{key: value for key, value in given.items() if value is not None}}
+    try:
+        return Stage.model_validate(changed)
+    except ValidationError as error:
+        raise CapaError(f"{first_problem(error, Stage)}; see --selector and --prune-layer", ExitCode.USAGE) from error
 
 
 def kept_tokens(num_visual: int, ratio: float) -> int:

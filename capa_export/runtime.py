@@ -26,6 +26,8 @@ __all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun", "greedy"]
 Cache = TypeVar("Cache")
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_PROMPTED = {"visual_saliency": "saliency", "visual_features": "tower_features"}
+"""Prefill's inputs that hold outputs of the vision tower."""
 _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
 
@@ -123,7 +125,8 @@ class Model(ABC, Generic[Cache]):
     def embed(self, prompt: Prompt) -> dict[str, np.ndarray]:
         """Prefill's inputs that hold embeddings: the table's rows, and the vision tower's output at visual tokens.
 
-        inputs_embeds [1, T, D]; deepstack_embeds [layers, T, D] where the decoder has DeepStack layers.
+        inputs_embeds [1, T, D]; deepstack_embeds [layers, T, D] where the decoder has DeepStack layers;
+        visual_saliency [T] and visual_features [T, F] where a selector reads them.
         """
         embeds = self._embedding[prompt.input_ids].astype(self.dtype)
         result = {"inputs_embeds": embeds[None]}
@@ -132,6 +135,9 @@ class Model(ABC, Generic[Cache]):
         if prompt.pictures:
             seen = [self.features(picture) for picture in prompt.pictures]
             embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
+            for name, output in _PROMPTED.items():
+                if output in seen[0]:
+                    result[name] = _at_visual(prompt, np.concatenate([part[output] for part in seen]))
             if "deepstack_embeds" in result:
                 deepstack_LND = np.concatenate([part["deepstack_features"] for part in seen], axis=1)
                 result["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
@@ -149,6 +155,7 @@ class Model(ABC, Generic[Cache]):
             **(self.embed(prompt) if embeds is None else embeds),
             "position_ids": prompt.position_ids,
             "text_positions": prompt.text_positions,
+            "visual_grid": prompt.visual_grid,
             "num_keep": np.asarray(num_keep, np.int64),
         }
         result = self._fill(prompt, feed)
@@ -169,6 +176,13 @@ class Model(ABC, Generic[Cache]):
         """Logits [V] after one more token of a batch of one, and the grown cache."""
         logits, cache = self.append(cache, [[token]], [position])
         return logits[0], cache
+
+
+def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:
+    """One row a prompt token [T, ...], zero for text."""
+    whole = np.zeros((len(prompt.input_ids), *rows.shape[1:]), rows.dtype)
+    whole[prompt.is_visual] = rows
+    return whole
 
 
 class OnnxModel(Model[KVCache]):
@@ -267,7 +281,13 @@ class OnnxModel(Model[KVCache]):
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         session = self._prefill(prompt)
-        return _run(session, {entry.name: feed[entry.name] for entry in session.get_inputs()})
+        # Where no picture is shown, the tower has said nothing.
+        empty = {
+            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
+            for entry in session.get_inputs()
+            if entry.name in _PROMPTED and entry.name not in feed
+        }
+        return _run(session, {entry.name: {**feed, **empty}[entry.name] for entry in session.get_inputs()})
 
     def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
         return KVCache(past, lengths)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from capa_export.doctor import Finding
 from capa_export.dry_run import UNKNOWN
-from capa_export.parity.figures import METHODS, by_stage, check_of, decimals, open_warnings, percent, shown
+from capa_export.parity.figures import by_stage, check_of, decimals, open_warnings, percent, shown
 from capa_export.parity.schema import Check, MethodError, ParityReport, Rate
 from capa_export.recipe import ranges, recipe_of
 
@@ -134,7 +134,7 @@ def parity_table(parity: ParityReport) -> None:
             bad = "red" if iou is not None and iou.failure else ""
             table.add_row(
                 Text(row.artefact),
-                str(stage.layer),
+                str(stage.layer) if stage.layer >= 0 else "input",
                 Text(decimals(stage.iou_mean), bad),
                 decimals(stage.iou_bound),
                 f"{stage.flipped}/{row.prompts}",
@@ -151,7 +151,7 @@ def _method_table(found: MethodError) -> None:
     table = columns("", "accuracy", "first token", "answer", "KL from dense")
     for method in found.methods:
         shares = [_share(share) for share in (method.accuracy, method.top1, method.same_answer)]
-        table.add_row(METHODS[method.name], *shares, "" if method.name == "dense" else decimals(method.kl))
+        table.add_row(found.label(method.name), *shares, "" if method.name == "dense" else decimals(method.kl))
     if found.methods:
         show(f"Method error on {found.questions} questions, eager FP32: right, and as dense (95% interval)", table)
     for sentence in found.words:
@@ -177,7 +177,7 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
     if "recipe" in manifest:
         recipe = recipe_of(manifest, folder)
         schedule = ", ".join(
-            f"{stage.ratio:.0%} of visual tokens after layer {stage.layer}" for stage in recipe.prune.schedule
+            f"{stage.ratio:.0%} of visual tokens {stage.where} by {stage.selector}" for stage in recipe.prune.schedule
         )
         say(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
     table = columns("stage", "seconds", "peak GB", "files", "MB")
@@ -194,7 +194,7 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
 def plan_table(plan: dict[str, Any]) -> None:
     """What a build would do."""
     for stage in plan["stages"]:
-        say(f"after layer {stage['layer']}: kept {stage['kept']} of {stage['visual']} visual tokens")
+        say(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
     basis = plan["linear_layers_from"]
     layers = basis if basis == UNKNOWN else f"in layers {ranges(plan['linear_layers'])} (from {basis})"
     say(f"visual FFNs replaced: {layers}")

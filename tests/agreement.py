@@ -1,15 +1,17 @@
 """What every family's decoder is held to: the graph says what the eager model says."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerInputs, EagerPlan
+from capa_export.eager import Eager, EagerPlan, inputs_for
 from capa_export.families import Family
 from capa_export.prompt import Prompt
 from capa_export.runtime import OnnxModel
+from capa_export.selectors import Chosen
 
 __all__ = ["compare"]
 
@@ -25,14 +27,16 @@ def compare(
     scales: Mapping[int, np.ndarray],
     tolerance: float,
     *,
+    selectors: Mapping[int, Chosen] = MappingProxyType({}),
     min_keep_per_image: int = 1,
 ) -> None:
     """Kept positions, and logits of the prompt and of a few more tokens, within `tolerance` of the largest."""
-    eager, inputs = Eager(model), EagerInputs.of(family.eager_inputs(model, prompt))
+    eager = Eager(model)
     alphas = {layer: torch.from_numpy(alpha).float() for layer, alpha in scales.items()}
-    plan = EagerPlan(keep, alphas, min_keep_per_image=min_keep_per_image)
+    plan = EagerPlan(keep, alphas, selectors, min_keep_per_image=min_keep_per_image)
+    inputs = inputs_for(plan, family, model, prompt)
     is_visual = torch.from_numpy(prompt.is_visual)
-    expected = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
+    expected = eager.prefill(inputs, is_visual, plan)
     run = onnx.prefill(prompt, list(keep.values()))
     for kept, layer in zip(run.kept, keep, strict=True):
         np.testing.assert_array_equal(kept, expected.kept[layer].numpy())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,3 +125,18 @@ def trt(driver: "FakeDriver", monkeypatch: pytest.MonkeyPatch) -> "FakeTensorRT"
     fake = FakeTensorRT(driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
     return fake
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """A Ray cluster of two nodes with a processor each, and the second one of them."""
+    from ray.cluster_utils import Cluster
+
+    # Nobody counts the tests' clusters, and they need little.
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    options = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
+    try:
+        yield cluster, cluster.add_node(**options)
+    finally:
+        cluster.shutdown()

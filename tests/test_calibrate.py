@@ -10,13 +10,18 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from capa_export import measure, pipeline
+from capa_export.bundle import Bundle
 from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
-from capa_export.errors import CapaError
+from capa_export.cli import main
+from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
+from capa_export.job import Job
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe
 from capa_export.samples import Samples, samples_from
+from capa_export.spread import Workers
 from tests.conftest import noise, random_model
 
 
@@ -209,3 +214,23 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(CapaError, match="not a calibration"):
         Calibration.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("option", [["--workers", "2"], ["--ray", "auto"]])
+def test_layers_one_at_a_time_are_not_spread(
+    option: list[str], checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["calibrate", "--model", "qwen25vl", "--checkpoint", str(checkpoint), "--images", str(pictures)]
+    assert main([*asked, "--layer-by-layer", *option, "--out", str(tmp_path / "out")]) == ExitCode.USAGE
+    assert "--layer-by-layer runs in one process: drop it, or --workers and --ray" in capsys.readouterr().err
+
+
+def test_more_workers_than_memory(
+    checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "available_memory", lambda: 1000)
+    recipe = load_recipe("qwen25vl")
+    workers = Workers(count=3)
+    job = Job(recipe=recipe, bundle=Bundle(tmp_path), checkpoint=str(checkpoint), images=pictures, workers=workers)
+    with pytest.raises(CapaError, match=r"--workers 3: so many copies of the model take .* use fewer"):
+        pipeline.calibrate(job)

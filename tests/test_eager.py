@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.eager import Eager, EagerPlan, Prefill
+from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompt, Prompter
 from tests.conftest import noise
@@ -18,7 +18,7 @@ def prompt(prompter: Prompter) -> Prompt:
 
 def prefill(model: Any, prompt: Prompt, plan: EagerPlan) -> Prefill:
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
-    return Eager(model).prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    return Eager(model).prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), plan)
 
 
 def test_no_plan_is_the_model_itself(model: Any, prompt: Prompt) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capa_export.checkpoint import open_checkpoint
-from capa_export.eager import Eager, EagerPlan
+from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import internvl3, llava15, qwen25vl
@@ -53,7 +53,7 @@ class Subject:
         np.testing.assert_array_equal(prompt.position_ids, position_ids.reshape(prompt.position_ids.shape).numpy())
         assert prompt.next_position == int(position_ids.max()) + 1
         plan = EagerPlan(keep, scales, min_keep_per_image=PRUNE.min_keep_per_image)
-        expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+        expected = eager.prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), plan)
         run = self.onnx.prefill(prompt, list(keep.values()))
         for kept, layer in zip(run.kept, keep, strict=True):
             np.testing.assert_array_equal(kept, expected.kept[layer].numpy())
@@ -175,7 +175,9 @@ def test_the_largest_picture_equals_eager_capa(tmp_path: Path) -> None:
     largest = float(expected_embeds.abs().max())
     np.testing.assert_allclose(embeds["inputs_embeds"], expected_embeds.numpy(), rtol=0, atol=1e-5 * largest)
     plan = EagerPlan({0: 4096}, min_keep_per_image=1)
-    expected = Eager(model).prefill(expected_embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    expected = Eager(model).prefill(
+        EagerInputs(expected_embeds, position_ids), torch.from_numpy(prompt.is_visual), plan
+    )
     run = onnx.prefill(prompt, [4096], embeds)
     np.testing.assert_array_equal(run.kept[0], expected.kept[0].numpy())
     # FP32 sums in another order, over 16,384 tokens.

@@ -22,7 +22,7 @@ from capa_export.calibration import Calibration
 from capa_export.checkpoint import Checkpoint
 from capa_export.cli import main
 from capa_export.conversation import conversations
-from capa_export.eager import Eager, EagerPlan
+from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
 from capa_export.job import Job, eos_token_ids
@@ -166,7 +166,7 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     prompt = prompter("what color is the star ?", [noise(140, 196, 1)])
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
     eager = Eager(model)
-    run = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), EagerPlan(keep={2: 9}))
+    run = eager.prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), EagerPlan(keep={2: 9}))
     tokens, logits = [], run.logits
     eos = eos_token_ids(job.bundle.folder / "onnx" / "llm")
     while len(tokens) < 8 and (token := int(logits.argmax())) not in eos:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from capa_export.eager import EagerInputs
     from capa_export.prompt import Picture, Prompt, Video
 
-__all__ = ["Family", "VideoFamily", "load_family"]
+__all__ = ["Family", "SelectionFamily", "VideoFamily", "load_family", "require_selection"]
 
 
 class Family(Protocol):
@@ -77,6 +77,19 @@ class VideoFamily(Family, Protocol):
         ...
 
 
+@runtime_checkable
+class SelectionFamily(Family, Protocol):
+    """What a family whose vision tower says which tokens matter to it defines beside; N = visual tokens."""
+
+    def vision_model(self, dims: Any, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
+        """With `selection` also to saliency [N] FP32 and tower_features [N, F]; without, the same graph as ever."""
+        ...
+
+    def eager_selection(self, model: Any, prompt: "Prompt") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Saliency [N] FP32 and tower features [N, F] of the prompt's pictures, by the Hugging Face tower itself."""
+        ...
+
+
 def load_family(name: str) -> Family:
     """The family's module.
 
@@ -90,3 +103,18 @@ def load_family(name: str) -> Family:
         if error.name != module:
             raise
         raise CapaError(f"unknown family {name!r} in the recipe", ExitCode.USAGE) from error
+
+
+def require_selection(family: Family, selector: str) -> SelectionFamily:
+    """The family, for a selector that reads what its vision tower attends to.
+
+    Raises:
+        CapaError: its tower does not say.
+    """
+    if not isinstance(family, SelectionFamily):
+        raise CapaError(
+            f"selector {selector} needs the vision tower's attention, which {family.ARCHITECTURE} does not offer; "
+            "choose another selector, or prune inside the decoder",
+            ExitCode.USAGE,
+        )
+    return family

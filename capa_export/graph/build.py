@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
 
 import capa_export
-from capa_export.graph.functions import DOMAIN, FUNCTIONS, PLUGIN
+from capa_export.graph.functions import DOMAIN, FUNCTIONS, KEEP_TEXT, PLUGIN
 from capa_export.graph.opset import IR_VERSION, OPSET
 
-__all__ = ["Input", "Output", "build_model", "call"]
+__all__ = ["Input", "Output", "build_model", "call", "score_node"]
 
 Output = tuple[str, ir.Value, tuple[int | str, ...]]
 """Name, value and shape of a graph output."""
@@ -34,18 +35,35 @@ class Input:
     shape: tuple[int | str, ...]
 
 
-def call(op: OpBuilder, function: str, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
+def call(op: OpBuilder, name: str, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
     """Add a node of domain `capa` whose body is one of `FUNCTIONS`; shape inference does not look into bodies.
 
     The plugin attributes make TensorRT take a plugin where one is registered, and the body everywhere else.
     """
-    values = op.call(FUNCTIONS[function], *inputs, **attributes, **PLUGIN, **_SHAPE_INPUTS.get(function, {}))
+    values = op.call(FUNCTIONS[name], *inputs, **attributes, **PLUGIN, **_SHAPE_INPUTS.get(name, {}))
     outputs = (values,) if isinstance(values, ir.Value) else tuple(values)
     for index, output in enumerate(outputs):
-        dtype = _OUTPUT_DTYPES.get(function, inputs[index].dtype)
+        dtype = _OUTPUT_DTYPES.get(name, inputs[index].dtype)
         assert dtype is not None
         output.dtype = dtype
     return outputs
+
+
+def score_node(
+    op: OpBuilder, function: ir.Function, text_rows_X: ir.Value, *inputs: ir.Value, **attributes: Any
+) -> ir.Value:
+    """Add a node of domain `capa`, without a plugin, that gives each token an amount [T] FP32, and keep text above all.
+
+    Returns:
+        The scores [T] FP32, +inf for text.
+    """
+    amounts = op.call(function, *inputs, **attributes)
+    assert isinstance(amounts, ir.Value)
+    amounts.dtype = ir.DataType.FLOAT
+    scores = op.call(KEEP_TEXT, amounts, text_rows_X)
+    assert isinstance(scores, ir.Value)
+    scores.dtype = ir.DataType.FLOAT
+    return scores
 
 
 def build_model(
@@ -56,17 +74,20 @@ def build_model(
     builder = GraphBuilder(graph)
     values = {entry.name: builder.input(entry.name, entry.dtype, entry.shape) for entry in inputs}
     outputs = trace(builder.op, dict(values))
-    _name_nodes(graph)
-    for output, value, shape in outputs:
-        builder.add_output(value, output)
-        value.shape = ir.Shape(shape)
-    return ir.Model(
+    graph.outputs.extend(value for _, value, _ in outputs)
+    model = ir.Model(
         graph,
         ir_version=IR_VERSION,
         producer_name="capa-export",
         producer_version=capa_export.__version__,
         functions=[builder.functions[key] for key in sorted(builder.functions)],
     )
+    # A selector is shown more than it reads.
+    RemoveUnusedNodesPass()(model)
+    _name_nodes(graph)
+    for output, value, shape in outputs:
+        value.name, value.shape = output, ir.Shape(shape)
+    return model
 
 
 def _name_nodes(graph: ir.Graph) -> None:

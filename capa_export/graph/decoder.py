@@ -6,8 +6,9 @@ Decode is bound by reading the weights, so it takes a batch of caches, each row 
 B = batch, T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, X = text tokens, K = tokens kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -15,6 +16,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.dims import DecoderDims
 from capa_export.graph.build import Input, build_model, call
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
+from capa_export.selectors import CAPA, Chosen, GraphView, Place, load_selector, reads
 
 __all__ = ["RotaryTables", "decode_model", "prefill_model"]
 
@@ -27,6 +29,8 @@ KeyValue = tuple[ir.Value, ir.Value]
 
 _END = 2**31 - 1
 """A slice end past any length."""
+_TOKEN_AXIS = {"visual_saliency": 0, "visual_features": 0, "visual_grid": 1}
+"""Of what the prompt brings along."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,28 @@ class Tokens:
     """[1], the number of rows; None where it is 1."""
     deepstack: tuple[ir.Value, ...] = ()
     """What the outputs of the layers to come gain, [T, D] each and zero where text stands; the next layer's first."""
+    kept: tuple[ir.Value, ...] = ()
+    """Prompt positions [K] that survived each stage so far, ascending."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an attention was computed from."""
+
+    query: ir.Value
+    """[B, H, T, d], rotated."""
+    key: ir.Value
+    """[B, G, T, d], rotated, the cache's included."""
+    value: ir.Value
+    """[B, G, T, d], the cache's included."""
+    plain_query: ir.Value
+    """Before its rotation."""
+    plain_key: ir.Value
+    """Before its rotation; the new tokens' alone."""
+
+
+Scorer = tuple[Heads, ir.Value]
+"""An attention that scores tokens: what it was computed from, and its output projection."""
 
 
 class Attention(nn.Module):
@@ -58,8 +84,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dims.head_dim, dims.rms_norm_eps, dtype) if dims.qk_norm else None
         self.k_norm = RMSNorm(dims.head_dim, dims.rms_norm_eps, dtype) if dims.qk_norm else None
 
-    def project(self, op: OpBuilder, x_TD: ir.Value, tokens: Tokens) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Rotated queries [B, H, T, d], rotated keys and plain values [B, G, T, d]."""
+    def project(self, op: OpBuilder, x_TD: ir.Value, tokens: Tokens) -> Heads:
+        """Queries, keys and values of the new tokens."""
         dims = self.dims
         query = heads_from_tokens(op, self.q_proj(op, x_TD), dims.num_heads, dims.head_dim, tokens.batch)
         key = heads_from_tokens(op, self.k_proj(op, x_TD), dims.num_kv_heads, dims.head_dim, tokens.batch)
@@ -67,7 +93,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(op, query), self.k_norm(op, key)
         cos, sin = tokens.cos_BTd, tokens.sin_BTd
-        return op.RotaryEmbedding(query, cos, sin), op.RotaryEmbedding(key, cos, sin), value
+        return Heads(op.RotaryEmbedding(query, cos, sin), op.RotaryEmbedding(key, cos, sin), value, query, key)
 
     def forward(
         self,
@@ -76,46 +102,74 @@ class Attention(nn.Module):
         tokens: Tokens,
         past: KeyValue | None = None,
         mask: ir.Value | None = None,
-    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Output [T, D], queries, and all keys and values."""
-        query, key, value = self.project(op, x_TD, tokens)
+    ) -> tuple[ir.Value, Heads]:
+        """Output [T, D], and what it was computed from."""
+        heads = self.project(op, x_TD, tokens)
         if past is not None:
-            key, value = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
-        mixed = attention(op, query, key, value, self.dims.head_dim, mask=mask, causal=past is None)
-        size = self.dims.num_heads * self.dims.head_dim
-        return self.o_proj(op, tokens_from_heads(op, mixed, size)), query, key, value
+            joined = (op.Concat(past[0], heads.key, axis=2), op.Concat(past[1], heads.value, axis=2))
+            heads = replace(heads, key=joined[0], value=joined[1])
+        head_dim = self.dims.head_dim
+        mixed = attention(op, heads.query, heads.key, heads.value, head_dim, mask=mask, causal=past is None)
+        return self.o_proj(op, tokens_from_heads(op, mixed, self.dims.num_heads * head_dim)), heads
 
 
 class Prune(nn.Module):
-    """Scores the visual tokens by what they contribute to the last prompt token, and drops all but the best."""
+    """One stage: scores the visual tokens, and drops all but the best."""
 
-    def __init__(self, dims: DecoderDims, min_keep_per_image: int) -> None:
+    def __init__(self, dims: DecoderDims, chosen: Chosen, min_keep_per_image: int) -> None:
         super().__init__()
         self.scale = dims.head_dim**-0.5
+        self.chosen, self.selector = chosen, load_selector(chosen.name)
         self.min_keep_per_image = min_keep_per_image
 
     def forward(
         self,
         op: OpBuilder,
         tokens: Tokens,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        output_weight: ir.Value,
         num_keep: ir.Value,
-    ) -> tuple[Tokens, ir.Value, ir.Value, ir.Value]:
-        """The surviving tokens, keys, values, and the kept rows [K], ascending."""
+        prompted: Mapping[str, ir.Value],
+        scorer: Scorer | None = None,
+    ) -> tuple[Tokens, KeyValue | None]:
+        """The surviving tokens; and their keys and values, where the stage acts right after an attention.
+
+        Args:
+            op: builder.
+            tokens: that enter the stage.
+            num_keep: [1], visual tokens that stay.
+            prompted: what the prompt brings along, of all its tokens.
+            scorer: the attention that scores; None before the decoder.
+        """
         assert tokens.text_rows_X is not None
-        last_query = op.Slice(query, [-1], [_END], [2])
-        (scores_T,) = call(
-            op, "ContributionScore", last_query, key, value, output_weight, tokens.text_rows_X, scale=self.scale
+        view = GraphView(
+            text_rows_X=tokens.text_rows_X,
+            num_keep=num_keep,
+            hidden_TD=tokens.hidden_TD,
+            scale=self.scale,
+            **({} if scorer is None else self._of_attention(op, *scorer)),
+            **self._of_prompt(op, tokens, prompted),
         )
+        scores_T = self.selector.score(op, view, **self.chosen.values)
         num_rows = op.Add(num_keep, op.Shape(tokens.text_rows_X))
         (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
 
-        hidden_KD, key, value, cos, sin = call(
-            op, "TokenGather", tokens.hidden_TD, key, value, tokens.cos_BTd, tokens.sin_BTd, kept_K
-        )
+        cache = None
+        if self.selector.PLACE == "attention":
+            assert scorer is not None
+            heads, _ = scorer
+            hidden_KD, key, value, cos, sin = call(
+                op,
+                "TokenGather",
+                tokens.hidden_TD,
+                heads.key,
+                heads.value,
+                tokens.cos_BTd,
+                tokens.sin_BTd,
+                kept_K,
+            )
+            cache = key, value
+        else:
+            hidden_KD = op.Gather(tokens.hidden_TD, kept_K, axis=0)
+            cos, sin = (op.Gather(table, kept_K, axis=1) for table in (tokens.cos_BTd, tokens.sin_BTd))
         # Text is always kept: the row of a text token is how many tokens kept stand before it.
         is_before_XK = op.Less(op.Unsqueeze(kept_K, [0]), op.Unsqueeze(tokens.text_rows_X, [1]))
         row_X = op.ReduceSum(op.Cast(is_before_XK, to=ir.DataType.INT64), [1], keepdims=0)
@@ -125,15 +179,44 @@ class Prune(nn.Module):
             sin_BTd=sin,
             text_rows_X=row_X,
             deepstack=tuple(op.Gather(features_TD, kept_K, axis=0) for features_TD in tokens.deepstack),
+            # A later stage numbers its rows within what the earlier ones kept.
+            kept=(*tokens.kept, op.Gather(tokens.kept[-1], kept_K, axis=0) if tokens.kept else kept_K),
         )
-        return survivors, key, value, kept_K
+        return survivors, cache
+
+    def _of_attention(self, op: OpBuilder, heads: Heads, output_weight: ir.Value) -> dict[str, ir.Value]:
+        """What the selector may read of an attention; the queries are those of the last token alone."""
+        return {
+            "query": op.Slice(heads.query, [-1], [_END], [2]),
+            "key": heads.key,
+            "value": heads.value,
+            "plain_query": op.Slice(heads.plain_query, [-1], [_END], [2]),
+            "plain_key": heads.plain_key,
+            "output_weight": output_weight,
+        }
+
+    def _of_prompt(self, op: OpBuilder, tokens: Tokens, prompted: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+        """What the selector reads of the prompt's, for the tokens that are left."""
+        return {
+            name: op.Gather(prompted[name], tokens.kept[-1], axis=_TOKEN_AXIS[name]) if tokens.kept else prompted[name]
+            for name in self.selector.READS
+        }
 
 
 class Layer(nn.Module):
-    """One decoder layer; its FFN may be a scale for visual tokens, and it may drop tokens after its attention."""
+    """One decoder layer; its FFN may be a scale for visual tokens, and tokens may go before or after its attention."""
 
-    def __init__(self, dims: DecoderDims, dtype: ir.DataType, *, linear: bool, prune: Prune | None) -> None:
+    def __init__(
+        self,
+        dims: DecoderDims,
+        dtype: ir.DataType,
+        *,
+        linear: bool,
+        prune: Prune | None = None,
+        prune_entry: Prune | None = None,
+    ) -> None:
         super().__init__()
+        self.prune_entry = prune_entry
         self.input_layernorm = RMSNorm(dims.hidden_size, dims.rms_norm_eps, dtype)
         self.self_attn = Attention(dims, dtype)
         self.prune = prune
@@ -147,23 +230,38 @@ class Layer(nn.Module):
         tokens: Tokens,
         *,
         num_keep: ir.Value | None = None,
+        prompted: Mapping[str, ir.Value] = MappingProxyType({}),
+        before: Scorer | None = None,
         past: KeyValue | None = None,
         mask: ir.Value | None = None,
-    ) -> tuple[Tokens, KeyValue, ir.Value | None]:
-        """Tokens after the layer, its keys and values, and the kept rows if it prunes."""
+    ) -> tuple[Tokens, KeyValue, Scorer]:
+        """Tokens after the layer, its keys and values, and what its attention says of the tokens.
+
+        Args:
+            op: builder.
+            tokens: that enter it.
+            num_keep: [1], of its stage if it has one.
+            prompted: what the prompt brings along for selectors.
+            before: the attention of the layer before.
+            past: cached keys and values.
+            mask: additive, of attention.
+        """
+        if self.prune_entry is not None:
+            tokens, _ = self.prune_entry(op, tokens, num_keep, prompted, before)
         normed_TD = self.input_layernorm(op, tokens.hidden_TD)
-        mixed_TD, query, key, value = self.self_attn(op, normed_TD, tokens, past, mask)
+        mixed_TD, heads = self.self_attn(op, normed_TD, tokens, past, mask)
         tokens = replace(tokens, hidden_TD=op.Add(tokens.hidden_TD, mixed_TD))
-        kept_K = None
+        cache, scorer = (heads.key, heads.value), (heads, self.self_attn.o_proj.weight)
         if self.prune is not None:
-            weight = self.self_attn.o_proj.weight
-            tokens, key, value, kept_K = self.prune(op, tokens, query, key, value, weight, num_keep)
+            tokens, cache = self.prune(op, tokens, num_keep, prompted, scorer)
         if self.visual_scale is None:
-            return replace(tokens, hidden_TD=self._ffn(op, tokens.hidden_TD)), (key, value), kept_K
-        assert tokens.text_rows_X is not None
-        text_XD = self._ffn(op, op.Gather(tokens.hidden_TD, tokens.text_rows_X, axis=0))
-        (scaled_TD,) = call(op, "VisualScale", tokens.hidden_TD, self.visual_scale, text_XD, tokens.text_rows_X)
-        return replace(tokens, hidden_TD=scaled_TD), (key, value), kept_K
+            tokens = replace(tokens, hidden_TD=self._ffn(op, tokens.hidden_TD))
+        else:
+            assert tokens.text_rows_X is not None
+            text_XD = self._ffn(op, op.Gather(tokens.hidden_TD, tokens.text_rows_X, axis=0))
+            (scaled_TD,) = call(op, "VisualScale", tokens.hidden_TD, self.visual_scale, text_XD, tokens.text_rows_X)
+            tokens = replace(tokens, hidden_TD=scaled_TD)
+        return tokens, cache, scorer
 
     def _ffn(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
         """x + FFN(norm(x))."""
@@ -179,16 +277,22 @@ class Stack(nn.Module):
         dtype: ir.DataType,
         rotary: RotaryTables,
         *,
-        prune_layers: Sequence[int] = (),
+        selectors: Mapping[int, Chosen] = MappingProxyType({}),
         linear_layers: Sequence[int] = (),
         min_keep_per_image: int = 0,
     ) -> None:
         super().__init__("model")
         self.dims, self.dtype, self.rotary = dims, dtype, rotary
 
+        def prune(layer: int, place: Place) -> Prune | None:
+            chosen = selectors.get(layer)
+            return Prune(dims, chosen, min_keep_per_image) if chosen is not None and chosen.place == place else None
+
         def layer(index: int) -> Layer:
-            prune = Prune(dims, min_keep_per_image) if index in prune_layers else None
-            return Layer(dims, dtype, linear=index in linear_layers, prune=prune)
+            entry, after = prune(index, "entry"), prune(index, "attention")
+            return Layer(dims, dtype, linear=index in linear_layers, prune=after, prune_entry=entry)
+
+        self.prune = prune(-1, "input")
 
         self.layers = nn.ModuleList([layer(index) for index in range(dims.num_layers)])
         self.norm = RMSNorm(dims.hidden_size, dims.rms_norm_eps, dtype)
@@ -206,25 +310,32 @@ class Prefill(Stack):
         text_positions: ir.Value,
         num_keep: ir.Value | None = None,
         deepstack_embeds: ir.Value | None = None,
-    ) -> tuple[ir.Value, list[KeyValue], list[ir.Value]]:
-        """Normed hidden state of the last token [1, D], keys and values per layer, kept rows per stage."""
+        **prompted: ir.Value,
+    ) -> tuple[ir.Value, list[KeyValue], tuple[ir.Value, ...]]:
+        """Normed hidden state of the last token [1, D], keys and values per layer, kept positions per stage."""
         cos, sin = self.rotary(op, position_ids, self.dtype)
         tokens = Tokens(op.Squeeze(inputs_embeds, [0]), cos, sin, text_positions)
         if deepstack_embeds is not None:
             per_layer = [op.Gather(deepstack_embeds, layer, axis=0) for layer in range(self.dims.deepstack_layers)]
             tokens = replace(tokens, deepstack=tuple(per_layer))
         cache: list[KeyValue] = []
-        kept: list[ir.Value] = []
+        scorer: Scorer | None = None
+
+        def kept_here(*stages: Prune | None) -> ir.Value | None:
+            index = len(tokens.kept)
+            return None if all(stage is None for stage in stages) else op.Slice(num_keep, [index], [index + 1], [0])
+
+        if self.prune is not None:
+            tokens, _ = self.prune(op, tokens, kept_here(self.prune), prompted)
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            stage_keep = op.Slice(num_keep, [len(kept)], [len(kept) + 1], [0]) if layer.prune is not None else None
-            tokens, key_value, kept_K = layer(op, tokens, num_keep=stage_keep)
+            here = kept_here(layer.prune, layer.prune_entry)
+            tokens, key_value, scorer = layer(op, tokens, num_keep=here, prompted=prompted, before=scorer)
             if tokens.deepstack:
                 features_TD, *later = tokens.deepstack
                 tokens = replace(tokens, hidden_TD=op.Add(tokens.hidden_TD, features_TD), deepstack=tuple(later))
             cache.append(key_value)
-            kept += [kept_K] if kept_K is not None else []
-        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [_END], [0])), cache, kept
+        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [_END], [0])), cache, tokens.kept
 
 
 class Decode(Stack):
@@ -294,22 +405,29 @@ def prefill_model(
     *,
     prune_layers: Sequence[int],
     linear_layers: Sequence[int],
+    selectors: Mapping[int, Chosen] = MappingProxyType({}),
     min_keep_per_image: int = 1,
+    feature_size: int = 0,
 ) -> ir.Model:
     """Whole prompt in, logits of the last position, KV cache and kept positions out (CAPA, sections 4.1 and 4.2).
+
+    `prune_layers` are the first layers whose caches are without what a stage drops, -1 before the decoder; `selectors`
+    say what chooses there, CAPA where they say nothing.
 
     Inputs: inputs_embeds [1, T, D]; position_ids [axes, T]; text_positions [X], the rows that hold text, ascending and
     never dropped; num_keep [stages], the visual tokens each stage keeps, the best `min_keep_per_image` of every image
     before any other; an image is a run of visual tokens between text; where the decoder has DeepStack layers,
-    deepstack_embeds [layers, T, D], what the first layers' outputs gain, zero where text stands. Outputs: logits [1, V]
+    deepstack_embeds [layers, T, D], what the first layers' outputs gain, zero where text stands; what selectors read of
+    the prompt: visual_saliency [T], visual_features [T, F], visual_grid [2, T]. Outputs: logits [1, V]
     FP32; kept_positions.i [K_i], ascending prompt positions that survive stage i; present.l.key and .value
     [1, G, T_l, d].
     """
+    chosen = {layer: selectors.get(layer, CAPA) for layer in prune_layers}
     stack = Prefill(
         dims,
         dtype,
         rotary,
-        prune_layers=prune_layers,
+        selectors=chosen,
         linear_layers=linear_layers,
         min_keep_per_image=min_keep_per_image,
     )
@@ -324,13 +442,15 @@ def prefill_model(
         inputs.append(Input("num_keep", ir.DataType.INT64, (len(prune_layers),)))
     if dims.deepstack_layers:
         inputs.append(Input("deepstack_embeds", dtype, (dims.deepstack_layers, "sequence", dims.hidden_size)))
+    shapes = {
+        "visual_saliency": (ir.DataType.FLOAT, ("sequence",)),
+        "visual_features": (dtype, ("sequence", feature_size)),
+        "visual_grid": (ir.DataType.INT64, (2, "sequence")),
+    }
+    inputs += [Input(name, *shapes[name]) for name in reads(chosen.values())]
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
-        last, cache, rows = stack(op, **values)
-        # A later stage numbers its rows within what the earlier ones kept.
-        kept: list[ir.Value] = []
-        for row_K in rows:
-            kept.append(op.Gather(kept[-1], row_K, axis=0) if kept else row_K)
+        last, cache, kept = stack(op, **values)
         outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
         outputs += [(f"kept_positions.{i}", value, (f"kept_{i}",)) for i, value in enumerate(kept)]
         return outputs + _cache_outputs(

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
 
-__all__ = ["DOMAIN", "FUNCTIONS", "PLUGIN"]
+__all__ = ["DOMAIN", "FUNCTIONS", "KEEP_TEXT", "PLUGIN", "function"]
 
 DOMAIN = "capa"
 
@@ -135,14 +135,29 @@ VisualScale (x, scale, text, text_rows) => (y) {
 }
 """
 
+_KEEP_TEXT = """
+KeepText (amounts, text_positions) => (scores) {
+    # Text always stays; an amount that overflowed must not tie with it.
+    largest = Constant <value_float = 3.4028234e38> ()
+    finite_T = Min (amounts, largest)
+    text_shape = Shape (text_positions)
+    infinity = Constant <value = float[1] {inf}> ()
+    text_scores = Expand (infinity, text_shape)
+    scores = ScatterElements <axis = 0> (finite_T, text_positions, text_scores)
+}
+"""
 
-def _function(text: str) -> ir.Function:
+
+def function(text: str) -> ir.Function:
+    """A function of domain `capa` from its text; lines that begin with # are comments."""
     body = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     header = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
     return ir.serde.deserialize_function(onnx.parser.parse_function(header + body))
 
 
 FUNCTIONS: dict[str, ir.Function] = {
-    function.name: function
-    for function in map(_function, (_CONTRIBUTION_SCORE, _TOPK_KEEP, _TOKEN_GATHER, _VISUAL_SCALE))
+    entry.name: entry for entry in map(function, (_CONTRIBUTION_SCORE, _TOPK_KEEP, _TOKEN_GATHER, _VISUAL_SCALE))
 }
+"""Those that have kernels."""
+
+KEEP_TEXT = function(_KEEP_TEXT)

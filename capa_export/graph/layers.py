@@ -7,7 +7,37 @@ T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, F = F
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-__all__ = ["GatedMLP", "LayerNorm", "Linear", "RMSNorm", "attention", "heads_from_tokens", "tokens_from_heads"]
+from capa_export.graph.functions import function
+
+__all__ = [
+    "GatedMLP",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "attention",
+    "class_attention",
+    "heads_from_tokens",
+    "tokens_from_heads",
+]
+
+_CLASS_ATTENTION = function("""
+ClassAttention <scale> (query, key) => (weights) {
+    # Softmax weights of the first query, mean over heads [B, L], all of it in FP32.
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    length_axis = Constant <value_ints = [2]> ()
+    first = Slice (query, zero, one, length_axis)
+    query_BH1d = Cast <to = 1> (first)
+    key_BHLd = Cast <to = 1> (key)
+    scale_factor = Constant <value_float: float = @scale> ()
+    scaled_BH1d = Mul (query_BH1d, scale_factor)
+    key_BHdL = Transpose <perm = [0, 1, 3, 2]> (key_BHLd)
+    logits_BH1L = MatMul (scaled_BH1d, key_BHdL)
+    weights_BH1L = Softmax <axis = -1> (logits_BH1L)
+    heads_and_query = Constant <value_ints = [1, 2]> ()
+    weights = ReduceMean <keepdims = 0> (weights_BH1L, heads_and_query)
+}
+""")
 
 
 class Linear(nn.Module):
@@ -92,3 +122,11 @@ def attention(
     """
     inputs = (op.Mul(query, head_size**-0.5), key, value)
     return op.Attention(*inputs, *([] if mask is None else [mask]), is_causal=int(causal), scale=1.0)
+
+
+def class_attention(op: OpBuilder, query: ir.Value, key: ir.Value, head_size: int) -> ir.Value:
+    """What the first of the tokens [B, H, L, d], the class token, pays to each [B, L] FP32, mean over heads."""
+    weights_BL = op.call(_CLASS_ATTENTION, query, key, scale=head_size**-0.5)
+    assert isinstance(weights_BL, ir.Value)
+    weights_BL.dtype = ir.DataType.FLOAT
+    return weights_BL

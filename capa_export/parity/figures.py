@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from capa_export.parity.schema import Check, Difference, ExportError, Kept, ParityReport, Rate, Selection
 
 __all__ = [
-    "METHODS",
     "Shown",
     "by_stage",
     "check_of",
@@ -20,8 +19,6 @@ __all__ = [
     "smallest_overlap",
     "worst_error",
 ]
-
-METHODS = {"dense": "dense", "capa": "CAPA", "random": "random, same k"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capa_export.parity.figures import METHODS, by_stage, check_of, decimals, difference, open_warnings, rate, shown
+from capa_export.parity.figures import by_stage, check_of, decimals, difference, open_warnings, rate, shown
 from capa_export.parity.schema import Check, ParityReport
 
 __all__ = ["markdown", "write_markdown"]
@@ -67,11 +67,11 @@ def _method_error(parity: ParityReport) -> list[str]:
     rows: list[list[str]] = []
     for method in found.methods:
         shares = [" (".join(rate(share)) + ")" if share else "" for share in (method.accuracy, method.top1)]
-        rows.append([METHODS[method.name], *shares, "" if method.name == "dense" else decimals(method.kl)])
+        rows.append([found.label(method.name), *shares, "" if method.name == "dense" else decimals(method.kl)])
     lines = _table([f"method error, {found.questions} questions", "accuracy", "first token as dense", "KL"], rows)
     if found.kl_gain is not None:
         value, interval = difference(found.kl_gain)
-        lines += [f"KL of random minus KL of CAPA: {value} ({interval}), 95% interval.", ""]
+        lines += [f"KL of random minus KL of {found.pruned}: {value} ({interval}), 95% interval.", ""]
     return lines
 
 

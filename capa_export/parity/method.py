@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill
+from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.parity.figures import percent
 from capa_export.parity.report import Example, KeptMap
 from capa_export.parity.schema import Method, MethodError
@@ -77,7 +77,14 @@ def method_effect(
             texts = {name: answer.text for name, answer in answers.items()}
             kept = _kept_maps(prompt, answers["capa"].prefill)
             examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
-    return _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed), examples
+    found = _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed)
+    return _named(found, subject.pruned_by), examples
+
+
+def _named(found: MethodError, pruned: str) -> MethodError:
+    """The figures, with the words about what chose the tokens."""
+    words = tuple(sentence.replace("CAPA", pruned) for sentence in found.words)
+    return found.model_copy(update={"pruned": pruned, "words": words})
 
 
 def _random_seed(seed: int, index: int) -> int:
@@ -93,7 +100,7 @@ def _answers(subject: Subject, eager: Eager, prompt: Prompt, random_seed: int, s
         "capa": capa,
         "random": replace(capa, random_seed=random_seed),
     }
-    inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
+    inputs = inputs_for(capa, subject.family, subject.model, prompt)
     return {name: _answer(subject, eager, prompt, inputs, plan, steps) for name, plan in plans.items()}
 
 
@@ -101,7 +108,7 @@ def _answer(
     subject: Subject, eager: Eager, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int
 ) -> _Answer:
     is_visual = torch.from_numpy(prompt.is_visual)
-    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
+    run = eager.prefill(inputs, is_visual, plan)
     tokens: list[int] = []
     logits = run.logits
     while (token := int(logits.argmax())) not in subject.eos_token_ids:

@@ -85,7 +85,7 @@ class ProbedModel(OnnxModel):
         tapped(model, self._layers[file])
         if file.endswith(self.prefill_file):
             self._chosen = forced(model)
-            self._scores = [str(node.outputs[0].name) for node in model.graph if node.op_type == "ContributionScore"]
+            self._scores = [str(_input(node).name) for node in model.graph if node.op_type == "TopKKeep"]
             tapped(model, self._scores)
         return ir.to_proto(model)
 

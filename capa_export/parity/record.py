@@ -16,14 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from capa_export.eager import Eager, EagerInputs, EagerPlan
+from capa_export.eager import Eager, EagerPlan, best, inputs_for
 from capa_export.errors import CapaError, ExitCode
 from capa_export.parity.half import HALF, lowered
 from capa_export.parity.subject import Subject
-from capa_export.parity.trace import HiddenStates, Trace, sampled_rows
+from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Picture, Prompt
 from capa_export.samples import Samples
+from capa_export.selectors import load_selector
 
 __all__ = [
     "Noise",
@@ -39,7 +40,9 @@ __all__ = [
 ]
 
 _ABOUT = "records.json"
-_VERSION = 1
+_VERSION = 2
+_LAST_BITS = 1e-6
+"""Relative: some ten units in the last place of FP32, as sums in another order differ by."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Noise:
     """Largest KL(FP32 || this precision) of the next token, in nats."""
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
+    iou: tuple[float, ...] = ()
+    """Per stage, mean IoU of the tokens kept in this precision and in FP32, of the same that entered."""
+    tie_iou: tuple[float, ...] = ()
+    """Per stage, the same of FP32 and of FP32 with the last bits of what its selector reads changed."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def eager_trace(
         tokens: to feed first; greedy from there on.
         rows: prompt positions whose hidden states to see, with the vision tower's output.
     """
-    inputs = EagerInputs.of(subject.family.eager_inputs(eager.model, prompt))
+    inputs = inputs_for(plan, subject.family, eager.model, prompt)
     is_visual = torch.from_numpy(prompt.is_visual)
     states = None if rows is None else HiddenStates(rows, len(eager.text.layers))
 
@@ -108,7 +115,7 @@ def eager_trace(
         if states is not None:
             states.add_step(layer, hidden_1D[0].float().numpy())
 
-    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack, watch)
+    run = eager.prefill(inputs, is_visual, plan, watch)
     logits, fed = [run.logits.numpy()], list(tokens[: steps - 1])
     for step in range(steps - 1):
         if step == len(fed):
@@ -151,11 +158,16 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
         answer = subject.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
         oracle, tokens = eager_trace(subject, eager, prompt, plan, steps, answer, rows)
         same = None
+        if any(not load_selector(stage.selector).GRADED for stage in subject.prune.schedule):
+            inputs = inputs_for(plan, subject.family, subject.model, prompt)
+            near = replace(forced_plan(subject, prompt, oracle.kept), jitter=_LAST_BITS)
+            run = eager.prefill(inputs, torch.from_numpy(prompt.is_visual), near)
+            meter.add_ties(prompt, plan, oracle, [run.scores[layer].numpy() for layer in plan.keep])
         if half is not None and dtype is not None:
             forced = forced_plan(subject, prompt, oracle.kept)
             scales = {layer: alpha.to(dtype) for layer, alpha in plan.scales.items()}
             same, _ = eager_trace(subject, half, prompt, replace(forced, scales=scales), steps, tokens, rows)
-            meter.add(prompt, oracle, same)
+            meter.add(prompt, plan, oracle, same)
         _save(folder / _file(index), Record(prompt, tokens, rows, oracle, same))
     about = {
         "version": _VERSION,
@@ -280,8 +292,10 @@ class _NoiseMeter:
     def __init__(self) -> None:
         self._logits, self._features, self._kl = 0.0, 0.0, 0.0
         self._hidden, self._scores = np.zeros(0), np.zeros(0)
+        self._iou: list[list[float]] = []
+        self._tie_iou: list[list[float]] = []
 
-    def add(self, prompt: Prompt, oracle: Trace, half: Trace) -> None:
+    def add(self, prompt: Prompt, plan: EagerPlan, oracle: Trace, half: Trace) -> None:
         assert oracle.hidden is not None and half.hidden is not None
         # maximum() keeps a NaN, which max() would drop.
         self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
@@ -291,10 +305,27 @@ class _NoiseMeter:
             self._features = float(np.maximum(self._features, relative_error(half.features, oracle.features)))
         self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden, len(oracle.logits)))
         self._scores = _maximum(self._scores, np.array(score_errors(prompt, oracle, half)))
+        self._iou.append(list(_own_choice(prompt, plan, oracle, half.scores)))
+
+    def add_ties(self, prompt: Prompt, plan: EagerPlan, oracle: Trace, scores: Sequence[np.ndarray]) -> None:
+        self._tie_iou.append(list(_own_choice(prompt, plan, oracle, scores)))
 
     def noise(self) -> Noise:
         hidden, scores = (tuple(values.tolist()) for values in (self._hidden, self._scores))
-        return Noise(logits=self._logits, hidden=hidden, features=self._features, kl=self._kl, scores=scores)
+        iou, tie_iou = (tuple(np.mean(found, axis=0).tolist()) if found else () for found in (self._iou, self._tie_iou))
+        return Noise(self._logits, hidden, self._features, self._kl, scores, iou, tie_iou)
+
+
+def _own_choice(
+    prompt: Prompt, plan: EagerPlan, oracle: Trace, scores_of_stages: Sequence[np.ndarray]
+) -> Iterator[float]:
+    """Per stage, the IoU of what has the highest scores with what the oracle kept, of the same tokens."""
+    entering = np.arange(len(prompt.input_ids))
+    for kept, scores, keep in zip(oracle.kept, scores_of_stages, plan.keep.values(), strict=True):
+        is_visual = prompt.is_visual[entering]
+        own = best(torch.from_numpy(scores), torch.from_numpy(is_visual), min(keep, int(is_visual.sum())), plan)
+        yield overlap(entering[own.numpy()], kept, len(prompt.text_positions))
+        entering = kept
 
 
 def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:

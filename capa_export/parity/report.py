@@ -102,7 +102,7 @@ def write_report(
         warnings=figures.open_warnings(parity),
         method_rows=_method_rows(parity.method_error),
         gains=_gains(parity.method_error),
-        examples=[_example(example) for example in examples],
+        examples=[_example(example, parity.method_error.pruned) for example in examples],
         curves=charts.error_curves(parity.export_error),
         linearity=calibration and charts.linearity(calibration),
         alpha=calibration and charts.alpha(calibration),
@@ -142,7 +142,7 @@ def _method_figure(found: MethodError) -> tuple[str, str]:
     accuracy = {name: method.accuracy and figures.percent(method.accuracy.value) for name, method in methods.items()}
     if accuracy["capa"]:
         others = ", ".join(f"{name} {share}" for name, share in accuracy.items() if name != "capa" and share)
-        return accuracy["capa"], f"of CAPA's answers are right; {others}"
+        return accuracy["capa"], f"of {found.pruned}'s answers are right; {others}"
     others = f"; random {figures.decimals(methods['random'].kl)}" if "random" in methods else ""
     return figures.decimals(methods["capa"].kl), f"KL from dense{others}"
 
@@ -166,18 +166,18 @@ def _share(found: Rate | None) -> tuple[str, str]:
 
 
 def _gains(found: MethodError) -> list[tuple[str, str, str]]:
-    """What CAPA is ahead of random pruning: name, figure, interval."""
+    """How far what chose the tokens is ahead of random pruning: name, figure, interval."""
     rows: list[tuple[str, str, str]] = []
     if found.kl_gain is not None:
-        rows.append(("KL, nats: random minus CAPA", *figures.difference(found.kl_gain)))
+        rows.append((f"KL, nats: random minus {found.pruned}", *figures.difference(found.kl_gain)))
     if found.accuracy_gain is not None:
         points = figures.difference(found.accuracy_gain, scale=100, digits=1)
-        rows.append(("accuracy, points: CAPA minus random", *points))
+        rows.append((f"accuracy, points: {found.pruned} minus random", *points))
     return rows
 
 
-def _example(example: Example) -> dict[str, Any]:
-    answers = [("dense", example.dense), ("CAPA", example.capa), ("random", example.random)]
+def _example(example: Example, pruned: str) -> dict[str, Any]:
+    answers = [("dense", example.dense), (pruned, example.capa), ("random", example.random)]
     expected = example.expected.strip()
     return {
         "picture": None if example.kept else data_uri(fitted(example.picture)),

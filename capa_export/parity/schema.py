@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from capa_export.errors import CapaError
 from capa_export.settings import first_problem
@@ -100,13 +100,17 @@ class Kept(_Entry):
     """The tokens that one stage of the schedule kept, of those that entered it on both sides."""
 
     layer: int
+    """First without the dropped tokens' keys; -1 where they are dropped before the decoder."""
+    selector: str = "capa"
     iou_mean: Figure
     iou_min: Figure
     iou_bound: Figure
-    """Mean over the prompts of the least IoU that the noise of the scores explains."""
+    """Mean over the prompts of the least IoU that the noise of the scores explains; for a selector that chooses step by
+    step, the least mean that the precision's own flips explain."""
     margin_min: Figure
     margin_median: Figure
-    """Lead of the worst token kept over the best one dropped, relative to the former: over the prompts."""
+    """Lead of the worst token kept over the best one dropped, relative to the former: over the prompts; null where
+    scores are ranks."""
     score_noise: Figure
     """Largest relative change of a score near the cut that the precision alone makes."""
     flipped: int
@@ -161,6 +165,8 @@ class MethodError(_Entry):
     """What the method itself costs, in eager FP32: dense, CAPA, and random pruning at the same k."""
 
     questions: int
+    pruned: str = "CAPA"
+    """What chose the tokens, for people; below, and in `methods`, CAPA stands for it."""
     methods: tuple[Method, ...] = ()
     """None where no question was asked."""
     kl_gain: Difference | None = None
@@ -171,6 +177,10 @@ class MethodError(_Entry):
     """Whether the interval of `kl_gain` lies above 0; None where too little was asked, or nothing removed, to tell."""
     words: tuple[str, ...] = ()
     """What the figures say, a sentence each."""
+
+    def label(self, method: str) -> str:
+        """Of one of the methods, for people."""
+        return {"capa": self.pruned, "random": "random, same k"}.get(method, method)
 
 
 class Probe(_Entry):
@@ -206,7 +216,10 @@ class Stage(_Entry):
     """One entry of the schedule."""
 
     layer: int
+    """First without the dropped tokens' keys; -1 where they are dropped before the decoder."""
     ratio: float
+    selector: str = "capa"
+    options: dict[str, float] = Field(default_factory=dict)
 
 
 class ParityReport(_Entry):

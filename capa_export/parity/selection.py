@@ -12,14 +12,19 @@ import numpy as np
 from capa_export.parity.comparison import bounded, worse
 from capa_export.parity.record import Noise, Record, score_errors
 from capa_export.parity.schema import Check, Kept, Selection
-from capa_export.parity.trace import Trace
-from capa_export.recipe import Bound, Gate
+from capa_export.parity.trace import Trace, overlap
+from capa_export.recipe import Bound, Gate, Stage
+from capa_export.selectors import load_selector
 
-__all__ = ["Choice", "agreeing", "overlap"]
+__all__ = ["Choice", "agreeing"]
 
 
 _WIDEST = 0.25
 """Relative lead of a score that no noise explains."""
+_TIES = 0.02
+"""Mean IoU that near-ties of a choice made step by step may cost where none were seen: about one token in fifty."""
+_TIE_RATIO = 2.0
+"""How much more near-ties may cost an artefact than they cost the eager model."""
 
 
 @dataclass
@@ -41,8 +46,7 @@ class Choice:
 
     artefact: str
     reference: str
-    layers: Sequence[int]
-    """Of the schedule."""
+    schedule: Sequence[Stage]
     gate: Gate
     noise: Noise
     min_keep_per_image: int
@@ -50,7 +54,7 @@ class Choice:
     stages: list[_Stage] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stages = [_Stage() for _ in self.layers]
+        self.stages = [_Stage() for _ in self.schedule]
 
     def band(self, stage: int) -> float:
         """Lead of a score that the noise of the precision explains, relative."""
@@ -74,37 +78,56 @@ class Choice:
             zip(kept, record.oracle.kept, record.oracle.scores, strict=False)
         ):
             stage = self.stages[index]
-            cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
             stage.iou.append(overlap(own, wanted, len(record.prompt.text_positions)))
+            stage.flipped += not np.array_equal(own, wanted)
+            if not self._graded(index):
+                if len(own) != len(wanted) or (np.diff(own) <= 0).any() or not np.isin(own, entering).all():
+                    stage.iou[-1] = 0.0
+                entering = wanted
+                continue
+            cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
             stage.bound.append(cut.iou_bound(self.band(index)))
             stage.margin.append(cut.margin)
             if not np.array_equal(own, wanted):
-                stage.flipped += 1
                 stage.furthest = worse(stage.furthest, _lead(own, wanted, entering, scores))
             entering = wanted
         if states is not None:
-            for stage, error in zip(self.stages, score_errors(record.prompt, record.oracle, states), strict=True):
-                stage.score_error = worse(stage.score_error or 0.0, error)
+            errors = score_errors(record.prompt, record.oracle, states)
+            for index, (stage, error) in enumerate(zip(self.stages, errors, strict=True)):
+                if self._graded(index):
+                    stage.score_error = worse(stage.score_error or 0.0, error)
+
+    def _graded(self, stage: int) -> bool:
+        """Whether the stage's scores are amounts, which compare."""
+        return load_selector(self.schedule[stage].selector).GRADED
+
+    def _least(self, stage: int) -> float:
+        """Mean IoU below which near-ties and the precision's noise do not explain what a choice by steps keeps."""
+        ratio = 1.0 if self.gate.flip_noise_ratio is None else self.gate.flip_noise_ratio.limit
+        noise = ratio * (1.0 - self.noise.iou[stage]) if self.noise.iou else 0.0
+        ties = _TIE_RATIO * (1.0 - self.noise.tie_iou[stage]) if self.noise.tie_iou else 0.0
+        return max(0.0, 1.0 - max(noise, ties) - _TIES)
 
     def result(self) -> Selection:
         """The figures beside their gates."""
-        noise = self.noise.scores or (0.0,) * len(self.layers)
+        noise = self.noise.scores or (0.0,) * len(self.schedule)
         return Selection(
             artefact=self.artefact,
             reference=self.reference,
             prompts=self.prompts,
             stages=tuple(
                 Kept(
-                    layer=layer,
+                    layer=entry.layer,
+                    selector=entry.selector,
                     iou_mean=float(np.mean(stage.iou)),
                     iou_min=min(stage.iou),
-                    iou_bound=float(np.mean(stage.bound)),
-                    margin_min=min(stage.margin),
-                    margin_median=float(np.median(stage.margin)),
-                    score_noise=noise[index],
+                    iou_bound=float(np.mean(stage.bound)) if stage.bound else self._least(index),
+                    margin_min=min(stage.margin) if stage.margin else None,
+                    margin_median=float(np.median(stage.margin)) if stage.margin else None,
+                    score_noise=noise[index] if stage.margin else None,
                     flipped=stage.flipped,
                 )
-                for index, (layer, stage) in enumerate(zip(self.layers, self.stages, strict=True))
+                for index, (entry, stage) in enumerate(zip(self.schedule, self.stages, strict=True))
                 if stage.iou
             ),
             checks=tuple(self._checks()),
@@ -113,10 +136,14 @@ class Choice:
     def _checks(self) -> list[Check]:
         who = f"{self.artefact} against {self.reference}"
         checks: list[Check] = []
-        for index, (layer, stage) in enumerate(zip(self.layers, self.stages, strict=True)):
+        for index, (entry, stage) in enumerate(zip(self.schedule, self.stages, strict=True)):
             if not stage.iou:
                 continue
-            where = f"{who}, layer {layer}"
+            where = f"{who}, {'layer ' + str(entry.layer) if entry.layer >= 0 else 'before the decoder'}"
+            if not self._graded(index):
+                least = Bound(limit=self._least(index))
+                checks.append(bounded(where, "kept-set IoU", float(np.mean(stage.iou)), at_least=least))
+                continue
             worst = int(np.argmin(np.subtract(stage.iou, stage.bound)))
             iou = Bound(limit=stage.bound[worst])
             band = Bound(limit=self.band(index), healthy=self.gate.flip_distance.healthy)
@@ -185,13 +212,6 @@ def _lead(own: np.ndarray, wanted: np.ndarray, entering: np.ndarray, scores: np.
     if not np.isfinite(best).all() or not np.isfinite(worst).all():
         return inf
     return float((np.abs(best - worst) / np.maximum(best, worst)).max())
-
-
-def overlap(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
-    """Intersection over union of two kept sets, text left out."""
-    common = len(np.intersect1d(a, b)) - num_text
-    union = len(np.union1d(a, b)) - num_text
-    return common / union if union else 1.0
 
 
 def agreeing(trace: Trace, oracle: Trace) -> list[np.ndarray]:

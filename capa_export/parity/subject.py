@@ -35,6 +35,12 @@ class Subject:
     fp32_layers: Sequence[str] = ()
     """Parts that are computed in FP32 whatever the precision."""
 
+    @property
+    def pruned_by(self) -> str:
+        """What chooses the tokens, for people."""
+        names = list(dict.fromkeys(chosen.name for chosen in self.prune.selectors.values()))
+        return "CAPA" if names == ["capa"] else " and ".join(names)
+
     def num_keep(self, prompt: Prompt) -> list[int]:
         """Visual tokens kept after each stage."""
         return self.prune.num_keep(prompt.image_lengths)
@@ -43,4 +49,4 @@ class Subject:
         """CAPA as the bundle does it."""
         keep = {stage.layer: count for stage, count in zip(self.prune.schedule, self.num_keep(prompt), strict=True)}
         scales = {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()}
-        return EagerPlan(keep, scales, min_keep_per_image=self.prune.min_keep_per_image)
+        return EagerPlan(keep, scales, self.prune.selectors, min_keep_per_image=self.prune.min_keep_per_image)

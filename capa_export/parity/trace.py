@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["HiddenStates", "Trace", "rows_of_positions", "sampled_rows"]
+__all__ = ["HiddenStates", "Trace", "overlap", "rows_of_positions", "sampled_rows"]
 
 _MOST_ROWS = 64
 
@@ -69,3 +69,10 @@ def rows_of_positions(kept: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Kept prompt positions of each stage as row numbers of the tokens that enter it."""
     entering = [None, *kept[:-1]]
     return [own if before is None else np.searchsorted(before, own) for before, own in zip(entering, kept, strict=True)]
+
+
+def overlap(a: np.ndarray, b: np.ndarray, num_text: int) -> float:
+    """Intersection over union of two kept sets, text left out."""
+    common = len(np.intersect1d(a, b)) - num_text
+    union = len(np.union1d(a, b)) - num_text
+    return common / union if union else 1.0

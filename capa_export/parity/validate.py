@@ -220,7 +220,7 @@ def _choice(what: str, precision: str, records: Records, recipe: Recipe) -> Choi
     return Choice(
         what,
         "eager CAPA fp32",
-        [stage.layer for stage in recipe.prune.schedule],
+        recipe.prune.schedule,
         getattr(recipe.parity, precision),
         _noise(precision, records),
         recipe.prune.min_keep_per_image,
@@ -228,7 +228,7 @@ def _choice(what: str, precision: str, records: Records, recipe: Recipe) -> Choi
 
 
 def _noise(precision: str, records: Records) -> Noise:
-    return records.noise if precision == records.precision else Noise()
+    return records.noise if precision == records.precision else Noise(tie_iou=records.noise.tie_iou)
 
 
 def _references(record: Record, precision: str) -> Iterator[Trace]:

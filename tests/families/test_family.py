@@ -8,7 +8,7 @@ import pytest
 
 from capa_export import families
 from capa_export.errors import CapaError
-from capa_export.families import Family, load_family
+from capa_export.families import Family, SelectionFamily, VideoFamily, load_family
 
 NAMES = [module.name for module in iter_modules(families.__path__)]
 
@@ -18,7 +18,9 @@ def test_a_family_is_one(name: str) -> None:
     family = load_family(name)
     for constant in inspect.get_annotations(Family):
         assert hasattr(family, constant), constant
-    for method, wanted in vars(Family).items():
+    protocols = [Family, *(kind for kind in (VideoFamily, SelectionFamily) if isinstance(family, kind))]
+    members = {method: wanted for protocol in protocols for method, wanted in vars(protocol).items()}
+    for method, wanted in members.items():
         if isinstance(wanted, FunctionType) and not method.startswith("_"):
             given = inspect.signature(getattr(family, method)).parameters
             kinds = [parameter.kind for parameter in inspect.signature(wanted).parameters.values()][1:]

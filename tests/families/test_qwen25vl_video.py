@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from capa_export.eager import Eager, EagerPlan
+from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
@@ -66,7 +66,7 @@ def test_a_prompt_equals_eager_capa(model: Any, onnx: OnnxModel, prompts: Callab
     keep = -(-prompt.num_visual // 4)
     plan = EagerPlan({2: keep}, min_keep_per_image=1)
     eager = Eager(model)
-    expected = eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan)
+    expected = eager.prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), plan)
     run = onnx.prefill(prompt, [keep])
     np.testing.assert_array_equal(run.kept[0], expected.kept[2].numpy())
     logits, wanted, cache = run.logits, expected.logits, run.cache

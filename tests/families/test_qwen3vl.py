@@ -305,9 +305,7 @@ def test_eager_inputs_are_those_of_the_models_own_forward(
     with torch.no_grad():
         expected = model(**whole(processor, prompt, pictures)).logits
         hidden = model.model.language_model(**inputs.arguments(is_visual)).last_hidden_state
-        by_hand = (
-            Eager(model).prefill(inputs.embeds, inputs.position_ids, is_visual, EagerPlan(), inputs.deepstack).logits
-        )
+        by_hand = Eager(model).prefill(inputs, is_visual, EagerPlan()).logits
     torch.testing.assert_close(model.lm_head(hidden), expected, rtol=0, atol=0)
     # 1e-5: the whole prompt's head multiplies in another order than the last row's.
     torch.testing.assert_close(by_hand, expected[0, -1], rtol=0, atol=1e-5 * float(expected.abs().max()))

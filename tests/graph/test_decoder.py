@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capa_export.eager import Eager, EagerPlan
+from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompt, Prompter
@@ -61,9 +61,11 @@ def test_a_batch_of_unequal_prompts_answers_as_each_alone(model: Any, prompter: 
     for prompt, counts in zip(prompts, keep, strict=True):
         embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
         plan = EagerPlan(
-            dict(zip((1, 3), counts, strict=True)), {i: torch.from_numpy(a).float() for i, a in SCALES.items()}
+            dict(zip((1, 3), counts, strict=True)),
+            {i: torch.from_numpy(a).float() for i, a in SCALES.items()},
+            min_keep_per_image=1,
         )
-        expected.append(eager.prefill(embeds, position_ids, torch.from_numpy(prompt.is_visual), plan))
+        expected.append(eager.prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), plan))
     cache = KVCache.stacked([run.cache for run in runs])
     for layer, stage in enumerate((0, 1, 1, 2, 2)):
         for part in ("key", "value"):

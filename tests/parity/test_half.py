@@ -46,7 +46,7 @@ def logits(model: Any, family: str, prompt: Prompt, kept: Any = None) -> tuple[n
     eager, inputs = Eager(model), EagerInputs.of(load_family(family).eager_inputs(model, prompt))
     plan = EagerPlan({2: prompt.num_visual // 2}, forced=kept or {}, min_keep_per_image=1)
     is_visual = torch.from_numpy(prompt.is_visual)
-    run = eager.prefill(inputs.embeds, inputs.position_ids, is_visual, plan, inputs.deepstack)
+    run = eager.prefill(inputs, is_visual, plan)
     return torch.stack([run.logits, eager.step(run, 5, prompt.next_position)]).numpy(), run.kept
 
 

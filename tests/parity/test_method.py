@@ -24,6 +24,7 @@ from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import Prune, Stage
 from capa_export.samples import Conversation, Samples
+from capa_export.selectors import capa
 from capa_export.shipped import shipped
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
@@ -96,8 +97,8 @@ def test_capa_beats_random_pruning_on_the_trained_model(trained: Subject) -> Non
 def test_pruning_that_keeps_the_least_is_said_not_to_beat_random(
     trained: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Eager._contribution
-    monkeypatch.setattr(Eager, "_contribution", lambda *given: 1 / (1e-9 + right(*given)))
+    right = capa.reference
+    monkeypatch.setattr(capa, "reference", lambda view: 1 / (1e-9 + right(view)))
     found, methods, _ = asked(replace(trained, prune=pruned(0.5)), scenes(12))
     assert found.beats_random is False
     assert found.kl_gain is not None and found.kl_gain.low <= 0
@@ -133,7 +134,7 @@ def test_figures_are_those_of_the_answers(trained: Subject) -> None:
         prompt = subject.prompter.chat(sample.turns)
         inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
         for name, plan in (("dense", EagerPlan()), ("capa", subject.plan(prompt))):
-            run = eager.prefill(inputs.embeds, inputs.position_ids, torch.from_numpy(prompt.is_visual), plan)
+            run = eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
             logits = [run.logits.numpy()]
             for step in range(steps - 1):
                 logits.append(eager.step(run, int(logits[-1].argmax()), run.next_position + step).numpy())
@@ -204,8 +205,8 @@ def test_the_users_own_answers_are_counted(trained: Subject, tmp_path: Path) -> 
 def test_logits_that_are_not_finite_are_said_to_be(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = Eager.prefill
 
-    def overflowing(eager: Eager, embeds: Any, positions: Any, is_visual: Any, plan: EagerPlan, *rest: Any) -> Any:
-        run = right(eager, embeds, positions, is_visual, plan, *rest)
+    def overflowing(eager: Eager, inputs: Any, is_visual: Any, plan: EagerPlan, *rest: Any) -> Any:
+        run = right(eager, inputs, is_visual, plan, *rest)
         return replace(run, logits=run.logits * np.nan) if plan.keep else run
 
     monkeypatch.setattr(Eager, "prefill", overflowing)

@@ -9,7 +9,7 @@ import pytest
 from capa_export.parity.record import Noise
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.trace import Trace
-from capa_export.recipe import Bound, load_recipe
+from capa_export.recipe import Bound, Stage, load_recipe
 
 GATE = load_recipe("qwen25vl").parity.fp16.model_copy(
     update={"flip_distance": Bound(limit=1e-4), "flip_noise_ratio": Bound(limit=2.0)}
@@ -27,7 +27,7 @@ def record(scores: list[float], kept: list[int]) -> Any:
 
 
 def choice(noise: float, min_keep: int = 0) -> Choice:
-    return Choice("x", "y", [2], GATE, Noise(scores=(noise,)), min_keep)
+    return Choice("x", "y", [Stage(layer=2, ratio=0.5)], GATE, Noise(scores=(noise,)), min_keep)
 
 
 def failing(one: Choice) -> set[str]:

@@ -1,11 +1,13 @@
 """InternVL3: tensor names, prompt format, and the eager model's inputs."""
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capa_export.dims import ModelDims
+from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
 from capa_export.families.internvl3.vision import vision_model
@@ -20,6 +22,7 @@ __all__ = [
     "RENAMES",
     "UNUSED",
     "eager_inputs",
+    "eager_selection",
     "model_dims",
     "pictures",
     "placeholder",
@@ -57,8 +60,10 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     result: list[Picture] = []
     start = 0
     for count in np.asarray(processed["num_patches"]).tolist():
-        grid = (vision.token_side, vision.token_side) if count == 1 else None
-        result.append(Picture(tiles[start : start + count], num_tokens=count * vision.tokens_per_tile, grid=grid))
+        tile = (vision.token_side, vision.token_side)
+        grid = tile if count == 1 else None
+        num_tokens = count * vision.tokens_per_tile
+        result.append(Picture(tiles[start : start + count], num_tokens=num_tokens, grid=grid, tile=tile))
         start += count
     return result
 
@@ -91,3 +96,26 @@ def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tenso
         mask = inner.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
         embeds = embeds.masked_scatter(mask, features)
     return embeds, torch.arange(input_ids.shape[1])[None]
+
+
+def eager_selection(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Saliency [N] FP32 and tower features [N, 4*D], as `vision_model` defines them, by the Hugging Face tower itself.
+
+    Eager attention holds all weights of a layer, so tiles come one at a time.
+    """
+    import torch
+
+    inner, ratio = model.model, model.config.downsample_ratio
+    tower = inner.vision_tower
+
+    def squares(patches_1PD: "torch.Tensor") -> "torch.Tensor":
+        side = isqrt(patches_1PD.shape[1])
+        return inner.pixel_shuffle(patches_1PD.unflatten(1, (side, side)), scale_factor=ratio).flatten(0, 2)
+
+    if not prompt.pictures:
+        return torch.empty(0), torch.empty(0, round(tower.config.hidden_size / ratio**2))
+    tiles = torch.from_numpy(np.concatenate([picture.patches for picture in prompt.pictures])).to(tower.dtype)
+    with attention_weights(tower, tower.encoder.layer[-1].attention) as weights:
+        features = torch.cat([squares(tower(tile).last_hidden_state[:, 1:]) for tile in tiles.split(1)])
+    saliency = torch.cat([squares(weights_1LL[:, 0, 1:, None]) for weights_1LL in weights]).mean(1)
+    return saliency, features

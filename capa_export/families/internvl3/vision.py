@@ -8,7 +8,7 @@ from onnxscript import OpBuilder, nn
 
 from capa_export.families.internvl3.dims import Vision as Dims
 from capa_export.graph.build import Input, Output, build_model
-from capa_export.graph.layers import LayerNorm, Linear, RMSNorm, attention, tokens_from_heads
+from capa_export.graph.layers import LayerNorm, Linear, RMSNorm, attention, class_attention, tokens_from_heads
 
 __all__ = ["vision_model"]
 
@@ -68,7 +68,8 @@ class VisionAttention(nn.Module):
         self.q_norm = RMSNorm(size, _QK_EPSILON, dtype) if dims.qk_norm else None
         self.k_norm = RMSNorm(size, _QK_EPSILON, dtype) if dims.qk_norm else None
 
-    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, x_TD: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        """[B*L, D]; `seen` gets what [CLS] pays to each token, [B, L] FP32."""
         dims = self.dims
         head_size = dims.hidden_size // dims.num_heads
         query, key, value = (project(op, x_TD) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -76,6 +77,8 @@ class VisionAttention(nn.Module):
             query, key = self.q_norm(op, query), self.k_norm(op, key)
         by_tile = [-1, dims.num_patches + 1, dims.num_heads, head_size]
         query, key, value = (op.Transpose(op.Reshape(part, by_tile), perm=[0, 2, 1, 3]) for part in (query, key, value))
+        if seen is not None:
+            seen.append(class_attention(op, query, key, head_size))
         mixed = attention(op, query, key, value, head_size)
         return self.projection_layer(op, tokens_from_heads(op, mixed, dims.hidden_size))
 
@@ -104,8 +107,8 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(dims, dtype)
         self.lambda_2 = nn.Parameter([dims.hidden_size], dtype)
 
-    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
-        mixed = self.attention(op, self.layernorm_before(op, x_TD))
+    def forward(self, op: OpBuilder, x_TD: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        mixed = self.attention(op, self.layernorm_before(op, x_TD), seen)
         x_TD = op.Add(x_TD, op.Mul(mixed, self.lambda_1))
         return op.Add(x_TD, op.Mul(self.mlp(op, self.layernorm_after(op, x_TD)), self.lambda_2))
 
@@ -117,10 +120,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([VisionBlock(dims, dtype) for _ in range(dims.depth)])
 
-    def forward(self, op: OpBuilder, x_TD: ir.Value) -> ir.Value:
-        for block in self.layer:
+    def forward(self, op: OpBuilder, x_TD: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        *earlier, last = self.layer
+        for block in earlier:
             x_TD = block(op, x_TD)
-        return x_TD
+        return last(op, x_TD, seen)
 
 
 class VisionTower(nn.Module):
@@ -133,9 +137,9 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(dims, dtype)
         self.layernorm = LayerNorm(dims.hidden_size, dims.norm_eps, dtype) if dims.final_norm else None
 
-    def forward(self, op: OpBuilder, pixel_values: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
         """[B, S*S, D]."""
-        x_TD = self.encoder(op, self.embeddings(op, pixel_values))
+        x_TD = self.encoder(op, self.embeddings(op, pixel_values), seen)
         by_tile = op.Reshape(x_TD, [-1, self.dims.num_patches + 1, self.dims.hidden_size])
         patches = op.Slice(by_tile, [1], [_END], [1])
         return patches if self.layernorm is None else self.layernorm(op, patches)
@@ -151,24 +155,39 @@ class Projector(nn.Module):
         self.linear_1 = Linear(dims.shuffled_size, dims.out_hidden_size, dtype, bias=True)
         self.linear_2 = Linear(dims.out_hidden_size, dims.out_hidden_size, dtype, bias=True)
 
-    def forward(self, op: OpBuilder, patches: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, patches: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The visual tokens, and the patches of each side by side."""
         side = self.dims.token_side
         shuffle = self.dims.side // side
         squares = op.Reshape(patches, [-1, side, shuffle, side, shuffle, self.dims.hidden_size])
         tokens = op.Reshape(op.Transpose(squares, perm=[0, 1, 3, 2, 4, 5]), [-1, self.dims.shuffled_size])
-        return self.linear_2(op, op.Gelu(self.linear_1(op, self.layer_norm(op, tokens))))
+        return self.linear_2(op, op.Gelu(self.linear_1(op, self.layer_norm(op, tokens)))), tokens
 
 
-def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
+def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """The tiles of a picture to visual tokens.
 
     Input: pixel_values [tiles, channels, height, width], as the image processor makes them. Output:
     image_features [tokens, D], tile by tile, each from top left to bottom right.
+
+    With `selection` also saliency [tokens] FP32, what [CLS] pays to each square of patches in the last block, mean over
+    heads and patches; and tower_features [tokens, 4*D], the squares before the projector. VisPruner (arXiv 2412.01818)
+    leaves open what it does on such a tower.
     """
     shape = ("tiles", dims.in_channels, dims.image_size, dims.image_size)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        patches = VisionTower(dims, dtype)(op, values["pixel_values"])
-        return [("image_features", Projector(dims, dtype)(op, patches), ("tokens", dims.out_hidden_size))]
+        seen: list[ir.Value] = []
+        patches = VisionTower(dims, dtype)(op, values["pixel_values"], seen if selection else None)
+        features, squares = Projector(dims, dtype)(op, patches)
+        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        for weights_BL in seen:
+            shuffle = dims.side // dims.token_side
+            by_square = [-1, dims.token_side, shuffle, dims.token_side, shuffle]
+            paid = op.Reshape(op.Slice(weights_BL, [1], [_END], [1]), by_square)
+            saliency = op.Reshape(op.ReduceMean(paid, [2, 4], keepdims=0), [-1])
+            outputs.append(("saliency", saliency, ("tokens",)))
+            outputs.append(("tower_features", squares, ("tokens", dims.shuffled_size)))
+        return outputs
 
     return build_model("visual", [Input("pixel_values", dtype, shape)], trace)

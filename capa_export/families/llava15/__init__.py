@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.dims import ModelDims
+from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.families.llava15.vision import vision_model
@@ -20,6 +21,7 @@ __all__ = [
     "RENAMES",
     "UNUSED",
     "eager_inputs",
+    "eager_selection",
     "model_dims",
     "pictures",
     "placeholder",
@@ -88,3 +90,23 @@ def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tenso
     features = torch.cat(list(inner.get_image_features(pixels).pooler_output)).to(embeds.dtype)
     mask = inner.get_placeholder_mask(input_ids, embeds, features[None])
     return embeds.masked_scatter(mask, features), position_ids
+
+
+def eager_selection(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Saliency [N] FP32 and tower features [N, D], as `vision_model` defines them, by the Hugging Face tower itself.
+
+    Eager attention holds all weights of a layer, so pictures come one at a time.
+    """
+    import torch
+
+    tower, config = model.model.vision_tower, model.config
+    if not prompt.pictures:
+        return torch.empty(0), torch.empty(0, config.vision_config.hidden_size)
+    # The first of the hidden states are the embeddings.
+    selected = range(len(tower.encoder.layers) + 1)[config.vision_feature_layer]
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    with attention_weights(tower, tower.encoder.layers[selected - 1].self_attn) as weights:
+        pixels = [torch.from_numpy(picture.patches) for picture in prompt.pictures]
+        seen = [tower(each, output_hidden_states=True).hidden_states[selected] for each in pixels]
+    saliency = torch.cat([weights_1SS[0, 0, first:] for weights_1SS in weights])
+    return saliency, torch.cat([x_1SD[0, first:] for x_1SD in seen])

@@ -8,7 +8,7 @@ from onnxscript import OpBuilder, nn
 
 from capa_export.families.llava15.dims import Vision as Dims
 from capa_export.graph.build import Input, Output, build_model
-from capa_export.graph.layers import LayerNorm, Linear, attention, tokens_from_heads
+from capa_export.graph.layers import LayerNorm, Linear, attention, class_attention, tokens_from_heads
 
 __all__ = ["vision_model"]
 
@@ -59,7 +59,8 @@ class VisionAttention(nn.Module):
         self.v_proj = Linear(size, size, dtype, bias=True)
         self.out_proj = Linear(size, size, dtype, bias=True)
 
-    def forward(self, op: OpBuilder, x_ND: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, x_ND: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        """[N, D]; `seen` gets what the class token pays to each position, [B, S] FP32."""
         dims = self.dims
         head_size = dims.hidden_size // dims.num_heads
         by_picture = [-1, dims.num_positions, dims.num_heads, head_size]
@@ -67,6 +68,8 @@ class VisionAttention(nn.Module):
             op.Transpose(op.Reshape(project(op, x_ND), by_picture), perm=[0, 2, 1, 3])
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if seen is not None:
+            seen.append(class_attention(op, query, key, head_size))
         mixed = attention(op, query, key, value, head_size)
         return self.out_proj(op, tokens_from_heads(op, mixed, dims.hidden_size))
 
@@ -94,8 +97,8 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = LayerNorm(dims.hidden_size, dims.layer_norm_eps, dtype)
         self.mlp = MLP(dims, dtype)
 
-    def forward(self, op: OpBuilder, x_ND: ir.Value) -> ir.Value:
-        x_ND = op.Add(x_ND, self.self_attn(op, self.layer_norm1(op, x_ND)))
+    def forward(self, op: OpBuilder, x_ND: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        x_ND = op.Add(x_ND, self.self_attn(op, self.layer_norm1(op, x_ND), seen))
         return op.Add(x_ND, self.mlp(op, self.layer_norm2(op, x_ND)))
 
 
@@ -106,10 +109,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dims, dtype) for _ in range(dims.num_run_layers)])
 
-    def forward(self, op: OpBuilder, x_ND: ir.Value) -> ir.Value:
-        for layer in self.layers:
+    def forward(self, op: OpBuilder, x_ND: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
+        *earlier, last = self.layers
+        for layer in earlier:
             x_ND = layer(op, x_ND)
-        return x_ND
+        return last(op, x_ND, seen)
 
 
 class Tower(nn.Module):
@@ -123,10 +127,10 @@ class Tower(nn.Module):
         self.pre_layrnorm = LayerNorm(dims.hidden_size, dims.layer_norm_eps, dtype)
         self.encoder = Encoder(dims, dtype)
 
-    def forward(self, op: OpBuilder, pixel_values: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
         dims = self.dims
         x_BSD = self.pre_layrnorm(op, self.embeddings(op, pixel_values))
-        x_ND = self.encoder(op, op.Reshape(x_BSD, [-1, dims.hidden_size]))
+        x_ND = self.encoder(op, op.Reshape(x_BSD, [-1, dims.hidden_size]), seen)
         if dims.keeps_class_token:
             return x_ND
         x_BSD = op.Reshape(x_ND, [-1, dims.num_positions, dims.hidden_size])
@@ -145,16 +149,28 @@ class Projector(nn.Module):
         return self.linear_2(op, op.Gelu(self.linear_1(op, x_ND)))
 
 
-def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
+def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """Pictures to visual tokens.
 
     Input: pixel_values [tiles, 3, side, side], the image processor's. Output: image_features [tokens, D], picture
     after picture, each row by row.
+
+    With `selection` also saliency [tokens] FP32, what the class token pays to each in the layer whose output is taken
+    (VisPruner, arXiv 2412.01818), mean over heads; and tower_features, that output. Where the class token goes to the
+    decoder, it is a visual token like the others: its saliency is what it pays to itself.
     """
     shape = ("tiles", dims.num_channels, dims.image_size, dims.image_size)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        features = Projector(dims, dtype)(op, Tower(dims, dtype)(op, values["pixel_values"]))
-        return [("image_features", features, ("tokens", dims.out_hidden_size))]
+        seen: list[ir.Value] = []
+        x_ND = Tower(dims, dtype)(op, values["pixel_values"], seen if selection else None)
+        outputs: list[Output] = [
+            ("image_features", Projector(dims, dtype)(op, x_ND), ("tokens", dims.out_hidden_size)),
+        ]
+        for weights_BS in seen:
+            kept = weights_BS if dims.keeps_class_token else op.Slice(weights_BS, [1], [_END], [1])
+            outputs.append(("saliency", op.Reshape(kept, [-1]), ("tokens",)))
+            outputs.append(("tower_features", x_ND, ("tokens", dims.hidden_size)))
+        return outputs
 
     return build_model("visual", [Input("pixel_values", dtype, shape)], trace)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.dims import ModelDims
+from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
-from capa_export.families.qwen25vl.dims import Vision, model_dims
+from capa_export.families.qwen25vl.dims import Vision, last_full_block, model_dims
 from capa_export.families.qwen25vl.video import video
 from capa_export.families.qwen25vl.vision import vision_model
 from capa_export.prompt import Picture, Prompt
@@ -22,6 +23,7 @@ __all__ = [
     "RENAMES",
     "UNUSED",
     "eager_inputs",
+    "eager_selection",
     "model_dims",
     "pictures",
     "placeholder",
@@ -143,3 +145,29 @@ def eager_inputs(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tenso
         kinds[mask] = kind
     position_ids, _ = inner.get_rope_index(input_ids, kinds, second_per_grid_ts=torch.tensor(seconds), **grids)
     return embeds, position_ids
+
+
+def eager_selection(model: Any, prompt: Prompt) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Saliency [N] FP32 and tower features [N, D], as `vision_model` defines them, by the Hugging Face tower itself.
+
+    Eager attention holds all weights of a frame, so pictures come one at a time.
+
+    Raises:
+        CapaError: no block of the tower sees whole frames.
+    """
+    import torch
+    from transformers.vision_utils import get_vision_window_index
+
+    tower = model.model.visual
+    merge = tower.spatial_merge_size
+    saliency, features = [torch.empty(0)], [torch.empty(0, tower.config.out_hidden_size)]
+    for picture in prompt.pictures:
+        patches, grid = tower_inputs(model, [picture])
+        block = tower.blocks[last_full_block(tower.fullatt_block_indexes, len(tower.blocks))]
+        with attention_weights(tower, block.attn) as weights:
+            features.append(tower(patches.to(tower.dtype), grid_thw=grid).pooler_output)
+        received = torch.cat([frame_1LL[0].mean(0) for frame_1LL in weights])
+        # The tower runs window by window, and puts its visual tokens back in order at the end.
+        order, _ = get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
+        saliency.append(received.unflatten(0, (-1, merge**2)).mean(1)[order.argsort()])
+    return torch.cat(saliency), torch.cat(features)

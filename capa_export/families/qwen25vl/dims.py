@@ -1,6 +1,6 @@
 """Qwen2.5-VL's dimensions, read from `config.json`, and what its vision tower costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["Vision", "VisionFlops", "expect_plain_vision_rope", "model_dims", "vision_flops"]
+__all__ = ["Vision", "VisionFlops", "expect_plain_vision_rope", "last_full_block", "model_dims", "vision_flops"]
 
 _VISION_THETA = 10_000.0
 """Rotary base of the vision tower, which the graph does not vary."""
@@ -147,6 +147,21 @@ def expect_plain_vision_rope(vision: Section) -> None:
     rope = vision.section("rope_parameters") if vision.data.get("rope_parameters") is not None else vision
     rope.expect("rope_type", "axial")
     rope.expect("rope_theta", _VISION_THETA)
+
+
+def last_full_block(fullatt_block_indexes: Iterable[int], depth: int) -> int:
+    """The last block in which all patches of a frame attend to each other: the tower's last, as published.
+
+    Raises:
+        CapaError: there is none.
+    """
+    block = max((index for index in fullatt_block_indexes if index < depth), default=None)
+    if block is None:
+        raise CapaError(
+            "vision_config.fullatt_block_indexes: names no block, so the vision tower's attention compares no whole "
+            "pictures; choose a selector that does not read it, or prune inside the decoder"
+        )
+    return block
 
 
 def vision_flops(dims: Vision, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:

@@ -13,13 +13,30 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.families.qwen25vl.dims import Vision as Dims
+from capa_export.families.qwen25vl.dims import last_full_block
 from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.functions import function
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, tokens_from_heads
 from capa_export.graph.rotary import rotary_frequencies
 
 __all__ = ["Layout", "PatchEmbed", "VisionAttention", "rotary_angles", "vision_model"]
 
 _EPSILON = 1e-6
+
+_RECEIVED_ATTENTION = function("""
+ReceivedAttention <scale> (query, key) => (received) {
+    # Softmax weight of each key, mean over the heads and queries that are given [G, L], all of it in FP32.
+    query_GHLd = Cast <to = 1> (query)
+    key_GHLd = Cast <to = 1> (key)
+    scale_factor = Constant <value_float: float = @scale> ()
+    scaled_GHLd = Mul (query_GHLd, scale_factor)
+    key_GHdL = Transpose <perm = [0, 1, 3, 2]> (key_GHLd)
+    logits_GHLL = MatMul (scaled_GHLd, key_GHdL)
+    weights_GHLL = Softmax <axis = -1> (logits_GHLL)
+    heads_and_queries = Constant <value_ints = [1, 2]> ()
+    received = ReduceMean <keepdims = 0> (weights_GHLL, heads_and_queries)
+}
+""")
 
 
 @dataclass(frozen=True)
@@ -68,13 +85,15 @@ class Windows:
 class VisionAttention(nn.Module):
     """Attention within each group of patches."""
 
-    def __init__(self, size: int, num_heads: int, dtype: ir.DataType) -> None:
+    def __init__(self, size: int, num_heads: int, dtype: ir.DataType, *, query_parts: int = 1) -> None:
+        """`query_parts` divides the length of every group: how many parts of it are scored one after the other."""
         super().__init__()
-        self.size, self.num_heads = size, num_heads
+        self.size, self.num_heads, self.query_parts = size, num_heads, query_parts
         self.qkv = Linear(self.size, 3 * self.size, dtype, bias=True)
         self.proj = Linear(self.size, self.size, dtype, bias=True)
 
-    def forward(self, op: OpBuilder, x_ND: ir.Value, layout: Layout) -> ir.Value:
+    def forward(self, op: OpBuilder, x_ND: ir.Value, layout: Layout, seen: list[ir.Value] | None = None) -> ir.Value:
+        """[N, D]; `seen` gets what each patch of a group is paid by the group, [groups, L] FP32, mean over queries."""
         head_size = self.size // self.num_heads
         by_group = op.Concat(op.Shape(layout.cos, start=0, end=2), [self.num_heads, head_size], axis=0)
         query, key, value = (
@@ -82,8 +101,24 @@ class VisionAttention(nn.Module):
             for part in op.Split(self.qkv(op, x_ND), axis=1, num_outputs=3, _outputs=3)
         )
         query, key = (op.RotaryEmbedding(part, layout.cos, layout.sin) for part in (query, key))
+        if seen is not None:
+            seen.append(self._received(op, query, key))
         mixed = attention(op, query, key, value, head_size, mask=layout.mask)
         return self.proj(op, tokens_from_heads(op, mixed, self.size))
+
+    def _received(self, op: OpBuilder, query: ir.Value, key: ir.Value) -> ir.Value:
+        """Head by head and a part of the queries at a time, as all L*L weights at once are too many."""
+        heads, parts = self.num_heads, self.query_parts
+        queries, keys = (op.Split(x, axis=1, num_outputs=heads, _outputs=heads) for x in (query, key))
+        scale = (self.size // heads) ** -0.5
+        means = [
+            op.call(_RECEIVED_ATTENTION, part, head_key, scale=scale)
+            for head_query, head_key in zip(queries, keys, strict=True)
+            for part in op.Split(head_query, axis=2, num_outputs=parts, _outputs=parts)
+        ]
+        total_GL = op.Sum(*means)
+        total_GL.dtype = ir.DataType.FLOAT
+        return op.Mul(total_GL, 1 / len(means))
 
 
 class VisionBlock(nn.Module):
@@ -93,17 +128,26 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.size, self.windowed = dims.hidden_size, windowed
         self.norm1 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
-        self.attn = VisionAttention(dims.hidden_size, dims.num_heads, dtype)
+        parts = dims.spatial_merge_size**2
+        self.attn = VisionAttention(dims.hidden_size, dims.num_heads, dtype, query_parts=parts)
         self.norm2 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
         self.mlp = GatedMLP(dims.hidden_size, dims.intermediate_size, dtype, bias=True)
 
-    def forward(self, op: OpBuilder, x_ND: ir.Value, whole: Layout, windows: Windows, windowed: Layout) -> ir.Value:
+    def forward(
+        self,
+        op: OpBuilder,
+        x_ND: ir.Value,
+        whole: Layout,
+        windows: Windows,
+        windowed: Layout,
+        seen: list[ir.Value] | None = None,
+    ) -> ir.Value:
         normed = self.norm1(op, x_ND)
         if self.windowed:
             mixed = self.attn(op, windows.split(op, normed, self.size), windowed)
             x_ND = op.Add(x_ND, windows.join(op, mixed, self.size))
         else:
-            x_ND = op.Add(x_ND, self.attn(op, normed, whole))
+            x_ND = op.Add(x_ND, self.attn(op, normed, whole, seen))
         return op.Add(x_ND, self.mlp(op, self.norm2(op, x_ND)))
 
 
@@ -156,14 +200,15 @@ class Vision(nn.Module):
         )
         self.merger = Merger(dims, dtype)
 
-    def forward(self, op: OpBuilder, pixel_values: ir.Value) -> ir.Value:
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, seen: list[ir.Value] | None = None) -> ir.Value:
         dims = self.dims
         side = dims.window_size // dims.spatial_merge_size // dims.patch_size
         windows = Windows(op, pixel_values, side, dims.spatial_merge_size**2)
         whole, windowed = self._layouts(op, windows)
         x_ND = self.patch_embed(op, op.Reshape(pixel_values, [-1, dims.patch_values]))
-        for block in self.blocks:
-            x_ND = block(op, x_ND, whole, windows, windowed)
+        scoring = None if seen is None else last_full_block(dims.fullatt_block_indexes, dims.depth)
+        for index, block in enumerate(self.blocks):
+            x_ND = block(op, x_ND, whole, windows, windowed, seen if index == scoring else None)
         return self.merger(op, x_ND)
 
     def _layouts(self, op: OpBuilder, windows: Windows) -> tuple[Layout, Layout]:
@@ -216,16 +261,29 @@ def rotary_angles(op: OpBuilder, sides: Sequence[ir.Value], head_size: int, merg
     return op.Reshape(op.Concat(row, col, axis=-1), [-1, 2 * quarter])
 
 
-def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
+def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """Pictures of one size, or the frame pairs of a video, to visual tokens.
 
     Input: pixel_values [F, R, C, M, values], the image processor's patches with their grid as the shape. Output:
     image_features [F*R*C, D], in the order of the picture.
+
+    With `selection` also saliency [F*R*C] FP32, the attention that each unit receives in the last block that sees
+    whole frames, mean over heads, queries of its frame, and patches (VisPruner, arXiv 2412.01818, as LightCompress has
+    it for this tower); and tower_features, the visual tokens again.
+
+    Raises:
+        CapaError: `selection`, and no block sees whole frames.
     """
     shape = ("frames", "rows", "cols", dims.spatial_merge_size**2, dims.patch_values)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        features = Vision(dims, dtype)(op, values["pixel_values"])
-        return [("image_features", features, ("tokens", dims.out_hidden_size))]
+        seen: list[ir.Value] = []
+        features = Vision(dims, dtype)(op, values["pixel_values"], seen if selection else None)
+        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        for paid in seen:
+            by_unit = op.Reshape(paid, [-1, dims.spatial_merge_size**2])
+            outputs.append(("saliency", op.ReduceMean(by_unit, [1], keepdims=0), ("tokens",)))
+            outputs.append(("tower_features", op.Identity(features), ("tokens", dims.out_hidden_size)))
+        return outputs
 
     return build_model("visual", [Input("pixel_values", dtype, shape)], trace)

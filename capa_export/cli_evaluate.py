@@ -1,0 +1,129 @@
+"""The command that measures methods on questions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capa_export.cli_options import (
+    CalibrationOpt,
+    CheckpointOpt,
+    ImagesOpt,
+    JsonOpt,
+    RayOpt,
+    RevisionOpt,
+    SamplesOpt,
+    TrustOpt,
+    WorkersOpt,
+)
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "-d", help="A .jsonl file of pictures, questions and answers, or the folder of a dataset."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the answers; what is there is not asked again.")],
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle, in place of --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")
+    ] = None,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As capa@2:0.75, divprune:0.9/full or divprune:0.5+capa@4:0.9: selector, layer, fraction removed, and "
+            "what becomes of linear visual FFNs (scale, full, skip, per-image, eta=0.97); may be given several times "
+            "[default: the recipe's]."
+        ),
+    ] = None,
+    selector: Annotated[list[str] | None, typer.Option(help="With each --layer, --ratio and --ffn: a method.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="May be given several times [default: the selector's].")
+    ] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="May be given several times [default: the recipe's].")
+    ] = None,
+    ffn: Annotated[list[str] | None, typer.Option(help="May be given several times [default: scale].")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="mmbench, vqav2, textvqa, gqa, pope or plain [default: told by the dataset's columns]."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of the dataset, where it has several.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Said behind every question [default: the benchmark's usual one].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows, drawn at random [default: all].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows drawn, and of the intervals.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    calibration: CalibrationOpt = None,
+    images: ImagesOpt = None,
+    samples: SamplesOpt = None,
+    workers: WorkersOpt = None,
+    ray: RayOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compare methods with the dense model on questions whose answers are known."""
+    if (bundle is None) == (model is None):
+        raise CapaError("evaluate takes a bundle, or --model: one of them", ExitCode.USAGE)
+    if bundle is not None and any((checkpoint, revision, calibration, images, samples)):
+        raise CapaError(
+            "a bundle runs as it is: --checkpoint, --revision, --calibration, --images and --samples are for --model",
+            ExitCode.USAGE,
+        )
+    if method and (selector or layer or ratio or ffn):
+        raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
+    from capa_export.bundle import Bundle
+    from capa_export.cli_stages import recipe_from
+    from capa_export.evaluate.questions import questions_from
+    from capa_export.evaluate.stage import MAX_SKIPPED
+    from capa_export.evaluate.stage import evaluate as ask
+    from capa_export.evaluate.subject import bundle_subject, eager_subject, methods_from, product
+    from capa_export.job import Job
+    from capa_export.progress import progress
+    from capa_export.recipe import recipe_of
+    from capa_export.spread import Workers
+
+    opened = Bundle(out / "calibration") if bundle is None else Bundle.open(bundle)
+    recipe = recipe_of(opened.manifest, opened.folder) if model is None else recipe_from(model)
+    methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
+    questions = questions_from(data, benchmark=benchmark, split=split, instruction=instruction, limit=limit, seed=seed)
+    spread = Workers(count=workers, ray=ray)
+    with progress() as report:
+        if bundle is None:
+            job = Job(
+                recipe=recipe,
+                bundle=opened,
+                checkpoint=checkpoint or recipe.checkpoint,
+                revision=revision,
+                images=images,
+                calibration=calibration,
+                samples=samples,
+                workers=spread,
+                trust_remote_code=trust_remote_code,
+                report=report,
+            )
+            subject = eager_subject(job, methods, max_new_tokens)
+        else:
+            subject = bundle_subject(opened, methods, max_new_tokens, trust_remote_code=trust_remote_code)
+        found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        from capa_export.evaluate.table import evaluation_table
+
+        evaluation_table(found)
+    asked = found.questions + len(found.skipped)
+    if found.skipped:
+        first = "; ".join(f"row {entry.row}: {entry.reason}" for entry in found.skipped[:3])
+        words = f"{data}: {len(found.skipped)} of {asked} rows were skipped: {first}"
+        if len(found.skipped) > MAX_SKIPPED * asked:
+            raise CapaError(f"{words}; repair the data, since more than 1 % makes the figures another benchmark's")
+        typer.echo(f"warning: {words}", err=True)

@@ -1,0 +1,65 @@
+"""The command that shows what every selector makes of a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capa_export.cli_options import BundleArg, CheckpointOpt, JsonOpt, RevisionOpt, TrustOpt
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["explain"]
+
+
+def explain(
+    bundle: BundleArg,
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file [default: explain.html in BUNDLE].")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As `evaluate` takes it, beside dense and the bundle's own; may be given several times [default: "
+            "every selector at the bundle's ratio]."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer that is looked at [default: the bundle's first].")
+    ] = None,
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Draw what each selector keeps of a picture, what CAPA sees in it, and the answers, as an HTML page."""
+    page = bundle / "explain.html" if out is None else out
+    if page.is_dir():
+        raise CapaError(f"--out {page}: is a folder; name the HTML file in it", ExitCode.USAGE)
+    from capa_export.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if not page.parent.is_dir():
+        raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
+    from capa_export.explain.page import write_page
+    from capa_export.explain.stage import explain as explained
+    from capa_export.job import Job
+    from capa_export.progress import progress
+
+    with progress() as report:
+        job = Job.of_bundle(
+            opened,
+            checkpoint=checkpoint,
+            revision=revision,
+            images=None,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
+        found, surfaces = explained(job, image, prompt, method or [], layer=layer, max_new_tokens=max_new_tokens)
+    try:
+        write_page(page, found, surfaces)
+    except OSError as error:
+        raise CapaError(f"{page}: {error.strerror}; choose another --out") from error
+    print(found.model_dump_json(indent=2) if as_json else page)

@@ -1,0 +1,72 @@
+"""The command that finds a schedule for a budget."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capa_export.cli_options import CalibrationOpt, CheckpointOpt, ImagesOpt, JsonOpt, ModelOpt, RevisionOpt, TrustOpt
+from capa_export.errors import CapaError, ExitCode
+
+__all__ = ["tune"]
+
+
+def tune(
+    model: ModelOpt,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="FLOPs of the decoder's prefill, text included: a fraction of dense, as 0.25, or of a "
+            "prompt, as 2.5e12."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe that is written, a .toml file.")],
+    checkpoint: CheckpointOpt = None,
+    revision: RevisionOpt = None,
+    images: ImagesOpt = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples to tune on.")] = 128,
+    calibration: CalibrationOpt = None,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find the schedule that agrees best with the dense model within a budget."""
+    from tempfile import TemporaryDirectory
+
+    from capa_export.bundle import Bundle
+    from capa_export.cli_stages import check_places, recipe_from
+    from capa_export.job import Job
+    from capa_export.progress import progress
+
+    recipe = recipe_from(model)
+    if out.suffix != ".toml":
+        raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
+    check_places(out)
+    from capa_export.tune.recipe_file import write_recipe
+    from capa_export.tune.stage import tune as find
+
+    with progress() as report, TemporaryDirectory() as scratch:
+        job = Job(
+            recipe=recipe,
+            bundle=Bundle(Path(scratch)),
+            checkpoint=checkpoint or recipe.checkpoint,
+            revision=revision,
+            images=images,
+            calibration=calibration,
+            samples=samples,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
+        tuned, found = find(job, budget, samples)
+    best = next(row for row in found.finalists if row.method == found.chosen)
+    figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
+    write_recipe(
+        out, tuned, f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}"
+    )
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        from capa_export.tune.table import tuning_table
+
+        tuning_table(found)

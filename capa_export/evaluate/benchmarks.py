@@ -1,0 +1,123 @@
+"""How the rows of known benchmarks are laid out, asked and scored."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from capa_export.errors import CapaError
+from capa_export.evaluate.metrics import Metric
+
+__all__ = ["BENCHMARKS", "PLAIN", "Benchmark", "benchmark_of"]
+
+_ONE_WORD = "Answer the question using a single word or phrase."
+_LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Rows as lmms-lab and the benchmarks' authors publish them; the instructions are LLaVA-1.5's."""
+
+    name: str
+    columns: Collection[str]
+    """Those that tell it from the others."""
+    metric: Metric
+    instruction: str = ""
+    """Said behind every question."""
+    kinds: Sequence[str] = ()
+    """Columns that may hold what figures are broken down by; the first that does is taken."""
+
+    def asked(self, row: Mapping[str, Any]) -> str:
+        """The question with what belongs to it, without the instruction."""
+        hint = [_text(row.get("hint"))] if self.metric == "option" else []
+        options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options(row), strict=False)]
+        return "\n".join(part for part in (*hint, row["question"].strip(), *options) if part)
+
+    def answers(self, row: Mapping[str, Any]) -> list[str]:
+        """All that are right; none where the row keeps them secret."""
+        given = row.get("answers")
+        if given is None:
+            given = [] if row.get("answer") is None else [row["answer"]]
+        if not isinstance(given, list):
+            raise CapaError("answers: must be a list")
+        found = [_text(answer["answer"] if isinstance(answer, dict) else answer) for answer in given]
+        return [answer for answer in found if answer]
+
+    def options(self, row: Mapping[str, Any]) -> list[str]:
+        """Of a multiple-choice question, in the columns A, B, ... or in a list; none for the others."""
+        if self.metric != "option":
+            return []
+        given = row.get("options") or [row.get(letter) for letter in ascii_uppercase]
+        texts = [_text(option) for option in given]
+        return texts[: texts.index("")] if "" in texts else texts
+
+    def kind_of(self, row: Mapping[str, Any]) -> str:
+        for name in self.kinds:
+            value: Any = row
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None:
+                return str(value)
+        return ""
+
+
+def _text(value: object) -> str:
+    """Empty for what tables have where there is nothing."""
+    text = "" if value is None else str(value).strip()
+    return "" if text == "nan" else text
+
+
+PLAIN = Benchmark(name="plain", columns={"question"}, metric="exact", kinds=("kind", "category"))
+"""Questions of one's own."""
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="mmbench",
+            columns={"question", "answer", "A", "B"},
+            metric="option",
+            instruction=_LETTER,
+            kinds=("category",),
+        ),
+        Benchmark(
+            name="vqav2",
+            columns={"question", "answers", "multiple_choice_answer"},
+            metric="vqa",
+            instruction=_ONE_WORD,
+            kinds=("answer_type",),
+        ),
+        Benchmark(
+            name="textvqa", columns={"question", "answers", "image_classes"}, metric="vqa", instruction=_ONE_WORD
+        ),
+        Benchmark(
+            name="gqa",
+            columns={"question", "answer", "imageId"},
+            metric="exact",
+            instruction=_ONE_WORD,
+            kinds=("types.structural",),
+        ),
+        Benchmark(
+            name="pope",
+            columns={"question", "answer", "image_source"},
+            metric="pope",
+            instruction=_ONE_WORD,
+            kinds=("category",),
+        ),
+        PLAIN,
+    )
+}
+"""By name; the first whose columns a table has is the one that it is."""
+
+
+def benchmark_of(columns: Collection[str], data: Path) -> Benchmark:
+    """The one with such columns.
+
+    Raises:
+        CapaError: none has.
+    """
+    for benchmark in BENCHMARKS.values():
+        if set(benchmark.columns) <= set(columns):
+            return benchmark
+    raise CapaError(f"{data}: asks nothing: it has no column 'question', but {', '.join(sorted(columns))}")

@@ -1,0 +1,68 @@
+"""Answers of a bundle's graphs on ONNX Runtime, at any ratio of the schedule that they were exported with."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from capa_export.answer import runtime_errors
+from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_prompter
+from capa_export.evaluate.answers import Answer, Ask, asking, kl_divergence, longest
+from capa_export.evaluate.questions import Question
+from capa_export.job import ONNX, eos_token_ids
+from capa_export.methods import Method
+from capa_export.prompt import Prompt
+from capa_export.recipe import recipe_of
+from capa_export.runtime import OnnxModel, greedy
+
+__all__ = ["BundleAnswers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleAnswers:
+    """Opens the graphs where it is called, which gives what answers there."""
+
+    folder: Path
+    methods: Mapping[str, Method]
+    max_new_tokens: int
+    trust_remote_code: bool = False
+
+    def __call__(self) -> Ask:
+        return asking(_Opened(self).answers)
+
+
+class _Opened:
+    def __init__(self, given: BundleAnswers) -> None:
+        self.given = given
+        bundle = Bundle.open(given.folder)
+        self.prune = recipe_of(bundle.manifest, bundle.folder).prune
+        self.prompter = bundled_prompter(bundle, trust_remote_code=given.trust_remote_code)
+        self.model = OnnxModel(given.folder / ONNX, threads=int(os.environ.get("OMP_NUM_THREADS", "0")))
+        self.stop = eos_token_ids(given.folder / ONNX / "llm")
+
+    def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
+        prompt = self.prompter.chat(question.opened())
+        keeps = {name: self._keep(self.given.methods[name], prompt) for name in wanted}
+        with runtime_errors(prompt.num_visual):
+            self.model.load(prompt)
+            embeds = self.model.embed(prompt)
+            everything = [prompt.num_visual] * len(self.prune.schedule)
+            dense = self.model.prefill(prompt, everything, embeds)
+            answers: list[Answer] = []
+            for name in wanted:
+                run = dense if keeps[name] == everything else self.model.prefill(prompt, keeps[name], embeds)
+                limit = longest(self.prompter, prompt, self.given.max_new_tokens)
+                steps = greedy(self.model, [prompt], [run], self.stop, limit)
+                tokens = [token for step in steps for token in step if token is not None]
+                text = self.prompter.decode(tokens).strip()
+                kl = kl_divergence(dense.logits, run.logits)
+                answers.append(Answer(name, text, len(tokens), keeps[name][-1], prompt.num_visual, kl))
+        return answers
+
+    def _keep(self, method: Method, prompt: Prompt) -> list[int]:
+        """Visual tokens after each stage; dense keeps them all."""
+        prune = method.prune(self.prune.min_keep_per_image)
+        if prune is None:
+            return [prompt.num_visual] * len(self.prune.schedule)
+        return prune.num_keep(prompt.image_lengths)

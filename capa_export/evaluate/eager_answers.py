@@ -1,0 +1,134 @@
+"""Answers of the Hugging Face model itself, dense and pruned, in FP32.
+
+T = prompt tokens, D = hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capa_export.calibrate import watching_ffns
+from capa_export.calibration import Calibration
+from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.evaluate.answers import DENSE, Answer, Ask, asking, kl_divergence, longest
+from capa_export.evaluate.questions import Question
+from capa_export.job import Job, eos_token_ids
+from capa_export.methods import Method
+from capa_export.prompt import Prompt
+
+__all__ = ["EagerAnswers", "EagerMethods"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagerAnswers:
+    """Opens the model where it is called, which gives what answers there."""
+
+    job: Job
+    methods: Mapping[str, Method]
+    calibration: Calibration | None
+    """None where no method puts a scale in a visual FFN's place."""
+    max_new_tokens: int
+
+    def __call__(self) -> Ask:
+        return asking(EagerMethods(self).answers)
+
+
+class EagerMethods:
+    """The opened model, and what each method does with a prompt."""
+
+    def __init__(self, given: EagerAnswers) -> None:
+        self.given, self.job = given, given.job
+        self.eager = Eager(self.job.eager_model)
+        self.stop = set(eos_token_ids(self.job.source.checkpoint.folder))
+        chosen = [stage.chosen for method in given.methods.values() for stage in method.stages]
+        # What all methods together read of a prompt.
+        self.every = EagerPlan(keep=dict.fromkeys(range(len(chosen)), 0), selectors=dict(enumerate(chosen)))
+
+    @torch.inference_mode()
+    def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
+        prompt = self.job.prompter.chat(question.opened())
+        methods = {name: self.given.methods[name] for name in wanted}
+        keeps = {name: self.num_keep(method, prompt) for name, method in methods.items()}
+        inputs = self.inputs(prompt)
+        dense, cosines = self.dense(prompt, inputs)
+        return [
+            self._answer(name, prompt, inputs, self.plan(method, keeps[name], cosines), dense)
+            for name, method in methods.items()
+        ]
+
+    def inputs(self, prompt: Prompt) -> EagerInputs:
+        """What the decoder and the selectors of all methods read."""
+        return inputs_for(self.every, self.job.family, self.job.eager_model, prompt)
+
+    def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[Prefill, dict[int, float]]:
+        """The prefill of all tokens, and how linear each layer is for them."""
+        is_visual = torch.from_numpy(prompt.is_visual)
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        with watching_ffns(self.eager.text.layers, seen):
+            run = self.eager.prefill(inputs, is_visual, EagerPlan())
+        return run, {layer: _cosine(x_TD, y_TD, is_visual) for layer, (x_TD, y_TD) in seen.items()}
+
+    def num_keep(self, method: Method, prompt: Prompt) -> dict[int, int]:
+        """Layer -> visual tokens kept.
+
+        Raises:
+            CapaError: fewer than a selector can choose.
+        """
+        prune = method.prune(self.job.recipe.prune.min_keep_per_image)
+        if prune is None:
+            return {}
+        counts = prune.num_keep(prompt.image_lengths)
+        return {stage.layer: count for stage, count in zip(prune.schedule, counts, strict=True)}
+
+    def plan(self, method: Method, keep: Mapping[int, int], cosines: Mapping[int, float]) -> EagerPlan:
+        """Of a method, on a prompt of which `num_keep` and `dense` say this."""
+        return EagerPlan(
+            keep=keep,
+            scales=self._scales(method, cosines),
+            selectors={stage.layer: stage.chosen for stage in method.stages},
+            min_keep_per_image=self.job.recipe.prune.min_keep_per_image,
+        )
+
+    def _scales(self, method: Method, cosines: Mapping[int, float]) -> dict[int, Tensor]:
+        """Layer -> what stands for the FFN of visual tokens: alpha [D], or 1 where it is left out."""
+        calibration = self.given.calibration
+        if method.ffn == "full" or calibration is None:
+            return {}
+        eta = method.ffn_settings(self.job.recipe.ffn).eta
+        if method.ffn == "per-image":
+            linear = [layer for layer, cosine in cosines.items() if cosine > eta]
+        else:
+            linear = calibration.linear_layers(eta)
+        alphas = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
+        return {layer: torch.ones_like(alpha) for layer, alpha in alphas.items()} if method.ffn == "skip" else alphas
+
+    def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: Prefill) -> Answer:
+        run = dense if name == DENSE else self.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
+        first_V = run.logits
+        tokens = self.greedy(run, longest(self.job.prompter, prompt, self.given.max_new_tokens))
+        return Answer(
+            method=name,
+            text=self.job.prompter.decode(tokens).strip(),
+            tokens=len(tokens),
+            kept=list(plan.keep.values())[-1] if plan.keep else prompt.num_visual,
+            visual=prompt.num_visual,
+            kl=kl_divergence(dense.logits, first_V),
+        )
+
+    def greedy(self, run: Prefill, limit: int) -> list[int]:
+        """The likeliest tokens, without the one that ends the answer."""
+        tokens: list[int] = []
+        logits = run.logits
+        while (token := int(logits.argmax())) not in self.stop:
+            tokens.append(token)
+            if len(tokens) == limit:
+                break
+            logits = self.eager.step(run, token, run.next_position + len(tokens) - 1)
+        return tokens
+
+
+def _cosine(x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> float:
+    """Mean over the visual tokens, as a calibration takes it."""
+    return float(torch.nn.functional.cosine_similarity(x_TD[is_visual], y_TD[is_visual], dim=-1).double().mean())

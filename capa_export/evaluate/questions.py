@@ -1,0 +1,222 @@
+"""Questions about pictures with their right answers: lines of a .jsonl file, or rows of a Hugging Face dataset."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from capa_export.conversation import Message, Messages
+from capa_export.errors import CapaError, ExitCode
+from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
+from capa_export.evaluate.folders import Table, open_folder
+from capa_export.evaluate.metrics import VQA_ANSWERS
+from capa_export.prompt import Turn, open_picture
+from capa_export.settings import first_problem
+
+__all__ = ["Encoded", "Question", "Questions", "questions_from"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A picture file's bytes, so that a question travels to where it is asked."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A conversation up to a question."""
+
+    id: str
+    turns: Sequence[tuple[str, Sequence[str | Encoded]]]
+    """Role and content of each."""
+    answers: Sequence[str]
+    """Any of them is right; a metric may count them. None where nobody knows one."""
+    kind: str = ""
+    """What the figures are broken down by."""
+    options: Sequence[str] = ()
+    """Of a multiple-choice question, A first; its answer is a letter."""
+
+    def digest(self) -> str:
+        """Of what is asked; the right answers have no part in what a model says."""
+        digest = hashlib.sha256()
+        for role, content in self.turns:
+            for part in (role, *content):
+                data = part.data if isinstance(part, Encoded) else part.encode()
+                digest.update(f"{type(part).__name__} {len(data)} ".encode() + data)
+        return digest.hexdigest()
+
+    def opened(self) -> list[Turn]:
+        """The conversation with its pictures decoded.
+
+        Raises:
+            CapaError: one of them does not decode.
+        """
+        return [
+            Turn(
+                role,
+                [open_picture(Path(part.name), part.data) if isinstance(part, Encoded) else part for part in content],
+            )
+            for role, content in self.turns
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is asked, read row by row."""
+
+    name: str
+    """For people: the file or folder, and the part of it."""
+    benchmark: Benchmark
+    rows: Sequence[int]
+    """Of the whole file or folder."""
+    read: Callable[[int], Question]
+    """Of a row; raises CapaError where it cannot be asked."""
+
+
+def questions_from(
+    data: Path,
+    *,
+    benchmark: str | None = None,
+    split: str | None = None,
+    instruction: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Questions:
+    """The rows of a .jsonl file, or of a dataset's folder.
+
+    Args:
+        data: lines as `{"image": ..., "question": ..., "answer": ...}` or `{"messages": [...], "answer": ...}`, paths
+            relative to the file; or what `save_to_disk` wrote; or a snapshot of parquet files.
+        benchmark: how to read and score the rows; None to tell by the columns.
+        split: part of a folder that has several.
+        instruction: said behind every question; None for the benchmark's own.
+        limit: so many rows, drawn at random; those of a smaller limit are among them.
+        seed: of the draw.
+
+    Raises:
+        CapaError: there is nothing to read, or it is not told what of it.
+    """
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise CapaError(f"unknown benchmark {benchmark!r}; known: {', '.join(BENCHMARKS)}", ExitCode.USAGE)
+    if data.suffix == ".jsonl":
+        if split is not None:
+            raise CapaError("--split is for folders of datasets; a .jsonl file has no parts", ExitCode.USAGE)
+        lines = _lines(data)
+        chosen = PLAIN if benchmark is None else BENCHMARKS[benchmark]
+        count, name = len(lines), str(data)
+        read = partial(_of_line, data, lines, chosen, _instruction(chosen, instruction))
+    elif data.is_dir():
+        table = open_folder(data, split)
+        chosen = benchmark_of(table.columns, data) if benchmark is None else BENCHMARKS[benchmark]
+        if missing := sorted(set(chosen.columns) - set(table.columns)):
+            raise CapaError(
+                f"{data}: is no {chosen.name}: it has no column {missing[0]!r}, but {', '.join(sorted(table.columns))}"
+            )
+        count, name = len(table), table.name
+        read = partial(_of_row, table, chosen, _instruction(chosen, instruction))
+    else:
+        raise CapaError(f"{data}: no .jsonl file and no folder of a dataset", ExitCode.USAGE)
+    rows = np.random.default_rng(seed).permutation(count)[:limit] if limit is not None else np.arange(count)
+    return Questions(name=name, benchmark=chosen, rows=sorted(rows.tolist()), read=read)
+
+
+def _instruction(benchmark: Benchmark, given: str | None) -> str:
+    return benchmark.instruction if given is None else given
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Line numbers and lines, without blank ones."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CapaError(f"{path}: is no text file: {error}") from error
+    if not (found := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
+        raise CapaError(f"{path}: holds no question; write one per line")
+    return found
+
+
+def _of_line(
+    path: Path, lines: Sequence[tuple[int, str]], benchmark: Benchmark, instruction: str, index: int
+) -> Question:
+    number, line = lines[index]
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise TypeError("is no object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CapaError(f"line {number}: is no JSON object: {error}") from error
+    named = row.get("id", f"line {number}")
+    if "messages" in row:
+        turns = _turns(row["messages"], path.parent, instruction)
+        return _question(row, benchmark, named, turns)
+    files = row.get("images", [row["image"]] if row.get("image") else [])
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise CapaError("images: must be a list of paths")
+    return _question(
+        row, benchmark, named, _one_turn(row, benchmark, [_file(path.parent / file) for file in files], instruction)
+    )
+
+
+def _of_row(table: Table, benchmark: Benchmark, instruction: str, index: int) -> Question:
+    row = table.row(index)
+    named = next((row[name] for name in ("question_id", "id", "index") if row.get(name) is not None), f"row {index}")
+    pictures = [Encoded(f"{named}", data) for data in table.pictures(row)]
+    return _question(row, benchmark, named, _one_turn(row, benchmark, pictures, instruction))
+
+
+def _one_turn(
+    row: dict[str, Any], benchmark: Benchmark, pictures: Sequence[Encoded], instruction: str
+) -> Sequence[tuple[str, Sequence[str | Encoded]]]:
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise CapaError("asks no question")
+    text = "\n".join(part for part in (benchmark.asked(row), instruction) if part)
+    return [("user", [*pictures, text])]
+
+
+def _turns(messages: object, folder: Path, instruction: str) -> Sequence[tuple[str, Sequence[str | Encoded]]]:
+    try:
+        said = TypeAdapter(Messages).validate_python(messages)
+    except ValidationError as error:
+        raise CapaError(f"messages: {first_problem(error, Message)}") from error
+    if any(part.type == "video" for message in said for part in message.content):
+        raise CapaError("shows a video; give some of its frames as pictures")
+    turns: list[tuple[str, Sequence[str | Encoded]]] = [
+        (message.role, [part.text if part.type == "text" else _file(folder / part.path) for part in message.content])
+        for message in said
+    ]
+    if instruction:
+        turns[-1] = (turns[-1][0], [*turns[-1][1], f"\n{instruction}"])
+    return turns
+
+
+def _file(path: Path) -> Encoded:
+    try:
+        return Encoded(str(path), path.read_bytes())
+    except FileNotFoundError as error:
+        raise CapaError(f"{path}: no such picture") from error
+    except OSError as error:
+        raise CapaError(f"{path}: {error.strerror}") from error
+
+
+def _question(
+    row: dict[str, Any], benchmark: Benchmark, named: object, turns: Sequence[tuple[str, Sequence[str | Encoded]]]
+) -> Question:
+    if not any(isinstance(part, Encoded) for _, content in turns for part in content):
+        raise CapaError("shows no picture")
+    answers = benchmark.answers(row)
+    if benchmark.metric == "vqa" and answers and len(answers) != VQA_ANSWERS:
+        raise CapaError(f"has {len(answers)} answers, and VQA accuracy is of {VQA_ANSWERS}")
+    options = benchmark.options(row)
+    if benchmark.metric == "option" and not options:
+        raise CapaError("has no options")
+    return Question(id=str(named), turns=turns, answers=answers, kind=str(benchmark.kind_of(row)), options=options)

@@ -1,0 +1,88 @@
+"""From answers to figures: means, intervals, and paired differences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from capa_export.evaluate.answers import DENSE, Answer
+from capa_export.evaluate.metrics import METRICS, Metric, says_yes, yes_no_figures
+from capa_export.evaluate.questions import Question
+from capa_export.evaluate.schema import Scored
+from capa_export.parity.schema import Rate
+from capa_export.parity.statistics import paired_bootstrap, wilson
+
+__all__ = ["Answered", "scored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question, and what each method says to it."""
+
+    question: Question
+    answers: Mapping[str, Answer]
+
+
+def scored(answered: Sequence[Answered], methods: Sequence[str], metric: Metric, seed: int) -> Iterator[Scored]:
+    """Every method's figures, of at least one question.
+
+    Args:
+        answered: by all methods.
+        methods: dense first.
+        metric: the benchmark's.
+        seed: of the intervals' resamples.
+    """
+    known = [entry for entry in answered if entry.question.answers]
+    scores = {method: [_score(entry, method, metric) for entry in known] for method in methods}
+    first = next((method for method in methods if method != DENSE), None)
+    for method in methods:
+        own = scores[method]
+        said = [entry.answers[method] for entry in answered]
+        found = Scored(method=method, kept=fmean(answer.kept / answer.visual for answer in said))
+        if method != DENSE:
+            same = [entry.answers[method].text == entry.answers[DENSE].text for entry in answered]
+            found = found.model_copy(update={"same_answer": wilson(same), "kl": fmean(answer.kl for answer in said)})
+        if known:
+            compared = {"to_dense": DENSE, "to_first": first}
+            found = found.model_copy(
+                update={
+                    "score": _mean(own, seed),
+                    "exact": _mean([_score(entry, method, "exact") for entry in known], seed)
+                    if metric != "option"
+                    else None,
+                    "kinds": _by_kind(known, own, seed),
+                    "figures": _figures(known, method) if metric == "pope" else {},
+                    **{
+                        name: paired_bootstrap(own, scores[other], seed)
+                        for name, other in compared.items()
+                        if other is not None and method not in (DENSE, other)
+                    },
+                }
+            )
+        yield found
+
+
+def _score(entry: Answered, method: str, metric: Metric) -> float:
+    question = entry.question
+    return METRICS[metric](entry.answers[method].text, question.answers, question.options)
+
+
+def _mean(scores: Sequence[float], seed: int) -> Rate:
+    if set(scores) <= {0.0, 1.0}:
+        return wilson([score == 1.0 for score in scores])
+    # Shares of people are no yes or no: their interval is bootstrapped too.
+    found = paired_bootstrap(scores, [0.0] * len(scores), seed)
+    return Rate(value=found.value, low=found.low, high=found.high)
+
+
+def _by_kind(known: Sequence[Answered], scores: Sequence[float], seed: int) -> dict[str, Rate]:
+    kinds = sorted({entry.question.kind for entry in known} - {""})
+    of_kind = {
+        kind: [score for entry, score in zip(known, scores, strict=True) if entry.question.kind == kind]
+        for kind in kinds
+    }
+    return {kind: _mean(own, seed) for kind, own in of_kind.items()}
+
+
+def _figures(known: Sequence[Answered], method: str) -> dict[str, float]:
+    said = [says_yes(entry.answers[method].text) for entry in known]
+    return yes_no_figures(said, [says_yes(entry.question.answers[0]) for entry in known])

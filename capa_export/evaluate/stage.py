@@ -1,0 +1,140 @@
+"""Asks what has not been asked yet, and says what came of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from capa_export.errors import CapaError
+from capa_export.evaluate.answers import Answer, Asked
+from capa_export.evaluate.questions import Question, Questions
+from capa_export.evaluate.results import Results
+from capa_export.evaluate.schema import Evaluation, Skipped
+from capa_export.evaluate.scores import Answered, scored
+from capa_export.evaluate.subject import Subject
+from capa_export.progress import Report, silent
+from capa_export.spread import Workers, chunks, spread
+
+__all__ = ["EVALUATION", "MAX_SKIPPED", "evaluate"]
+
+EVALUATION = "evaluation.json"
+MAX_SKIPPED = 0.01
+"""Share of the rows that may be skipped."""
+_QUESTIONS_A_TASK = 4
+
+
+@dataclass
+class _Progress:
+    """Rows that are through, and those that cannot be asked."""
+
+    report: Report
+    total: int
+    done: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.report("evaluate", 0, self.total)
+
+    def skip(self, row: int, reason: str) -> None:
+        self.skipped.append(Skipped(row=row, reason=reason))
+        self.advance()
+
+    def advance(self) -> None:
+        self.done += 1
+        self.report("evaluate", self.done, self.total)
+
+
+def evaluate(
+    subject: Subject,
+    questions: Questions,
+    out: Path,
+    *,
+    workers: Workers | None = None,
+    seed: int = 0,
+    report: Report = silent,
+) -> Evaluation:
+    """Put every question to every method, and compare the answers; what `out` holds already is not asked again.
+
+    Args:
+        subject: the model and the methods.
+        questions: with pictures.
+        out: takes the answers as they come, and `evaluation.json`.
+        workers: where the model runs.
+        seed: of the intervals.
+        report: progress.
+
+    Raises:
+        CapaError: `out` is of another model, or no row can be asked.
+    """
+    progress = _Progress(report, len(questions.rows))
+    results = Results(out, model=subject.model, source=subject.source)
+    try:
+        known = _ask(subject, questions, results, workers or Workers(), progress)
+    finally:
+        results.close()
+    answered = [Answered(question, answers) for question, answers in known if len(answers) == len(subject.keys)]
+    skipped = tuple(sorted(progress.skipped, key=lambda entry: entry.row))
+    if not answered:
+        raise CapaError(f"{questions.name}: no row can be asked; row {skipped[0].row}: {skipped[0].reason}")
+    benchmark = questions.benchmark
+    found = Evaluation(
+        model=subject.source,
+        runs=subject.runs,
+        data=questions.name,
+        benchmark=benchmark.name,
+        metric=benchmark.metric,
+        questions=len(answered),
+        answered=sum(bool(entry.question.answers) for entry in answered),
+        skipped=skipped,
+        methods=tuple(scored(answered, list(subject.keys), benchmark.metric, seed)),
+        max_new_tokens=subject.max_new_tokens,
+        seed=seed,
+        notes=subject.notes,
+    )
+    partial = out / f"{EVALUATION}.partial"
+    partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.replace(out / EVALUATION)
+    return found
+
+
+def _ask(
+    subject: Subject, questions: Questions, results: Results, workers: Workers, progress: _Progress
+) -> list[tuple[Question, dict[str, Answer]]]:
+    """All questions in their order, without their pictures, each with its answers by method."""
+    keys: dict[int, tuple[Question, dict[str, str]]] = {}
+    """Row -> its question, and method -> key of the answer."""
+    given: list[list[int]] = []
+    """Rows of each task."""
+
+    def waiting() -> Iterator[tuple[int, Asked]]:
+        for row in questions.rows:
+            try:
+                question = questions.read(row)
+            except CapaError as error:
+                progress.skip(row, str(error))
+                continue
+            digest = question.digest()
+            wanted = {method: results.key(digest, key) for method, key in subject.keys.items()}
+            keys[row] = replace(question, turns=()), wanted
+            if missing := [method for method, key in wanted.items() if key not in results.found]:
+                yield row, Asked(question, missing)
+            else:
+                progress.advance()
+
+    def tasks() -> Iterator[Sequence[Asked]]:
+        for chunk in chunks(waiting(), _QUESTIONS_A_TASK):
+            given.append([row for row, _ in chunk])
+            yield [asked for _, asked in chunk]
+
+    for number, outcomes in spread(subject.prepare, tasks(), workers):
+        for row, outcome in zip(given[number], outcomes, strict=True):
+            question, wanted = keys[row]
+            if isinstance(outcome, str):
+                progress.skip(row, f"{question.id}: {outcome}")
+            else:
+                results.add(question.id, {wanted[answer.method]: answer for answer in outcome})
+                progress.advance()
+    found = results.found
+    return [
+        (question, {method: found[key] for method, key in wanted.items() if key in found})
+        for _, (question, wanted) in sorted(keys.items())
+    ]

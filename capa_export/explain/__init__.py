@@ -1,0 +1,1 @@
+"""Shows what every selector makes of one prompt: `capa-export explain`."""

@@ -1,0 +1,157 @@
+"""Maximal marginal relevance in chunks, for selectors that weigh a token's magnitude against its nearest chosen one."""
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from capa_export.graph.build import score_node
+from capa_export.graph.functions import function
+from capa_export.selectors import GraphView, Option, Setting, TensorView
+from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, nodes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LAST_ATTENTION", "OPTIONS", "choose", "chosen", "flops_of_choice"]
+
+OPTIONS: dict[str, Setting] = {"balance": Setting(0.5, most=1), "chunks": Setting(8, 1, 64, whole=True)}
+"""Weight of magnitude against similarity, and steps to take: as many as tokens to keep make it plain MMR, and each is
+nodes of its own."""
+
+LAST_ATTENTION = function("""
+LastAttention <scale> (query, key) => (attention) {
+    query_1H1d = Cast <to = 1> (query)
+    key_1GTd = Cast <to = 1> (key)
+    one = Constant <value_ints = [1]> ()
+    rest = Constant <value_ints = [-1]> ()
+    kv_heads = Shape <start = 1, end = 2> (key)
+    head_size = Shape <start = 3, end = 4> (key)
+    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
+    query_1Grd = Reshape (query_1H1d, grouped)
+    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
+    product_1GrT = MatMul (query_1Grd, key_1GdT)
+    scale_factor = Constant <value_float: float = @scale> ()
+    logits_1GrT = Mul (product_1GrT, scale_factor)
+    attention = Softmax <axis = -1> (logits_1GrT)
+}
+""")
+"""Query [1, H, 1, d] and keys [1, G, T, d] -> what it gives to each token, [1, G, H/G, T] FP32."""
+
+_SHARES = function("""
+Shares (magnitude, is_visual) => (share, none_chosen) {
+    is_nan_T = IsNaN (magnitude)
+    is_text_T = Not (is_visual)
+    is_ignored_T = Or (is_nan_T, is_text_T)
+    zero = Constant <value_float = 0.0> ()
+    seen_T = Where (is_ignored_T, zero, magnitude)
+    first_axis = Constant <value_ints = [0]> ()
+    largest = ReduceMax (seen_T, first_axis)
+    smallest = Constant <value_float = 1.17549435e-38> ()
+    divisor = Max (largest, smallest)
+    share = Div (magnitude, divisor)
+    shape = Shape (magnitude)
+    none_chosen = Expand (zero, shape)
+}
+""")
+
+_VALUES = function("""
+MarginalValues <balance> (share, similarity, is_visual, chosen) => (values, candidates) {
+    zero = Constant <value_float = 0.0> ()
+    first_axis = Constant <value_ints = [0]> ()
+    second_axis = Constant <value_ints = [1]> ()
+    is_chosen_T = Greater (chosen, zero)
+    is_open_T = Not (is_chosen_T)
+    candidates = And (is_open_T, is_visual)
+    # The similarity to the nearest of those chosen, at least -1; nothing as long as there is none.
+    chosen_1T = Unsqueeze (is_chosen_T, first_axis)
+    least = Constant <value_float = -1.0> ()
+    known_TT = Where (chosen_1T, similarity, least)
+    nearest_T = ReduceMax <keepdims = 0> (known_TT, second_axis)
+    best = ReduceMax (chosen, first_axis)
+    is_any = Greater (best, zero)
+    penalty_T = Where (is_any, nearest_T, zero)
+    one = Constant <value_float = 1.0> ()
+    weight = Constant <value_float: float = @balance> ()
+    other_weight = Sub (one, weight)
+    gain_T = Mul (weight, share)
+    loss_T = Mul (other_weight, penalty_T)
+    values = Sub (gain_T, loss_T)
+}
+""")
+
+_TAKE = function("""
+TakeChunk <steps_left> (ranks, num_keep, chosen) => (amounts) {
+    # An equal part of what is left to choose, rounded up.
+    zero = Constant <value_float = 0.0> ()
+    is_chosen_T = Greater (chosen, zero)
+    count_T = Cast <to = 7> (is_chosen_T)
+    first_axis = Constant <value_ints = [0]> ()
+    num_chosen = ReduceSum (count_T, first_axis)
+    rest = Sub (num_keep, num_chosen)
+    one = Constant <value_int = 1> ()
+    parts = Constant <value_int: int = @steps_left> ()
+    rest_and_parts = Add (rest, parts)
+    almost = Sub (rest_and_parts, one)
+    part = Div (almost, parts)
+    limit = Cast <to = 1> (part)
+    is_taken_T = Less (ranks, limit)
+    rest_number = Cast <to = 1> (rest)
+    amount_T = Sub (rest_number, ranks)
+    amounts = Where (is_taken_T, amount_T, chosen)
+}
+""")
+
+
+def choose(
+    op: OpBuilder, view: GraphView, magnitude_T: ir.Value, similarity_TT: ir.Value, *, balance: Option, chunks: Option
+) -> ir.Value:
+    """Nodes that choose `num_keep` tokens by balance * magnitude / largest - (1 - balance) * nearest similarity.
+
+    Args:
+        op: Where the nodes go.
+        view: What is scored.
+        magnitude_T: [T] FP32, at least 0; NaN never wins.
+        similarity_TT: [T, T] FP32 in [-1, 1], no NaN.
+        balance: As in `OPTIONS`.
+        chunks: As in `OPTIONS`.
+
+    Returns:
+        The scores of a selector that is not graded.
+    """
+    is_visual_T, _ = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    share_T, chosen_T = nodes(op, _SHARES, magnitude_T, is_visual_T)
+    weight = float(balance)
+
+    def ranks(chosen_T: ir.Value) -> ir.Value:
+        values = nodes(op, _VALUES, share_T, similarity_TT, is_visual_T, chosen_T, balance=weight)
+        return nodes(op, DESCENDING_RANK, *values)[0]
+
+    for steps_left in range(int(chunks), 1, -1):
+        (chosen_T,) = nodes(op, _TAKE, ranks(chosen_T), view.num_keep, chosen_T, steps_left=steps_left)
+    return score_node(op, _TAKE, view.text_rows_X, ranks(chosen_T), view.num_keep, chosen_T, steps_left=1)
+
+
+def chosen(view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balance: Option, chunks: Option) -> "Tensor":
+    """The same for the eager reference, on lists of rows: [T]."""
+    import torch
+
+    shares = magnitude / magnitude[view.is_visual].nan_to_num(0).max().clamp_min(torch.finfo(torch.float32).tiny)
+    weight = float(balance)
+    left = torch.where(view.is_visual)[0]
+    rows = left[:0]
+    for steps_left in range(int(chunks), 0, -1):
+        size = -((len(rows) - view.num_keep) // steps_left)
+        nearest = similarity[left][:, rows].amax(1) if len(rows) else torch.zeros(len(left))
+        value = weight * shares[left] - (1 - weight) * nearest
+        order = torch.sort(value.nan_to_num(-torch.inf), descending=True, stable=True).indices
+        rows = torch.cat([rows, left[order[:size]]])
+        left = left[order[size:]].sort().values
+    amounts = torch.zeros(len(view.is_visual))
+    amounts[rows] = torch.arange(view.num_keep, 0, -1, dtype=torch.float32)
+    return amounts
+
+
+def flops_of_choice(tokens: int, chunks: Option) -> int:
+    """Of comparing each token with each other, for its nearest and its rank, in every step."""
+    return 2 * int(chunks) * tokens * tokens

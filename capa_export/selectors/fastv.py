@@ -1,0 +1,13 @@
+"""FastV (arXiv 2403.06764): by the attention of the layer before, dropped where the layer begins."""
+
+from capa_export.selectors import Place, Prompted, Setting
+from capa_export.selectors.attention import flops, reference, score
+
+__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+
+PLACE: Place = "entry"
+LAYER = 2
+GRADED = True
+READS: tuple[Prompted, ...] = ()
+LEAST = 1
+OPTIONS: dict[str, Setting] = {}

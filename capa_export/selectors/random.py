@@ -1,0 +1,100 @@
+"""Random tokens, the baseline that a method has to beat (2511.02650): rows, shuffled by a keyed permutation."""
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from capa_export.graph.build import score_node
+from capa_export.graph.functions import function
+from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
+from capa_export.selectors._nodes import nodes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+
+PLACE: Place = "attention"
+LAYER = None
+GRADED = True
+READS: tuple[Prompted, ...] = ()
+LEAST = 1
+OPTIONS: dict[str, Setting] = {"seed": Setting(0, whole=True)}
+
+_PRIME = 46337
+"""Products of two residues stay below 2^31, so that any integer type is exact; 3 does not divide _PRIME - 1, so that
+cubes are a permutation of the residues. A prompt of more rows has ties, which go to the lowest row."""
+_CONSTANTS = (0, 25717, 13711, 42023, 7919, 31337)
+"""One for each round, arbitrary and different."""
+
+_ROW = function(f"""
+RandomRow (hidden) => (residue) {{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    first_axis = Constant <value_ints = [0]> ()
+    size = Shape <start = 0, end = 1> (hidden)
+    num_tokens = Squeeze (size, first_axis)
+    row_T = Range (zero, num_tokens, one)
+    prime = Constant <value_int = {_PRIME}> ()
+    quotient_T = Div (row_T, prime)
+    multiple_T = Mul (quotient_T, prime)
+    residue = Sub (row_T, multiple_T)
+}}
+""")
+
+_ROUND = function(f"""
+RandomRound <key> (residue) => (mixed) {{
+    # (residue + key)^3 mod prime, reduced after each step.
+    prime = Constant <value_int = {_PRIME}> ()
+    key_number = Constant <value_int: int = @key> ()
+    sum_T = Add (residue, key_number)
+    sum_quotient_T = Div (sum_T, prime)
+    sum_multiple_T = Mul (sum_quotient_T, prime)
+    base_T = Sub (sum_T, sum_multiple_T)
+    product_T = Mul (base_T, base_T)
+    product_quotient_T = Div (product_T, prime)
+    product_multiple_T = Mul (product_quotient_T, prime)
+    square_T = Sub (product_T, product_multiple_T)
+    cubic_T = Mul (square_T, base_T)
+    cubic_quotient_T = Div (cubic_T, prime)
+    cubic_multiple_T = Mul (cubic_quotient_T, prime)
+    mixed = Sub (cubic_T, cubic_multiple_T)
+}}
+""")
+
+_AMOUNT = function("""
+RandomScore (residue) => (amounts) {
+    amounts = Cast <to = 1> (residue)
+}
+""")
+
+
+def _keys(seed: Option) -> list[int]:
+    """The seed's two lowest digits to base _PRIME in turn."""
+    digits = divmod(int(seed), _PRIME)
+    return [(digits[i % 2] + constant) % _PRIME for i, constant in enumerate(_CONSTANTS)]
+
+
+def score(op: OpBuilder, view: GraphView, *, seed: Option) -> ir.Value:
+    """Rounds of MiMC (2016/492), a block cipher of cubes, on the row within what enters the stage."""
+    (residue_T,) = nodes(op, _ROW, view.hidden_TD)
+    for key in _keys(seed):
+        (residue_T,) = nodes(op, _ROUND, residue_T, key=key)
+    return score_node(op, _AMOUNT, view.text_rows_X, residue_T)
+
+
+def reference(view: TensorView, *, seed: Option) -> "Tensor":
+    """The same in Python's integers."""
+    import torch
+
+    residues = list(range(len(view.is_visual)))
+    for key in _keys(seed):
+        residues = [pow(residue + key, 3, _PRIME) for residue in residues]
+    return torch.tensor(residues, dtype=torch.float32)
+
+
+def flops(size: Size) -> int:
+    """None: it is integers, a few per token."""
+    del size
+    return 0

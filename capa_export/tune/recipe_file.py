@@ -1,0 +1,53 @@
+"""Writes a recipe as the shipped ones are written: TOML with sections, and inline tables below them."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.recipe import Recipe
+
+__all__ = ["recipe_text", "write_recipe"]
+
+_SECTION_DEPTH = 2
+"""`[parity.fp16]` is a section; what is in it is on a line each."""
+
+
+def write_recipe(path: Path, recipe: Recipe, comment: str) -> None:
+    """Write all or nothing.
+
+    Raises:
+        CapaError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(recipe_text(recipe, comment), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CapaError(f"{path}: cannot be written: {error.strerror}", ExitCode.EXPORT) from error
+
+
+def recipe_text(recipe: Recipe, comment: str) -> str:
+    """What the recipe says beyond its defaults; its name is the file's."""
+    about = [f"# {' '.join(line.split())}" for line in comment.splitlines()]
+    values = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
+    return "\n".join([*about, *_section((), values), ""])
+
+
+def _section(path: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[str]:
+    sections = [key for key, value in values.items() if isinstance(value, dict) and len(path) < _SECTION_DEPTH]
+    yield from (f"{key} = {_value(value)}" for key, value in values.items() if key not in sections)
+    for key in sections:
+        yield from ("", f"[{'.'.join((*path, key))}]")
+        yield from _section((*path, key), values[key])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_value(entry)}' for key, entry in value.items())} }}" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    # JSON's strings, whole numbers and booleans are TOML's, but for one character; a float is written as Python does.
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

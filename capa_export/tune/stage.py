@@ -1,0 +1,119 @@
+"""From a recipe and a budget to the recipe that agrees best with dense within it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+
+from capa_export.errors import CapaError
+from capa_export.job import Job
+from capa_export.methods import Method
+from capa_export.parity.schema import Difference
+from capa_export.parity.statistics import paired_bootstrap
+from capa_export.pipeline import calibrate
+from capa_export.progress import tracked
+from capa_export.recipe import FFN, Recipe
+from capa_export.samples import Samples, samples_from
+from capa_export.tune.agreement import Agreement, Judge
+from capa_export.tune.candidates import Candidates, ffns, linear_layers, offered
+from capa_export.tune.costs import Costs, Shape
+from capa_export.tune.schema import Finalist, Tuning
+from capa_export.tune.search import FEWEST, Search, mean_kl, rungs
+
+__all__ = ["tune"]
+
+_FULL = 0.999999
+"""An eta that no layer exceeds where none is to be linear; one that does would lose nothing by it."""
+
+
+def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
+    """Find the recipe's best schedule on the samples that it calibrates on.
+
+    Args:
+        job: calibrated into its bundle on the way, on the same samples, unless it brings a calibration.
+        budget: fraction of dense's FLOPs in the decoder's prefill, below 1, or FLOPs a prompt.
+        count: samples at most.
+
+    Raises:
+        CapaError: no schedule meets the budget, there are too few samples, or the calibration is another model's.
+    """
+    samples = samples_from(job.images, job.recipe, count, split="train")
+    if samples.count < FEWEST:
+        raise CapaError(f"{samples.name}: too few to tell schedules apart; give {FEWEST} or more")
+    job.check_layers()
+    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, _shapes(job, samples))
+    share = costs.share_of(budget)
+    calibration = calibrate(job)
+    selectors, left_out = offered(job.family)
+    candidates = Candidates(job.recipe, selectors, calibration, costs, share)
+    own, earlier = candidates.own()
+    judge = Judge(job, calibration, selectors)
+    search = Search(candidates, ffns(job.recipe.ffn, calibration), judge.agreement, job.report)
+    found = search.run(own, map(judge.opened, samples), samples.count)
+
+    def finalist(name: str, agreements: Sequence[Agreement]) -> Finalist:
+        method = found.methods[name]
+        return Finalist(
+            method=name,
+            linear_layers=linear_layers(method, job.recipe, calibration),
+            flops=candidates.share(method),
+            kl=mean_kl(agreements),
+            top1=fmean(agreement.top1 for agreement in agreements),
+            gain=None if own is None or name == own.name else _gain(found.finalists, own.name, name),
+        )
+
+    finalists = tuple(finalist(name, agreements) for name, agreements in found.finalists.items())
+    best = finalists[0]
+    proven = own is None or (best.gain is not None and best.gain.low > 0)
+    chosen = found.methods[best.method] if proven or own is None else own
+    tuning = Tuning(
+        model=job.checkpoint_source,
+        budget=share,
+        dense_flops=costs.dense / samples.count,
+        text=costs.text,
+        samples=samples.count,
+        judges=samples.count - rungs(samples.count)[1],
+        tried=found.tried,
+        own=None if own is None else own.name,
+        chosen=chosen.name,
+        finalists=finalists,
+        left_out=left_out,
+        verdict=_verdict(best, own, earlier),
+    )
+    return _recipe(job, chosen), tuning
+
+
+def _shapes(job: Job, samples: Samples) -> Iterator[Shape]:
+    for sample in tracked(samples, "tune: prompts", samples.count, job.report):
+        prompt = job.prompter.chat(sample.turns)
+        yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
+
+
+def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str) -> Difference | None:
+    """None where a figure is no number."""
+    of_own, of_other = ([agreement.kl for agreement in finalists[key]] for key in (own, name))
+    return paired_bootstrap(of_own, of_other, seed=0) if np.isfinite([of_own, of_other]).all() else None
+
+
+def _verdict(best: Finalist, own: Method | None, earlier: int) -> str:
+    if own is None:
+        return f"{best.method}: the recipe's own schedule meets the budget at no ratio and at no earlier layer"
+    moved = (
+        f", {earlier} layer{'s' * (earlier > 1)} earlier than the recipe has it since later is beyond the budget"
+        if earlier
+        else ""
+    )
+    its = f"the recipe's own schedule at this budget ({own.name}{moved})"
+    if best.method == own.name:
+        return f"{its} agrees best with dense, so it stays"
+    if best.gain is None or best.gain.low <= 0:
+        return f"{its} stays: {best.method} agrees better with dense, but not beyond chance"
+    return f"{best.method} agrees better with dense than {its}"
+
+
+def _recipe(job: Job, chosen: Method) -> Recipe:
+    """The recipe with the chosen method in it, and a checkpoint that is found from anywhere."""
+    recipe = job.recipe
+    ffn: FFN = recipe.ffn.model_copy(update={"eta": _FULL if chosen.ffn == "full" else chosen.eta})
+    prune = recipe.prune.model_copy(update={"schedule": chosen.stages})
+    return recipe.model_copy(update={"prune": prune, "ffn": ffn, "checkpoint": job.checkpoint_source})

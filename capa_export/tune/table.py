@@ -1,0 +1,31 @@
+"""A tuning as a table for people, on stdout."""
+
+from capa_export.parity.figures import percent
+from capa_export.recipe import ranges
+from capa_export.tables import columns, say, show
+from capa_export.tune.schema import Tuning
+
+__all__ = ["tuning_table"]
+
+
+def tuning_table(found: Tuning) -> None:
+    """One row a finalist."""
+    table = columns("", "FLOPs", "KL", "KL saved", "top-1", "linear")
+    for row in found.finalists:
+        gain = f"{row.gain.value:+.3g} ({row.gain.low:+.3g} to {row.gain.high:+.3g})" if row.gain else ""
+        table.add_row(
+            f"{'* ' if row.method == found.chosen else '  '}{row.method}",
+            percent(row.flops),
+            "" if row.kl is None else f"{row.kl:.3g}",
+            "recipe's own" if row.method == found.own else gain,
+            percent(row.top1),
+            ranges(row.linear_layers),
+        )
+    show(
+        f"Finalists of {found.tried} within {percent(found.budget)} of dense's FLOPs, on {found.judges} samples that "
+        "chose none of them (95% interval)",
+        table,
+    )
+    say(found.verdict)
+    if found.left_out:
+        say(f"left out, since the vision tower does not offer what they read: {', '.join(found.left_out)}", "dim")

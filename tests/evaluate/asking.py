@@ -1,0 +1,29 @@
+"""What the tests of evaluation ask, and what came of it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from capa_export.bundle import Bundle
+from capa_export.evaluate.results import ANSWERS
+from capa_export.evaluate.subject import Subject, eager_subject, methods_from
+from capa_export.job import Job
+from capa_export.recipe import Recipe
+
+METHODS = ("capa@2:0.75", "attention@1:0.9/full")
+
+
+def job_of(recipe: Recipe, checkpoint: Path, out: Path, **options: Any) -> Job:
+    images = options.pop("images", None)
+    return Job(recipe=recipe, bundle=Bundle(out / "calibration"), checkpoint=str(checkpoint), images=images, **options)
+
+
+def subject_of(job: Job, methods: Sequence[str] = METHODS, max_new_tokens: int = 4) -> Subject:
+    return eager_subject(job, methods_from(methods), max_new_tokens)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """What was said, in one order, without the header."""
+    rows = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()[1:]]
+    return sorted(rows, key=lambda row: row["key"])

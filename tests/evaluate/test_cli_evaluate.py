@@ -1,0 +1,97 @@
+"""The command: rows that are skipped, a dataset from end to end, and wrong usage."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+
+from capa_export.cli import main
+from capa_export.errors import ExitCode
+from capa_export.evaluate.schema import Evaluation
+from capa_export.testbed.scenes import samples
+
+
+def test_rows_that_cannot_be_asked(
+    checkpoint: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted, named, and too many: the report is there, and the exit code is not 0."""
+    data = shutil.copytree(questions.parent, tmp_path / "data") / "q.jsonl"
+    (data.parent / "3.png").write_bytes(b"broken")
+    (data.parent / "5.png").unlink()
+    arguments = ["--checkpoint", str(checkpoint), "--method", "capa@2:0.75/full", "--data", str(data)]
+    command = ["evaluate", "--model", "qwen25vl", *arguments, "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == ExitCode.PREFLIGHT
+    captured = capsys.readouterr()
+    found = Evaluation.model_validate_json(captured.out)
+    assert found.questions == 7
+    assert [(entry.row, entry.reason.split(":")[0]) for entry in found.skipped] == [
+        (3, "q3"),
+        (5, found.skipped[1].reason.split(":")[0]),
+    ]
+    [line] = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert "2 of 9 rows were skipped: row 3: q3: " in line
+    assert "5.png: no such picture" in line
+    assert main(command[:-1]) == ExitCode.PREFLIGHT
+    assert "dense" in capsys.readouterr().out
+
+
+def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In POPE's layout, answered by the model that ships with the project."""
+    drawn = samples(8, seed=5, kinds=["exists"])
+    rows = [
+        {
+            "question_id": str(index),
+            "image": sample.image,
+            "question": sample.question,
+            "answer": sample.answer,
+            "image_source": "drawn",
+            "category": "random",
+        }
+        for index, sample in enumerate(drawn)
+    ]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    command = ["evaluate", "--model", "tiny-qwen25vl", "--data", str(tmp_path), "--instruction", ""]
+    command += [
+        "--selector",
+        "capa",
+        "--ratio",
+        "0.5",
+        "--ratio",
+        "0.9",
+        "--ffn",
+        "full",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--json"]) == 0
+    found = Evaluation.model_validate_json(capsys.readouterr().out)
+    assert (found.benchmark, found.metric, found.questions) == ("pope", "pope", 8)
+    assert [method.method for method in found.methods] == ["dense", "capa@2:0.5/full", "capa@2:0.9/full"]
+    assert found.methods[0].figures == {
+        "precision": 1,
+        "recall": 1,
+        "f1": 1,
+        "yes_ratio": sum(row["answer"] == "yes" for row in rows) / 8,
+    }
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "POPE accuracy on 8 questions" in printed
+    assert "yes_ratio" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "evaluate takes a bundle, or --model"),
+        (["x", "--model", "y"], "evaluate takes a bundle, or --model"),
+        (["x", "--checkpoint", "y"], "a bundle runs as it is"),
+        (["--model", "qwen25vl", "--method", "dense", "--ratio", "0.5"], "--method says it all"),
+        (["--model", "qwen25vl", "--method", "dens"], "'dens' is no stage"),
+        (["x"], "x: not a bundle"),
+    ],
+)
+def test_usage(arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *arguments, "--data", "q.jsonl", "--out", str(tmp_path / "out")]) != 0
+    assert problem in capsys.readouterr().err

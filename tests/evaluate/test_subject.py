@@ -1,0 +1,101 @@
+"""Which methods a model or a bundle can do, and that a bundle says what the model does."""
+
+from pathlib import Path
+
+import pytest
+
+from capa_export import pipeline
+from capa_export.bundle import Bundle
+from capa_export.errors import CapaError
+from capa_export.evaluate.questions import questions_from
+from capa_export.evaluate.schema import Evaluation
+from capa_export.evaluate.stage import evaluate
+from capa_export.evaluate.subject import bundle_subject, methods_from, product
+from capa_export.job import Job
+from capa_export.recipe import Recipe, load_recipe
+from tests.evaluate.asking import job_of, rows_of, subject_of
+from tests.families import test_qwen3vl as qwen3vl
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("capa@9:0.5", "method capa@9:0.5: .*prune layer 9"),
+        ("capa@4:0.5", "the last one is too late"),
+        ("cap@2:0.5", "unknown selector 'cap'"),
+        ("capa@2:1.5", "ratio"),
+        ("capa:0.5", "needs a layer"),
+    ],
+)
+def test_a_method_that_does_not_fit(
+    method: str, problem: str, recipe: Recipe, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CapaError, match=problem):
+        subject_of(job_of(recipe, checkpoint, tmp_path), [method])
+    assert not list(tmp_path.iterdir()), "before anything is run"
+
+
+def test_a_selector_that_the_family_cannot_offer(tmp_path: Path) -> None:
+    folder = qwen3vl.save_model(tmp_path / "checkpoint", qwen3vl.random_model())
+    with pytest.raises(CapaError, match=r"method vispruner:0.5/full: selector vispruner needs the vision tower's"):
+        subject_of(job_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
+
+
+def test_product(recipe: Recipe) -> None:
+    assert product(recipe, [], [], [], []) == ["capa@2:0.75"]
+    assert product(recipe, [], [], [], ["full", "skip"]) == ["capa@2:0.75/full", "capa@2:0.75/skip"]
+    assert product(recipe, ["capa", "fastv"], [], [0.5, 0.9], []) == [
+        "capa@2:0.5",
+        "capa@2:0.9",
+        "fastv@2:0.5",
+        "fastv@2:0.9",
+    ]
+    assert product(recipe, ["attention"], [1, 3], [], []) == ["attention@1:0.75", "attention@3:0.75"]
+    data = recipe.model_dump()
+    data["prune"] = {"schedule": [{"layer": 1, "ratio": 0.5}, {"layer": 3, "ratio": 0.75}]}
+    staged = Recipe(**data)
+    assert product(staged, [], [], [], []) == ["capa@1:0.5+capa@3:0.75"]
+    with pytest.raises(CapaError, match="schedule of 2 stages"):
+        product(staged, ["fastv"], [], [], [])
+
+
+@pytest.fixture(scope="session")
+def bundle(recipe: Recipe, checkpoint: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle") / "out"
+    job = Job(
+        recipe=recipe, bundle=Bundle(folder), checkpoint=str(checkpoint), calibration=calibrated, precision="fp32"
+    )
+    pipeline.calibrate(job)
+    pipeline.export(job)
+    return job.bundle
+
+
+def test_a_bundle_says_what_the_model_does(
+    bundle: Bundle, questions: Path, alone: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    subject = bundle_subject(bundle, methods_from(["capa@2:0.75", "capa@2:0.25"]), 4)
+    found = evaluate(subject, questions_from(questions), tmp_path)
+    assert found.runs == "onnx"
+    assert "part of its graphs" in found.notes[0]
+
+    def texts(out: Path) -> list[tuple[str, str]]:
+        rows = [row for row in rows_of(out) if row["answer"]["method"] == "capa@2:0.75"]
+        return sorted((row["question"], row["answer"]["text"]) for row in rows)
+
+    assert texts(tmp_path) == texts(alone[0])
+    few, many = (method.kl for method in found.methods[1:])
+    assert few is not None and many is not None and few > many > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("capa@1:0.5", r"do capa@2:RATIO at any ratio, and no other"),
+        ("attention@2:0.5", r"do capa@2:RATIO at any ratio, and no other"),
+        ("capa@2:0.5/full", "leave out what comes after the slash"),
+        ("capa@2:0.5/eta=0.9", "leave out what comes after the slash"),
+    ],
+)
+def test_what_a_bundle_cannot_do(bundle: Bundle, method: str, problem: str) -> None:
+    with pytest.raises(CapaError, match=problem):
+        bundle_subject(bundle, methods_from([method]), 4)

@@ -1,0 +1,38 @@
+"""A recipe and a calibration for the small random model, whose weights are linear nowhere near 0.96."""
+
+import pytest
+
+from capa_export.calibration import Calibration, LayerSums
+from capa_export.export import Source
+from capa_export.recipe import Recipe, load_recipe
+from capa_export.selectors import selectors
+from capa_export.tune.candidates import Candidates
+from capa_export.tune.costs import Costs, Shape
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    data = load_recipe("qwen25vl").model_dump()
+    data["prune"] = {"schedule": [{"layer": 1, "ratio": 0.75}]}
+    return Recipe(**{**data, "ffn": {"eta": 0.5}})
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Calibration:
+    """Cosines of 0.2 to 0.96 in the five layers."""
+    layers = [LayerSums.zeros(64) for _ in range(5)]
+    for layer, cosine in zip(layers, (0.2, 0.55, 0.91, 0.94, 0.96), strict=True):
+        layer.visual_tokens, layer.visual_cosine = 1, cosine
+    return Calibration("digest", 1, layers, {})
+
+
+@pytest.fixture(scope="session")
+def costs(source: Source) -> Costs:
+    """Of one prompt with two pictures, and of one that comes twice."""
+    shapes = [Shape((64, 32), 30), Shape((256,), 20), Shape((256,), 20)]
+    return Costs(source.dims.decoder, 1, shapes)
+
+
+@pytest.fixture
+def candidates(recipe: Recipe, calibration: Calibration, costs: Costs) -> Candidates:
+    return Candidates(recipe, selectors(), calibration, costs, 0.4)

@@ -1,0 +1,74 @@
+"""Agreement along dense's own answer, worked out by hand on the small random model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capa_export.bundle import Bundle
+from capa_export.calibration import Calibration
+from capa_export.eager import Eager, EagerInputs, EagerPlan
+from capa_export.families import qwen25vl
+from capa_export.job import Job
+from capa_export.methods import parse_method
+from capa_export.prompt import Turn
+from capa_export.recipe import Recipe
+from capa_export.samples import Sample
+from capa_export.selectors import selectors
+from capa_export.tune.agreement import STEPS, Judge, Opened
+from tests.conftest import noise
+
+
+@pytest.fixture(scope="module")
+def judge(
+    recipe: Recipe, calibration: Calibration, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Judge:
+    job = Job(recipe=recipe, bundle=Bundle(tmp_path_factory.mktemp("bundle")), checkpoint=str(checkpoint))
+    return Judge(job, calibration, selectors())
+
+
+@pytest.fixture(scope="module")
+def opened(judge: Judge) -> Opened:
+    return judge.opened(Sample([Turn("user", [noise(224, 168), "what is it ?"])]))
+
+
+def test_dense_answers_greedily(opened: Opened, model: Any) -> None:
+    """As Hugging Face's own forward pass on the prompt and what was said so far."""
+    embeds, positions = EagerInputs.of(qwen25vl.eager_inputs(model, opened.prompt))[:2]
+    said = torch.tensor([list(opened.answer[:-1])])
+    next_positions = opened.prompt.next_position + torch.arange(said.shape[1]).expand(3, 1, -1)
+    with torch.no_grad():
+        logits = model(
+            inputs_embeds=torch.cat([embeds, model.model.language_model.embed_tokens(said)], dim=1),
+            position_ids=torch.cat([positions, next_positions], dim=-1),
+        ).logits[0, embeds.shape[1] - 1 :]
+    assert torch.allclose(logits, torch.stack(list(opened.logits)), atol=1e-4)
+    assert logits.argmax(-1).tolist() == list(opened.answer)
+    assert 1 <= len(opened.answer) <= STEPS
+
+
+@pytest.mark.parametrize("name", selectors())
+def test_every_selector_that_drops_nothing_is_dense(judge: Judge, opened: Opened, name: str) -> None:
+    text = f"{name}:0/full" if judge.every.selectors[selectors().index(name)].place == "input" else f"{name}@2:0/full"
+    kl, top1 = judge.agreement(parse_method(text), opened)
+    assert kl == pytest.approx(0, abs=1e-9)
+    assert top1 == 1
+
+
+def test_pruning_and_scales_are_counted_at_every_step(judge: Judge, opened: Opened, model: Any) -> None:
+    found = judge.agreement(parse_method("capa@1:0.75/eta=0.93"), opened)
+    eager = Eager(model)
+    scales = {layer: torch.from_numpy(judge.calibration.layers[layer].alpha).float() for layer in (3, 4)}
+    plan = EagerPlan(keep={1: 12}, scales=scales, min_keep_per_image=1)
+    run = eager.prefill(opened.inputs, torch.from_numpy(opened.prompt.is_visual), plan)
+    logits = [run.logits]
+    for at, token in enumerate(opened.answer[:-1]):
+        logits.append(eager.step(run, token, opened.prompt.next_position + at))
+    pairs = [
+        (wanted.double().log_softmax(-1), got.double().log_softmax(-1))
+        for wanted, got in zip(opened.logits, logits, strict=True)
+    ]
+    assert found.kl == pytest.approx(sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / len(pairs))
+    assert found.kl > 1e-3
+    assert found.top1 == sum(bool(p.argmax() == q.argmax()) for p, q in pairs) / len(pairs)
