@@ -49,6 +49,8 @@ class Conversation(Settings):
     messages: Messages
     answer: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     """Empty where nobody knows it."""
+    kind: str = ""
+    """Of question; `evaluate` breaks its scores down by it."""
 
 
 @dataclass(frozen=True, kw_only=True)

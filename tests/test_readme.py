@@ -1,5 +1,6 @@
 """The README's commands do what the README says."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 from capa_export.cli import main
 from capa_export.errors import ExitCode
 from capa_export.recipe import load_recipe
+from capa_export.testbed.scenes import SHAPES
 from tests.conftest import noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +58,18 @@ def test_the_commands_for_your_own_checkpoint(
     assert "parity: passed" in capsys.readouterr().out
     assert main(run[1:]) == 0
     assert capsys.readouterr().out.strip()
+
+    evaluate, explain, tune = commands("Which method, and why")
+    questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
+    Path(evaluate[evaluate.index("--data") + 1]).write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
+    assert main(evaluate[1:]) == 0
+    assert "capa@2:0.75" in capsys.readouterr().out
+    explain[2] = build[build.index("--out") + 1]
+    assert main(explain[1:]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    # All that is left out is time.
+    assert main([*tune[1:], "--samples", "2"]) == 0
+    assert load_recipe(tune[tune.index("--out") + 1]).prune.schedule
 
 
 def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""Training batches: pictures, each packed into one row with all its questions."""
+"""Training batches: pictures, packed into one row with all the questions about them."""
 
-# Shapes: B pictures, T tokens of a packed row, H W C picture.
+# Shapes: B rows, P pictures of all rows, N cells, T tokens of a packed row, H W C picture.
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -15,41 +15,60 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from capa_export.testbed.beds import CELLS, NUM_VISUAL, Bed, family_of
-from capa_export.testbed.scenes import CELL, COLORS, SHAPES, Scene, ask, generator, questions, random_scene, render
+from capa_export.testbed.drawing import CELL, COLORS, SHAPES, Scene, render
+from capa_export.testbed.scenes import ask, crowded_scene, draw, generator, questions
 
-__all__ = ["BATCH", "Batch", "Batches", "Layout", "Stage"]
+__all__ = ["Batch", "Batches", "Layout", "Lesson"]
 
-BATCH = 16
 STOPS = 3
 """End tokens that follow an answer, so that what comes after the first is well defined too."""
+_DIGITS = tuple(map(str, range(10)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """One part of the curriculum."""
+class Lesson:
+    """What the pictures of a batch show, and what is asked about them."""
 
-    until: float
-    """Share of the run at which the stage ends."""
-    num_sprites: tuple[int, int]
-    clutter: float
-    """Share of the pictures with clutter."""
     asked: Mapping[str, int]
-    """Questions per picture by kind."""
+    """Questions per picture, or pair of pictures, by kind; the first kind says what is drawn.
+
+    Where nothing is asked, pictures are crowded, and only the tower learns.
+    """
+    num_sprites: tuple[int, int] = (4, 7)
+    clutter: float = 0.85
+    """Share of the pictures with clutter."""
+    heavy: float = 0.0
+    """Share of those whose clutter is heavy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around a question."""
+
+    prefix: list[int]
+    """Token ids, those of the pictures among them."""
+    behind: str
+    is_visual: NDArray[np.bool_]
+    """Per token of the prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything stands in a packed row: one picture, then all its questions.
+    """Where everything stands in a packed row: the pictures, then all questions about them.
 
-    Each question sees the picture and itself only, and its positions start right behind the
-    picture, so it computes what it would compute alone.
+    Each question sees the pictures and itself only, and its positions start right behind the
+    pictures, so it computes what it would compute alone.
     """
 
     kinds: tuple[str, ...]
-    prompt_ends: Tensor
+    visual: Tensor
+    """Where the visual tokens stand."""
     answers: Tensor
+    """Where the tokens of the answers stand."""
+    of: Tensor
+    """The question that each of them answers."""
     stops: Tensor
-    """[questions, STOPS]: where an end token is due next, the answer's own place first."""
+    """[questions, STOPS]: where an end token is due next, the answer's last place first."""
     mask_TT: Tensor
     position_ids: Tensor
     """[axes, T]."""
@@ -60,106 +79,130 @@ class Batch:
     """Pictures with their packed questions."""
 
     pictures: NDArray[np.uint8]
-    """[B, H, W, C]."""
+    """[P, H, W, C]."""
     ids: Tensor
-    colors: Tensor
-    """Per cell, the word for the colour of its sprite, or the image token."""
-    shapes: Tensor
+    seen: Mapping[str, Tensor]
+    """What each visual token shows, [P, N]: a word, or the image token where it shows nothing of that sort."""
     questions: list[str]
-    layout: Layout
+    layout: Layout | None
+    """None where nothing is asked."""
 
 
 class Batches:
-    """Training batches; batch i depends on the seed, i, the stage and `missed` only.
+    """Training batches of `size` rows; batch i depends on the seed, i, the lesson and `missed` only.
 
     `missed` is how often each question was lately answered wrong. Questions are asked in
     proportion to it, about the hardest of three scenes: the last few confusions stay for long
     otherwise.
     """
 
-    def __init__(self, bed: Bed, tokenizer: PreTrainedTokenizerFast, config: Any, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, bed: Bed, tokenizer: PreTrainedTokenizerFast, config: Any, seed: int, size: int = 16) -> None:
+        self.tokenizer, self.seed, self.size = tokenizer, seed, size
         self.family = family_of(bed)
         self.missed: dict[str, float] = {}
-        dims = self.family.model_dims(config.to_dict())
+        self.dims = self.family.model_dims(config.to_dict())
         blank = Image.new("RGB", (CELLS * CELL, CELLS * CELL))
         processed = bed.build_image_processor()(images=[blank], return_tensors="np", **self.family.IMAGE_OPTIONS)
-        (self.picture,) = self.family.pictures(processed, dims)
-        content: Any = [{"type": "image"}, {"type": "text", "text": "?"}]
-        template: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        mark = self.family.placeholder(tokenizer, dims)
-        before, self.behind = template.replace(mark, self.family.written(mark, self.picture)).split("?")
-        self.prefix: list[int] = tokenizer(before)["input_ids"]
-        self.pad, self.end = dims.image_token_id, tokenizer.get_vocab()[str(tokenizer.eos_token)]
+        (self.picture,) = self.family.pictures(processed, self.dims)
+        self.pad, self.end = self.dims.image_token_id, tokenizer.get_vocab()[str(tokenizer.eos_token)]
         self.repeated = str(tokenizer.eos_token) * (STOPS - 1)
-        self.first = self.prefix.index(self.pad)
-        """Position of the first visual token."""
+        self.frames = {count: self._frame(count) for count in (1, 2)}
         self.layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
         vocab = tokenizer.get_vocab()
-        self.words = {w: vocab[w] for w in (*COLORS, *SHAPES)}
+        self.words = {w: vocab[w] for w in (*COLORS, *SHAPES, *_DIGITS)}
+        self.sorts = {
+            sort: torch.tensor([self.pad, *(self.words[word] for word in words)])
+            for sort, words in (("color", COLORS), ("shape", SHAPES), ("tens", _DIGITS), ("ones", _DIGITS))
+        }
+        """What a visual token may show: nothing first, then the words."""
 
-    def __call__(self, step: int, stage: Stage) -> Batch:
+    def _frame(self, num_pictures: int) -> Frame:
+        content: Any = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": "?"}]
+        template: Any = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        mark = self.family.placeholder(self.tokenizer, self.dims)
+        before, behind = template.replace(mark, self.family.written(mark, self.picture)).split("?")
+        prefix: list[int] = self.tokenizer(before)["input_ids"]
+        return Frame(prefix, behind, np.asarray(prefix) == self.pad)
+
+    def __call__(self, step: int, lesson: Lesson) -> Batch:
         """Batch number `step`."""
         rng = generator(self.seed, step, split="train")
-        kinds = tuple(kind for kind, count in stage.asked.items() for _ in range(count))
+        if not lesson.asked:
+            return self._crowded(rng, lesson.heavy)
+        kinds = tuple(kind for kind, count in lesson.asked.items() for _ in range(count))
         question_mark = bool(rng.random() < 0.9)
+        shown: list[tuple[Scene, ...]] = []
         pictures: list[NDArray[np.uint8]] = []
         asked: list[tuple[str, str]] = []
-        colors = torch.full((BATCH, NUM_VISUAL), self.pad)
-        shapes = colors.clone()
-        for index in range(BATCH):
-            clutter = bool(rng.random() < stage.clutter)
-            drawn = [random_scene(rng, num_sprites=stage.num_sprites, clutter=clutter) for _ in range(3)]
-            scene = max(drawn, key=self._hardness)
-            pictures.append(np.asarray(render(scene, rng)))
-            asked += [ask(scene, kind, rng, self.missed) for kind in kinds]
-            for sprite in scene.sprites:
-                cell = sprite.row * CELLS + sprite.col
-                colors[index, cell], shapes[index, cell] = self.words[sprite.color], self.words[sprite.shape]
+        for _ in range(self.size):
+            clutter = bool(rng.random() < lesson.clutter)
+            heavy = clutter and bool(rng.random() < lesson.heavy)
+            drawn = [
+                draw(kinds[0], rng, num_sprites=lesson.num_sprites, clutter=clutter, heavy=heavy) for _ in range(3)
+            ]
+            scenes = max(drawn, key=self._hardness)
+            shown.append(scenes)
+            pictures += [np.asarray(render(scene, rng)) for scene in scenes]
+            asked += [ask(scenes, kind, rng, self.missed) for kind in kinds]
+        frame = self.frames[len(shown[0])]
         texts = [
-            f"{question if question_mark else question.removesuffix(' ?')}{self.behind} {answer}{self.repeated}"
+            f"{question if question_mark else question.removesuffix(' ?')}{frame.behind} {answer}{self.repeated}"
             for question, answer in asked
         ]
         segments: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [
-            [*self.prefix, *chain.from_iterable(segments[i : i + len(kinds)])]
+            [*frame.prefix, *chain.from_iterable(segments[i : i + len(kinds)])]
             for i in range(0, len(segments), len(kinds))
         ]
         key = (kinds, question_mark)
         if key not in self.layouts:
-            self.layouts[key] = self._layout(kinds, [len(segment) for segment in segments[: len(kinds)]])
+            answers = [len(answer.split()) for _, answer in asked[: len(kinds)]]
+            self.layouts[key] = self._layout(frame, kinds, [len(s) for s in segments[: len(kinds)]], answers)
         return Batch(
             pictures=np.stack(pictures),
             ids=torch.tensor(rows),
-            colors=colors,
-            shapes=shapes,
+            seen=self._seen([scene for scenes in shown for scene in scenes]),
             questions=[question for question, _ in asked],
             layout=self.layouts[key],
         )
 
-    def _layout(self, kinds: tuple[str, ...], lengths: list[int]) -> Layout:
-        shared = len(self.prefix)
+    def _crowded(self, rng: np.random.Generator, heavy: float) -> Batch:
+        scenes = [crowded_scene(rng, heavy=bool(rng.random() < heavy)) for _ in range(self.size)]
+        pictures = np.stack([np.asarray(render(scene, rng)) for scene in scenes])
+        return Batch(pictures=pictures, ids=torch.empty(0), seen=self._seen(scenes), questions=[], layout=None)
+
+    def _seen(self, scenes: list[Scene]) -> dict[str, Tensor]:
+        seen = {sort: torch.full((len(scenes), NUM_VISUAL), self.pad) for sort in self.sorts}
+        for index, scene in enumerate(scenes):
+            for row, col, sort, word in _words_seen(scene):
+                seen[sort][index, row * CELLS + col] = self.words[word]
+        return seen
+
+    def _layout(self, frame: Frame, kinds: tuple[str, ...], lengths: list[int], answers: list[int]) -> Layout:
+        shared = len(frame.prefix)
         bounds = list(accumulate(lengths, initial=shared))
         seen = torch.ones(bounds[-1], bounds[-1], dtype=torch.bool).tril()
         for start, end in pairwise(bounds):
             seen[end:, start:end] = False
-        alone = np.arange(shared + max(lengths))
-        visual = (alone >= self.first) & (alone < self.first + NUM_VISUAL)
-        places = torch.from_numpy(self.family.positions(visual, [self.picture])[0])
-        answers = torch.tensor(bounds[1:]) - STOPS
+        visual = np.pad(frame.is_visual, (0, max(lengths)))
+        num_pictures = int(visual.sum()) // NUM_VISUAL
+        places = torch.from_numpy(self.family.positions(visual, [self.picture] * num_pictures)[0])
+        lasts = torch.tensor(bounds[1:]) - STOPS
+        spans = [range(int(last) - count + 1, int(last) + 1) for last, count in zip(lasts, answers, strict=True)]
         return Layout(
             kinds=kinds,
-            prompt_ends=answers - 1,
-            answers=answers,
-            stops=answers[:, None] + torch.arange(STOPS),
+            visual=torch.from_numpy(np.flatnonzero(visual)),
+            answers=torch.tensor(list(chain.from_iterable(spans))),
+            of=torch.arange(len(kinds)).repeat_interleave(torch.tensor(answers)),
+            stops=lasts[:, None] + torch.arange(STOPS),
             mask_TT=torch.zeros(seen.shape).masked_fill(~seen, -1e4),
             position_ids=torch.cat([places[:, :shared], *(places[:, shared : shared + n] for n in lengths)], dim=1),
         )
 
-    def _hardness(self, scene: Scene) -> float:
-        missed = [self.missed.get(question, 1.0) for question, _ in questions(scene, "color_of")]
+    def _hardness(self, scenes: tuple[Scene, ...]) -> float:
+        missed = [self.missed.get(question, 1.0) for question, _ in questions(scenes, "color_of")]
         return sum(missed) / len(missed)
 
     def note(self, asked: list[str], hits: list[bool]) -> None:
@@ -167,3 +210,14 @@ class Batches:
         for question, hit in zip(asked, hits, strict=True):
             before = self.missed.get(question, 1.0)
             self.missed[question] = max(0.03, before + 0.03 * ((not hit) - before))
+
+
+def _words_seen(scene: Scene) -> Iterator[tuple[int, int, str, str]]:
+    """Row, column, sort and word of all that is drawn and may be asked about."""
+    for sprite in scene.sprites:
+        yield sprite.row, sprite.col, "color", sprite.color
+        yield sprite.row, sprite.col, "shape", sprite.shape
+    for number in scene.numbers:
+        yield number.row, number.col, "color", number.color
+        yield number.row, number.col, "tens", str(number.digits[0])
+        yield number.row, number.col, "ones", str(number.digits[1])

@@ -1,7 +1,8 @@
-"""A head start from a trained bed: its decoder's weights, and its visual tokens to imitate."""
+"""A head start from a trained bed: its weights, or its decoder and its visual tokens to imitate."""
 
 # Shapes: B pictures, N visual tokens, H W C picture, D decoder width.
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from capa_export.testbed.beds import BEDS, CELLS, Bed, family_of, load_bed
-from capa_export.testbed.scenes import COLORS, SHAPES, Scene, Sprite, generator, random_scene, render
+from capa_export.testbed.drawing import render
+from capa_export.testbed.scenes import crowded_scene, draw, generator
 
-__all__ = ["PICTURES", "Teacher"]
+__all__ = ["PICTURES", "Teacher", "go_on_from"]
 
 PICTURES = 12
+
+
+@torch.no_grad()
+def go_on_from(folder: Path, model: Any) -> None:
+    """Copies the weights of a checkpoint of the same bed; words that are new since keep their start values."""
+    trained: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ours = model.state_dict()
+    for name, value in trained.state_dict().items():
+        ours[name][: len(value)] = value
 
 
 class Teacher:
@@ -53,20 +64,14 @@ class Teacher:
 
 
 def _pictures(seed: int, step: int) -> tuple[NDArray[np.uint8], Tensor]:
-    """A batch, every other picture with more sprites than a question could be about, and which cells have one."""
+    """A batch, every other picture with more than a question could be about, and which cells one could be about."""
     rng = generator(seed, 1, step, split="train")
-    scenes = [_crowded(rng) if i % 2 else random_scene(rng) for i in range(PICTURES)]
+    kinds = cycle(("color_of", "number"))
+    scenes = [
+        crowded_scene(rng, heavy=i % 4 == 3) if i % 2 else draw(next(kinds), rng, heavy=i % 8 == 6)[0]
+        for i in range(PICTURES)
+    ]
     is_sprite = torch.zeros(PICTURES, CELLS * CELLS, dtype=torch.bool)
     for index, scene in enumerate(scenes):
-        is_sprite[index, [s.row * CELLS + s.col for s in scene.sprites]] = True
+        is_sprite[index, [s.row * CELLS + s.col for s in (*scene.sprites, *scene.numbers)]] = True
     return np.stack([np.asarray(render(scene, rng)) for scene in scenes]), is_sprite
-
-
-def _crowded(rng: np.random.Generator) -> Scene:
-    filled = rng.random((CELLS, CELLS))
-    sprites = tuple(
-        Sprite(int(row), int(col), SHAPES[int(rng.integers(len(SHAPES)))], list(COLORS)[int(rng.integers(len(COLORS)))])
-        for row, col in np.argwhere(filled < 0.6)
-    )
-    clutter = frozenset((int(row), int(col)) for row, col in np.argwhere(filled > 0.75))
-    return Scene(sprites=sprites, clutter=clutter)

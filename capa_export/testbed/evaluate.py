@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from capa_export.checkpoint import open_checkpoint
 from capa_export.families import Family
 from capa_export.prompt import Prompter
-from capa_export.testbed.scenes import KINDS, Sample, samples
+from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, samples
 
 __all__ = ["Asker", "evaluate"]
 
@@ -26,8 +26,9 @@ class Asker:
     @torch.inference_mode()
     def answer(self, sample: Sample) -> str:
         """Everything the model says after the prompt, the end token included."""
-        prompt, prompter = self.prompter(sample.question, [sample.image]), self.prompter
-        seen = prompter.image_processor(images=[sample.image], return_tensors="pt", **prompter.family.IMAGE_OPTIONS)
+        images, prompter = list(sample.images), self.prompter
+        prompt = prompter(sample.question, images)
+        seen = prompter.image_processor(images=images, return_tensors="pt", **prompter.family.IMAGE_OPTIONS)
         ids = torch.from_numpy(prompt.input_ids)[None]
         given = {**seen, "mm_token_type_ids": torch.from_numpy(prompt.is_visual)[None].int()}
         taken = signature(self.model.forward).parameters
@@ -52,11 +53,12 @@ def evaluate(
     seed: int = 1,
     cells: tuple[int, int] = (8, 8),
     clutter: bool = True,
+    heavy: bool = False,
 ) -> dict[str, float]:
-    """Share of right answers by kind: one question a prompt, the answer word and then the end."""
+    """Share of right answers by kind: one question a prompt, the answer and then the end."""
     asker = Asker(folder, family)
     accuracy: dict[str, float] = {}
-    for kind in KINDS:
-        drawn = samples(per_kind, seed=seed, kinds=[kind], cells=cells, clutter=clutter)
+    for kind in (*KINDS, *HARD_KINDS):
+        drawn = samples(per_kind, seed=seed, kinds=[kind], cells=cells, clutter=clutter, heavy=heavy)
         accuracy[kind] = sum(asker.is_right(sample) for sample in drawn) / per_kind
     return accuracy

@@ -1,123 +1,56 @@
-"""Drawn scenes of coloured shapes, and questions about them with one-word answers."""
+"""Scenes at random, questions about them with short answers, and streams of both."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from capa_export.testbed.drawing import COLORS, SHAPES, Number, Scene, Sprite, render
 
 __all__ = [
-    "CELL",
-    "COLORS",
+    "HARD_KINDS",
     "KINDS",
-    "SHAPES",
     "Sample",
-    "Scene",
     "Split",
-    "Sprite",
     "ask",
+    "crowded_scene",
+    "draw",
     "generator",
+    "hard_scene",
     "questions",
     "random_scene",
-    "render",
     "samples",
 ]
 
 Split = Literal["train", "held_out"]
 
-CELL = 28
-"""Side of a cell in pixels: what one visual token covers (2 x 2 patches of 14)."""
-
 KINDS = ("color_of", "shape_of", "exists", "same")
+HARD_KINDS = ("number", "count", "relation", "pictures")
+"""Small text to read, shapes to count, what is beside what, and two pictures in one prompt."""
 
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 35, 40),
-    "green": (40, 155, 60),
-    "blue": (40, 75, 215),
-    "yellow": (238, 210, 40),
-    "orange": (245, 130, 25),
-    "pink": (250, 135, 195),
-    "cyan": (45, 205, 220),
-}
-
-
-def _ring_points(count: int, *radii: float, turn: float = 0.0) -> tuple[tuple[float, float], ...]:
-    """Points around a circle, upwards first, at the given radii in turn."""
-    angles = [2 * math.pi * i / count + turn for i in range(count)]
-    return tuple(
-        (radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)
-    )
-
-
-def _heart_points(count: int = 24) -> tuple[tuple[float, float], ...]:
-    angles = [2 * math.pi * i / count for i in range(count)]
-    return tuple(
-        (
-            math.sin(a) ** 3,
-            -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16,
-        )
-        for a in angles
-    )
-
-
-_ARM = 0.34
-_POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
-    "square": ((-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)),
-    "diamond": _ring_points(4, 1.0, 0.72),
-    "star": _ring_points(10, 1.08, 0.42),
-    "heart": _heart_points(),
-    "cross": (
-        *((-_ARM, -1.0), (_ARM, -1.0), (_ARM, -_ARM), (1.0, -_ARM), (1.0, _ARM), (_ARM, _ARM)),
-        *((_ARM, 1.0), (-_ARM, 1.0), (-_ARM, _ARM), (-1.0, _ARM), (-1.0, -_ARM), (-_ARM, -_ARM)),
-    ),
-}
-SHAPES = ("circle", "ring", *_POLYGONS)
-
-_GLYPHS: tuple[tuple[tuple[tuple[float, float], ...], ...], ...] = (
-    (((-1, -1), (-1, 1), (1, 1)),),
-    (((-1, -1), (1, -1)), ((0, -1), (0, 1))),
-    (((-1, -1), (1, 1)), ((-1, 1), (1, -1))),
-    (((-1, -1), (1, -1), (-1, 1), (1, 1)),),
-    (((-1, -1), (-1, 1)), ((-1, 0), (1, 0)), ((1, -1), (1, 1))),
-    (((-1, 1), (0, -1), (1, 1)), ((-0.5, 0.2), (0.5, 0.2))),
-    (((-1, -0.5), (1, -0.5)), ((-1, 0.5), (1, 0.5))),
-    (((1, -1), (-1, -1), (-1, 1), (1, 1)), ((-1, 0), (0.6, 0))),
-    (((-1, -1), (0, 0.2), (1, -1)), ((0, 0.2), (0, 1))),
-    (((-1, 1), (1, -1)),),
-)
-"""Strokes of the clutter: letters and signs that are none of the shapes asked about."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sprite:
-    """One coloured shape in one cell."""
-
-    row: int
-    col: int
-    shape: str
-    color: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a picture shows; every shape occurs at most once."""
-
-    sprites: tuple[Sprite, ...]
-    cells: tuple[int, int] = (8, 8)
-    clutter: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    """Cells with a grey glyph in them."""
+_ORDINALS = ("first", "second")
+_SIDES = {"left of": (0, -1), "right of": (0, 1), "just above": (-1, 0), "just below": (1, 0)}
+"""Words, and the step in rows and columns; all of two words, so that questions are of one length."""
+_LINES = 4
+"""Rows, and columns, that the sprites of a hard scene keep to: with five of them, two are in one row and two in one
+column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with one question about it."""
+    """Pictures with one question about them."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     question: str
     answer: str
     kind: str
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
 
 
 def generator(seed: int, *stream: int, split: Split = "held_out") -> np.random.Generator:
@@ -140,8 +73,8 @@ def random_scene(
     """Draws a scene: distinct shapes, one or two pairs of equal colour from four sprites on."""
     count = int(rng.integers(num_sprites[0], num_sprites[1] + 1))
     num_pairs = 0 if count < 4 else int(rng.integers(1, 3)) if count > 5 else 1
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:count]]
-    colors = [tuple(COLORS)[i] for i in rng.permutation(len(COLORS))[: count - num_pairs]]
+    shapes = _some(rng, SHAPES, count)
+    colors = _some(rng, tuple(COLORS), count - num_pairs)
     colors += colors[:num_pairs]
     rows, cols = cells
     places = [divmod(int(i), cols) for i in rng.permutation(rows * cols)]
@@ -152,46 +85,99 @@ def random_scene(
     return Scene(sprites=sprites, cells=cells, clutter=filled)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Paints a scene; `rng` gives the jitter and the clutter glyphs."""
-    rows, cols = scene.cells
-    background = tuple(int(v) for v in rng.integers(232, 251, size=3))
-    image = Image.new("RGB", (cols * CELL, rows * CELL), background)
-    pen = ImageDraw.Draw(image)
-    for row, col in sorted(scene.clutter):
-        x, y, radius = _place(rng, row, col, low=6.0, high=10.5)
-        shade = int(rng.integers(30, 185))
-        swap, flip_x, flip_y = (int(v) for v in rng.integers(0, 2, size=3))
-        for stroke in _GLYPHS[int(rng.integers(len(_GLYPHS)))]:
-            line = [(b, a) if swap else (a, b) for a, b in stroke]
-            path = [(x + radius * a * (1 - 2 * flip_x), y + radius * b * (1 - 2 * flip_y)) for a, b in line]
-            pen.line(path, fill=(shade, shade, shade), width=int(rng.integers(2, 5)))
-    for sprite in scene.sprites:
-        x, y, radius = _place(rng, sprite.row, sprite.col, low=10.0, high=12.5)
-        noise = rng.integers(-14, 15, size=3)
-        red, green, blue = (int(np.clip(v, 0, 255)) for v in np.asarray(COLORS[sprite.color]) + noise)
-        fill = (red, green, blue)
-        box = (x - radius, y - radius, x + radius, y + radius)
-        if sprite.shape == "circle":
-            pen.ellipse(box, fill=fill)
-        elif sprite.shape == "ring":
-            pen.ellipse(box, outline=fill, width=4)
+def hard_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), clutter: bool = True) -> Scene:
+    """Draws a scene with small numbers, up to four shapes of one colour, and shapes in one row and in one column."""
+    rows, cols = cells
+    lines = [sorted(int(i) for i in rng.permutation(side)[:_LINES]) for side in cells]
+    crossings = [(row, col) for row in lines[0] for col in lines[1]]
+    count = int(rng.integers(5, len(SHAPES) + 1))
+    places = [crossings[i] for i in rng.permutation(len(crossings))[:count]]
+    colors: list[str] = []
+    for color in _some(rng, tuple(COLORS), len(COLORS)):
+        colors += [color] * int(rng.integers(1, 5))
+    sprites = tuple(
+        Sprite(row, col, shape, color)
+        for (row, col), shape, color in zip(places, _some(rng, SHAPES, count), colors, strict=False)
+    )
+    free = [place for i in rng.permutation(rows * cols) if (place := divmod(int(i), cols)) not in places]
+    painted = _some(rng, tuple(COLORS), int(rng.integers(3, 6)))
+    numbers = tuple(
+        Number(*place, digits=(int(rng.integers(10)), int(rng.integers(10))), color=color)
+        for place, color in zip(free, painted, strict=False)
+    )
+    filled = frozenset(place for place in free[len(numbers) :] if clutter and rng.random() < 0.7)
+    return Scene(sprites=sprites, cells=cells, clutter=filled, numbers=numbers)
+
+
+def crowded_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), heavy: bool = False) -> Scene:
+    """Draws more than a question could be about, for a tower to learn from."""
+    filled = rng.random(cells)
+    sprites, numbers, clutter = (
+        [(int(row), int(col)) for row, col in np.argwhere((low <= filled) & (filled < high))]
+        for low, high in ((0.0, 0.3), (0.3, 0.7), (0.75, 1.0))
+    )
+
+    def one(words: Sequence[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    colors = tuple(COLORS)
+    return Scene(
+        sprites=tuple(Sprite(row, col, one(SHAPES), one(colors)) for row, col in sprites),
+        cells=cells,
+        clutter=frozenset(clutter),
+        numbers=tuple(
+            Number(row, col, (int(rng.integers(10)), int(rng.integers(10))), one(colors)) for row, col in numbers
+        ),
+        heavy=heavy,
+    )
+
+
+def _some(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
+    """Some of the words, none twice."""
+    return [words[int(i)] for i in rng.permutation(len(words))[:count]]
+
+
+def draw(
+    kind: str,
+    rng: np.random.Generator,
+    *,
+    cells: tuple[int, int] = (8, 8),
+    num_sprites: tuple[int, int] = (4, 7),
+    clutter: bool = True,
+    heavy: bool = False,
+) -> tuple[Scene, ...]:
+    """What the pictures of one prompt show; each kind has a question about it.
+
+    Args:
+        kind: one of `KINDS` or `HARD_KINDS`.
+        rng: the random stream to draw from.
+        cells: rows and columns of each picture.
+        num_sprites: how many, from and to; hard scenes have their own numbers.
+        clutter: whether most of the other cells have a glyph.
+        heavy: whether all of them have one, as large as a sprite and often of its colour.
+    """
+    while True:
+        if kind in ("number", "count", "relation"):
+            scenes = (hard_scene(rng, cells=cells, clutter=clutter),)
         else:
-            pen.polygon([(x + radius * a, y + radius * b) for a, b in _POLYGONS[sprite.shape]], fill=fill)
-    return image
+            count = 2 if kind == "pictures" else 1
+            scenes = tuple(
+                random_scene(rng, cells=cells, num_sprites=num_sprites, clutter=clutter) for _ in range(count)
+            )
+        if heavy:
+            scenes = tuple(replace(scene, heavy=True, clutter=_free(scene)) for scene in scenes)
+        if kind not in HARD_KINDS or questions(scenes, kind):
+            return scenes
 
 
-def _place(rng: np.random.Generator, row: int, col: int, *, low: float, high: float) -> tuple[float, float, float]:
-    """Centre and radius in pixels of something drawn inside one cell."""
-    radius = float(rng.uniform(low, high))
-    room = CELL / 2 - radius - 0.5
-    dx, dy = (float(v) for v in rng.uniform(-room, room, size=2))
-    return col * CELL + CELL / 2 + dx, row * CELL + CELL / 2 + dy, radius
+def _free(scene: Scene) -> frozenset[tuple[int, int]]:
+    taken = {(drawn.row, drawn.col) for drawn in (*scene.sprites, *scene.numbers)}
+    return frozenset(place for place in np.ndindex(scene.cells) if place not in taken)
 
 
-def questions(scene: Scene, kind: str) -> list[tuple[str, str]]:
-    """Every question of one kind that the scene answers, with its answer."""
-    sprites = scene.sprites
+def questions(scenes: Sequence[Scene], kind: str) -> list[tuple[str, str]]:
+    """Every question of one kind that the scenes answer, with its answer; only `pictures` is about two of them."""
+    sprites, numbers = scenes[0].sprites, scenes[0].numbers
     same_color = {s: [t for t in sprites if t.color == s.color and t != s] for s in sprites}
     match kind:
         case "color_of":
@@ -211,8 +197,39 @@ def questions(scene: Scene, kind: str) -> list[tuple[str, str]]:
                 for s in sprites
                 if len(same_color[s]) == 1
             ]
+        case "number":
+            return [(f"what number is {n.color} ?", "{} {}".format(*n.digits)) for n in numbers]
+        case "count":
+            return [(f"how many shapes are {color} ?", str(sum(s.color == color for s in sprites))) for color in COLORS]
+        case "relation":
+            return [
+                (f"what shape is {words} the {s.shape} ?", nearest.shape)
+                for s in sprites
+                for words, step in _SIDES.items()
+                if (nearest := _next_sprite(s, step, sprites))
+            ]
+        case "pictures":
+            return [
+                (f"in the {ordinal} picture what color is the {s.shape} ?", (s, t)[i].color)
+                for s in sprites
+                for t in scenes[1].sprites
+                if s.shape == t.shape and s.color != t.color
+                for i, ordinal in enumerate(_ORDINALS)
+            ]
         case _:
-            raise ValueError(f"unknown question kind {kind!r}; known kinds: {', '.join(KINDS)}")
+            known = ", ".join((*KINDS, *HARD_KINDS))
+            raise ValueError(f"unknown question kind {kind!r}; known kinds: {known}")
+
+
+def _next_sprite(sprite: Sprite, step: tuple[int, int], sprites: Sequence[Sprite]) -> Sprite | None:
+    """The nearest one straight in a direction, in the same row or column."""
+    ahead = {
+        max(abs(other.row - sprite.row), abs(other.col - sprite.col)): other
+        for other in sprites
+        if (np.sign(other.row - sprite.row), np.sign(other.col - sprite.col)) == step
+        and 0 in (other.row - sprite.row, other.col - sprite.col)
+    }
+    return ahead[min(ahead)] if ahead else None
 
 
 def _article(word: str) -> str:
@@ -220,19 +237,20 @@ def _article(word: str) -> str:
 
 
 def ask(
-    scene: Scene, kind: str, rng: np.random.Generator, weights: Mapping[str, float] | None = None
+    scenes: Sequence[Scene], kind: str, rng: np.random.Generator, weights: Mapping[str, float] | None = None
 ) -> tuple[str, str]:
-    """One question of a kind at random; yes and no are equally likely.
+    """One question of a kind at random; the answers of a yes or no, or of a count, are equally likely.
 
     Args:
-        scene: what the picture shows.
-        kind: one of `KINDS`.
+        scenes: what the pictures show.
+        kind: one of `KINDS` or `HARD_KINDS`.
         rng: the random stream to draw from.
         weights: how much more often than others to ask some questions; 1 for those not named.
     """
-    choices = questions(scene, kind)
-    if kind == "exists":
-        wanted = ("yes", "no")[int(rng.integers(2))]
+    choices = questions(scenes, kind)
+    if kind in ("exists", "count"):
+        answers = sorted({answer for _, answer in choices}, reverse=True)
+        wanted = answers[int(rng.integers(len(answers)))]
         choices = [choice for choice in choices if choice[1] == wanted]
     share = np.array([1.0 if weights is None else weights.get(q, 1.0) for q, _ in choices]).cumsum()
     return choices[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
@@ -247,8 +265,9 @@ def samples(
     cells: tuple[int, int] = (8, 8),
     num_sprites: tuple[int, int] = (4, 7),
     clutter: bool = True,
+    heavy: bool = False,
 ) -> Iterator[Sample]:
-    """Yields samples, each with a picture of its own, the kinds in turn.
+    """Yields samples, each with pictures of its own, the kinds in turn.
 
     Sample i depends on `seed`, `split`, i and the drawing options only, so a longer run
     starts with the samples of a shorter one.
@@ -256,6 +275,7 @@ def samples(
     for index in range(count):
         rng = generator(seed, index, split=split)
         kind = kinds[index % len(kinds)]
-        scene = random_scene(rng, cells=cells, num_sprites=num_sprites, clutter=clutter)
-        question, answer = ask(scene, kind, rng)
-        yield Sample(image=render(scene, rng), question=question, answer=answer, kind=kind)
+        scenes = draw(kind, rng, cells=cells, num_sprites=num_sprites, clutter=clutter, heavy=heavy)
+        question, answer = ask(scenes, kind, rng)
+        images = tuple(render(scene, rng) for scene in scenes)
+        yield Sample(images=images, question=question, answer=answer, kind=kind)

@@ -6,9 +6,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from capa_export.testbed.scenes import COLORS, SHAPES
+from capa_export.testbed.drawing import COLORS, SHAPES
 
-__all__ = ["WORDS", "word_tokenizer"]
+__all__ = ["HARD_WORDS", "WORDS", "word_tokenizer"]
 
 WORDS = (
     *("\n", "system", "user", "assistant", "?", ".", ",", "!"),
@@ -18,6 +18,12 @@ WORDS = (
     *(*tuple(COLORS)[:5], "purple", *tuple(COLORS)[5:]),
     *(*SHAPES[:3], "triangle", *SHAPES[3:]),
 )
+HARD_WORDS = (
+    *("number", "how", "many", "shapes", "are", "left", "right", "of", "just", "above", "below"),
+    *("in", "first", "second", "picture"),
+    *map(str, range(10)),
+)
+"""Those of the hard kinds, behind all others, whose ids stay."""
 
 
 def word_tokenizer(
@@ -39,11 +45,11 @@ def word_tokenizer(
         pad: the one that fills a batch.
         chat_template: in Jinja.
         bos: the one that is put in front of every text, if any.
-        more_words: known beside `WORDS`.
+        more_words: known beside `WORDS` and `HARD_WORDS`.
         spelled: words that are cut, with spaces between their pieces.
         roles: special tokens that a processor looks up by the name of an attribute.
     """
-    vocab = {token: i for i, token in enumerate((*special, *WORDS, *more_words))}
+    vocab = {token: i for i, token in enumerate((*special, *WORDS, *more_words, *HARD_WORDS))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     replaced = {"colour": "color", **(spelled or {})}
     core.normalizer = normalizers.Sequence(

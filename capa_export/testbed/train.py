@@ -1,6 +1,6 @@
 """Trains a test bed on drawn scenes: `python -m capa_export.testbed.train --model tiny-qwen25vl --out DIR`."""
 
-# Shapes: B pictures, N cells, T tokens of a packed row, H hidden width.
+# Shapes: B rows, P pictures of all rows, N cells, T tokens of a packed row, H hidden width.
 
 import argparse
 import json
@@ -16,30 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capa_export.testbed.batches import Batch, Batches, Stage
-from capa_export.testbed.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
+from capa_export.testbed.batches import Batch, Batches, Layout
+from capa_export.testbed.beds import BEDS, Bed, family_of, load_bed
+from capa_export.testbed.curriculum import BASIC, FURTHER, Stage
 from capa_export.testbed.decoder import packed_hidden
-from capa_export.testbed.distil import Teacher
+from capa_export.testbed.distil import Teacher, go_on_from
 from capa_export.testbed.evaluate import evaluate
-from capa_export.testbed.scenes import COLORS, KINDS, SHAPES
+from capa_export.testbed.parallel import average, join, num_processes, rank
 
-__all__ = ["HARD", "STAGES", "answer_logits", "main", "save_checkpoint", "train"]
+__all__ = ["answer_logits", "lesson_loss", "main", "save_checkpoint", "train"]
 
 PEAK_LR = 1e-3
-WARMUP_STEPS = 200
+WARMUP_STEPS = 100
 SAVE_SECONDS = 180.0
-
-_EASY = {"color_of": 6, "shape_of": 4}
-_ALL = {"color_of": 3, "shape_of": 2, "exists": 3, "same": 2}
-
-HARD = Stage(until=1.00, num_sprites=(4, 7), clutter=0.85, asked=_ALL)
-# All kinds at once from the start never leave "some colour that is in the picture".
-STAGES = (
-    Stage(until=0.12, num_sprites=(2, 3), clutter=0.0, asked=_EASY),
-    Stage(until=0.20, num_sprites=(3, 5), clutter=0.0, asked=_EASY),
-    Stage(until=0.50, num_sprites=(4, 7), clutter=0.3, asked=_ALL),
-    HARD,
-)
 
 
 @dataclass(kw_only=True)
@@ -58,8 +47,8 @@ class Progress:
 class Training:
     """A model with its optimizer, where it stands, and the file that both are kept in."""
 
-    def __init__(self, model: Any, state_file: Path) -> None:
-        self.model, self.state_file = model.train(), state_file
+    def __init__(self, model: Any, state_file: Path, *, bf16: bool = False) -> None:
+        self.model, self.state_file, self.bf16 = model.train(), state_file, bf16
         self.progress = Progress()
         decay = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -92,11 +81,14 @@ class Training:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()
+        average([p.grad for p in self.model.parameters() if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
     def tell(self, line: str) -> None:
         """Says how far it is every quarter of a minute, and saves every few minutes."""
+        if rank() > 0:
+            return
         if time.monotonic() - self.shown > 15:
             self.shown = time.monotonic()
             print(line, file=sys.stderr, flush=True)
@@ -108,22 +100,20 @@ def _rate(step: int, done: float) -> float:
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def answer_logits(bed: Bed, model: Any, batches: Batches, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of answers [B, questions, words] and of ends [B, questions, STOPS, words], and visual tokens."""
-    first, layout = batches.first, batch.layout
+def answer_logits(model: Any, layout: Layout, ids: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of answers [B, tokens, words] and of ends [B, questions, STOPS, words], from visual tokens [P, N, H]."""
     decoder = model.model.language_model
-    visual = bed.visual_tokens(model, bed.pixels_from_pictures(batch.pictures))
-    text = decoder.embed_tokens(batch.ids)
-    embeds = torch.cat([text[:, :first], visual.float(), text[:, first + NUM_VISUAL :]], dim=1)
+    text = decoder.embed_tokens(ids)
+    embeds = text.index_copy(1, layout.visual, visual.float().reshape(len(text), len(layout.visual), -1))
     hidden = packed_hidden(decoder, embeds, layout.mask_TT, layout.position_ids)
-    answered, stopped = (model.lm_head(hidden[:, at]).float() for at in (layout.prompt_ends, layout.stops))
-    return answered, stopped, visual
+    answered, stopped = (model.lm_head(hidden[:, at]).float() for at in (layout.answers - 1, layout.stops))
+    return answered, stopped
 
 
-def _seen_loss(table_WH: Tensor, visual_BNH: Tensor, words: Tensor, targets_BN: Tensor) -> Tensor:
+def _seen_loss(table_WH: Tensor, visual_PNH: Tensor, words: Tensor, targets_PN: Tensor) -> Tensor:
     """Each visual token named against word embeddings; the first of `words` means "nothing here"."""
-    logits = (visual_BNH.float() @ table_WH[words].T) * 8.0
-    targets = (targets_BN[..., None] == words).float().argmax(dim=-1)
+    logits = 20.0 * F.normalize(visual_PNH.float(), dim=-1) @ F.normalize(table_WH[words], dim=-1).T
+    targets = (targets_PN[..., None] == words).float().argmax(dim=-1)
     weight = torch.ones(len(words))
     weight[1:] = 10.0
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weight=weight)
@@ -132,53 +122,80 @@ def _seen_loss(table_WH: Tensor, visual_BNH: Tensor, words: Tensor, targets_BN: 
 def _distil(training: Training, bed: Bed, teacher: Teacher, *, steps: int, seed: int) -> None:
     progress = training.progress
     while progress.distilled < steps:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = teacher.tower_loss(bed, training.model, seed, progress.distilled)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.bf16):
+            loss = teacher.tower_loss(bed, training.model, seed, progress.distilled * num_processes() + rank())
         training.descend(loss, _rate(progress.distilled, progress.distilled / steps))
         progress.distilled += 1
         training.tell(f"distil {progress.distilled} of {steps} loss {float(loss.detach()):.4f}")
-    training.save()
+    if rank() == 0:
+        training.save()
+
+
+def lesson_loss(
+    bed: Bed, model: Any, batches: Batches, batch: Batch, *, seen_weight: float, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and which questions were answered right, [B, questions].
+
+    Args:
+        bed: of the model.
+        model: what is trained.
+        batches: where the batch is from.
+        batch: pictures and questions.
+        seen_weight: how much it counts what the visual tokens themselves say.
+        bf16: whether to multiply matrices in BF16.
+    """
+    layout, right = batch.layout, torch.empty(0, 0, dtype=torch.bool)
+    loss = torch.zeros(())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        visual = bed.visual_tokens(model, bed.pixels_from_pictures(batch.pictures))
+        if layout is not None:
+            answered, stopped = answer_logits(model, layout, batch.ids, visual)
+            targets = batch.ids[:, layout.answers]
+            ends = torch.full(stopped.shape[:-1], batches.end)
+            loss = F.cross_entropy(answered.flatten(0, 1), targets.flatten())
+            loss = loss + 0.1 * F.cross_entropy(stopped.flatten(0, 2), ends.flatten())
+            misses = (answered.argmax(dim=-1) != targets).float()
+            right = torch.zeros(len(targets), len(layout.kinds)).index_add(1, layout.of, misses) == 0
+    if seen_weight > 0:
+        embeddings = model.model.language_model.embed_tokens
+        for sort, words in batches.sorts.items():
+            # Tens and ones are told apart by the table that their words are looked up in.
+            table = (model.lm_head if sort == "ones" else embeddings).weight
+            loss = loss + seen_weight * _seen_loss(table, visual, words, batch.seen[sort])
+    return loss, right
 
 
 def _answer(
     training: Training, bed: Bed, batches: Batches, stages: tuple[Stage, ...], minutes: float | None, steps: int | None
 ) -> None:
-    model, progress = training.model, training.progress
-    color_words, shape_words = (
-        torch.tensor([batches.pad, *(batches.words[w] for w in names)]) for names in (COLORS, SHAPES)
-    )
-    right: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    progress = training.progress
+    shares: dict[str, float] = {}
     last = time.monotonic()
     while True:
         done = progress.step / steps if steps is not None else progress.spent / (60 * minutes) if minutes else 1.0
         if done >= 1.0:
             return
         stage = next(s for s in stages if done < s.until)
-        batch = batches(progress.step, stage)
-        targets = batch.ids[:, batch.layout.answers]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            answered, stopped, visual = answer_logits(bed, model, batches, batch)
-        loss = F.cross_entropy(answered.flatten(0, 1), targets.flatten())
-        ends = torch.full(stopped.shape[:-1], batches.end)
-        total = loss + 0.1 * F.cross_entropy(stopped.flatten(0, 2), ends.flatten())
-        seen_weight = 0.5 * max(0.0, 1 - 2 * done)
-        if seen_weight > 0:
-            table = model.model.language_model.embed_tokens.weight
-            for words, targets_BN in ((color_words, batch.colors), (shape_words, batch.shapes)):
-                total = total + seen_weight * _seen_loss(table, visual, words, targets_BN)
-        training.descend(total, _rate(progress.step, done))
+        lesson = stage.lessons[progress.step % len(stage.lessons)]
+        batch = batches(progress.step * num_processes() + rank(), lesson)
+        seen_weight = 0.5 * max(0.0, 1 - 2 * done) if lesson.asked else 0.5
+        loss, right = lesson_loss(bed, training.model, batches, batch, seen_weight=seen_weight, bf16=training.bf16)
+        training.descend(loss, _rate(progress.step, done))
         progress.step += 1
-        hits = answered.argmax(dim=-1) == targets
-        batches.note(batch.questions, hits.flatten().tolist())
-        for kind in stage.asked:
-            hit = float(hits[:, [k == kind for k in batch.layout.kinds]].float().mean())
-            right[kind] += (hit - right[kind]) * 0.03
+        if batch.layout is not None:
+            batches.note(batch.questions, right.flatten().tolist())
+            for kind in lesson.asked:
+                share = float(right[:, [k == kind for k in batch.layout.kinds]].float().mean())
+                before = shares.get(kind, share)
+                shares[kind] = before + 0.03 * (share - before)
         now = time.monotonic()
-        progress.spent, last = progress.spent + now - last, now
+        elapsed = torch.tensor([now - last])
+        average([elapsed])
+        progress.spent, last = progress.spent + float(elapsed), now
         left = progress.spent * (1 - done) / max(done, 1e-3) / 60
-        shares = " ".join(f"{kind} {100 * share:.0f}" for kind, share in right.items())
+        right_by_kind = " ".join(f"{kind} {100 * share:.0f}" for kind, share in shares.items())
         so_far = f"step {progress.step} {100 * done:.1f}% loss {float(loss.detach()):.3f}"
-        training.tell(f"{so_far} | {shares} | {left:.0f} min left")
+        training.tell(f"{so_far} | {right_by_kind} | {left:.0f} min left")
 
 
 def train(
@@ -189,8 +206,11 @@ def train(
     steps: int | None,
     seed: int,
     resume: bool,
+    start: Path | None = None,
     teacher: Path | None = None,
     distil_steps: int = 0,
+    size: int = 16,
+    bf16: bool = False,
 ) -> Any:
     """Trains until the wall time or the number of steps is used up, and returns the model.
 
@@ -201,22 +221,28 @@ def train(
         steps: the same in steps, instead.
         seed: of the start values and the scenes.
         resume: go on from `state_file`.
-        teacher: checkpoint folder of a trained bed, whose decoder and visual tokens to start from.
+        start: checkpoint folder of this bed, whose weights to start from; words that are new since are added.
+        teacher: checkpoint folder of another bed, whose decoder and visual tokens to start from.
         distil_steps: how long to imitate its visual tokens before the first question.
+        size: rows of a batch, in each process.
+        bf16: multiply matrices in BF16: faster on processors that have it, ten times slower on others.
     """
     tokenizer = bed.build_tokenizer()
-    training = Training(bed.build_model(tokenizer, seed=seed), state_file)
-    batches = Batches(bed, tokenizer, training.model.config, seed)
+    training = Training(bed.build_model(tokenizer, seed=seed), state_file, bf16=bf16)
+    batches = Batches(bed, tokenizer, training.model.config, seed, size)
     if resume:
         training.load()
+    elif start is not None:
+        go_on_from(start, training.model)
     if teacher is not None and training.progress.step == 0:
         trained = Teacher(teacher)
         if not resume:
             trained.give_words(bed, training.model, tokenizer.get_vocab())
         _distil(training, bed, trained, steps=distil_steps, seed=seed)
     batches.missed = training.progress.missed
-    _answer(training, bed, batches, (HARD,) if teacher else STAGES, minutes, steps)
-    training.save()
+    _answer(training, bed, batches, FURTHER if start or teacher else BASIC, minutes, steps)
+    if rank() == 0:
+        training.save()
     return training.model.eval()
 
 
@@ -235,17 +261,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=BEDS, required=True, help="the bed to train")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--teacher", type=Path, help="checkpoint folder of a trained bed to start from")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder of this bed to teach the hard kinds")
+    parser.add_argument("--teacher", type=Path, help="checkpoint folder of another bed, that has them, to imitate")
     parser.add_argument(
         "--distil-steps", type=int, default=1500, help="steps of imitating the teacher's visual tokens (default: 1500)"
     )
     parser.add_argument("--state", type=Path, help="file for the resumable state (default: OUT.training)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from the state file")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step, in each process (default: 16)")
+    parser.add_argument("--bf16", action="store_true", help="for processors with BF16 instructions")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=45.0, help="wall time to train for (default: 45)")
     length.add_argument("--steps", type=int, help="steps to train for, instead of a time")
     args = parser.parse_args()
+    join()
     out: Path = args.out
     state_file: Path = args.state or out.with_suffix(".training")
     for folder in (out, state_file.parent):
@@ -258,9 +288,14 @@ def main() -> None:
         steps=args.steps,
         seed=args.seed,
         resume=args.resume,
+        start=args.checkpoint,
         teacher=args.teacher,
         distil_steps=args.distil_steps,
+        size=args.batch,
+        bf16=args.bf16,
     )
+    if rank() > 0:
+        return
     save_checkpoint(out, bed, model)
     accuracy = evaluate(out, family_of(bed))
     text = json.dumps(accuracy, indent=2)

@@ -106,7 +106,7 @@ class Search:
         return [self.methods[name] for name in sorted(self.seen, key=lambda name: (mean_kl(self.seen[name]), name))]
 
     def _best(self, count: int, *, alike: int) -> list[Method]:
-        """At most so many with the same selectors, since few samples tell alike methods wrong together."""
+        """At most so many with the same selectors: the few samples that flatter one flatter all like it."""
         taken: Counter[tuple[str, ...]] = Counter()
         found: list[Method] = []
         for method in self._ranked():

@@ -1,15 +1,21 @@
 """Tokenizers, image processors, batched towers and packed training rows of every test bed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from capa_export.testbed.batches import BATCH, STOPS, Batches
+from capa_export.prompt import Prompter
+from capa_export.recipe import load_recipe
+from capa_export.testbed.batches import Batches, Lesson
 from capa_export.testbed.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
-from capa_export.testbed.scenes import samples
-from capa_export.testbed.train import HARD, answer_logits
+from capa_export.testbed.curriculum import FURTHER
+from capa_export.testbed.scenes import HARD_KINDS, samples
+from capa_export.testbed.tokenizer import HARD_WORDS
+from capa_export.testbed.train import answer_logits
 
 PROMPTS = {
     "tiny-qwen25vl": (
@@ -59,23 +65,66 @@ def test_pixels_are_those_of_the_image_processor(bed: Bed) -> None:
 
 
 @torch.inference_mode()
-def test_a_packed_question_computes_what_it_computes_alone(bed: Bed) -> None:
+@pytest.mark.parametrize("lesson", FURTHER[-1].lessons[2:], ids=["two pictures", "relations", "hard", "basic"])
+def test_a_packed_question_computes_what_it_computes_alone(bed: Bed, lesson: Lesson) -> None:
     tokenizer = bed.build_tokenizer()
     model = bed.build_model(tokenizer).eval()
-    batches = Batches(bed, tokenizer, model.config, seed=0)
-    batch = batches(0, HARD)
-    assert batch.ids.shape[0] == BATCH
-    assert int((batch.ids[0] == batches.pad).sum()) == NUM_VISUAL
-    answered, stopped, _ = answer_logits(bed, model, batches, batch)
-    inputs: Any = bed.build_image_processor()(images=[batch.pictures[0]], return_tensors="pt")
+    batches = Batches(bed, tokenizer, model.config, seed=0, size=4)
+    batch = batches(0, lesson)
+    layout = batch.layout
+    assert layout is not None
+    num_pictures = len(batch.pictures) // 4
+    assert num_pictures == 1 + ("pictures" in lesson.asked)
+    assert batch.ids.shape[0] == 4
+    assert int((batch.ids[0] == batches.pad).sum()) == num_pictures * NUM_VISUAL
+    assert tokenizer.unk_token_id not in batch.ids
+    visual = bed.visual_tokens(model, bed.pixels_from_pictures(batch.pictures))
+    answered, stopped = answer_logits(model, layout, batch.ids, visual)
+    pictures = list(batch.pictures[:num_pictures])
+    inputs: Any = bed.build_image_processor()(images=pictures, return_tensors="pt")
     taken = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
-    start = len(batches.prefix)
-    for index, end in enumerate(batch.layout.stops[:, -1].tolist()):
-        alone = torch.cat([batch.ids[:1, : len(batches.prefix)], batch.ids[:1, start : end + 1]], dim=1)
+    shared = start = len(batches.frames[num_pictures].prefix)
+    for index, end in enumerate(layout.stops[:, -1].tolist()):
+        alone = torch.cat([batch.ids[:1, :shared], batch.ids[:1, start : end + 1]], dim=1)
         if "image_grid_thw" in taken:
             taken["mm_token_type_ids"] = (alone == batches.pad).int()
         expected = model(input_ids=alone, attention_mask=torch.ones_like(alone), **taken).logits
-        packed = torch.cat([answered[:1, index, None], stopped[:1, index]], dim=1)
+        packed = torch.cat([answered[:1, layout.of == index], stopped[:1, index]], dim=1)
         # fp32 on both sides, summed in another order through 16 layers; logits are of order 1.
-        torch.testing.assert_close(packed, expected[:, -1 - STOPS :], atol=5e-5, rtol=0)
+        torch.testing.assert_close(packed, expected[:, -packed.shape[1] :], atol=5e-5, rtol=0)
         start = end + 1
+
+
+def test_hard_words_are_known_and_behind_all_others(bed: Bed) -> None:
+    tokenizer = bed.build_tokenizer()
+    vocab = tokenizer.get_vocab()
+    assert sorted(vocab, key=lambda word: vocab[word])[-len(HARD_WORDS) :] == list(HARD_WORDS)
+    texts = [text for s in samples(200, seed=0, kinds=HARD_KINDS) for text in (s.question, s.answer)]
+    encoded: Any = tokenizer(texts)["input_ids"]
+    assert tokenizer.unk_token_id not in {token for ids in encoded for token in ids}
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded] == texts
+
+
+def test_older_words_keep_their_ids(name: str, bed: Bed) -> None:
+    vocab = bed.build_tokenizer().get_vocab()
+    first = {"tiny-qwen25vl": 8, "tiny-llava15": 5, "tiny-internvl3": 8}[name]
+    # Those of the first checkpoints that shipped.
+    expected = {"\n": 0, "what": 8, "no": 20, "red": 21, "purple": 26, "cyan": 28, "circle": 29, "cross": 36}
+    assert {word: vocab[word] - first for word in expected} == expected
+
+
+def test_a_training_row_is_the_prompt_that_a_user_gets(name: str, bed: Bed) -> None:
+    tokenizer = bed.build_tokenizer()
+    config = bed.build_model(tokenizer).config
+    batches = Batches(bed, tokenizer, config, seed=0, size=1)
+    folder = Path(load_recipe(name).checkpoint)
+    prompter = Prompter(folder, folder, batches.family, batches.dims)
+    prompter.tokenizer = tokenizer
+    for kind in ("number", "pictures"):
+        batch = batches(0, Lesson(asked={kind: 1}))
+        assert batch.layout is not None
+        prompt = prompter(batch.questions[0], [Image.fromarray(picture) for picture in batch.pictures])
+        first_answer = int(batch.layout.answers[0])
+        assert batch.ids[0, :first_answer].tolist() == prompt.input_ids.tolist()
+        assert batch.layout.position_ids[:, :first_answer].tolist() == prompt.position_ids.tolist()
+        assert batch.layout.visual.tolist() == np.flatnonzero(prompt.is_visual).tolist()

@@ -1,19 +1,21 @@
 """Scenes and questions of the test beds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from capa_export.testbed.drawing import CELL, COLORS, SHAPES, Number, Scene, Sprite, render
 from capa_export.testbed.scenes import (
-    CELL,
-    COLORS,
+    HARD_KINDS,
     KINDS,
-    SHAPES,
-    Scene,
-    Sprite,
+    Split,
+    ask,
+    crowded_scene,
+    draw,
     generator,
     questions,
     random_scene,
-    render,
     samples,
 )
 
@@ -23,6 +25,15 @@ HAND_MADE = Scene(
         Sprite(3, 5, "ring", "blue"),
         Sprite(7, 7, "heart", "red"),
     )
+)
+LINED_UP = Scene(
+    sprites=(
+        Sprite(2, 1, "star", "red"),
+        Sprite(2, 4, "ring", "blue"),
+        Sprite(2, 6, "heart", "red"),
+        Sprite(7, 4, "cross", "red"),
+    ),
+    numbers=(Number(0, 0, (4, 7), "blue"), Number(5, 4, (0, 9), "pink")),
 )
 
 
@@ -87,12 +98,155 @@ def test_yes_and_no_are_balanced() -> None:
     ],
 )
 def test_questions_of_a_hand_made_scene(kind: str, expected: dict[str, str]) -> None:
-    assert dict(questions(HAND_MADE, kind)) == expected
+    assert dict(questions([HAND_MADE], kind)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("number", {"what number is blue ?": "4 7", "what number is pink ?": "0 9"}),
+        (
+            "count",
+            {f"how many shapes are {color} ?": {"red": "3", "blue": "1"}.get(color, "0") for color in COLORS},
+        ),
+        (
+            "relation",
+            {
+                "what shape is right of the star ?": "ring",
+                "what shape is left of the ring ?": "star",
+                "what shape is right of the ring ?": "heart",
+                "what shape is just below the ring ?": "cross",
+                "what shape is left of the heart ?": "ring",
+                "what shape is just above the cross ?": "ring",
+            },
+        ),
+    ],
+)
+def test_hard_questions_of_a_hand_made_scene(kind: str, expected: dict[str, str]) -> None:
+    assert dict(questions([LINED_UP], kind)) == expected
+
+
+def test_questions_about_two_pictures_need_both() -> None:
+    assert dict(questions([HAND_MADE, LINED_UP], "pictures")) == {}
+    blue_star = Scene(sprites=(Sprite(4, 4, "star", "blue"), Sprite(1, 1, "heart", "red")))
+    assert dict(questions([HAND_MADE, blue_star], "pictures")) == {
+        "in the first picture what color is the star ?": "red",
+        "in the second picture what color is the star ?": "blue",
+    }
+
+
+def _answers(scenes: tuple[Scene, ...], question: str) -> set[str]:
+    """Every answer that a reader of the question could give, found without the code under test."""
+    words = question.removesuffix(" ?").split()
+    match words:
+        case ["what", "number", "is", color]:
+            return {f"{n.digits[0]} {n.digits[1]}" for n in scenes[0].numbers if n.color == color}
+        case ["how", "many", "shapes", "are", color]:
+            return {str(len([s for s in scenes[0].sprites if s.color == color]))}
+        case ["what", "shape", "is", *side, "the", shape]:
+            at = {(s.row, s.col): s.shape for s in scenes[0].sprites}
+            down, right = {
+                "left of": (0, -1),
+                "right of": (0, 1),
+                "just above": (-1, 0),
+                "just below": (1, 0),
+            }[" ".join(side)]
+            found: set[str] = set()
+            for start in [place for place, other in at.items() if other == shape]:
+                ahead = [(start[0] + down * i, start[1] + right * i) for i in range(1, 13)]
+                found |= {at[next(place for place in ahead if place in at)]}
+            return found
+        case ["in", "the", ordinal, "picture", "what", "color", "is", "the", shape]:
+            return {s.color for s in scenes[ordinal == "second"].sprites if s.shape == shape}
+        case _:
+            raise AssertionError(question)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_every_hard_question_has_one_right_answer(kind: str, heavy: bool) -> None:  # noqa: FBT001
+    for index in range(100):
+        scenes = draw(kind, generator(0, index), heavy=heavy)
+        asked = questions(scenes, kind)
+        assert asked
+        assert len(dict(asked)) == len(asked)
+        for question, answer in asked:
+            assert _answers(scenes, question) == {answer}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *HARD_KINDS])
+def test_nothing_is_drawn_over_another(kind: str) -> None:
+    for index in range(50):
+        for scene in draw(kind, generator(1, index), heavy=index % 2 == 0):
+            drawn = [(d.row, d.col) for d in (*scene.sprites, *scene.numbers)] + sorted(scene.clutter)
+            assert len(drawn) == len(set(drawn))
+            assert all(0 <= row < 8 and 0 <= col < 8 for row, col in drawn)
+            assert len({s.shape for s in scene.sprites}) == len(scene.sprites)
+            assert len(drawn) == 64 or not scene.heavy
+
+
+def test_hard_samples_are_deterministic_and_differ_by_seed_and_split() -> None:
+    def drawn(seed: int, split: Split) -> list[tuple[str, str, list[bytes]]]:
+        stream = samples(8, seed=seed, kinds=HARD_KINDS, split=split, heavy=True)
+        return [(s.question, s.answer, [image.tobytes() for image in s.images]) for s in stream]
+
+    assert drawn(0, "held_out") == drawn(0, "held_out")
+    pictures = [sample[2][0] for sample in drawn(0, "held_out") + drawn(0, "train") + drawn(1, "held_out")]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_counts_are_balanced_and_go_up_to_four() -> None:
+    answers = [s.answer for s in samples(300, seed=0, kinds=["count"])]
+    assert set(answers) == set("01234")
+    assert max(answers.count(answer) for answer in "01234") <= 130
+
+
+def test_two_pictures_are_asked_about_only_where_a_kind_needs_them() -> None:
+    assert [len(s.images) for s in samples(8, seed=0, kinds=[*KINDS, *HARD_KINDS])] == [1, 1, 1, 1, 1, 1, 1, 2]
 
 
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="known kinds: color_of"):
-        questions(HAND_MADE, "count")
+        questions([HAND_MADE], "size")
+
+
+def test_digits_are_painted_in_their_cell_and_tell_numbers_apart() -> None:
+    def painted(tens: int, ones: int) -> np.ndarray:
+        scene = Scene(sprites=(), numbers=(Number(3, 5, (tens, ones), "blue"),))
+        return np.asarray(render(scene, generator(0))).astype(int)
+
+    blank = np.asarray(render(Scene(sprites=()), generator(0))).astype(int)
+    pictures = {(tens, ones): painted(tens, ones) for tens in range(10) for ones in range(10)}
+    assert len({picture.tobytes() for picture in pictures.values()}) == 100
+    for picture in pictures.values():
+        rows, cols = np.nonzero((picture != blank).any(axis=-1))
+        assert rows.min() >= 3 * CELL and rows.max() < 4 * CELL
+        assert cols.min() >= 5 * CELL and cols.max() < 6 * CELL
+        assert rows.max() - rows.min() == 9
+
+
+def test_heavy_clutter_has_the_colors_of_sprites() -> None:
+    scene = Scene(sprites=(), clutter=frozenset(np.ndindex(8, 8)))
+    plain, heavy = (
+        np.asarray(render(replace(scene, heavy=heavy), generator(0))).astype(int) for heavy in (False, True)
+    )
+    assert np.ptp(plain, axis=-1).max() < 25
+    assert (np.ptp(heavy, axis=-1) > 100).mean() > 0.02
+
+
+def test_a_crowded_scene_shows_every_word() -> None:
+    scene = crowded_scene(generator(0))
+    assert {s.shape for s in scene.sprites} <= set(SHAPES)
+    assert {n.digits[0] for n in scene.numbers} | {n.digits[1] for n in scene.numbers} == set(range(10))
+    places = [(d.row, d.col) for d in (*scene.sprites, *scene.numbers)] + sorted(scene.clutter)
+    assert len(places) == len(set(places))
+
+
+def test_what_was_missed_is_asked_more_often() -> None:
+    missed = {question: 0.0 for question, _ in questions([LINED_UP], "relation")}
+    wanted = "what shape is just above the cross ?"
+    rng = generator(0)
+    assert {ask([LINED_UP], "relation", rng, {**missed, wanted: 1.0})[0] for _ in range(20)} == {wanted}
 
 
 def test_sprites_are_painted_where_the_scene_says() -> None:

@@ -1,0 +1,39 @@
+"""What a test bed is taught, and when."""
+
+from dataclasses import dataclass
+
+from capa_export.testbed.batches import Lesson
+
+__all__ = ["BASIC", "FURTHER", "Stage"]
+
+_EASY = {"color_of": 6, "shape_of": 4}
+_ALL = {"color_of": 3, "shape_of": 2, "exists": 3, "same": 2}
+_HARD = Lesson(asked={"number": 4, "count": 4}, clutter=0.6, heavy=0.3)
+_HARDEST = Lesson(asked={"relation": 6, "number": 2, "count": 2}, heavy=0.3)
+_LOOK = Lesson(asked={}, heavy=0.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of a curriculum."""
+
+    until: float
+    """Share of the run at which it ends."""
+    lessons: tuple[Lesson, ...]
+    """Taken in turn, a batch each."""
+
+
+# All kinds at once from the start never leave "some colour that is in the picture".
+BASIC = (
+    Stage(0.12, (Lesson(asked=_EASY, num_sprites=(2, 3), clutter=0.0),)),
+    Stage(0.20, (Lesson(asked=_EASY, num_sprites=(3, 5), clutter=0.0),)),
+    Stage(0.50, (Lesson(asked=_ALL, clutter=0.3),)),
+    Stage(1.00, (Lesson(asked=_ALL),)),
+)
+_REHEARSED = Lesson(asked=_ALL, heavy=0.3)
+_PAIRS = Lesson(asked={"pictures": 6}, heavy=0.3)
+FURTHER = (
+    Stage(0.45, (_LOOK, _HARD, _PAIRS, _HARD, _LOOK, _HARD, _PAIRS, _HARD, _LOOK, _REHEARSED)),
+    Stage(1.00, (_LOOK, _HARDEST, _PAIRS, _HARDEST, _HARD, _REHEARSED)),
+)
+"""For a bed that knows the basic kinds."""
