@@ -256,7 +256,7 @@ def eos_token_ids(folder: Path) -> list[int]:
             given = section.get("eos_token_id")
             ids = given if isinstance(given, list) else [] if given is None else [given]
             if not all(isinstance(token, int) for token in ids):
-                raise CapaError(f"{path}: eos_token_id: must be a whole number or a list of them, not {given!r}")
+                raise CapaError(f"{path}: eos_token_id: must be a whole number or a list of them, not {given!r:.80}")
             if ids:
                 return ids
     raise CapaError(f"{folder}: no eos_token_id in generation_config.json or config.json; copy the published files")

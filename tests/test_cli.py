@@ -102,7 +102,7 @@ def test_a_second_build_does_nothing_and_another_ratio_only_validates(
     assert code == 0
     assert [line.split(maxsplit=1)[1] for line in err.splitlines() if line[0] != " "] == ["up to date"] * 3
     code, out, err = cli("build", *options, "--ratio", 0.5, "--json")
-    assert code == 0 and json.loads(out)["schedule"] == [{"layer": 2, "ratio": 0.5}]
+    assert code == 0 and json.loads(out)["schedule"] == [{"layer": 2, "ratio": 0.5, "selector": "capa", "options": {}}]
     # On a slow machine, lines of progress stand between: `validate: eager: 3 of 4`.
     done = [line for line in err.splitlines() if line[0] != " " and ": " not in line]
     stages = {line.split()[0]: "up to date" in line for line in done}
@@ -127,7 +127,7 @@ def test_run_answers_from_the_bundle_alone(cli: Cli, spare: Path, pictures: Path
     code, streamed, _ = cli("run", spare, *question, "--ratio", 0)
     code, out, _ = cli("run", spare, *question, "--ratio", 0, "--json")
     result = json.loads(out)
-    assert result["stages"] == [{"layer": 2, "kept": 64, "visual": 64}]
+    assert result["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 64, "visual": 64}]
     assert result["answer"] == streamed.strip()
     assert result["new_tokens"] <= 3
     code, _, err = cli("run", spare, "--prompt", "hello", "--max-new-tokens", 1)
@@ -171,7 +171,7 @@ def test_plan_needs_no_torch(recipe: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["stages"] == [{"layer": 2, "kept": 256, "visual": 1024}]
+    assert plan["stages"] == [{"layer": 2, "where": "after layer 2", "selector": "capa", "kept": 256, "visual": 1024}]
     assert plan["prefill"]["ratio"] > 1.5
 
 
@@ -527,15 +527,15 @@ def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, picture
         assert (code, err) == (0, "")
         return json.loads(out)
 
-    assert ask()["stages"] == [{"layer": 2, "kept": 0, "visual": 0}]
+    assert ask()["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 0, "visual": 0}]
     shown = [{"type": "image", "image": str(pictures / name)} for name in ("0.png", "1.png")]
-    assert ask(*shown)["stages"] == [{"layer": 2, "kept": 25, "visual": 64 + 35}]
+    assert ask(*shown)["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 25, "visual": 64 + 35}]
     frames = tmp_path / "frames"
     frames.mkdir()
     for index in range(5):
         noise(112, 84, index).save(frames / f"{index}.png")
     video = ask({"type": "video", "video": "frames"})
-    assert video["stages"] == [{"layer": 2, "kept": 9, "visual": 3 * 4 * 3}]
+    assert video["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 3 * 4 * 3}]
     options = ("--prompt", question["text"], "--video", frames, "--fps", 2, "--max-new-tokens", 2)
     code, out, err = cli("run", bundle, *options)
     assert code == 0 and out.strip() and err.startswith("kept 9 of 36 visual tokens after layer 2; vision ")

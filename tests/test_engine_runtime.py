@@ -316,7 +316,7 @@ def test_an_answer_comes_from_the_engines(
     asked = [[Turn("user", [noise(56, 84), "what ?"])]]
     (result,) = answer(built, asked, max_new_tokens=3, stream=told.append, engine="rtx")
     assert (result["gpu"], result["new_tokens"], len(told)) == ("Fake", 3, 4)
-    assert result["stages"] == [{"layer": PRUNE_LAYER, "kept": 2, "visual": 6}]
+    assert result["stages"] == [{"layer": PRUNE_LAYER, "where": f"after layer {PRUNE_LAYER}", "kept": 2, "visual": 6}]
     assert set(result["gpu_bytes"]) == {"weights", "plans", "contexts", "kv_cache"}
     monkeypatch.setattr(OnnxModel, "prefill", lambda *_: pytest.fail("ONNX Runtime ran"))
     with pytest.raises(CapaError, match="dimension past, not"):

@@ -174,7 +174,7 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
         logits = eager.step(run, token, run.next_position + len(tokens) - 1)
     assert len(tokens) > 2
     assert result["answer"] == prompter.decode(tokens)
-    assert result["stages"] == [{"layer": 2, "kept": 9, "visual": 35}]
+    assert result["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 35}]
 
 
 def test_the_end_of_an_answer_is_found_or_asked_for(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from onnxscript import OpBuilder, nn
 
 from capa_export.dims import DecoderDims, ModelDims
 from capa_export.graph.build import Input, Output, build_model
-from capa_export.graph.decoder import KeyValue, Layer, Prune, RotaryTables, Stack, Tokens
+from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear
+from capa_export.graph.prune import Prune
+from capa_export.graph.tokens import KeyValue, Tokens
 from capa_export.selectors import Chosen, Prompted
 
 __all__ = ["TABLE", "decoder_model", "embedding_model", "prompt_model", "row_size"]

@@ -7,7 +7,7 @@ B = batch, T = tokens, D = hidden size, H = query heads, G = KV heads, d = head 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -16,58 +16,17 @@ from onnxscript import OpBuilder, nn
 from capa_export.dims import DecoderDims
 from capa_export.graph.build import Input, build_model, call
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
-from capa_export.selectors import CAPA, Chosen, GraphView, Place, load_selector, reads
+from capa_export.graph.prune import Prune
+from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
+from capa_export.selectors import CAPA, Chosen, Place, reads
 
 __all__ = ["RotaryTables", "decode_model", "prefill_model"]
 
 RotaryTables = Callable[[OpBuilder, ir.Value, ir.DataType], tuple[ir.Value, ir.Value]]
 """A family's position encoding: position ids [axes, T] -> cos and sin [1, T, d/2] in the given dtype."""
 
-
-KeyValue = tuple[ir.Value, ir.Value]
-"""Keys and values of one layer, each [B, G, T, d]."""
-
 _END = 2**31 - 1
 """A slice end past any length."""
-_TOKEN_AXIS = {"visual_saliency": 0, "visual_features": 0, "visual_grid": 1}
-"""Of what the prompt brings along."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What travels down the layers: the hidden states, the rows of a batch one after another, and their positions."""
-
-    hidden_TD: ir.Value
-    cos_BTd: ir.Value
-    sin_BTd: ir.Value
-    text_rows_X: ir.Value | None = None
-    """Rows of the hidden states that hold text; None where all of them do."""
-    batch: ir.Value | None = None
-    """[1], the number of rows; None where it is 1."""
-    deepstack: tuple[ir.Value, ...] = ()
-    """What the outputs of the layers to come gain, [T, D] each and zero where text stands; the next layer's first."""
-    kept: tuple[ir.Value, ...] = ()
-    """Prompt positions [K] that survived each stage so far, ascending."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What an attention was computed from."""
-
-    query: ir.Value
-    """[B, H, T, d], rotated."""
-    key: ir.Value
-    """[B, G, T, d], rotated, the cache's included."""
-    value: ir.Value
-    """[B, G, T, d], the cache's included."""
-    plain_query: ir.Value
-    """Before its rotation."""
-    plain_key: ir.Value
-    """Before its rotation; the new tokens' alone."""
-
-
-Scorer = tuple[Heads, ir.Value]
-"""An attention that scores tokens: what it was computed from, and its output projection."""
 
 
 class Attention(nn.Module):
@@ -111,96 +70,6 @@ class Attention(nn.Module):
         head_dim = self.dims.head_dim
         mixed = attention(op, heads.query, heads.key, heads.value, head_dim, mask=mask, causal=past is None)
         return self.o_proj(op, tokens_from_heads(op, mixed, self.dims.num_heads * head_dim)), heads
-
-
-class Prune(nn.Module):
-    """One stage: scores the visual tokens, and drops all but the best."""
-
-    def __init__(self, dims: DecoderDims, chosen: Chosen, min_keep_per_image: int) -> None:
-        super().__init__()
-        self.scale = dims.head_dim**-0.5
-        self.chosen, self.selector = chosen, load_selector(chosen.name)
-        self.min_keep_per_image = min_keep_per_image
-
-    def forward(
-        self,
-        op: OpBuilder,
-        tokens: Tokens,
-        num_keep: ir.Value,
-        prompted: Mapping[str, ir.Value],
-        scorer: Scorer | None = None,
-    ) -> tuple[Tokens, KeyValue | None]:
-        """The surviving tokens; and their keys and values, where the stage acts right after an attention.
-
-        Args:
-            op: builder.
-            tokens: that enter the stage.
-            num_keep: [1], visual tokens that stay.
-            prompted: what the prompt brings along, of all its tokens.
-            scorer: the attention that scores; None before the decoder.
-        """
-        assert tokens.text_rows_X is not None
-        view = GraphView(
-            text_rows_X=tokens.text_rows_X,
-            num_keep=num_keep,
-            hidden_TD=tokens.hidden_TD,
-            scale=self.scale,
-            **({} if scorer is None else self._of_attention(op, *scorer)),
-            **self._of_prompt(op, tokens, prompted),
-        )
-        scores_T = self.selector.score(op, view, **self.chosen.values)
-        num_rows = op.Add(num_keep, op.Shape(tokens.text_rows_X))
-        (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
-
-        cache = None
-        if self.selector.PLACE == "attention":
-            assert scorer is not None
-            heads, _ = scorer
-            hidden_KD, key, value, cos, sin = call(
-                op,
-                "TokenGather",
-                tokens.hidden_TD,
-                heads.key,
-                heads.value,
-                tokens.cos_BTd,
-                tokens.sin_BTd,
-                kept_K,
-            )
-            cache = key, value
-        else:
-            hidden_KD = op.Gather(tokens.hidden_TD, kept_K, axis=0)
-            cos, sin = (op.Gather(table, kept_K, axis=1) for table in (tokens.cos_BTd, tokens.sin_BTd))
-        # Text is always kept: the row of a text token is how many tokens kept stand before it.
-        is_before_XK = op.Less(op.Unsqueeze(kept_K, [0]), op.Unsqueeze(tokens.text_rows_X, [1]))
-        row_X = op.ReduceSum(op.Cast(is_before_XK, to=ir.DataType.INT64), [1], keepdims=0)
-        survivors = Tokens(
-            hidden_TD=hidden_KD,
-            cos_BTd=cos,
-            sin_BTd=sin,
-            text_rows_X=row_X,
-            deepstack=tuple(op.Gather(features_TD, kept_K, axis=0) for features_TD in tokens.deepstack),
-            # A later stage numbers its rows within what the earlier ones kept.
-            kept=(*tokens.kept, op.Gather(tokens.kept[-1], kept_K, axis=0) if tokens.kept else kept_K),
-        )
-        return survivors, cache
-
-    def _of_attention(self, op: OpBuilder, heads: Heads, output_weight: ir.Value) -> dict[str, ir.Value]:
-        """What the selector may read of an attention; the queries are those of the last token alone."""
-        return {
-            "query": op.Slice(heads.query, [-1], [_END], [2]),
-            "key": heads.key,
-            "value": heads.value,
-            "plain_query": op.Slice(heads.plain_query, [-1], [_END], [2]),
-            "plain_key": heads.plain_key,
-            "output_weight": output_weight,
-        }
-
-    def _of_prompt(self, op: OpBuilder, tokens: Tokens, prompted: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-        """What the selector reads of the prompt's, for the tokens that are left."""
-        return {
-            name: op.Gather(prompted[name], tokens.kept[-1], axis=_TOKEN_AXIS[name]) if tokens.kept else prompted[name]
-            for name in self.selector.READS
-        }
 
 
 class Layer(nn.Module):

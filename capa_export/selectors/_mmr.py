@@ -13,30 +13,11 @@ from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, nodes
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAST_ATTENTION", "OPTIONS", "choose", "chosen", "flops_of_choice"]
+__all__ = ["OPTIONS", "choose", "chosen", "flops_of_choice"]
 
 OPTIONS: dict[str, Setting] = {"balance": Setting(0.5, most=1), "chunks": Setting(8, 1, 64, whole=True)}
 """Weight of magnitude against similarity, and steps to take: as many as tokens to keep make it plain MMR, and each is
 nodes of its own."""
-
-LAST_ATTENTION = function("""
-LastAttention <scale> (query, key) => (attention) {
-    query_1H1d = Cast <to = 1> (query)
-    key_1GTd = Cast <to = 1> (key)
-    one = Constant <value_ints = [1]> ()
-    rest = Constant <value_ints = [-1]> ()
-    kv_heads = Shape <start = 1, end = 2> (key)
-    head_size = Shape <start = 3, end = 4> (key)
-    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
-    query_1Grd = Reshape (query_1H1d, grouped)
-    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
-    product_1GrT = MatMul (query_1Grd, key_1GdT)
-    scale_factor = Constant <value_float: float = @scale> ()
-    logits_1GrT = Mul (product_1GrT, scale_factor)
-    attention = Softmax <axis = -1> (logits_1GrT)
-}
-""")
-"""Query [1, H, 1, d] and keys [1, G, T, d] -> what it gives to each token, [1, G, H/G, T] FP32."""
 
 _SHARES = function("""
 Shares (magnitude, is_visual) => (share, none_chosen) {

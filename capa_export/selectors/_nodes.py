@@ -7,7 +7,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
 
-__all__ = ["DESCENDING_RANK", "RANK_SCORES", "TOKEN_KINDS", "UNIT_ROWS", "nodes"]
+__all__ = ["DESCENDING_RANK", "LAST_ATTENTION", "RANK_SCORES", "TOKEN_KINDS", "UNIT_ROWS", "nodes"]
 
 
 def nodes(op: OpBuilder, function: ir.Function, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
@@ -58,6 +58,25 @@ UnitRows (rows) => (unit, is_usable) {
 }
 """)
 """[T, D] -> rows of length 1, FP32, and which of them have a direction at all [T] bool; zeros for the others."""
+
+LAST_ATTENTION = function("""
+LastAttention <scale> (query, key) => (attention) {
+    query_1H1d = Cast <to = 1> (query)
+    key_1GTd = Cast <to = 1> (key)
+    one = Constant <value_ints = [1]> ()
+    rest = Constant <value_ints = [-1]> ()
+    kv_heads = Shape <start = 1, end = 2> (key)
+    head_size = Shape <start = 3, end = 4> (key)
+    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
+    query_1Grd = Reshape (query_1H1d, grouped)
+    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
+    product_1GrT = MatMul (query_1Grd, key_1GdT)
+    scale_factor = Constant <value_float: float = @scale> ()
+    logits_1GrT = Mul (product_1GrT, scale_factor)
+    attention = Softmax <axis = -1> (logits_1GrT)
+}
+""")
+"""Query [1, H, 1, d] and keys [1, G, T, d] -> what it gives to each token, [1, G, H/G, T] FP32."""
 
 DESCENDING_RANK = function("""
 DescendingRank (amounts, candidates) => (ranks) {

@@ -8,6 +8,7 @@ from onnxscript import OpBuilder
 from capa_export.graph.build import score_node
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
+from capa_export.selectors._nodes import LAST_ATTENTION, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,22 +23,9 @@ LEAST = 1
 OPTIONS: dict[str, Setting] = {}
 
 _FUNCTION = function("""
-AttentionScore <scale> (query, key) => (amounts) {
-    query_1H1d = Cast <to = 1> (query)
-    key_1GTd = Cast <to = 1> (key)
-    one = Constant <value_ints = [1]> ()
-    rest = Constant <value_ints = [-1]> ()
-    kv_heads = Shape <start = 1, end = 2> (key)
-    head_size = Shape <start = 3, end = 4> (key)
-    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
-    query_1Grd = Reshape (query_1H1d, grouped)
-    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
-    product_1GrT = MatMul (query_1Grd, key_1GdT)
-    scale_factor = Constant <value_float: float = @scale> ()
-    logits_1GrT = Mul (product_1GrT, scale_factor)
-    attention_1GrT = Softmax <axis = -1> (logits_1GrT)
+MeanOverHeads (attention) => (amounts) {
     heads = Constant <value_ints = [0, 1, 2]> ()
-    amounts = ReduceMean <keepdims = 0> (attention_1GrT, heads)
+    amounts = ReduceMean <keepdims = 0> (attention, heads)
 }
 """)
 
@@ -45,7 +33,8 @@ AttentionScore <scale> (query, key) => (amounts) {
 def score(op: OpBuilder, view: GraphView) -> ir.Value:
     """The mean over heads of softmax(q k)."""
     assert view.query is not None and view.key is not None
-    return score_node(op, _FUNCTION, view.text_rows_X, view.query, view.key, scale=view.scale)
+    (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
+    return score_node(op, _FUNCTION, view.text_rows_X, attention)
 
 
 def reference(view: TensorView) -> "Tensor":

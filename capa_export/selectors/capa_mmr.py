@@ -7,7 +7,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView, _mmr, capa
-from capa_export.selectors._nodes import UNIT_ROWS, nodes
+from capa_export.selectors._nodes import LAST_ATTENTION, UNIT_ROWS, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option, hi
     assert view.output_weight is not None
     features_TD = view.hidden_TD
     if not hidden:
-        (attention,) = nodes(op, _mmr.LAST_ATTENTION, view.query, view.key, scale=view.scale)
+        (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
         (features_TD,) = nodes(op, _DIRECTION, attention, view.value, view.output_weight)
     (similarity_TT,) = nodes(op, _SIMILARITY, *nodes(op, UNIT_ROWS, features_TD))
     return _mmr.choose(op, view, capa.score(op, view), similarity_TT, balance=balance, chunks=chunks)

@@ -75,7 +75,10 @@ DartPivots <visual_pivots, text_pivots>
     num_questions = ReduceSum <keepdims = 1> (question_count_T, first_axis)
     num_visual = Min (num_keep, most_visual)
     num_text = Min (num_questions, most_text)
-    num_pivots = Add (num_visual, num_text)
+    # One at least: without a picture there are none to share among.
+    some = Constant <value_ints = [1]> ()
+    all_pivots = Add (num_visual, num_text)
+    num_pivots = Max (all_pivots, some)
     remaining = Sub (num_keep, num_visual)
     each = Div (remaining, num_pivots)
     shared_out = Mul (each, num_pivots)

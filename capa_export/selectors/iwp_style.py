@@ -15,7 +15,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Size, TensorView, _mmr
-from capa_export.selectors._nodes import nodes
+from capa_export.selectors._nodes import LAST_ATTENTION, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ ImplicitUpdates <scale> (attention, key, value) => (magnitude, similarity) {
 def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option) -> ir.Value:
     """Chunked MMR of the updates' magnitudes and duplication."""
     assert view.query is not None and view.key is not None and view.value is not None
-    (attention,) = nodes(op, _mmr.LAST_ATTENTION, view.query, view.key, scale=view.scale)
+    (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
     magnitude_T, similarity_TT = nodes(op, _UPDATES, attention, view.key, view.value, scale=view.scale)
     return _mmr.choose(op, view, magnitude_T, similarity_TT, balance=balance, chunks=chunks)
 

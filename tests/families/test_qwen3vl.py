@@ -463,7 +463,7 @@ def test_a_bundle_is_built_with_its_engines_and_answers(
     assert report.passed, report.failures
     assert set(job.bundle.stage("engine/rtx")["result"]["engines"]) == {"visual/visual", "llm/prefill", "llm/decode"}
     [said] = answer(job.bundle, conversations("what color is the star ?", [pictures / "1.png"]), max_new_tokens=3)
-    assert said["stages"] == [{"layer": 1, "kept": 4, "visual": 15}]
+    assert said["stages"] == [{"layer": 1, "where": "after layer 1", "kept": 4, "visual": 15}]
 
 
 def test_goldens(request: pytest.FixtureRequest, source: Source) -> None:

@@ -1,0 +1,140 @@
+"""A test bed with the questions that it is asked, and work spread over them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from capa_export.bundle import Bundle
+from capa_export.calibration import Calibration
+from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
+from capa_export.evaluate.questions import Question, Questions, questions_from
+from capa_export.job import Job
+from capa_export.methods import Method
+from capa_export.pipeline import calibrate
+from capa_export.plan import flops
+from capa_export.progress import Report, silent, tracked
+from capa_export.recipe import load_recipe
+from capa_export.spread import Workers, in_order, spread
+from capa_export.testbed.dataset import write_dataset
+from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, samples
+
+__all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "Bed", "open_bed", "questions_drawn"]
+
+SEED = 602
+"""Of held-out scenes, none of which calibration, validation or the published accuracy is taken on."""
+CLUTTER = "clutter"
+"""The basic kinds, where glyphs as large as the shapes and of their colours fill every free cell."""
+KINDS_ASKED = (*KINDS, *HARD_KINDS, CLUTTER)
+MAX_NEW_TOKENS = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bed:
+    """What is measured."""
+
+    name: str
+    folder: Path
+    """Of answers, calibration and figures."""
+    job: Job
+    questions: Questions
+    """Each number of them holds the smaller ones."""
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """On the stream that was trained on; made once."""
+        return calibrate(self.job)
+
+    @property
+    def layers(self) -> int:
+        return self.job.source.dims.decoder.num_layers
+
+    @property
+    def own_layer(self) -> int:
+        """Of the recipe's first stage inside the decoder."""
+        return next((stage.layer for stage in self.job.recipe.prune.schedule if stage.layer >= 0), 2)
+
+    def first(self, count: int) -> Questions:
+        return replace(self.questions, rows=self.questions.rows[:count])
+
+    def read(self, count: int) -> Iterator[Question]:
+        return (self.questions.read(row) for row in self.questions.rows[:count])
+
+    def flops(self, method: Method, linear: Sequence[int]) -> float:
+        """Prefill of one picture with its question, as a share of dense; `linear` layers take a scale."""
+        prompt = self._prompt
+        prune = method.prune(self.job.recipe.prune.min_keep_per_image)
+        keep = [] if prune is None else prune.num_keep(prompt.image_lengths)
+        counted = flops(
+            self.job.source.dims.decoder,
+            num_visual=prompt.num_visual,
+            num_text=len(prompt.input_ids) - prompt.num_visual,
+            schedule=[(stage.layer, count) for stage, count in zip(method.stages, keep, strict=True)],
+            linear_layers=linear,
+            selectors={stage.layer: stage.chosen for stage in method.stages},
+        )
+        return counted.capa.total / counted.dense.total
+
+    @cached_property
+    def _prompt(self) -> Any:
+        return self.job.prompter.chat(self.questions.read(self.questions.rows[0]).opened())
+
+    def each(
+        self,
+        measure: Callable[[EagerMethods, Question], T],
+        count: int,
+        what: str,
+        methods: Mapping[str, Method] | None = None,
+    ) -> Iterator[T]:
+        """What is measured on each of the first questions, in their order, by the workers; `measure` is pickled."""
+        job = self.job
+        apart = job if job.workers.here else replace(job, checkpoint=job.checkpoint_source, report=silent)
+        prepare = partial(_measurer, apart, dict(methods or {}), measure)
+        found = in_order(spread(prepare, self.read(count), job.workers))
+        return tracked(found, f"{self.name} {what}", count, job.report)
+
+
+def _measurer(
+    job: Job, methods: Mapping[str, Method], measure: Callable[[EagerMethods, Question], T]
+) -> Callable[[Question], T]:
+    given = EagerAnswers(job=job, methods=methods, calibration=None, max_new_tokens=MAX_NEW_TOKENS)
+    return partial(measure, EagerMethods(given))
+
+
+def questions_drawn(count: int) -> Iterator[Sample]:
+    """All kinds in turn."""
+    plain = samples(count, seed=SEED, kinds=KINDS_ASKED[:-1])
+    heavy = samples(count, seed=SEED, kinds=KINDS, heavy=True)
+    for index in range(count):
+        kind = KINDS_ASKED[index % len(KINDS_ASKED)]
+        yield replace(next(heavy), kind=kind) if kind == CLUTTER else next(plain)
+
+
+def open_bed(
+    name: str,
+    out: Path,
+    count: int,
+    *,
+    workers: int = 1,
+    samples_calibrated: int | None = None,
+    report: Report = silent,
+) -> Bed:
+    """A bed with its first `count` questions.
+
+    Raises:
+        CapaError: there is no recipe of that name.
+    """
+    recipe = load_recipe(name)
+    job = Job(
+        recipe=recipe,
+        bundle=Bundle(out / name / "calibration"),
+        checkpoint=recipe.checkpoint,
+        samples=samples_calibrated,
+        workers=Workers(count=workers),
+        report=report,
+    )
+    data = write_dataset(out / "questions", questions_drawn(count))
+    return Bed(name=name, folder=out / name, job=job, questions=questions_from(data))

@@ -1,0 +1,219 @@
+"""The JSON of each part: what was measured on one bed, and how."""
+
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import Field, ValidationError
+
+from capa_export.errors import CapaError
+from capa_export.evaluate.schema import Scored
+from capa_export.parity.schema import Difference
+from capa_export.settings import Settings, first_problem
+
+__all__ = [
+    "About",
+    "Against",
+    "Agreement",
+    "Answers",
+    "Drift",
+    "FFNs",
+    "Layer",
+    "Linearity",
+    "Record",
+    "Row",
+    "SinkDefinition",
+    "SinkLayer",
+    "Sinks",
+    "Spread",
+    "Stability",
+    "read_record",
+]
+
+
+class About(Settings):
+    """How it was measured."""
+
+    command: str
+    date: str
+    device: str
+    versions: dict[str, str]
+    checkpoint: str
+    """First digits of the SHA-256 of config and weights."""
+    questions: int
+    seed: int
+
+
+class Against(Settings):
+    """A method's score minus another's, on the same questions."""
+
+    method: str
+    all: Difference
+    kinds: dict[str, Difference]
+
+
+class Row(Settings):
+    """One method."""
+
+    scored: Scored
+    flops: float
+    """Prefill, as a share of dense, of one picture with its question."""
+    against: dict[str, Against] = Field(default_factory=dict)
+    """By what the other one stands for: `capa`, `random`, `full`, `scale`."""
+
+
+class Answers(Settings):
+    """Accuracy of some methods, dense first."""
+
+    layers: int
+    """Of the decoder."""
+    rows: tuple[Row, ...]
+
+    @property
+    def dense(self) -> Scored:
+        return self.rows[0].scored
+
+
+class FFNs(Answers):
+    """What became of visual FFNs."""
+
+    eta: float
+    """The recipe's."""
+    linear: dict[str, tuple[int, ...]]
+    """Layers that calibration finds linear, by eta as it is written in the method."""
+    per_image: tuple[float, ...]
+    """Share of the prompts on which a layer is linear, by layer."""
+
+
+class Spread(Settings):
+    """A figure over tokens."""
+
+    mean: float
+    p05: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+    below: float
+    """Share of the tokens at eta or below."""
+
+
+class Layer(Settings):
+    """cosine(x, x + FFN(norm(x))) of one layer."""
+
+    visual: Spread
+    text: Spread
+    alpha_error: float
+    """|| y - alpha x || / || y || over visual tokens that calibration has not seen."""
+    calibration_error: float
+    """The same over those that it has."""
+    linear: bool
+    """By the calibration, at eta."""
+
+
+class Linearity(Settings):
+    """Cosines of all layers."""
+
+    eta: float
+    visual_tokens: int
+    text_tokens: int
+    layers: tuple[Layer, ...]
+
+
+class SinkLayer(Settings):
+    """The sinks of one layer, and the other visual tokens beside them."""
+
+    sinks: int
+    contribution: float | None = None
+    """Median of the sinks' over that of the others."""
+    coefficient: float | None = None
+    """Of bimodality; None where there are too few sinks."""
+    split: float | None = None
+    """Share of the variance that lies between two groups."""
+
+
+class SinkDefinition(Settings):
+    """What counts as a sink, and what those that do are like."""
+
+    name: str
+    says: str
+    layers: tuple[SinkLayer, ...]
+    histogram: tuple[tuple[float, ...], tuple[float, ...]]
+    """Share of the sinks and of the others in each bin, all layers."""
+
+    @property
+    def count(self) -> int:
+        return sum(layer.sinks for layer in self.layers)
+
+
+class Sinks(Settings):
+    """Sinks of all layers, by several definitions."""
+
+    hidden_size: int
+    visual_tokens: int
+    max_phi: tuple[float, ...]
+    """Largest of any visual token, by layer."""
+    channels: tuple[int, ...]
+    """Sink channels that the calibration found."""
+    edges: tuple[float, ...]
+    """Of the histograms' bins: log10 of the contribution over the layer's and prompt's median."""
+    definitions: tuple[SinkDefinition, ...]
+
+
+class Agreement(Settings):
+    """Scores by the query of a generated token against those by the last prompt token; means over the prompts."""
+
+    score: str
+    """`capa` or `attention`."""
+    layer: int
+    step: int
+    """Tokens generated before: at least 1."""
+    prompts: int
+    spearman: float
+    overlap_quarter: float
+    """Share of the best quarter that is in both."""
+    overlap_tenth: float
+
+
+class Drift(Settings):
+    """Hellinger distance of pruned and full next-token distributions, step by step."""
+
+    selector: str
+    ratio: float
+    steps: tuple[Difference, ...]
+    """Mean over the prompts with its interval."""
+    to_capa: Difference | None = None
+    """Mean over a prompt's steps, minus capa's."""
+
+
+class Stability(Settings):
+    """How the choice of the last prompt token fares at the tokens after it."""
+
+    layer: int
+    """Where capa prunes."""
+    prompts: tuple[int, ...]
+    """That have a step of this number."""
+    agreement: tuple[Agreement, ...]
+    drift: tuple[Drift, ...]
+
+
+T = TypeVar("T", bound=Settings)
+
+
+class Record(Settings, Generic[T]):
+    """A file."""
+
+    about: About
+    figures: T
+
+
+def read_record(path: Path, figures: type[T]) -> Record[T]:
+    """What was measured.
+
+    Raises:
+        CapaError: the file holds something else.
+    """
+    record: Any = Record[figures]
+    try:
+        return record.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise CapaError(f"{path}: {first_problem(error, record)}; measure it again") from error

@@ -1,0 +1,87 @@
+"""Answers of many methods to the same questions, and every paired difference that is asked for."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.selection.bed import MAX_NEW_TOKENS, Bed
+from benchmarks.selection.figures import Against, Row
+from capa_export.errors import CapaError
+from capa_export.evaluate.metrics import METRICS
+from capa_export.evaluate.results import Results
+from capa_export.evaluate.stage import evaluate
+from capa_export.evaluate.subject import Subject, eager_subject, methods_from, product
+from capa_export.methods import Method
+from capa_export.parity.statistics import paired_bootstrap
+from capa_export.recipe import Stage
+
+__all__ = ["at_own_places", "compared"]
+
+Pairs = Mapping[str, Mapping[str, str]]
+"""Method -> what another one stands for -> that one."""
+
+
+def at_own_places(bed: Bed, selectors: Sequence[str], ratios: Sequence[float], ffn: str) -> list[str]:
+    """Every selector where it acts by itself, at every ratio."""
+    recipe = bed.job.recipe
+    own = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
+    return product(recipe.model_copy(update={"prune": own}), selectors, [], ratios, [ffn])
+
+
+def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[Row, ...]:
+    """Dense and the methods on the bed's first questions; what was answered before is not asked again.
+
+    Raises:
+        CapaError: a question cannot be asked.
+    """
+    methods = methods_from(list(dict.fromkeys(texts)))
+    if any(method.ffn != "full" for method in methods.values()):
+        bed.calibration  # noqa: B018 - made before the workers, as all methods share it.
+    subject, questions = eager_subject(bed.job, methods, MAX_NEW_TOKENS), bed.first(count)
+    found = evaluate(subject, questions, bed.folder, workers=bed.job.workers, report=bed.job.report)
+    if found.skipped:
+        first = found.skipped[0]
+        raise CapaError(f"{bed.name}: {len(found.skipped)} questions cannot be asked; row {first.row}: {first.reason}")
+    kinds, scores = _scores(bed, subject, count)
+    return tuple(
+        Row(
+            scored=scored,
+            flops=bed.flops(methods[scored.method], _linear(bed, methods[scored.method])),
+            against={
+                name: _against(scores[scored.method], scores[other], kinds, other)
+                for name, other in pairs.get(scored.method, {}).items()
+            },
+        )
+        for scored in found.methods
+    )
+
+
+def _linear(bed: Bed, method: Method) -> Sequence[int]:
+    if method.ffn == "full":
+        return ()
+    return bed.calibration.linear_layers(method.ffn_settings(bed.job.recipe.ffn).eta)
+
+
+def _scores(bed: Bed, subject: Subject, count: int) -> tuple[list[str], dict[str, list[float]]]:
+    """The questions' kinds, and method -> score of each question."""
+    results = Results(bed.folder, model=subject.model, source=subject.source)
+    kinds: list[str] = []
+    scores: dict[str, list[float]] = {method: [] for method in subject.keys}
+    for question in bed.read(count):
+        kinds.append(question.kind)
+        digest = question.digest()
+        for method, key in subject.keys.items():
+            answer = results.found[results.key(digest, key)]
+            scores[method].append(METRICS["exact"](answer.text, question.answers, ()))
+    results.close()
+    return kinds, scores
+
+
+def _against(own: Sequence[float], other: Sequence[float], kinds: Sequence[str], method: str) -> Against:
+    by_kind = {kind: [index for index, of in enumerate(kinds) if of == kind] for kind in sorted(set(kinds))}
+    return Against(
+        method=method,
+        all=paired_bootstrap(own, other, 0),
+        kinds={
+            kind: paired_bootstrap([own[i] for i in rows], [other[i] for i in rows], 0)
+            for kind, rows in by_kind.items()
+        },
+    )

@@ -1,0 +1,87 @@
+"""All pages, from the figures that lie beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.selection.figures import About, Record, read_record
+from benchmarks.selection.pages import ffn, layer, linearity, ratio, sinks, stability
+from benchmarks.selection.pages.words import listed, table
+
+__all__ = ["PAGES", "figures_file", "render"]
+
+PAGES: Mapping[str, ModuleType] = {
+    "ratio": ratio,
+    "layer": layer,
+    "ffn": ffn,
+    "linearity": linearity,
+    "sinks": sinks,
+    "stability": stability,
+}
+_INTRODUCTION = """# What the selectors do to answers
+
+Every selector on the same held-out questions, on the test beds: the families' own architectures, made small and trained
+on drawn scenes, with 64 visual tokens a picture. They tell methods apart; they are no forecast for a large model.
+
+Sentences and tables are generated from the [figures](figures). "Surely", "loses" and "beats" mean that the 95 %
+interval of the paired difference (bootstrap over the questions) lies on one side of 0. Of differences that are none,
+one in forty looks like a gain all the same, and one in forty like a loss: a page makes hundreds of comparisons, and
+nothing is corrected for that. CAPA's choice is made once, at prefill, where the paper makes it anew at every step."""
+
+
+def figures_file(folder: Path, part: str, bed: str) -> Path:
+    return folder / "figures" / f"{part}-{bed}.json"
+
+
+def render(folder: Path) -> dict[str, str]:
+    """Every page and plot by its name, from the figures in `folder`; none where there are no figures.
+
+    Raises:
+        CapaError: figures of another version.
+    """
+    files: dict[str, str] = {}
+    index, abouts = [_INTRODUCTION], list[About]()
+    for part, page in PAGES.items():
+        records = _records(folder, part, page)
+        if not records:
+            continue
+        parts = [f"# {page.TITLE}", "[All results](README.md)"]
+        index.append(f"## [{page.TITLE}]({part}.md)")
+        for bed, record in records.items():
+            plot, found = f"{part}-{bed}.svg", listed(page.findings(record.figures))
+            files[plot] = page.plots(record.figures)
+            parts += [f"## {bed}", found, f"![{page.TITLE}, {bed}]({plot})", page.page(record.figures)]
+            index += [f"### {bed}", found]
+        parts += ["## How", _subjects(records), *_runs([record.about for record in records.values()])]
+        files[f"{part}.md"] = "\n\n".join(parts) + "\n"
+        abouts += [record.about for record in records.values()]
+    if files:
+        files["README.md"] = "\n\n".join([*index, "## How", *_runs(abouts)]) + "\n"
+    return files
+
+
+def _records(folder: Path, part: str, page: ModuleType) -> dict[str, Record[Any]]:
+    """By bed."""
+    prefix = f"{part}-"
+    paths = sorted((folder / "figures").glob(f"{prefix}*.json"))
+    return {path.stem.removeprefix(prefix): read_record(path, page.FIGURES) for path in paths}
+
+
+def _subjects(records: Mapping[str, Record[Any]]) -> str:
+    rows = [
+        [bed, str(record.about.questions), str(record.about.seed), f"`{record.about.checkpoint}`"]
+        for bed, record in records.items()
+    ]
+    return table(["bed", "questions", "seed of the scenes", "checkpoint"], rows)
+
+
+def _runs(abouts: Sequence[About]) -> list[str]:
+    """Each way of measuring once."""
+    return list(
+        dict.fromkeys(
+            f"`{about.command}`, {about.date}, {about.device}; "
+            f"{', '.join(f'{name} {version}' for name, version in about.versions.items())}."
+            for about in abouts
+        )
+    )

@@ -1,0 +1,409 @@
+"""The benchmark of selectors: figures worked out by hand, sentences that follow, and a small run of it all."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.selection import __main__ as benchmark
+from benchmarks.selection.bed import CLUTTER, KINDS_ASKED, questions_drawn
+from benchmarks.selection.figures import About, Against, Answers, Record, Row, SinkDefinition, Sinks
+from benchmarks.selection.measure import sinks, stability
+from benchmarks.selection.measure.statistics import bimodality, hellinger, overlap, spearman, split, spread_of
+from benchmarks.selection.pages import layer as layer_page
+from benchmarks.selection.pages import ratio as ratio_page
+from benchmarks.selection.pages import sinks as sinks_page
+from benchmarks.selection.pages.index import PAGES, figures_file, render
+from benchmarks.selection.pages.svg import COLOURS, Line, Panel, look_of, numbered, plot
+from capa_export.eager import Eager, EagerInputs, EagerPlan
+from capa_export.errors import CapaError
+from capa_export.evaluate.schema import Scored
+from capa_export.families import qwen25vl
+from capa_export.parity.schema import Difference, Rate
+from capa_export.selectors import Chosen, selectors
+from tests.conftest import noise
+
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+BED = "tiny-qwen25vl"
+LIGHT, DARK = (255, 255, 255), (13, 17, 23)
+
+
+def _parsed(drawn: str) -> ET.Element:
+    return ET.fromstring(drawn)  # noqa: S314 - our own.
+
+
+# Statistics.
+
+
+def test_hellinger_of_known_distributions() -> None:
+    assert hellinger([0.0, 0.0], [0.0, 0.0]) == 0
+    assert hellinger([0.0, -1000.0], [-1000.0, 0.0]) == 1
+    # (1/2, 1/2) against (1, 0).
+    assert hellinger([3.0, 3.0], [0.0, -1000.0]) == pytest.approx(np.sqrt(1 - np.sqrt(0.5)))
+    # (1/4, 3/4) against (3/4, 1/4).
+    logits = np.log([0.25, 0.75])
+    assert hellinger(logits, logits[::-1]) == pytest.approx(np.sqrt(1 - np.sqrt(3) / 2))
+    # What 1 - sum sqrt(p q) would lose.
+    assert hellinger([0.0, 0.0], [0.0, 1e-9]) == pytest.approx(1e-9 / np.sqrt(32), rel=1e-3)
+
+
+def test_percentiles_over_tokens() -> None:
+    found = spread_of(np.arange(101) / 100, 0.96)
+    assert (found.mean, found.p05, found.p25, found.p50, found.p75, found.p95) == pytest.approx(
+        (0.5, 0.05, 0.25, 0.5, 0.75, 0.95)
+    )
+    # 0.00 to 0.96.
+    assert found.below == pytest.approx(97 / 101)
+
+
+def test_two_groups_are_told_from_one() -> None:
+    rng = np.random.default_rng(0)
+    two = np.concatenate([rng.normal(-3, 0.5, 4000), rng.normal(3, 0.5, 4000)])
+    one, flat, skewed = rng.normal(size=8000), np.linspace(0, 1, 8000), rng.gamma(0.3, size=8000)
+    assert bimodality(two) > 0.9 and split(two) > 0.95
+    assert bimodality(one) == pytest.approx(1 / 3, abs=0.03)
+    assert split(one) == pytest.approx(2 / np.pi, abs=0.02)
+    assert bimodality(flat) == pytest.approx(5 / 9, abs=1e-3)
+    assert split(flat) == pytest.approx(0.75, abs=1e-3)
+    # Skewness alone deceives the one, and not the other.
+    assert bimodality(skewed) > 5 / 9 and split(skewed) < 0.75
+
+
+def test_rankings_compare() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # d = 0, 1, -1: 1 - 6 * 2 / (3 * 8).
+    assert spearman([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    # Ranks 1.5, 1.5, 3 against 1, 2, 3.
+    assert spearman([5, 5, 9], [1, 2, 3]) == pytest.approx(np.sqrt(3) / 2)
+    assert spearman([1, 1], [1, 2]) == 0
+    assert overlap([9, 8, 1, 0], [0, 9, 8, 1], 2) == 0.5
+
+
+def test_the_groups_of_sinks_are_those_planted() -> None:
+    """Layer 0: dumps and anchors. Layer 1: anchors. Layer 2: too few to tell. Layer 3: none."""
+    rng = np.random.default_rng(0)
+    level_LN = rng.normal(0, 0.1, (4, 200))
+    is_LN = np.zeros((4, 200), bool)
+    is_LN[:2, :40], is_LN[2, :3] = True, True
+    level_LN[0, :20] -= 2
+    level_LN[0, 20:40] += 1
+    level_LN[1, :40] += 1
+    level_LN[2, :3] -= 1
+    found = sinks.of_definition("planted", "planted", is_LN, level_LN)
+    assert [one.sinks for one in found.layers] == [40, 40, 3, 0]
+    both, anchors, few, none = found.layers
+    assert both.split is not None and both.split > 0.95
+    assert anchors.contribution == pytest.approx(10, rel=0.2)
+    assert few.coefficient is None and few.contribution == pytest.approx(0.1, rel=0.3)
+    assert none.contribution is None
+    assert sum(found.histogram[0]) == pytest.approx(1) and sum(found.histogram[1]) == pytest.approx(1)
+    (said,) = sinks_page.findings(_sinks(found, hidden_size=4096))
+    assert said.startswith("Sinks by planted: in layers 0-2; their contribution falls into two groups in 1 of the 2")
+    assert said.endswith("layers that have enough of them to tell (0).")
+
+
+def _sinks(definition: SinkDefinition, hidden_size: int) -> Sinks:
+    return Sinks(
+        hidden_size=hidden_size,
+        visual_tokens=200,
+        max_phi=(5.0,) * 4,
+        channels=(),
+        edges=sinks.EDGES,
+        definitions=(definition,),
+    )
+
+
+def test_it_is_said_where_there_are_no_sinks() -> None:
+    nothing = sinks.of_definition("phi", "phi > 20", np.zeros((4, 200), bool), np.zeros((4, 200)))
+    first, second = sinks_page.findings(_sinks(nothing, hidden_size=192))
+    assert first.startswith("phi cannot pass 20 here: of 192 channels it is at most 13.9, and 5.0 is the most")
+    assert second == "Sinks by phi: none among 200 visual tokens in any layer."
+    # A wide model's could.
+    assert list(sinks_page.findings(_sinks(nothing, hidden_size=4096))) == [second]
+    assert _parsed(sinks_page.plots(_sinks(nothing, 192))).tag.endswith("svg")
+
+
+# Scores of generated tokens.
+
+
+def test_each_query_scores_as_if_it_ended_the_prompt(model: Any, prompter: Any) -> None:
+    """Against the eager model that prunes, which shares no code with it."""
+    prompt = prompter("what is it ?", [noise(84, 56)])
+    is_visual = torch.from_numpy(prompt.is_visual)
+    text = model.model.language_model
+    answer = [7, 11]
+    with torch.inference_mode():
+        inputs = EagerInputs.of(qwen25vl.eager_inputs(model, prompt))
+        found = stability.by_query(text, inputs, is_visual, answer)
+    layers = len(text.layers)
+    keep = dict.fromkeys(range(layers), int(is_visual.sum()))
+    for count in range(3):
+        tokens = torch.tensor([answer[:count]], dtype=torch.long)
+        further = prompt.next_position + torch.arange(count)
+        longer = EagerInputs(
+            torch.cat([inputs.embeds, text.embed_tokens(tokens)], 1).detach(),
+            torch.cat([inputs.position_ids, further.expand(3, 1, -1)], -1),
+        )
+        visual = torch.cat([is_visual, torch.zeros(count, dtype=torch.bool)])
+        for score in ("capa", "attention"):
+            plan = EagerPlan(keep=keep, selectors=dict.fromkeys(range(layers), Chosen(score)))
+            scores = Eager(model).prefill(longer, visual, plan).scores
+            for layer in range(layers):
+                expected = scores[layer][visual].numpy()
+                np.testing.assert_allclose(found[score][layer, count], expected, rtol=2e-4, atol=1e-7)
+
+
+# Questions.
+
+
+def test_questions_are_of_all_kinds_in_turn() -> None:
+    few, more = (list(questions_drawn(count)) for count in (12, 20))
+    assert [sample.kind for sample in few[:9]] == list(KINDS_ASKED)
+    assert KINDS_ASKED[-1] == CLUTTER and few[9].kind == KINDS_ASKED[0]
+    assert [len(sample.images) for sample in few[:9]] == [1, 1, 1, 1, 1, 1, 1, 2, 1]
+    # A smaller run's questions are among a larger one's.
+    assert [sample.question for sample in few] == [sample.question for sample in more[:12]]
+
+
+# Sentences.
+
+
+def _row(method: str, score: float, **against: tuple[float, float, float]) -> Row:
+    rate = Rate(value=score, low=score - 0.01, high=score + 0.01)
+    zero = Difference(value=0, low=0, high=0)
+    return Row(
+        scored=Scored(method=method, score=rate, kept=0.25, kinds={"count": rate}, to_dense=zero),
+        flops=0.5,
+        against={
+            other: Against(
+                method=other,
+                all=Difference(value=value, low=low, high=high),
+                kinds={"count": Difference(value=value, low=low, high=high)},
+            )
+            for other, (value, low, high) in against.items()
+        },
+    )
+
+
+def test_a_loss_of_capa_is_said_with_its_interval() -> None:
+    rows = (
+        _row("dense", 0.9),
+        _row("capa@2:0.9/full", 0.6),
+        _row("dart:0.9/full", 0.7, capa=(0.1, 0.02, 0.18)),
+        _row("random@2:0.9/full", 0.4, capa=(-0.2, -0.3, -0.1)),
+        _row("divprune:0.9/full", 0.65, capa=(0.05, 0.0, 0.1)),
+    )
+    assert list(ratio_page.findings(Answers(layers=12, rows=rows))) == [
+        "Dense answers 90.0 (89-91) % of the questions.",
+        "At ratio 0.9 capa loses to dart by 10.0 points [+2.0, +18.0].",
+        "At ratio 0.9 capa beats random by 20.0 points [-30.0, -10.0].",
+        "At ratio 0.9 capa loses on count to dart by 10.0 points [+2.0, +18.0].",
+    ]
+
+
+def test_nothing_is_said_that_intervals_do_not_carry() -> None:
+    rows = (
+        _row("dense", 0.3),
+        _row("capa@2:0.5/full", 0.3),
+        _row("dart:0.5/full", 0.4, capa=(0.1, 0.0, 0.2)),
+        _row("capa@2:0.75/full", 0.3),
+        _row("dart:0.75/full", 0.4, capa=(0.1, -0.1, 0.2)),
+    )
+    assert list(ratio_page.findings(Answers(layers=12, rows=rows))) == [
+        "Dense answers 30.0 (29-31) % of the questions.",
+        "Dense itself answers under half of count (30 %): there, no difference says much of pruning.",
+        "At ratios 0.5 and 0.75 no selector is surely better than capa.",
+    ]
+
+
+def test_layers_are_told_by_their_share_of_the_depth() -> None:
+    rows = (
+        _row("dense", 0.9),
+        _row("capa@2:0.9/full", 0.6, random=(-0.1, -0.2, -0.05)),
+        _row("random@2:0.9/full", 0.7, capa=(0.1, 0.05, 0.2)),
+        _row("capa@8:0.9/full", 0.9, random=(0.0, -0.1, 0.1)),
+        _row("random@8:0.9/full", 0.9, capa=(0.0, -0.1, 0.1)),
+    )
+    _, costs, *others = layer_page.findings(Answers(layers=12, rows=rows))
+    assert costs.startswith("At ratio 0.9 capa is above dense, in points, by: layer 2 (early, 17 %) +0.0 [+0.0, +0.0]")
+    assert costs.endswith("and layer 8 (late, 67 %) +0.0 [+0.0, +0.0].")
+    assert others == [
+        "At layer 2 (early, 17 %) and ratio 0.9 capa loses to random by 10.0 points [+5.0, +20.0].",
+        "At ratio 0.9 and layer 8 no selector is surely better than capa.",
+        "At ratio 0.9 and layers 2 and 8 no selector is surely better than random.",
+    ]
+
+
+# Plots.
+
+
+def _luminance(colour: Sequence[int]) -> float:
+    """As WCAG has it."""
+    parts = [value / 255 for value in colour]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("background", [LIGHT, DARK])
+def test_lines_stand_out_in_light_and_dark(name: str, background: tuple[int, int, int]) -> None:
+    line = [int(COLOURS[name][start : start + 2], 16) for start in (1, 3, 5)]
+    low, high = sorted((_luminance(line), _luminance(background)))
+    assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_every_selector_has_a_look_of_its_own() -> None:
+    assert len({look_of(name) for name in selectors()}) == len(selectors())
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    lines = [
+        Line(name, [(0.25, 0.5), (0.95, 0.5 + index / 1e4)], look_of(name)) for index, name in enumerate(selectors())
+    ]
+    drawn = _parsed(plot([Panel("a < b", "ratio", "right", lines, numbered((0.25, 0.95)), ("dense", 1.0))]))
+    texts = [
+        (one.text, float(one.attrib["x"]), float(one.attrib["y"])) for one in drawn.iter() if one.tag.endswith("text")
+    ]
+    labels = sorted(y for text, _, y in texts if text in selectors())
+    assert len(labels) == len(selectors()) and np.diff(labels).min() > 12
+    assert min(labels) > 0 and max(labels) < 320
+    assert any(text == "a < b" for text, _, _ in texts)
+
+
+# Pages.
+
+
+def test_results_in_git_are_what_their_figures_say() -> None:
+    files = render(DOCS)
+    pages = [path for pattern in ("*.md", "*.svg") for path in DOCS.glob(pattern)]
+    assert {path.name: path.read_text(encoding="utf-8") for path in pages} == files
+
+
+def test_figures_of_another_version_are_refused(tmp_path: Path) -> None:
+    path = figures_file(tmp_path, "sinks", BED)
+    path.parent.mkdir()
+    path.write_text('{"about": {}}')
+    with pytest.raises(CapaError, match=r"sinks-tiny-qwen25vl.json: .*; measure it again"):
+        render(tmp_path)
+
+
+def test_the_cost_is_told_beforehand() -> None:
+    """Of the default run, in minutes of one core."""
+    cost = {part: 3 * benchmark.minutes(part, selectors(), 180) for part in benchmark.PARTS}
+    assert 50 < sum(cost.values()) < 70
+    # 180 questions, twelve selectors at five ratios and, scaled, at two.
+    assert cost["ratio"] == pytest.approx(3 * 180 * (1 + 12 * 7) * 0.045 / 60)
+
+
+def _run(folder: Path, *options: str) -> None:
+    shared = ["--bed", BED, "--questions", "4", "--samples", "2", "--selector", "random"]
+    benchmark.main([*shared, "--out", str(folder / "out"), "--docs", str(folder / "docs"), *options])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every part, on four questions."""
+    folder = tmp_path_factory.mktemp("selection")
+    _run(folder)
+    return folder
+
+
+def figures_of(folder: Path, part: str) -> Any:
+    record: Record[Any] = Record[PAGES[part].FIGURES].model_validate_json(
+        figures_file(folder / "docs", part, BED).read_text(encoding="utf-8")
+    )
+    return record.figures
+
+
+def _contents(folder: Path) -> Mapping[str, bytes]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+def test_all_parts_are_measured_and_written(small: Path) -> None:
+    names = {path.name for path in (small / "docs").iterdir()}
+    pages = {name for part in PAGES for name in (f"{part}.md", f"{part}-{BED}.svg")}
+    assert names == {"README.md", "figures", *pages}
+    for path in (small / "docs").glob("*.svg"):
+        assert _parsed(path.read_text()).tag.endswith("svg")
+    readme = (small / "docs" / "README.md").read_text()
+    assert all(f"({part}.md)" in readme for part in PAGES)
+    about = About.model_validate(json.loads(figures_file(small / "docs", "ratio", BED).read_text())["about"])
+    assert about.command.startswith("python -m benchmarks.selection --bed tiny-qwen25vl") and about.questions == 4
+
+
+@pytest.mark.slow
+def test_figures_belong_together(small: Path) -> None:
+    ratio = {row.scored.method: row for row in figures_of(small, "ratio").rows}
+    wanted = [f"{name}@2:{at}/full" for at, name in product((0.25, 0.5, 0.75, 0.9, 0.95), ("capa", "random"))]
+    wanted += [f"{name}@2:{at}/scale" for at, name in product((0.75, 0.9), ("capa", "random"))]
+    assert list(ratio) == ["dense", *wanted]
+    random, capa = ratio["random@2:0.95/full"], ratio["capa@2:0.95/full"]
+    assert random.against["capa"].all.value == pytest.approx(random.scored.score.value - capa.scored.score.value)
+    assert ratio["dense"].flops == 1 > ratio["capa@2:0.25/full"].flops > capa.flops > ratio["capa@2:0.9/scale"].flops
+    # 4 of 64 tokens.
+    assert capa.scored.kept == 4 / 64
+    layers = [row.scored.method for row in figures_of(small, "layer").rows]
+    assert layers[1:5] == [f"{name}@1:{at}/full" for at, name in product((0.75, 0.9), ("capa", "random"))]
+    assert len(layers) == 1 + 6 * 2 * 2
+    found = {row.scored.method: row for row in figures_of(small, "ffn").rows}
+    assert {"dense/scale", "dense/skip", "dense/per-image", "capa@2:0.75/skip", "dense/eta=0.99"} < set(found)
+    saved = [found[f"dense/eta={eta:g}"].flops for eta in (0.9, 0.94, 0.96, 0.99)]
+    assert saved == sorted(saved) and found["dense/scale"].flops == found["dense/eta=0.96"].flops
+    linear = figures_of(small, "linearity")
+    assert (linear.visual_tokens, len(linear.layers)) == (2 * 64, 12)
+    for layer in linear.layers:
+        assert layer.visual.p05 <= layer.visual.p50 <= layer.visual.p95
+        assert layer.linear == (figures_of(small, "ffn").linear["0.96"].count(linear.layers.index(layer)) == 1)
+    steady = figures_of(small, "stability")
+    assert steady.prompts[0] == 2 and {one.selector for one in steady.drift} == {"capa", "random"}
+    assert all(0 <= step.value <= 1 for one in steady.drift for step in one.steps)
+
+
+@pytest.mark.slow
+def test_nothing_is_measured_twice(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _contents(small)
+
+    def prefill(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Eager, "prefill", prefill)
+    _run(small)
+    assert _contents(small) == before
+
+
+@pytest.mark.slow
+def test_pages_are_made_again_from_figures_alone(small: Path) -> None:
+    docs = small / "docs"
+    before = _contents(docs)
+    for path in (*docs.glob("*.md"), *docs.glob("*.svg")):
+        path.unlink()
+    benchmark.main(["--render", "--docs", str(docs)])
+    assert _contents(docs) == before
+
+
+@pytest.mark.slow
+def test_workers_measure_the_same(small: Path, tmp_path: Path) -> None:
+    _run(tmp_path, "--only", "stability", "--workers", "2")
+    apart, alone = (figures_of(folder, "stability") for folder in (tmp_path, small))
+    # Threads, of which a worker has fewer, change the last digits.
+    for many, one in zip(apart.drift, alone.drift, strict=True):
+        assert (many.selector, many.ratio) == (one.selector, one.ratio)
+        assert [step.value for step in many.steps] == pytest.approx([step.value for step in one.steps], abs=1e-5)
+    assert [one.spearman for one in apart.agreement] == pytest.approx(
+        [one.spearman for one in alone.agreement], abs=1e-3
+    )
+
+
+def test_a_folder_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--bed", BED])
+    assert "--out: name a folder for what is measured; or --render" in capsys.readouterr().err
