@@ -94,7 +94,7 @@ def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") ->
     if "visual_grid" in plan.reads:
         prompted["visual_grid"] = torch.from_numpy(prompt.visual_grid)
     if {"visual_saliency", "visual_features"} & set(plan.reads):
-        name = next(chosen.name for chosen in plan.selectors.values() if load_selector(chosen.name).READS)
+        name = next(chosen.name for chosen in plan.selectors.values() if set(reads([chosen])) - {"visual_grid"})
         tower = require_selection(family, name).eager_selection(model, prompt)
         for key, values in zip(("visual_saliency", "visual_features"), tower, strict=True):
             whole = values.new_zeros(len(prompt.input_ids), *values.shape[1:], dtype=torch.float32)

@@ -10,7 +10,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.recipe import FFN, Prune, Stage
 from capa_export.settings import first_problem
 
-__all__ = ["FFNs", "Method", "parse_method"]
+__all__ = ["FFNs", "Method", "parse_method", "stage_text"]
 
 FFNs = Literal["scale", "full", "skip", "per-image"]
 """Of visual tokens in linear layers: a scale in their place, as they are, left out, or a scale where the layer is
@@ -73,6 +73,14 @@ def parse_method(text: str) -> Method:
     except ValidationError as error:
         raise CapaError(f"method {text!r}: {first_problem(error, Prune)}", ExitCode.USAGE) from error
     return method
+
+
+def stage_text(stage: Stage, ratio: str | None = None) -> str:
+    """A stage as `parse_method` reads it; another word may stand for its ratio."""
+    options = ",".join(f"{name}={value}" for name, value in stage.options.items())
+    layer = "" if stage.layer < 0 else f"@{stage.layer}"
+    number = f"{stage.ratio!r}".removesuffix(".0") if ratio is None else ratio
+    return f"{stage.selector}{layer}:{number}{f'{{{options}}}' if options else ''}"
 
 
 def _stage(text: str, part: str) -> Stage:

@@ -124,7 +124,7 @@ class Prune(Settings):
         if layers != sorted(set(layers)) or ratios != sorted(ratios):
             raise ValueError("layers must rise and ratios must not fall from one stage to the next")
         for before, stage in pairwise(self.schedule):
-            if stage.chosen.place == "entry" and before.layer == stage.layer - 1:
+            if (before.chosen.place, stage.chosen.place) == ("attention", "entry") and before.layer == stage.layer - 1:
                 raise ValueError(
                     f"selector {stage.selector} at layer {stage.layer} reads the attention of layer {before.layer}, "
                     "which a stage prunes; leave a layer between them"

@@ -30,26 +30,33 @@ class Benchmark:
 
     def asked(self, row: Mapping[str, Any]) -> str:
         """The question with what belongs to it, without the instruction."""
-        hint = [_text(row.get("hint"))] if self.metric == "option" else []
+        hint = [_cell(row.get("hint"))] if self.metric == "option" else []
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options(row), strict=False)]
         return "\n".join(part for part in (*hint, row["question"].strip(), *options) if part)
 
     def answers(self, row: Mapping[str, Any]) -> list[str]:
         """All that are right; none where the row keeps them secret."""
-        given = row.get("answers")
+        given, one = row.get("answers"), row.get("answer")
+        if isinstance(one, list | dict):
+            raise CapaError("answer: must be one; several go under answers")
         if given is None:
-            given = [] if row.get("answer") is None else [row["answer"]]
+            given = [one]
         if not isinstance(given, list):
             raise CapaError("answers: must be a list")
+        if any(isinstance(answer, dict) and "answer" not in answer for answer in given):
+            raise CapaError("answers: each must be a text, or hold one under answer")
         found = [_text(answer["answer"] if isinstance(answer, dict) else answer) for answer in given]
-        return [answer for answer in found if answer]
+        # One of ten people who said nothing is one of ten all the same.
+        return found if self.metric == "vqa" and any(found) else [answer for answer in found if answer]
 
     def options(self, row: Mapping[str, Any]) -> list[str]:
         """Of a multiple-choice question, in the columns A, B, ... or in a list; none for the others."""
         if self.metric != "option":
             return []
         given = row.get("options") or [row.get(letter) for letter in ascii_uppercase]
-        texts = [_text(option) for option in given]
+        if not isinstance(given, list):
+            raise CapaError("options: must be a list")
+        texts = [_cell(option) for option in given]
         return texts[: texts.index("")] if "" in texts else texts
 
     def kind_of(self, row: Mapping[str, Any]) -> str:
@@ -64,7 +71,12 @@ class Benchmark:
 
 def _text(value: object) -> str:
     """Empty for what tables have where there is nothing."""
-    text = "" if value is None else str(value).strip()
+    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124 - NaN is none.
+
+
+def _cell(value: object) -> str:
+    """The same of a table that was once a .tsv, where nothing is written as nan."""
+    text = _text(value)
     return "" if text == "nan" else text
 
 

@@ -127,7 +127,10 @@ def _parts(folder: Path) -> dict[str, _Part]:
 
     saved = sorted(path.parent for path in folder.rglob("state.json"))
     if saved:
-        tables = {path: datasets.load_from_disk(str(path)) for path in saved}
+        try:
+            tables = {path: datasets.load_from_disk(str(path)) for path in saved}
+        except (OSError, ValueError, KeyError) as error:
+            raise CapaError(f"{folder}: what save_to_disk wrote does not open ({error}); copy it again") from error
         names = {path: path.relative_to(folder).as_posix().removeprefix(".") for path in saved}
         return {names[path]: _Part(list(table.column_names), partial(_itself, table)) for path, table in tables.items()}
     import pyarrow as pa
@@ -152,7 +155,10 @@ def _itself(table: Any) -> Any:
 def _of_parquet(paths: Sequence[str]) -> Any:
     import datasets
 
-    return datasets.load_dataset("parquet", data_files=list(paths), split="train")
+    try:
+        return datasets.load_dataset("parquet", data_files=list(paths), split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise CapaError(f"{paths[0]}: does not load ({str(error).splitlines()[0]}); download it again") from error
 
 
 def _undecoded(table: Any) -> Any:

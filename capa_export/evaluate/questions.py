@@ -121,6 +121,8 @@ def questions_from(
                 f"{data}: is no {chosen.name}: it has no column {missing[0]!r}, but {', '.join(sorted(table.columns))}"
             )
         count, name = len(table), table.name
+        if not count:
+            raise CapaError(f"{name}: has no rows")
         read = partial(_of_row, table, chosen, _instruction(chosen, instruction))
     else:
         raise CapaError(f"{data}: no .jsonl file and no folder of a dataset", ExitCode.USAGE)
@@ -204,8 +206,8 @@ def _file(path: Path) -> Encoded:
         return Encoded(str(path), path.read_bytes())
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such picture") from error
-    except OSError as error:
-        raise CapaError(f"{path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise CapaError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _question(

@@ -1,5 +1,6 @@
 """What is evaluated: an eager model or a bundle, the methods that it can do, and what its answers depend on."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -12,21 +13,26 @@ from capa_export.calibration import Calibration
 from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
-from capa_export.methods import Method, parse_method
+from capa_export.methods import Method, parse_method, stage_text
 from capa_export.pipeline import calibrate, check_workers, note_digests
 from capa_export.progress import silent
-from capa_export.recipe import Recipe, Stage, ranges, recipe_of
+from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.selectors import load_selector
 
-__all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product", "stage_text"]
+__all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product"]
 
 _CODE = (
+    "bundled.py",
+    "calibrate.py",
+    "calibration.py",
+    "dims.py",
     "eager.py",
     "eager_attention.py",
     "evaluate/answers.py",
     "evaluate/bundle_answers.py",
     "evaluate/eager_answers.py",
     "families",
+    "job.py",
     "methods.py",
     "prompt.py",
     "recipe.py",
@@ -67,13 +73,6 @@ def methods_from(texts: Sequence[str]) -> dict[str, Method]:
     return {DENSE: parse_method(DENSE), **methods}
 
 
-def stage_text(stage: Stage, ratio: str) -> str:
-    """A stage as `parse_method` reads it."""
-    options = ",".join(f"{name}={value}" for name, value in stage.options.items())
-    layer = "" if stage.layer < 0 else f"@{stage.layer}"
-    return f"{stage.selector}{layer}:{ratio}{f'{{{options}}}' if options else ''}"
-
-
 def product(
     recipe: Recipe, selectors: Sequence[str], layers: Sequence[int], ratios: Sequence[float], ffns: Sequence[str]
 ) -> list[str]:
@@ -84,7 +83,7 @@ def product(
     """
     own, *later = recipe.prune.schedule
     if not (selectors or layers or ratios):
-        texts = ["+".join(stage_text(stage, f"{stage.ratio:g}") for stage in (own, *later))]
+        texts = ["+".join(stage_text(stage) for stage in (own, *later))]
     elif later:
         raise CapaError(
             f"{recipe.name}: has a schedule of {1 + len(later)} stages; name methods with --method instead of "
@@ -92,12 +91,18 @@ def product(
             ExitCode.USAGE,
         )
     else:
+        names = list(selectors) or [own.selector]
+        if layers and all(load_selector(name).PLACE == "input" for name in names):
+            raise CapaError(f"--layer: {', '.join(names)} acts before the decoder and takes none", ExitCode.USAGE)
         texts = list[str]()
-        for name in selectors or [own.selector]:
+        for name in names:
             selector = load_selector(name)
             usual = own.layer if selector.LAYER is None or name == own.selector else selector.LAYER
-            places = [""] if selector.PLACE == "input" else [f"@{layer}" for layer in layers or [usual]]
-            texts += [f"{name}{place}:{ratio:g}" for place in places for ratio in ratios or [own.ratio]]
+            places = [-1] if selector.PLACE == "input" else layers or [usual]
+            options = own.options if name == own.selector else {}
+            for layer, ratio in itertools.product(places, ratios or [own.ratio]):
+                changes = {"selector": name, "layer": layer, "ratio": ratio, "options": options}
+                texts.append(stage_text(own.model_copy(update=changes)))
     return [f"{text}/{ffn}" if ffn else text for text in texts for ffn in ffns or [""]]
 
 
@@ -113,10 +118,12 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
         check_fits(job, method)
     check_workers(job)
     scaled = any(method.ffn != "full" for method in methods.values())
-    if job.calibration is not None and not scaled:
-        raise CapaError(
-            "--calibration: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE
-        )
+    if not scaled:
+        given = {"--calibration": job.calibration, "--images": job.images, "--samples": job.samples}
+        for option in (option for option, value in given.items() if value is not None):
+            raise CapaError(
+                f"{option}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE
+            )
     calibration = calibrate(job) if scaled else None
     note_digests(job)
     # Each worker opens it again.
@@ -215,7 +222,7 @@ def bundle_subject(
 
 
 def _key(prune: object, ffn: object, max_new_tokens: int, *packages: str) -> str:
-    versions = tool_versions("torch", "transformers", *packages)
+    versions = tool_versions("numpy", "pillow", "tokenizers", "torch", "transformers", *packages)
     return digest_of([prune, ffn, max_new_tokens, {**versions, "code": _code_digest()}])
 
 

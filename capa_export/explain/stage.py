@@ -14,12 +14,12 @@ from capa_export.eager import Prefill
 from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, kl_divergence, longest
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
-from capa_export.evaluate.subject import check_fits, methods_from, stage_text
+from capa_export.evaluate.subject import check_fits, methods_from
 from capa_export.explain.maps import maps_of, sinks_of
 from capa_export.explain.schema import Explained, Explanation, LeftOut, StageKept
 from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
-from capa_export.methods import Method, parse_method
+from capa_export.methods import Method, parse_method, stage_text
 from capa_export.progress import tracked
 from capa_export.prompt import Prompt, Turn, open_picture
 from capa_export.recipe import Stage
@@ -152,7 +152,7 @@ def _layer(job: Job, asked: int | None) -> int:
 
 def _own(job: Job, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
     """The bundle's own; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
-    stages = "+".join(stage_text(stage, f"{stage.ratio:g}") for stage in job.schedule)
+    stages = "+".join(stage_text(stage) for stage in job.schedule)
     if calibration is not None and calibration.linear_layers(job.recipe.ffn.eta) == linear:
         return Method(stages, job.schedule, "scale")
     return Method(f"{stages}/full", job.schedule, "full")
@@ -185,7 +185,7 @@ def _every_selector(own: Method, layer: int) -> list[Method]:
         # What acts where a layer begins is scored by the one before.
         places = {"attention": layer, "entry": max(layer, 1), "input": -1}
         stage = Stage(layer=places[load_selector(name).PLACE], ratio=own.stages[-1].ratio, selector=name)
-        text = stage_text(stage, f"{stage.ratio:g}")
+        text = stage_text(stage)
         if (stage,) != own.stages:
             found.append(Method(text if own.ffn == "scale" else f"{text}/{own.ffn}", (stage,), own.ffn))
     return found

@@ -38,6 +38,8 @@ class _Stage:
     score_error: float | None = None
     """None where the scores cannot be seen."""
     flipped: int = 0
+    chance: list[float] = field(default_factory=list)
+    """Of a choice made step by step: the IoU that as many random tokens would have."""
 
 
 @dataclass
@@ -83,6 +85,8 @@ class Choice:
             if not self._graded(index):
                 if len(own) != len(wanted) or (np.diff(own) <= 0).any() or not np.isin(own, entering).all():
                     stage.iou[-1] = 0.0
+                num_text = len(record.prompt.text_positions)
+                stage.chance.append((len(wanted) - num_text) / max(1, 2 * len(entering) - len(wanted) - num_text))
                 entering = wanted
                 continue
             cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
@@ -96,6 +100,15 @@ class Choice:
             for index, (stage, error) in enumerate(zip(self.stages, errors, strict=True)):
                 if self._graded(index):
                     stage.score_error = worse(stage.score_error or 0.0, error)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Stages whose choice hangs on so little that a wrong one could not be told from a right one."""
+        return tuple(
+            f"{self.artefact}: what {entry.selector} keeps {entry.where} hangs on the last bits of these pictures, so "
+            "that its choice could not be judged; smaller pictures or a smaller ratio can be"
+            for index, (entry, stage) in enumerate(zip(self.schedule, self.stages, strict=True))
+            if stage.chance and self._least(index) < (1 + 2 * float(np.mean(stage.chance))) / 3
+        )
 
     def _graded(self, stage: int) -> bool:
         """Whether the stage's scores are amounts, which compare."""

@@ -142,6 +142,7 @@ class _Validation:
         errors = [error for one in compared for error in one.export_error]
         selection = [choice for one in compared for choice in one.selection]
         failures = [check.failure for one in (*errors, *selection) for check in one.checks if check.failure]
+        warnings = [*warnings, *dict.fromkeys(warning for one in compared for warning in one.warnings)]
         if method_error.beats_random is False:
             warnings = [*warnings, *method_error.words[:1]]
         if self.wanted.strict:

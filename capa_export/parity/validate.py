@@ -53,6 +53,7 @@ class Compared:
     export_error: tuple[ExportError, ...]
     selection: tuple[Selection, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     """Median of a prefill, vision apart, and of a decode step, over the prompts."""
 
@@ -96,7 +97,12 @@ def compare_onnx(folder: Path, precision: str, records: Records, recipe: Recipe,
             trace = states
         for comparison, reference in zip(comparisons, _references(record, precision), strict=True):
             comparison.add(trace, reference, states, _noise_of(record, precision))
-    return Compared(tuple(one.result() for one in comparisons), (choice.result(),), milliseconds=clock.medians())
+    return Compared(
+        tuple(one.result() for one in comparisons),
+        (choice.result(),),
+        warnings=choice.warnings(),
+        milliseconds=clock.medians(),
+    )
 
 
 def compare_engine(
@@ -146,7 +152,9 @@ def compare_engine(
             "held against the ONNX files alone."
         )
     compared = [one for one in (*comparisons, against_onnx) if one.prompts]
-    return Compared(tuple(one.result() for one in compared), (choice.result(),), tuple(notes), clock.medians())
+    return Compared(
+        tuple(one.result() for one in compared), (choice.result(),), tuple(notes), choice.warnings(), clock.medians()
+    )
 
 
 def replayed_oracle(subject: Subject) -> Expected:

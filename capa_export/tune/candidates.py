@@ -7,9 +7,8 @@ from itertools import product
 
 from capa_export.calibration import Calibration
 from capa_export.errors import CapaError, ExitCode
-from capa_export.evaluate.subject import stage_text
 from capa_export.families import Family, require_selection
-from capa_export.methods import Method, parse_method
+from capa_export.methods import Method, parse_method, stage_text
 from capa_export.recipe import FFN, Recipe, Stage
 from capa_export.selectors import Place, load_selector
 from capa_export.selectors import selectors as all_selectors

@@ -75,6 +75,10 @@ def test_conversations(folder: Path) -> None:
         ({"image": "none.png", "question": "what ?"}, "none.png: no such picture"),
         ({"image": "0.png", "answer": "cat"}, "asks no question"),
         ({"images": "0.png", "question": "what ?"}, "must be a list"),
+        ({"image": "a\0b.png", "question": "what ?"}, "embedded null"),
+        ({"image": "0.png", "question": "what ?", "answer": ["cat", "dog"]}, "several go under answers"),
+        ({"image": "0.png", "question": "what ?", "answers": "cat"}, "answers: must be a list"),
+        ({"image": "0.png", "question": "what ?", "answers": [{"text": "cat"}]}, "or hold one under answer"),
         ({"messages": [{"role": "user", "content": "what ?"}]}, "shows no picture"),
         ({"messages": [{"role": "king", "content": "what ?"}]}, "messages: "),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}]}, "shows a video"),
@@ -300,3 +304,21 @@ def test_vqa_accuracy_needs_ten_answers(folder: Path) -> None:
     path = write(folder / "q.jsonl", [{"image": "0.png", "question": "what ?", "answer": "cat"}])
     with pytest.raises(CapaError, match="has 1 answers, and VQA accuracy is of 10"):
         questions_from(path, benchmark="vqav2").read(0)
+
+
+def test_one_of_ten_who_said_nothing_is_one_of_ten(folder: Path) -> None:
+    row = {"image": "0.png", "question": "who ?", "answers": [*["nan"] * 9, ""]}
+    [question] = [questions_from(write(folder / "q.jsonl", [row]), benchmark="vqav2").read(0)]
+    assert question.answers == [*["nan"] * 9, ""]
+
+
+def test_options_that_are_no_list_are_refused(folder: Path) -> None:
+    row = {"image": "0.png", "question": "what ?", "answer": "A", "options": 5}
+    with pytest.raises(CapaError, match="options: must be a list"):
+        questions_from(write(folder / "q.jsonl", [row]), benchmark="mmbench").read(0)
+
+
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CapaError, match="does not open"):
+        questions_from(tmp_path)

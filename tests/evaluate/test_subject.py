@@ -12,7 +12,8 @@ from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import evaluate
 from capa_export.evaluate.subject import bundle_subject, methods_from, product
 from capa_export.job import Job
-from capa_export.recipe import Recipe, load_recipe
+from capa_export.methods import parse_method
+from capa_export.recipe import Recipe, Stage, load_recipe
 from tests.evaluate.asking import job_of, rows_of, subject_of
 from tests.families import test_qwen3vl as qwen3vl
 
@@ -99,3 +100,20 @@ def test_a_bundle_says_what_the_model_does(
 def test_what_a_bundle_cannot_do(bundle: Bundle, method: str, problem: str) -> None:
     with pytest.raises(CapaError, match=problem):
         bundle_subject(bundle, methods_from([method]), 4)
+
+
+def test_the_recipes_own_selector_keeps_its_options_and_its_ratio_its_digits() -> None:
+    stage = Stage(layer=4, ratio=0.5, selector="capa-mmr", options={"balance": 0.7})
+    recipe = load_recipe("tiny-qwen25vl")
+    recipe = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"schedule": (stage,)})})
+    asked = product(recipe, [], [], [0.1234567890123], [])
+    assert asked == ["capa-mmr@4:0.1234567890123{balance=0.7}"]
+    assert parse_method(asked[0]).stages == (stage.model_copy(update={"ratio": 0.1234567890123}),)
+    assert product(recipe, ["capa"], [], [0.5], []) == ["capa@4:0.5"]
+
+
+def test_a_layer_for_selectors_that_have_none_is_refused() -> None:
+    with pytest.raises(CapaError, match="--layer: divprune acts before the decoder and takes none"):
+        product(load_recipe("tiny-qwen25vl"), ["divprune"], [3], [0.5], [])
+    both = product(load_recipe("tiny-qwen25vl"), ["divprune", "capa"], [3], [0.5], [])
+    assert both == ["divprune:0.5", "capa@3:0.5"]

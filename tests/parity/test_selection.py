@@ -94,3 +94,42 @@ def test_later_stages_count_while_the_earlier_agree() -> None:
     wanted = Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 2])])
     assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 1])]), wanted)) == 2
     assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 3]), np.array([0, 1])]), wanted)) == 1
+
+
+def stepwise(noise: Noise) -> Choice:
+    return Choice("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
+
+
+def ranked(count: int) -> SimpleNamespace:
+    """So many tokens, the first half kept, between two of text."""
+    half = count // 2
+    return record([INF, *range(half, 0, -1), *[0] * half, INF], [0, *range(1, half + 1), count + 1])
+
+
+def test_a_choice_by_steps_is_held_to_the_mean_overlap() -> None:
+    one, kept = stepwise(Noise()), ranked(100)
+    for prompt in range(10):
+        own = kept.oracle.kept[0].copy()
+        own[-2] += prompt == 0
+        one.add([own], kept)
+    (stage,) = one.result().stages
+    assert stage.iou_mean == pytest.approx(1 - (1 - 49 / 51) / 10) and stage.margin_min is None
+    assert failing(one) == set() and one.warnings() == ()
+    one.add([np.array([0, *range(51, 101), 101])], kept)
+    assert failing(one) == {"kept-set IoU"}
+
+
+@pytest.mark.parametrize("wrong", [[1, 0, 2], [0, 1, 1], [0, 1]], ids=["order", "twice", "too few"])
+def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
+    one = stepwise(Noise())
+    one.add([np.array([*wrong, 5])], ranked(4))
+    assert one.result().stages[0].iou_min == 0 and failing(one) == {"kept-set IoU"}
+
+
+def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:
+    """Half of a hundred by chance are a third; where the eager model itself agrees no better, nothing is shown."""
+    for noise, judged in ((Noise(tie_iou=(0.9,)), True), (Noise(tie_iou=(0.7,)), False), (Noise(iou=(0.5,)), False)):
+        one = stepwise(noise)
+        one.add([ranked(100).oracle.kept[0]], ranked(100))
+        assert (one.warnings() == ()) == judged
+        assert failing(one) == set()
