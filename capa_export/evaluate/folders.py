@@ -154,10 +154,11 @@ def _itself(table: Any) -> Any:
 
 def _of_parquet(paths: Sequence[str]) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset("parquet", data_files=list(paths), split="train")
-    except datasets.exceptions.DatasetsError as error:
+    except DatasetsError as error:
         raise CapaError(f"{paths[0]}: does not load ({str(error).splitlines()[0]}); download it again") from error
 
 
