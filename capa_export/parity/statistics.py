@@ -26,17 +26,18 @@ def wilson(hits: Sequence[bool]) -> Rate:
     return Rate(value=share, low=low, high=high)
 
 
-def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int) -> Difference:
+def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int, level: float = 0.95) -> Difference:
     """Mean of first - second with the percentile interval of 2,000 bootstrap resamples.
 
     Args:
         first: a finite figure per question, at least one.
         second: the same questions' other figure.
         seed: of the resamples.
+        level: of the interval.
     """
     differences = np.subtract(first, second, dtype=np.float64)
     rng, count = np.random.default_rng(seed), len(differences)
     # One resample at a time: all at once would take 2,000 times the memory of the questions.
     means = [differences[rng.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
     return Difference(value=float(differences.mean()), low=float(low), high=float(high))

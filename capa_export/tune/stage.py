@@ -51,6 +51,9 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
     search = Search(candidates, ffns(job.recipe.ffn, calibration), judge.agreement, job.report)
     found = search.run(own, map(judge.opened, samples), samples.count)
 
+    # The best of several is tested, so that each gets its share of what chance may do.
+    level = 1 - 0.05 / max(1, len(found.finalists) - (own is not None))
+
     def finalist(name: str, agreements: Sequence[Agreement]) -> Finalist:
         method = found.methods[name]
         return Finalist(
@@ -59,12 +62,13 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
             flops=candidates.share(method),
             kl=mean_kl(agreements),
             top1=fmean(agreement.top1 for agreement in agreements),
-            gain=None if own is None or name == own.name else _gain(found.finalists, own.name, name),
+            gain=None if own is None or name == own.name else _gain(found.finalists, own.name, name, level),
         )
 
     finalists = tuple(finalist(name, agreements) for name, agreements in found.finalists.items())
     best = finalists[0]
-    proven = own is None or (best.gain is not None and best.gain.low > 0)
+    broken = own is not None and not np.isfinite([agreement.kl for agreement in found.finalists[own.name]]).all()
+    proven = own is None or (best.gain is not None and best.gain.low > 0) or (broken and best.kl is not None)
     chosen = found.methods[best.method] if proven or own is None else own
     tuning = Tuning(
         model=job.checkpoint_source,
@@ -78,7 +82,7 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         chosen=chosen.name,
         finalists=finalists,
         left_out=left_out,
-        verdict=_verdict(best, own, earlier),
+        verdict=_verdict(best, own, earlier, broken=broken),
     )
     return _recipe(job, chosen), tuning
 
@@ -89,13 +93,13 @@ def _shapes(job: Job, samples: Samples) -> Iterator[Shape]:
         yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
 
 
-def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str) -> Difference | None:
+def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str, level: float) -> Difference | None:
     """None where a figure is no number."""
     of_own, of_other = ([agreement.kl for agreement in finalists[key]] for key in (own, name))
-    return paired_bootstrap(of_own, of_other, seed=0) if np.isfinite([of_own, of_other]).all() else None
+    return paired_bootstrap(of_own, of_other, 0, level) if np.isfinite([of_own, of_other]).all() else None
 
 
-def _verdict(best: Finalist, own: Method | None, earlier: int) -> str:
+def _verdict(best: Finalist, own: Method | None, earlier: int, *, broken: bool) -> str:
     if own is None:
         return f"{best.method}: the recipe's own schedule meets the budget at no ratio and at no earlier layer"
     moved = (
@@ -106,6 +110,8 @@ def _verdict(best: Finalist, own: Method | None, earlier: int) -> str:
     its = f"the recipe's own schedule at this budget ({own.name}{moved})"
     if best.method == own.name:
         return f"{its} agrees best with dense, so it stays"
+    if broken:
+        return f"{best.method}: the figures of {its} are no numbers"
     if best.gain is None or best.gain.low <= 0:
         return f"{its} stays: {best.method} agrees better with dense, but not beyond chance"
     return f"{best.method} agrees better with dense than {its}"

@@ -23,7 +23,7 @@ def tuning_table(found: Tuning) -> None:
         )
     show(
         f"Finalists of {found.tried} within {percent(found.budget)} of dense's FLOPs, on {found.judges} samples that "
-        "chose none of them (95% interval)",
+        "chose none of them (intervals: 95% for all together)",
         table,
     )
     say(found.verdict)

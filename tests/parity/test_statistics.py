@@ -51,3 +51,9 @@ def test_the_bootstrap_covers_the_truth_about_nineteen_times_of_twenty() -> None
 def test_no_difference_is_no_gain() -> None:
     found = paired_bootstrap([True, False], [True, False], 0)
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_a_higher_level_reaches_further() -> None:
+    first, second = [float(i % 7) for i in range(60)], [float(i % 5) for i in range(60)]
+    usual, wide = paired_bootstrap(first, second, 0), paired_bootstrap(first, second, 0, 0.9875)
+    assert wide.value == usual.value and wide.low < usual.low and wide.high > usual.high

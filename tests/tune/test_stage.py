@@ -163,19 +163,38 @@ def test_full_ffns_are_an_eta_that_no_layer_exceeds(recipe: Recipe, checkpoint: 
 
 
 @pytest.mark.parametrize(
-    ("low", "earlier", "own", "words"),
+    ("low", "earlier", "own", "broken", "words"),
     [
-        (0.1, 0, "capa@2:0.5", "fastv@2:0.6 agrees better with dense than the recipe's own schedule at this budget"),
-        (0.1, 1, "capa@1:0.5", "(capa@1:0.5, 1 layer earlier than the recipe has it since later is beyond the budget)"),
-        (-0.1, 0, "capa@2:0.5", "stays: fastv@2:0.6 agrees better with dense, but not beyond chance"),
-        (0.1, 0, "fastv@2:0.6", "(fastv@2:0.6) agrees best with dense, so it stays"),
-        (0.1, 0, None, "meets the budget at no ratio and at no earlier layer"),
+        (
+            0.1,
+            0,
+            "capa@2:0.5",
+            False,
+            "fastv@2:0.6 agrees better with dense than the recipe's own schedule at this budget",
+        ),
+        (
+            0.1,
+            1,
+            "capa@1:0.5",
+            False,
+            "(capa@1:0.5, 1 layer earlier than the recipe has it since later is beyond the budget)",
+        ),
+        (-0.1, 0, "capa@2:0.5", False, "stays: fastv@2:0.6 agrees better with dense, but not beyond chance"),
+        (0.1, 0, "fastv@2:0.6", False, "(fastv@2:0.6) agrees best with dense, so it stays"),
+        (0.1, 0, None, False, "meets the budget at no ratio and at no earlier layer"),
+        (
+            0.1,
+            0,
+            "capa@2:0.5",
+            True,
+            "the figures of the recipe's own schedule at this budget (capa@2:0.5) are no numbers",
+        ),
     ],
 )
-def test_verdict(low: float, earlier: int, own: str | None, words: str) -> None:
+def test_verdict(low: float, earlier: int, own: str | None, words: str, *, broken: bool) -> None:
     gain = Difference(value=0.2, low=low, high=0.3)
     best = Finalist(method="fastv@2:0.6", linear_layers=(), flops=0.4, kl=0.1, top1=1, gain=gain)
-    assert words in _verdict(best, parse_method(own) if own else None, earlier)
+    assert words in _verdict(best, parse_method(own) if own else None, earlier, broken=broken)
 
 
 @pytest.mark.slow
