@@ -188,6 +188,13 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
             name, f"{record.get('seconds', 0):.1f}", f"{peak:.2f}", str(len(record["files"])), f"{size / 1e6:.1f}"
         )
     show("Stages", table)
+    exported = manifest["stages"].get("export", {}).get("result", {})
+    if "not_for_genai" in exported:
+        reason = exported["not_for_genai"]
+        say(
+            "runs in onnxruntime-genai: its onnx folder" if reason is None else f"not for onnxruntime-genai: {reason}",
+            "dim",
+        )
     say("every file is as it was built")
 
 

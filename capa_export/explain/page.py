@@ -54,7 +54,9 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         sinks=_sinks(found, surfaces),
         marked=_marked(found, surfaces),
     )
-    path.write_text(page, encoding="utf-8", newline="\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(page, encoding="utf-8", newline="\n")
+    partial.replace(path)
 
 
 def _drawn(method: Explained, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
