@@ -1,6 +1,7 @@
 """Commands that look and change nothing: what is shipped, and what a bundle holds."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def doctor(
 
 
 _PLACES = {
-    "attention": "right after the attention of a layer",
+    "attention": "after a layer's attention",
     "entry": "before a layer",
     "input": "before the decoder",
 }
@@ -92,14 +93,17 @@ def selectors(as_json: JsonOpt = False) -> None:
                     "layer": one.LAYER,
                     "least": one.LEAST,
                     "reads": one.READS,
-                    "options": one.OPTIONS,
+                    "options": {
+                        option: {**setting._asdict(), "most": None if setting.most == inf else setting.most}
+                        for option, setting in one.OPTIONS.items()
+                    },
                 }
                 for name, one in known.items()
             ]
         )
         return
     for name, one in known.items():
-        print(f"{name:<14}{_PLACES[one.PLACE]:<36}{(one.__doc__ or '').splitlines()[0]}")
+        print(f"{name:<14}{_PLACES[one.PLACE]:<28}{(one.__doc__ or '').splitlines()[0]}")
 
 
 def targets(as_json: JsonOpt = False) -> None:

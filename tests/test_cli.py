@@ -179,6 +179,9 @@ def test_tables_for_people(cli: Cli, recipe: Path) -> None:
     assert "kept 256 of 1024" in cli("plan", "-m", recipe)[1]
     assert "tiny-qwen25vl" in cli("models")[1] and "tensorrt-rtx" in cli("targets")[1]
     assert json.loads(cli("models", "--json")[1]) and json.loads(cli("targets", "--json")[1])
+    assert "divprune      before the decoder" in cli("selectors")[1]
+    (fastv,) = [one for one in json.loads(cli("selectors", "--json")[1]) if one["name"] == "fastv"]
+    assert (fastv["place"], fastv["layer"], fastv["options"]) == ("entry", 2, {})
     assert cli("--version")[1].strip()
 
 
