@@ -17,25 +17,21 @@ __all__ = [
     "attention",
     "class_attention",
     "heads_from_tokens",
+    "mean_attention",
     "tokens_from_heads",
 ]
 
-_CLASS_ATTENTION = function("""
-ClassAttention <scale> (query, key) => (weights) {
-    # Softmax weights of the first query, mean over heads [B, L], all of it in FP32.
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    length_axis = Constant <value_ints = [2]> ()
-    first = Slice (query, zero, one, length_axis)
-    query_BH1d = Cast <to = 1> (first)
+_MEAN_ATTENTION = function("""
+MeanAttention <scale> (query, key) => (weights) {
+    query_BHQd = Cast <to = 1> (query)
     key_BHLd = Cast <to = 1> (key)
     scale_factor = Constant <value_float: float = @scale> ()
-    scaled_BH1d = Mul (query_BH1d, scale_factor)
+    scaled_BHQd = Mul (query_BHQd, scale_factor)
     key_BHdL = Transpose <perm = [0, 1, 3, 2]> (key_BHLd)
-    logits_BH1L = MatMul (scaled_BH1d, key_BHdL)
-    weights_BH1L = Softmax <axis = -1> (logits_BH1L)
-    heads_and_query = Constant <value_ints = [1, 2]> ()
-    weights = ReduceMean <keepdims = 0> (weights_BH1L, heads_and_query)
+    logits_BHQL = MatMul (scaled_BHQd, key_BHdL)
+    weights_BHQL = Softmax <axis = -1> (logits_BHQL)
+    heads_and_queries = Constant <value_ints = [1, 2]> ()
+    weights = ReduceMean <keepdims = 0> (weights_BHQL, heads_and_queries)
 }
 """)
 
@@ -124,9 +120,14 @@ def attention(
     return op.Attention(*inputs, *([] if mask is None else [mask]), is_causal=int(causal), scale=1.0)
 
 
-def class_attention(op: OpBuilder, query: ir.Value, key: ir.Value, head_size: int) -> ir.Value:
-    """What the first of the tokens [B, H, L, d], the class token, pays to each [B, L] FP32, mean over heads."""
-    weights_BL = op.call(_CLASS_ATTENTION, query, key, scale=head_size**-0.5)
+def mean_attention(op: OpBuilder, query: ir.Value, key: ir.Value, head_size: int) -> ir.Value:
+    """What queries [B, H, Q, d] pay to each of the keys [B, H, L, d]: [B, L] FP32, mean over heads and queries."""
+    weights_BL = op.call(_MEAN_ATTENTION, query, key, scale=head_size**-0.5)
     assert isinstance(weights_BL, ir.Value)
     weights_BL.dtype = ir.DataType.FLOAT
     return weights_BL
+
+
+def class_attention(op: OpBuilder, query: ir.Value, key: ir.Value, head_size: int) -> ir.Value:
+    """What the first of the tokens [B, H, L, d], the class token, pays to each [B, L] FP32, mean over heads."""
+    return mean_attention(op, op.Slice(query, [0], [1], [2]), key, head_size)

@@ -226,7 +226,7 @@ def test_an_island_of_fp32_takes_it_along(make: Make, module: ModuleType, part: 
     given, (saliency, features) = subject.seen(prompt, "fp16", fp32=unit), subject.eager(prompt)
     check_half(given, saliency, features)
     model = ir.load(subject.graph("fp16", fp32=f"visual.{last}.attn"))
-    scored = [node for node in model.graph if node.op_type in ("ClassAttention", "ReceivedAttention")]
+    scored = [node for node in model.graph if node.op_type == "MeanAttention"]
     assert {value.dtype for node in scored for value in node.inputs[:2] if value is not None} == {ir.DataType.FLOAT}
 
 

@@ -28,7 +28,7 @@ from capa_export.selectors import Chosen
 from capa_export.testbed.scenes import samples
 from tests.conftest import noise
 
-og = pytest.importorskip("onnxruntime_genai")
+og = pytest.importorskip("onnxruntime_genai", reason="the onnxruntime it wants has no wheels for Python 3.10")
 
 GRAPHS = ("prompt.onnx", "embedding.onnx", "llm/model.onnx")
 LIMIT = 6

@@ -15,28 +15,12 @@ from onnxscript import OpBuilder, nn
 from capa_export.families.qwen25vl.dims import Vision as Dims
 from capa_export.families.qwen25vl.dims import last_full_block
 from capa_export.graph.build import Input, Output, build_model
-from capa_export.graph.functions import function
-from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, tokens_from_heads
+from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, mean_attention, tokens_from_heads
 from capa_export.graph.rotary import rotary_frequencies
 
 __all__ = ["Layout", "PatchEmbed", "VisionAttention", "rotary_angles", "vision_model"]
 
 _EPSILON = 1e-6
-
-_RECEIVED_ATTENTION = function("""
-ReceivedAttention <scale> (query, key) => (received) {
-    # Softmax weight of each key, mean over the heads and queries that are given [G, L], all of it in FP32.
-    query_GHLd = Cast <to = 1> (query)
-    key_GHLd = Cast <to = 1> (key)
-    scale_factor = Constant <value_float: float = @scale> ()
-    scaled_GHLd = Mul (query_GHLd, scale_factor)
-    key_GHdL = Transpose <perm = [0, 1, 3, 2]> (key_GHLd)
-    logits_GHLL = MatMul (scaled_GHLd, key_GHdL)
-    weights_GHLL = Softmax <axis = -1> (logits_GHLL)
-    heads_and_queries = Constant <value_ints = [1, 2]> ()
-    received = ReduceMean <keepdims = 0> (weights_GHLL, heads_and_queries)
-}
-""")
 
 
 @dataclass(frozen=True)
@@ -110,9 +94,8 @@ class VisionAttention(nn.Module):
         """Head by head and a part of the queries at a time, as all L*L weights at once are too many."""
         heads, parts = self.num_heads, self.query_parts
         queries, keys = (op.Split(x, axis=1, num_outputs=heads, _outputs=heads) for x in (query, key))
-        scale = (self.size // heads) ** -0.5
         means = [
-            op.call(_RECEIVED_ATTENTION, part, head_key, scale=scale)
+            mean_attention(op, part, head_key, self.size // heads)
             for head_query, head_key in zip(queries, keys, strict=True)
             for part in op.Split(head_query, axis=2, num_outputs=parts, _outputs=parts)
         ]
