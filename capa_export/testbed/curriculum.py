@@ -8,9 +8,11 @@ __all__ = ["BASIC", "FURTHER", "Stage"]
 
 _EASY = {"color_of": 6, "shape_of": 4}
 _ALL = {"color_of": 3, "shape_of": 2, "exists": 3, "same": 2}
-_HARD = Lesson(asked={"number": 4, "count": 4}, clutter=0.6, heavy=0.3)
-_HARDEST = Lesson(asked={"relation": 6, "number": 2, "count": 2}, heavy=0.3)
 _LOOK = Lesson(asked={}, heavy=0.3)
+_READ = Lesson(asked={"number": 8, "count": 2}, clutter=0.6, heavy=0.3)
+_PLACE = Lesson(asked={"relation": 8, "count": 2}, clutter=0.6, heavy=0.3)
+_PAIRS = Lesson(asked={"pictures": 6}, heavy=0.3)
+_REHEARSED = Lesson(asked=_ALL, heavy=0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,9 @@ BASIC = (
     Stage(0.50, (Lesson(asked=_ALL, clutter=0.3),)),
     Stage(1.00, (Lesson(asked=_ALL),)),
 )
-_REHEARSED = Lesson(asked=_ALL, heavy=0.3)
-_PAIRS = Lesson(asked={"pictures": 6}, heavy=0.3)
 FURTHER = (
-    Stage(0.45, (_LOOK, _HARD, _PAIRS, _HARD, _LOOK, _HARD, _PAIRS, _HARD, _LOOK, _REHEARSED)),
-    Stage(1.00, (_LOOK, _HARDEST, _PAIRS, _HARDEST, _HARD, _REHEARSED)),
+    Stage(0.1, (_LOOK, _READ, _PLACE, _PAIRS)),
+    Stage(0.5, (_READ, _PLACE, _PAIRS)),
+    Stage(1.0, (_READ, _PLACE, _PAIRS, _LOOK, _READ, _PLACE, _PAIRS, _REHEARSED)),
 )
 """For a bed that knows the basic kinds."""

@@ -28,14 +28,11 @@ Split = Literal["train", "held_out"]
 
 KINDS = ("color_of", "shape_of", "exists", "same")
 HARD_KINDS = ("number", "count", "relation", "pictures")
-"""Small text to read, shapes to count, what is beside what, and two pictures in one prompt."""
+"""Small text to read, shapes to count, which of two is where, and two pictures in one prompt."""
 
 _ORDINALS = ("first", "second")
-_SIDES = {"left of": (0, -1), "right of": (0, 1), "just above": (-1, 0), "just below": (1, 0)}
-"""Words, and the step in rows and columns; all of two words, so that questions are of one length."""
-_LINES = 4
-"""Rows, and columns, that the sprites of a hard scene keep to: with five of them, two are in one row and two in one
-column."""
+_SIDES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+"""Words, and the step in rows and columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +83,10 @@ def random_scene(
 
 
 def hard_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), clutter: bool = True) -> Scene:
-    """Draws a scene with small numbers, up to four shapes of one colour, and shapes in one row and in one column."""
+    """Draws a scene with small numbers and up to four shapes of one colour."""
     rows, cols = cells
-    lines = [sorted(int(i) for i in rng.permutation(side)[:_LINES]) for side in cells]
-    crossings = [(row, col) for row in lines[0] for col in lines[1]]
     count = int(rng.integers(5, len(SHAPES) + 1))
-    places = [crossings[i] for i in rng.permutation(len(crossings))[:count]]
+    places = [divmod(int(i), cols) for i in rng.permutation(rows * cols)]
     colors: list[str] = []
     for color in _some(rng, tuple(COLORS), len(COLORS)):
         colors += [color] * int(rng.integers(1, 5))
@@ -99,7 +94,7 @@ def hard_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), clu
         Sprite(row, col, shape, color)
         for (row, col), shape, color in zip(places, _some(rng, SHAPES, count), colors, strict=False)
     )
-    free = [place for i in rng.permutation(rows * cols) if (place := divmod(int(i), cols)) not in places]
+    free = places[count:]
     painted = _some(rng, tuple(COLORS), int(rng.integers(3, 6)))
     numbers = tuple(
         Number(*place, digits=(int(rng.integers(10)), int(rng.integers(10))), color=color)
@@ -203,10 +198,11 @@ def questions(scenes: Sequence[Scene], kind: str) -> list[tuple[str, str]]:
             return [(f"how many shapes are {color} ?", str(sum(s.color == color for s in sprites))) for color in COLORS]
         case "relation":
             return [
-                (f"what shape is {words} the {s.shape} ?", nearest.shape)
+                (f"which is further {side} , the {s.shape} or the {t.shape} ?", (s if ahead > 0 else t).shape)
                 for s in sprites
-                for words, step in _SIDES.items()
-                if (nearest := _next_sprite(s, step, sprites))
+                for t in sprites
+                for side, (down, right) in _SIDES.items()
+                if (ahead := down * (s.row - t.row) + right * (s.col - t.col))
             ]
         case "pictures":
             return [
@@ -219,17 +215,6 @@ def questions(scenes: Sequence[Scene], kind: str) -> list[tuple[str, str]]:
         case _:
             known = ", ".join((*KINDS, *HARD_KINDS))
             raise ValueError(f"unknown question kind {kind!r}; known kinds: {known}")
-
-
-def _next_sprite(sprite: Sprite, step: tuple[int, int], sprites: Sequence[Sprite]) -> Sprite | None:
-    """The nearest one straight in a direction, in the same row or column."""
-    ahead = {
-        max(abs(other.row - sprite.row), abs(other.col - sprite.col)): other
-        for other in sprites
-        if (np.sign(other.row - sprite.row), np.sign(other.col - sprite.col)) == step
-        and 0 in (other.row - sprite.row, other.col - sprite.col)
-    }
-    return ahead[min(ahead)] if ahead else None
 
 
 def _article(word: str) -> str:

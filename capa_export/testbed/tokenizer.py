@@ -19,7 +19,7 @@ WORDS = (
     *(*SHAPES[:3], "triangle", *SHAPES[3:]),
 )
 HARD_WORDS = (
-    *("number", "how", "many", "shapes", "are", "left", "right", "of", "just", "above", "below"),
+    *("number", "how", "many", "shapes", "are", "which", "further", "left", "right", "up", "down", "or"),
     *("in", "first", "second", "picture"),
     *map(str, range(10)),
 )
