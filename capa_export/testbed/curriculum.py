@@ -35,6 +35,7 @@ BASIC = (
 FURTHER = (
     Stage(0.1, (_LOOK, _READ, _PLACE, _PAIRS)),
     Stage(0.5, (_READ, _PLACE, _PAIRS)),
-    Stage(1.0, (_READ, _PLACE, _PAIRS, _LOOK, _READ, _PLACE, _PAIRS, _REHEARSED)),
+    Stage(0.7, (_READ, _PLACE, _PAIRS, _LOOK, _READ, _PLACE, _PAIRS, _REHEARSED)),
+    Stage(1.0, (_READ, _REHEARSED, _PLACE, _REHEARSED, _PAIRS, _REHEARSED)),
 )
 """For a bed that knows the basic kinds."""
