@@ -80,7 +80,7 @@ def models(as_json: JsonOpt = False) -> None:
 
 def selectors(as_json: JsonOpt = False) -> None:
     """List what can choose the visual tokens, and where each acts."""
-    from capa_export.selectors import load_selector
+    from capa_export.selectors import Chosen, load_selector
     from capa_export.selectors import selectors as names
 
     known = {name: load_selector(name) for name in names()}
@@ -91,7 +91,7 @@ def selectors(as_json: JsonOpt = False) -> None:
                     "name": name,
                     "place": one.PLACE,
                     "layer": one.LAYER,
-                    "least": one.LEAST,
+                    "least": Chosen(name).least,
                     "reads": one.READS,
                     "options": {
                         option: {**setting._asdict(), "most": None if setting.most == inf else setting.most}

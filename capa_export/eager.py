@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from capa_export.families import Family, require_selection
-from capa_export.selectors import CAPA, Chosen, Place, Prompted, TensorView, load_selector, reads
+from capa_export.selectors import CAPA, TOKEN_AXIS, Chosen, Place, Prompted, TensorView, load_selector, reads
 
 if TYPE_CHECKING:
     from capa_export.prompt import Prompt
@@ -93,9 +93,8 @@ def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") ->
     prompted: dict[Prompted, Tensor] = {}
     if "visual_grid" in plan.reads:
         prompted["visual_grid"] = torch.from_numpy(prompt.visual_grid)
-    if {"visual_saliency", "visual_features"} & set(plan.reads):
-        name = next(chosen.name for chosen in plan.selectors.values() if set(reads([chosen])) - {"visual_grid"})
-        tower = require_selection(family, name).eager_selection(model, prompt)
+    if asking := [chosen.name for chosen in map(plan.chosen, plan.keep) if chosen.reads_tower]:
+        tower = require_selection(family, asking[0]).eager_selection(model, prompt)
         for key, values in zip(("visual_saliency", "visual_features"), tower, strict=True):
             whole = values.new_zeros(len(prompt.input_ids), *values.shape[1:], dtype=torch.float32)
             whole[torch.from_numpy(prompt.is_visual)] = values.float()
@@ -320,8 +319,7 @@ def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[
         num_keep=keep,
         hidden=tokens.hidden[0].float(),
         **of_attention,
-        **{name: tokens.prompted[name][..., tokens.positions] for name in selector.READS if name == "visual_grid"},
-        **{name: tokens.prompted[name][tokens.positions] for name in selector.READS if name != "visual_grid"},
+        **{name: tokens.prompted[name].index_select(TOKEN_AXIS[name], tokens.positions) for name in selector.READS},
     )
     if plan.jitter:
         view = _jittered(view, plan.jitter)

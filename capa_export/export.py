@@ -23,7 +23,7 @@ from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
-from capa_export.selectors import Chosen, reads
+from capa_export.selectors import Chosen
 
 __all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
 
@@ -172,7 +172,7 @@ def write_onnx(
 def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) -> ir.Model:
     """The vision tower, with what selectors read of it."""
     for chosen in selectors.values():
-        if reads([chosen]) and set(reads([chosen])) != {"visual_grid"}:
+        if chosen.reads_tower:
             return require_selection(source.family, chosen.name).vision_model(source.dims.vision, dtype, selection=True)
     return source.family.vision_model(source.dims.vision, dtype)
 

@@ -18,7 +18,6 @@ from capa_export.fingerprint import fingerprint
 from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
-from capa_export.selectors import reads
 from capa_export.spread import Workers
 
 __all__ = ["ONNX", "PARITY", "REPORT", "Job", "alpha_digest", "eos_token_ids", "run_stage", "say", "tool_versions"]
@@ -230,7 +229,7 @@ class Job:
 
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
         for stage in self.schedule:
-            if {"visual_saliency", "visual_features"} & set(reads([stage.chosen])):
+            if stage.chosen.reads_tower:
                 require_selection(self.family, stage.selector)
         check_units(self.recipe.fp32_layers, self.source.dims)
 

@@ -204,8 +204,9 @@ def _prefill(
     projections = attention = causal = ffn = score = 0
     scored = num_visual
     for layer, kept in schedule:
-        size = Size(tokens=scored + num_text, visual=scored, keep=kept, dims=dims)
-        score += load_selector(selectors.get(layer, CAPA).name).flops(size)
+        chosen = selectors.get(layer, CAPA)
+        size = Size(tokens=scored + num_text, visual=scored, keep=kept, dims=dims, options=chosen.values)
+        score += load_selector(chosen.name).flops(size)
         scored = kept
     for layer, (entering, leaving) in enumerate(_visual_by_layer(dims.num_layers, num_visual, schedule, selectors)):
         tokens = entering + num_text

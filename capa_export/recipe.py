@@ -102,7 +102,7 @@ class Prune(Settings):
         entering, kept = sum(images), list[int]()
         for stage in self.schedule:
             leaving = max(least, kept_tokens(sum(images), stage.ratio))
-            fewest = load_selector(stage.selector).LEAST
+            fewest = stage.chosen.least
             if leaving < min(entering, fewest):
                 raise CapaError(
                     f"selector {stage.selector} chooses {fewest} tokens or more, and ratio {stage.ratio:g} leaves "

@@ -18,6 +18,7 @@ import onnxruntime
 from capa_export.errors import CapaError
 from capa_export.in_place import embedding_of
 from capa_export.prompt import Picture, Prompt
+from capa_export.selectors import TOWER_OUTPUTS
 from capa_export.tiled import attention_bytes, tiled
 from capa_export.widen import is_bfloat16, widen
 
@@ -26,8 +27,6 @@ __all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun", "greedy"]
 Cache = TypeVar("Cache")
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_PROMPTED = {"visual_saliency": "saliency", "visual_features": "tower_features"}
-"""Prefill's inputs that hold outputs of the vision tower."""
 _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
 
@@ -135,7 +134,7 @@ class Model(ABC, Generic[Cache]):
         if prompt.pictures:
             seen = [self.features(picture) for picture in prompt.pictures]
             embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
-            for name, output in _PROMPTED.items():
+            for name, output in TOWER_OUTPUTS.items():
                 if output in seen[0]:
                     result[name] = _at_visual(prompt, np.concatenate([part[output] for part in seen]))
             if "deepstack_embeds" in result:
@@ -285,7 +284,7 @@ class OnnxModel(Model[KVCache]):
         empty = {
             entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
             for entry in session.get_inputs()
-            if entry.name in _PROMPTED and entry.name not in feed
+            if entry.name in TOWER_OUTPUTS and entry.name not in feed
         }
         return _run(session, {entry.name: {**feed, **empty}[entry.name] for entry in session.get_inputs()})
 

@@ -22,7 +22,7 @@ from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear
 from capa_export.graph.prune import Prune
 from capa_export.graph.tokens import KeyValue, Tokens
-from capa_export.selectors import Chosen, Prompted
+from capa_export.selectors import TOWER_OUTPUTS, Chosen
 
 __all__ = ["TABLE", "decoder_model", "embedding_model", "prompt_model", "row_size"]
 
@@ -33,8 +33,6 @@ _END = 2**31 - 1
 _BASE = 256.0
 """Steps are cached as two digits, each of which every dtype of a cache holds exactly."""
 _PIXELS = "pixels"
-_SEEN: dict[Prompted, str] = {"visual_saliency": "saliency", "visual_features": "tower_features"}
-"""What selectors read of the vision tower, by the names of its outputs."""
 
 
 def row_size(dims: DecoderDims) -> int:
@@ -76,7 +74,7 @@ class PromptRows(nn.Module):
             num_tokens = op.Shape(token_ids_T)
             prompted: dict[str, ir.Value] = {}
             for name in self.prune.selector.READS:
-                of_visual = values[_SEEN[name]]
+                of_visual = values[TOWER_OUTPUTS[name]]
                 prompted[name] = op.ScatterND(_zeros_like(op, of_visual, num_tokens), visual_rows_N1, of_visual)
             # Positions and marks go the way of the tables that are gathered along with the hidden states.
             tokens = Tokens(hidden_TD, op.Unsqueeze(position_TA, [0]), op.Unsqueeze(visual_T1, [0]), text_rows_X)

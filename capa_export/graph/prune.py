@@ -11,14 +11,12 @@ from onnxscript import OpBuilder, nn
 from capa_export.dims import DecoderDims
 from capa_export.graph.build import call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
-from capa_export.selectors import Chosen, GraphView, load_selector
+from capa_export.selectors import TOKEN_AXIS, Chosen, GraphView, load_selector
 
 __all__ = ["Prune"]
 
 _END = 2**31 - 1
 """A slice end past any length."""
-_TOKEN_AXIS = {"visual_saliency": 0, "visual_features": 0, "visual_grid": 1}
-"""Of what the prompt brings along."""
 
 
 class Prune(nn.Module):
@@ -106,6 +104,6 @@ class Prune(nn.Module):
     def _of_prompt(self, op: OpBuilder, tokens: Tokens, prompted: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
         """What the selector reads of the prompt's, for the tokens that are left."""
         return {
-            name: op.Gather(prompted[name], tokens.kept[-1], axis=_TOKEN_AXIS[name]) if tokens.kept else prompted[name]
+            name: op.Gather(prompted[name], tokens.kept[-1], axis=TOKEN_AXIS[name]) if tokens.kept else prompted[name]
             for name in self.selector.READS
         }

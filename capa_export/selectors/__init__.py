@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CAPA",
+    "TOKEN_AXIS",
+    "TOWER_OUTPUTS",
     "Chosen",
     "GraphView",
     "Option",
@@ -71,6 +73,11 @@ class Chosen(NamedTuple):
     options: Mapping[str, Option] = MappingProxyType({})
 
     @property
+    def reads_tower(self) -> bool:
+        """Whether it reads what the vision tower says of its tokens, beside their embeddings."""
+        return not TOWER_OUTPUTS.keys().isdisjoint(load_selector(self.name).READS)
+
+    @property
     def values(self) -> dict[str, Option]:
         """Of all its options, the defaults included."""
         own = load_selector(self.name).OPTIONS
@@ -80,8 +87,22 @@ class Chosen(NamedTuple):
     def place(self) -> Place:
         return load_selector(self.name).PLACE
 
+    @property
+    def least(self) -> int:
+        """Fewest visual tokens it can keep of more than that."""
+        fewest = load_selector(self.name).LEAST
+        return int(self.values[fewest]) if isinstance(fewest, str) else fewest
+
 
 CAPA = Chosen("capa")
+
+
+TOWER_OUTPUTS: Mapping[Prompted, str] = MappingProxyType(
+    {"visual_saliency": "saliency", "visual_features": "tower_features"}
+)
+"""Of what the prompt brings along, what the vision tower says, and its output that does."""
+TOKEN_AXIS: Mapping[Prompted, int] = MappingProxyType({"visual_saliency": 0, "visual_features": 0, "visual_grid": 1})
+"""Which axis of what the prompt brings along is T."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +176,8 @@ class Size:
     keep: int
     """Visual tokens that stay."""
     dims: "DecoderDims"
+    options: Mapping[str, Option]
+    """Of the selector, all of them."""
 
 
 class Selector(Protocol):
@@ -166,8 +189,8 @@ class Selector(Protocol):
     GRADED: bool
     """Whether scores are amounts, which compare; else they are ranks of a choice made step by step."""
     READS: Sequence[Prompted]
-    LEAST: int
-    """Fewest visual tokens it can keep of more than that."""
+    LEAST: int | str
+    """Fewest visual tokens it can keep of more than that, or the option that says how many."""
     OPTIONS: Mapping[str, Setting]
     """What a recipe may set."""
 
@@ -183,7 +206,7 @@ class Selector(Protocol):
         ...
 
     def flops(self, size: Size) -> int:
-        """Of scoring; a multiplication and an addition are two."""
+        """Of scoring, its leading terms; a multiplication and an addition are two, a comparison is one."""
         ...
 
 

@@ -7,7 +7,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.build import score_node
 from capa_export.graph.functions import function
-from capa_export.selectors import GraphView, Option, Setting, TensorView
+from capa_export.selectors import GraphView, Option, Setting, Size, TensorView
 from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, nodes
 
 if TYPE_CHECKING:
@@ -133,6 +133,6 @@ def chosen(view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balan
     return amounts
 
 
-def flops_of_choice(tokens: int, chunks: Option) -> int:
-    """Of comparing each token with each other, for its nearest and its rank, in every step."""
-    return 2 * int(chunks) * tokens * tokens
+def flops_of_choice(size: Size) -> int:
+    """2 C T^2 in C chunks: in each the nearest of each token, and its rank, each among all others."""
+    return 2 * int(size.options["chunks"]) * size.tokens**2

@@ -6,8 +6,9 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
+from capa_export.selectors import GraphView
 
-__all__ = ["DESCENDING_RANK", "LAST_ATTENTION", "RANK_SCORES", "TOKEN_KINDS", "UNIT_ROWS", "nodes"]
+__all__ = ["DESCENDING_RANK", "LAST_LOGITS", "RANK_SCORES", "TOKEN_KINDS", "UNIT_ROWS", "last_attention", "nodes"]
 
 
 def nodes(op: OpBuilder, function: ir.Function, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
@@ -59,8 +60,8 @@ UnitRows (rows) => (unit, is_usable) {
 """)
 """[T, D] -> rows of length 1, FP32, and which of them have a direction at all [T] bool; zeros for the others."""
 
-LAST_ATTENTION = function("""
-LastAttention <scale> (query, key) => (attention) {
+LAST_LOGITS = function("""
+LastLogits <scale> (query, key) => (logits) {
     query_1H1d = Cast <to = 1> (query)
     key_1GTd = Cast <to = 1> (key)
     one = Constant <value_ints = [1]> ()
@@ -72,11 +73,18 @@ LastAttention <scale> (query, key) => (attention) {
     key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
     product_1GrT = MatMul (query_1Grd, key_1GdT)
     scale_factor = Constant <value_float: float = @scale> ()
-    logits_1GrT = Mul (product_1GrT, scale_factor)
-    attention = Softmax <axis = -1> (logits_1GrT)
+    logits = Mul (product_1GrT, scale_factor)
 }
 """)
-"""Query [1, H, 1, d] and keys [1, G, T, d] -> what it gives to each token, [1, G, H/G, T] FP32."""
+"""Query [1, H, 1, d] and keys [1, G, T, d] -> [1, G, H/G, T] FP32."""
+
+
+def last_attention(op: OpBuilder, view: GraphView) -> ir.Value:
+    """What the last prompt token gives to each token, [1, G, H/G, T] FP32."""
+    assert view.query is not None and view.key is not None
+    (logits,) = nodes(op, LAST_LOGITS, view.query, view.key, scale=view.scale)
+    return op.Softmax(logits, axis=-1)
+
 
 DESCENDING_RANK = function("""
 DescendingRank (amounts, candidates) => (ranks) {

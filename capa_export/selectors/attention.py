@@ -8,7 +8,7 @@ from onnxscript import OpBuilder
 from capa_export.graph.build import score_node
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import LAST_ATTENTION, nodes
+from capa_export.selectors._nodes import last_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +32,7 @@ MeanOverHeads (attention) => (amounts) {
 
 def score(op: OpBuilder, view: GraphView) -> ir.Value:
     """The mean over heads of softmax(q k)."""
-    assert view.query is not None and view.key is not None
-    (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
-    return score_node(op, _FUNCTION, view.text_rows_X, attention)
+    return score_node(op, _FUNCTION, view.text_rows_X, last_attention(op, view))
 
 
 def reference(view: TensorView) -> "Tensor":

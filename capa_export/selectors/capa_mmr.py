@@ -7,7 +7,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView, _mmr, capa
-from capa_export.selectors._nodes import LAST_ATTENTION, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import UNIT_ROWS, last_attention, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,12 +59,10 @@ LikenessToRows (unit, is_usable) => (similarity) {
 
 def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option, hidden: Option) -> ir.Value:
     """Chunked MMR of CAPA's scores and the cosines between contributions, or hidden states."""
-    assert view.query is not None and view.key is not None and view.value is not None
-    assert view.output_weight is not None
+    assert view.value is not None and view.output_weight is not None
     features_TD = view.hidden_TD
     if not hidden:
-        (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
-        (features_TD,) = nodes(op, _DIRECTION, attention, view.value, view.output_weight)
+        (features_TD,) = nodes(op, _DIRECTION, last_attention(op, view), view.value, view.output_weight)
     (similarity_TT,) = nodes(op, _SIMILARITY, *nodes(op, UNIT_ROWS, features_TD))
     return _mmr.choose(op, view, capa.score(op, view), similarity_TT, balance=balance, chunks=chunks)
 
@@ -88,6 +86,6 @@ def reference(view: TensorView, *, balance: Option, chunks: Option, hidden: Opti
 
 
 def flops(size: Size) -> int:
-    """CAPA's score, the contributions once more, the cosines and the choice."""
-    cosines = 2 * size.tokens * size.tokens * size.dims.hidden_size
-    return 2 * capa.flops(size) + cosines + _mmr.flops_of_choice(size.tokens, OPTIONS["chunks"].default)
+    """CAPA's score, the contributions once more where they say what is alike, the cosines and the choice."""
+    written = capa.flops(size) * (1 if size.options["hidden"] else 2)
+    return written + 2 * size.tokens**2 * size.dims.hidden_size + _mmr.flops_of_choice(size)

@@ -20,14 +20,13 @@ PLACE: Place = "input"
 LAYER = None
 GRADED = False
 READS: tuple[Prompted, ...] = ()
-LEAST = 4
-"""The visual pivots of the paper, which all stay."""
+LEAST = "visual_pivots"
+"""Which all stay."""
 OPTIONS: dict[str, Setting] = {
     "visual_pivots": Setting(4, 1, 64, whole=True),
     "text_pivots": Setting(4, 0, 64, whole=True),
 }
-"""Pivots of either kind: at most as many as tokens stay, and as there are text tokens behind the first visual one.
-Each is nodes of its own."""
+"""Pivots of either kind: of text, at most as many as stand behind the first visual token. Each is nodes of its own."""
 
 _SIZES = function("""
 DartSizes (hidden, is_usable) => (sizes) {
@@ -178,6 +177,6 @@ def _counts(visual_pivots: Option, text_pivots: Option) -> tuple[int, int]:
 
 
 def flops(size: Size) -> int:
-    """The L1 norm of every token and its cosine with every pivot; at most as many pivots as by default."""
-    num_pivots = sum(int(setting.default) for setting in OPTIONS.values())
-    return size.tokens * size.dims.hidden_size * (2 + 2 * num_pivots)
+    """(2 + 4 P) T D + (2 + P) T^2 of P pivots: norms, pivots gathered by a product, cosines; ranks of them all."""
+    num_pivots = sum(_counts(**size.options))
+    return size.tokens * size.dims.hidden_size * (2 + 4 * num_pivots) + (2 + num_pivots) * size.tokens**2

@@ -20,7 +20,7 @@ from onnxscript import OpBuilder
 from capa_export.graph.build import score_node
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import nodes
+from capa_export.selectors._nodes import LAST_LOGITS, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,28 +36,16 @@ OPTIONS: dict[str, Setting] = {"stride": Setting(3, 1, whole=True), "grid": Sett
 """Distance of the grid's rows and columns, and whether there is a grid."""
 
 _ATTENTION = function("""
-PlainAttentionScore <scale> (query, key, text_rows) => (amounts) {
-    query_1H1d = Cast <to = 1> (query)
-    key_1GTd = Cast <to = 1> (key)
-    one = Constant <value_ints = [1]> ()
-    rest = Constant <value_ints = [-1]> ()
-    kv_heads = Shape <start = 1, end = 2> (key)
-    num_tokens = Shape <start = 2, end = 3> (key)
-    head_size = Shape <start = 3, end = 4> (key)
-    grouped = Concat <axis = 0> (one, kv_heads, rest, head_size)
-    query_1Grd = Reshape (query_1H1d, grouped)
-    key_1GdT = Transpose <perm = [0, 1, 3, 2]> (key_1GTd)
-    product_1GrT = MatMul (query_1Grd, key_1GdT)
-    scale_factor = Constant <value_float: float = @scale> ()
-    logits_1GrT = Mul (product_1GrT, scale_factor)
+PlainAttentionScore (logits, text_rows) => (amounts) {
     # Text takes no share.
+    num_tokens = Shape <start = 3, end = 4> (logits)
     seen = Constant <value_float = 0.0> ()
     seen_T = Expand (seen, num_tokens)
     hidden = Constant <value = float {-inf}> ()
     text_shape = Shape (text_rows)
     hidden_X = Expand (hidden, text_shape)
     mask_T = ScatterElements <axis = 0> (seen_T, text_rows, hidden_X)
-    masked_1GrT = Add (logits_1GrT, mask_T)
+    masked_1GrT = Add (logits, mask_T)
     attention_1GrT = Softmax <axis = -1> (masked_1GrT)
     heads = Constant <value_ints = [0, 1, 2]> ()
     amounts = ReduceMean <keepdims = 0> (attention_1GrT, heads)
@@ -89,10 +77,10 @@ GridFirst <stride> (attention, grid) => (amounts) {
 def score(op: OpBuilder, view: GraphView, *, stride: Option, grid: Option) -> ir.Value:
     """The mean over heads of softmax(q k) over visual keys, q and k not rotated; 2^127 times that on the grid."""
     assert view.plain_query is not None and view.plain_key is not None and view.visual_grid is not None
-    attention = (view.plain_query, view.plain_key, view.text_rows_X)
+    (logits,) = nodes(op, LAST_LOGITS, view.plain_query, view.plain_key, scale=view.scale)
     if not grid:
-        return score_node(op, _ATTENTION, view.text_rows_X, *attention, scale=view.scale)
-    (attention_T,) = nodes(op, _ATTENTION, *attention, scale=view.scale)
+        return score_node(op, _ATTENTION, view.text_rows_X, logits, view.text_rows_X)
+    (attention_T,) = nodes(op, _ATTENTION, logits, view.text_rows_X)
     return score_node(op, _GRID, view.text_rows_X, attention_T, view.visual_grid, stride=int(stride))
 
 

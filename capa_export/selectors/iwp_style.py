@@ -15,7 +15,7 @@ from onnxscript import OpBuilder
 
 from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Size, TensorView, _mmr
-from capa_export.selectors._nodes import LAST_ATTENTION, nodes
+from capa_export.selectors._nodes import last_attention, nodes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +73,8 @@ ImplicitUpdates <scale> (attention, key, value) => (magnitude, similarity) {
 
 def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option) -> ir.Value:
     """Chunked MMR of the updates' magnitudes and duplication."""
-    assert view.query is not None and view.key is not None and view.value is not None
-    (attention,) = nodes(op, LAST_ATTENTION, view.query, view.key, scale=view.scale)
+    assert view.key is not None and view.value is not None
+    attention = last_attention(op, view)
     magnitude_T, similarity_TT = nodes(op, _UPDATES, attention, view.key, view.value, scale=view.scale)
     return _mmr.choose(op, view, magnitude_T, similarity_TT, balance=balance, chunks=chunks)
 
@@ -98,4 +98,4 @@ def flops(size: Size) -> int:
     """The last query's row of QK^T, every key with every key, every value with every value, and the choice."""
     row = 2 * size.tokens * size.dims.num_heads * size.dims.head_dim
     pairs = 4 * size.tokens * size.tokens * size.dims.num_kv_heads * size.dims.head_dim
-    return row + pairs + _mmr.flops_of_choice(size.tokens, OPTIONS["chunks"].default)
+    return row + pairs + _mmr.flops_of_choice(size)

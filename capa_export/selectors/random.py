@@ -1,4 +1,8 @@
-"""Random tokens, the baseline that a method has to beat (2511.02650): rows, shuffled by a keyed permutation."""
+"""Random tokens, the baseline that a method has to beat (2511.02650): rows, shuffled by a keyed permutation.
+
+The keys are the seed and the number of tokens: of the prompt, no other whole number that differs from one question or
+picture to the next reaches a stage, and one that is rounded would make each precision choose its own.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -29,7 +33,7 @@ _CONSTANTS = (0, 25717, 13711, 42023, 7919, 31337)
 """One for each round, arbitrary and different."""
 
 _ROW = function(f"""
-RandomRow (hidden) => (residue) {{
+RandomRow (hidden) => (residue, num_tokens) {{
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     first_axis = Constant <value_ints = [0]> ()
@@ -44,10 +48,11 @@ RandomRow (hidden) => (residue) {{
 """)
 
 _ROUND = function(f"""
-RandomRound <key> (residue) => (mixed) {{
-    # (residue + key)^3 mod prime, reduced after each step.
+RandomRound <key> (residue, num_tokens) => (mixed) {{
+    # (residue + key + T)^3 mod prime, reduced after each step.
     prime = Constant <value_int = {_PRIME}> ()
-    key_number = Constant <value_int: int = @key> ()
+    seed_key = Constant <value_int: int = @key> ()
+    key_number = Add (seed_key, num_tokens)
     sum_T = Add (residue, key_number)
     sum_quotient_T = Div (sum_T, prime)
     sum_multiple_T = Mul (sum_quotient_T, prime)
@@ -78,9 +83,9 @@ def _keys(seed: Option) -> list[int]:
 
 def score(op: OpBuilder, view: GraphView, *, seed: Option) -> ir.Value:
     """Rounds of MiMC (2016/492), a block cipher of cubes, on the row within what enters the stage."""
-    (residue_T,) = nodes(op, _ROW, view.hidden_TD)
+    residue_T, num_tokens = nodes(op, _ROW, view.hidden_TD)
     for key in _keys(seed):
-        (residue_T,) = nodes(op, _ROUND, residue_T, key=key)
+        (residue_T,) = nodes(op, _ROUND, residue_T, num_tokens, key=key)
     return score_node(op, _AMOUNT, view.text_rows_X, residue_T)
 
 
@@ -88,9 +93,9 @@ def reference(view: TensorView, *, seed: Option) -> "Tensor":
     """The same in Python's integers."""
     import torch
 
-    residues = list(range(len(view.is_visual)))
+    residues = list(range(num_tokens := len(view.is_visual)))
     for key in _keys(seed):
-        residues = [pow(residue + key, 3, _PRIME) for residue in residues]
+        residues = [pow(residue + key + num_tokens, 3, _PRIME) for residue in residues]
     return torch.tensor(residues, dtype=torch.float32)
 
 

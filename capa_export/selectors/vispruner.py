@@ -1,7 +1,8 @@
 """VisPruner (arXiv 2412.01818): the most salient tokens, and of the rest those left when duplicates are removed.
 
 Which tokens a round may remove depends on their places in the list, which depend on the cosines of the round before: of
-a few hundred tokens, cosines that differ in their last bits can leave others.
+a few hundred tokens, cosines that differ in their last bits can leave others. That is the authors' own: what a round
+leaves stays in the order of its likeness.
 """
 
 from fractions import Fraction
@@ -186,6 +187,10 @@ def _fraction(important: Option) -> Fraction:
 
 
 def flops(size: Size) -> int:
-    """The cosine of every two tokens, for features as wide as the hidden states; then their maxima, round by round."""
+    """T^2 (2 D + 2 R), R = (N - num_keep) / 8 + 2 rounds, cubic in all.
+
+    That is the cosine of every two tokens, for features as wide as the hidden states; then in every round the nearest
+    of each token, and its rank, each among all others.
+    """
     rounds = -(-(size.visual - size.keep) // _PER_ROUND) + _EXTRA_ROUNDS
-    return size.tokens**2 * (2 * size.dims.hidden_size + rounds)
+    return size.tokens**2 * 2 * (size.dims.hidden_size + rounds)

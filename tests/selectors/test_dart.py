@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from capa_export.selectors import TensorView
-from capa_export.selectors.dart import LEAST
 from tests.selectors.one_score import build, exact_rows, layout, same
 
 
-def _view(runs: tuple[int, ...], num_keep: int = LEAST, seed: int = 0) -> TensorView:
+def _view(runs: tuple[int, ...], num_keep: int = 4, seed: int = 0) -> TensorView:
     is_visual = layout(*runs)
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(is_visual), 24, generator=random)

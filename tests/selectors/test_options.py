@@ -1,12 +1,13 @@
 """What a schedule may ask of a selector, refused in one line where it makes no sense."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from capa_export.errors import CapaError
-from capa_export.recipe import Stage, load_recipe
-from capa_export.selectors import load_selector, selectors
+from capa_export.recipe import Prune, Stage, load_recipe
+from capa_export.selectors import Chosen, Option, Size, load_selector, selectors
 
 RECIPE = """family = "qwen25vl"
 checkpoint = "x/y"
@@ -87,10 +88,35 @@ def test_a_layer_for_one_that_has_none_is_refused() -> None:
 
 
 def test_fewer_tokens_than_a_method_needs_is_a_clear_line() -> None:
-    (least,) = {load_selector("dart").LEAST}
-    prune = load_recipe("qwen25vl").with_options(selector="dart", ratio=0.9).prune
-    assert prune.num_keep([10 * least]) == [least]
-    with pytest.raises(CapaError, match=f"selector dart chooses {least} tokens or more, and ratio 0.9 leaves 1 of 10"):
-        prune.num_keep([10])
-    # Of no more than it needs, all stay.
-    assert prune.num_keep([1]) == [1]
+    cases: list[tuple[dict[str, Option], int]] = [({}, 4), ({"visual_pivots": 2}, 2)]
+    for options, least in cases:
+        prune = Prune(schedule=(Stage(selector="dart", ratio=0.9, options=options),))
+        assert prune.num_keep([10 * least]) == [least]
+        refusal = f"selector dart chooses {least} tokens or more, and ratio 0.9 leaves 1 of 10"
+        with pytest.raises(CapaError, match=refusal):
+            prune.num_keep([10])
+        # Of no more than it needs, all stay.
+        assert prune.num_keep([1]) == [1]
+
+
+def cost(name: str, **options: Option) -> int:
+    """Of scoring 1000 tokens, 900 of them visual, with 100 to keep."""
+    dims: Any = SimpleNamespace(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+    values = Chosen(name, options).values
+    return load_selector(name).flops(Size(tokens=1000, visual=900, keep=100, dims=dims, options=values))
+
+
+def test_costs_follow_the_options() -> None:
+    pairs = 1000**2
+    for name in ("capa-mmr", "iwp-style"):
+        assert cost(name, chunks=20) - cost(name) == 2 * (20 - 8) * pairs
+    assert cost("capa-mmr") - cost("capa-mmr", hidden=1) == cost("capa")
+    assert cost("dart", visual_pivots=9) - cost("dart") == 5 * (4 * 64 * 1000 + pairs)
+    # 800 go, 8 a round.
+    assert cost("vispruner") == 2 * pairs * (64 + 100 + 2)
+
+
+@pytest.mark.parametrize("name", ["adafv-style", "feather", "random", "vispruner"])
+def test_options_that_move_a_threshold_cost_nothing(name: str) -> None:
+    for option, setting in load_selector(name).OPTIONS.items():
+        assert cost(name, **{option: setting.default + 1}) == cost(name)

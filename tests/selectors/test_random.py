@@ -55,6 +55,15 @@ def test_neither_seeds_nor_neighbours_go_together() -> None:
             assert abs(np.corrcoef(draw[:-distance], draw[distance:])[0, 1]) < 0.09
 
 
+def test_prompts_of_other_lengths_have_nothing_in_common() -> None:
+    """Neither the same rows nor those that are as far from the end."""
+    shorter = scores(2000, 0)
+    for more in (1, 2, 7, 64):
+        longer = scores(2000 + more, 0)
+        for aligned in (longer[:2000], longer[more:]):
+            assert abs(np.corrcoef(shorter, aligned)[0, 1]) < 0.09
+
+
 def test_shares_of_the_range_are_even() -> None:
     counts, _ = np.histogram(scores(20000, 5), bins=20, range=(0, 46337))
     assert ((counts - 1000) ** 2 / 1000).sum() < 40
