@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from capa_export.errors import CapaError
 from capa_export.evaluate.questions import Question
 from capa_export.prompt import Prompt, Prompter
 
-__all__ = ["DENSE", "Answer", "Ask", "Asked", "Outcome", "asking", "kl_divergence", "longest"]
+__all__ = ["DENSE", "Answer", "Ask", "Asked", "Outcome", "asking", "longest"]
 
 DENSE = "dense"
 """The method that all others are compared with."""
@@ -61,14 +58,3 @@ def longest(prompter: Prompter, prompt: Prompt, max_new_tokens: int) -> int:
     """Tokens that an answer may have: from the context's end on the rotary frequencies would be others."""
     context = prompter.dims.decoder.rope_limit
     return max_new_tokens if context is None else min(max_new_tokens, context - prompt.next_position + 1)
-
-
-def kl_divergence(dense_V: Any, other_V: Any) -> float:
-    """KL(dense || other) of the next-token distributions [V] that two rows of logits give, in nats."""
-    p, q = (_log_softmax(np.asarray(logits, np.float64)) for logits in (dense_V, other_V))
-    return float((np.exp(p) * (p - q)).sum())
-
-
-def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
-    shifted_V = logits_V - logits_V.max()
-    return shifted_V - np.log(np.exp(shifted_V).sum())

@@ -8,10 +8,11 @@ from pathlib import Path
 from capa_export.answer import runtime_errors
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
-from capa_export.evaluate.answers import Answer, Ask, asking, kl_divergence, longest
+from capa_export.evaluate.answers import Answer, Ask, asking, longest
 from capa_export.evaluate.questions import Question
 from capa_export.job import ONNX, eos_token_ids
 from capa_export.methods import Method
+from capa_export.parity.statistics import kl_divergence
 from capa_export.prompt import Prompt
 from capa_export.recipe import recipe_of
 from capa_export.runtime import OnnxModel, greedy
@@ -38,7 +39,7 @@ class _Opened:
         bundle = Bundle.open(given.folder)
         self.prune = recipe_of(bundle.manifest, bundle.folder).prune
         self.prompter = bundled_prompter(bundle, trust_remote_code=given.trust_remote_code)
-        self.model = OnnxModel(given.folder / ONNX, threads=int(os.environ.get("OMP_NUM_THREADS", "0")))
+        self.model = OnnxModel(given.folder / ONNX, threads=_threads())
         self.stop = eos_token_ids(given.folder / ONNX / "llm")
 
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
@@ -66,3 +67,9 @@ class _Opened:
         if prune is None:
             return [prompt.num_visual] * len(self.prune.schedule)
         return prune.num_keep(prompt.image_lengths)
+
+
+def _threads() -> int:
+    """The first number of OMP_NUM_THREADS, which has one for each level of nesting; 0, for the default, without one."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0

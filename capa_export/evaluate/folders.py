@@ -23,6 +23,8 @@ class Table:
 
     name: str
     """For people: the folder, and the part of it."""
+    folder: Path
+    """What paths of pictures are relative to."""
     rows: Any
     """A `datasets.Dataset`, its pictures not decoded."""
     pictures_apart: "Any | None" = None
@@ -51,17 +53,17 @@ class Table:
                 raise CapaError(f"picture {row['imageId']} is not among those of the dataset")
             row = self.pictures_apart[self.place[row["imageId"]]]
         found = next((row[name] for name in _PICTURES if row.get(name) is not None), [])
-        return [_bytes(picture) for picture in (found if isinstance(found, list) else [found])]
+        return [_bytes(picture, self.folder) for picture in (found if isinstance(found, list) else [found])]
 
 
-def _bytes(picture: object) -> bytes:
+def _bytes(picture: object, folder: Path) -> bytes:
     """Of an undecoded Image feature, or of base64 as tables of text have it."""
     if isinstance(picture, dict):
         if picture.get("bytes"):
             return picture["bytes"]
         try:
-            return Path(picture["path"]).read_bytes()
-        except (KeyError, TypeError, OSError) as error:
+            return (folder / picture["path"]).read_bytes()
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise CapaError(f"its picture {picture.get('path') or ''} is missing".replace("  ", " ")) from error
     try:
         return picture if isinstance(picture, bytes) else base64.b64decode(str(picture), validate=True)
@@ -105,9 +107,9 @@ def open_folder(folder: Path, split: str | None = None) -> Table:
     rows = _undecoded(asking[name].load())
     title = f"{folder} ({name})" if name else str(folder)
     if "imageId" not in rows.column_names or set(_PICTURES) & set(rows.column_names):
-        return Table(title, rows)
+        return Table(title, folder, rows)
     apart = _undecoded(parts[_pictures_of(folder, name, parts)].load())
-    return Table(title, rows, apart, {picture: index for index, picture in enumerate(apart["id"])})
+    return Table(title, folder, rows, apart, {picture: index for index, picture in enumerate(apart["id"])})
 
 
 def _pictures_of(folder: Path, name: str, parts: Mapping[str, _Part]) -> str:

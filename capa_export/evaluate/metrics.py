@@ -51,14 +51,20 @@ def says_yes(text: str) -> bool:
 
 
 def chosen_option(text: str, options: Sequence[str]) -> str:
-    """The letter that an answer to a multiple-choice question names, or whose option it repeats; empty if neither."""
+    """The letter that an answer to a multiple-choice question names, or whose option it repeats; empty if neither.
+
+    A small letter counts only alone, and a leading A or I not where a word follows, as an article or pronoun does.
+    """
     letters = ascii_uppercase[: len(options)]
     said, texts = normalised(text), [normalised(option) for option in options]
-    if alone := re.fullmatch(rf"\W*([{letters}])\W*", text):
-        return alone[1]
+    if alone := re.fullmatch(rf"(?i:\W*([{letters}])\W*)", text):
+        return alone[1].upper()
     if said in texts:
         return letters[texts.index(said)]
-    for pattern in (rf"\s*\(?([{letters}])[).:,]", rf"(?i:.*\banswer(?:\s+is)?)\s*:?\s*\(?([{letters}])\b"):
+    for pattern in (
+        rf"\s*\(?([{letters}])(?:[).:,]|(?<![AI])\s)",
+        rf"(?i:.*\banswer(?:\s+is)?)\s*:?\s*\(?([{letters}])\b",
+    ):
         if named := re.match(pattern, text):
             return named[1]
     repeated = [
@@ -84,7 +90,7 @@ def _pope(text: str, answers: Sequence[str], _options: Sequence[str]) -> float:
 
 
 def _option(text: str, answers: Sequence[str], options: Sequence[str]) -> float:
-    return float(chosen_option(text, options) == answers[0].strip())
+    return float(chosen_option(text, options) == answers[0].strip().upper())
 
 
 METRICS: Mapping[Metric, Callable[[str, Sequence[str], Sequence[str]], float]] = {

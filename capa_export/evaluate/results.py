@@ -1,11 +1,11 @@
 """Answers as they come, one a line of `answers.jsonl`: what is there is not asked again."""
 
 import json
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from capa_export.bundle import digest_of
 from capa_export.errors import CapaError, ExitCode
@@ -33,16 +33,34 @@ class Results:
             source: where the model is from, for people.
 
         Raises:
-            CapaError: the folder holds answers of another model, or what is no answers, or cannot be written.
+            CapaError: the folder holds answers of another model, or what is no answers, or cannot be written, or is
+                another run's at the moment.
         """
         self.path = folder / ANSWERS
         self.found: dict[str, Answer] = {}
         header = {"version": _VERSION, "model": model, "source": source}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            written = self.path.read_bytes() if self.path.exists() else b""
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
-            raise CapaError(f"{folder}: {error.strerror}; choose a folder that can be written") from error
+            raise CapaError(f"{error.filename}: {error.strerror}; choose a folder that can be written") from error
+        try:
+            self._read(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, header: Mapping[str, Any]) -> None:
+        try:
+            _lock(self._file)
+            self._file.seek(0)
+            written = self._file.read()
+        except BlockingIOError as error:
+            raise CapaError(
+                f"{self.path}: another run writes to it; wait until it is done, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise CapaError(f"{self.path}: {error.strerror}; choose another --out") from error
         *lines, torn = written.split(b"\n")
         number = 0
         try:
@@ -50,11 +68,7 @@ class Results:
                 self._take(json.loads(line), first=number == 1, header=header)
         except (ValueError, TypeError, KeyError) as error:
             raise CapaError(f"{self.path}: line {number} is damaged ({error}); remove it") from error
-        try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.truncate(self._file, len(written) - len(torn))
-        except OSError as error:
-            raise CapaError(f"{self.path}: {error.strerror}; choose a folder that can be written") from error
+        self._file.truncate(len(written) - len(torn))
         if not lines:
             self._append([header])
 
@@ -85,9 +99,17 @@ class Results:
         lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         try:
             while lines:
-                lines = lines[os.write(self._file, lines) :]
+                lines = lines[self._file.write(lines) :]
         except OSError as error:
             raise CapaError(f"{self.path}: {error.strerror}; the same command goes on where it stopped") from error
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Keep other processes out until the file is closed, where the system can; raises BlockingIOError if one has it."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

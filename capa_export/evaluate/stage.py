@@ -1,6 +1,7 @@
 """Asks what has not been asked yet, and says what came of it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -63,37 +64,41 @@ def evaluate(
         report: progress.
 
     Raises:
-        CapaError: `out` is of another model, or no row can be asked.
+        CapaError: `out` is of another model, or in use, or cannot be written; or no row can be asked.
     """
     progress = _Progress(report, len(questions.rows))
-    results = Results(out, model=subject.model, source=subject.source)
-    try:
+    with closing(Results(out, model=subject.model, source=subject.source)) as results:
         known = _ask(subject, questions, results, workers or Workers(), progress)
-    finally:
-        results.close()
-    answered = [Answered(question, answers) for question, answers in known if len(answers) == len(subject.keys)]
-    skipped = tuple(sorted(progress.skipped, key=lambda entry: entry.row))
-    if not answered:
-        raise CapaError(f"{questions.name}: no row can be asked; row {skipped[0].row}: {skipped[0].reason}")
-    benchmark = questions.benchmark
-    found = Evaluation(
-        model=subject.source,
-        runs=subject.runs,
-        data=questions.name,
-        benchmark=benchmark.name,
-        metric=benchmark.metric,
-        questions=len(answered),
-        answered=sum(bool(entry.question.answers) for entry in answered),
-        skipped=skipped,
-        methods=tuple(scored(answered, list(subject.keys), benchmark.metric, seed)),
-        max_new_tokens=subject.max_new_tokens,
-        seed=seed,
-        notes=subject.notes,
-    )
-    partial = out / f"{EVALUATION}.partial"
-    partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / EVALUATION)
-    return found
+        answered = [Answered(question, answers) for question, answers in known if len(answers) == len(subject.keys)]
+        skipped = tuple(sorted(progress.skipped, key=lambda entry: entry.row))
+        if not answered:
+            raise CapaError(f"{questions.name}: no row can be asked; row {skipped[0].row}: {skipped[0].reason}")
+        benchmark = questions.benchmark
+        found = Evaluation(
+            model=subject.source,
+            runs=subject.runs,
+            data=questions.name,
+            benchmark=benchmark.name,
+            metric=benchmark.metric,
+            questions=len(answered),
+            answered=sum(bool(entry.question.answers) for entry in answered),
+            skipped=skipped,
+            methods=tuple(scored(answered, list(subject.keys), benchmark.metric, seed)),
+            max_new_tokens=subject.max_new_tokens,
+            seed=seed,
+            notes=subject.notes,
+        )
+        _write(out / EVALUATION, found)
+        return found
+
+
+def _write(path: Path, found: Evaluation) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise CapaError(f"{path}: {error.strerror}; make room for it, the answers are kept") from error
 
 
 def _ask(

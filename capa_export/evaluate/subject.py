@@ -34,6 +34,7 @@ _CODE = (
     "families",
     "job.py",
     "methods.py",
+    "parity/statistics.py",
     "prompt.py",
     "recipe.py",
     "runtime.py",
@@ -117,14 +118,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
     for method in methods.values():
         check_fits(job, method)
     check_workers(job)
-    scaled = any(method.ffn != "full" for method in methods.values())
-    if not scaled:
-        given = {"--calibration": job.calibration, "--images": job.images, "--samples": job.samples}
-        for option in (option for option, value in given.items() if value is not None):
-            raise CapaError(
-                f"{option}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE
-            )
-    calibration = calibrate(job) if scaled else None
+    calibration = calibrate(job) if any(method.ffn != "full" for method in methods.values()) else None
     note_digests(job)
     # Each worker opens it again.
     opened = job if job.workers.here else replace(job, checkpoint=job.checkpoint_source, report=silent)

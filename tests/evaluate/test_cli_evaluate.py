@@ -1,14 +1,22 @@
 """The command: rows that are skipped, a dataset from end to end, and wrong usage."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from capa_export.cli import main
 from capa_export.errors import ExitCode
+from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.schema import Evaluation
+from capa_export.evaluate.stage import EVALUATION
 from capa_export.testbed.scenes import samples
 
 
@@ -81,6 +89,67 @@ def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "yes_ratio" in printed
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(
+    checkpoint: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C reaches the workers as well as the command."""
+    # With other threads, sums may be taken in another order.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    data, rows = questions.with_name("twice.jsonl"), questions.read_text()
+    # What is asked twice is answered once.
+    data.write_text(rows + rows.replace("what is it ?", "what color is it ?"))
+    arguments = ["evaluate", "--model", "qwen25vl", "--checkpoint", str(checkpoint), "--method", "capa@2:0.75/full"]
+    arguments += ["--data", str(data), "--max-new-tokens", "8", "--json"]
+    undisturbed, interrupted = tmp_path / "undisturbed", tmp_path / "interrupted"
+    assert main([*arguments, "--out", str(undisturbed)]) == ExitCode.OK
+    command = [*arguments, "--out", str(interrupted)]
+
+    code = f"import sys; from capa_export.cli import main; sys.exit(main({[*command, '--workers', '2']!r}))"
+    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while run.poll() is None and len(lines_of(interrupted)) < 2:
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == ExitCode.INTERRUPTED
+        assert said.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+        assert "Traceback" not in said
+        deadline = time.monotonic() + 10
+        while is_left(run.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_left(run.pid)
+    finally:
+        if is_left(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+    before = lines_of(interrupted)
+    assert 1 < len(before) < len(lines_of(undisturbed))
+
+    capfd.readouterr()
+    assert main(command) == ExitCode.OK
+    assert capfd.readouterr().out.encode() == (undisturbed / EVALUATION).read_bytes()
+    assert lines_of(interrupted)[: len(before)] == before
+    assert sorted(lines_of(interrupted)) == sorted(lines_of(undisturbed))
+
+
+def is_left(group: int) -> bool:
+    """Whether any process of a group is."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def lines_of(out: Path) -> list[str]:
+    path = out / ANSWERS
+    return path.read_text().splitlines() if path.exists() else []
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -90,8 +159,17 @@ def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "qwen25vl", "--method", "dense", "--ratio", "0.5"], "--method says it all"),
         (["--model", "qwen25vl", "--method", "dens"], "'dens' is no stage"),
         (["x"], "x: not a bundle"),
+        *(
+            (
+                ["--model", "qwen25vl", "--method", method, option, "1"],
+                f"error: {option}: no method replaces visual FFNs;",
+            )
+            for option in ("--samples", "--images", "--calibration")
+            for method in ("dense", "capa@2:0.75/full")
+        ),
     ],
 )
 def test_usage(arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *arguments, "--data", "q.jsonl", "--out", str(tmp_path / "out")]) != 0
+    code = main(["evaluate", *arguments, "--data", "q.jsonl", "--out", str(tmp_path / "out")])
+    assert code == (ExitCode.PREFLIGHT if arguments == ["x"] else ExitCode.USAGE)
     assert problem in capsys.readouterr().err

@@ -89,6 +89,10 @@ OPTIONS = ["a red dog", "blue", "Cat", "none of them"]
         ("B", "B"),
         ("B.", "B"),
         ("(B)", "B"),
+        ("b", "B"),
+        ("b.", "B"),
+        ("(a)", "A"),
+        ("B cat", "B"),
         ("B. blue", "B"),
         ("B) blue", "B"),
         (" B: blue", "B"),
@@ -99,12 +103,22 @@ OPTIONS = ["a red dog", "blue", "Cat", "none of them"]
         ("A red dog", "A"),
         ("A", "A"),
         ("It is a cat.", "C"),
+        ("a cat", "C"),
+        ("A cat", "C"),
+        ("b cat", "C"),
         ("a cat, or blue", ""),
         ("A man", ""),
+        ("a man", ""),
         ("E", ""),
         ("", ""),
     ],
 )
 def test_option(text: str, letter: str) -> None:
     assert chosen_option(text, OPTIONS) == letter
-    assert METRICS["option"](text, ["B"], OPTIONS) == (letter == "B")
+    assert METRICS["option"](text, ["B"], OPTIONS) == METRICS["option"](text, ["b"], OPTIONS) == (letter == "B")
+
+
+def test_a_pronoun_is_no_option() -> None:
+    nine = [f"number {index}" for index in range(9)]
+    assert chosen_option("I", nine) == "I"
+    assert chosen_option("I see number 4.", nine) == "E"

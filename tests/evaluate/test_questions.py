@@ -271,6 +271,19 @@ def test_a_row_without_its_picture(tmp_path: Path) -> None:
         found.read(1)
 
 
+def test_paths_in_rows_are_relative_to_the_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["0.png", str(folder / "1.png"), "0\0.png"]
+    rows = [{**LAYOUTS["pope"], "image": {"bytes": None, "path": path}} for path in paths]
+    (folder / "data").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data" / "val.parquet")
+    monkeypatch.chdir(folder.parent)
+    found = questions_from(Path(folder.name))
+    for row in range(2):
+        assert pictures_of(found.read(row))[0].tobytes() == noise(56, 28, row).tobytes()
+    with pytest.raises(CapaError, match=r"0\\x00.png is missing"):
+        found.read(2)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

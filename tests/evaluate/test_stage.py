@@ -15,13 +15,13 @@ from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerPlan, inputs_for
 from capa_export.errors import CapaError
 from capa_export.evaluate import answers as answers_module
-from capa_export.evaluate.answers import kl_divergence
 from capa_export.evaluate.questions import questions_from
 from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import EVALUATION, evaluate
 from capa_export.evaluate.subject import methods_from
 from capa_export.families import qwen25vl
+from capa_export.parity.statistics import kl_divergence
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.selectors import attention
 from capa_export.spread import Workers
@@ -143,6 +143,19 @@ def test_a_damaged_line_is_named(
     subject = subject_of(job_of(recipe, checkpoint, out), ["capa@2:0.75/full"])
     with pytest.raises(CapaError, match=r"answers.jsonl: line 29 is damaged"):
         evaluate(subject, questions_from(questions), out)
+
+
+def test_figures_that_cannot_be_written_are_one_line(
+    alone: tuple[Path, Evaluation], recipe: Recipe, checkpoint: Path, questions: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(alone[0], tmp_path / "out")
+    (out / EVALUATION).unlink()
+    (out / EVALUATION).mkdir()
+    subject = subject_of(job_of(recipe, checkpoint, out, calibration=calibrated))
+    with pytest.raises(CapaError, match=r"evaluation.json: Is a directory; make room for it"):
+        evaluate(subject, questions_from(questions), out)
+    (out / EVALUATION).rmdir()
+    assert evaluate(subject, questions_from(questions), out) == alone[1]
 
 
 @pytest.mark.slow
