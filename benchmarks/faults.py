@@ -142,7 +142,7 @@ class Worst:
         for check in checks(compared):
             value = inf if check.value is None else check.value
             pick = min if check.name in _LEAST else max
-            if check.name not in ("kept-set IoU", "same tokens"):
+            if check.name not in ("kept-set IoU", "kept-set IoU of a prompt", "same tokens"):
                 worst[check.name] = pick(worst.get(check.name, value), value)
             if check.failure:
                 self.alarms.append(f"{about}: {check.failure}")

@@ -17,7 +17,7 @@ from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.compare.schema import Answers, KeptChange, LogitChange, Timing
 from capa_export.job import ONNX, eos_token_ids
-from capa_export.parity.statistics import paired_bootstrap, wilson
+from capa_export.parity.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Recipe, recipe_of
 from capa_export.runtime import KVCache, OnnxModel, PrefillRun, greedy
@@ -149,9 +149,8 @@ class SideBySide:
 
     def _count_logits(self, reference_SV: np.ndarray, candidate_SV: np.ndarray) -> bool:
         """Returns whether the likeliest token is the same at every step."""
-        p, q = _log_softmax(reference_SV), _log_softmax(candidate_SV)
-        self._kl += (np.exp(p) * (p - q)).sum(-1).tolist()
-        same = p.argmax(-1) == q.argmax(-1)
+        self._kl += map(kl_divergence, reference_SV, candidate_SV)
+        same = reference_SV.argmax(-1) == candidate_SV.argmax(-1)
         self._same += same.tolist()
         if not same.all():
             self._diverged.append(int(same.argmin()))
@@ -207,11 +206,6 @@ class SideBySide:
                 candidate_ms=candidate,
                 ratio=candidate / reference,
             )
-
-
-def _log_softmax(logits_SV: np.ndarray) -> np.ndarray:
-    shifted = logits_SV.astype(np.float64) - logits_SV.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _mean(column: Sequence[float | None]) -> float | None:

@@ -44,7 +44,7 @@ def shown(check: Check) -> Shown:
         if check.of is not None and value is not None:
             return f"{value:g} of {check.of}"
         match check.name:
-            case "kept-set IoU":
+            case "kept-set IoU" | "kept-set IoU of a prompt":
                 return decimals(value)
             case "furthest flip":
                 return percent(value, digits=2)
@@ -66,14 +66,13 @@ def check_of(checks: Iterable[Check], name: str) -> Check | None:
 
 
 def by_stage(selection: Selection) -> list[tuple[Kept, list[Check]]]:
-    """Each stage of the schedule with its own checks: of checks with one name, the first is the first stage's."""
-    named: dict[str, list[Check]] = {}
+    """Each stage of the schedule with its own checks, of which the kept-set IoU is the first."""
+    checks: list[list[Check]] = []
     for check in selection.checks:
-        named.setdefault(check.name, []).append(check)
-    return [
-        (stage, [found[index] for found in named.values() if index < len(found)])
-        for index, stage in enumerate(selection.stages)
-    ]
+        if check.name == "kept-set IoU":
+            checks.append([])
+        checks[-1].append(check)
+    return list(zip(selection.stages, checks, strict=True))
 
 
 def open_warnings(parity: ParityReport) -> list[str]:

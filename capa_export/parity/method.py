@@ -16,7 +16,7 @@ from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.parity.figures import percent
 from capa_export.parity.report import Example, KeptMap
 from capa_export.parity.schema import Method, MethodError
-from capa_export.parity.statistics import paired_bootstrap, wilson
+from capa_export.parity.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.parity.subject import Subject
 from capa_export.progress import Report, tracked
 from capa_export.prompt import Prompt
@@ -127,15 +127,9 @@ def _outcome(answer: _Answer, dense: _Answer, sample: Sample) -> _Outcome:
         right=answer.text == sample.answer,
         top1=bool(logits_V.argmax() == wanted_V.argmax()),
         top5=len(wanted & likeliest) / len(wanted),
-        kl=_kl(wanted_V, logits_V),
+        kl=kl_divergence(wanted_V, logits_V),
         diverges_at=next((at for at, (token, other) in pairs if token != other), None),
     )
-
-
-def _kl(dense_V: torch.Tensor, other_V: torch.Tensor) -> float:
-    """KL(dense || other) of the next-token distributions, in nats."""
-    p, q = (logits.double().log_softmax(-1) for logits in (dense_V, other_V))
-    return float((p.exp() * (p - q)).sum())
 
 
 def _kept_maps(prompt: Prompt, run: Prefill) -> tuple[KeptMap, ...]:

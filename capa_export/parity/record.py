@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from capa_export.eager import Eager, EagerPlan, best, inputs_for
 from capa_export.errors import CapaError, ExitCode
 from capa_export.parity.half import HALF, lowered
+from capa_export.parity.statistics import kl_divergence
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.progress import Report, silent, tracked
@@ -32,7 +33,6 @@ __all__ = [
     "Records",
     "eager_trace",
     "forced_plan",
-    "kl_divergence",
     "relative_error",
     "relative_errors",
     "score_errors",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _ABOUT = "records.json"
-_VERSION = 2
+_VERSION = 3
 _LAST_BITS = 1e-6
 """Relative: some ten units in the last place of FP32, as sums in another order differ by."""
 
@@ -62,9 +62,9 @@ class Noise:
     """Largest KL(FP32 || this precision) of the next token, in nats."""
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
-    iou: tuple[float, ...] = ()
-    """Per stage, mean IoU of the tokens kept in this precision and in FP32, of the same that entered."""
-    tie_iou: tuple[float, ...] = ()
+    iou: tuple[tuple[float, ...], ...] = ()
+    """Per stage, of each prompt, the IoU of the tokens kept in this precision and in FP32, of the same that entered."""
+    tie_iou: tuple[tuple[float, ...], ...] = ()
     """Per stage, the same of FP32 and of FP32 with the last bits of what its selector reads changed."""
 
 
@@ -299,7 +299,7 @@ class _NoiseMeter:
         assert oracle.hidden is not None and half.hidden is not None
         # maximum() keeps a NaN, which max() would drop.
         self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
-        pairs = zip(oracle.logits.astype(np.float64), half.logits.astype(np.float64), strict=True)
+        pairs = zip(oracle.logits, half.logits, strict=True)
         self._kl = float(np.maximum(self._kl, np.max([kl_divergence(*pair) for pair in pairs])))
         if oracle.features is not None and half.features is not None:
             self._features = float(np.maximum(self._features, relative_error(half.features, oracle.features)))
@@ -312,7 +312,7 @@ class _NoiseMeter:
 
     def noise(self) -> Noise:
         hidden, scores = (tuple(values.tolist()) for values in (self._hidden, self._scores))
-        iou, tie_iou = (tuple(np.mean(found, axis=0).tolist()) if found else () for found in (self._iou, self._tie_iou))
+        iou, tie_iou = (tuple(zip(*found, strict=True)) for found in (self._iou, self._tie_iou))
         return Noise(self._logits, hidden, self._features, self._kl, scores, iou, tie_iou)
 
 
@@ -330,20 +330,6 @@ def _own_choice(
 
 def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a, b) if len(a) else b
-
-
-def kl_divergence(reference_V: np.ndarray, own_V: np.ndarray) -> float:
-    """KL(reference || own) of the next token, in nats, of FP64 logits."""
-
-    def log_softmax(logits: np.ndarray) -> np.ndarray:
-        shifted = logits - logits.max()
-        return shifted - np.log(np.exp(shifted).sum())
-
-    with np.errstate(invalid="ignore"):
-        p, q = log_softmax(reference_V), log_softmax(own_V)
-        divergence = float((np.exp(p) * (p - q)).sum())
-    # Rounding leaves a little below 0; max() would make 0 of a NaN.
-    return 0.0 if divergence < 0 else divergence
 
 
 def relative_error(own: np.ndarray, reference: np.ndarray) -> float:

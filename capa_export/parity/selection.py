@@ -3,7 +3,7 @@
 T = tokens that enter a stage, K = tokens kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
@@ -39,7 +39,7 @@ class _Stage:
     """None where the scores cannot be seen."""
     flipped: int = 0
     chance: list[float] = field(default_factory=list)
-    """Of a choice made step by step: the IoU that as many random tokens would have."""
+    """Of a choice made step by step: the IoU that as many random tokens would have, of each prompt."""
 
 
 @dataclass
@@ -102,13 +102,28 @@ class Choice:
                     stage.score_error = worse(stage.score_error or 0.0, error)
 
     def warnings(self) -> tuple[str, ...]:
-        """Stages whose choice hangs on so little that a wrong one could not be told from a right one."""
-        return tuple(
+        """Stages whose choice hangs on so little that a wrong one could not be told from a right one, or unseen."""
+        hanging = (
             f"{self.artefact}: what {entry.selector} keeps {entry.where} hangs on the last bits of these pictures, so "
             "that its choice could not be judged; smaller pictures or a smaller ratio can be"
             for index, (entry, stage) in enumerate(zip(self.schedule, self.stages, strict=True))
             if stage.chance and self._least(index) < (1 + 2 * float(np.mean(stage.chance))) / 3
         )
+        return *hanging, *(words for count, words in self._unseen() if count == self.prompts)
+
+    def notes(self) -> tuple[str, ...]:
+        """Stages that were seen on some of the prompts."""
+        return tuple(words for count, words in self._unseen() if count < self.prompts)
+
+    def _unseen(self) -> Iterator[tuple[int, str]]:
+        """On how many prompts a stage was not compared, where there are any, and that in words."""
+        for entry, stage in zip(self.schedule, self.stages, strict=True):
+            if count := self.prompts - len(stage.iou):
+                words = (
+                    f"{self.artefact}: what {entry.selector} keeps {entry.where} was not compared on {count} of "
+                    f"{self.prompts} prompts, where a stage before it kept other tokens than {self.reference}"
+                )
+                yield count, words
 
     def _graded(self, stage: int) -> bool:
         """Whether the stage's scores are amounts, which compare."""
@@ -117,9 +132,21 @@ class Choice:
     def _least(self, stage: int) -> float:
         """Mean IoU below which near-ties and the precision's noise do not explain what a choice by steps keeps."""
         ratio = 1.0 if self.gate.flip_noise_ratio is None else self.gate.flip_noise_ratio.limit
-        noise = ratio * (1.0 - self.noise.iou[stage]) if self.noise.iou else 0.0
-        ties = _TIE_RATIO * (1.0 - self.noise.tie_iou[stage]) if self.noise.tie_iou else 0.0
+        noise = ratio * (1.0 - float(np.mean(self.noise.iou[stage]))) if self.noise.iou else 0.0
+        ties = _TIE_RATIO * (1.0 - float(np.mean(self.noise.tie_iou[stage]))) if self.noise.tie_iou else 0.0
         return max(0.0, 1.0 - max(noise, ties) - _TIES)
+
+    def _worst_prompt(self, stage: int) -> tuple[float, float]:
+        """Of the prompt that is furthest below its bound, or nearest to it, the IoU and the bound.
+
+        That is half way from chance to the lowest IoU that noise shows on any prompt. A mean hides one that is wrong;
+        and as a lost near-tie costs little or nearly all, which prompt pays is luck, and not a gate of its own.
+        """
+        noise = (seen for seen in (self.noise.iou, self.noise.tie_iou) if seen)
+        lowest = min((min(seen[stage]) for seen in noise), default=1.0)
+        found = self.stages[stage]
+        bounds = [(lowest + chance) / 2 for chance in found.chance]
+        return min(zip(found.iou, bounds, strict=True), key=lambda pair: pair[0] - pair[1])
 
     def result(self) -> Selection:
         """The figures beside their gates."""
@@ -155,7 +182,11 @@ class Choice:
             where = f"{who}, {'layer ' + str(entry.layer) if entry.layer >= 0 else 'before the decoder'}"
             if not self._graded(index):
                 least = Bound(limit=self._least(index))
-                checks.append(bounded(where, "kept-set IoU", float(np.mean(stage.iou)), at_least=least))
+                lowest, limit = self._worst_prompt(index)
+                checks += [
+                    bounded(where, "kept-set IoU", float(np.mean(stage.iou)), at_least=least),
+                    bounded(where, "kept-set IoU of a prompt", lowest, at_least=Bound(limit=limit)),
+                ]
                 continue
             worst = int(np.argmin(np.subtract(stage.iou, stage.bound)))
             iou = Bound(limit=stage.bound[worst])

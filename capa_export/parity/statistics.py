@@ -1,13 +1,14 @@
-"""How sure a figure is: 95 % intervals of shares and of paired differences."""
+"""How sure a figure is: 95 % intervals of shares and of paired differences. And how far apart two predictions are."""
 
 from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from capa_export.parity.schema import Difference, Rate
 
-__all__ = ["paired_bootstrap", "wilson"]
+__all__ = ["kl_divergence", "paired_bootstrap", "wilson"]
 
 _Z = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
@@ -41,3 +42,17 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int,
     means = [differences[rng.integers(count, size=count)].mean() for _ in range(_RESAMPLES)]
     low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
     return Difference(value=float(differences.mean()), low=float(low), high=float(high))
+
+
+def kl_divergence(reference_V: ArrayLike, other_V: ArrayLike) -> float:
+    """KL(reference || other) of the next token, in nats and in FP64, from logits [V] of any dtype."""
+    with np.errstate(invalid="ignore"):
+        p, q = (_log_softmax(np.asarray(logits_V, np.float64)) for logits_V in (reference_V, other_V))
+        divergence = float((np.exp(p) * (p - q)).sum())
+    # Rounding leaves a little below 0; max() would make 0 of a NaN.
+    return 0.0 if divergence < 0 else divergence
+
+
+def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    shifted_V = logits_V - logits_V.max()
+    return shifted_V - np.log(np.exp(shifted_V).sum())

@@ -145,7 +145,7 @@ def compare_engine(
             comparisons[0].add(trace, expected(record, trace.kept))
         else:
             unseen += 1
-    notes = [f"The engines ran on {engine.gpu.name}."]
+    notes = [f"The engines ran on {engine.gpu.name}.", *choice.notes()]
     if unseen:
         notes.append(
             f"On {unseen} of {len(records)} prompts the engines kept other tokens than the oracle: there, they are "

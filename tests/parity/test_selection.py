@@ -96,6 +96,23 @@ def test_later_stages_count_while_the_earlier_agree() -> None:
     assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 3]), np.array([0, 1])]), wanted)) == 1
 
 
+def test_a_stage_that_was_not_compared_is_said_to_be() -> None:
+    schedule = [Stage(selector="divprune", ratio=0.25), Stage(layer=2, ratio=0.5)]
+    two = record([INF, 4.0, 3.0, 2.0, 1.0, INF], [0, 1, 2, 3, 5])
+    two.oracle.kept.append(np.array([0, 1, 2, 5]))
+    two.oracle.scores.append(np.array([INF, 4.0, 3.0, 2.0, INF]))
+    one = Choice("x", "y", schedule, GATE, Noise(), 0)
+    one.add(two.oracle.kept, two)
+    assert (one.warnings(), one.notes()) == ((), ())
+    other = [np.array([0, 1, 2, 4, 5])]
+    one.add(other, two)
+    words = f"x: what capa keeps {schedule[1].where} was not compared on {{}} prompts, where a stage before it kept"
+    assert one.warnings() == () and [note.startswith(words.format("1 of 2")) for note in one.notes()] == [True]
+    never = Choice("x", "y", schedule, GATE, Noise(), 0)
+    never.add(other, two)
+    assert never.notes() == () and [words.format("1 of 1") in warning for warning in never.warnings()] == [True]
+
+
 def stepwise(noise: Noise) -> Choice:
     return Choice("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
 
@@ -116,19 +133,47 @@ def test_a_choice_by_steps_is_held_to_the_mean_overlap() -> None:
     assert stage.iou_mean == pytest.approx(1 - (1 - 49 / 51) / 10) and stage.margin_min is None
     assert failing(one) == set() and one.warnings() == ()
     one.add([np.array([0, *range(51, 101), 101])], kept)
-    assert failing(one) == {"kept-set IoU"}
+    assert failing(one) == {"kept-set IoU", "kept-set IoU of a prompt"}
+
+
+@pytest.mark.parametrize(
+    ("shared", "noise", "wrong"),
+    [
+        # Of 50 kept of 100, chance shares 25: an IoU of a third.
+        (50, Noise(), False),
+        (41, Noise(), False),
+        (39, Noise(), True),
+        (25, Noise(), True),
+        # Where noise alone does as much to one prompt of many, it excuses that, and no more.
+        (39, Noise(tie_iou=((1.0,) * 30 + (0.6,),)), False),
+        (25, Noise(tie_iou=((1.0,) * 30 + (0.6,),)), True),
+        (39, Noise(iou=((1.0,) * 30 + (0.6,),), tie_iou=((1.0,),)), False),
+    ],
+)
+def test_one_wrong_prompt_of_many_does_not_hide_in_the_mean(shared: int, noise: Noise, *, wrong: bool) -> None:
+    one, kept = stepwise(noise), ranked(100)
+    for prompt in range(64):
+        same = 50 if prompt else shared
+        one.add([np.array([0, *range(1, same + 1), *range(51, 101 - same), 101])], kept)
+    assert failing(one) == ({"kept-set IoU of a prompt"} if wrong else set())
+    (stage,) = one.result().stages
+    assert stage.iou_min == pytest.approx(shared / (100 - shared))
 
 
 @pytest.mark.parametrize("wrong", [[1, 0, 2], [0, 1, 1], [0, 1]], ids=["order", "twice", "too few"])
 def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
     one = stepwise(Noise())
     one.add([np.array([*wrong, 5])], ranked(4))
-    assert one.result().stages[0].iou_min == 0 and failing(one) == {"kept-set IoU"}
+    assert one.result().stages[0].iou_min == 0 and failing(one) == {"kept-set IoU", "kept-set IoU of a prompt"}
 
 
 def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:
     """Half of a hundred by chance are a third; where the eager model itself agrees no better, nothing is shown."""
-    for noise, judged in ((Noise(tie_iou=(0.9,)), True), (Noise(tie_iou=(0.7,)), False), (Noise(iou=(0.5,)), False)):
+    for noise, judged in (
+        (Noise(tie_iou=((0.9, 0.9),)), True),
+        (Noise(tie_iou=((0.4, 1.0),)), False),
+        (Noise(iou=((0.5,),)), False),
+    ):
         one = stepwise(noise)
         one.add([ranked(100).oracle.kept[0]], ranked(100))
         assert (one.warnings() == ()) == judged

@@ -83,7 +83,10 @@ def test_a_healthy_export_passes_and_the_worst_choice_does_not(
     (stage,) = compared["fp32"].selection[0].stages
     assert (stage.selector, stage.layer) == (name, subject.prune.schedule[0].layer)
     assert stage.iou_mean == 1
-    assert (stage.margin_min is not None) == load_selector(name).GRADED
+    graded = load_selector(name).GRADED
+    assert (stage.margin_min is not None) == graded
+    assert np.shape(records.noise.iou) == (1, 2)
+    assert np.shape(records.noise.tie_iou) == ((0,) if graded else (1, 2))
 
     wrong = shutil.copytree(tmp_path / "fp32", tmp_path / "wrong")
     worst_chosen(wrong)

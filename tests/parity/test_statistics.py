@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capa_export.parity.statistics import paired_bootstrap, wilson
+from capa_export.parity.statistics import kl_divergence, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,15 @@ def test_a_higher_level_reaches_further() -> None:
     first, second = [float(i % 7) for i in range(60)], [float(i % 5) for i in range(60)]
     usual, wide = paired_bootstrap(first, second, 0), paired_bootstrap(first, second, 0, 0.9875)
     assert wide.value == usual.value and wide.low < usual.low and wide.high > usual.high
+
+
+def test_kl_divergence_is_that_of_the_definition() -> None:
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.125, 0.125, 0.75])
+    by_hand = 0.5 * np.log(4) + 0.25 * np.log(2) + 0.25 * np.log(1 / 3)
+    # Logits are known up to a constant, here one whose exponential overflows.
+    assert kl_divergence(np.log(p) + 1000, np.log(q)) == pytest.approx(by_hand, abs=1e-12)
+    assert kl_divergence(np.log(q), np.log(q) - 5) == pytest.approx(0, abs=1e-15)
+    assert kl_divergence(np.float16([40000, 0]), np.float16([0, 40000])) == 40000
+    assert np.isnan(kl_divergence([np.nan, 0], [0, 0]))
+    random = np.random.default_rng(0).normal(size=(200, 50))
+    assert min(kl_divergence(row, row + noise) for row in random for noise in (0, 1e-9)) >= 0

@@ -218,3 +218,17 @@ def test_recipe_of_two_stages(model: Any, source: Source, prompter: Prompter, sa
     gone = ~np.isin(record.rows, record.oracle.kept[0])
     states = record.oracle.hidden[:, : len(record.rows)]
     assert gone.any() and np.isnan(states[1:, gone]).all() and not np.isnan(states[0]).any()
+
+    class KeepsMoreAtFirst(OtherRuntime):
+        def check(self, prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]], new_tokens: int) -> None:
+            assert new_tokens == 2
+
+        def prefill(self, prompt: Prompt, num_keep: Sequence[int], embeds: Any = None) -> Any:
+            return super().prefill(prompt, [num_keep[0] + 1, *num_keep[1:]], embeds)
+
+    engine: Any = KeepsMoreAtFirst(subject.onnx, threads=1)
+    held = compare_engine(engine, subject.onnx, "fp16", records, recipe)
+    assert [stage.layer for stage in held.selection[0].stages] == [1]
+    assert [
+        warning for warning in held.warnings if "what capa keeps after layer 3 was not compared on 3 of 3" in warning
+    ]
