@@ -60,8 +60,7 @@ def tune(
         )
         tuned, found = find(job, budget, samples)
     best = next(row for row in found.finalists if row.method == found.chosen)
-    kl = "no number" if best.kl is None else f"{best.kl:.3g} nats"
-    figures = f"{best.flops:.3f} of dense's FLOPs, KL {kl}, top-1 {best.top1:.3f}"
+    figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
     write_recipe(
         out, tuned, f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}"
     )

@@ -165,9 +165,9 @@ def test_each_query_scores_as_if_it_ended_the_prompt(model: Any, prompter: Any) 
 
 def test_questions_are_of_all_kinds_in_turn() -> None:
     few, more = (list(questions_drawn(count)) for count in (12, 20))
-    assert [sample.kind for sample in few[:9]] == list(KINDS_ASKED)
-    assert KINDS_ASKED[-1] == CLUTTER and few[9].kind == KINDS_ASKED[0]
-    assert [len(sample.images) for sample in few[:9]] == [1, 1, 1, 1, 1, 1, 1, 2, 1]
+    assert [sample.kind for sample in few[: len(KINDS_ASKED)]] == list(KINDS_ASKED)
+    assert KINDS_ASKED[-1] == CLUTTER and few[len(KINDS_ASKED)].kind == KINDS_ASKED[0]
+    assert [len(sample.images) for sample in few[:8]] == [1, 1, 1, 1, 1, 1, 2, 1]
     # A smaller run's questions are among a larger one's.
     assert [sample.question for sample in few] == [sample.question for sample in more[:12]]
 
@@ -297,7 +297,7 @@ def test_figures_of_another_version_are_refused(tmp_path: Path) -> None:
 def test_the_cost_is_told_beforehand() -> None:
     """Of the default run, in minutes of one core."""
     cost = {part: 3 * benchmark.minutes(part, selectors(), 180) for part in benchmark.PARTS}
-    assert 50 < sum(cost.values()) < 70
+    assert 75 < sum(cost.values()) < 95
     # 180 questions, twelve selectors at five ratios and, scaled, at two.
     assert cost["ratio"] == pytest.approx(3 * 180 * (1 + 12 * 7) * 0.045 / 60)
 
@@ -394,13 +394,7 @@ def test_pages_are_made_again_from_figures_alone(small: Path) -> None:
 def test_workers_measure_the_same(small: Path, tmp_path: Path) -> None:
     _run(tmp_path, "--only", "stability", "--workers", "2")
     apart, alone = (figures_of(folder, "stability") for folder in (tmp_path, small))
-    # Threads, of which a worker has fewer, change the last digits.
-    for many, one in zip(apart.drift, alone.drift, strict=True):
-        assert (many.selector, many.ratio) == (one.selector, one.ratio)
-        assert [step.value for step in many.steps] == pytest.approx([step.value for step in one.steps], abs=1e-5)
-    assert [one.spearman for one in apart.agreement] == pytest.approx(
-        [one.spearman for one in alone.agreement], abs=1e-3
-    )
+    assert (apart.drift, apart.agreement) == (alone.drift, alone.agreement)
 
 
 def test_a_folder_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

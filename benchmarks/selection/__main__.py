@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.selection.bed import SEED, Bed, open_bed
 from benchmarks.selection.figures import About, Record, read_record
-from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability
+from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from capa_export.bundle import digest_of, file_digest
 from capa_export.errors import CapaError
@@ -53,6 +53,7 @@ class Part:
 PARTS = {
     "ratio": Part(ratio.measure, ratio.prefills),
     "layer": Part(layer.measure, layer.prefills, 0.4),
+    "tuned": Part(tuned.measure, tuned.prefills),
     "ffn": Part(ffn.measure, ffn.prefills),
     "linearity": Part(linearity.measure, linearity.prefills, 0.5),
     "sinks": Part(sinks.measure, sinks.prefills, 0.25),

@@ -15,6 +15,8 @@ __all__ = [
     "Against",
     "Agreement",
     "Answers",
+    "Contest",
+    "Contests",
     "Drift",
     "FFNs",
     "Layer",
@@ -82,6 +84,35 @@ class FFNs(Answers):
     """Layers that calibration finds linear, by eta as it is written in the method."""
     per_image: tuple[float, ...]
     """Share of the prompts on which a layer is linear, by layer."""
+
+
+class Contest(Settings):
+    """Methods of equal cost."""
+
+    ratio: float
+    """Of the recipe's own, which says what all may cost."""
+    budget: float
+    """Prefill FLOPs, as a share of dense, over the samples of `tune`."""
+    own: str
+    listed: dict[str, str]
+    """Every selector at its own place."""
+    tuned: str
+    """What `tune` found to agree best with dense."""
+    others: tuple[str, ...]
+    """Its other finalists."""
+    verdict: str
+    """Its own."""
+    tried: int
+    samples: int
+
+
+class Contests(Answers):
+    """All of them."""
+
+    contests: tuple[Contest, ...]
+
+    def row(self, method: str) -> Row:
+        return next(row for row in self.rows if row.scored.method == method)
 
 
 class Spread(Settings):

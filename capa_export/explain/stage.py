@@ -12,7 +12,7 @@ from capa_export.calibrate import measure
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.eager import Prefill
 from capa_export.errors import CapaError, ExitCode
-from capa_export.evaluate.answers import DENSE, kl_divergence, longest
+from capa_export.evaluate.answers import DENSE, longest
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.evaluate.subject import check_fits, methods_from
 from capa_export.explain.maps import maps_of, sinks_of
@@ -20,6 +20,7 @@ from capa_export.explain.schema import Explained, Explanation, LeftOut, StageKep
 from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
 from capa_export.methods import Method, parse_method, stage_text
+from capa_export.parity.statistics import kl_divergence
 from capa_export.progress import tracked
 from capa_export.prompt import Prompt, Turn, open_picture
 from capa_export.recipe import Stage

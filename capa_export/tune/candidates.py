@@ -10,7 +10,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.families import Family, require_selection
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.recipe import FFN, Recipe, Stage
-from capa_export.selectors import Place, load_selector
+from capa_export.selectors import Chosen, Place, load_selector
 from capa_export.selectors import selectors as all_selectors
 from capa_export.tune.costs import Costs
 
@@ -30,7 +30,7 @@ def offered(family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Selectors that a family can do, and those that it cannot."""
 
     def can(name: str) -> bool:
-        if {"visual_saliency", "visual_features"} & set(load_selector(name).READS):
+        if Chosen(name).reads_tower:
             try:
                 require_selection(family, name)
             except CapaError:

@@ -1,16 +1,19 @@
 """What methods cost on the prompts at hand, in FLOPs of the decoder's prefill, text included."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from capa_export.dims import DecoderDims
 from capa_export.errors import CapaError, ExitCode
+from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.plan import PrefillFlops, flops
+from capa_export.progress import tracked
 from capa_export.recipe import Stage
+from capa_export.samples import Samples
 
-__all__ = ["Costs", "Shape"]
+__all__ = ["Costs", "Shape", "shapes"]
 
 
 class Shape(NamedTuple):
@@ -20,6 +23,13 @@ class Shape(NamedTuple):
     """Visual tokens of each."""
     text: int
     """All other tokens."""
+
+
+def shapes(job: Job, samples: Samples) -> Iterator[Shape]:
+    """Of the prompts that the samples make."""
+    for sample in tracked(samples, "tune: prompts", samples.count, job.report):
+        prompt = job.prompter.chat(sample.turns)
+        yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
 
 
 class Costs:

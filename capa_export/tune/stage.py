@@ -1,6 +1,6 @@
 """From a recipe and a budget to the recipe that agrees best with dense within it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -11,12 +11,11 @@ from capa_export.methods import Method
 from capa_export.parity.schema import Difference
 from capa_export.parity.statistics import paired_bootstrap
 from capa_export.pipeline import calibrate
-from capa_export.progress import tracked
 from capa_export.recipe import FFN, Recipe
-from capa_export.samples import Samples, samples_from
+from capa_export.samples import samples_from
 from capa_export.tune.agreement import Agreement, Judge
 from capa_export.tune.candidates import Candidates, ffns, linear_layers, offered
-from capa_export.tune.costs import Costs, Shape
+from capa_export.tune.costs import Costs, shapes
 from capa_export.tune.schema import Finalist, Tuning
 from capa_export.tune.search import FEWEST, Search, mean_kl, rungs
 
@@ -35,13 +34,14 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         count: samples at most.
 
     Raises:
-        CapaError: no schedule meets the budget, there are too few samples, or the calibration is another model's.
+        CapaError: no schedule meets the budget, there are too few samples, the calibration is another model's, or the
+            model gives no numbers.
     """
     samples = samples_from(job.images, job.recipe, count, split="train")
     if samples.count < FEWEST:
         raise CapaError(f"{samples.name}: too few to tell schedules apart; give {FEWEST} or more")
     job.check_layers()
-    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, _shapes(job, samples))
+    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
     share = costs.share_of(budget)
     calibration = calibrate(job)
     selectors, left_out = offered(job.family)
@@ -67,8 +67,12 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
 
     finalists = tuple(finalist(name, agreements) for name, agreements in found.finalists.items())
     best = finalists[0]
+    if best.kl is None:
+        raise CapaError(
+            f"{job.checkpoint}: its logits are no numbers, with all tokens or with any schedule; check its files"
+        )
     broken = own is not None and not np.isfinite([agreement.kl for agreement in found.finalists[own.name]]).all()
-    proven = own is None or (best.gain is not None and best.gain.low > 0) or (broken and best.kl is not None)
+    proven = own is None or (best.gain is not None and best.gain.low > 0) or broken
     chosen = found.methods[best.method] if proven or own is None else own
     tuning = Tuning(
         model=job.checkpoint_source,
@@ -85,12 +89,6 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         verdict=_verdict(best, own, earlier, broken=broken),
     )
     return _recipe(job, chosen), tuning
-
-
-def _shapes(job: Job, samples: Samples) -> Iterator[Shape]:
-    for sample in tracked(samples, "tune: prompts", samples.count, job.report):
-        prompt = job.prompter.chat(sample.turns)
-        yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
 
 
 def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str, level: float) -> Difference | None:

@@ -13,10 +13,11 @@ from capa_export.calibration import Calibration
 from capa_export.cli import main
 from capa_export.errors import ExitCode
 from capa_export.job import Job
-from capa_export.methods import parse_method
+from capa_export.methods import Method, parse_method
 from capa_export.parity.schema import Difference
 from capa_export.prompt import Prompter, Turn
 from capa_export.recipe import Recipe, load_recipe
+from capa_export.tune.agreement import Agreement, Judge, Opened
 from capa_export.tune.costs import Costs, Shape
 from capa_export.tune.recipe_file import write_recipe
 from capa_export.tune.schema import Finalist, Tuning
@@ -153,6 +154,32 @@ def test_calibration_of_another_checkpoint(
     assert main([*arguments, *options]) != ExitCode.OK
     assert "measured on another checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "x.toml").exists()
+
+
+@pytest.mark.parametrize("broken", ["all", "own"])
+def test_what_is_no_number_is_not_chosen(
+    broken: str,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measured(_: Judge, method: Method, _sample: Opened) -> Agreement:
+        return Agreement(float("nan") if broken == "all" or method.name.startswith("capa@1") else 1, 0.5)
+
+    monkeypatch.setattr(Judge, "agreement", measured)
+    out = tmp_path / "x.toml"
+    code = main([*arguments, "--budget", "0.6", "--out", str(out)])
+    said = capsys.readouterr()
+    if broken == "all":
+        assert code == ExitCode.PREFLIGHT and not out.exists()
+        assert "its logits are no numbers, with all tokens or with any schedule" in said.err
+    else:
+        tuning = Tuning.model_validate_json(said.out)
+        assert code == ExitCode.OK and tuning.own is not None and tuning.own.startswith("capa@1")
+        assert tuning.chosen == tuning.finalists[0].method and tuning.finalists[0].kl == 1
+        assert [row.kl for row in tuning.finalists if row.method == tuning.own] == [None]
+        assert "are no numbers" in tuning.verdict and "KL 1 nats" in out.read_text()
 
 
 def test_full_ffns_are_an_eta_that_no_layer_exceeds(recipe: Recipe, checkpoint: Path, tmp_path: Path) -> None:

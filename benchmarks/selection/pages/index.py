@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.selection.figures import About, Record, read_record
-from benchmarks.selection.pages import ffn, layer, linearity, ratio, sinks, stability
+from benchmarks.selection.pages import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.words import listed, table
 
 __all__ = ["PAGES", "figures_file", "render"]
@@ -14,6 +14,7 @@ __all__ = ["PAGES", "figures_file", "render"]
 PAGES: Mapping[str, ModuleType] = {
     "ratio": ratio,
     "layer": layer,
+    "tuned": tuned,
     "ffn": ffn,
     "linearity": linearity,
     "sinks": sinks,

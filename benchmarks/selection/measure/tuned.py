@@ -1,0 +1,92 @@
+"""What `tune` finds on training scenes, beside every selector of equal cost, on the held-out questions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.selection.bed import Bed, questions_drawn
+from benchmarks.selection.figures import Contest, Contests
+from benchmarks.selection.measure.compare import compared
+from capa_export.bundle import Bundle
+from capa_export.job import Job
+from capa_export.methods import Method, parse_method, stage_text
+from capa_export.recipe import Stage
+from capa_export.samples import samples_from
+from capa_export.selectors import load_selector
+from capa_export.testbed.dataset import write_dataset
+from capa_export.tune.candidates import Candidates, offered
+from capa_export.tune.costs import Costs, shapes
+from capa_export.tune.stage import tune
+
+__all__ = ["measure", "prefills"]
+
+RATIOS = (0.75, 0.9)
+SAMPLES = 96
+_PREFILLS_OF_TUNE = 2000
+"""Of one search, as many as so many questions take."""
+
+
+def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
+    """`tune` has all selectors to choose from."""
+    samples = min(SAMPLES, max(8, count))
+    scenes = write_dataset(bed.folder.parent / "tuning", questions_drawn(samples, split="train"))
+    bed.calibration  # noqa: B018 - made before it is taken over.
+    contests = [_contest(bed, _job(bed, ratio, scenes), ratio, samples) for ratio in RATIOS]
+    texts: list[str] = []
+    pairs: dict[str, dict[str, str]] = {}
+    for contest in contests:
+        texts += [contest.own, *contest.listed.values(), contest.tuned, *contest.others]
+        others = {name: method for name, method in contest.listed.items() if method != contest.tuned}
+        pairs[contest.tuned] = others if contest.own == contest.tuned else {"own": contest.own, **others}
+    return Contests(layers=bed.layers, rows=compared(bed, texts, count, pairs), contests=tuple(contests))
+
+
+def _job(bed: Bed, ratio: float, scenes: Path) -> Job:
+    recipe = bed.job.recipe
+    prune = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=ratio),)})
+    return replace(
+        bed.job,
+        recipe=recipe.model_copy(update={"prune": prune}),
+        bundle=Bundle(bed.folder / "tuning"),
+        images=scenes,
+        calibration=bed.job.bundle.folder,
+        samples=None,
+    )
+
+
+def _contest(bed: Bed, job: Job, ratio: float, count: int) -> Contest:
+    candidates = _candidates(bed, job, count)
+    _, found = tune(job, candidates.budget, count)
+    best, *others = (finalist.method for finalist in found.finalists)
+    assert found.own is not None
+    return Contest(
+        ratio=ratio,
+        budget=candidates.budget,
+        own=found.own,
+        listed={method.stages[0].selector: method.name for method in candidates.one_stage() if _at_home(bed, method)},
+        tuned=best,
+        others=tuple(others),
+        verdict=found.verdict,
+        tried=found.tried,
+        samples=found.samples,
+    )
+
+
+def _candidates(bed: Bed, job: Job, count: int) -> Candidates:
+    """All that costs what the recipe's own schedule does."""
+    samples = samples_from(job.images, job.recipe, count, split="train")
+    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
+    candidates = Candidates(job.recipe, offered(job.family)[0], bed.calibration, costs, budget=1.0)
+    own = parse_method("+".join(stage_text(stage) for stage in job.recipe.prune.schedule))
+    return replace(candidates, budget=candidates.share(own))
+
+
+def _at_home(bed: Bed, method: Method) -> bool:
+    stage = method.stages[0]
+    selector = load_selector(stage.selector)
+    return selector.PLACE == "input" or stage.layer == (bed.own_layer if selector.LAYER is None else selector.LAYER)
+
+
+def prefills(num_selectors: int) -> int:
+    """A question's, were a search spread over the usual number of questions."""
+    return 1 + len(RATIOS) * (num_selectors + 5 + _PREFILLS_OF_TUNE // 180)
