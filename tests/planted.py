@@ -44,7 +44,7 @@ def plant_in_tower(model: Any, *, blocks: int = 1, channel: int = 5) -> None:
         ffn = block.mlp
         direction = torch.nn.functional.normalize(ffn.gate_proj.weight[0], dim=0)
         ffn.gate_proj.weight[0] = 100 * direction
-        ffn.gate_proj.bias[0] = -100
+        ffn.gate_proj.bias[0] = -50
         ffn.up_proj.weight[0] = 0
         ffn.up_proj.bias[0] = 200
         ffn.down_proj.weight[:, 0] = 0

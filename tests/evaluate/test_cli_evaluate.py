@@ -109,7 +109,11 @@ def test_an_interrupted_run_goes_on(
     assert main([*arguments, "--out", str(undisturbed)]) == ExitCode.OK
     command = [*arguments, "--out", str(interrupted)]
 
-    code = f"import sys; from capa_export.cli import main; sys.exit(main({[*command, '--workers', '2']!r}))"
+    # Where the tests themselves run in a shell's background, SIGINT is ignored, and that is inherited.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from capa_export.cli import main; sys.exit(main({[*command, '--workers', '2']!r}))"
+    )
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         while run.poll() is None and len(lines_of(interrupted)) < 2:
