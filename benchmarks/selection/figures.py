@@ -89,11 +89,12 @@ class FFNs(Answers):
 class Contest(Settings):
     """Methods of equal cost."""
 
-    ratio: float
-    """Of the recipe's own, which says what all may cost."""
+    like: str
+    """The method that says what all may cost."""
     budget: float
     """Prefill FLOPs, as a share of dense, over the samples of `tune`."""
-    own: str
+    own: str | None
+    """The recipe's, as late in the decoder as that allows; None where nothing does."""
     listed: dict[str, str]
     """Every selector at its own place."""
     tuned: str

@@ -9,7 +9,7 @@ from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
 from capa_export.bundle import Bundle
 from capa_export.job import Job
-from capa_export.methods import Method, parse_method, stage_text
+from capa_export.methods import Method, parse_method
 from capa_export.recipe import Stage
 from capa_export.samples import samples_from
 from capa_export.selectors import load_selector
@@ -20,7 +20,8 @@ from capa_export.tune.stage import tune
 
 __all__ = ["measure", "prefills"]
 
-RATIOS = (0.75, 0.9)
+LIKE = ("capa@{layer}:0.75", "capa@{layer}:0.9", "divprune:0.75", "divprune:0.9")
+"""Methods that say what all may cost: the recipe's own at its place, and any before the decoder."""
 SAMPLES = 96
 _PREFILLS_OF_TUNE = 2000
 """Of one search, as many as so many questions take."""
@@ -31,19 +32,20 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     samples = min(SAMPLES, max(8, count))
     scenes = write_dataset(bed.folder.parent / "tuning", questions_drawn(samples, split="train"))
     bed.calibration  # noqa: B018 - made before it is taken over.
-    contests = [_contest(bed, _job(bed, ratio, scenes), ratio, samples) for ratio in RATIOS]
+    job = _job(bed, scenes)
+    contests = [_contest(bed, job, like.format(layer=bed.own_layer), samples) for like in LIKE]
     texts: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     for contest in contests:
-        texts += [contest.own, *contest.listed.values(), contest.tuned, *contest.others]
-        others = {name: method for name, method in contest.listed.items() if method != contest.tuned}
-        pairs[contest.tuned] = others if contest.own == contest.tuned else {"own": contest.own, **others}
+        rivals = {**({} if contest.own is None else {"own": contest.own}), **contest.listed}
+        texts += [*rivals.values(), contest.tuned, *contest.others]
+        pairs[contest.tuned] = {name: method for name, method in rivals.items() if method != contest.tuned}
     return Contests(layers=bed.layers, rows=compared(bed, texts, count, pairs), contests=tuple(contests))
 
 
-def _job(bed: Bed, ratio: float, scenes: Path) -> Job:
+def _job(bed: Bed, scenes: Path) -> Job:
     recipe = bed.job.recipe
-    prune = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=ratio),)})
+    prune = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
     return replace(
         bed.job,
         recipe=recipe.model_copy(update={"prune": prune}),
@@ -54,13 +56,12 @@ def _job(bed: Bed, ratio: float, scenes: Path) -> Job:
     )
 
 
-def _contest(bed: Bed, job: Job, ratio: float, count: int) -> Contest:
-    candidates = _candidates(bed, job, count)
+def _contest(bed: Bed, job: Job, like: str, count: int) -> Contest:
+    candidates = _candidates(bed, job, like, count)
     _, found = tune(job, candidates.budget, count)
     best, *others = (finalist.method for finalist in found.finalists)
-    assert found.own is not None
     return Contest(
-        ratio=ratio,
+        like=like,
         budget=candidates.budget,
         own=found.own,
         listed={method.stages[0].selector: method.name for method in candidates.one_stage() if _at_home(bed, method)},
@@ -72,13 +73,12 @@ def _contest(bed: Bed, job: Job, ratio: float, count: int) -> Contest:
     )
 
 
-def _candidates(bed: Bed, job: Job, count: int) -> Candidates:
-    """All that costs what the recipe's own schedule does."""
+def _candidates(bed: Bed, job: Job, like: str, count: int) -> Candidates:
+    """All that costs what a method does."""
     samples = samples_from(job.images, job.recipe, count, split="train")
     costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
     candidates = Candidates(job.recipe, offered(job.family)[0], bed.calibration, costs, budget=1.0)
-    own = parse_method("+".join(stage_text(stage) for stage in job.recipe.prune.schedule))
-    return replace(candidates, budget=candidates.share(own))
+    return replace(candidates, budget=candidates.share(parse_method(like)))
 
 
 def _at_home(bed: Bed, method: Method) -> bool:
@@ -89,4 +89,4 @@ def _at_home(bed: Bed, method: Method) -> bool:
 
 def prefills(num_selectors: int) -> int:
     """A question's, were a search spread over the usual number of questions."""
-    return 1 + len(RATIOS) * (num_selectors + 5 + _PREFILLS_OF_TUNE // 180)
+    return 1 + len(LIKE) * (num_selectors + 5 + _PREFILLS_OF_TUNE // 180)

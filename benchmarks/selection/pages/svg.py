@@ -136,7 +136,8 @@ def _panel(panel: Panel) -> str:
     if panel.rule:
         label, level = panel.rule
         out.append(f'<line class="rule" x1="{_LEFT}" x2="{right}" y1="{down(level):.1f}" y2="{down(level):.1f}"/>')
-        out.append(_text(_LEFT + 4, down(level) - 4, label))
+        # Above its line, but for the one at the top, where the axis says what it shows.
+        out.append(_text(_LEFT + 4, down(level) + (13 if down(level) < _TOP + 10 else -4), label))
     ends = _apart([down(line.points[-1][1]) for line in lines])
     # Thick lines last, over the others.
     for line, end in sorted(zip(lines, ends, strict=True), key=lambda pair: pair[0].look.width):

@@ -13,9 +13,9 @@ __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 TITLE = "What tune finds at equal cost"
 FIGURES = Contests
 _HOW = """\
-`tune` saw scenes of the training stream only. Every selector acts at its own place, with the smallest ratio that costs
-no more than the recipe's own schedule, and with the recipe's linear FFNs. "tune above it" is about the first of the
-finalists, which was chosen before these questions."""
+`tune` saw scenes of the training stream only. Every selector acts at its own place, with the smallest ratio that meets
+the cost, and with the recipe's linear FFNs; where the layers before it alone cost more, it is left out. "tune above it"
+is about the first of the finalists, which was chosen before these questions."""
 _TUNE = Look(COLOURS["vermillion"], dashed=True, width=2.6)
 
 
@@ -24,16 +24,17 @@ def findings(figures: Contests) -> Iterator[str]:
     yield from of_dense(figures)
     for contest in figures.contests:
         row = figures.row(contest.tuned)
-        where = f"At the cost of {contest.own} ({100 * contest.budget:.1f} % of dense)"
+        where = f"At the cost of {contest.like} ({100 * contest.budget:.1f} % of dense)"
         if contest.tuned == contest.own:
-            yield f"{where} tune finds nothing that agrees better with dense."
+            yield f"{where} tune finds nothing that agrees better with dense than the recipe's own, {contest.own}."
             continue
-        found = row.against["own"].all
-        answers = (
-            f"answers {rate(row.scored.score)} %, the recipe's own {rate(figures.row(contest.own).scored.score)} %"
-        )
-        sure = "surely more" if better(found) else "surely fewer" if worse(found) else "no sure difference"
-        yield f"{where} tune takes {contest.tuned}, which {answers}: {sure}, {points(found, bare=True)} points."
+        own = "the recipe's own cannot be had"
+        if contest.own is not None:
+            found = row.against["own"].all
+            sure = "surely more" if better(found) else "surely fewer" if worse(found) else "no sure difference"
+            score = rate(figures.row(contest.own).scored.score)
+            own = f"the recipe's own, {contest.own}, {score} %: {sure}, {points(found, bare=True)} points"
+        yield f"{where} tune takes {contest.tuned}, which answers {rate(row.scored.score)} %; {own}."
         others = {name: each.all for name, each in row.against.items() if name != "own"}
         beaten = [name for name, each in others.items() if better(each)]
         even = [name for name, each in others.items() if not better(each) and not worse(each)]
@@ -47,7 +48,7 @@ def findings(figures: Contests) -> Iterator[str]:
             )
             if names
         ]
-        yield f"Of the listed selectors at ratio {contest.ratio:g}'s cost {'; '.join(parts)}."
+        yield f"Of the listed selectors at that cost {'; '.join(parts)}."
 
 
 def page(figures: Contests) -> str:
@@ -55,7 +56,7 @@ def page(figures: Contests) -> str:
     parts = [_HOW]
     for contest in figures.contests:
         parts.append(
-            f"At the cost of {contest.own}, {100 * contest.budget:.1f} % of dense on {contest.samples} samples; "
+            f"At the cost of {contest.like}, {100 * contest.budget:.1f} % of dense on {contest.samples} samples; "
             f"{contest.tried} methods tried. Its own words: {contest.verdict}."
         )
         header = ["method", "right answers", "tune above it", "FLOPs, % of dense"]
@@ -67,7 +68,8 @@ def _named(contest: Contest) -> Iterator[tuple[str, str]]:
     """What a row of the table is called, and its method."""
     yield "tune", contest.tuned
     yield from (("finalist", other) for other in contest.others if other != contest.own)
-    yield "own", contest.own
+    if contest.own is not None:
+        yield "own", contest.own
     yield from contest.listed.items()
 
 
