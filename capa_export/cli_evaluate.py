@@ -94,12 +94,10 @@ def evaluate(
     opened = Bundle(out / "calibration") if bundle is None else Bundle.open(bundle)
     recipe = recipe_of(opened.manifest, opened.folder) if model is None else recipe_from(model)
     methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
-    if all(way.ffn == "full" for way in methods.values()):
-        given = {"--calibration": calibration, "--images": images, "--samples": samples}
-        for option in (option for option, value in given.items() if value is not None):
-            raise CapaError(
-                f"{option}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE
-            )
+    given = {"--calibration": calibration, "--images": images, "--samples": samples}
+    unread = next((option for option, value in given.items() if value is not None), None)
+    if unread and all(way.ffn == "full" for way in methods.values()):
+        raise CapaError(f"{unread}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE)
     questions = questions_from(data, benchmark=benchmark, split=split, instruction=instruction, limit=limit, seed=seed)
     spread = Workers(count=workers, ray=ray)
     with progress() as report:

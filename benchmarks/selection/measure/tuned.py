@@ -16,6 +16,7 @@ from capa_export.selectors import load_selector
 from capa_export.testbed.dataset import write_dataset
 from capa_export.tune.candidates import Candidates, offered
 from capa_export.tune.costs import Costs, shapes
+from capa_export.tune.search import FEWEST
 from capa_export.tune.stage import tune
 
 __all__ = ["measure", "prefills"]
@@ -29,7 +30,7 @@ _PREFILLS_OF_TUNE = 2000
 
 def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     """`tune` has all selectors to choose from."""
-    samples = min(SAMPLES, max(8, count))
+    samples = min(SAMPLES, max(FEWEST, count))
     scenes = write_dataset(bed.folder.parent / "tuning", questions_drawn(samples, split="train"))
     bed.calibration  # noqa: B018 - made before it is taken over.
     job = _job(bed, scenes)
