@@ -4,9 +4,7 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ import onnx_ir as ir
 from capa_export.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
 from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
+from capa_export.whole import replacing
 
 __all__ = ["Written", "bind", "check_disk", "tied", "unused_tensors", "write_embedding"]
 
@@ -317,7 +316,7 @@ def write_embedding(
     header += b" " * (-len(header) % 8)
     needed = 8 + len(header) + tensor.nbytes
     check_disk(path.parent, needed)
-    with _disk_guard(path, needed), _replacing(path) as file:
+    with _disk_guard(path, needed), replacing(path) as file:
         start = len(header).to_bytes(8, "little") + header
         file.write(start)
         tensor.digest = _Digest()
@@ -360,14 +359,3 @@ def _disk_guard(path: Path, needed: int) -> Generator[None, None, None]:
                 ExitCode.EXPORT,
             ) from error
         raise CapaError(f"{path}: cannot be written: {error.strerror}", ExitCode.EXPORT) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    """A file that takes its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)

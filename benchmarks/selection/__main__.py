@@ -28,6 +28,7 @@ from capa_export.progress import progress
 from capa_export.selectors import load_selector, selectors
 from capa_export.settings import Settings
 from capa_export.testbed.beds import BEDS
+from capa_export.whole import write_whole
 
 _DOCS = Path(__file__).parents[2] / "docs" / "results"
 _QUESTIONS = 180
@@ -88,7 +89,7 @@ def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tupl
     found = PARTS[part].measure(bed, chosen, count)
     assert isinstance(found, page.FIGURES)
     figures = found.model_dump(mode="json")
-    _write(path, _Kept(key=key, figures=figures).model_dump_json(indent=1))
+    write_whole(path, _Kept(key=key, figures=figures).model_dump_json(indent=1))
     return figures, count
 
 
@@ -98,13 +99,6 @@ class _Kept(Settings):
     key: str
     """Of all that they follow from."""
     figures: dict[str, Any]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _device() -> str:
@@ -130,14 +124,14 @@ def publish(docs: Path, bed: Bed, part: str, figures: dict[str, Any], count: int
     record: Record[Any] = Record[page.FIGURES](about=about, figures=figures)
     if path.is_file() and read_record(path, page.FIGURES).figures == record.figures:
         return
-    _write(path, record.model_dump_json(indent=1) + "\n")
+    write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def write_pages(docs: Path) -> list[str]:
     """All that follows from the figures; returns the names."""
     files = render(docs)
     for name, text in files.items():
-        _write(docs / name, text)
+        write_whole(docs / name, text)
     return sorted(files)
 
 

@@ -14,6 +14,7 @@ from capa_export.evaluate.scores import Answered, scored
 from capa_export.evaluate.subject import Subject
 from capa_export.progress import Report, silent
 from capa_export.spread import Workers, chunks, spread
+from capa_export.whole import write_whole
 
 __all__ = ["EVALUATION", "MAX_SKIPPED", "evaluate"]
 
@@ -93,10 +94,8 @@ def evaluate(
 
 
 def _write(path: Path, found: Evaluation) -> None:
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, found.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise CapaError(f"{path}: {error.strerror}; make room for it, the answers are kept") from error
 

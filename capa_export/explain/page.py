@@ -13,6 +13,7 @@ from capa_export.explain.surfaces import Surface
 from capa_export.parity import figures, report
 from capa_export.parity.pictures import data_uri, fitted, overlay
 from capa_export.recipe import ranges
+from capa_export.whole import write_whole
 
 __all__ = ["write_page"]
 
@@ -54,9 +55,7 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         sinks=_sinks(found, surfaces),
         marked=_marked(found, surfaces),
     )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    write_whole(path, page)
 
 
 def _drawn(method: Explained, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from capa_export.errors import CapaError, ExitCode
 from capa_export.kernels.operator import Count, Launch, Operator
 from capa_export.plugins.choice import HEAD_SIZES
+from capa_export.whole import write_whole
 
 __all__ = [
     "COMPUTE_CAPABILITIES",
@@ -266,10 +267,7 @@ def main(spec: str) -> int:
     for entry in json.loads(Path(spec).read_text(encoding="ascii")):
         path = Path(entry.pop("path"))
         result = _compile(_Job(**entry))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(result), encoding="ascii")
-        temporary.replace(path)
+        write_whole(path, json.dumps(result))
     return 0
 
 

@@ -1,13 +1,13 @@
 """Writes a recipe as the shipped ones are written: TOML with sections, and inline tables below them."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.recipe import Recipe
+from capa_export.whole import write_whole
 
 __all__ = ["recipe_text", "write_recipe"]
 
@@ -21,10 +21,8 @@ def write_recipe(path: Path, recipe: Recipe, comment: str) -> None:
     Raises:
         CapaError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(recipe_text(recipe, comment), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, recipe_text(recipe, comment))
     except OSError as error:
         raise CapaError(f"{path}: cannot be written: {error.strerror}", ExitCode.EXPORT) from error
 

@@ -45,5 +45,6 @@ def test_sections_are_as_in_shipped_recipes() -> None:
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
     with pytest.raises(CapaError, match="cannot be written"):
-        write_recipe(tmp_path / "none" / "x.toml", load_recipe("qwen25vl"), "")
+        write_recipe(tmp_path / "taken" / "x.toml", load_recipe("qwen25vl"), "")
