@@ -98,6 +98,18 @@ def test_nothing_is_said_that_intervals_do_not_carry() -> None:
     ]
 
 
+def test_one_table_shows_all_beds() -> None:
+    first = Answers(layers=12, rows=(_row("dense", 0.9), _row("capa@2:0.9/full", 0.6), _row("dart:0.9/full", 0.7)))
+    second = Answers(layers=12, rows=(_row("dense", 0.8), _row("capa@2:0.75/full", 0.5)))
+    assert ratio_page.overview({"one": first, "other": second}).splitlines()[2:] == [
+        "| selector | one, 0.75 | one, 0.9 | other, 0.75 | other, 0.9 |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense | 90.0 (89-91) | 90.0 (89-91) | 80.0 (79-81) | 80.0 (79-81) |",
+        "| capa |  | 60.0 (59-61) | 50.0 (49-51) |  |",
+        "| dart |  | 70.0 (69-71) |  |  |",
+    ]
+
+
 def test_layers_are_told_by_their_share_of_the_depth() -> None:
     rows = (
         _row("dense", 0.9),

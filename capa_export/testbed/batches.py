@@ -169,7 +169,8 @@ class Batches:
         )
 
     def _crowded(self, rng: np.random.Generator, heavy: float) -> Batch:
-        scenes = [crowded_scene(rng, heavy=bool(rng.random() < heavy)) for _ in range(self.size)]
+        # A tower alone is cheap, so it sees more at once.
+        scenes = [crowded_scene(rng, heavy=bool(rng.random() < heavy)) for _ in range(4 * self.size)]
         pictures = np.stack([np.asarray(render(scene, rng)) for scene in scenes])
         return Batch(pictures=pictures, ids=torch.empty(0), seen=self._seen(scenes), questions=[], layout=None)
 

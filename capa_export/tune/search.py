@@ -28,8 +28,8 @@ _FINALISTS = 4
 
 
 def rungs(count: int) -> tuple[int, int]:
-    """Samples that all methods see, and those that the survivors see; the rest judges."""
-    return max(2, count // 8), max(2, count // 3)
+    """Samples that all methods see, and those that the survivors see; the rest judges, whatever more there are."""
+    return max(2, min(16, count // 8)), max(2, min(40, count // 3))
 
 
 def mean_kl(agreements: Sequence[Agreement]) -> float:

@@ -98,4 +98,5 @@ def test_what_is_no_number_comes_last(candidates: Candidates) -> None:
 
 def test_few_samples_still_leave_six_to_judge() -> None:
     assert rungs(8) == (2, 2)
-    assert rungs(128) == (16, 42)
+    assert rungs(64) == (8, 21)
+    assert rungs(256) == (16, 40)

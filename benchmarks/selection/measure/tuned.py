@@ -23,14 +23,13 @@ __all__ = ["measure", "prefills"]
 
 LIKE = ("capa@{layer}:0.75", "capa@{layer}:0.9", "divprune:0.75", "divprune:0.9")
 """Methods that say what all may cost: the recipe's own at its place, and any before the decoder."""
-SAMPLES = 96
-_PREFILLS_OF_TUNE = 2000
+_PREFILLS_OF_TUNE = 3000
 """Of one search, as many as so many questions take."""
 
 
 def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
-    """`tune` has all selectors to choose from."""
-    samples = min(SAMPLES, max(FEWEST, count))
+    """`tune` has all selectors to choose from, and as many scenes as there are questions."""
+    samples = max(FEWEST, count)
     scenes = write_dataset(bed.folder.parent / "tuning", questions_drawn(samples, split="train"))
     bed.calibration  # noqa: B018 - made before it is taken over.
     job = _job(bed, scenes)

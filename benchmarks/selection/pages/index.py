@@ -24,6 +24,10 @@ _INTRODUCTION = """# What the selectors do to answers
 
 Every selector on the same held-out questions, on the test beds: the families' own architectures, made small and trained
 on drawn scenes, with 64 visual tokens a picture. They tell methods apart; they are no forecast for a large model.
+Asked are, in turn, the colour of a shape, the shape of a colour, whether something is there, what has the same colour,
+a number of two small digits, how many shapes have a colour, and which of two pictures shows what; and the first four
+kinds once more where glyphs fill every free cell. Which of two shapes is further to one side no bed has learnt (half
+are right, as by chance), so that is not asked.
 
 Sentences and tables are generated from the [figures](figures). "Surely", "loses" and "beats" mean that the 95 %
 interval of the paired difference (bootstrap over the questions) lies on one side of 0. Of differences that are none,
@@ -43,6 +47,8 @@ def render(folder: Path) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     index, abouts = [_INTRODUCTION], list[About]()
+    if answers := _records(folder, "ratio", ratio):
+        index.append(ratio.overview({bed: record.figures for bed, record in answers.items()}))
     for part, page in PAGES.items():
         records = _records(folder, part, page)
         if not records:

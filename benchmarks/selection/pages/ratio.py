@@ -19,7 +19,7 @@ from benchmarks.selection.pages.words import (
 from capa_export.methods import parse_method
 from capa_export.selectors import load_selector
 
-__all__ = ["FIGURES", "TITLE", "findings", "of_dense", "page", "plots"]
+__all__ = ["FIGURES", "TITLE", "findings", "of_dense", "overview", "page", "plots"]
 
 TITLE = "Accuracy against ratio"
 FIGURES = Answers
@@ -109,6 +109,22 @@ def _scaled(row: Row) -> list[str]:
         points(above_capa, bare=True),
         f"{100 * row.flops:.1f}",
     ]
+
+
+def overview(beds: Mapping[str, Answers]) -> str:
+    """All beds in one table."""
+    columns = [(bed, ratio) for bed in beds for ratio in _KINDS_AT]
+    rows = {bed: _rows(figures, "full") for bed, figures in beds.items()}
+    names = dict.fromkeys(name for of_bed in rows.values() for name, _ in of_bed)
+
+    def cell(name: str, bed: str, ratio: float) -> str:
+        row = rows[bed].get((name, ratio))
+        return "" if row is None else rate(row.scored.score)
+
+    body = [[name, *(cell(name, *column) for column in columns)] for name in names]
+    dense = ["dense", *(rate(beds[bed].dense.score) for bed, _ in columns)]
+    said = "Right answers in %, each selector at its own place, by the share of visual tokens removed; FFNs are full:"
+    return f"{said}\n\n{table(['selector', *(f'{bed}, {ratio:g}' for bed, ratio in columns)], [dense, *body])}"
 
 
 def plots(figures: Answers) -> str:
