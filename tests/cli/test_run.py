@@ -1,0 +1,131 @@
+"""`run`: questions, conversations, pictures and videos."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capa_export.errors import ExitCode
+from capa_export.families import qwen25vl
+from tests.cli.conftest import Cli, preflight
+from tests.conftest import noise
+
+
+def test_run_answers_from_the_bundle_alone(cli: Cli, spare: Path, pictures: Path) -> None:
+    question = ("--prompt", "what color is the star ?", "--image", pictures / "0.png", "--max-new-tokens", 3)
+    code, out, err = cli("run", spare, *question)
+    assert code == 0 and out.strip() and "kept 16 of 64 visual tokens after layer 2" in err
+    code, streamed, _ = cli("run", spare, *question, "--ratio", 0)
+    code, out, _ = cli("run", spare, *question, "--ratio", 0, "--json")
+    result = json.loads(out)
+    assert result["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 64, "visual": 64}]
+    assert result["answer"] == streamed.strip()
+    assert result["new_tokens"] <= 3
+    code, _, err = cli("run", spare, "--prompt", "hello", "--max-new-tokens", 1)
+    assert code == 0 and "kept 0 of 0" in err
+
+
+def test_an_answer_keeps_its_tail_and_its_times(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capa_export.prompt.Prompter.decode", lambda _self, tokens: "\ufffd" * len(tokens))
+    ask = ("run", bundle, "--prompt", "x", "--max-new-tokens", 1)
+    assert cli(*ask)[1] == "\ufffd\n"
+    result = json.loads(cli(*ask, "--json")[1])
+    assert result["decode_ms_per_token"] is None and result["prefill_ms"] == round(result["prefill_ms"], 3)
+
+
+def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    question = {"type": "text", "text": "what color is the star ?"}
+    path = tmp_path / "messages.json"
+
+    def ask(*content: dict[str, str]) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "what is red ?"}, {"role": "assistant", "content": "the star"}]
+        path.write_text(json.dumps([*turns, {"role": "user", "content": [*content, question]}]), encoding="utf-8")
+        code, out, err = cli("run", bundle, "--messages", path, "--json", "--max-new-tokens", 2)
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    assert ask()["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 0, "visual": 0}]
+    shown = [{"type": "image", "image": str(pictures / name)} for name in ("0.png", "1.png")]
+    assert ask(*shown)["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 25, "visual": 64 + 35}]
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(5):
+        noise(112, 84, index).save(frames / f"{index}.png")
+    video = ask({"type": "video", "video": "frames"})
+    assert video["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 3 * 4 * 3}]
+    options = ("--prompt", question["text"], "--video", frames, "--fps", 2, "--max-new-tokens", 2)
+    code, out, err = cli("run", bundle, *options)
+    assert code == 0 and out.strip() and err.startswith("kept 9 of 36 visual tokens after layer 2; vision ")
+
+
+def test_several_conversations_are_answered_as_each_alone(
+    cli: Cli, bundle: Path, pictures: Path, tmp_path: Path
+) -> None:
+    files: list[Path] = []
+    for index, names in enumerate([["0.png", "1.png"], [], ["1.png"]]):
+        shown = [{"type": "image", "image": str(pictures / name)} for name in names]
+        turn = {"role": "user", "content": [*shown, {"type": "text", "text": "what shape is red ?"}]}
+        files.append(tmp_path / f"{index}.json")
+        files[-1].write_text(json.dumps([turn]), encoding="utf-8")
+
+    def ask(*paths: Path) -> Any:
+        options = [word for path in paths for word in ("--messages", path)]
+        code, out, _ = cli("run", bundle, *options, "--json", "--max-new-tokens", 4)
+        assert code == 0
+        return json.loads(out)
+
+    alone, together = [ask(path) for path in files], ask(*files)
+    for one, same in zip(alone, together, strict=True):
+        assert one["answer"] == same["answer"] and one["stages"] == same["stages"]
+    code, out, err = cli("run", bundle, "--messages", files[0], "--messages", files[1], "--max-new-tokens", 4)
+    assert code == 0 and out.splitlines() == [one["answer"] for one in alone[:2]] and err.count("kept") == 2
+
+
+def test_what_run_cannot_take_together_is_one_line(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ((), "run needs --prompt, or a conversation in --messages"),
+        (("--prompt", "x", "--messages", tmp_path), "--messages holds the whole conversation: it takes no --prompt"),
+        (("--prompt", "x", "--fps", 2), "--fps has no effect without --video"),
+        (("--messages", tmp_path / "x.json"), "x.json: no such file"),
+    ):
+        code, out, err = cli("run", bundle, *options)
+        assert (code, out) == (ExitCode.USAGE, "") and message in err and err.count("\n") == 1
+    preflight(cli, "clip.mp4: no such video", "run", bundle, "--prompt", "x", "--video", tmp_path / "clip.mp4")
+
+
+def test_conversations_calibrate(cli: Cli, recipe: Path, pictures: Path, tmp_path: Path) -> None:
+    first, second, third = ({"type": "image", "image": str(pictures / f"{index}.png")} for index in range(3))
+    contents = ([first, second, {"type": "text", "text": "what color is the star ?"}], [third, first])
+    lines = [json.dumps({"messages": [{"role": "user", "content": content}]}) for content in contents]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    options = ("-m", recipe, "--images", path, "-t", "onnx", "-o", tmp_path / "out", "--json")
+    code, out, _ = cli("build", *options)
+    parity = json.loads(out)
+    assert code == 0, parity["failures"]
+    assert parity["prompts"] == f"2 conversations of {path}"
+    assert "Only 2 different conversations for 4 prompts: give as many in --images." in parity["warnings"]
+    path.write_text("{}\n", encoding="utf-8")
+    preflight(cli, "samples.jsonl: line 1: messages: Field required", "build", *options)
+
+
+def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoders whose rotary frequencies are others from a length on."""
+    ask = ("run", bundle, "--prompt", "what color is the star ?", "--max-new-tokens", 8, "--json")
+    monkeypatch.setattr("capa_export.answer.eos_token_ids", lambda _folder: [])
+    unlimited = json.loads(cli(*ask)[1])
+    assert unlimited["new_tokens"] == 8
+    limits = [unlimited["prompt_tokens"] + 2, unlimited["prompt_tokens"] - 1]
+    model_dims = qwen25vl.model_dims
+
+    def limited(config: dict[str, Any], **where: str) -> Any:
+        dims = model_dims(config, **where)
+        return replace(dims, decoder=replace(dims.decoder, rope_limit=limits[0]))
+
+    monkeypatch.setattr("capa_export.families.qwen25vl.model_dims", limited)
+    # The last token is not fed back: three of them end at the limit.
+    assert json.loads(cli(*ask)[1])["new_tokens"] == 3
+    del limits[0]
+    preflight(cli, f"more than the {limits[0]} of this decoder's context; use fewer or smaller pictures", *ask)
