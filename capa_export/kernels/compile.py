@@ -16,6 +16,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import ptx_get_version
 from triton.compiler import ASTSource
 
 from capa_export.errors import CapaError, ExitCode
@@ -47,10 +49,6 @@ HalfDtype = Literal["fp16", "bf16"]
 
 _ATTRIBUTES: Mapping[type, str] = {int: "i32", float: "fp32"}
 _POLL_SECONDS = 0.1
-
-# Triton ships the ptxas of CUDA 12.9 and of CUDA 13. The images of the older one load under drivers of both.
-_CUDA_12_PTX = 88
-_NEEDS_CUDA_13 = 110
 
 # The default of the first changes with Triton 3.10; the second prints what `_FIGURES` finds.
 _ENVIRONMENT = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
@@ -276,9 +274,11 @@ def _compile(job: _Job) -> dict[str, Any]:
     names = function.arg_names
     capability = int(job.compute_capability.replace(".", ""))
     options: dict[str, Any] = {"num_warps": job.warps}
-    if capability != _NEEDS_CUDA_13:
-        os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = knobs.nvidia.ptxas.path
-        options["ptx_version"] = _CUDA_12_PTX
+    # Triton ships the ptxas of a CUDA 12 and of a CUDA 13. The images of the older one load under drivers of both.
+    older = knobs.nvidia.ptxas
+    if capability in _compute_capabilities(older.path):
+        os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = older.path
+        options["ptx_version"] = ptx_get_version(older.version)
     else:
         os.environ.pop("TRITON_PTXAS_BLACKWELL_PATH", None)
     source = ASTSource(
@@ -303,6 +303,13 @@ def _compile(job: _Job) -> dict[str, Any]:
         "cubin": b64encode(kernel.asm["cubin"]).decode("ascii"),
         "ptx": b64encode(kernel.asm["ptx"].encode()).decode("ascii"),
     }
+
+
+@cache
+def _compute_capabilities(ptxas: str) -> frozenset[int]:
+    """Those that it compiles for."""
+    said = subprocess.run([ptxas, "--help"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return frozenset(map(int, re.findall(r"'sm_(\d+)'", said)))
 
 
 def _number(pattern: str, text: str) -> int:
