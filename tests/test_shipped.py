@@ -12,6 +12,9 @@ from capa_export.testbed.beds import BEDS
 from capa_export.testbed.evaluate import Asker
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, samples
 
+# No bed has learnt which of two shapes is further left, right, up or down.
+TAUGHT = [kind for kind in (*KINDS, *HARD_KINDS) if kind != "relation"]
+
 
 @pytest.fixture(scope="module", params=BEDS)
 def recipe(request: pytest.FixtureRequest) -> Recipe:
@@ -36,12 +39,11 @@ def test_it_is_small_and_whole(recipe: Recipe, folder: Path) -> None:
 def test_the_published_evaluation_reaches_the_bar(folder: Path) -> None:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert set(KINDS) <= set(evaluation) <= {*KINDS, *HARD_KINDS}
-    # No bed has learnt which of two shapes is further left, right, up or down.
-    assert min(share for kind, share in evaluation.items() if kind != "relation") >= 0.95
+    assert min(evaluation[kind] for kind in TAUGHT) >= 0.95
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TAUGHT)
 def test_it_answers_pictures_it_never_saw(asker: Asker, kind: str) -> None:
     asked = list(samples(30, seed=77, kinds=[kind], split="held_out"))
-    # 28 of 30: a model at the 95 % bar falls below that in one run of five, ours at 99.5 % in none of a thousand.
-    assert sum(asker.is_right(sample) for sample in asked) >= 28
+    # A model at 99.5 % falls below 28 of 30 in none of a thousand runs, and one at 96 % below 26 in one of 150.
+    assert sum(asker.is_right(sample) for sample in asked) >= (28 if kind in KINDS else 26)
