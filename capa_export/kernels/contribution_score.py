@@ -178,7 +178,7 @@ def _launches(size: Any) -> list[Launch]:
             kernel=attention_logits,
             grid=(ceil_div(size.tokens, _KEYS), size.kv_heads, size.batch),
             args=("query", "key", "attention", "scale", size.heads, size.kv_heads, size.tokens),
-            constants={"HEAD_SIZE": head_size, "WIDTH": triton.next_power_of_2(head_size), "TOKENS": _KEYS},
+            constants={"HEAD_SIZE": head_size, "WIDTH": 1 << (head_size - 1).bit_length(), "TOKENS": _KEYS},
         ),
         Launch(
             kernel=softmax,

@@ -29,10 +29,11 @@ a number of two small digits, how many shapes have a colour, and which of two pi
 kinds once more where glyphs fill every free cell. Which of two shapes is further to one side no bed has learnt, so that
 is not asked.
 
-Sentences and tables are generated from the [figures](figures). "Surely", "loses" and "beats" mean that the 95 %
-interval of the paired difference (bootstrap over the questions) lies on one side of 0. Of differences that are none,
-one in forty looks like a gain all the same, and one in forty like a loss: a page makes hundreds of comparisons, and
-nothing is corrected for that. CAPA's choice is made once, at prefill, where the paper makes it anew at every step."""
+[What follows](../findings.md), in a page. Sentences and tables here are generated from the [figures](figures).
+"Surely", "loses" and "beats" mean that the 95 % interval of the paired difference (bootstrap over the questions) lies
+on one side of 0. Of differences that are none, one in forty looks like a gain all the same, and one in forty like a
+loss: a page makes hundreds of comparisons, and nothing is corrected for that. CAPA's choice is made once, at prefill,
+where the paper makes it anew at every step."""
 
 
 def figures_file(folder: Path, part: str, bed: str) -> Path:
