@@ -311,7 +311,7 @@ def test_the_reference_is_onnx_runtimes(workload: Any, module: Callable[[str], A
 @pytest.mark.trt
 @pytest.mark.slow
 def test_engines_are_built_for_one_gpu(workload: Any, module: Callable[[str], Any], tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
     engines, graphs = module("engines"), module("reference").Graphs(tmp_path)
     target = engines.target_for("tensorrt-rtx", "8.9")
     costs = {}

@@ -122,7 +122,7 @@ def test_older_tensorrt_has_graphs_without_functions(kit: Path) -> None:
 
 @pytest.mark.slow
 def test_graphs_for_plugins_keep_the_nodes(wide: Bundle, orin: Target, tmp_path: Path) -> None:
-    pytest.importorskip("cuda.bindings.nvfatbin")
+    pytest.importorskip("cuda.bindings.nvfatbin", reason="needs the extra rtx")
     write_kit(wide, orin, tmp_path / "kit", plugins="native", weights="external")
     spec = described(tmp_path / "kit")
     prefill = spec["engines"]["llm/prefill"]
@@ -331,7 +331,7 @@ def test_through_capa_export_an_error_is_its_own(spare: Path) -> None:
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables for a Python that finds TensorRT-RTX, and no other package."""
-    tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
+    tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
     packages = tmp_path_factory.mktemp("packages")
     site = Path(tensorrt_rtx.__file__).parent.parent
     for name in ("tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
