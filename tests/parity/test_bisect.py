@@ -16,6 +16,7 @@ from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.parity.bisect import bisect
+from capa_export.parity.cut import layer_of
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Bisection
 from capa_export.parity.subject import Subject
@@ -24,7 +25,7 @@ from capa_export.recipe import Prune, Stage
 from tests.conftest import noise, random_model, save_model
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, Fault
-from tests.parity.graph_faults import attention_scale_off, layer_of, norm_epsilon
+from tests.parity.graph_faults import attention_scale_off, norm_epsilon
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
 PREFILL = "llm/prefill.onnx"
