@@ -7,10 +7,11 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -55,7 +56,8 @@ def spread(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], workers: Wor
     """Do every task once; yields its number and its result.
 
     Tasks are taken only as fast as they are done. A task whose worker is lost with its node is done again by another,
-    and yields once all the same. Closing the generator ends the work.
+    and yields once all the same. Closing the generator ends the work, also what has
+    begun in other processes.
 
     Raises:
         CapaError: a task's own; or a process ended, or the cluster cannot be reached.
@@ -88,7 +90,10 @@ def _in_processes(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], count
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     prepared, remaining = pickle.dumps(prepare), enumerate(tasks)
     pending: dict[Future[Any], int] = {}
-    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_start, initargs=(threads,))
+    context = get_context("spawn")
+    # The system closes `held` where this process dies, however it does.
+    released, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, context, initializer=_start, initargs=(threads, released))
     try:
         while True:
             for number, task in islice(remaining, _AHEAD * count - len(pending)):
@@ -103,21 +108,24 @@ def _in_processes(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], count
             f"one of {count} worker processes was killed; each holds the model: use fewer --workers if memory is short"
         ) from error
     finally:
+        if pending:
+            held.close()  # A task may take minutes.
         pool.shutdown(cancel_futures=True)
+        held.close()
+        released.close()
 
 
-def _start(threads: str) -> None:
+def _start(threads: str, released: Any) -> None:
     """Make a worker process; torch, which reads the number of threads where it is loaded, is not loaded yet."""
     os.environ["OMP_NUM_THREADS"] = threads
     # The driver's to handle: it ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_end_once, args=(released,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
+def _end_once(released: Any) -> None:
+    with suppress(EOFError, OSError):
+        released.recv()
     os._exit(1)
 
 

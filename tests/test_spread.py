@@ -43,7 +43,7 @@ def test_every_task_is_done_once(count: int | None) -> None:
 
 
 def test_processes_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     found = [result for _, result in spread(partial(process_of, 0), range(8), Workers(count=2))]
     assert {threads for _, threads in found} == {"3"}
@@ -67,6 +67,24 @@ def test_tasks_are_taken_as_they_are_done() -> None:
     next(results)
     results.close()
     assert len(taken) < 10
+
+
+def lingerer(folder: Path) -> Callable[[int], None]:
+    def work(number: int) -> None:
+        (folder / f"{number} begun").touch()
+        time.sleep(0 if number == 0 else 20)
+        (folder / f"{number} done").touch()
+
+    return work
+
+
+def test_what_has_begun_is_not_waited_for(tmp_path: Path) -> None:
+    results = spread(partial(lingerer, tmp_path), range(2), Workers(count=2))
+    next(results)
+    while not (tmp_path / "1 begun").exists():
+        time.sleep(0.05)
+    results.close()
+    assert not (tmp_path / "1 done").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2])
