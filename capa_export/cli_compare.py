@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli_options import ImagesOpt, JsonOpt
+from capa_export.cli_options import ImagesOpt, JsonOpt, TrustOpt
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["compare"]
@@ -19,6 +19,7 @@ def compare(
         int | None, typer.Option(min=1, help="How many to ask about [default: a bundle's golden samples, or else 8].")
     ] = None,
     gate: Annotated[Path | None, typer.Option(help="TOML file with a table [compare]: what may be lost.")] = None,
+    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
@@ -32,7 +33,13 @@ def compare(
     limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:
         found = compare_bundles(
-            Bundle.open(reference), Bundle.open(candidate), images=images, samples=samples, limits=limits, report=report
+            Bundle.open(reference),
+            Bundle.open(candidate),
+            images=images,
+            samples=samples,
+            limits=limits,
+            trust_remote_code=trust_remote_code,
+            report=report,
         )
     if as_json:
         print(found.model_dump_json(indent=2))

@@ -1,6 +1,7 @@
 """Compares two bundles: recipe, kept tokens, logits, answers, speed and size; needs neither checkpoint."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from capa_export.bundle import Bundle
@@ -26,6 +27,7 @@ def compare(
     images: Path | None = None,
     samples: int | None = None,
     limits: Limits | None = None,
+    trust_remote_code: bool = False,
     report: Report = silent,
 ) -> BundleComparison:
     """Say what changed, and whether it may.
@@ -36,13 +38,15 @@ def compare(
         images: to ask about. Where neither these nor `samples` are given and a bundle has golden samples, those.
         samples: how many pictures, or built-in scenes; 8 by default.
         limits: what the candidate may cost.
+        trust_remote_code: whether Python in the bundles may run, for their tokenizers and image processors.
         report: progress.
 
     Raises:
         CapaError: a bundle was changed since it was built, the two are of different families or vocabularies, or
             there is nothing to ask about.
     """
-    sides = Side.of(reference), Side.of(candidate)
+    open_side = partial(Side.of, trust_remote_code=trust_remote_code)
+    sides = open_side(reference), open_side(candidate)
     _check_alike(*sides)
     name, count, questions = _questions(sides, images, samples)
     both = SideBySide(sides)

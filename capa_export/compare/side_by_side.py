@@ -42,7 +42,7 @@ class Side:
     stop: Sequence[int]
 
     @classmethod
-    def of(cls, bundle: Bundle) -> "Side":
+    def of(cls, bundle: Bundle, *, trust_remote_code: bool = False) -> "Side":
         """Found to be as it was built.
 
         Raises:
@@ -51,7 +51,8 @@ class Side:
         bundle.verify("export", *bundle.manifest["stages"])
         folder = bundle.folder / ONNX
         recipe = recipe_of(bundle.manifest, bundle.folder)
-        return cls(bundle, recipe, bundled_prompter(bundle), OnnxModel(folder), eos_token_ids(folder / "llm"))
+        prompter = bundled_prompter(bundle, trust_remote_code=trust_remote_code)
+        return cls(bundle, recipe, prompter, OnnxModel(folder), eos_token_ids(folder / "llm"))
 
     def prefill(self, prompt: Prompt, embeds: Mapping[str, np.ndarray]) -> PrefillRun[KVCache]:
         return self.model.prefill(prompt, self.recipe.prune.num_keep(prompt.image_lengths), embeds)

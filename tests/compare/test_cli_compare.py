@@ -1,5 +1,6 @@
 """`capa-export compare`: what it prints, its exit codes, and its one line for every mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from capa_export.bundle import Bundle
 from capa_export.cli import main
 from capa_export.compare.schema import BundleComparison
 from capa_export.errors import ExitCode
-from tests.compare.conftest import Exported, note_validation
+from tests.compare.conftest import Exported, note_validation, rerecord
 
 
 @pytest.fixture
@@ -33,6 +34,31 @@ def test_the_table_says_what_changed_and_what_comes_of_it(
     ):
         assert row in printed
     assert max(map(len, printed.splitlines())) < 200
+
+
+def test_code_that_came_with_a_checkpoint_runs_where_it_is_trusted(
+    reference: Bundle,
+    spare: Bundle,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Where transformers copies the code to, which is else below the user's home.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path))  # Undone behind the test, with what transformers adds.
+    config = spare.folder / "onnx/visual/preprocessor_config.json"
+    own = {"auto_map": {"AutoImageProcessor": "own.OwnImageProcessor"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}), encoding="utf-8")
+    (config.parent / "own.py").write_text(
+        "from transformers import Qwen2VLImageProcessor\nclass OwnImageProcessor(Qwen2VLImageProcessor): pass\n"
+    )
+    for file in ("preprocessor_config.json", "own.py"):
+        rerecord(spare, f"onnx/visual/{file}")
+    command = ["compare", str(reference.folder), str(spare.folder), "--images", str(pictures), "--json"]
+    assert main(command) == ExitCode.PREFLIGHT
+    assert "--trust-remote-code runs it" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == ExitCode.OK
 
 
 def test_a_regression_is_exit_code_6_with_the_first_sentence(
