@@ -12,8 +12,13 @@ from capa_export.testbed.beds import BEDS
 from capa_export.testbed.evaluate import Asker
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, samples
 
-# No bed has learnt which of two shapes is further left, right, up or down.
-TAUGHT = [kind for kind in (*KINDS, *HARD_KINDS) if kind != "relation"]
+ALL_KINDS = (*KINDS, *HARD_KINDS)
+RELATES = ("tiny-internvl3",)
+"""Beds that have learnt which of two is further up; the others guess."""
+
+
+def taught(bed: str) -> list[str]:
+    return [kind for kind in ALL_KINDS if kind != "relation" or bed in RELATES]
 
 
 @pytest.fixture(scope="module", params=BEDS)
@@ -38,11 +43,11 @@ def test_it_is_small_and_whole(recipe: Recipe, folder: Path) -> None:
 
 def test_the_published_evaluation_reaches_the_bar(folder: Path) -> None:
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert set(KINDS) <= set(evaluation) <= {*KINDS, *HARD_KINDS}
-    assert min(evaluation[kind] for kind in TAUGHT) >= 0.95
+    assert set(evaluation) == set(ALL_KINDS)
+    assert min(evaluation[kind] for kind in taught(folder.name)) >= 0.95
 
 
-@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize(("recipe", "kind"), [(bed, kind) for bed in BEDS for kind in taught(bed)], indirect=["recipe"])
 def test_it_answers_pictures_it_never_saw(asker: Asker, kind: str) -> None:
     asked = list(samples(30, seed=77, kinds=[kind], split="held_out"))
     # A model at 99.5 % falls below 28 of 30 in none of a thousand runs, and one at 96 % below 26 in one of 150.

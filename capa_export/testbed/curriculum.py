@@ -11,6 +11,8 @@ _ALL = {"color_of": 3, "shape_of": 2, "exists": 3, "same": 2}
 _LOOK = Lesson(asked={}, heavy=0.3)
 _READ = Lesson(asked={"number": 6, "count": 3}, clutter=0.6, heavy=0.3)
 _PAIRS = Lesson(asked={"pictures": 6}, heavy=0.3)
+_TWINS_ALONE = Lesson(asked={"relation": 8}, num_sprites=(6, 7), clutter=0.0)
+_TWINS = Lesson(asked={"relation": 6}, heavy=0.3)
 _REHEARSED = Lesson(asked=_ALL, heavy=0.3)
 
 
@@ -33,7 +35,8 @@ BASIC = (
 )
 FURTHER = (
     Stage(0.3, (_READ, *4 * (_LOOK,), _PAIRS, *4 * (_LOOK,), _REHEARSED, *4 * (_LOOK,))),
-    Stage(0.7, (_READ, _LOOK, _PAIRS, _READ, _LOOK, _REHEARSED)),
-    Stage(1.0, (_READ, _REHEARSED, _PAIRS)),
+    Stage(0.5, (_READ, _LOOK, _PAIRS, _READ, _LOOK, _REHEARSED)),
+    Stage(0.7, (*3 * (_TWINS_ALONE,), _REHEARSED, *3 * (_TWINS_ALONE,), _READ, *3 * (_TWINS_ALONE,), _PAIRS)),
+    Stage(1.0, (_READ, _REHEARSED, _PAIRS, _TWINS)),
 )
 """For a bed that knows the basic kinds: small digits are first learnt by the tower alone."""

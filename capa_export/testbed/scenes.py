@@ -28,11 +28,13 @@ Split = Literal["train", "held_out"]
 
 KINDS = ("color_of", "shape_of", "exists", "same")
 HARD_KINDS = ("number", "count", "relation", "pictures")
-"""Small text to read, shapes to count, which of two is where, and two pictures in one prompt."""
+"""Small text to read, shapes to count, which of two alike is further up, and two pictures in one prompt."""
 
 _ORDINALS = ("first", "second")
-_SIDES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-"""Words, and the step in rows and columns."""
+_SIDES = {"up": -1, "down": 1}
+"""Words, and the step in rows."""
+_TWINS = 3
+"""Most shapes that are there twice, where twins are asked about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +154,31 @@ def draw(
         heavy: whether all of them have one, as large as a sprite and often of its colour.
     """
     while True:
-        if kind in ("number", "count", "relation"):
+        if kind in ("number", "count"):
             scenes = (hard_scene(rng, cells=cells, clutter=clutter),)
         else:
             count = 2 if kind == "pictures" else 1
             scenes = tuple(
                 random_scene(rng, cells=cells, num_sprites=num_sprites, clutter=clutter) for _ in range(count)
             )
+        if kind == "relation":
+            scenes = tuple(map(_with_twins, scenes))
         if heavy:
             scenes = tuple(replace(scene, heavy=True, clutter=_free(scene)) for scene in scenes)
         if kind not in HARD_KINDS or questions(scenes, kind):
             return scenes
+
+
+def _with_twins(scene: Scene) -> Scene:
+    """The same scene, where some shapes are there twice, in two colours."""
+    drawn: list[Sprite] = []
+    for sprite in scene.sprites:
+        shapes = [other.shape for other in drawn]
+        twins = len(shapes) - len(set(shapes))
+        last = drawn[-1] if drawn else sprite
+        alike = twins < _TWINS and shapes.count(last.shape) == 1 and last.color != sprite.color
+        drawn.append(replace(sprite, shape=last.shape) if alike else sprite)
+    return replace(scene, sprites=tuple(drawn))
 
 
 def _free(scene: Scene) -> frozenset[tuple[int, int]]:
@@ -198,11 +214,11 @@ def questions(scenes: Sequence[Scene], kind: str) -> list[tuple[str, str]]:
             return [(f"how many shapes are {color} ?", str(sum(s.color == color for s in sprites))) for color in COLORS]
         case "relation":
             return [
-                (f"which is further {side} , the {s.shape} or the {t.shape} ?", (s if ahead > 0 else t).shape)
+                (f"what color is the further {side} {s.shape} ?", s.color)
                 for s in sprites
                 for t in sprites
-                for side, (down, right) in _SIDES.items()
-                if (ahead := down * (s.row - t.row) + right * (s.col - t.col))
+                for side, step in _SIDES.items()
+                if s.shape == t.shape and s.color != t.color and step * (s.row - t.row) > 0
             ]
         case "pictures":
             return [

@@ -65,7 +65,7 @@ def test_pixels_are_those_of_the_image_processor(bed: Bed) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("lesson", FURTHER[-1].lessons, ids=["numbers", "basic", "two pictures"])
+@pytest.mark.parametrize("lesson", FURTHER[-1].lessons, ids=["numbers", "basic", "two pictures", "twins"])
 def test_a_packed_question_computes_what_it_computes_alone(bed: Bed, lesson: Lesson) -> None:
     tokenizer = bed.build_tokenizer()
     model = bed.build_model(tokenizer).eval()

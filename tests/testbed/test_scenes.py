@@ -115,13 +115,12 @@ def test_hard_questions_of_a_hand_made_scene(kind: str, expected: dict[str, str]
     assert dict(questions([LINED_UP], kind)) == expected
 
 
-def test_of_two_in_one_row_none_is_further_up() -> None:
-    side_by_side = Scene(sprites=(Sprite(2, 1, "star", "red"), Sprite(2, 4, "ring", "blue")))
-    assert dict(questions([side_by_side], "relation")) == {
-        "which is further left , the star or the ring ?": "star",
-        "which is further left , the ring or the star ?": "star",
-        "which is further right , the star or the ring ?": "ring",
-        "which is further right , the ring or the star ?": "ring",
+def test_of_two_alike_one_is_further_up_unless_they_stand_in_one_row() -> None:
+    stars = (Sprite(2, 4, "star", "red"), Sprite(3, 1, "star", "blue"))
+    side_by_side = (Sprite(5, 1, "ring", "red"), Sprite(5, 4, "ring", "blue"))
+    assert dict(questions([Scene(sprites=(*stars, *side_by_side))], "relation")) == {
+        "what color is the further up star ?": "red",
+        "what color is the further down star ?": "blue",
     }
 
 
@@ -142,15 +141,10 @@ def _answers(scenes: tuple[Scene, ...], question: str) -> set[str]:
             return {f"{n.digits[0]} {n.digits[1]}" for n in scenes[0].numbers if n.color == color}
         case ["how", "many", "shapes", "are", color]:
             return {str(len([s for s in scenes[0].sprites if s.color == color]))}
-        case ["which", "is", "further", side, ",", "the", one, "or", "the", other]:
-            first, second = (next(s for s in scenes[0].sprites if s.shape == shape) for shape in (one, other))
-            further = {
-                "left": first.col < second.col,
-                "right": first.col > second.col,
-                "up": first.row < second.row,
-                "down": first.row > second.row,
-            }
-            return {one if further[side] else other}
+        case ["what", "color", "is", "the", "further", side, shape]:
+            upper, lower = sorted((s for s in scenes[0].sprites if s.shape == shape), key=lambda s: s.row)
+            assert upper.row < lower.row
+            return {{"up": upper, "down": lower}[side].color}
         case ["in", "the", ordinal, "picture", "what", "color", "is", "the", shape]:
             return {s.color for s in scenes[ordinal == "second"].sprites if s.shape == shape}
         case _:
@@ -176,7 +170,8 @@ def test_nothing_is_drawn_over_another(kind: str) -> None:
             drawn = [(d.row, d.col) for d in (*scene.sprites, *scene.numbers)] + sorted(scene.clutter)
             assert len(drawn) == len(set(drawn))
             assert all(0 <= row < 8 and 0 <= col < 8 for row, col in drawn)
-            assert len({s.shape for s in scene.sprites}) == len(scene.sprites)
+            twins = len(scene.sprites) - len({s.shape for s in scene.sprites})
+            assert (0 < twins <= 3) if kind == "relation" else twins == 0
             assert len(drawn) == 64 or not scene.heavy
 
 
@@ -238,10 +233,10 @@ def test_a_crowded_scene_shows_every_word() -> None:
 
 
 def test_what_was_missed_is_asked_more_often() -> None:
-    missed = {question: 0.0 for question, _ in questions([LINED_UP], "relation")}
-    wanted = "which is further up , the cross or the ring ?"
+    missed = {question: 0.0 for question, _ in questions([LINED_UP], "color_of")}
+    wanted = "what color is the ring ?"
     rng = generator(0)
-    assert {ask([LINED_UP], "relation", rng, {**missed, wanted: 1.0})[0] for _ in range(20)} == {wanted}
+    assert {ask([LINED_UP], "color_of", rng, {**missed, wanted: 1.0})[0] for _ in range(20)} == {wanted}
 
 
 def test_sprites_are_painted_where_the_scene_says() -> None:
