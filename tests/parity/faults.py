@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
-from tests.parity import graph_faults as graphs
+from tests.parity.graph_faults import attention, tokens, weights
+from tests.parity.graph_faults.edit import mixed
 
 __all__ = ["FAULTS", "HARMLESS", "Fault"]
 
@@ -72,47 +73,47 @@ def image_mean_off(path: Path, size: float) -> str:
 def embedding_rows_shifted(path: Path, size: float) -> str:
     """Some tokens have the next one's embedding."""
     table = load_file(path)["embedding"]
-    save_file({"embedding": graphs.mixed(table, np.roll(table, -1, axis=0), size)}, path)
+    save_file({"embedding": mixed(table, np.roll(table, -1, axis=0), size)}, path)
     return ""
 
 
 FAULTS = (
-    Fault(_PREFILL, graphs.alpha_dropped, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.alpha_of_another_layer, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.text_rows_not_merged, "text tokens", _ALL, 1),
-    Fault(_PREFILL, graphs.gather_off_by_one, "visual tokens", _ALL, 1),
-    Fault(_PREFILL, graphs.rotary_not_gathered, "visual tokens", _ALL, 1),
-    Fault(_PREFILL, graphs.cache_not_gathered, "visual tokens", _ALL, 1),
-    Fault(_PREFILL, graphs.kept_unsorted, "visual tokens", _ALL, 2),
-    Fault(_PREFILL, graphs.kept_too_few, "tokens", 2, 1),
-    Fault(_PREFILL, graphs.score_without_output_weight, "share", 1.0, 1e-4),
-    Fault(_PREFILL, graphs.score_over_visual_keys, "nats", 1e4, 1e-4),
-    Fault(_PREFILL, graphs.wrong_score_layer, "layers", 1, 1),
-    Fault(_PREFILL, graphs.heads_swapped, "channels", _ALL, 1),
-    Fault(_DECODE, graphs.heads_swapped, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.output_weight_transposed, "rows", _ALL, 2),
-    Fault(_PREFILL, graphs.kv_group_off_by_one, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.causal_mask_lost, "tokens ahead", _ALL, 1),
-    Fault(_PREFILL, graphs.attention_scale_off, "share", 1.0, 1e-5),
-    Fault(_PREFILL, graphs.mrope_rows_swapped, "frequencies", _ALL, 1),
-    Fault(_PREFILL, graphs.frequencies_off, "share", 0.5, 1e-6),
-    Fault(_DECODE, graphs.positions_from_pruned_length, "positions", _ALL, 1),
-    Fault(_DECODE, graphs.cache_hidden, "tokens", 4, 1),
-    Fault(_PREFILL, graphs.norm_epsilon, "times epsilon", 1e5, 1e-2),
-    Fault(_DECODE, graphs.norm_epsilon, "times epsilon", 1e5, 1e-2),
-    Fault(_PREFILL, graphs.bias_dropped, "channels", _ALL, 1),
-    Fault(_DECODE, graphs.bias_dropped, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.tile_negated, "rows and columns", _ALL, 1),
-    Fault(_DECODE, graphs.tile_negated, "rows and columns", _ALL, 1),
-    Fault(_PREFILL, graphs.tile_off, "share", 100.0, 1e-4),
-    Fault(_PREFILL, graphs.nan_weight, "weights", 1, 1),
-    Fault(_DECODE, graphs.nan_weight, "weights", 1, 1),
-    Fault(_PREFILL, graphs.residual_lost, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.head_rows_shifted, "tokens", _ALL, 1),
-    Fault(_VISUAL, graphs.vision_channels_shifted, "channels", _ALL, 1),
-    Fault(_VISUAL, graphs.vision_heads_swapped, "channels", _ALL, 1),
-    Fault(_VISUAL, graphs.vision_bias_dropped, "channels", _ALL, 1),
-    Fault(_VISUAL, graphs.vision_norm_epsilon, "times epsilon", 1e7, 1e-2),
+    Fault(_PREFILL, tokens.alpha_dropped, "channels", _ALL, 1),
+    Fault(_PREFILL, tokens.alpha_of_another_layer, "channels", _ALL, 1),
+    Fault(_PREFILL, tokens.text_rows_not_merged, "text tokens", _ALL, 1),
+    Fault(_PREFILL, tokens.gather_off_by_one, "visual tokens", _ALL, 1),
+    Fault(_PREFILL, tokens.rotary_not_gathered, "visual tokens", _ALL, 1),
+    Fault(_PREFILL, tokens.cache_not_gathered, "visual tokens", _ALL, 1),
+    Fault(_PREFILL, tokens.kept_unsorted, "visual tokens", _ALL, 2),
+    Fault(_PREFILL, tokens.kept_too_few, "tokens", 2, 1),
+    Fault(_PREFILL, tokens.score_without_output_weight, "share", 1.0, 1e-4),
+    Fault(_PREFILL, tokens.score_over_visual_keys, "nats", 1e4, 1e-4),
+    Fault(_PREFILL, tokens.wrong_score_layer, "layers", 1, 1),
+    Fault(_PREFILL, attention.heads_swapped, "channels", _ALL, 1),
+    Fault(_DECODE, attention.heads_swapped, "channels", _ALL, 1),
+    Fault(_PREFILL, attention.output_weight_transposed, "rows", _ALL, 2),
+    Fault(_PREFILL, attention.kv_group_off_by_one, "channels", _ALL, 1),
+    Fault(_PREFILL, attention.causal_mask_lost, "tokens ahead", _ALL, 1),
+    Fault(_PREFILL, attention.attention_scale_off, "share", 1.0, 1e-5),
+    Fault(_PREFILL, attention.mrope_rows_swapped, "frequencies", _ALL, 1),
+    Fault(_PREFILL, attention.frequencies_off, "share", 0.5, 1e-6),
+    Fault(_DECODE, attention.positions_from_pruned_length, "positions", _ALL, 1),
+    Fault(_DECODE, attention.cache_hidden, "tokens", 4, 1),
+    Fault(_PREFILL, weights.norm_epsilon, "times epsilon", 1e5, 1e-2),
+    Fault(_DECODE, weights.norm_epsilon, "times epsilon", 1e5, 1e-2),
+    Fault(_PREFILL, weights.bias_dropped, "channels", _ALL, 1),
+    Fault(_DECODE, weights.bias_dropped, "channels", _ALL, 1),
+    Fault(_PREFILL, weights.tile_negated, "rows and columns", _ALL, 1),
+    Fault(_DECODE, weights.tile_negated, "rows and columns", _ALL, 1),
+    Fault(_PREFILL, weights.tile_off, "share", 100.0, 1e-4),
+    Fault(_PREFILL, weights.nan_weight, "weights", 1, 1),
+    Fault(_DECODE, weights.nan_weight, "weights", 1, 1),
+    Fault(_PREFILL, weights.residual_lost, "channels", _ALL, 1),
+    Fault(_PREFILL, weights.head_rows_shifted, "tokens", _ALL, 1),
+    Fault(_VISUAL, weights.vision_channels_shifted, "channels", _ALL, 1),
+    Fault(_VISUAL, weights.vision_heads_swapped, "channels", _ALL, 1),
+    Fault(_VISUAL, weights.vision_bias_dropped, "channels", _ALL, 1),
+    Fault(_VISUAL, weights.vision_norm_epsilon, "times epsilon", 1e7, 1e-2),
     Fault("llm/embedding.safetensors", embedding_rows_shifted, "tokens", _ALL, 1),
     Fault("llm/tokenizer.json", words_swapped, "pairs of words", _ALL, 1),
     Fault("visual/preprocessor_config.json", image_mean_off, "1/255", 255, 1e-3),
@@ -120,7 +121,7 @@ FAULTS = (
 """Of a Qwen2.5-VL with a stage and two linear layers."""
 
 HARMLESS = (
-    Fault(_PREFILL, graphs.last_alpha_dropped, "channels", _ALL, 1),
-    Fault(_PREFILL, graphs.last_causal_mask_lost, "tokens ahead", _ALL, 1),
+    Fault(_PREFILL, tokens.last_alpha_dropped, "channels", _ALL, 1),
+    Fault(_PREFILL, attention.last_causal_mask_lost, "tokens ahead", _ALL, 1),
 )
 """No output depends on them: of the last layer's hidden states, only the last token's is read."""

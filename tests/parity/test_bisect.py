@@ -25,7 +25,8 @@ from capa_export.recipe import Prune, Stage
 from tests.conftest import noise, random_model, save_model
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, Fault
-from tests.parity.graph_faults import attention_scale_off, norm_epsilon
+from tests.parity.graph_faults.attention import attention_scale_off
+from tests.parity.graph_faults.weights import norm_epsilon
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
 PREFILL = "llm/prefill.onnx"
