@@ -18,8 +18,9 @@ from capa_export.parity.validate import compare_onnx
 from capa_export.prompt import Prompter
 from capa_export.recipe import Prune, Stage, load_recipe
 from capa_export.samples import samples_from
-from tests.conftest import noise, random_model, save_model
-from tests.families import test_llava15
+from tests.conftest import noise
+from tests.models import llava15 as small_llava15
+from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder, plant_in_tower
 
 LAYER, BLOCK = "model.language_model.layers.3", "model.visual.blocks.2"
@@ -101,7 +102,7 @@ def test_a_calibration_of_an_earlier_version_says_less(dims: Any) -> None:
 
 
 def test_layers_that_the_graph_does_not_run_ask_for_nothing() -> None:
-    dims = llava15.model_dims(test_llava15.random_model().config.to_dict())
+    dims = llava15.model_dims(small_llava15.random_model().config.to_dict())
     last = f"model.vision_tower.encoder.layers.{dims.vision.num_blocks}"
     assert asked(dims, **{last: 1e6, f"{last}.mlp": 1e6}) == ()
 

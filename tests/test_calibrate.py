@@ -22,7 +22,8 @@ from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe
 from capa_export.samples import Samples, samples_from
 from capa_export.spread import Workers
-from tests.conftest import noise, random_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model
 
 
 def run(model: Any, prompter: Prompter, samples: Samples) -> Calibration:

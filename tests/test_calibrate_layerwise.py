@@ -28,13 +28,9 @@ from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe
 from capa_export.samples import Samples, samples_from
 from capa_export.shipped import shipped
-from tests import conftest
 from tests.conftest import noise
-from tests.families import test_internvl3 as internvl3
-from tests.families import test_llava15 as llava15
-from tests.families import test_qwen3vl as qwen3vl
+from tests.models import FAMILIES, internvl3, qwen25vl
 
-FAMILIES = {"qwen25vl": conftest, "llava15": llava15, "internvl3": internvl3, "qwen3vl": qwen3vl}
 """What makes a small random model of each, Qwen3-VL with features that join behind the first layers."""
 
 
@@ -112,7 +108,7 @@ def test_weights_are_there_only_while_they_are_used(
     monkeypatch.setattr(module, "_hollow", remember)
     monkeypatch.setattr(module._Weights, "load", weigh)
     streamed(checkpoint, "qwen25vl", pictures, tmp_path)
-    inner = conftest.random_model().model
+    inner = qwen25vl.random_model().model
     beside = matrices(inner.visual) - matrices(inner.visual.blocks)
     block, layer = matrices(inner.visual.blocks[0]), matrices(inner.language_model.layers[0])
     assert held == [beside, *[beside + block] * 3 * pictures.count, *[layer] * 5, 0]
@@ -285,6 +281,6 @@ def test_the_options_of_the_command_line(checkpoint: Path, pictures: Samples, tm
 
 def test_the_plan_tells_both(checkpoint: Path) -> None:
     memory = dry_run(load_recipe("qwen25vl"), str(checkpoint), None, "fp16", ffn=True)["memory"]
-    parameters = sum(parameter.numel() for parameter in conftest.random_model().parameters())
+    parameters = sum(parameter.numel() for parameter in qwen25vl.random_model().parameters())
     assert memory["calibrate"] == calibration_bytes(parameters)
     assert memory["calibrate layer by layer"] - calibration_bytes(0) == 4 * parameters // 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capa_export.eager_attention import attention_weights
-from tests.families.test_llava15 import SIDE, random_model
+from tests.models.llava15 import SIDE, random_model
 
 
 @pytest.fixture(scope="module")

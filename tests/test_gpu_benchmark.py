@@ -16,8 +16,8 @@ import torch
 from capa_export.errors import CapaError
 from capa_export.kernels.execute import execute
 from capa_export.parity.trace import Trace
-from tests.conftest import random_model, save_model
 from tests.graph.one_node import run
+from tests.models.qwen25vl import random_model, save_model
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 OPERATORS = ("ContributionScore", "TopKKeep", "TokenGather", "VisualScale")

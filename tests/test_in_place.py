@@ -25,7 +25,8 @@ from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.runtime import OnnxModel
 from capa_export.target import load_target
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALES = {2: np.linspace(0.5, 1.5, 64)}

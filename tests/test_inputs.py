@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,17 @@ from capa_export.checkpoint import open_checkpoint
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
-from capa_export.families import internvl3, llava15, qwen25vl
+from capa_export.families import load_family, qwen25vl
 from capa_export.prompt import Prompt, Prompter, Turn, Video
 from capa_export.recipe import Prune, Stage
 from capa_export.runtime import OnnxModel
-from tests import conftest
 from tests.conftest import noise
-from tests.families import test_internvl3, test_llava15
+from tests.models import FAMILIES
+from tests.models import qwen25vl as small_qwen25vl
 
 QUESTION = "what color is the star ?"
 ALPHA = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.2, 0.8, 64)}
 PRUNE = Prune(schedule=(Stage(layer=1, ratio=0.5), Stage(layer=3, ratio=0.75)))
-MODULES: dict[str, tuple[ModuleType, Any]] = {
-    "qwen25vl": (conftest, qwen25vl),
-    "internvl3": (test_internvl3, internvl3),
-    "llava15": (test_llava15, llava15),
-}
 
 
 @dataclass
@@ -73,9 +67,9 @@ def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subj
 
     def build(name: str) -> Subject:
         if name not in made:
-            builders, family = MODULES[name]
-            model = builders.random_model()
-            checkpoint = builders.save_model(tmp_path_factory.mktemp(name), model)
+            small, family = FAMILIES[name], load_family(name)
+            model = small.random_model()
+            checkpoint = small.save_model(tmp_path_factory.mktemp(name), model)
             if name == "qwen25vl":
                 allow_one_token(checkpoint)
             source = Source.of(open_checkpoint(str(checkpoint)), family)
@@ -115,7 +109,7 @@ VISUAL = {
 
 
 @pytest.mark.parametrize("shown", SHOWN)
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_any_picture_equals_eager_capa(subject_of: Callable[[str], Subject], family: str, shown: str) -> None:
     subject = subject_of(family)
     prompt = subject.prompter.chat([Turn("user", SHOWN[shown])])
@@ -123,7 +117,7 @@ def test_any_picture_equals_eager_capa(subject_of: Callable[[str], Subject], fam
     subject.compare(prompt)
 
 
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("family", VISUAL)
 def test_several_turns_equal_eager_capa(subject_of: Callable[[str], Subject], family: str) -> None:
     subject = subject_of(family)
     turns = [
@@ -162,7 +156,7 @@ def test_the_largest_picture_equals_eager_capa(tmp_path: Path) -> None:
     config = small_config()
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    checkpoint = conftest.save_model(tmp_path / "checkpoint", model)
+    checkpoint = small_qwen25vl.save_model(tmp_path / "checkpoint", model)
     source = Source.of(open_checkpoint(str(checkpoint)), qwen25vl)
     write_onnx(source, "fp32", tmp_path / "onnx", prune_layers=(0,), scales={})
     prompter = Prompter(checkpoint, checkpoint, qwen25vl, source.dims)
@@ -186,7 +180,7 @@ def test_the_largest_picture_equals_eager_capa(tmp_path: Path) -> None:
 
 def small_config() -> Qwen2_5_VLConfig:
     """Two decoder layers, two vision blocks of one head."""
-    config = conftest.random_model().config
+    config = small_qwen25vl.random_model().config
     config.text_config.num_hidden_layers = 2
     config.text_config.layer_types = config.text_config.layer_types[:2]
     config.vision_config.depth, config.vision_config.num_heads = 2, 1

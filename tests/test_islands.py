@@ -1,7 +1,6 @@
 """FP32 islands in half-precision graphs: nodes, weights, what they compute, and what TensorRT makes of them."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from capa_export.target import load_target
 from tests.conftest import noise
+from tests.models import FAMILIES
 from tests.test_lower import inputs, run
 
-FAMILIES = ("qwen25vl", "qwen3vl", "llava15", "internvl3")
 GRAPHS = ("llm/prefill", "llm/decode", "visual/model")
 RESIDUAL = ("residual", "visual.residual")
 BRANCHES = ("2.self_attn", "3.mlp", "visual.0.attn", "visual.1.mlp")
@@ -48,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
 
     def of(family: str) -> Source:
         if family not in made:
-            small = import_module("tests.conftest" if family == "qwen25vl" else f"tests.families.test_{family}")
+            small = FAMILIES[family]
             folder = small.save_model(tmp_path_factory.mktemp(family), small.random_model())
             made[family] = Source.of(open_checkpoint(str(folder)), load_family(family))
         return made[family]

@@ -1,7 +1,6 @@
 """Graphs for older TensorRT: what they compute, in which operators, and what TensorRT-RTX makes of them."""
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from capa_export.export import Source, write_onnx
 from capa_export.families import load_family
 from capa_export.lower import lower
 from capa_export.target import load_target
+from tests.models import FAMILIES
 
 JETPACK_6 = (10, 3)
 GRAPHS = ("llm/prefill", "llm/decode", "visual/model")
@@ -92,7 +92,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 
     def write(family: str, precision: str) -> Path:
         if family not in checkpoints:
-            small = import_module("tests.conftest" if family == "qwen25vl" else f"tests.families.test_{family}")
+            small = FAMILIES[family]
             checkpoints[family] = small.save_model(tmp_path_factory.mktemp(family), small.random_model())
         if (family, precision) not in made:
             source = Source.of(open_checkpoint(str(checkpoints[family])), load_family(family))

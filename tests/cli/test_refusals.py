@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from capa_export.errors import ExitCode
 from capa_export.shipped import shipped
 from tests.cli.conftest import Cli, preflight
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 
 USAGE = {
     "unknown model": (["build", "-m", "llama", "-o", "x"], "unknown model 'llama'; known models: "),

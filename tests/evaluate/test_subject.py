@@ -15,7 +15,7 @@ from capa_export.job import Job
 from capa_export.methods import parse_method
 from capa_export.recipe import Recipe, Stage, load_recipe
 from tests.evaluate.asking import job_of, rows_of, subject_of
-from tests.families import test_qwen3vl as qwen3vl
+from tests.models import qwen3vl
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from capa_export.job import Job
 from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 
 QUESTION = "What is it?"
 DUMP, ANCHOR = 7, 12

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 against transformers: dimensions, tensor names, vision tower, prompts, and eager CAPA."""
+"""LLaVA-1.5 against transformers: tensor names, vision tower, prompts, and eager CAPA."""
 
 import json
 import shutil
@@ -12,15 +12,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from capa_export.checkpoint import open_checkpoint
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import llava15
-from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.plan import parameters
@@ -29,86 +27,7 @@ from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.agreement import compare
 from tests.conftest import noise
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-WORDS = ("USER:", "ASSISTANT:", "\n", "what", "color", "is", "the", "star", "?", "red", "blue", "Describe", "image.")
-SIDE, PATCH = 56, 14
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word by word; like Llama's, it puts `<s>` in front."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex("[ \t]+"), "removed")]
-    )
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template=TEMPLATE,
-    )
-
-
-def build_image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-
-
-def random_model(seed: int = 0, **options: Any) -> LlavaForConditionalGeneration:
-    """Five decoder layers with as many KV heads as query heads; four vision layers, the third of which is taken."""
-    config = LlavaConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": len(SPECIAL) + len(WORDS) + 14,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        },
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-        },
-        image_token_index=SPECIAL.index("<image>"),
-        **options,
-    )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Zero biases and unit norms would hide a mistake in either.
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.2)
-            elif parameter.ndim == 1:
-                parameter.normal_(1, 0.2)
-            else:
-                parameter.normal_(0, 0.6 * parameter[0].numel() ** -0.5)
-    return model
-
-
-def save_model(folder: Path, model: LlavaForConditionalGeneration, **options: Any) -> Path:
-    """A whole checkpoint folder, tokenizer and image processor included."""
-    model.generation_config.eos_token_id = SPECIAL.index("</s>")
-    model.save_pretrained(folder, **options)
-    build_tokenizer().save_pretrained(folder)
-    build_image_processor().save_pretrained(folder)
-    return folder
+from tests.models.llava15 import PATCH, SIDE, TEMPLATE, build_image_processor, build_tokenizer, random_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -129,136 +48,6 @@ def source(checkpoint: Path) -> Source:
 @pytest.fixture(scope="module")
 def prompter(checkpoint: Path, source: Source) -> Prompter:
     return Prompter(checkpoint, checkpoint, llava15, source.dims)
-
-
-# Dimensions.
-
-PUBLISHED_VISION = {
-    "hidden_size": 1024,
-    "image_size": 336,
-    "intermediate_size": 4096,
-    "model_type": "clip_vision_model",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
-PUBLISHED_TEXT = {
-    "7B": {
-        "_name_or_path": "lmsys/vicuna-7b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    },
-    "13B": {
-        "_name_or_path": "lmsys/vicuna-13b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "num_attention_heads": 40,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 40,
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    },
-}
-
-
-def published(size: str = "7B", **changes: Any) -> dict[str, Any]:
-    """The config of transformers 4 that came with the weights."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "ignore_index": -100,
-        "image_token_index": 32000,
-        "model_type": "llava",
-        "pad_token_id": 32001,
-        "projector_hidden_act": "gelu",
-        "text_config": dict(PUBLISHED_TEXT[size]),
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vision_config": dict(PUBLISHED_VISION),
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": 32064,
-        **changes,
-    }
-
-
-@pytest.mark.parametrize("size", PUBLISHED_TEXT)
-def test_both_layouts_give_the_dimensions_of_transformers(size: str) -> None:
-    old = published(size)
-    config = LlavaConfig(**json.loads(json.dumps(old)))
-    dims = model_dims(old)
-    assert model_dims(json.loads(config.to_json_string(use_diff=False))) == dims
-    assert model_dims(json.loads(config.to_json_string())) == dims
-    text = config.text_config
-    assert dims.decoder.hidden_size == text.hidden_size
-    assert dims.decoder.num_layers == text.num_hidden_layers
-    assert dims.decoder.num_kv_heads == text.num_key_value_heads == dims.decoder.num_heads
-    assert (dims.decoder.head_dim, dims.decoder.rope_theta, dims.decoder.rms_norm_eps) == (128, 10_000.0, 1e-5)
-    assert (dims.decoder.position_axes, dims.decoder.attention_bias) == (1, False)
-    assert (dims.image_token_id, dims.vision.num_tokens, dims.vision.num_run_layers) == (32000, 576, 23)
-    with torch.device("meta"):
-        real = LlavaForConditionalGeneration(config)
-    assert parameters(dims).total == real.num_parameters()
-
-
-def test_absent_keys_have_the_defaults_of_transformers() -> None:
-    bare = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
-    config = LlavaConfig(text_config={"model_type": "llama"}, vision_config={"model_type": "clip_vision_model"})
-    assert model_dims(bare) == model_dims(json.loads(config.to_json_string(use_diff=False)))
-
-
-def test_the_other_name_of_the_image_token_is_read() -> None:
-    config = published()
-    config["image_token_id"] = config.pop("image_token_index") - 5
-    assert model_dims(config).image_token_id == 31995
-
-
-def vision(**changes: Any) -> dict[str, Any]:
-    return {"vision_config": PUBLISHED_VISION | changes}
-
-
-def text(**changes: Any) -> dict[str, Any]:
-    return {"text_config": PUBLISHED_TEXT["7B"] | changes}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llava_next"}, "model_type is 'llava_next', this recipe is for 'llava'"),
-        ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer: is \[-2, -5\], only the number of a single layer"),
-        ({"vision_feature_layer": -25}, "vision_feature_layer: -25 is none of the 24 layers"),
-        ({"vision_feature_layer": 0}, "vision_feature_layer: 0 is none of the 24 layers"),
-        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy: is 'cls'"),
-        ({"projector_hidden_act": "relu"}, "projector_hidden_act: is 'relu', only 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: use the checkpoint in bf16"),
-        (text(model_type="mistral"), "text_config.model_type: is 'mistral', only 'llama'"),
-        (text(attention_bias=True), "text_config.attention_bias: is True, only False"),
-        (text(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type: is 'linear', only 'default'"),
-        (vision(model_type="siglip_vision_model"), "vision_config.model_type: is 'siglip_vision_model'"),
-        (vision(hidden_act="gelu"), "vision_config.hidden_act: is 'gelu', only 'quick_gelu'"),
-        (vision(image_size=340), "vision_config.image_size: 340 must be a multiple of patches of 14"),
-        (vision(num_attention_heads=15), "vision_config.hidden_size: 1024 must be a multiple of 15 heads"),
-    ],
-)
-def test_what_the_graphs_do_not_do_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CapaError, match=message):
-        model_dims(published(**changes))
-
-
-def test_vision_flops_count_the_layers_that_run() -> None:
-    tower: Vision = model_dims(published()).vision
-    once = tower.flops(576)
-    assert tower.flops(577) == tower.flops(1152) == 2 * once
-    assert once - replace(tower, num_run_layers=22).flops(576) == 577 * 2 * 12 * 1024**2 + 4 * 577**2 * 1024
 
 
 # Tensor names.

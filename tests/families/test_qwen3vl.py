@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers: dimensions, tensor names, vision tower, prompts, DeepStack, and eager CAPA."""
+"""Qwen3-VL against transformers: tensor names, vision tower, prompts, DeepStack, and eager CAPA."""
 
 import json
 import shutil
@@ -12,8 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import Qwen3VLProcessor
 
 from capa_export import pipeline
 from capa_export.answer import answer
@@ -37,76 +36,9 @@ from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
+from tests.models.qwen3vl import build_image_processor, random_model, save_model
 
 VALUES = 3 * 2 * 16 * 16
-
-
-def random_model(seed: int = 0, *, vision: Mapping[str, Any] | None = None, **options: Any) -> Any:
-    """Five decoder layers, GQA 4/2, heads that do not make up the hidden size; three blocks go to DeepStack."""
-    tokenizer = build_tokenizer()
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 24,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 100.0,
-                "mrope_section": [6, 3, 3],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 49,
-            "deepstack_visual_indexes": [0, 1, 3],
-            **(vision or {}),
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        **options,
-    )
-    torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Zero biases and unit norms would hide a mistake in either.
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.2)
-            elif parameter.ndim == 1:
-                parameter.normal_(1, 0.2)
-            else:
-                parameter.normal_(0, 0.6 * parameter[0].numel() ** -0.5)
-    return model
-
-
-def build_image_processor() -> Qwen2VLImageProcessorPil:
-    """Sides rounded to whole visual tokens of 32 pixels."""
-    return Qwen2VLImageProcessorPil(
-        patch_size=16,
-        size={"shortest_edge": 32**2, "longest_edge": 16384 * 32**2},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-
-
-def save_model(folder: Path, model: Any, **options: Any) -> Path:
-    """A whole checkpoint folder, tokenizer and image processor included."""
-    model.generation_config.eos_token_id = build_tokenizer().convert_tokens_to_ids("<|im_end|>")
-    model.save_pretrained(folder, **options)
-    build_tokenizer().save_pretrained(folder)
-    build_image_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,8 @@ from capa_export.families.qwen25vl.dims import last_full_block
 from capa_export.islands import compute_in_fp32, parse_unit
 from capa_export.prompt import Prompt, Prompter, Turn, Video
 from capa_export.target import load_target
-from tests import conftest as qwen25vl
 from tests.conftest import noise
-from tests.families import test_internvl3 as internvl3
-from tests.families import test_llava15 as llava15
+from tests.models import internvl3, llava15, qwen25vl
 
 QUESTION = "what color is the star ?"
 
@@ -81,8 +79,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[str, Subject] = {}
 
     def subject(module: ModuleType, **options: Any) -> Subject:
-        name = module.__name__.rpartition(".")[2].removeprefix("test_")
-        name = "qwen25vl" if name == "conftest" else name
+        name = module.__name__.rpartition(".")[2]
         key = f"{name} {options}"
         if key not in made:
             folder = tmp_path_factory.mktemp(name)

@@ -19,20 +19,11 @@ from capa_export.parity.subject import Subject
 from capa_export.prompt import Prompter, Turn
 from capa_export.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.samples import Sample, Samples
-from tests import conftest as qwen25vl
 from tests.conftest import noise
-from tests.families import test_internvl3 as internvl3
-from tests.families import test_llava15 as llava15
-from tests.families import test_qwen3vl as qwen3vl
+from tests.models import FAMILIES
 
 __all__ = ["Asked", "Build", "build"]
 
-_FAMILIES: dict[str, Any] = {
-    "qwen25vl": qwen25vl,
-    "internvl3": internvl3,
-    "llava15": llava15,
-    "qwen3vl": qwen3vl,
-}
 _PRECISIONS = ("fp32", "fp16", "bf16")
 _ROTARY = {8: [2, 1, 1], 16: [4, 2, 2], 24: [4, 4, 4], 32: [6, 5, 5]}
 """Frequencies of the three axes by head size, for Qwen."""
@@ -68,14 +59,14 @@ class Build:
 @cache
 def _base(family: str) -> Any:
     """A model of the family, whose config the others vary."""
-    return _FAMILIES[family].random_model()
+    return FAMILIES[family].random_model()
 
 
 @cache
 def _prompter(family: str) -> Prompter:
     """Prompts depend on nothing that is varied."""
     with TemporaryDirectory() as folder:
-        checkpoint = _FAMILIES[family].save_model(Path(folder), _base(family))
+        checkpoint = FAMILIES[family].save_model(Path(folder), _base(family))
         module = load_family(family)
         return Prompter(checkpoint, checkpoint, module, Source.of(open_checkpoint(folder), module).dims)
 
@@ -127,7 +118,7 @@ def _schedule(layers: int, rng: np.random.Generator) -> tuple[Stage, ...]:
 def build(seed: int, folder: Path, *, prompts: int = 2, steps: int = 3) -> Build:
     """The build of a seed, written into an empty folder with what the oracle makes of its prompts."""
     rng = np.random.default_rng(seed)
-    name = list(_FAMILIES)[seed % 4]
+    name = list(FAMILIES)[seed % 4]
     precision = _PRECISIONS[seed // 4 % 3]
     model, shape = _varied(name, rng)
     model.save_pretrained(folder / "checkpoint")

@@ -22,7 +22,8 @@ from capa_export.parity.schema import Bisection
 from capa_export.parity.subject import Subject
 from capa_export.prompt import Prompter, Turn
 from capa_export.recipe import Prune, Stage
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, Fault
 from tests.parity.graph_faults.attention import attention_scale_off

@@ -15,14 +15,11 @@ from capa_export.export import Source
 from capa_export.families import load_family
 from capa_export.parity.half import lowered
 from capa_export.prompt import Prompt, Prompter
-from tests import conftest
-from tests.conftest import noise, random_model
-from tests.families import test_internvl3 as internvl3
-from tests.families import test_llava15 as llava15
-from tests.families import test_qwen3vl as qwen3vl
+from tests.conftest import noise
+from tests.models import FAMILIES
+from tests.models.qwen25vl import random_model
 from tests.planted import plant_in_decoder, plant_in_tower
 
-FAMILIES = {"qwen25vl": conftest, "qwen3vl": qwen3vl, "llava15": llava15, "internvl3": internvl3}
 HALF, FLOAT = torch.float16, torch.float32
 IN_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.(?P<part>\d+\..+)")
 GATED = ("gate", "up", "down")

@@ -19,7 +19,8 @@ from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.stage import GOLDEN, Wanted
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder
 
 

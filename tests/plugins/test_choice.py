@@ -10,7 +10,7 @@ from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.plugins import choice
 from capa_export.plugins.choice import Plugins, choose_device_plugins, choose_plugins
-from tests.conftest import random_model
+from tests.models.qwen25vl import random_model
 
 DECODER = replace(load_family("qwen25vl").model_dims(random_model().config.to_dict()).decoder, head_dim=128)
 

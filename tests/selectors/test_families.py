@@ -16,12 +16,9 @@ from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Stage, kept_tokens
 from capa_export.runtime import OnnxModel
 from capa_export.selectors import Chosen, load_selector, selectors
-from tests import conftest as qwen25vl
 from tests.agreement import compare
 from tests.conftest import noise
-from tests.families import test_internvl3 as internvl3
-from tests.families import test_llava15 as llava15
-from tests.families import test_qwen3vl as qwen3vl
+from tests.models import internvl3, llava15, qwen3vl, qwen25vl
 
 FAMILIES: Mapping[str, Any] = {"qwen25vl": qwen25vl, "llava15": llava15, "internvl3": internvl3}
 SCALES = {3: np.linspace(0.5, 1.5, 64)}

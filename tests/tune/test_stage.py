@@ -22,7 +22,8 @@ from capa_export.tune.costs import Costs, Shape
 from capa_export.tune.recipe_file import write_recipe
 from capa_export.tune.schema import Finalist, Tuning
 from capa_export.tune.stage import _recipe, _verdict
-from tests.conftest import noise, random_model, save_model
+from tests.conftest import noise
+from tests.models.qwen25vl import random_model, save_model
 
 COUNT = 10
 
