@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from capa_export.cli_plugins import plugins
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, compile_kernels
-from capa_export.plugins.native import LIBRARY
+from capa_export.plugins.native import LIBRARY, write_sources
 
 HERE = Path(__file__).parent
 CAPABILITIES = ("8.6", "12.0")
@@ -30,6 +30,13 @@ def include() -> Path:
             "its headers are in the public repository NVIDIA/TensorRT"
         )
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources") / "plugins"
+    write_sources(folder, CAPABILITIES)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,6 @@ ENTRY_POINTS = {"getCreators", "setLoggerFinder"}
 JETPACK_6_GLIBC = (2, 35)
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "plugins"
-    write_sources(folder, CAPABILITIES)
-    return folder
-
-
 # What is written for a compiler.
 
 
