@@ -13,12 +13,6 @@ from capa_export.testbed.evaluate import Asker
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, samples
 
 ALL_KINDS = (*KINDS, *HARD_KINDS)
-RELATES = ("tiny-internvl3",)
-"""Beds that have learnt which of two is further up; the others guess."""
-
-
-def taught(bed: str) -> list[str]:
-    return [kind for kind in ALL_KINDS if kind != "relation" or bed in RELATES]
 
 
 @pytest.fixture(scope="module", params=BEDS)
@@ -44,10 +38,10 @@ def test_it_is_small_and_whole(recipe: Recipe, folder: Path) -> None:
 def test_the_published_evaluation_reaches_the_bar(folder: Path) -> None:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert set(evaluation) == set(ALL_KINDS)
-    assert min(evaluation[kind] for kind in taught(folder.name)) >= 0.95
+    assert min(evaluation.values()) >= 0.95
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [(bed, kind) for bed in BEDS for kind in taught(bed)], indirect=["recipe"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_it_answers_pictures_it_never_saw(asker: Asker, kind: str) -> None:
     asked = list(samples(30, seed=77, kinds=[kind], split="held_out"))
     # A model at 99.5 % falls below 28 of 30 in none of a thousand runs, and one at 96 % below 26 in one of 150.

@@ -25,9 +25,8 @@ _INTRODUCTION = """# What the selectors do to answers
 Every selector on the same held-out questions, on the test beds: the families' own architectures, made small and trained
 on drawn scenes, with 64 visual tokens a picture. They tell methods apart; they are no forecast for a large model.
 Asked are, in turn, the colour of a shape, the shape of a colour, whether something is there, what has the same colour,
-a number of two small digits, how many shapes have a colour, and which of two pictures shows what; and the first four
-kinds once more where glyphs fill every free cell. A bed that has learnt it is also asked which of two shapes that are
-alike is further up (`relation`).
+a number of two small digits, how many shapes have a colour, which of two shapes that are alike is further up, and
+which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.
 
 [What follows](../findings.md), in a page. Sentences and tables here are generated from the [figures](figures).
 "Surely", "loses" and "beats" mean that the 95 % interval of the paired difference (bootstrap over the questions) lies
