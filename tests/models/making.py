@@ -8,7 +8,7 @@ import torch
 __all__ = ["randomized", "saved"]
 
 
-def randomized(model_class: Any, config: Any, seed: int) -> Any:
+def randomized(model_class: Any, config: Any, seed: int, spread: float = 0.6) -> Any:
     """A model in which nothing is zero or one, which would hide a mistake in it."""
     torch.manual_seed(seed)
     model = model_class(config).eval()
@@ -19,7 +19,7 @@ def randomized(model_class: Any, config: Any, seed: int) -> Any:
             elif parameter.ndim == 1:
                 parameter.normal_(1, 0.2)
             else:
-                parameter.normal_(0, 0.6 * parameter[0].numel() ** -0.5)
+                parameter.normal_(0, spread * parameter[0].numel() ** -0.5)
     return model
 
 

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
 from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source, write_onnx
@@ -21,6 +20,7 @@ from capa_export.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.samples import Sample, Samples
 from tests.conftest import noise
 from tests.models import FAMILIES
+from tests.models.making import randomized
 
 __all__ = ["Asked", "Build", "build"]
 
@@ -94,17 +94,7 @@ def _varied(family: str, rng: np.random.Generator) -> tuple[Any, str]:
     if hasattr(config.vision_config, "out_hidden_size"):
         config.vision_config.out_hidden_size = text.hidden_size
     config.tie_word_embeddings = bool(rng.random() < 0.3)
-    torch.manual_seed(int(rng.integers(2**31)))
-    model = type(base)(config).eval()
-    spread = rng.uniform(0.4, 0.8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "cls_token", "position_embeddings")):
-                parameter.normal_(0, 0.2)
-            elif parameter.ndim == 1:
-                parameter.normal_(1, 0.2)
-            else:
-                parameter.normal_(0, spread * parameter[0].numel() ** -0.5)
+    model = randomized(type(base), config, int(rng.integers(2**31)), spread=rng.uniform(0.4, 0.8))
     return model, f"heads {heads}/{groups} of {size}, hidden {text.hidden_size}, {text.num_hidden_layers} layers"
 
 
