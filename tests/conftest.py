@@ -19,10 +19,10 @@ from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompter
+from tests.models.qwen25vl import random_model, save_model
 
 if TYPE_CHECKING:
     from tests.fake_driver import FakeDriver, FakeTensorRT
-from tests.models.qwen25vl import random_model, save_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

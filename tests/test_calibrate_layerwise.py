@@ -31,8 +31,6 @@ from capa_export.shipped import shipped
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl
 
-"""What makes a small random model of each, Qwen3-VL with features that join behind the first layers."""
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Samples:

@@ -144,7 +144,7 @@ def run(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # Runtime's own kernels round once less; the last layers' caches have gone through all of them.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 2e-3)])
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("family", ["qwen25vl", "internvl3", "llava15", "qwen3vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_computes_the_same(graphs: Graphs, family: str, graph: str, precision: str, tolerance: float) -> None:
     path = graphs(family, precision) / f"{graph}.onnx"
     feed = inputs(path)
@@ -159,7 +159,7 @@ def test_computes_the_same(graphs: Graphs, family: str, graph: str, precision: s
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("family", ["qwen25vl", "internvl3", "llava15", "qwen3vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_is_written_in_what_older_versions_import(graphs: Graphs, family: str, graph: str, precision: str) -> None:
     path = lowered(graphs(family, precision) / f"{graph}.onnx")
     onnx.checker.check_model(str(path), full_check=True)
@@ -234,7 +234,7 @@ def test_norms_of_large_values_do_not_overflow(dtype: type, tmp_path: Path) -> N
 @pytest.mark.trt
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl", "llava15", "internvl3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_builds_with_every_attention_in_one_kernel(graphs: Graphs, family: str, graph: str, tmp_path: Path) -> None:
     path = graphs(family, "fp16") / f"{graph}.onnx"
     num_attentions = sum(node.op_type == "Attention" for node in ir.load(path).graph)

@@ -108,8 +108,8 @@ def _schedule(layers: int, rng: np.random.Generator) -> tuple[Stage, ...]:
 def build(seed: int, folder: Path, *, prompts: int = 2, steps: int = 3) -> Build:
     """The build of a seed, written into an empty folder with what the oracle makes of its prompts."""
     rng = np.random.default_rng(seed)
-    name = list(FAMILIES)[seed % 4]
-    precision = _PRECISIONS[seed // 4 % 3]
+    name = list(FAMILIES)[seed % len(FAMILIES)]
+    precision = _PRECISIONS[seed // len(FAMILIES) % 3]
     model, shape = _varied(name, rng)
     model.save_pretrained(folder / "checkpoint")
     family = load_family(name)

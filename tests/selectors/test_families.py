@@ -20,7 +20,7 @@ from tests.agreement import compare
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen3vl, qwen25vl
 
-FAMILIES: Mapping[str, Any] = {"qwen25vl": qwen25vl, "llava15": llava15, "internvl3": internvl3}
+ELIGIBLE: Mapping[str, Any] = {"qwen25vl": qwen25vl, "llava15": llava15, "internvl3": internvl3}
 SCALES = {3: np.linspace(0.5, 1.5, 64)}
 QUESTION = "what color is the star ?"
 
@@ -60,7 +60,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
     def subject(name: str) -> Subject:
         if name not in made:
-            module, folder = FAMILIES[name], tmp_path_factory.mktemp(name)
+            module, folder = ELIGIBLE[name], tmp_path_factory.mktemp(name)
             model = module.random_model()
             module.save_model(folder / "checkpoint", model)
             family = load_family(name)
@@ -79,7 +79,7 @@ def stage(name: str, ratio: float, layer: int = 2) -> Stage:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 @pytest.mark.parametrize("name", selectors())
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ELIGIBLE)
 def test_the_graph_keeps_and_says_what_the_eager_model_does(make: Make, family: str, name: str, ratio: float) -> None:
     subject = make(family)
     subject.compare(subject.prompt(noise(112, 112)), stage(name, ratio))
@@ -96,7 +96,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ELIGIBLE)
 def test_a_schedule_takes_different_selectors(make: Make, family: str, schedule: list[Stage]) -> None:
     subject = make(family)
     subject.compare(subject.prompt(noise(112, 112), noise(84, 112, 1)), *schedule)
