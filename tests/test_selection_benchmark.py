@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.selection import __main__ as benchmark
-from benchmarks.selection.bed import CLUTTER, kinds_learnt, questions_drawn
+from benchmarks.selection.bed import questions_drawn
 from benchmarks.selection.figures import About, Against, Answers, Contest, Contests, Record, Row
 from benchmarks.selection.measure import tuned
 from benchmarks.selection.pages import layer as layer_page
@@ -25,7 +25,7 @@ from capa_export.errors import CapaError
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Difference, Rate
 from capa_export.selectors import selectors
-from capa_export.testbed.scenes import KINDS
+from capa_export.testbed.scenes import HARD_KINDS, KINDS
 from capa_export.tune import stage as tune_stage
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
@@ -41,18 +41,12 @@ def _parsed(drawn: str) -> ET.Element:
 
 
 def test_questions_are_of_all_kinds_in_turn() -> None:
-    kinds = (*KINDS, "number", "count", "pictures", CLUTTER)
-    few, more = (list(questions_drawn(count, kinds)) for count in (12, 20))
-    assert [sample.kind for sample in few] == [*kinds, *kinds[:4]]
-    assert [len(sample.images) for sample in few[:8]] == [1, 1, 1, 1, 1, 1, 2, 1]
+    kinds = [*KINDS, *HARD_KINDS, "clutter"]
+    few, more = (list(questions_drawn(count)) for count in (12, 20))
+    assert [sample.kind for sample in few] == [*kinds, *kinds[:3]]
+    assert [len(sample.images) for sample in few] == [2 if sample.kind == "pictures" else 1 for sample in few]
     # A smaller run's questions are among a larger one's.
     assert [sample.question for sample in few] == [sample.question for sample in more[:12]]
-
-
-def test_what_a_bed_has_not_learnt_is_not_asked(tmp_path: Path) -> None:
-    published = dict.fromkeys(KINDS, 1.0) | {"number": 0.97, "count": 0.5, "relation": 0.02, "pictures": 1.0}
-    (tmp_path / "evaluation.json").write_text(json.dumps(published))
-    assert kinds_learnt(tmp_path) == (*KINDS, "number", "pictures", CLUTTER)
 
 
 # Sentences.

@@ -1,6 +1,5 @@
 """A test bed with the questions that it is asked, and work spread over them."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,14 +20,13 @@ from capa_export.spread import Workers, in_order, spread
 from capa_export.testbed.dataset import write_dataset
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, Split, samples
 
-__all__ = ["CLUTTER", "MAX_NEW_TOKENS", "SEED", "Bed", "kinds_learnt", "open_bed", "questions_drawn"]
+__all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "Bed", "open_bed", "questions_drawn"]
 
 SEED = 602
 """Of held-out scenes, none of which calibration, validation or the published accuracy is taken on."""
 CLUTTER = "clutter"
 """The basic kinds, where glyphs as large as the shapes and of their colours fill every free cell."""
-_LEARNT = 0.75
-"""Published accuracy of a kind from which on a difference may be a method's: two answers to choose from give 0.5."""
+KINDS_ASKED = (*KINDS, *HARD_KINDS, CLUTTER)
 MAX_NEW_TOKENS = 4
 
 T = TypeVar("T")
@@ -44,8 +42,6 @@ class Bed:
     job: Job
     questions: Questions
     """Each number of them holds the smaller ones."""
-    kinds: tuple[str, ...]
-    """Asked in turn."""
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -108,18 +104,12 @@ def _measurer(
     return partial(measure, EagerMethods(given))
 
 
-def kinds_learnt(checkpoint: Path) -> tuple[str, ...]:
-    """What a bed can be asked: the basic kinds, the hard ones that its published evaluation says it knows, clutter."""
-    published = json.loads((checkpoint / "evaluation.json").read_text(encoding="ascii"))
-    return (*KINDS, *(kind for kind in HARD_KINDS if published[kind] >= _LEARNT), CLUTTER)
-
-
-def questions_drawn(count: int, kinds: Sequence[str], split: Split = "held_out") -> Iterator[Sample]:
-    """The kinds in turn, clutter the last of them."""
-    plain = samples(count, seed=SEED, kinds=kinds[:-1], split=split)
+def questions_drawn(count: int, split: Split = "held_out") -> Iterator[Sample]:
+    """All kinds in turn."""
+    plain = samples(count, seed=SEED, kinds=KINDS_ASKED[:-1], split=split)
     heavy = samples(count, seed=SEED, kinds=KINDS, heavy=True, split=split)
     for index in range(count):
-        kind = kinds[index % len(kinds)]
+        kind = KINDS_ASKED[index % len(KINDS_ASKED)]
         yield replace(next(heavy), kind=kind) if kind == CLUTTER else next(plain)
 
 
@@ -146,6 +136,5 @@ def open_bed(
         workers=Workers(count=workers),
         report=report,
     )
-    kinds = kinds_learnt(Path(recipe.checkpoint))
-    data = write_dataset(out / name / "questions", questions_drawn(count, kinds))
-    return Bed(name=name, folder=out / name, job=job, questions=questions_from(data), kinds=kinds)
+    data = write_dataset(out / name / "questions", questions_drawn(count))
+    return Bed(name=name, folder=out / name, job=job, questions=questions_from(data))

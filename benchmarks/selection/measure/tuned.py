@@ -30,7 +30,7 @@ _PREFILLS_OF_TUNE = 3000
 def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     """`tune` has all selectors to choose from, and as many scenes as there are questions."""
     samples = max(FEWEST, count)
-    scenes = write_dataset(bed.folder / "scenes", questions_drawn(samples, bed.kinds, split="train"))
+    scenes = write_dataset(bed.folder / "scenes", questions_drawn(samples, split="train"))
     bed.calibration  # noqa: B018 - made before it is taken over.
     job = _job(bed, scenes)
     contests = [_contest(bed, job, like.format(layer=bed.own_layer), samples) for like in LIKE]
