@@ -4,33 +4,26 @@ T = prompt tokens, D = hidden size.
 """
 
 import io
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from capa_export.bind import check_disk
 from capa_export.calibrate import Measurement, measuring
 from capa_export.calibration import Calibration
-from capa_export.checkpoint import StoredTensor, canonical_name
 from capa_export.eager import EagerInputs
-from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
+from capa_export.streamed import DECODER, HEAD, EmbeddingRows, StoredWeights, hollow_model
 
 __all__ = ["calibrate_layerwise"]
 
-_DTYPES = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
-_DECODER, _HEAD = "model.language_model.", "lm_head."
 _FILE_OVERHEAD = 16 << 10
 """Bytes of a sample's files beside its states and positions: headers, and blocks that are not full."""
 
@@ -64,8 +57,8 @@ def calibrate_layerwise(
     ]
     per_token = 4 * dims.hidden_size * (1 + dims.deepstack_layers) + 32
     check_disk(folder, sum(length * per_token + _FILE_OVERHEAD for length in lengths))
-    weights = _Weights(source)
-    model = _hollow(source)
+    weights = StoredWeights(source)
+    model = hollow_model(source)
     with (
         TemporaryDirectory(dir=folder, prefix="activations-") as shelf,
         torch.no_grad(),
@@ -78,7 +71,7 @@ def calibrate_layerwise(
 
 def _look(
     model: Any,
-    weights: "_Weights",
+    weights: StoredWeights,
     prompter: Prompter,
     samples: Samples,
     shelf: Path,
@@ -87,8 +80,8 @@ def _look(
 ) -> None:
     """Put what every sample feeds the decoder on the shelf."""
     text = model.model.language_model
-    text.embed_tokens = _Rows(weights.of(f"{_DECODER}embed_tokens.weight", text.embed_tokens.weight.shape))
-    with weights.loaded_beside(model, [_DECODER, _HEAD]):
+    text.embed_tokens = EmbeddingRows(weights.of(f"{DECODER}embed_tokens.weight", text.embed_tokens.weight.shape))
+    with weights.loaded_beside(model, [DECODER, HEAD]):
         for index, sample in enumerate(tracked(samples, "look at pictures", samples.count, report)):
             prompt = prompter.chat(sample.turns)
             is_visual = torch.from_numpy(prompt.is_visual)
@@ -98,7 +91,9 @@ def _look(
             _write(shelf / f"{index}.others", [is_visual, *others])
 
 
-def _decode(model: Any, weights: "_Weights", count: int, shelf: Path, measurement: Measurement, report: Report) -> None:
+def _decode(
+    model: Any, weights: StoredWeights, count: int, shelf: Path, measurement: Measurement, report: Report
+) -> None:
     """Take every sample through the decoder, all of them through one layer before the next."""
     text = model.model.language_model
     layers, norm = list(text.layers), text.norm
@@ -106,7 +101,7 @@ def _decode(model: Any, weights: "_Weights", count: int, shelf: Path, measuremen
     for number, layer in enumerate(layers):
         # The model's own forward, for its masks, its rotary tables and what it does between layers.
         text.layers = nn.ModuleList(layer if other is layer else _Skipped() for other in layers)
-        with weights.loaded(layer, f"{_DECODER}layers.{number}."):
+        with weights.loaded(layer, f"{DECODER}layers.{number}."):
             for index in range(count):
                 report("calibrate layer by layer", number * count + index, len(layers) * count)
                 hidden = torch.load(shelf / f"{index}.hidden")
@@ -115,7 +110,7 @@ def _decode(model: Any, weights: "_Weights", count: int, shelf: Path, measuremen
                 hidden = text(**inputs.arguments(is_visual), use_cache=False).last_hidden_state
                 measurement.add(is_visual, weights.damaged)
                 _write(shelf / f"{index}.hidden", hidden)
-    with weights.loaded(norm, f"{_DECODER}norm."):
+    with weights.loaded(norm, f"{DECODER}norm."):
         for index in range(count):
             norm(torch.load(shelf / f"{index}.hidden"))
             measurement.add(torch.empty(0, dtype=torch.bool), weights.damaged)
@@ -134,137 +129,6 @@ class _Skipped(nn.Module):
 
     def forward(self, hidden: Tensor, **_: object) -> Tensor:
         return hidden
-
-
-class _Rows(nn.Module):
-    """A token embedding that reads the rows it is asked for."""
-
-    def __init__(self, table: StoredTensor) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        table = self.table
-        mapped = np.memmap(table.path, table.dtype.numpy(), "r", table.offset, table.shape)
-        return torch.from_numpy(mapped[input_ids.numpy()].astype(np.float32))
-
-
-class _Weights:
-    """The checkpoint's tensors by the names of the Hugging Face model's parameters."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def of(self, name: str, shape: Sequence[int]) -> StoredTensor:
-        """Where a parameter lies.
-
-        Raises:
-            CapaError: nowhere, or it has another shape.
-        """
-        tensors = self.source.tensors
-        canonical = canonical_name(name, self.source.family.RENAMES)
-        if canonical not in tensors:
-            raise CapaError(
-                f"{self.source.checkpoint.folder}: tensor {canonical} is missing; download the checkpoint again"
-            )
-        stored = tensors[canonical]
-        if stored.shape != tuple(shape):
-            raise CapaError(
-                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, config.json implies "
-                f"{list(shape)}; check that weights and config belong together"
-            )
-        return stored
-
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter's weights in FP32."""
-        stored = self.of(name, shape)
-        weights, done = torch.empty(stored.shape), 0
-        flat = weights.view(-1)
-        for chunk in stored.chunks():
-            flat[done : done + chunk.size] = torch.from_numpy(chunk.view(np.uint8)).view(_DTYPES[stored.dtype])
-            done += chunk.size
-        return weights
-
-    def load(self, module: nn.Module, parameters: Mapping[str, Tensor], prefix: str) -> None:
-        """Give these parameters of the module their weights."""
-        state = {name: self.read(prefix + name, parameter.shape) for name, parameter in parameters.items()}
-        module.load_state_dict(state, strict=False, assign=True)
-
-    @contextmanager
-    def loaded(self, module: nn.Module, prefix: str) -> Generator[None]:
-        """The module with its weights, until the block ends."""
-        hollow = dict(module.named_parameters())
-        self.load(module, hollow, prefix)
-        try:
-            yield
-        finally:
-            module.load_state_dict(hollow, strict=False, assign=True)
-
-    @contextmanager
-    def loaded_beside(self, model: Any, outside: Sequence[str]) -> Generator[None]:
-        """The model with its weights except those `outside`; what stands in a list of blocks has them while it runs."""
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        lists = [name for name in lists if not name.startswith(tuple(outside))]
-        handles = [
-            handle
-            for name in lists
-            for index, block in enumerate(model.get_submodule(name))
-            for handle in self._loaded_while_it_runs(block, f"{name}.{index}.")
-        ]
-        elsewhere = (*outside, *(f"{name}." for name in lists))
-        rest = {name: value for name, value in model.named_parameters() if not name.startswith(elsewhere)}
-        self.load(model, rest, "")
-        try:
-            yield
-        finally:
-            model.load_state_dict(rest, strict=False, assign=True)
-            for handle in handles:
-                handle.remove()
-
-    def _loaded_while_it_runs(self, block: nn.Module, prefix: str) -> Iterator[Any]:
-        hollow = dict(block.named_parameters())
-
-        def before(*_: object) -> None:
-            self.load(block, hollow, prefix)
-
-        def after(*_: object) -> None:
-            block.load_state_dict(hollow, strict=False, assign=True)
-
-        yield block.register_forward_pre_hook(before)
-        yield block.register_forward_hook(after)
-
-    def damaged(self) -> str | None:
-        """The first tensor that holds NaN or infinity."""
-        for tensor in self.source.tensors.values():
-            if not all(np.isfinite(chunk).all() for chunk in tensor.chunks()):
-                return tensor.name
-        return None
-
-
-class _WithoutWeights(TorchFunctionMode):
-    """Modules built under it take no memory: torch's layers get their weights from `torch.empty`, buffers do not."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
-
-
-def _hollow(source: Source) -> Any:
-    """The Hugging Face model without weights."""
-    import transformers
-
-    folder = source.checkpoint.folder
-    try:
-        config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
-            folder, local_files_only=True
-        )
-        with _WithoutWeights():
-            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    assert not any(buffer.is_meta for buffer in model.buffers())
-    return cast("Any", model).eval()
 
 
 def _write(path: Path, value: object) -> None:

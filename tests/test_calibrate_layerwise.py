@@ -93,7 +93,7 @@ def test_weights_are_there_only_while_they_are_used(
 ) -> None:
     made: list[Any] = []
     held: list[int] = []
-    hollow, load = module._hollow, module._Weights.load
+    hollow, load = module.hollow_model, module.StoredWeights.load
 
     def remember(source: Source) -> Any:
         made.append(hollow(source))
@@ -103,8 +103,8 @@ def test_weights_are_there_only_while_they_are_used(
         load(*arguments)
         held.append(matrices(made[0]))
 
-    monkeypatch.setattr(module, "_hollow", remember)
-    monkeypatch.setattr(module._Weights, "load", weigh)
+    monkeypatch.setattr(module, "hollow_model", remember)
+    monkeypatch.setattr(module.StoredWeights, "load", weigh)
     streamed(checkpoint, "qwen25vl", pictures, tmp_path)
     inner = qwen25vl.random_model().model
     beside = matrices(inner.visual) - matrices(inner.visual.blocks)
@@ -172,7 +172,7 @@ def test_a_small_disk_is_refused_before_any_weight_is_read(
     states = sum(4 * 64 * len(prompt.input_ids) for prompt in prompts)
     usage = shutil.disk_usage(tmp_path)._replace(free=states)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(module, "_hollow", None)
+    monkeypatch.setattr(module, "hollow_model", None)
     with pytest.raises(CapaError, match=rf"{tmp_path}: \d+ bytes are needed, {states} are free"):
         calibrate_layerwise(source, prompter, pictures, checkpoint_digest="x", folder=tmp_path)
 

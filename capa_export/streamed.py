@@ -1,0 +1,152 @@
+"""A Hugging Face model whose modules hold weights only while they run: they stream from the checkpoint's shards."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from capa_export.checkpoint import StoredTensor, canonical_name
+from capa_export.errors import CapaError
+from capa_export.export import Source
+
+__all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model"]
+
+DECODER, HEAD = "model.language_model.", "lm_head."
+"""Prefixes of the parameters of the decoder and of the head."""
+_DTYPES = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
+
+
+class EmbeddingRows(nn.Module):
+    """A token embedding that reads the rows it is asked for."""
+
+    def __init__(self, table: StoredTensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        table = self.table
+        mapped = np.memmap(table.path, table.dtype.numpy(), "r", table.offset, table.shape)
+        return torch.from_numpy(mapped[input_ids.numpy()].astype(np.float32))
+
+
+class StoredWeights:
+    """The checkpoint's tensors by the names of the Hugging Face model's parameters."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def of(self, name: str, shape: Sequence[int]) -> StoredTensor:
+        """Where a parameter lies.
+
+        Raises:
+            CapaError: nowhere, or it has another shape.
+        """
+        tensors = self.source.tensors
+        canonical = canonical_name(name, self.source.family.RENAMES)
+        if canonical not in tensors:
+            raise CapaError(
+                f"{self.source.checkpoint.folder}: tensor {canonical} is missing; download the checkpoint again"
+            )
+        stored = tensors[canonical]
+        if stored.shape != tuple(shape):
+            raise CapaError(
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, config.json implies "
+                f"{list(shape)}; check that weights and config belong together"
+            )
+        return stored
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter's weights in FP32."""
+        stored = self.of(name, shape)
+        weights, done = torch.empty(stored.shape), 0
+        flat = weights.view(-1)
+        for chunk in stored.chunks():
+            flat[done : done + chunk.size] = torch.from_numpy(chunk.view(np.uint8)).view(_DTYPES[stored.dtype])
+            done += chunk.size
+        return weights
+
+    def load(self, module: nn.Module, parameters: Mapping[str, Tensor], prefix: str) -> None:
+        """Give these parameters of the module their weights."""
+        state = {name: self.read(prefix + name, parameter.shape) for name, parameter in parameters.items()}
+        module.load_state_dict(state, strict=False, assign=True)
+
+    @contextmanager
+    def loaded(self, module: nn.Module, prefix: str) -> Generator[None]:
+        """The module with its weights, until the block ends."""
+        hollow = dict(module.named_parameters())
+        self.load(module, hollow, prefix)
+        try:
+            yield
+        finally:
+            module.load_state_dict(hollow, strict=False, assign=True)
+
+    @contextmanager
+    def loaded_beside(self, model: Any, outside: Sequence[str]) -> Generator[None]:
+        """The model with its weights except those `outside`; what stands in a list of blocks has them while it runs."""
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [name for name in lists if not name.startswith(tuple(outside))]
+        handles = [
+            handle
+            for name in lists
+            for index, block in enumerate(model.get_submodule(name))
+            for handle in self._loaded_while_it_runs(block, f"{name}.{index}.")
+        ]
+        elsewhere = (*outside, *(f"{name}." for name in lists))
+        rest = {name: value for name, value in model.named_parameters() if not name.startswith(elsewhere)}
+        self.load(model, rest, "")
+        try:
+            yield
+        finally:
+            model.load_state_dict(rest, strict=False, assign=True)
+            for handle in handles:
+                handle.remove()
+
+    def _loaded_while_it_runs(self, block: nn.Module, prefix: str) -> Iterator[Any]:
+        hollow = dict(block.named_parameters())
+
+        def before(*_: object) -> None:
+            self.load(block, hollow, prefix)
+
+        def after(*_: object) -> None:
+            block.load_state_dict(hollow, strict=False, assign=True)
+
+        yield block.register_forward_pre_hook(before)
+        yield block.register_forward_hook(after)
+
+    def damaged(self) -> str | None:
+        """The first tensor that holds NaN or infinity."""
+        for tensor in self.source.tensors.values():
+            if not all(np.isfinite(chunk).all() for chunk in tensor.chunks()):
+                return tensor.name
+        return None
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Modules built under it take no memory: torch's layers get their weights from `torch.empty`, buffers do not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def hollow_model(source: Source) -> Any:
+    """The Hugging Face model without weights."""
+    import transformers
+
+    folder = source.checkpoint.folder
+    try:
+        config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
+            folder, local_files_only=True
+        )
+        with _WithoutWeights():
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    return cast("Any", model).eval()
