@@ -20,7 +20,7 @@ from capa_export.export import Source
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
-from capa_export.streamed import DECODER, HEAD, EmbeddingRows, StoredWeights, hollow_model
+from capa_export.streamed import DECODER, StoredWeights, hollow_model
 
 __all__ = ["calibrate_layerwise"]
 
@@ -58,7 +58,7 @@ def calibrate_layerwise(
     per_token = 4 * dims.hidden_size * (1 + dims.deepstack_layers) + 32
     check_disk(folder, sum(length * per_token + _FILE_OVERHEAD for length in lengths))
     weights = StoredWeights(source)
-    model = hollow_model(source)
+    model = hollow_model(source, weights)
     with (
         TemporaryDirectory(dir=folder, prefix="activations-") as shelf,
         torch.no_grad(),
@@ -79,9 +79,7 @@ def _look(
     report: Report,
 ) -> None:
     """Put what every sample feeds the decoder on the shelf."""
-    text = model.model.language_model
-    text.embed_tokens = EmbeddingRows(weights.of(f"{DECODER}embed_tokens.weight", text.embed_tokens.weight.shape))
-    with weights.loaded_beside(model, [DECODER, HEAD]):
+    with weights.holding(model, "tower"):
         for index, sample in enumerate(tracked(samples, "look at pictures", samples.count, report)):
             prompt = prompter.chat(sample.turns)
             is_visual = torch.from_numpy(prompt.is_visual)

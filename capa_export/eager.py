@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from capa_export.families import Family, require_selection
+from capa_export.lockstep import RESIDENT, Pass, Weights, finished, together
 from capa_export.selectors import CAPA, TOKEN_AXIS, Chosen, Place, Prompted, TensorView, load_selector, reads
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch", "best", "inputs_for"]
 
+
+T = TypeVar("T")
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """Told the layer, the hidden states [T, D] that leave it, and their prompt positions [T]; a step has none of these."""
@@ -42,6 +46,16 @@ class EagerInputs(NamedTuple):
     def of(cls, given: "EagerInputs | tuple[Tensor, Tensor]") -> "EagerInputs":
         """Whatever a family returned."""
         return given if isinstance(given, cls) else cls(given[0], given[1])
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+        return (*self.position_ids.shape[:-1], 1)
+
+    @property
+    def next_position(self) -> int:
+        """Of the first answer token: behind all of the prompt, whatever is dropped."""
+        return int(self.position_ids.max()) + 1
 
     def arguments(self, is_visual: Tensor) -> dict[str, Any]:
         """Of the decoder's own forward pass; `is_visual` is [T] bool."""
@@ -131,25 +145,43 @@ class _FrozenCache:
 
 
 class Eager:
-    """A Hugging Face VLM whose decoder is run by hand."""
+    """A Hugging Face VLM whose decoder is run by hand.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    Args:
+        model: its weights in memory, or none where `weights` has them.
+        weights: holds those of a part of the model while it runs.
+    """
+
+    def __init__(self, model: Any, weights: Weights = RESIDENT) -> None:
+        self.model, self.weights = model, weights
         self.text = model.model.language_model
         self.head = model.lm_head
 
+    def run(self, passes: Sequence[Pass[T]]) -> list[T]:
+        """Results of several passes that go through the model together, each part of it held once for all of them."""
+        return finished(together(passes), partial(self.weights.holding, self.model))
+
+    def prefill(self, inputs: EagerInputs, is_visual: Tensor, plan: EagerPlan, watch: Watch | None = None) -> Prefill:
+        """Run the prompt; `is_visual` is [T] bool."""
+        return self.run([self.prefilling(inputs, is_visual, plan, watch=watch)])[0]
+
+    def step(self, run: Prefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
+        """Logits [V] after one more text token at `position`; the run's cache grows by it."""
+        return self.run([self.stepping(run.cache, token, torch.full(run.position_shape, position), watch)])[0]
+
     @torch.no_grad()
-    def prefill(
+    def prefilling(
         self,
         inputs: EagerInputs,
         is_visual: Tensor,
         plan: EagerPlan,
+        cache: Any = None,
         watch: Watch | None = None,
-    ) -> Prefill:
-        """Run the prompt; `is_visual` is [T] bool."""
+    ) -> Pass[Prefill]:
+        """The pass of a prompt; `is_visual` is [T] bool, `cache` an empty one of transformers' that is to be filled."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache = DynamicCache() if cache is None else cache
         kept: dict[int, Tensor] = {}
         scores: dict[int, Tensor] = {}
         tokens = _Tokens(
@@ -171,13 +203,14 @@ class Eager:
         if plan.prunes(-1, "input"):
             prune(-1, {})
         for index, layer in enumerate(self.text.layers):
+            yield index
             normed = layer.input_layernorm(tokens.hidden)
             mixed, _ = layer.self_attn(
                 normed, attention_mask=None, position_embeddings=tokens.rotary, past_key_values=cache
             )
             tokens = replace(tokens, hidden=tokens.hidden + mixed)
             of_attention: dict[str, Tensor] = {}
-            stored = cast("Any", cache.layers[index])
+            stored = cache.layers[index]
             if plan.prunes(index, "attention") or plan.prunes(index + 1, "entry"):
                 of_attention = _of_attention(layer.self_attn, normed, tokens.rotary, stored.keys, stored.values)
             if plan.prunes(index, "attention"):
@@ -194,27 +227,34 @@ class Eager:
                 prune(index + 1, of_attention)
             if watch is not None:
                 watch(index, tokens.hidden[0], tokens.positions)
-        position_ids = inputs.position_ids
-        return Prefill(
-            self._logits(tokens.hidden), cache, kept, scores, (*position_ids.shape[:-1], 1), int(position_ids.max()) + 1
-        )
+        yield "head"
+        return Prefill(self._logits(tokens.hidden), cache, kept, scores, inputs.position_shape, inputs.next_position)
 
     @torch.no_grad()
-    def step(self, run: Prefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
-        """Logits [V] after one more text token at `position`; the run's cache grows by it."""
+    def stepping(self, cache: Any, token: int, position_ids: Tensor, watch: Watch | None = None) -> Pass[Tensor]:
+        """The pass of one more text token, to logits [V]; the cache grows by it as the pass goes through the layers.
+
+        Args:
+            cache: of the tokens before it; each layer's part is complete when the pass comes to it.
+            token: its id.
+            position_ids: of that token, [3, 1, 1] or [1, 1].
+            watch: told what leaves each layer.
+        """
         hidden = embeds = self.text.embed_tokens(torch.tensor([[token]]))
-        rotary = self.text.rotary_emb(embeds, torch.full(run.position_shape, position))
+        rotary = self.text.rotary_emb(embeds, position_ids)
         for index, layer in enumerate(self.text.layers):
+            yield index
             mixed, _ = layer.self_attn(
                 layer.input_layernorm(hidden),
                 attention_mask=None,
                 position_embeddings=rotary,
-                past_key_values=run.cache,
+                past_key_values=cache,
             )
             hidden = hidden + mixed
             hidden = (hidden + layer.mlp(layer.post_attention_layernorm(hidden))).to(embeds.dtype)
             if watch is not None:
                 watch(index, hidden[0], torch.empty(0, dtype=torch.long))
+        yield "head"
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A Hugging Face model whose modules hold weights only while they run: they stream from the checkpoint's shards."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from capa_export.checkpoint import StoredTensor, canonical_name
 from capa_export.errors import CapaError
 from capa_export.export import Source
+from capa_export.lockstep import Part
 
 __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model"]
 
@@ -22,16 +23,21 @@ _DTYPES = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.floa
 
 
 class EmbeddingRows(nn.Module):
-    """A token embedding that reads the rows it is asked for."""
+    """A token embedding that reads the rows it is asked for.
 
-    def __init__(self, table: StoredTensor) -> None:
+    Args:
+        table: where they lie, [V, D].
+        weight: the parameter that it stands for, which says the dtype of what comes out.
+    """
+
+    def __init__(self, table: StoredTensor, weight: nn.Parameter) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.weight = table, weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         table = self.table
         mapped = np.memmap(table.path, table.dtype.numpy(), "r", table.offset, table.shape)
-        return torch.from_numpy(mapped[input_ids.numpy()].astype(np.float32))
+        return torch.from_numpy(mapped[input_ids.numpy()].astype(np.float32)).to(self.weight.dtype)
 
 
 class StoredWeights:
@@ -71,9 +77,42 @@ class StoredWeights:
         return weights
 
     def load(self, module: nn.Module, parameters: Mapping[str, Tensor], prefix: str) -> None:
-        """Give these parameters of the module their weights."""
-        state = {name: self.read(prefix + name, parameter.shape) for name, parameter in parameters.items()}
+        """Give these parameters of the module their weights, in the dtypes that they have."""
+        state = {
+            name: self.read(prefix + name, parameter.shape).to(parameter.dtype)
+            for name, parameter in parameters.items()
+        }
         module.load_state_dict(state, strict=False, assign=True)
+
+    @contextmanager
+    def holding(self, model: Any, part: Part) -> Generator[None]:
+        """A part of the hollow model with its weights, until the block ends."""
+        text = model.model.language_model
+        with ExitStack() as held:
+            if part == "tower":
+                held.enter_context(self.loaded_beside(model, [DECODER, HEAD]))
+            elif part == "head":
+                held.enter_context(self.loaded(text.norm, f"{DECODER}norm."))
+                held.enter_context(self.loaded(model.lm_head, HEAD))
+            else:
+                held.enter_context(self.loaded(text.layers[part], f"{DECODER}layers.{part}."))
+            yield
+
+    @contextmanager
+    def loaded_whenever(self, model: Any) -> Generator[None]:
+        """The hollow model's own forward pass, which holds the weights of one block at a time, until the block ends."""
+        with self.holding(model, "tower"), self.holding(model, "head"):
+            layers = enumerate(model.model.language_model.layers)
+            handles = [
+                handle
+                for number, layer in layers
+                for handle in self._loaded_while_it_runs(layer, f"{DECODER}layers.{number}.")
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @contextmanager
     def loaded(self, module: nn.Module, prefix: str) -> Generator[None]:
@@ -135,8 +174,8 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
 
 
-def hollow_model(source: Source) -> Any:
-    """The Hugging Face model without weights."""
+def hollow_model(source: Source, weights: "StoredWeights") -> Any:
+    """The Hugging Face model without weights, but for the rows of the embedding table that it is asked for."""
     import transformers
 
     folder = source.checkpoint.folder
@@ -149,4 +188,7 @@ def hollow_model(source: Source) -> Any:
     except (OSError, ValueError) as error:
         raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     assert not any(buffer.is_meta for buffer in model.buffers())
+    text = cast("Any", model).model.language_model
+    table = weights.of(f"{DECODER}embed_tokens.weight", text.embed_tokens.weight.shape)
+    text.embed_tokens = EmbeddingRows(table, text.embed_tokens.weight)
     return cast("Any", model).eval()

@@ -95,8 +95,8 @@ def test_weights_are_there_only_while_they_are_used(
     held: list[int] = []
     hollow, load = module.hollow_model, module.StoredWeights.load
 
-    def remember(source: Source) -> Any:
-        made.append(hollow(source))
+    def remember(source: Source, weights: Any) -> Any:
+        made.append(hollow(source, weights))
         return made[0]
 
     def weigh(*arguments: Any) -> None:

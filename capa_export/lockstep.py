@@ -1,0 +1,70 @@
+"""Passes through a model that stop before each of its parts, so that several of them can share what a part takes."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+__all__ = ["RESIDENT", "Part", "Pass", "Weights", "finished", "together"]
+
+T = TypeVar("T")
+
+Part: TypeAlias = int | Literal["tower", "head"]
+"""A decoder layer, the vision tower with what else makes the decoder's inputs, or the last norm with the LM head."""
+
+Pass: TypeAlias = Generator[Part, None, T]
+"""Work that names the part of the model that it needs next, and goes on when that has its weights."""
+
+
+class Weights(Protocol):
+    """What gives a part of a model its weights."""
+
+    def holding(self, model: Any, part: Part) -> AbstractContextManager[object]:
+        """The part has its weights until the block ends."""
+        ...
+
+
+class _Resident:
+    """Weights that are in memory all the time."""
+
+    def holding(self, model: Any, part: Part) -> AbstractContextManager[object]:  # noqa: ARG002 - there is nothing to do.
+        return nullcontext()
+
+
+RESIDENT = _Resident()
+
+
+def together(passes: Sequence[Pass[T]]) -> Pass[list[T]]:
+    """One pass of several that start at once: at each part, all that have come to it go on, in their order.
+
+    So a pass may read what an earlier one of the list left at the same part: the tokens of an answer that is known
+    follow the prompt through the layers, each attending to those before it.
+    """
+    results: dict[int, T] = {}
+    waiting: dict[int, Part] = {}
+
+    def go_on(index: int) -> None:
+        try:
+            waiting[index] = next(passes[index])
+        except StopIteration as stop:
+            waiting.pop(index, None)
+            results[index] = stop.value
+
+    for index in range(len(passes)):
+        go_on(index)
+    while waiting:
+        part = next(iter(waiting.values()))
+        yield part
+        for index in [index for index, needed in waiting.items() if needed == part]:
+            go_on(index)
+    return [results[index] for index in range(len(passes))]
+
+
+def finished(work: Pass[T], holding: Callable[[Part], AbstractContextManager[object]]) -> T:
+    """The result of a pass, every part of the model held while it is needed."""
+    try:
+        part = next(work)
+        while True:
+            with holding(part):
+                part = next(work)
+    except StopIteration as stop:
+        return stop.value
