@@ -22,11 +22,18 @@ class Weights(Protocol):
         """The part has its weights until the block ends."""
         ...
 
+    def holding_all(self, model: Any) -> AbstractContextManager[object]:
+        """Every part has its weights while it runs, until the block ends: for the model's own forward pass."""
+        ...
+
 
 class _Resident:
     """Weights that are in memory all the time."""
 
     def holding(self, model: Any, part: Part) -> AbstractContextManager[object]:  # noqa: ARG002 - there is nothing to do.
+        return nullcontext()
+
+    def holding_all(self, model: Any) -> AbstractContextManager[object]:  # noqa: ARG002 - as above.
         return nullcontext()
 
 

@@ -99,7 +99,7 @@ class StoredWeights:
             yield
 
     @contextmanager
-    def loaded_whenever(self, model: Any) -> Generator[None]:
+    def holding_all(self, model: Any) -> Generator[None]:
         """The hollow model's own forward pass, which holds the weights of one block at a time, until the block ends."""
         with self.holding(model, "tower"), self.holding(model, "head"):
             layers = enumerate(model.model.language_model.layers)

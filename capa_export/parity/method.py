@@ -12,7 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.eager import EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.lockstep import Pass, together
 from capa_export.parity.figures import percent
 from capa_export.parity.report import Example, KeptMap
 from capa_export.parity.schema import Method, MethodError
@@ -52,13 +53,12 @@ class _Outcome:
 
 
 def method_effect(
-    subject: Subject, eager: Eager, questions: Samples, seed: int, steps: int, report: Report
+    subject: Subject, questions: Samples, seed: int, steps: int, report: Report
 ) -> tuple[MethodError, list[Example]]:
     """Ask every question of each method; returns the figures, and the first few answers with their kept tokens.
 
     Args:
-        subject: the model and its pruning.
-        eager: the same model in FP32.
+        subject: the model in FP32, and its pruning.
         questions: with answers, or without.
         seed: of random pruning and of the intervals.
         steps: tokens of an answer at most.
@@ -67,16 +67,18 @@ def method_effect(
     outcomes: dict[_Name, list[_Outcome]] = {name: [] for name in get_args(_Name)}
     examples: list[Example] = []
     removed = False
-    for index, sample in enumerate(tracked(questions, "validate: method", questions.count, report)):
-        prompt = subject.prompter.chat(sample.turns)
-        answers = _answers(subject, eager, prompt, _random_seed(seed, index), steps)
-        for name, answer in answers.items():
-            outcomes[name].append(_outcome(answer, answers["dense"], sample))
-        removed = removed or min(subject.num_keep(prompt)) < prompt.num_visual
-        if len(examples) < _NUM_EXAMPLES:
-            texts = {name: answer.text for name, answer in answers.items()}
-            kept = _kept_maps(prompt, answers["capa"].prefill)
-            examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
+    asked = enumerate(tracked(questions, "validate: method", questions.count, report))
+    prompted = ((subject.prompter.chat(sample.turns), (index, sample)) for index, sample in asked)
+    for group in subject.grouped(prompted, answers=len(outcomes)):
+        passes = [_answering(subject, prompt, _random_seed(seed, index), steps) for prompt, (index, _) in group]
+        for (prompt, (_, sample)), answers in zip(group, subject.eager.run(passes), strict=True):
+            for name, answer in answers.items():
+                outcomes[name].append(_outcome(answer, answers["dense"], sample))
+            removed = removed or min(subject.num_keep(prompt)) < prompt.num_visual
+            if len(examples) < _NUM_EXAMPLES:
+                texts = {name: answer.text for name, answer in answers.items()}
+                kept = _kept_maps(prompt, answers["capa"].prefill)
+                examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
     found = _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed)
     return _named(found, subject.pruned_by), examples
 
@@ -91,31 +93,32 @@ def _random_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
-@torch.inference_mode()
-def _answers(subject: Subject, eager: Eager, prompt: Prompt, random_seed: int, steps: int) -> dict[_Name, _Answer]:
-    """Of each method, greedy."""
+@torch.no_grad()
+def _answering(subject: Subject, prompt: Prompt, random_seed: int, steps: int) -> Pass[dict[_Name, _Answer]]:
+    """The pass of a question, to the greedy answer of each method."""
     capa = subject.plan(prompt)
     plans: dict[_Name, EagerPlan] = {
         "dense": EagerPlan(),
         "capa": capa,
         "random": replace(capa, random_seed=random_seed),
     }
+    yield "tower"
     inputs = inputs_for(capa, subject.family, subject.model, prompt)
-    return {name: _answer(subject, eager, prompt, inputs, plan, steps) for name, plan in plans.items()}
+    answers = yield from together([_answer(subject, prompt, inputs, plan, steps) for plan in plans.values()])
+    return dict(zip(plans, answers, strict=True))
 
 
-def _answer(
-    subject: Subject, eager: Eager, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int
-) -> _Answer:
-    is_visual = torch.from_numpy(prompt.is_visual)
-    run = eager.prefill(inputs, is_visual, plan)
+def _answer(subject: Subject, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int) -> Pass[_Answer]:
+    eager = subject.eager
+    run = yield from eager.prefilling(inputs, torch.from_numpy(prompt.is_visual), plan)
     tokens: list[int] = []
     logits = run.logits
     while (token := int(logits.argmax())) not in subject.eos_token_ids:
         tokens.append(token)
         if len(tokens) == steps:
             break
-        logits = eager.step(run, token, run.next_position + len(tokens) - 1)
+        position_ids = torch.full(run.position_shape, run.next_position + len(tokens) - 1)
+        logits = yield from eager.stepping(run.cache, token, position_ids)
     return _Answer(tokens, subject.prompter.decode(tokens).strip(), run)
 
 

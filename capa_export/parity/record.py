@@ -8,6 +8,8 @@ S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D =
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,25 @@ from safetensors.numpy import save_file
 
 from capa_export.eager import Eager, EagerPlan, best, inputs_for
 from capa_export.errors import CapaError, ExitCode
+from capa_export.lockstep import Pass, together
 from capa_export.parity.half import HALF, lowered
 from capa_export.parity.statistics import kl_divergence
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Picture, Prompt
-from capa_export.samples import Samples
+from capa_export.samples import Sample, Samples
 from capa_export.selectors import load_selector
 
 __all__ = [
     "Noise",
     "Record",
     "Records",
-    "eager_trace",
     "forced_plan",
     "relative_error",
     "relative_errors",
     "score_errors",
+    "tracing",
     "write_records",
 ]
 
@@ -83,7 +86,7 @@ class Record:
     """In the bundle's precision, with the oracle's kept sets; None for FP32."""
 
 
-def eager_trace(
+def tracing(
     subject: Subject,
     eager: Eager,
     prompt: Prompt,
@@ -91,8 +94,10 @@ def eager_trace(
     steps: int,
     tokens: Sequence[int] = (),
     rows: np.ndarray | None = None,
-) -> tuple[Trace, list[int]]:
-    """Run the eager model; returns the trace, and the S - 1 tokens it was fed.
+) -> Pass[tuple[Trace, list[int]]]:
+    """The eager model's pass of a prompt and its answer, to the trace and the S - 1 tokens it was fed.
+
+    Tokens that are known follow the prompt through the layers; each of those behind them takes a pass of its own.
 
     Args:
         subject: names the family.
@@ -103,24 +108,33 @@ def eager_trace(
         tokens: to feed first; greedy from there on.
         rows: prompt positions whose hidden states to see, with the vision tower's output.
     """
+    from transformers import DynamicCache
+
+    yield "tower"
     inputs = inputs_for(plan, subject.family, eager.model, prompt)
     is_visual = torch.from_numpy(prompt.is_visual)
     states = None if rows is None else HiddenStates(rows, len(eager.text.layers))
 
-    def watch(_layer: int, hidden_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
-        if states is not None:
-            states.add_prefill(hidden_TD.float().numpy(), positions_T.numpy())
+    def watch(layer: int, hidden_XD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        if states is None:
+            return
+        if len(positions_T):
+            states.add_prefill(hidden_XD.float().numpy(), positions_T.numpy())
+        else:
+            states.add_step(layer, hidden_XD[0].float().numpy())
 
-    def watch_step(layer: int, hidden_1D: torch.Tensor, _positions: torch.Tensor) -> None:
-        if states is not None:
-            states.add_step(layer, hidden_1D[0].float().numpy())
+    cache, fed = DynamicCache(), list(tokens[: steps - 1])
 
-    run = eager.prefill(inputs, is_visual, plan, watch)
-    logits, fed = [run.logits.numpy()], list(tokens[: steps - 1])
-    for step in range(steps - 1):
-        if step == len(fed):
-            fed.append(int(logits[-1].argmax()))
-        logits.append(eager.step(run, fed[step], run.next_position + step, watch_step).numpy())
+    def stepping(step: int) -> Pass[torch.Tensor]:
+        position_ids = torch.full(inputs.position_shape, inputs.next_position + step)
+        return eager.stepping(cache, fed[step], position_ids, watch)
+
+    passes: list[Pass[Any]] = [eager.prefilling(inputs, is_visual, plan, cache, watch)]
+    run, *known = yield from together([*passes, *(stepping(step) for step in range(len(fed)))])
+    logits = [run.logits.numpy(), *(of_step.numpy() for of_step in known)]
+    while len(logits) < steps:
+        fed.append(int(logits[-1].argmax()))
+        logits.append((yield from stepping(len(fed) - 1)).numpy())
     trace = Trace(
         np.stack(logits),
         [run.kept[layer].numpy() for layer in plan.keep],
@@ -147,28 +161,35 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
         steps: S, logits compared per prompt.
         report: progress.
     """
-    eager = Eager(subject.model)
     dtype = HALF.get(subject.precision)
-    half = None if dtype is None else Eager(lowered(subject.model, dtype, subject.fp32_layers))
-    meter = _NoiseMeter()
-    for index, sample in enumerate(tracked(samples, "validate: eager", samples.count, report)):
-        prompt = subject.prompter.chat(sample.turns)
-        plan = subject.plan(prompt)
-        rows = sampled_rows(len(prompt.input_ids))
-        answer = subject.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
-        oracle, tokens = eager_trace(subject, eager, prompt, plan, steps, answer, rows)
-        same = None
+    half = None if dtype is None else Eager(lowered(subject.model, dtype, subject.fp32_layers), subject.weights)
+    meter, count = _NoiseMeter(), 0
+    asked = tracked(samples, "validate: eager", samples.count, report)
+    for group in subject.grouped(((subject.prompter.chat(sample.turns), sample) for sample in asked), answers=2):
+        prompts = [prompt for prompt, _ in group]
+        plans = [subject.plan(prompt) for prompt in prompts]
+        rows = [sampled_rows(len(prompt.input_ids)) for prompt in prompts]
+        answers = [_tokens_of(subject, sample) for _, sample in group]
+        passes = map(partial(tracing, subject, subject.eager), prompts, plans, repeat(steps), answers, rows)
+        found = subject.eager.run(list(passes))
+        oracles, tokens = [trace for trace, _ in found], [fed for _, fed in found]
+        forced = [forced_plan(subject, prompt, trace.kept) for prompt, trace in zip(prompts, oracles, strict=True)]
         if any(not load_selector(stage.selector).GRADED for stage in subject.prune.schedule):
-            inputs = inputs_for(plan, subject.family, subject.model, prompt)
-            near = replace(forced_plan(subject, prompt, oracle.kept), jitter=_LAST_BITS)
-            run = eager.prefill(inputs, torch.from_numpy(prompt.is_visual), near)
-            meter.add_ties(prompt, plan, oracle, [run.scores[layer].numpy() for layer in plan.keep])
+            near = [replace(plan, jitter=_LAST_BITS) for plan in forced]
+            again = subject.eager.run(list(map(partial(tracing, subject, subject.eager), prompts, near, repeat(1))))
+            for prompt, plan, oracle, (trace, _) in zip(prompts, plans, oracles, again, strict=True):
+                meter.add_ties(prompt, plan, oracle, trace.scores)
+        same: list[Trace | None] = [None] * len(group)
         if half is not None and dtype is not None:
-            forced = forced_plan(subject, prompt, oracle.kept)
-            scales = {layer: alpha.to(dtype) for layer, alpha in plan.scales.items()}
-            same, _ = eager_trace(subject, half, prompt, replace(forced, scales=scales), steps, tokens, rows)
-            meter.add(prompt, plan, oracle, same)
-        _save(folder / _file(index), Record(prompt, tokens, rows, oracle, same))
+            scales = {layer: alpha.to(dtype) for layer, alpha in plans[0].scales.items()}
+            halved = [replace(plan, scales=scales) for plan in forced]
+            passes = map(partial(tracing, subject, half), prompts, halved, repeat(steps), tokens, rows)
+            for at, (trace, _) in enumerate(half.run(list(passes))):
+                meter.add(prompts[at], plans[at], oracles[at], trace)
+                same[at] = trace
+        for record in map(Record, prompts, tokens, rows, oracles, same):
+            _save(folder / _file(count), record)
+            count += 1
     about = {
         "version": _VERSION,
         "count": samples.count,
@@ -179,6 +200,11 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
     }
     (folder / _ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return Records(folder)
+
+
+def _tokens_of(subject: Subject, sample: Sample) -> list[int]:
+    """The known answer's."""
+    return subject.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
 
 
 class Records:

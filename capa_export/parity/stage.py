@@ -212,7 +212,6 @@ class _AgainstEager(_Validation):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.bundled import bundled_prompter
-        from capa_export.eager import Eager
         from capa_export.export import write_onnx
         from capa_export.parity.method import method_effect
         from capa_export.parity.record import write_records
@@ -248,7 +247,7 @@ class _AgainstEager(_Validation):
                 compared.append(compare_engine(*engines, records, recipe, expected, report))
             seed = self.wanted.seed or 0
             steps = recipe.parity.steps
-            effect, examples = method_effect(subject, Eager(subject.model), self.questions, seed, steps, report)
+            effect, examples = method_effect(subject, self.questions, seed, steps, report)
             found = {
                 "bisection": self._bisection(compared, subject.onnx, twin, records),
                 "prompts_sha256": self.prompts.digest(),

@@ -1,19 +1,25 @@
 """What is validated: a bundle's graphs beside the eager model they were made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from capa_export.eager import EagerPlan
+from capa_export.eager import Eager, EagerPlan
 from capa_export.families import Family
+from capa_export.lockstep import RESIDENT, Weights
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Prune
 
 __all__ = ["Subject"]
+
+T = TypeVar("T")
+
+_TOGETHER_BYTES = 2 << 30
+"""Of keys and values, up to which prompts go through a model together whose weights stream."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,41 @@ class Subject:
     eos_token_ids: Sequence[int]
     fp32_layers: Sequence[str] = ()
     """Parts that are computed in FP32 whatever the precision."""
+    weights: Weights = RESIDENT
+    """What gives the model's parts theirs."""
+
+    @property
+    def eager(self) -> Eager:
+        """The model, run by hand."""
+        return Eager(self.model, self.weights)
+
+    def grouped(self, prompted: Iterable[tuple[Prompt, T]], *, answers: int) -> Iterator[list[tuple[Prompt, T]]]:
+        """Prompts, with whatever comes along, in groups that go through the model together: alone if it is in memory.
+
+        Args:
+            prompted: in order.
+            answers: caches of each prompt that are held at once.
+        """
+        if self.weights is RESIDENT:
+            yield from ([one] for one in prompted)
+            return
+        group: list[tuple[Prompt, T]] = []
+        held = 0
+        for prompt, other in prompted:
+            size = answers * len(prompt.input_ids) * self._bytes_per_token()
+            if group and held + size > _TOGETHER_BYTES:
+                yield group
+                group, held = [], 0
+            group.append((prompt, other))
+            held += size
+        if group:
+            yield group
+
+    def _bytes_per_token(self) -> int:
+        """Of keys and values of all layers in FP32."""
+        config = self.model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
 
     @property
     def pruned_by(self) -> str:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from capa_export.eager import Eager, EagerInputs
+from capa_export.eager import EagerInputs
 from capa_export.export import DENSE
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
-from capa_export.parity.record import Noise, Record, Records, eager_trace, forced_plan
+from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
 from capa_export.parity.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
 from capa_export.progress import Report, silent, tracked
-from capa_export.prompt import Prompter
+from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Recipe
 from capa_export.runtime import Model, OnnxModel
 from capa_export.samples import Samples
@@ -36,6 +36,7 @@ __all__ = [
     "compare_onnx",
     "compare_prompts",
     "compare_sidecars",
+    "dense_logits",
     "replayed_oracle",
 ]
 
@@ -161,9 +162,8 @@ def replayed_oracle(subject: Subject) -> Expected:
     """The eager model, run again with the kept positions of an artefact."""
 
     def expected(record: Record, kept: Sequence[np.ndarray]) -> Trace:
-        plan = forced_plan(subject, record.prompt, kept)
-        eager = Eager(subject.model)
-        return eager_trace(subject, eager, record.prompt, plan, len(record.oracle.logits), record.tokens)[0]
+        plan, eager = forced_plan(subject, record.prompt, kept), subject.eager
+        return eager.run([tracing(subject, eager, record.prompt, plan, len(record.oracle.logits), record.tokens)])[0][0]
 
     return expected
 
@@ -175,7 +175,7 @@ def compare_dense(subject: Subject, records: Records, recipe: Recipe, report: Re
     for record in tracked(records, "validate: dense", len(records), report):
         prompt, stages = record.prompt, len(recipe.prune.schedule)
         everything = [np.arange(len(prompt.input_ids))] * stages
-        reference = Trace(_dense_logits(subject, record), everything)
+        reference = Trace(dense_logits(subject, prompt, record.tokens), everything)
         comparison.add(_trace(model, record, clock, [prompt.num_visual] * stages), reference)
     return Compared((comparison.result(),), milliseconds=clock.medians())
 
@@ -294,19 +294,19 @@ def _same_kept(trace: Trace, other: Trace) -> bool:
 
 
 @torch.no_grad()
-def _dense_logits(subject: Subject, record: Record) -> np.ndarray:
-    """[S, V] of the Hugging Face decoder's own forward pass, fed the record's tokens."""
-    text, head = subject.model.model.language_model, subject.model.lm_head
-    inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, record.prompt))
-    next_position = int(inputs.position_ids.max()) + 1
-    output = text(**inputs.arguments(torch.from_numpy(record.prompt.is_visual)), use_cache=True)
-    logits = [head(output.last_hidden_state[0, -1]).float()]
-    for step, token in enumerate(record.tokens):
-        output = text(
-            input_ids=torch.tensor([[token]]),
-            position_ids=torch.full((*inputs.position_ids.shape[:-1], 1), next_position + step),
-            past_key_values=output.past_key_values,
-            use_cache=True,
+def dense_logits(subject: Subject, prompt: Prompt, tokens: Sequence[int]) -> np.ndarray:
+    """[S, V] of the Hugging Face decoder's own forward pass over a prompt and the S - 1 tokens behind it."""
+    answer = torch.tensor([tokens], dtype=torch.long)
+    with subject.weights.holding_all(subject.model):
+        text = subject.model.model.language_model
+        inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
+        positions = inputs.next_position + torch.arange(answer.shape[1])
+        whole = inputs._replace(
+            embeds=torch.cat([inputs.embeds, text.embed_tokens(answer)], dim=1),
+            position_ids=torch.cat(
+                [inputs.position_ids, positions.expand(*inputs.position_ids.shape[:-1], -1)], dim=-1
+            ),
         )
-        logits.append(head(output.last_hidden_state[0, -1]).float())
-    return torch.stack(logits).numpy()
+        is_visual = np.pad(prompt.is_visual, (0, answer.shape[1]))
+        output = text(**whole.arguments(torch.from_numpy(is_visual)), use_cache=False)
+        return subject.model.lm_head(output.last_hidden_state[0, len(prompt.input_ids) - 1 :]).float().numpy()

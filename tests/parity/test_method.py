@@ -73,7 +73,7 @@ def trained(subject: Subject) -> Subject:
 def asked(
     subject: Subject, questions: Samples, *, seed: int = 0, steps: int = 4
 ) -> tuple[MethodError, dict[str, Method], list[Example]]:
-    found, examples = method_effect(subject, Eager(subject.model), questions, seed, steps, silent)
+    found, examples = method_effect(subject, questions, seed, steps, silent)
     json.dumps(found.model_dump(mode="json"), allow_nan=False)
     return found, {method.name: method for method in found.methods}, examples
 
@@ -180,7 +180,7 @@ def test_a_few_questions_prove_nothing(subject: Subject) -> None:
     found, _, _ = asked(subject, scenes(5), steps=1)
     assert found.beats_random is None
     assert any("5 questions are too few" in words for words in found.words)
-    found, examples = method_effect(subject, Eager(subject.model), scenes(0), 0, 1, silent)
+    found, examples = method_effect(subject, scenes(0), 0, 1, silent)
     assert (found, examples) == (
         MethodError(questions=0, words=("No question was asked: the method's error was not measured.",)),
         [],
@@ -209,13 +209,13 @@ def test_the_users_own_answers_are_counted(trained: Subject, tmp_path: Path) -> 
 
 
 def test_logits_that_are_not_finite_are_said_to_be(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Any = Eager.prefill
+    right: Any = Eager.prefilling
 
     def overflowing(eager: Eager, inputs: Any, is_visual: Any, plan: EagerPlan, *rest: Any) -> Any:
-        run = right(eager, inputs, is_visual, plan, *rest)
+        run = yield from right(eager, inputs, is_visual, plan, *rest)
         return replace(run, logits=run.logits * np.nan) if plan.keep else run
 
-    monkeypatch.setattr(Eager, "prefill", overflowing)
+    monkeypatch.setattr(Eager, "prefilling", overflowing)
     found, methods, _ = asked(subject, scenes(6), steps=1)
     assert (found.beats_random, found.kl_gain, methods["capa"].kl) == (False, None, None)
     assert "CAPA does not beat random pruning at the same k: the KL from dense is not finite." in found.words
@@ -223,7 +223,7 @@ def test_logits_that_are_not_finite_are_said_to_be(subject: Subject, monkeypatch
 
 def test_memory_does_not_grow_with_the_questions(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions' prompts and caches at most are alive: the one that is asked, and the last one's."""
-    prefill, chat = Eager.prefill, Prompter.chat
+    prefilling, chat = Eager.prefilling, Prompter.chat
     seen: dict[str, list[ref[Any]]] = {"prefills": [], "prompts": []}
     alive = {"prefills": 0, "prompts": 0}
 
@@ -232,7 +232,10 @@ def test_memory_does_not_grow_with_the_questions(subject: Subject, monkeypatch: 
         alive[what] = max(alive[what], sum(one() is not None for one in seen[what]))
         return made
 
-    monkeypatch.setattr(Eager, "prefill", lambda *given: watched("prefills", prefill(*given)))
+    def watched_prefill(*given: Any) -> Any:
+        return watched("prefills", (yield from prefilling(*given)))
+
+    monkeypatch.setattr(Eager, "prefilling", watched_prefill)
     monkeypatch.setattr(Prompter, "chat", lambda *given: watched("prompts", chat(*given)))
     asked(subject, scenes(12), steps=2)
     assert [len(made) for made in seen.values()] == [36, 12]

@@ -1,0 +1,194 @@
+"""A model whose weights stream computes what it computes in memory, bit for bit, and holds one part at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from capa_export.checkpoint import open_checkpoint
+from capa_export.eager import Eager, EagerInputs, EagerPlan, inputs_for
+from capa_export.export import Source
+from capa_export.families import load_family
+from capa_export.lockstep import finished, together
+from capa_export.parity.half import lowered
+from capa_export.parity.record import tracing
+from capa_export.parity.subject import Subject
+from capa_export.parity.trace import Trace, sampled_rows
+from capa_export.parity.validate import dense_logits
+from capa_export.prompt import Prompt, Prompter
+from capa_export.recipe import Prune
+from capa_export.streamed import StoredWeights, hollow_model
+from tests.conftest import noise
+from tests.models import FAMILIES
+
+PRUNE = Prune.model_validate({"schedule": [{"layer": 1, "ratio": 0.5}]})
+STEPS = 4
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def subjects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Subject]:
+    """In memory, and streamed from the same files."""
+    small = FAMILIES[request.param]
+    folder = small.save_model(tmp_path_factory.mktemp("checkpoint"), small.random_model())
+    source = Source.of(open_checkpoint(str(folder)), load_family(request.param))
+    model = getattr(transformers, source.family.ARCHITECTURE).from_pretrained(folder, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        # Mapped from the file they lie at odd addresses, from which some kernels sum in another order.
+        parameter.data = parameter.data.clone()
+    weights = StoredWeights(source)
+    prompter = Prompter(folder, folder, source.family, source.dims)
+    alpha = np.linspace(0.5, 1.5, source.dims.decoder.hidden_size, dtype=np.float32)
+    make = partial(
+        Subject,
+        family=source.family,
+        prompter=prompter,
+        prune=PRUNE,
+        scales={2: alpha},
+        precision="fp16",
+        onnx=folder,
+        fp32_onnx=folder,
+        eos_token_ids=(),
+    )
+    return make(model), make(hollow_model(source, weights), weights=weights)
+
+
+def prompts_of(subject: Subject) -> list[Prompt]:
+    pictures = [noise(140, 112, 1), noise(112, 84, 2)]
+    return [subject.prompter("what color is the star ?", pictures[:count]) for count in (1, 2, 0)]
+
+
+def traced(subject: Subject, eager: Eager, tokens: list[int]) -> list[tuple[Trace, list[int]]]:
+    passes = [
+        tracing(subject, eager, prompt, subject.plan(prompt), STEPS, tokens, sampled_rows(len(prompt.input_ids)))
+        for prompt in prompts_of(subject)
+    ]
+    return eager.run(passes)
+
+
+def assert_equal(found: list[tuple[Trace, list[int]]], wanted: list[tuple[Trace, list[int]]]) -> None:
+    for (own, fed), (other, wanted_fed) in zip(found, wanted, strict=True):
+        assert fed == wanted_fed
+        for name in ("logits", "hidden", "features"):
+            np.testing.assert_array_equal(getattr(own, name), getattr(other, name), strict=True)
+        for name in ("kept", "scores"):
+            for a, b in zip(getattr(own, name), getattr(other, name), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [[], [5, 6], [5, 6, 7]])
+def test_equals_in_memory(subjects: tuple[Subject, Subject], tokens: list[int]) -> None:
+    resident, streamed = subjects
+    assert_equal(traced(streamed, streamed.eager, tokens), traced(resident, resident.eager, tokens))
+
+
+@pytest.mark.parametrize("fp32_layers", [(), ("residual", "1.mlp", "visual.residual")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equals_in_memory_in_half_precision(
+    subjects: tuple[Subject, Subject], dtype: torch.dtype, fp32_layers: tuple[str, ...]
+) -> None:
+    found = [
+        traced(subject, Eager(lowered(subject.model, dtype, fp32_layers), subject.weights), [5, 6, 7])
+        for subject in subjects
+    ]
+    assert_equal(found[1], found[0])
+
+
+def test_known_tokens_that_follow_the_prompt_equal_those_fed_one_after_the_other(
+    subjects: tuple[Subject, Subject],
+) -> None:
+    subject = subjects[0]
+    trace, _ = traced(subject, subject.eager, [5, 6, 7])[0]
+    prompt = prompts_of(subject)[0]
+    plan = subject.plan(prompt)
+    inputs = inputs_for(plan, subject.family, subject.model, prompt)
+    run = subject.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
+    logits = [run.logits, *(subject.eager.step(run, token, run.next_position + i) for i, token in enumerate([5, 6, 7]))]
+    np.testing.assert_array_equal(trace.logits, torch.stack(logits).numpy())
+
+
+def test_the_models_own_forward_pass_streams_too(subjects: tuple[Subject, Subject]) -> None:
+    prompt = prompts_of(subjects[0])[0]
+    resident, streamed = (dense_logits(subject, prompt, [5, 6, 7]) for subject in subjects)
+    np.testing.assert_array_equal(streamed, resident)
+    # What it is in its first row: the whole model's answer, without a loop of ours.
+    model = subjects[0].model
+    embeds, position_ids = EagerInputs.of(subjects[0].family.eager_inputs(model, prompt))[:2]
+    plain = subjects[0].eager.prefill(
+        EagerInputs.of(subjects[0].family.eager_inputs(model, prompt)), torch.from_numpy(prompt.is_visual), EagerPlan()
+    )
+    assert embeds.shape[1] == position_ids.shape[-1]
+    np.testing.assert_allclose(resident[0], plain.logits.numpy(), atol=2e-5)
+
+
+def test_nothing_stays_in_memory(subjects: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, streamed = subjects
+    text = resident.model.model.language_model
+    layers = [in_memory(layer) for layer in text.layers]
+    head = in_memory(resident.model.lm_head)
+    tower = in_memory(resident.model) - sum(layers) - head - in_memory(text.embed_tokens)
+    idle = in_memory(streamed.model)
+    held: list[int] = []
+    load = StoredWeights.load
+
+    def weigh(*given: Any) -> None:
+        load(*given)
+        held.append(in_memory(streamed.model) - idle)
+
+    monkeypatch.setattr(StoredWeights, "load", weigh)
+    traced(streamed, streamed.eager, [5, 6, 7])
+    assert max(held) <= max(*layers, head, tower) and in_memory(streamed.model) == idle
+    # Three prompts, each with three tokens behind it: layers and head were loaded once.
+    assert held[-len(layers) - 2 :] == [*layers, 0, head]
+    assert min(held[: -len(layers) - 2]) > 0
+
+
+def in_memory(module: torch.nn.Module) -> int:
+    """Elements of matrices; norms and position tables are ones and zeros until they are loaded, and small."""
+    return sum(weights.numel() for weights in module.parameters() if weights.ndim > 1 and not weights.is_meta)
+
+
+def test_passes_go_on_together_in_their_order() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def work(name: str, parts: list[Any]) -> Any:
+        for part in parts:
+            yield part
+            seen.append((name, part))
+        return name
+
+    held: list[Any] = []
+
+    @contextmanager
+    def holding(part: Any) -> Iterator[None]:
+        held.append(part)
+        yield
+
+    passes = [work("a", ["tower", 0, 1]), work("b", [0, 1, "head"]), work("c", [])]
+    assert finished(together(passes), holding) == ["a", "b", "c"]
+    assert held == ["tower", 0, 1, "head"]
+    assert seen == [("a", "tower"), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", "head")]
+
+
+def test_a_pass_that_fails_lets_go_of_what_it_held() -> None:
+    held: list[Any] = []
+
+    def work() -> Any:
+        yield 0
+        raise ValueError("no")
+
+    @contextmanager
+    def holding(part: Any) -> Iterator[None]:
+        held.append(part)
+        try:
+            yield
+        finally:
+            held.remove(part)
+
+    with pytest.raises(ValueError, match="no"):
+        finished(together([work()]), holding)
+    assert not held
