@@ -23,7 +23,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
 from capa_export.whole import replacing
 
-__all__ = ["Written", "bind", "check_disk", "tied", "unused_tensors", "write_embedding"]
+__all__ = ["Written", "bind", "bind_lazily", "check_disk", "tied", "unused_tensors", "write_embedding"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -94,7 +94,10 @@ class _Converted(ir.LazyTensor):
         return f"{self._repr_base()}({self.source!r}, name={self.name!r})"
 
     def _whole(self) -> ir.TensorProtocol:
-        array: Array = np.concatenate(list(self.chunks()))
+        array, done = np.empty(self.size, self.dtype.numpy()), 0
+        for chunk in self.chunks():
+            array[done : done + chunk.size] = chunk
+            done += chunk.size
         return ir.Tensor(array.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
     def chunks(self) -> Iterator[Array]:
@@ -176,19 +179,9 @@ def bind(
     Raises:
         CapaError: a tensor is missing, has another shape, is not finite, overflows, or the disk is full.
     """
-    sources = dict(tensors) | {name: _Given(name=name, array=array) for name, array in (extra or {}).items()}
-    waiting = [value for model in models for value in _unbound(model)]
-    if missing := [value.name for value in waiting if value.name not in sources]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CapaError(
-            f"tensor {missing[0]}{more} is missing from the checkpoint, though its config.json implies it; "
-            "check that weights and config belong together"
-        )
     written: dict[tuple[object, ...], _Converted] = {}
     uses: list[tuple[ir.Value, tuple[object, ...]]] = []
-    for value in waiting:
-        assert value.name is not None
-        tensor = _converted(value, sources[value.name], dtype)
+    for value, tensor in _bound(models, tensors, dtype, extra):
         key = (*_place(tensor.source), tensor.dtype)
         written.setdefault(key, tensor)
         uses.append((value, key))
@@ -216,6 +209,46 @@ def bind(
             base_dir=stored.base_dir,
         )
     return Written(sha256=sha256, kept=tuple(kept.values()))
+
+
+def bind_lazily(
+    models: Sequence[ir.Model],
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: ir.DataType,
+    extra: Mapping[str, Array] | None = None,
+) -> None:
+    """Give every initializer that has no value yet weights that are read, and converted, when they are asked for.
+
+    Args:
+        models: changed in place.
+        tensors: the checkpoint, by canonical name.
+        dtype: for the initializers that have no dtype of their own.
+        extra: arrays that are not in the checkpoint, by initializer name.
+
+    Raises:
+        CapaError: a tensor is missing, or has another shape.
+    """
+    for value, tensor in _bound(models, tensors, dtype, extra):
+        value.type, value.const_value = ir.TensorType(tensor.dtype), tensor
+
+
+def _bound(
+    models: Sequence[ir.Model],
+    tensors: Mapping[str, StoredTensor],
+    dtype: ir.DataType,
+    extra: Mapping[str, Array] | None,
+) -> Iterator[tuple[ir.Value, _Converted]]:
+    """Initializers without a value, and what they are to hold."""
+    sources = dict(tensors) | {name: _Given(name=name, array=array) for name, array in (extra or {}).items()}
+    waiting = [value for model in models for value in _unbound(model)]
+    if missing := [value.name for value in waiting if value.name not in sources]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CapaError(
+            f"tensor {missing[0]}{more} is missing from the checkpoint, though its config.json implies it; "
+            "check that weights and config belong together"
+        )
+    return ((value, _converted(value, sources[str(value.name)], dtype)) for value in waiting)
 
 
 def _unbound(model: ir.Model) -> Iterator[ir.Value]:

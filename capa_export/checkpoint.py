@@ -66,6 +66,10 @@ class StoredTensor:
     """Absolute, in bytes from the start of the shard."""
     nbytes: int
 
+    def mapped(self) -> "np.ndarray[Any, Any]":
+        """The elements in their shape, mapped from the file rather than read."""
+        return np.memmap(self.path, self.dtype.numpy(), "r", self.offset, self.shape)
+
     def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the elements in storage order, flat, `size` at a time, in the stored dtype.
 

@@ -23,6 +23,7 @@ __all__ = [
     "dry_run",
     "run_bytes",
     "run_memory",
+    "validation_bytes",
 ]
 
 UNKNOWN = "unknown until calibrated"
@@ -183,12 +184,19 @@ def _memory(total: Parameters, width: int, engines: str | None, num_layers: int)
         "calibrate": 4,
         "calibrate layer by layer": 4 / num_layers,
         "export": 0,
-        # The eager model and its half copy; prefill and decode in ONNX Runtime, in FP32 and in the bundle's precision.
         "validate": 4 + 2 + 2 * 4 + 2 * width,
         "run": 2 * width,
     }
     stages = {stage: _LIBRARIES + int(total.total * size) for stage, size in per_parameter.items()}
     return {**stages, "engine": _engine_bytes(total, width, engines)} if engines else stages
+
+
+def validation_bytes(num_parameters: int, precision: str) -> int:
+    """Peak of a validation with all models in memory.
+
+    The eager model and its half copy; prefill and decode in ONNX Runtime, in FP32 and in the bundle's precision.
+    """
+    return _LIBRARIES + (4 + 2 + 2 * 4 + 2 * _ELEMENT_BYTES[precision]) * num_parameters
 
 
 def calibration_bytes(num_parameters: int) -> int:

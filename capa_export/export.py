@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.bind import EMBEDDING, bind, check_disk, tied, unused_tensors, write_embedding
+from capa_export.bind import EMBEDDING, bind, bind_lazily, check_disk, tied, unused_tensors, write_embedding
 from capa_export.checkpoint import Checkpoint, StoredTensor
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
@@ -24,8 +24,18 @@ from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
 from capa_export.selectors import Chosen
+from capa_export.sliced import Graphs
 
-__all__ = ["DENSE", "PRECISIONS", "Source", "check_tensors", "copy_sidecars", "sidecars", "write_onnx"]
+__all__ = [
+    "DENSE",
+    "PRECISIONS",
+    "Source",
+    "check_tensors",
+    "copy_sidecars",
+    "graphs_in_fp32",
+    "sidecars",
+    "write_onnx",
+]
 
 PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
@@ -108,34 +118,15 @@ def write_onnx(
         CapaError: a tensor is missing, not finite or out of range, the disk is too small, or the weights cannot stay
             in place.
     """
-    check_units(fp32_layers, source.dims)
-    dtype, dims = PRECISIONS[precision], source.dims
-    rotary = rotary_tables(dims)
-    tower = _tower(source, dtype, selectors)
-    features = next((value for value in tower.graph.outputs if value.name == "tower_features"), None)
-    pruning: Any = {
-        "prune_layers": prune_layers,
-        "selectors": selectors,
-        "min_keep_per_image": min_keep_per_image,
-        "feature_size": 0 if features is None or features.shape is None else features.shape[1],
-    }
-    llm = {
-        "prefill.onnx": prefill_model(dims.decoder, dtype, rotary, linear_layers=sorted(scales), **pruning),
-        "decode.onnx": decode_model(dims.decoder, dtype, rotary, prune_layers=prune_layers),
-    }
-    if dense:
-        llm[DENSE] = prefill_model(dims.decoder, dtype, rotary, linear_layers=(), **pruning)
-    visual = {"model.onnx": tower}
-    units = [parse_unit(word) for word in fp32_layers]
-    if dtype != ir.DataType.FLOAT:
-        for model in (*llm.values(), *visual.values()):
-            compute_in_fp32(model, units)
+    dtype = PRECISIONS[precision]
+    parts = _graphs(
+        source, dtype, prune_layers, selectors, min_keep_per_image, sorted(scales), fp32_layers, dense=dense
+    )
     shards = Shards(source.checkpoint, precision) if in_place else None
     if shards is None:
         check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
-    extra = {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
-    sizes: dict[str, Any] = {}
-    for part, models in (("llm", llm), ("visual", visual)):
+    extra, sizes = _alphas(scales), dict[str, Any]()
+    for part, models in parts.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
 
         def progress(_tensor: str, done: int, total: int, part: str = part) -> None:
@@ -167,6 +158,67 @@ def write_onnx(
             if sha256 is not None:
                 sizes[f"{part}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256}
     return sizes
+
+
+def graphs_in_fp32(
+    source: Source,
+    *,
+    prune_layers: Sequence[int],
+    scales: Mapping[int, np.ndarray],
+    selectors: Mapping[int, Chosen],
+    min_keep_per_image: int,
+) -> Graphs:
+    """What `write_onnx` would write in FP32, `DENSE` included; the weights stay in the checkpoint until they are read.
+
+    Raises:
+        CapaError: a tensor is missing.
+    """
+    dtype = PRECISIONS["fp32"]
+    parts = _graphs(source, dtype, prune_layers, selectors, min_keep_per_image, sorted(scales), (), dense=True)
+    models = {f"{part}/{name}": model for part, named in parts.items() for name, model in named.items()}
+    bind_lazily([*models.values()], source.tensors, dtype=dtype, extra=_alphas(scales))
+    return Graphs(models, source.tensors[EMBEDDING])
+
+
+def _graphs(
+    source: Source,
+    dtype: ir.DataType,
+    prune_layers: Sequence[int],
+    selectors: Mapping[int, Chosen],
+    min_keep_per_image: int,
+    linear_layers: Sequence[int],
+    fp32_layers: Sequence[str],
+    *,
+    dense: bool,
+) -> dict[str, dict[str, ir.Model]]:
+    """The graphs without weights, by the folder and the name of the file they go into."""
+    check_units(fp32_layers, source.dims)
+    decoder, rotary = source.dims.decoder, rotary_tables(source.dims)
+    tower = _tower(source, dtype, selectors)
+    features = next((value for value in tower.graph.outputs if value.name == "tower_features"), None)
+    pruning: Any = {
+        "prune_layers": prune_layers,
+        "selectors": selectors,
+        "min_keep_per_image": min_keep_per_image,
+        "feature_size": 0 if features is None or features.shape is None else features.shape[1],
+    }
+    llm = {
+        "prefill.onnx": prefill_model(decoder, dtype, rotary, linear_layers=linear_layers, **pruning),
+        "decode.onnx": decode_model(decoder, dtype, rotary, prune_layers=prune_layers),
+    }
+    if dense:
+        llm[DENSE] = prefill_model(decoder, dtype, rotary, linear_layers=(), **pruning)
+    parts = {"llm": llm, "visual": {"model.onnx": tower}}
+    if dtype != ir.DataType.FLOAT:
+        units = [parse_unit(word) for word in fp32_layers]
+        for model in (model for models in parts.values() for model in models.values()):
+            compute_in_fp32(model, units)
+    return parts
+
+
+def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """By the name of the initializer."""
+    return {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
 
 
 def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) -> ir.Model:

@@ -1,12 +1,15 @@
 """Passes through a model that stop before each of its parts, so that several of them can share what a part takes."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-__all__ = ["RESIDENT", "Part", "Pass", "Weights", "finished", "together"]
+__all__ = ["RESIDENT", "TOGETHER_BYTES", "Part", "Pass", "Weights", "finished", "grouped", "together"]
 
 T = TypeVar("T")
+
+TOGETHER_BYTES = 2 << 30
+"""Of keys and values, up to which prompts go through a model together whose weights stream."""
 
 Part: TypeAlias = int | Literal["tower", "head"]
 """A decoder layer, the vision tower with what else makes the decoder's inputs, or the last norm with the LM head."""
@@ -75,3 +78,21 @@ def finished(work: Pass[T], holding: Callable[[Part], AbstractContextManager[obj
                 part = next(work)
     except StopIteration as stop:
         return stop.value
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in groups of at most this size, one at least; with a limit of 0, each as soon as it is there."""
+    group: list[T] = []
+    held = 0
+    for item in items:
+        own = size(item)
+        if group and held + own > limit:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += own
+        if not limit:
+            yield group
+            group = []
+    if group:
+        yield group

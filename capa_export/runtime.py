@@ -5,27 +5,30 @@ B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 
 from capa_export.errors import CapaError
 from capa_export.in_place import embedding_of
 from capa_export.prompt import Picture, Prompt
 from capa_export.selectors import TOWER_OUTPUTS
-from capa_export.tiled import attention_bytes, tiled
-from capa_export.widen import is_bfloat16, widen
+from capa_export.sliced import Graphs, SlicedSession, run_lanes, without_lazy_weights
+from capa_export.tiled import attention_bytes, tile_attention
+from capa_export.widen import is_bfloat16, widen, widen_lazily
 
 __all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun", "greedy"]
 
 Cache = TypeVar("Cache")
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST, _PRESENT, _KEPT = "past_key_values.", "present.", "kept_positions."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
@@ -118,8 +121,7 @@ class Model(ABC, Generic[Cache]):
     @cached_property
     def _embedding(self) -> np.ndarray:
         """[V, D], mapped from the file rather than read."""
-        tensor = embedding_of(self.folder / "llm")
-        return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
+        return embedding_of(self.folder / "llm").mapped()
 
     def embed(self, prompt: Prompt) -> dict[str, np.ndarray]:
         """Prefill's inputs that hold embeddings: the table's rows, and the vision tower's output at visual tokens.
@@ -150,15 +152,25 @@ class Model(ABC, Generic[Cache]):
         self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray] | None = None
     ) -> PrefillRun[Cache]:
         """Run the prompt, keeping `num_keep` visual tokens after each stage; `embeds` is what `embed` gives."""
-        feed = {
-            **(self.embed(prompt) if embeds is None else embeds),
+        feed = self._prompt_feed(prompt, num_keep, self.embed(prompt) if embeds is None else embeds)
+        return self._prefilled(prompt, self._fill(prompt, feed))
+
+    def _prompt_feed(
+        self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Prefill's inputs, of which a graph takes some."""
+        return {
+            **embeds,
             "position_ids": prompt.position_ids,
             "text_positions": prompt.text_positions,
             "visual_grid": prompt.visual_grid,
             "num_keep": np.asarray(num_keep, np.int64),
         }
-        result = self._fill(prompt, feed)
-        kept = [result[f"kept_positions.{stage}"] for stage in range(len(num_keep))]
+
+    def _prefilled(self, prompt: Prompt, result: Mapping[str, Any]) -> PrefillRun[Cache]:
+        """What prefill's outputs are."""
+        stages = sum(name.startswith(_KEPT) for name in result)
+        kept = [result[f"{_KEPT}{stage}"] for stage in range(stages)]
         lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
         return PrefillRun(result["logits"][0], self._cache(_past(result), lengths), kept)
 
@@ -185,11 +197,22 @@ def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:
 
 
 class OnnxModel(Model[KVCache]):
-    """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights."""
+    """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights.
 
-    def __init__(self, folder: Path, *, prefill: str = "prefill.onnx", threads: int = 0) -> None:
-        self.folder, self.threads = folder, threads
-        self.prefill_file = prefill
+    Args:
+        graphs: the folder, or graphs that are not written, which are always run in slices.
+        prefill: the file that stands for prefill's.
+        threads: of ONNX Runtime; 0 for its own choice.
+        sliced: whether no more than a layer's weights are to be in memory.
+    """
+
+    def __init__(
+        self, graphs: Path | Graphs, *, prefill: str = "prefill.onnx", threads: int = 0, sliced: bool = False
+    ) -> None:
+        self.unwritten = graphs if isinstance(graphs, Graphs) else None
+        self.folder = Path() if isinstance(graphs, Graphs) else graphs
+        self.sliced = sliced or self.unwritten is not None
+        self.threads, self.prefill_file = threads, prefill
         self._scratch = TemporaryDirectory(prefix="capa-export-")
         self._sessions: dict[str, tuple[Any, bool]] = {}
         """File -> session, and whether its attention runs in tiles."""
@@ -210,34 +233,52 @@ class OnnxModel(Model[KVCache]):
     def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         key = file, tuple(shapes.items())
         if key not in self._attention:
-            self._attention[key] = attention_bytes(onnx.load(self.folder / file, load_external_data=False), shapes)
+            self._attention[key] = attention_bytes(ir.to_proto(without_lazy_weights(self._graph(file))), shapes)
         return self._attention[key]
 
+    def _graph(self, file: str) -> ir.Model:
+        """A copy of a graph that may be changed; its weights stay where they are."""
+        return ir.load(self.folder / file) if self.unwritten is None else self.unwritten.models[file].clone()
+
     def _session(self, file: str, *, in_tiles: bool = False) -> Any:
+        path = self.folder / file
+        bfloat16 = self.unwritten is None and is_bfloat16(path)
+        changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
+        if self.sliced:
+            model = self._graph(file)
+            for change in [*([widen_lazily] if bfloat16 else []), *changes]:
+                change(model)
+            return SlicedSession(model, partial(self._connected, path))
+        if bfloat16:
+            widened = Path(self._scratch.name) / file
+            widen(path, widened)
+            path = widened
+        if not changes:
+            return self._connected(path)
+        model = ir.load(path)
+        for change in changes:
+            change(model)
+        return self._connected(path, ir.to_proto(model))
+
+    def _connected(self, path: Path, model: onnx.ModelProto | None = None) -> Any:
+        """ONNX Runtime's session of a file, or of what was made of it."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # Errors come as exceptions; the log would say them a second time.
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path = self.folder / file
-        if is_bfloat16(path):
-            widened = Path(self._scratch.name) / file
-            widen(path, widened)
-            path = widened
-        source = str(path)
-        changes = [*([tiled] if in_tiles else []), *self._changes(file)]
-        if changes:
-            model = onnx.load(path, load_external_data=False)
-            for change in changes:
-                model = change(model)
-            source = model.SerializeToString()
+        if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        if self.sliced:
+            # A slice runs a few times: a packed copy of its weights is not worth its memory.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        source = str(path) if model is None else model.SerializeToString()
         try:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
-    def _changes(self, file: str) -> Sequence[Callable[[onnx.ModelProto], onnx.ModelProto]]:  # noqa: ARG002
+    def _changes(self, file: str) -> Sequence[Callable[[ir.Model], None]]:  # noqa: ARG002
         """What to do to a graph before it is run; nothing, unless one wants to look inside."""
         return ()
 
@@ -256,6 +297,10 @@ class OnnxModel(Model[KVCache]):
         for picture in prompt.pictures:
             self._visual(picture)
         _ = self._prefill(prompt), self._decode, self._embedding
+
+    @cached_property
+    def _embedding(self) -> np.ndarray:
+        return self.unwritten.embedding.mapped() if self.unwritten else super()._embedding
 
     @cached_property
     def dtype(self) -> type[np.floating[Any]]:
@@ -280,13 +325,71 @@ class OnnxModel(Model[KVCache]):
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         session = self._prefill(prompt)
+        return _run(session, self._taken(session, prompt, feed))
+
+    def _taken(self, session: Any, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What prefill's session takes of the inputs."""
         # Where no picture is shown, the tower has said nothing.
         empty = {
             entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
             for entry in session.get_inputs()
             if entry.name in TOWER_OUTPUTS and entry.name not in feed
         }
-        return _run(session, {entry.name: {**feed, **empty}[entry.name] for entry in session.get_inputs()})
+        return {entry.name: {**feed, **empty}[entry.name] for entry in session.get_inputs()}
+
+    def follow(
+        self,
+        prompts: Sequence[Prompt],
+        num_keep: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        embeds: Sequence[Mapping[str, np.ndarray]],
+        given: Sequence[Mapping[str, np.ndarray]] | None = None,
+        timing: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> list[list[dict[str, np.ndarray]]]:
+        """Outputs of each prompt's prefill, and of the steps behind it that are fed tokens which are known.
+
+        All prompts go through the graphs together, so that a sliced one opens each slice once for all of them.
+
+        Args:
+            prompts: to run.
+            num_keep: visual tokens that each keeps after each stage.
+            tokens: what each is fed.
+            embeds: what `embed` gives of each.
+            given: more inputs of each one's prefill.
+            timing: times `prefill` and `decode`, each run of graphs that are not sliced.
+        """
+        # The last one is in tiles if any of them has to be.
+        prefill = [self._prefill(prompt) for prompt in prompts][-1]
+        feeds = map(self._prompt_feed, prompts, num_keep, embeds)
+        more = given or [{}] * len(prompts)
+        lanes = [
+            [self._taken(prefill, prompt, {**feed, **own})]
+            for prompt, feed, own in zip(prompts, feeds, more, strict=True)
+        ]
+        names = [entry.name for entry in prefill.get_outputs()]
+        filled = [found for (found,) in run_lanes(prefill, names, lanes, timing=partial(timing, "prefill"))]
+        steps = [self._steps(*one) for one in zip(prompts, filled, tokens, strict=True)]
+        names = [entry.name for entry in self._decode.get_outputs()]
+        carried = {_PAST + name.removeprefix(_PRESENT): name for name in names if name.startswith(_PRESENT)}
+        seen = [name for name in names if not name.startswith(_PRESENT)]
+        followed = run_lanes(self._decode, seen, steps, carried, partial(timing, "decode"))
+        return [[first, *others] for first, others in zip(filled, followed, strict=True)]
+
+    def _steps(
+        self, prompt: Prompt, filled: Mapping[str, np.ndarray], tokens: Sequence[int]
+    ) -> list[dict[str, np.ndarray]]:
+        """Decode's inputs at each step; those behind the first go without the cache, which the step before leaves."""
+        cache = self._prefilled(prompt, filled).cache
+        feeds = [
+            {**self._token_feed([[token]], [prompt.next_position + step]), "past_lengths": cache.lengths + step}
+            for step, token in enumerate(tokens)
+        ]
+        return [{**feeds[0], **cache.tensors}, *feeds[1:]] if feeds else []
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Of the keys and values of so many tokens."""
+        entries = (entry for entry in self._decode.get_inputs() if entry.name.startswith(_PAST))
+        return sum(num_tokens * entry.shape[1] * entry.shape[3] for entry in entries) * self.dtype().itemsize
 
     def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
         return KVCache(past, lengths)

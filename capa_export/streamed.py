@@ -14,6 +14,7 @@ from capa_export.checkpoint import StoredTensor, canonical_name
 from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.lockstep import Part
+from capa_export.progress import Report, silent
 
 __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model"]
 
@@ -35,16 +36,19 @@ class EmbeddingRows(nn.Module):
         self.table, self.weight = table, weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        table = self.table
-        mapped = np.memmap(table.path, table.dtype.numpy(), "r", table.offset, table.shape)
-        return torch.from_numpy(mapped[input_ids.numpy()].astype(np.float32)).to(self.weight.dtype)
+        return torch.from_numpy(self.table.mapped()[input_ids.numpy()].astype(np.float32)).to(self.weight.dtype)
 
 
 class StoredWeights:
-    """The checkpoint's tensors by the names of the Hugging Face model's parameters."""
+    """The checkpoint's tensors by the names of the Hugging Face model's parameters.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    Args:
+        source: the checkpoint.
+        report: told which layer is held.
+    """
+
+    def __init__(self, source: Source, report: Report = silent) -> None:
+        self.source, self.report = source, report
 
     def of(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """Where a parameter lies.
@@ -92,9 +96,11 @@ class StoredWeights:
             if part == "tower":
                 held.enter_context(self.loaded_beside(model, [DECODER, HEAD]))
             elif part == "head":
+                self.report("through the layers", len(text.layers), len(text.layers))
                 held.enter_context(self.loaded(text.norm, f"{DECODER}norm."))
                 held.enter_context(self.loaded(model.lm_head, HEAD))
             else:
+                self.report("through the layers", part, len(text.layers))
                 held.enter_context(self.loaded(text.layers[part], f"{DECODER}layers.{part}."))
             yield
 

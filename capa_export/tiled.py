@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
 
-__all__ = ["attention_bytes", "tiled"]
+__all__ = ["attention_bytes", "tile_attention"]
 
 _DOMAIN = "capa.cpu"
 _TILE = 1 << 22
@@ -107,20 +107,18 @@ def attention_bytes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]])
     return largest
 
 
-def tiled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with every unmasked Attention node over tiles of its queries; the weights stay where they are."""
-    rewritten = ir.from_proto(model)
-    for node in rewritten.graph:
+def tile_attention(model: ir.Model) -> None:
+    """Run every unmasked Attention node over tiles of its queries; the weights stay where they are."""
+    for node in model.graph:
         if not _is_plain_attention(node.op_type, node.inputs):
             continue
         query = node.inputs[0]
         assert query is not None and query.dtype is not None
         function = _function(query.dtype, causal=bool(node.attributes["is_causal"].as_int()))
-        rewritten.functions[function.identifier()] = function
+        model.functions[function.identifier()] = function
         node.domain, node.op_type = function.domain, function.name
         del node.attributes["is_causal"]
-    rewritten.graph.opset_imports[_DOMAIN] = 1
-    return ir.to_proto(rewritten)
+    model.graph.opset_imports[_DOMAIN] = 1
 
 
 def _is_plain_attention(op_type: str, inputs: Sequence[object]) -> bool:

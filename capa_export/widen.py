@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["is_bfloat16", "tensor_values", "widen"]
+__all__ = ["is_bfloat16", "tensor_values", "widen", "widen_lazily"]
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -19,6 +19,13 @@ def is_bfloat16(path: Path) -> bool:
 def widen(source: Path, target: Path) -> None:
     """Write the graph at `source` to `target`, every bf16 value FP32; weights stream into `<target>.data`."""
     model = ir.load(source)
+    widen_lazily(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, target, external_data=f"{target.name}.data")
+
+
+def widen_lazily(model: ir.Model) -> None:
+    """Make every bf16 value of the graph FP32; weights are converted when they are asked for."""
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype == _BF16:
             value.const_value = _widened(value.const_value)
@@ -32,8 +39,6 @@ def widen(source: Path, target: Path) -> None:
     for value in [*everything, *(output for node in model.graph for output in node.outputs)]:
         if value.dtype == _BF16:
             value.type = ir.TensorType(_FP32)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def tensor_values(tensor: ir.TensorProtocol) -> Any:

@@ -10,13 +10,14 @@ import onnx_ir as ir
 
 from capa_export.errors import CapaError
 from capa_export.in_place import EMBEDDING_FILE, embedding_of
-from capa_export.parity.cut import Cut, Opened, block_of, layer_of
+from capa_export.parity.cut import Cut, Opened, block_of
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
 from capa_export.parity.record import Record, Records
 from capa_export.parity.schema import Bisection, Probe
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Picture
+from capa_export.sliced import Graphs, layer_of
 
 __all__ = ["bisect"]
 
@@ -26,20 +27,29 @@ _LARGEST = {"fp16": 65504.0}
 _AGAIN = "the file was changed: run `capa-export export` again"
 
 
-def bisect(artefact: Path, precision: str, twin: Path, records: Records, report: Report = silent) -> Bisection:
+def bisect(
+    artefact: Path | Graphs,
+    precision: str,
+    twin: Path | Graphs,
+    records: Records,
+    report: Report = silent,
+    *,
+    sliced: bool = False,
+) -> Bisection:
     """Say where an artefact leaves the eager model, on the first prompt on which it does.
 
     Args:
-        artefact: an `onnx` folder.
+        artefact: an `onnx` folder, or graphs that are not written.
         precision: of its graphs.
         twin: the same graphs written anew in FP32 from the checkpoint, with the same node names.
         records: what the eager model makes of some prompts.
         report: progress.
+        sliced: whether no more than a layer's weights are to be in memory.
 
     Raises:
         CapaError: a graph or its embeddings cannot be loaded.
     """
-    search = _Search(artefact, precision, twin)
+    search = _Search(artefact, precision, twin, sliced=sliced)
     for record in tracked(records, "bisect", len(records), report):
         if (found := search.embedding(record)) is not None:
             return found
@@ -54,9 +64,9 @@ def bisect(artefact: Path, precision: str, twin: Path, records: Records, report:
 class _Search:
     """One artefact, and what was looked at."""
 
-    def __init__(self, artefact: Path, precision: str, twin: Path) -> None:
+    def __init__(self, artefact: Path | Graphs, precision: str, twin: Path | Graphs, *, sliced: bool) -> None:
         self.precision, self.limits = precision, Limits.of(precision)
-        self.graphs = Opened(artefact), Opened(twin)
+        self.graphs = Opened(artefact, sliced=sliced), Opened(twin, sliced=sliced)
         self.tables = _table(artefact), _table(twin)
         self.probes: list[Probe] = []
         self._cuts: dict[str, tuple[Cut, Cut]] = {}
@@ -332,9 +342,10 @@ def _unit(node: ir.Node, cut: Cut) -> str:
     return f"{before}{index}.{'attn' if tower else 'self_attn'}"
 
 
-def _table(folder: Path) -> np.ndarray:
-    tensor = embedding_of(folder / "llm")
-    return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset, tensor.shape)
+def _table(graphs: Path | Graphs) -> np.ndarray:
+    """The token embeddings, [V, D]."""
+    tensor = graphs.embedding if isinstance(graphs, Graphs) else embedding_of(graphs / "llm")
+    return tensor.mapped()
 
 
 def _seen(array: np.ndarray | None) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A graph cut at its layers, beside its twin: the same graph written anew in FP32, with the same node names."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,31 +8,23 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.errors import CapaError
 from capa_export.parity.probe import forced
 from capa_export.runtime import OnnxModel
+from capa_export.sliced import LAYER, Graphs, layer_of
 
-__all__ = ["Cut", "Opened", "Pair", "Place", "block_of", "layer_of"]
+__all__ = ["Cut", "Opened", "Pair", "Place", "block_of"]
 
-_LAYER = re.compile(r"(?:blocks|layers?)\.\d+")
 _ROOTS = {"model", "visual", "vision_tower"}
-
-
-def layer_of(node: str) -> str:
-    """`layers.3` of `model/layers.3/self_attn/Mul`, `visual.blocks.2` of a node of the tower; empty outside layers."""
-    parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if _LAYER.fullmatch(part)), None)
-    return "" if depth is None else ".".join(parts[: depth + 1]).removeprefix("model.")
 
 
 def block_of(node: str) -> str:
     """`self_attn` of `model/layers.3/self_attn/Mul`; what stands in a layer itself is `residual` or `visual_scale`."""
     parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if _LAYER.fullmatch(part)), None)
+    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
     if depth is None:
         inner = parts[parts[0] in _ROOTS : -1]
         return inner[0] if inner else ""
@@ -196,15 +187,15 @@ def _ancestors(values: Iterable[ir.Value], known: set[ir.Node]) -> set[ir.Node]:
 class Opened(OnnxModel):
     """The graphs of an `onnx/` folder, any value of which can be seen or given; in prefill, kept rows are given."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, graphs: Path | Graphs, *, sliced: bool = False) -> None:
+        super().__init__(graphs, sliced=sliced)
         self._key: Any = None
         self._rows: list[str] = []
         self._known: dict[tuple[Any, ...], np.ndarray] = {}
 
     def graph(self, file: str) -> ir.Model:
         """As it is cut and run: in prefill, kept rows are inputs."""
-        model = ir.load(self.folder / file)
+        model = self._graph(file)
         forced(model)
         return model
 
@@ -245,10 +236,9 @@ class Opened(OnnxModel):
             ) from error
 
     def _changes(self, file: str) -> Sequence[Any]:  # noqa: ARG002 - `values` has opened it.
-        return [partial(self._narrowed, *self._key[1:])]
+        return [partial(self._narrow, *self._key[1:])]
 
-    def _narrowed(self, names: Sequence[str], given: Sequence[str], proto: onnx.ModelProto) -> onnx.ModelProto:
-        model = ir.from_proto(proto)
+    def _narrow(self, names: Sequence[str], given: Sequence[str], model: ir.Model) -> None:
         graph = model.graph
         num_inputs = len(graph.inputs)
         forced(model)
@@ -262,7 +252,6 @@ class Opened(OnnxModel):
                 user.replace_input_with(index, stand_in)
         graph.outputs[:] = [values[name] for name in names]
         RemoveUnusedNodesPass()(model)
-        return ir.to_proto(model)
 
 
 _NUMPY = {

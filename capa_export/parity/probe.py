@@ -3,16 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from capa_export.parity.record import Record
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
-from capa_export.prompt import Prompt
 from capa_export.runtime import OnnxModel
+from capa_export.sliced import Graphs
 
 __all__ = ["ProbedModel", "forced", "layer_outputs", "tapped"]
 
@@ -68,62 +66,72 @@ def forced(model: ir.Model) -> list[str]:
 class ProbedModel(OnnxModel):
     """The graphs of an `onnx/` folder, their layers' outputs to be seen, on kept positions that are given."""
 
-    def __init__(self, folder: Path, *, threads: int = 0) -> None:
-        super().__init__(folder, threads=threads)
+    def __init__(self, graphs: Path | Graphs, *, threads: int = 0, sliced: bool = False) -> None:
+        super().__init__(graphs, threads=threads, sliced=sliced)
         self._layers: dict[str, list[str]] = {}
         self._chosen: list[str] = []
         self._scores: list[str] = []
-        self._rows: dict[str, np.ndarray] = {}
-        self._seen: dict[str, Any] = {}
 
-    def _changes(self, file: str) -> Sequence[Callable[[onnx.ModelProto], onnx.ModelProto]]:
-        return [partial(self._opened_up, file)] if file.startswith("llm/") else []
+    def _changes(self, file: str) -> Sequence[Callable[[ir.Model], None]]:
+        return [partial(self._open_up, file)] if file.startswith("llm/") else []
 
-    def _opened_up(self, file: str, proto: onnx.ModelProto) -> onnx.ModelProto:
-        model = ir.from_proto(proto)
+    def _open_up(self, file: str, model: ir.Model) -> None:
         self._layers[file] = layer_outputs(model)
         tapped(model, self._layers[file])
         if file.endswith(self.prefill_file):
             self._chosen = forced(model)
             self._scores = [str(_input(node).name) for node in model.graph if node.op_type == "TopKKeep"]
             tapped(model, self._scores)
-        return ir.to_proto(model)
-
-    def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        self._seen = super()._fill(prompt, {**feed, **self._rows})
-        return self._seen
-
-    def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        self._seen = super()._append(feed)
-        return self._seen
 
     def replay(self, record: Record, kept: Sequence[np.ndarray] | None = None) -> tuple[Trace, list[np.ndarray]]:
-        """Run a record's prompt, fed its tokens.
+        """Run one record's prompt, as `replays` does."""
+        return self.replays([record], [record.oracle.kept if kept is None else kept])[0]
+
+    def replays(
+        self, records: Sequence[Record], kept: Sequence[Sequence[np.ndarray]] | None = None
+    ) -> list[tuple[Trace, list[np.ndarray]]]:
+        """Run the prompts of records, fed their tokens.
 
         Args:
-            record: what to run.
-            kept: prompt positions to keep after each stage; the oracle's where it is not given.
+            records: what to run.
+            kept: prompt positions that each keeps after each stage; the oracle's where it is not given.
 
         Returns:
-            The trace, and the prompt positions that each stage would have kept of the tokens that entered it.
+            The traces, and the prompt positions that each stage would have kept of the tokens that entered it.
         """
-        prompt, kept = record.prompt, list(record.oracle.kept if kept is None else kept)
-        self._rows = {f"{_FORCED}.{stage}": rows for stage, rows in enumerate(rows_of_positions(kept))}
-        embeds = self.embed(prompt)
-        run = self.prefill(prompt, [len(own) - len(prompt.text_positions) for own in kept], embeds)
+        kept = [record.oracle.kept for record in records] if kept is None else kept
+        embeds = [self.embed(record.prompt) for record in records]
+        found = self.follow(
+            [record.prompt for record in records],
+            [
+                [len(rows) - len(record.prompt.text_positions) for rows in own]
+                for record, own in zip(records, kept, strict=True)
+            ],
+            [record.tokens for record in records],
+            embeds,
+            [{f"{_FORCED}.{stage}": rows for stage, rows in enumerate(rows_of_positions(own))} for own in kept],
+        )
+        return [self._replayed(*one) for one in zip(records, kept, embeds, found, strict=True)]
+
+    def _replayed(
+        self,
+        record: Record,
+        kept: Sequence[np.ndarray],
+        embeds: Mapping[str, np.ndarray],
+        found: Sequence[Mapping[str, np.ndarray]],
+    ) -> tuple[Trace, list[np.ndarray]]:
+        """What was seen of one record: of its prefill, then of each step."""
+        prompt, (filled, *steps) = record.prompt, found
         entering = [np.arange(len(prompt.input_ids)), *kept]
-        chosen = [before[self._seen[name]] for before, name in zip(entering, self._chosen, strict=False)]
-        scores = [self._seen[name] for name in self._scores]
+        chosen = [before[filled[name]] for before, name in zip(entering, self._chosen, strict=False)]
         positions = {len(own): own for own in entering}
         prefill, decode = (self._layers[f"llm/{file}"] for file in (self.prefill_file, "decode.onnx"))
         states = HiddenStates(record.rows, len(prefill))
         for name in prefill:
-            states.add_prefill(self._seen[name], positions[len(self._seen[name])])
-        logits, cache = [run.logits], run.cache
-        for step, token in enumerate(record.tokens):
-            output, cache = self.step(cache, token, prompt.next_position + step)
-            logits.append(output)
+            states.add_prefill(filled[name], positions[len(filled[name])])
+        for step in steps:
             for layer, name in enumerate(decode):
-                states.add_step(layer, self._seen[name][0])
+                states.add_step(layer, step[name][0])
         features = embeds["inputs_embeds"][0, prompt.is_visual].astype(np.float32) if prompt.pictures else None
-        return Trace(np.stack(logits), kept, scores, states.stacked(), features), chosen
+        logits = np.stack([outputs["logits"][0] for outputs in found])
+        return Trace(logits, [*kept], [filled[name] for name in self._scores], states.stacked(), features), chosen

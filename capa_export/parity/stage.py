@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from capa_export.parity.report import Example
     from capa_export.parity.validate import Compared
     from capa_export.samples import Samples
+    from capa_export.sliced import Graphs
 
 __all__ = ["GOLDEN", "Wanted", "validate"]
 
 GOLDEN = "golden"
 
+_LAYER_BY_LAYER = (
+    "The models exceed this machine's memory: eager model and graphs ran layer by layer, each graph in slices."
+)
 _ON_CPU = {
     "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
     "fp16": "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
@@ -55,6 +59,8 @@ class Wanted:
     """Whether to look for the place where an artefact that failed leaves the eager model."""
     store_golden: int = 0
     """Samples to leave in the bundle."""
+    layer_by_layer: bool | None = None
+    """Whether to hold one layer's weights at a time; None where the models do not fit in memory."""
 
 
 def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
@@ -212,7 +218,6 @@ class _AgainstEager(_Validation):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.bundled import bundled_prompter
-        from capa_export.export import write_onnx
         from capa_export.parity.method import method_effect
         from capa_export.parity.record import write_records
         from capa_export.parity.validate import (
@@ -224,11 +229,12 @@ class _AgainstEager(_Validation):
         )
 
         job, recipe, report = self.job, self.recipe, self.job.report
+        sliced = _exceeds_memory(job, self.precision, self.wanted.layer_by_layer)
         with TemporaryDirectory(dir=scratch) as folder:
-            twin, kept = Path(folder) / "twin", Path(folder) / "records"
+            kept = Path(folder) / "records"
             kept.mkdir()
-            write_onnx(job.source, "fp32", twin, **job.pruning, scales=self.scales, dense=True, report=report)
-            subject = _subject(job, recipe, self.exported, self.scales, twin)
+            twin = self._twin(Path(folder) / "twin", sliced=sliced)
+            subject = _subject(job, recipe, self.exported, self.scales, twin, sliced=sliced)
             # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
             fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
@@ -237,10 +243,10 @@ class _AgainstEager(_Validation):
                     job.prompter, bundled_prompter(self.bundle, trust_remote_code=job.trust_remote_code), self.prompts
                 ),
                 dense := compare_dense(subject, records, recipe, report),
-                capa := compare_onnx(fp32, "fp32", records, recipe, report),
+                capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]
             if fp32 != subject.onnx:
-                compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report))
+                compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report, sliced=sliced))
             if self.built is not None:
                 expected = replayed_oracle(subject)
                 engines = (self.engine_model(), subject.onnx, self.precision)
@@ -249,20 +255,39 @@ class _AgainstEager(_Validation):
             steps = recipe.parity.steps
             effect, examples = method_effect(subject, self.questions, seed, steps, report)
             found = {
-                "bisection": self._bisection(compared, subject.onnx, twin, records),
+                "bisection": self._bisection(compared, subject.onnx, twin, records, sliced=sliced),
                 "prompts_sha256": self.prompts.digest(),
             }
-            notes = []
+            notes = [_LAYER_BY_LAYER] if sliced else []
             if self.wanted.seed is not None and job.images is not None:
                 notes.append("Samples of another seed: calibration may have seen some of them.")
             few = _few_pictures(self.prompts)
-            latency = _latency(dense, capa)
+            latency = None if sliced else _latency(dense, capa)
             parity = self.finish(
                 scratch, compared, records, effect, examples, latency, notes=notes, warnings=few, **found
             )
         return {"passed": parity.passed, "latency": latency}
 
-    def _bisection(self, compared: "Sequence[Compared]", onnx: Path, twin: Path, records: "Records") -> Any:
+    def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
+        """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
+        from capa_export.export import graphs_in_fp32, write_onnx
+
+        source = self.job.source
+        options: dict[str, Any] = {**self.job.pruning, "scales": self.scales}
+        if sliced:
+            return graphs_in_fp32(source, **options)
+        write_onnx(source, "fp32", folder, **options, dense=True, report=self.job.report)
+        return folder
+
+    def _bisection(
+        self,
+        compared: "Sequence[Compared]",
+        onnx: Path,
+        twin: "Path | Graphs",
+        records: "Records",
+        *,
+        sliced: bool,
+    ) -> Any:
         """Where the first artefact that failed leaves the eager model, if that is asked for."""
         rows = [row for one in compared for row in (*one.export_error, *one.selection)]
         failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
@@ -273,7 +298,7 @@ class _AgainstEager(_Validation):
         # What is wrong with the twin is wrong with the graphs themselves.
         of_twin = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
         folder, precision = (twin, "fp32") if of_twin else (onnx, self.precision)
-        return bisect(folder, precision, twin, records, self.job.report)
+        return bisect(folder, precision, twin, records, self.job.report, sliced=sliced)
 
 
 class _AgainstGolden(_Validation):
@@ -300,12 +325,14 @@ class _AgainstGolden(_Validation):
         recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
         records = Records(self.bundle.folder / GOLDEN)
-        compared = [compare_onnx(onnx, self.precision, records, recipe, report)]
+        sliced = _graphs_exceed_memory(self.bundle, self.precision, self.wanted.layer_by_layer)
+        compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
             compared.append(compare_engine(*engines, records, recipe, None, report))
         compared.append(compare_sidecars(stored["sidecars"], _sidecars(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
+        notes += [_LAYER_BY_LAYER] if sliced else []
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
         return {"latency": stored["latency"]}
@@ -328,7 +355,8 @@ def _store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport
         from capa_export.parity.record import write_records
 
         (scratch / GOLDEN).mkdir()
-        subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX)
+        sliced = _exceeds_memory(job, exported["precision"], wanted.layer_by_layer)
+        subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX, sliced=sliced)
         write_records(scratch / GOLDEN, subject, samples, steps, job.report)
         latency = bundle.stage("validate")["result"]["latency"]
         return {"method_error": method_error, "latency": latency, "sidecars": sidecars, "prune": prune}
@@ -342,11 +370,44 @@ def _sidecars(bundle: Bundle) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if not name.endswith((".onnx", ".data", ".safetensors"))}
 
 
-def _subject(job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: Path) -> Any:
-    from capa_export.parity.subject import Subject
+def _exceeds_memory(job: Job, precision: str, layer_by_layer: bool | None) -> bool:
+    """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
+    from capa_export.dry_run import validation_bytes
+    from capa_export.measure import available_memory
 
+    if layer_by_layer is not None:
+        return layer_by_layer
+    needed, available = validation_bytes(job.source.checkpoint.num_parameters, precision), available_memory()
+    if exceeds := needed > available:
+        say(
+            f"{'':<14}layer by layer: eager models and graphs take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are "
+            "free; --in-memory tries all the same"
+        )
+    return exceeds
+
+
+def _graphs_exceed_memory(bundle: Bundle, precision: str, layer_by_layer: bool | None) -> bool:
+    """The same of the bundle's graphs alone."""
+    from capa_export.bundled import bundled_dims
+    from capa_export.dry_run import run_memory
+    from capa_export.measure import available_memory
+
+    return (
+        run_memory(bundled_dims(bundle), precision) > available_memory() if layer_by_layer is None else layer_by_layer
+    )
+
+
+def _subject(
+    job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: "Path | Graphs", *, sliced: bool
+) -> Any:
+    from capa_export.lockstep import RESIDENT
+    from capa_export.parity.subject import Subject
+    from capa_export.streamed import StoredWeights, hollow_model
+
+    weights = StoredWeights(job.source, job.report) if sliced else None
     return Subject(
-        model=job.eager_model,
+        model=job.eager_model if weights is None else hollow_model(job.source, weights),
+        weights=weights or RESIDENT,
         family=job.family,
         prompter=job.prompter,
         prune=recipe.prune,

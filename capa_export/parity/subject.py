@@ -10,16 +10,14 @@ import torch
 
 from capa_export.eager import Eager, EagerPlan
 from capa_export.families import Family
-from capa_export.lockstep import RESIDENT, Weights
+from capa_export.lockstep import RESIDENT, TOGETHER_BYTES, Weights, grouped
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Prune
+from capa_export.sliced import Graphs
 
 __all__ = ["Subject"]
 
 T = TypeVar("T")
-
-_TOGETHER_BYTES = 2 << 30
-"""Of keys and values, up to which prompts go through a model together whose weights stream."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Subject:
     precision: str
     onnx: Path
     """The bundle's `onnx` folder."""
-    fp32_onnx: Path
+    fp32_onnx: Path | Graphs
     """The same graphs in FP32, with `DENSE` beside them."""
     eos_token_ids: Sequence[int]
     fp32_layers: Sequence[str] = ()
@@ -55,20 +53,9 @@ class Subject:
             prompted: in order.
             answers: caches of each prompt that are held at once.
         """
-        if self.weights is RESIDENT:
-            yield from ([one] for one in prompted)
-            return
-        group: list[tuple[Prompt, T]] = []
-        held = 0
-        for prompt, other in prompted:
-            size = answers * len(prompt.input_ids) * self._bytes_per_token()
-            if group and held + size > _TOGETHER_BYTES:
-                yield group
-                group, held = [], 0
-            group.append((prompt, other))
-            held += size
-        if group:
-            yield group
+        size = answers * self._bytes_per_token()
+        limit = 0 if self.weights is RESIDENT else TOGETHER_BYTES
+        return grouped(prompted, lambda one: size * len(one[0].input_ids), limit)
 
     def _bytes_per_token(self) -> int:
         """Of keys and values of all layers in FP32."""

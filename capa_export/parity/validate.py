@@ -1,7 +1,7 @@
 """Holds a bundle's artefacts against the eager model: export error, selection, and the method's own effect."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from capa_export.eager import EagerInputs
 from capa_export.export import DENSE
+from capa_export.lockstep import TOGETHER_BYTES, grouped
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
@@ -25,6 +26,7 @@ from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Recipe
 from capa_export.runtime import Model, OnnxModel
 from capa_export.samples import Samples
+from capa_export.sliced import Graphs
 
 if TYPE_CHECKING:
     from capa_export.engine_runtime import EngineModel
@@ -59,45 +61,57 @@ class Compared:
     """Median of a prefill, vision apart, and of a decode step, over the prompts."""
 
 
-def compare_onnx(folder: Path, precision: str, records: Records, recipe: Recipe, report: Report = silent) -> Compared:
+def compare_onnx(
+    graphs: Path | Graphs,
+    precision: str,
+    records: Records,
+    recipe: Recipe,
+    report: Report = silent,
+    *,
+    sliced: bool = False,
+) -> Compared:
     """ONNX files against eager CAPA in FP32, and in their own precision.
 
     The files run as they are. Where they keep other tokens than the oracle they are run again with the oracle's, so
     that flips and numeric drift are measured apart; so are the first few, to see their hidden states.
 
     Args:
-        folder: an `onnx` folder.
+        graphs: an `onnx` folder, or graphs that are not written.
         precision: of its graphs.
         records: what the oracle made of the prompts.
         recipe: the schedule, and the gates.
         report: progress.
+        sliced: whether no more than a layer's weights are to be in memory.
     """
     what = f"{precision} ONNX"
     comparisons = _comparisons(what, precision, records, recipe)
     choice = _choice(what, precision, records, recipe)
-    plain, probed, clock = OnnxModel(folder), ProbedModel(folder), _Clock()
-    for index, record in enumerate(tracked(records, f"validate: {what}", len(records), report)):
+    plain, probed, clock = OnnxModel(graphs, sliced=sliced), ProbedModel(graphs, sliced=sliced), _Clock()
+    index = 0
+    for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
         try:
-            trace, states, chosen = _trace(plain, record, clock), None, []
-            flipped = not _same_kept(trace, record.oracle)
-            if flipped or index < _REPLAYED:
-                states, chosen = probed.replay(record)
+            traces = _traces(plain, group, clock, [_kept_counts(record) for record in group])
+            flipped = [not _same_kept(trace, one.oracle) for trace, one in zip(traces, group, strict=True)]
+            again = [at for at in range(len(group)) if flipped[at] or index + at < _REPLAYED]
+            replayed = dict(zip(again, probed.replays([group[at] for at in again]) if again else (), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
             return _stopped(what, error, records)
-        if states is not None:
-            # What the graph says it kept, where the same tokens entered; behind that, what it would have kept of them.
-            own = agreeing(trace, record.oracle)
-            choice.add([*own, *chosen[len(own) :]], record, states)
-        else:
-            choice.add(trace.kept, record)
-        if flipped:
+        index += len(group)
+        for at, (trace, record) in enumerate(zip(traces, group, strict=True)):
+            states, chosen = replayed.get(at, (None, []))
+            if states is not None:
+                # What the graph says it kept, where the same tokens entered; behind that, what it would have kept of
+                # them.
+                own = agreeing(trace, record.oracle)
+                choice.add([*own, *chosen[len(own) :]], record, states)
+            else:
+                choice.add(trace.kept, record)
             # What the user gets is held to the selection's gates; what it computes is seen with the same tokens kept.
-            assert states is not None
-            trace = states
-        for comparison, reference in zip(comparisons, _references(record, precision), strict=True):
-            comparison.add(trace, reference, states, _noise_of(record, precision))
+            compared = states if flipped[at] and states is not None else trace
+            for comparison, reference in zip(comparisons, _references(record, precision), strict=True):
+                comparison.add(compared, reference, states, _noise_of(record, precision))
     return Compared(
         tuple(one.result() for one in comparisons),
         (choice.result(),),
@@ -172,11 +186,13 @@ def compare_dense(subject: Subject, records: Records, recipe: Recipe, report: Re
     """Nothing removed and no FFN scales, against the dense model's own forward pass."""
     model, clock = OnnxModel(subject.fp32_onnx, prefill=DENSE), _Clock()
     comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
-    for record in tracked(records, "validate: dense", len(records), report):
-        prompt, stages = record.prompt, len(recipe.prune.schedule)
-        everything = [np.arange(len(prompt.input_ids))] * stages
-        reference = Trace(dense_logits(subject, prompt, record.tokens), everything)
-        comparison.add(_trace(model, record, clock, [prompt.num_visual] * stages), reference)
+    stages = len(recipe.prune.schedule)
+    for group in _groups(model, tracked(records, "validate: dense", len(records), report)):
+        traces = _traces(model, group, clock, [[record.prompt.num_visual] * stages for record in group])
+        for trace, record in zip(traces, group, strict=True):
+            everything = [np.arange(len(record.prompt.input_ids))] * stages
+            reference = Trace(dense_logits(subject, record.prompt, record.tokens), everything)
+            comparison.add(trace, reference)
     return Compared((comparison.result(),), milliseconds=clock.medians())
 
 
@@ -272,11 +288,39 @@ class _Clock:
         return {what: median(seconds) * 1e3 for what, seconds in self._seconds.items() if seconds}
 
 
-def _trace(model: Model[Any], record: Record, clock: _Clock, num_keep: Sequence[int] | None = None) -> Trace:
-    """The graphs as they are, fed the record's tokens."""
-    prompt = record.prompt
-    if num_keep is None:
-        num_keep = [len(kept) - len(prompt.text_positions) for kept in record.oracle.kept]
+def _groups(model: OnnxModel, records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records whose prompts go through the graphs together: one at a time where these are in memory."""
+
+    def size(record: Record) -> int:
+        return model.cache_bytes(len(record.prompt.input_ids) + len(record.tokens))
+
+    return grouped(records, size, TOGETHER_BYTES if model.sliced else 0)
+
+
+def _traces(
+    model: OnnxModel, records: Sequence[Record], clock: _Clock, num_keep: Sequence[Sequence[int]]
+) -> list[Trace]:
+    """The graphs as they are, fed the records' tokens."""
+    prompts = [record.prompt for record in records]
+    embeds = [model.embed(prompt) for prompt in prompts]
+    found = model.follow(prompts, num_keep, [record.tokens for record in records], embeds, timing=clock.timing)
+    return [
+        Trace(
+            np.stack([outputs["logits"][0] for outputs in own]),
+            [own[0][f"kept_positions.{stage}"] for stage in range(len(num_keep[0]))],
+        )
+        for own in found
+    ]
+
+
+def _kept_counts(record: Record) -> list[int]:
+    """Visual tokens that the oracle kept after each stage."""
+    return [len(kept) - len(record.prompt.text_positions) for kept in record.oracle.kept]
+
+
+def _trace(model: Model[Any], record: Record, clock: _Clock) -> Trace:
+    """A runtime's graphs as they are, fed the record's tokens."""
+    prompt, num_keep = record.prompt, _kept_counts(record)
     embeds = model.embed(prompt)
     model.load(prompt)
     with clock.timing("prefill"):

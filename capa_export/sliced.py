@@ -1,0 +1,227 @@
+"""A graph that runs slice by slice, so that no more than one layer's weights are in memory.
+
+A slice is what precedes the layers, a layer of the decoder or a block of the tower, or what follows them.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from capa_export.checkpoint import StoredTensor
+
+__all__ = ["LAYER", "Entry", "Graphs", "SlicedSession", "layer_of", "run_lanes", "without_lazy_weights"]
+
+Feed = Mapping[str, np.ndarray]
+
+LAYER = re.compile(r"(?:blocks|layers?)\.\d+")
+"""The part of a node's name that says which layer or block it stands in."""
+_TYPES = {
+    ir.DataType.FLOAT: "tensor(float)",
+    ir.DataType.FLOAT16: "tensor(float16)",
+    ir.DataType.INT64: "tensor(int64)",
+    ir.DataType.BOOL: "tensor(bool)",
+}
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
+
+
+def layer_of(node: str) -> str:
+    """`layers.3` of `model/layers.3/self_attn/Mul`, `visual.blocks.2` of a node of the tower; empty outside layers."""
+    parts = node.split("/")
+    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
+    return "" if depth is None else ".".join(parts[: depth + 1]).removeprefix("model.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An input or output, as ONNX Runtime's sessions describe theirs."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Nodes that run together."""
+
+    reads: tuple[ir.Value, ...]
+    """Made by earlier slices, or inputs of the graph."""
+    leaves: tuple[ir.Value, ...]
+    """Read by later slices, or outputs of the graph."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Graphs that were not written: their weights are lazy."""
+
+    models: Mapping[str, ir.Model]
+    """By the names that their files would have in an `onnx/` folder."""
+    embedding: StoredTensor
+
+
+class SlicedSession:
+    """Stands where ONNX Runtime's session of a graph would.
+
+    Args:
+        model: the graph; weights that are lazy are read when their slice runs, others are ONNX Runtime's to find.
+        connect: opens ONNX Runtime's session of a slice.
+    """
+
+    def __init__(self, model: ir.Model, connect: Callable[[onnx.ModelProto], Any]) -> None:
+        self.model, self.connect = model, connect
+        self._types = {
+            str(value.name): _TYPES.get(value.dtype or ir.DataType.UNDEFINED, "") for value in _inputs(model)
+        }
+
+    def get_inputs(self) -> list[Entry]:
+        """The graph's inputs."""
+        return [_entry(value) for value in _inputs(self.model)]
+
+    def get_outputs(self) -> list[Entry]:
+        """The graph's outputs."""
+        return [_entry(value) for value in self.model.graph.outputs]
+
+    def run(self, names: Sequence[str], feed: Feed) -> list[np.ndarray]:
+        """Outputs of these names."""
+        found = self.run_lanes(names, [[feed]])[0][0]
+        return [found[name] for name in names]
+
+    def run_lanes(
+        self, names: Sequence[str], lanes: Sequence[Sequence[Feed]], carried: Mapping[str, str] = MappingProxyType({})
+    ) -> list[list[dict[str, np.ndarray]]]:
+        """Outputs of many runs, each slice opened once for all of them.
+
+        Args:
+            names: of the outputs.
+            lanes: inputs of runs that follow each other; those behind a lane's first lack what is carried to them.
+            carried: input that is an output of the run before it -> that output.
+        """
+        values: list[list[dict[str, np.ndarray]]] = [[dict(feed) for feed in lane] for lane in lanes]
+        last_use = self._last_uses({*names})
+        for number, part in enumerate(self._slices):
+            session, weights = self._open(part)
+            leaves = [str(value.name) for value in part.leaves]
+            reads = [entry.name for entry in session.get_inputs() if entry.name not in weights]
+            for lane in values:
+                before: dict[str, np.ndarray] = {}
+                for own in lane:
+                    given = {name: own[name] if name in own else before[carried[name]] for name in reads}
+                    own.update(zip(leaves, session.run(leaves, {**given, **weights}), strict=True))
+                    before = {name: own[name] for name in carried.values() if name in own}
+                for own in lane:
+                    for name in [name for name in own if last_use.get(name, -1) <= number]:
+                        del own[name]
+            del session, weights
+        return values
+
+    def _last_uses(self, wanted: set[str]) -> dict[str, float]:
+        """The number of the last slice that reads a value; past all of them where it is asked for."""
+        found: dict[str, float] = {}
+        for number, part in enumerate(self._slices):
+            found |= {str(value.name): number for value in part.reads}
+        return found | dict.fromkeys(wanted, np.inf)
+
+    def _open(self, part: _Slice) -> tuple[Any, dict[str, np.ndarray]]:
+        """A slice's session, and the weights to feed it."""
+        graph = ir.convenience.extract(self.model.graph, part.reads, part.leaves)
+        for value in graph.inputs:
+            value.type = value.type or ir.TensorType(_DTYPES[self._types[str(value.name)]])
+        model = ir.Model(graph, ir_version=self.model.ir_version, functions=[*self.model.functions.values()])
+        weights = {name: tensor.numpy() for name, tensor in _lazy_weights(model).items()}
+        session = self.connect(ir.to_proto(without_lazy_weights(model)))
+        self._types |= {entry.name: entry.type for entry in session.get_outputs()}
+        return session, weights
+
+    @cached_property
+    def _slices(self) -> list[_Slice]:
+        groups = _groups(self.model.graph)
+        numbers = sorted({*groups.values()})
+        outputs = {*self.model.graph.outputs}
+        slices: list[_Slice] = []
+        for number in numbers:
+            nodes = [node for node in self.model.graph if groups.get(node) == number]
+            made = {value for node in nodes for value in node.outputs}
+            read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
+            reads = tuple(value for value in read if value not in made and not value.is_initializer())
+            leaves = tuple(
+                value
+                for node in nodes
+                for value in node.outputs
+                if value in outputs or any(groups.get(user, number) != number for user, _ in value.uses())
+            )
+            slices.append(_Slice(reads, leaves))
+        return slices
+
+
+def without_lazy_weights(model: ir.Model) -> ir.Model:
+    """The same model, changed: weights that are lazy are inputs."""
+    graph = model.graph
+    for name in _lazy_weights(model):
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    return model
+
+
+def _lazy_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:
+    tensors = ((name, value.const_value) for name, value in model.graph.initializers.items())
+    return {name: tensor for name, tensor in tensors if isinstance(tensor, ir.LazyTensor)}
+
+
+def run_lanes(
+    session: Any,
+    names: Sequence[str],
+    lanes: Sequence[Sequence[Feed]],
+    carried: Mapping[str, str] = MappingProxyType({}),
+    timing: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[list[dict[str, np.ndarray]]]:
+    """As `SlicedSession.run_lanes`, by whatever session there is; `timing` times each run of one that is whole."""
+    if isinstance(session, SlicedSession):
+        return session.run_lanes(names, lanes, carried)
+    everything = [*dict.fromkeys([*names, *carried.values()])]
+    results: list[list[dict[str, np.ndarray]]] = []
+    for lane in lanes:
+        found: list[dict[str, np.ndarray]] = []
+        before: dict[str, np.ndarray] = {}
+        for feed in lane:
+            given = {**{name: before[output] for name, output in carried.items() if output in before}, **feed}
+            with timing():
+                before = dict(zip(everything, session.run(everything, given), strict=True))
+            found.append({name: before[name] for name in names})
+        results.append(found)
+    return results
+
+
+def _groups(graph: ir.Graph) -> dict[ir.Node, int]:
+    """The number of every node's slice: its layer's, or outside layers that of the first one that reads it."""
+    layers = {name: number for number, name in enumerate(dict.fromkeys(layer_of(str(node.name)) for node in graph))}
+    groups: dict[ir.Node, int] = {}
+    outputs = {*graph.outputs}
+    for node in reversed(graph):
+        users = [groups[user] for value in node.outputs for user, _ in value.uses() if user in groups]
+        if any(value in outputs for value in node.outputs):
+            users.append(len(layers))
+        if users:
+            layer = layer_of(str(node.name))
+            groups[node] = layers[layer] if layer else min(users)
+    return groups
+
+
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    """Without weights that are declared as inputs too."""
+    return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _entry(value: ir.Value) -> Entry:
+    assert value.name is not None and value.dtype is not None
+    dims = () if value.shape is None else value.shape
+    shape = [dim if isinstance(dim, int) else dim.value for dim in dims]
+    return Entry(value.name, _TYPES.get(value.dtype, str(value.dtype)), shape)
