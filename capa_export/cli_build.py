@@ -35,6 +35,7 @@ from capa_export.cli_options import (
     StrictOpt,
     TargetOpt,
     TrustOpt,
+    ValidationSamplesOpt,
 )
 from capa_export.cli_show import print_json
 from capa_export.cli_stages import check_places, finish, recipe_from
@@ -69,6 +70,7 @@ def build(
     weights: BuildWeightsOpt = BuildWeights.embedded,
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
+    validation_samples: ValidationSamplesOpt = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
     store_golden: StoreGoldenOpt = 0,
@@ -116,7 +118,7 @@ def build(
     from capa_export.progress import progress
 
     check_places(junit, markdown)
-    wanted = Wanted(gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)
+    wanted = Wanted(samples=validation_samples, gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)
     with progress() as report:
         job = Job(
             recipe=recipe,

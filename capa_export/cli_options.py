@@ -42,6 +42,7 @@ __all__ = [
     "StrictOpt",
     "TargetOpt",
     "TrustOpt",
+    "ValidationSamplesOpt",
     "Weights",
     "WeightsOpt",
     "WorkersOpt",
@@ -113,11 +114,17 @@ ImagesOpt = Annotated[
     ),
 ]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
+ValidationSamplesOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--validation-samples", min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers]."
+    ),
+]
 LayerByLayerOpt = Annotated[
     bool | None,
     typer.Option(
         "--layer-by-layer/--in-memory",
-        help="Calibrate with one layer's weights in memory at a time [default: where the FP32 model does not fit].",
+        help="Hold one layer's weights in memory at a time [default: where the FP32 models do not fit].",
     ),
 ]
 CalibrationOpt = Annotated[

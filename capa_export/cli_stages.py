@@ -224,6 +224,7 @@ def validate(
         int | None, typer.Option(min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers].")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
+    layer_by_layer: LayerByLayerOpt = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
     bisect: BisectOpt = False,
@@ -260,6 +261,7 @@ def validate(
             checkpoint=checkpoint,
             revision=revision,
             images=images,
+            layer_by_layer=layer_by_layer,
             trust_remote_code=trust_remote_code,
             report=report,
         )

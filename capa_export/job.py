@@ -62,7 +62,7 @@ class Job:
     """Finished elsewhere, in place of a run; a file, or a bundle folder."""
     samples: int | None = None
     layer_by_layer: bool | None = None
-    """Calibrate with one layer's weights in memory; None where the model does not fit."""
+    """Calibrate and validate with one layer's weights in memory; None where the models do not fit."""
     workers: Workers = field(default_factory=Workers)
     """Where the calibration runs."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
@@ -86,6 +86,7 @@ class Job:
         checkpoint: str | None,
         revision: str | None,
         images: Path | None,
+        layer_by_layer: bool | None = None,
         trust_remote_code: bool = False,
         report: Report,
     ) -> "Job":
@@ -105,6 +106,7 @@ class Job:
             checkpoint=checkpoint or recorded["source"],
             revision=revision or (None if checkpoint else recorded["revision"]),
             images=images,
+            layer_by_layer=layer_by_layer,
             trust_remote_code=trust_remote_code,
             report=report,
         )

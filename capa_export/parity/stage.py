@@ -59,8 +59,6 @@ class Wanted:
     """Whether to look for the place where an artefact that failed leaves the eager model."""
     store_golden: int = 0
     """Samples to leave in the bundle."""
-    layer_by_layer: bool | None = None
-    """Whether to hold one layer's weights at a time; None where the models do not fit in memory."""
 
 
 def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
@@ -229,7 +227,7 @@ class _AgainstEager(_Validation):
         )
 
         job, recipe, report = self.job, self.recipe, self.job.report
-        sliced = _exceeds_memory(job, self.precision, self.wanted.layer_by_layer)
+        sliced = _exceeds_memory(job, self.precision)
         with TemporaryDirectory(dir=scratch) as folder:
             kept = Path(folder) / "records"
             kept.mkdir()
@@ -325,7 +323,7 @@ class _AgainstGolden(_Validation):
         recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
         records = Records(self.bundle.folder / GOLDEN)
-        sliced = _graphs_exceed_memory(self.bundle, self.precision, self.wanted.layer_by_layer)
+        sliced = _graphs_exceed_memory(self.job, self.precision)
         compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
@@ -355,7 +353,7 @@ def _store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport
         from capa_export.parity.record import write_records
 
         (scratch / GOLDEN).mkdir()
-        sliced = _exceeds_memory(job, exported["precision"], wanted.layer_by_layer)
+        sliced = _exceeds_memory(job, exported["precision"])
         subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX, sliced=sliced)
         write_records(scratch / GOLDEN, subject, samples, steps, job.report)
         latency = bundle.stage("validate")["result"]["latency"]
@@ -370,13 +368,13 @@ def _sidecars(bundle: Bundle) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if not name.endswith((".onnx", ".data", ".safetensors"))}
 
 
-def _exceeds_memory(job: Job, precision: str, layer_by_layer: bool | None) -> bool:
+def _exceeds_memory(job: Job, precision: str) -> bool:
     """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
     from capa_export.dry_run import validation_bytes
     from capa_export.measure import available_memory
 
-    if layer_by_layer is not None:
-        return layer_by_layer
+    if job.layer_by_layer is not None:
+        return job.layer_by_layer
     needed, available = validation_bytes(job.source.checkpoint.num_parameters, precision), available_memory()
     if exceeds := needed > available:
         say(
@@ -386,15 +384,15 @@ def _exceeds_memory(job: Job, precision: str, layer_by_layer: bool | None) -> bo
     return exceeds
 
 
-def _graphs_exceed_memory(bundle: Bundle, precision: str, layer_by_layer: bool | None) -> bool:
-    """The same of the bundle's graphs alone."""
+def _graphs_exceed_memory(job: Job, precision: str) -> bool:
+    """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
     from capa_export.bundled import bundled_dims
     from capa_export.dry_run import run_memory
     from capa_export.measure import available_memory
 
-    return (
-        run_memory(bundled_dims(bundle), precision) > available_memory() if layer_by_layer is None else layer_by_layer
-    )
+    if job.layer_by_layer is not None:
+        return job.layer_by_layer
+    return run_memory(bundled_dims(job.bundle), precision) > available_memory()
 
 
 def _subject(
