@@ -1,6 +1,8 @@
 """Writes a checkpoint of true dimensions with random weights: sharded bf16 safetensors, a piece of a tensor at a time.
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
+
+With --tokenizer it is laid out as it is published, as benchmarks/published.py says.
 """
 
 import argparse
@@ -181,5 +183,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="Folder with the true tokenizer's files.")
     arguments = parser.parse_args()
     write(CONFIGS[arguments.model], arguments.out)
+    if arguments.tokenizer is not None:
+        from published import dress
+
+        dress(arguments.out, CONFIGS[arguments.model]["model_type"], arguments.tokenizer)
