@@ -49,11 +49,12 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def start(self) -> None:
+        """Begin."""
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End, with the peaks complete."""
         self._ended.set()
         self._thread.join()
 
@@ -85,8 +86,10 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run a command to its end."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        with Watch(process.pid, folder) as watch:
-            out, err = process.communicate()
+        watch = Watch(process.pid, folder)
+        watch.start()
+        out, err = process.communicate()
+        watch.stop()
     return {
         "command": " ".join(["capa-export", *command[1:]]),
         "exit_code": process.returncode,
