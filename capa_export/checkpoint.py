@@ -102,6 +102,13 @@ class Checkpoint:
     """`config.json`, as it is."""
     tensors: Mapping[str, StoredTensor]
     """By stored name, in the order of shards and of offsets."""
+    translation: Path | None = None
+    """Where a family put config, tokenizer and processor files that transformers reads, where `folder` has others."""
+
+    @property
+    def sidecars(self) -> Path:
+        """Folder of config, tokenizer and processor files, as transformers reads them."""
+        return self.translation or self.folder
 
     @property
     def num_parameters(self) -> int:

@@ -31,6 +31,7 @@ from capa_export.cli_options import (
     RevisionOpt,
     SamplesOpt,
     SelectorOpt,
+    SourceArg,
     StoreGoldenOpt,
     StrictOpt,
     TargetOpt,
@@ -38,7 +39,7 @@ from capa_export.cli_options import (
     ValidationSamplesOpt,
 )
 from capa_export.cli_show import print_json
-from capa_export.cli_stages import check_places, finish, recipe_from
+from capa_export.cli_stages import check_places, finish, recipe_and_checkpoint, with_options
 from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ __all__ = ["build", "plan"]
 
 
 def build(
-    model: ModelOpt,
+    source: SourceArg = None,
+    model: ModelOpt = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.")] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
@@ -83,7 +85,8 @@ def build(
     """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.target import load_target
 
-    recipe = recipe_from(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
+    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+    recipe = with_options(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
     device = load_target(target)
     device.require_precision(precision.value)
     if device.engine:
@@ -123,7 +126,7 @@ def build(
         job = Job(
             recipe=recipe,
             bundle=Bundle(out),
-            checkpoint=checkpoint or recipe.checkpoint,
+            checkpoint=checkpoint,
             revision=revision,
             images=images,
             samples=samples,
@@ -148,7 +151,8 @@ def build(
 
 
 def plan(
-    model: ModelOpt,
+    source: SourceArg = None,
+    model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
@@ -165,6 +169,7 @@ def plan(
 ) -> None:
     """Say what a build would do, as `build --dry-run`."""
     build(
+        source=source,
         model=model,
         out=out,
         checkpoint=checkpoint,
@@ -182,11 +187,11 @@ def plan(
 
 
 def _print_plan(
-    recipe: "Recipe", checkpoint: str | None, out: Path | None, precision: str, *, as_json: bool, **options: Any
+    recipe: "Recipe", checkpoint: str, out: Path | None, precision: str, *, as_json: bool, **options: Any
 ) -> None:
     from capa_export.dry_run import dry_run
 
-    result = dry_run(recipe, checkpoint or recipe.checkpoint, out, precision, **options)
+    result = dry_run(recipe, checkpoint, out, precision, **options)
     if as_json:
         print_json(result)
     else:

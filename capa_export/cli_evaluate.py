@@ -10,6 +10,7 @@ from capa_export.cli_options import (
     CheckpointOpt,
     ImagesOpt,
     JsonOpt,
+    ModelOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -29,10 +30,14 @@ def evaluate(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the answers; what is there is not asked again.")],
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle, in place of --model.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="BUNDLE|CHECKPOINT",
+            help="Bundle; or a checkpoint, a local folder or hub id, whose config.json says which recipe is for it.",
+        ),
     ] = None,
+    model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     method: Annotated[
@@ -71,17 +76,17 @@ def evaluate(
     as_json: JsonOpt = False,
 ) -> None:
     """Compare methods with the dense model on questions whose answers are known."""
-    if (bundle is None) == (model is None):
-        raise CapaError("evaluate takes a bundle, or --model: one of them", ExitCode.USAGE)
-    if bundle is not None and any((checkpoint, revision, calibration, images, samples)):
+    bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
+    if bundle is not None and any((model, checkpoint, revision, calibration, images, samples)):
         raise CapaError(
-            "a bundle runs as it is: --checkpoint, --revision, --calibration, --images and --samples are for --model",
+            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images and --samples are for "
+            "a checkpoint",
             ExitCode.USAGE,
         )
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
     from capa_export.bundle import Bundle
-    from capa_export.cli_stages import recipe_from
+    from capa_export.cli_stages import recipe_and_checkpoint
     from capa_export.evaluate.questions import questions_from
     from capa_export.evaluate.stage import MAX_SKIPPED
     from capa_export.evaluate.stage import evaluate as ask
@@ -91,8 +96,12 @@ def evaluate(
     from capa_export.recipe import recipe_of
     from capa_export.spread import Workers
 
-    opened = Bundle(out / "calibration") if bundle is None else Bundle.open(bundle)
-    recipe = recipe_of(opened.manifest, opened.folder) if model is None else recipe_from(model)
+    if bundle is None:
+        opened = Bundle(out / "calibration")
+        recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+    else:
+        opened = Bundle.open(bundle)
+        recipe = recipe_of(opened.manifest, opened.folder)
     methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}
     unread = next((option for option, value in given.items() if value is not None), None)
@@ -101,11 +110,11 @@ def evaluate(
     questions = questions_from(data, benchmark=benchmark, split=split, instruction=instruction, limit=limit, seed=seed)
     spread = Workers(count=workers, ray=ray)
     with progress() as report:
-        if bundle is None:
+        if checkpoint is not None:
             job = Job(
                 recipe=recipe,
                 bundle=opened,
-                checkpoint=checkpoint or recipe.checkpoint,
+                checkpoint=checkpoint,
                 revision=revision,
                 images=images,
                 calibration=calibration,
@@ -131,3 +140,8 @@ def evaluate(
         if len(found.skipped) > MAX_SKIPPED * asked:
             raise CapaError(f"{words}; repair the data, since more than 1 % makes the figures another benchmark's")
         typer.echo(f"warning: {words}", err=True)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether an argument means a checkpoint; what is no folder is looked for on the hub."""
+    return not folder.is_dir() or (folder / "config.json").is_file()

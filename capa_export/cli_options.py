@@ -38,6 +38,7 @@ __all__ = [
     "RevisionOpt",
     "SamplesOpt",
     "SelectorOpt",
+    "SourceArg",
     "StoreGoldenOpt",
     "StrictOpt",
     "TargetOpt",
@@ -88,7 +89,16 @@ class BuildWeights(str, Enum):
     in_place = "in-place"
 
 
-ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")]
+SourceArg = Annotated[
+    str | None,
+    typer.Argument(metavar="CHECKPOINT", help="Local folder or hub id; its config.json says which recipe is for it."),
+]
+ModelOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Recipe: a name from `models`, or the path of a .toml [default: the checkpoint's]."
+    ),
+]
 CheckpointOpt = Annotated[
     str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
 ]

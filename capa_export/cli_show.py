@@ -63,7 +63,7 @@ _PLACES = {
 
 
 def models(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, and the published checkpoints that each is for."""
     from capa_export.recipe import load_recipe
     from capa_export.shipped import shipped_names
 
@@ -75,7 +75,8 @@ def models(as_json: JsonOpt = False) -> None:
         stages = ", ".join(stage.where for stage in recipe.prune.schedule)
         others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
         where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
-        print(f"{recipe.name:<16}{where:<32}prunes {stages}{others}")
+        takes = f"; takes {', '.join(recipe.published)}" if recipe.published else ""
+        print(f"{recipe.name:<16}{where:<32}prunes {stages}{others}{takes}")
 
 
 def selectors(as_json: JsonOpt = False) -> None:

@@ -36,6 +36,7 @@ from capa_export.cli_options import (
     RevisionOpt,
     SamplesOpt,
     SelectorOpt,
+    SourceArg,
     StoreGoldenOpt,
     StrictOpt,
     TargetOpt,
@@ -52,14 +53,21 @@ if TYPE_CHECKING:
     from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
 
-__all__ = ["calibrate", "check_places", "engine", "export", "finish", "recipe_from", "validate"]
+__all__ = [
+    "calibrate",
+    "check_places",
+    "engine",
+    "export",
+    "finish",
+    "recipe_and_checkpoint",
+    "validate",
+    "with_options",
+]
 
 
 def calibrate(
     out: OutOpt,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Recipe: a name from `models`, or the path of a .toml.")
-    ] = None,
+    model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
@@ -72,7 +80,12 @@ def calibrate(
         bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
     ] = False,
     parts: Annotated[
-        list[Path] | None, typer.Argument(help="With --merge: calibration files or bundle folders.")
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Local folder or hub id; its config.json says which recipe is for it. With --merge: calibration files "
+            "or bundle folders.",
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -82,7 +95,7 @@ def calibrate(
     from capa_export.calibration import Calibration, merged
     from capa_export.job import Job
     from capa_export.progress import progress
-    from capa_export.recipe import FFN
+    from capa_export.recipe import FFN, load_recipe
     from capa_export.spread import Workers
 
     if merge:
@@ -91,18 +104,18 @@ def calibrate(
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
-        calibration = merged([Calibration.load(part) for part in parts])
+        calibration = merged([Calibration.load(Path(part)) for part in parts])
         pipeline.adopt_calibration(Bundle(out), calibration)
-        ffn = recipe_from(model).ffn if model else FFN()
+        ffn = load_recipe(model).ffn if model else FFN()
     else:
-        if model is None or parts:
-            raise CapaError("calibrate needs --model and takes no arguments without --merge", ExitCode.USAGE)
-        recipe = recipe_from(model)
+        if parts and len(parts) > 1:
+            raise CapaError("calibrate takes one checkpoint; several calibrations are for --merge", ExitCode.USAGE)
+        recipe, checkpoint = recipe_and_checkpoint(parts[0] if parts else None, model, checkpoint, revision)
         with progress() as report:
             job = Job(
                 recipe=recipe,
                 bundle=Bundle(out),
-                checkpoint=checkpoint or recipe.checkpoint,
+                checkpoint=checkpoint,
                 revision=revision,
                 images=images,
                 samples=samples,
@@ -123,8 +136,9 @@ def calibrate(
 
 
 def export(
-    model: ModelOpt,
     out: OutOpt,
+    source: SourceArg = None,
+    model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
@@ -145,12 +159,14 @@ def export(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe, bundle = recipe_from(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers), Bundle(out)
+    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+    recipe = with_options(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
+    bundle = Bundle(out)
     with progress() as report:
         job = Job(
             recipe=recipe,
             bundle=bundle,
-            checkpoint=checkpoint or recipe.checkpoint,
+            checkpoint=checkpoint,
             revision=revision,
             calibration=calibration,
             precision=precision.value,
@@ -269,8 +285,37 @@ def validate(
     finish(opened, parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
-def recipe_from(
-    model: str,
+def recipe_and_checkpoint(
+    source: str | None, model: str | None, checkpoint: str | None, revision: str | None = None
+) -> "tuple[Recipe, str]":
+    """The recipe that is named, or the checkpoint's own; the checkpoint that is given, or the recipe's own.
+
+    Args:
+        source: the command's argument.
+        model: `--model`.
+        checkpoint: `--checkpoint`.
+        revision: of a hub id.
+
+    Raises:
+        CapaError: neither is given, or the checkpoint twice, or no recipe is for it.
+    """
+    if source is not None and checkpoint is not None:
+        raise CapaError(f"the checkpoint is given twice: {source}, and --checkpoint {checkpoint}", ExitCode.USAGE)
+    given = source or checkpoint
+    if model is not None:
+        from capa_export.recipe import load_recipe
+
+        recipe = load_recipe(model)
+        return recipe, given or recipe.checkpoint
+    if given is None:
+        raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
+    from capa_export.recipe_choice import find_recipe
+
+    return find_recipe(given, revision), given
+
+
+def with_options(
+    recipe: "Recipe",
     ratio: float | None = None,
     prune_layer: int | None = None,
     selector: str | None = None,
@@ -278,9 +323,6 @@ def recipe_from(
     fp32_layers: str | None = None,
 ) -> "Recipe":
     """The recipe with the command line's choices in it."""
-    from capa_export.recipe import load_recipe
-
-    recipe = load_recipe(model)
     parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
     return recipe.with_options(
         ratio=ratio,

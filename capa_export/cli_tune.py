@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli_options import CalibrationOpt, CheckpointOpt, ImagesOpt, JsonOpt, ModelOpt, RevisionOpt, TrustOpt
+from capa_export.cli_options import (
+    CalibrationOpt,
+    CheckpointOpt,
+    ImagesOpt,
+    JsonOpt,
+    ModelOpt,
+    RevisionOpt,
+    SourceArg,
+    TrustOpt,
+)
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["tune"]
 
 
 def tune(
-    model: ModelOpt,
     budget: Annotated[
         float,
         typer.Option(
@@ -23,6 +31,8 @@ def tune(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe that is written, a .toml file.")],
+    source: SourceArg = None,
+    model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
@@ -35,11 +45,11 @@ def tune(
     from tempfile import TemporaryDirectory
 
     from capa_export.bundle import Bundle
-    from capa_export.cli_stages import check_places, recipe_from
+    from capa_export.cli_stages import check_places, recipe_and_checkpoint
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe = recipe_from(model)
+    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
@@ -50,7 +60,7 @@ def tune(
         job = Job(
             recipe=recipe,
             bundle=Bundle(Path(scratch)),
-            checkpoint=checkpoint or recipe.checkpoint,
+            checkpoint=checkpoint,
             revision=revision,
             images=images,
             calibration=calibration,

@@ -17,7 +17,7 @@ from capa_export.bind import EMBEDDING, bind, bind_lazily, check_disk, tied, unu
 from capa_export.checkpoint import Checkpoint, StoredTensor
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
-from capa_export.families import Family, require_selection
+from capa_export.families import Family, LayoutFamily, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
@@ -70,6 +70,8 @@ class Source:
         Raises:
             CapaError: the checkpoint is another architecture, or lacks something.
         """
+        if isinstance(family, LayoutFamily):
+            checkpoint = family.translated(checkpoint)
         architectures = checkpoint.config.get("architectures") or ["none"]
         if family.ARCHITECTURE not in architectures:
             raise CapaError(
@@ -243,7 +245,7 @@ def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
 
 def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
     """Copy them, so that the bundle needs no checkpoint to run."""
-    for part, paths in sidecars(checkpoint.folder, code=code).items():
+    for part, paths in sidecars(checkpoint.sidecars, code=code).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         for path in paths:
             shutil.copyfile(path, folder / part / path.name)

@@ -183,7 +183,7 @@ class Job:
         """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
         from capa_export.export import sidecars
 
-        parts = sidecars(self.source.checkpoint.folder, code=self.trust_remote_code)
+        parts = sidecars(self.source.checkpoint.sidecars, code=self.trust_remote_code)
         paths = {path for part in parts.values() for path in part}
         return {path.name: file_digest(path) for path in sorted(paths)}
 
@@ -196,6 +196,10 @@ class Job:
         transformers.utils.logging.disable_progress_bar()
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
+        if self.source.checkpoint.translation is not None:
+            from capa_export.streamed import read_model
+
+            return read_model(self.source)
         try:
             return architecture.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
@@ -207,7 +211,7 @@ class Job:
     def prompter(self) -> Any:
         from capa_export.prompt import Prompter
 
-        folder = self.source.checkpoint.folder
+        folder = self.source.checkpoint.sidecars
         return Prompter(folder, folder, self.family, self.source.dims, trust_remote_code=self.trust_remote_code)
 
     @property

@@ -210,7 +210,11 @@ class Recipe(Settings):
     family: str
     """Module of `capa_export.families` that knows this architecture."""
     checkpoint: str
-    """Hub id, or a path relative to the recipe's folder, used when `--checkpoint` is not given."""
+    """Hub id, or a path relative to the recipe's folder, used when no checkpoint is given."""
+    model_types: tuple[str, ...] = ()
+    """What `config.json` calls the models it is for: `internvl`, or `internvl/qwen3` where the decoder decides."""
+    published: tuple[str, ...] = ()
+    """Hub ids of checkpoints that it takes."""
     visual_tokens: int = 1024
     """Visual tokens of the picture that plans are made for."""
     scenes: bool = False

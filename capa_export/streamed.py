@@ -16,7 +16,7 @@ from capa_export.export import Source
 from capa_export.lockstep import Part
 from capa_export.progress import Report, silent
 
-__all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model"]
+__all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", "read_model"]
 
 DECODER, HEAD = "model.language_model.", "lm_head."
 """Prefixes of the parameters of the decoder and of the head."""
@@ -182,9 +182,29 @@ class _WithoutWeights(TorchFunctionMode):
 
 def hollow_model(source: Source, weights: "StoredWeights") -> Any:
     """The Hugging Face model without weights, but for the rows of the embedding table that it is asked for."""
+    model = _hollow(source)
+    text = model.model.language_model
+    table = weights.of(f"{DECODER}embed_tokens.weight", text.embed_tokens.weight.shape)
+    text.embed_tokens = EmbeddingRows(table, text.embed_tokens.weight)
+    return model.eval()
+
+
+def read_model(source: Source) -> Any:
+    """The Hugging Face model in FP32, from a checkpoint whose tensors transformers itself would not recognize.
+
+    Raises:
+        CapaError: a tensor is missing or has another shape.
+    """
+    model = _hollow(source)
+    StoredWeights(source).load(model, dict(model.named_parameters()), "")
+    model.tie_weights()
+    return model.eval()
+
+
+def _hollow(source: Source) -> Any:
     import transformers
 
-    folder = source.checkpoint.folder
+    folder = source.checkpoint.sidecars
     try:
         config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
             folder, local_files_only=True
@@ -194,7 +214,4 @@ def hollow_model(source: Source, weights: "StoredWeights") -> Any:
     except (OSError, ValueError) as error:
         raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     assert not any(buffer.is_meta for buffer in model.buffers())
-    text = cast("Any", model).model.language_model
-    table = weights.of(f"{DECODER}embed_tokens.weight", text.embed_tokens.weight.shape)
-    text.embed_tokens = EmbeddingRows(table, text.embed_tokens.weight)
-    return cast("Any", model).eval()
+    return cast("Any", model)

@@ -21,7 +21,7 @@ EXPECTED = {
     "capa_export/cli.py",
     "capa_export/engine_worker.py",
     "capa_export/kit_builder.py",
-    *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "qwen3vl")),
+    *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "internvl35", "qwen3vl")),
     *(f"capa_export/graphs/tiny-{name}.toml" for name in ("qwen25vl", "llava15", "internvl3")),
     *(f"capa_export/graphs/checkpoints/tiny-{name}/model.safetensors" for name in ("llava15", "internvl3")),
     *(f"capa_export/engines/{name}.toml" for name in ("onnx", "rtx", "spark", "orin", "thor", "h100")),

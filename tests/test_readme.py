@@ -48,7 +48,7 @@ def test_the_commands_for_your_own_checkpoint(
     assert install[:2] == ["pip", "install"]
     monkeypatch.chdir(tmp_path)
     # The shipped checkpoint is of the same architecture: it stands where the user's would.
-    checkpoint, pictures = (tmp_path / build[build.index(option) + 1] for option in ("--checkpoint", "--images"))
+    checkpoint, pictures = (tmp_path / build[build.index(before) + 1] for before in ("build", "--images"))
     shutil.copytree(load_recipe("tiny-qwen25vl").checkpoint, checkpoint)
     pictures.mkdir(parents=True)
     for index in range(2):

@@ -42,7 +42,7 @@ class EagerMethods:
     def __init__(self, given: EagerAnswers) -> None:
         self.given, self.job = given, given.job
         self.eager = Eager(self.job.eager_model)
-        self.stop = set(eos_token_ids(self.job.source.checkpoint.folder))
+        self.stop = set(eos_token_ids(self.job.source.checkpoint.sidecars))
         chosen = [stage.chosen for method in given.methods.values() for stage in method.stages]
         # What all methods together read of a prompt.
         self.every = EagerPlan(keep=dict.fromkeys(range(len(chosen)), 0), selectors=dict(enumerate(chosen)))

@@ -14,10 +14,11 @@ from capa_export.errors import CapaError, ExitCode
 if TYPE_CHECKING:
     import torch
 
+    from capa_export.checkpoint import Checkpoint
     from capa_export.eager import EagerInputs
     from capa_export.prompt import Picture, Prompt, Video
 
-__all__ = ["Family", "SelectionFamily", "VideoFamily", "load_family", "require_selection"]
+__all__ = ["Family", "LayoutFamily", "SelectionFamily", "VideoFamily", "load_family", "require_selection"]
 
 
 class Family(Protocol):
@@ -87,6 +88,15 @@ class SelectionFamily(Family, Protocol):
 
     def eager_selection(self, model: Any, prompt: "Prompt") -> "tuple[torch.Tensor, torch.Tensor]":
         """Saliency [N] FP32 and tower features [N, F] of the prompt's pictures, by the Hugging Face tower itself."""
+        ...
+
+
+@runtime_checkable
+class LayoutFamily(Family, Protocol):
+    """What a family whose authors publish it in a layout of their own defines beside."""
+
+    def translated(self, checkpoint: "Checkpoint") -> "Checkpoint":
+        """The checkpoint as transformers lays it out, weights in place; itself where it is laid out so."""
         ...
 
 

@@ -211,7 +211,7 @@ class _AgainstEager(_Validation):
         self.questions = _samples(job, recipe, wanted, questions, repeat=False)
 
     def key(self) -> Any:
-        stop = eos_token_ids(self.job.source.checkpoint.folder)
+        stop = eos_token_ids(self.job.source.checkpoint.sidecars)
         return [self.prompts.digest(), self.questions.digest(), self.job.sidecar_digests, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -413,7 +413,7 @@ def _subject(
         precision=exported["precision"],
         onnx=job.bundle.folder / ONNX,
         fp32_onnx=twin,
-        eos_token_ids=eos_token_ids(job.source.checkpoint.folder),
+        eos_token_ids=eos_token_ids(job.source.checkpoint.sidecars),
         fp32_layers=exported.get("fp32_layers", ()),
     )
 

@@ -51,7 +51,7 @@ class Judge:
     def __init__(self, job: Job, calibration: Calibration, selectors: Sequence[str]) -> None:
         self.job, self.calibration = job, calibration
         self.eager = Eager(job.eager_model)
-        self.stop = set(eos_token_ids(job.source.checkpoint.folder))
+        self.stop = set(eos_token_ids(job.source.checkpoint.sidecars))
         # What all of them together read of a prompt.
         chosen = dict(enumerate(Chosen(name) for name in selectors))
         self.every = EagerPlan(keep=dict.fromkeys(chosen, 0), selectors=chosen)

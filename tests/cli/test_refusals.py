@@ -24,7 +24,7 @@ USAGE = {
     "negative ratio": (["plan", "-m", "qwen25vl", "--ratio", "-0.1"], "--ratio -0.1"),
     "negative layer": (["plan", "-m", "qwen25vl", "--prune-layer", "-1"], "--prune-layer -1"),
     "merge of nothing": (["calibrate", "--merge", "-o", "x"], "--merge takes calibrations"),
-    "calibrate nothing": (["calibrate", "-o", "x"], "calibrate needs --model"),
+    "calibrate nothing": (["calibrate", "-o", "x"], "name a checkpoint"),
     "build to nowhere": (["build", "-m", "qwen25vl"], "build needs --out"),
     "samples of no run": (
         ["build", "-m", "qwen25vl", "-o", "x", "--calibration", "y", "--samples", "9"],
@@ -245,7 +245,8 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
     code, _, err = cli("plan", "-m", bad)
     assert (
         code == ExitCode.USAGE
-        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, parity" in err
+        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, model_types, parity"
+        in err
     )
     bad.write_text(
         recipe.read_text().replace(

@@ -157,12 +157,15 @@ def lines_of(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "evaluate takes a bundle, or --model"),
-        (["x", "--model", "y"], "evaluate takes a bundle, or --model"),
-        (["x", "--checkpoint", "y"], "a bundle runs as it is"),
+        ([], "name a checkpoint, a folder or a hub id, or a recipe with --model"),
+        (["x", "--model", "y"], "unknown model 'y'"),
+        (["x", "--checkpoint", "y"], "the checkpoint is given twice: x, and --checkpoint y"),
+        ([".", "--model", "y"], "a bundle runs as it is"),
+        ([".", "--checkpoint", "y"], "a bundle runs as it is"),
         (["--model", "qwen25vl", "--method", "dense", "--ratio", "0.5"], "--method says it all"),
         (["--model", "qwen25vl", "--method", "dens"], "'dens' is no stage"),
-        (["x"], "x: not a bundle"),
+        (["x"], "x: no such folder"),
+        (["."], ".: not a bundle"),
         *(
             (
                 ["--model", "qwen25vl", "--method", method, option, "1"],
@@ -175,5 +178,5 @@ def lines_of(out: Path) -> list[str]:
 )
 def test_usage(arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["evaluate", *arguments, "--data", "q.jsonl", "--out", str(tmp_path / "out")])
-    assert code == (ExitCode.PREFLIGHT if arguments == ["x"] else ExitCode.USAGE)
+    assert code == (ExitCode.PREFLIGHT if arguments in (["x"], ["."]) else ExitCode.USAGE)
     assert problem in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""InternVL3's vision tower, prompts, config and decoder graphs against transformers, and the golden graphs."""
+"""InternVL3's and InternVL3.5's tower, prompts, config and decoders against transformers, and the golden graphs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.agreement import compare
 from tests.conftest import noise
 from tests.models.internvl3 import (
     CHAT_TEMPLATE,
+    QWEN3,
     SIDE,
     build_image_processor,
     build_tokenizer,
@@ -36,9 +37,9 @@ from tests.models.internvl3 import (
 )
 
 
-@pytest.fixture(scope="module")
-def model() -> InternVLForConditionalGeneration:
-    return random_model()
+@pytest.fixture(scope="module", params=[{}, QWEN3], ids=["InternVL3", "InternVL3.5"])
+def model(request: pytest.FixtureRequest) -> InternVLForConditionalGeneration:
+    return random_model(text=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,9 @@ def test_prompt_follows_the_chat_template(prompter: Prompter) -> None:
     assert prompt.pictures[0].grid == (2, 2)
 
 
-def test_prompt_beyond_the_plain_rope_is_refused(prompter: Prompter) -> None:
+def test_prompt_beyond_the_plain_rope_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model())
+    prompter = Prompter(folder, folder, internvl3, internvl3.model_dims(small_config().to_dict()))
     with pytest.raises(CapaError, match="more than the 512 of this decoder's context"):
         prompter("what color is the star ?", [noise(224, 168)] * 10)
 
@@ -207,32 +210,55 @@ def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert parameters(source.dims).total == sum(parameter.numel() for parameter in model.parameters())
 
 
+# Hidden size, FFN size, layers, query heads, KV heads; `3.5` has a Qwen3 decoder.
+SIZES = {
+    "3-1B": (896, 4864, 24, 14, 2),
+    "3-2B": (1536, 8960, 28, 12, 2),
+    "3-8B": (3584, 18944, 28, 28, 4),
+    "3.5-1B": (1024, 3072, 28, 16, 8),
+    "3.5-2B": (2048, 6144, 28, 16, 8),
+    "3.5-4B": (2560, 9728, 36, 32, 8),
+    "3.5-8B": (4096, 12288, 36, 32, 8),
+}
+_QWEN2_TEXT = {
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+    "vocab_size": 151674,
+}
+_QWEN3_TEXT = {
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "rope_scaling": None,
+    "vocab_size": 151936,
+}
+
+
 def published(size: str) -> dict[str, Any]:
-    """The config of transformers 4, with the numbers of InternVL3-1B, 2B or 8B."""
-    sizes = {"1B": (896, 4864, 24, 14, 2), "2B": (1536, 8960, 28, 12, 2), "8B": (3584, 18944, 28, 28, 4)}
-    hidden, inner, layers, heads, kv_heads = sizes[size]
+    """The config of transformers 4, with the numbers of a published size."""
+    hidden, inner, layers, heads, kv_heads = SIZES[size]
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "downsample_ratio": 0.5,
         "image_seq_length": 256,
-        "image_token_id": 151667,
+        "image_token_id": 151667 if size.startswith("3-") else 151671,
         "projector_hidden_act": "gelu",
         "text_config": {
-            "model_type": "qwen2",
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": inner,
-            "max_position_embeddings": 32768,
             "num_attention_heads": heads,
             "num_hidden_layers": layers,
             "num_key_value_heads": kv_heads,
             "rms_norm_eps": 1e-06,
-            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
             "rope_theta": 1000000.0,
             "sliding_window": None,
             "use_sliding_window": False,
-            "vocab_size": 151674,
+            **(_QWEN2_TEXT if size.startswith("3-") else _QWEN3_TEXT),
         },
         "vision_config": {
             "attention_bias": True,
@@ -255,12 +281,14 @@ def published(size: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", ["1B", "2B", "8B"])
+@pytest.mark.parametrize("size", SIZES)
 def test_published_dimensions(size: str) -> None:
     config = published(size)
     dims = internvl3.model_dims(config)
     assert dims.vision.tokens_per_tile == config["image_seq_length"]
-    assert (dims.decoder.rope_theta, dims.decoder.rope_limit, dims.decoder.position_axes) == (1e6, 32768, 1)
+    limit, qk_norm = (32768, False) if size.startswith("3-") else (None, True)
+    assert (dims.decoder.rope_theta, dims.decoder.rope_limit, dims.decoder.position_axes) == (1e6, limit, 1)
+    assert dims.decoder.qk_norm is qk_norm
     with torch.device("meta"):
         # transformers 4 took the head's ties from the text config, 5 takes them from the root.
         model = InternVLForConditionalGeneration(InternVLConfig(**config, tie_word_embeddings=False))
@@ -269,9 +297,11 @@ def test_published_dimensions(size: str) -> None:
     assert again == dims
 
 
-def test_defaults_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("decoder", ["qwen2", "qwen3"])
+def test_defaults_are_those_of_transformers(decoder: str) -> None:
     """Sizes apart, an empty config is the config class's own."""
     sizes = {
+        "model_type": decoder,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -279,12 +309,12 @@ def test_defaults_are_those_of_transformers() -> None:
     }
     given = {"model_type": "internvl", "text_config": sizes, "vision_config": {"hidden_size": 32}}
     # The class ties the head by default; a config.json of transformers 4 that says nothing does not.
-    config = InternVLConfig(text_config={"model_type": "qwen2", **sizes}, vision_config={"hidden_size": 32})
+    config = InternVLConfig(text_config=dict(sizes), vision_config={"hidden_size": 32})
     assert internvl3.model_dims({**given, "tie_word_embeddings": True}) == internvl3.model_dims(config.to_dict())
 
 
 def test_vision_flops_count_whole_tiles() -> None:
-    vision = internvl3.model_dims(published("8B")).vision
+    vision = internvl3.model_dims(published("3-8B")).vision
     tile = vision.flops(256)
     assert (vision.flops(1280), vision.flops(1025)) == (5 * tile, 5 * tile)
     # 24 blocks of 1025 tokens with 4 D^2 + 2 D F weights, their attention, patches and projector.
@@ -293,9 +323,14 @@ def test_vision_flops_count_whole_tiles() -> None:
 
 
 REFUSED = {
-    "the authors' own format": ({"model_type": "internvl_chat"}, "use the checkpoint whose name ends in -hf"),
-    "another model": ({"model_type": "llava"}, "this recipe is for 'internvl'"),
-    "another decoder": ({"text_config.model_type": "qwen3"}, "text_config.model_type: is 'qwen3'"),
+    "another model": ({"model_type": "llava"}, "this recipe is for 'internvl' and 'internvl_chat'"),
+    "another decoder": ({"text_config.model_type": "llama"}, "text_config.model_type: is 'llama', and the graphs hold"),
+    "experts": ({"text_config.model_type": "qwen3_moe"}, "'qwen3_moe', and the graphs hold dense Qwen2 and Qwen3"),
+    "gpt-oss": ({"text_config.model_type": "gpt_oss"}, "'gpt_oss', and the graphs hold dense Qwen2 and Qwen3"),
+    "biases": (
+        {"text_config.model_type": "qwen3", "text_config.attention_bias": True},
+        "text_config.attention_bias: is True, only False",
+    ),
     "quantized": ({"quantization_config": {}}, "use the checkpoint in bf16"),
     "another ratio": ({"downsample_ratio": 0.25}, "downsample_ratio: is 0.25, only 0.5"),
     "another layer": ({"vision_feature_layer": -2}, "vision_feature_layer: is -2, only -1"),
@@ -313,7 +348,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("change", "why"), REFUSED.values(), ids=REFUSED)
 def test_what_the_graphs_do_not_do_is_refused(change: dict[str, Any], why: str) -> None:
-    config = published("1B")
+    config = published("3-1B")
     for key, value in change.items():
         *sections, last = key.split(".")
         (config[sections[0]] if sections else config)[last] = value
@@ -336,7 +371,7 @@ def test_graph_names_lead_to_the_block(source: Source) -> None:
 def test_shipped_recipe() -> None:
     recipe = load_recipe("internvl3")
     assert load_family(recipe.family) is internvl3
-    assert recipe.visual_tokens == 5 * internvl3.model_dims(published("8B")).vision.tokens_per_tile
+    assert recipe.visual_tokens == 5 * internvl3.model_dims(published("3-8B")).vision.tokens_per_tile
 
 
 def test_goldens(request: pytest.FixtureRequest) -> None:

@@ -1,4 +1,4 @@
-"""InternVL3: tensor names, prompt format, and the eager model's inputs."""
+"""InternVL3 and InternVL3.5: tensor names, prompt format, and the eager model's inputs."""
 
 from collections.abc import Sequence
 from math import isqrt
@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from capa_export.checkpoint import Checkpoint
 from capa_export.dims import ModelDims
 from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
+from capa_export.families.internvl3.original import ORIGINAL
+from capa_export.families.internvl3.original import translated as translation_of
 from capa_export.families.internvl3.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
@@ -27,6 +30,7 @@ __all__ = [
     "pictures",
     "placeholder",
     "positions",
+    "translated",
     "vision_model",
     "written",
 ]
@@ -45,6 +49,15 @@ RENAMES = [
 
 IMAGE_OPTIONS = {"crop_to_patches": True}
 """The published preprocessor_config.json says otherwise; transformers' own processor overrides it with this."""
+
+
+def translated(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, in transformers' layout where it is in its authors'."""
+    if checkpoint.config.get("model_type") != ORIGINAL:
+        return checkpoint
+    # What is not supported is refused under the names that its own file has.
+    model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
+    return translation_of(checkpoint)
 
 
 def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:

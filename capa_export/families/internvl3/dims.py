@@ -1,16 +1,17 @@
-"""InternVL3's dimensions, read from `config.json`, and what its vision tower costs."""
+"""The dimensions of InternVL3 and InternVL3.5, read from `config.json`, and what their vision tower costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
 from capa_export.errors import CapaError
+from capa_export.families.internvl3.original import ORIGINAL, translated_config
 
 __all__ = ["Vision", "model_dims"]
 
-_TEXT = TextDefaults(
+_QWEN2 = TextDefaults(
     vocab_size=151936,
     rms_norm_eps=1e-6,
     rope_theta=10_000.0,
@@ -18,6 +19,8 @@ _TEXT = TextDefaults(
     attention_bias=True,
     max_positions=32768,
 )
+_DECODERS = {"qwen2": _QWEN2, "qwen3": replace(_QWEN2, attention_bias=False, qk_norm=True, head_dim=128)}
+"""What transformers' config takes for absent keys, by the `model_type` of the decoder."""
 _SHUFFLE = 2
 
 
@@ -100,7 +103,7 @@ class Vision:
 
 
 def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Vision]:
-    """The dimensions of an InternVL3, from the `config.json` of transformers 4 or 5.
+    """The dimensions of an InternVL3 or InternVL3.5, from the `config.json` of transformers 4 or 5, or of the authors.
 
     A key that is absent has the value of transformers' config class, except where that would be a guess at
     another model's size.
@@ -112,23 +115,31 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     Raises:
         CapaError: a key is missing or malformed, or the model does something that the graphs do not.
     """
+    key = "text_config"
+    if config.get("model_type") == ORIGINAL:
+        config, key = translated_config(config, where), "llm_config"
     root = Section(config, where, "")
-    if config.get("model_type") == "internvl_chat":
-        raise CapaError(
-            f"{where}: model_type is 'internvl_chat', which runs the checkpoint's own code; "
-            "use the checkpoint whose name ends in -hf"
-        )
     if config.get("model_type") != "internvl":
-        raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'internvl'")
-    text = root.section("text_config")
+        raise CapaError(
+            f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'internvl' and {ORIGINAL!r}"
+        )
+    text = replace(root.section("text_config"), name=key)
     refuse_quantized(root, text)
-    text.expect("model_type", "qwen2")
+    decoder = text.data.get("model_type", "qwen2")
+    if not isinstance(decoder, str) or decoder not in _DECODERS:
+        raise text.refused(
+            "model_type",
+            f"is {decoder!r}, and the graphs hold dense Qwen2 and Qwen3 decoders alone; use an InternVL3 of 1B, 2B, "
+            "8B, 14B or 38B, or a dense InternVL3.5",
+        )
+    if decoder == "qwen3":
+        text.expect("attention_bias", supported=False)
     root.expect("downsample_ratio", 1 / _SHUFFLE)
     root.expect("projector_hidden_act", "gelu")
     root.expect("vision_feature_layer", -1)
     root.expect("vision_feature_select_strategy", "default")
     return ModelDims(
-        decoder=decoder_dims(root, text, _TEXT),
+        decoder=decoder_dims(root, text, _DECODERS[decoder]),
         vision=_vision(root.section("vision_config"), text.count("hidden_size")),
         image_token_id=root.count("image_token_id", 151667, least=0),
     )
