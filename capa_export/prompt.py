@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
+from capa_export.pixels import PixelBounds, processor_settings
 
 __all__ = ["PICTURE_SUFFIXES", "Picture", "Prompt", "Prompter", "Turn", "Video", "open_picture"]
 
@@ -120,15 +121,23 @@ class Prompter:
         visual: folder with the image processor; in a checkpoint it is the same.
         family: module of the model's family.
         dims: of the model.
+        bounds: of what pictures are resized to.
         trust_remote_code: whether Python files that lie in the folders, and that the tokenizer or image processor
             names as its own, may be run.
 
     Raises:
-        CapaError: a file is missing, or does not load, or needs code that may not be run.
+        CapaError: a file is missing, or does not load, or needs code that may not be run, or the bounds cannot be kept.
     """
 
     def __init__(
-        self, text: Path, visual: Path, family: Family, dims: ModelDims[Any], *, trust_remote_code: bool = False
+        self,
+        text: Path,
+        visual: Path,
+        family: Family,
+        dims: ModelDims[Any],
+        *,
+        bounds: PixelBounds | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -139,6 +148,8 @@ class Prompter:
         load = partial(_load, trust_remote_code=trust_remote_code)
         self.tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
         self.image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
+        self.bounds, self.sizes = bounds or PixelBounds(), processor_settings(self.image_processor)
+        family.check_bounds(self.sizes, self.bounds, dims)
         self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
@@ -183,7 +194,10 @@ class Prompter:
     def _picture(self, image: Image.Image) -> Picture:
         def process() -> Picture:
             # A family may have to set what its image processor's own file leaves at another value.
-            processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
+            options = self.family.picture_options(image.size, self.sizes, self.bounds, self.dims)
+            processed = self.image_processor(
+                images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS, **options
+            )
             return self.family.pictures(processed, self.dims)[0]
 
         return _accepted("a picture", image, process)

@@ -1,0 +1,86 @@
+"""How large pictures are seen: what the user bounds, what a device takes, and what an image processor is told of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from capa_export.errors import CapaError, ExitCode
+from capa_export.settings import Settings
+
+__all__ = ["PixelBounds", "processor_settings", "stored_settings"]
+
+_SETTINGS = ("do_resize", "size", "patch_size", "merge_size", "min_patches", "max_patches")
+_FILES = {"processor_config.json": "image_processor", "preprocessor_config.json": None}
+"""Where an image processor's settings are stored, the first that has any, and under which key."""
+
+
+class PixelBounds(Settings):
+    """Between what a picture is resized to; the image processor's own bounds hold where these are silent."""
+
+    min_pixels: int | None = Field(default=None, ge=1)
+    """Least area, in place of the image processor's."""
+    max_pixels: int | None = Field(default=None, ge=1)
+    """Largest area, in place of the image processor's."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Visual tokens on top of each other, where the vision tower takes pictures of any shape."""
+    max_cols: int | None = Field(default=None, ge=1)
+    """Visual tokens side by side."""
+    max_tiles: int | None = Field(default=None, ge=1)
+    """Tiles of a picture, its thumbnail among them, where the vision tower takes tiles."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PixelBounds":
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+    def with_options(self, min_pixels: int | None, max_pixels: int | None) -> "PixelBounds":
+        """These with the command line's choices in place.
+
+        Raises:
+            CapaError: there is no such size.
+        """
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise CapaError(f"--{name.replace('_', '-')} {value}: must be above 0", ExitCode.USAGE)
+        changed = self.model_copy(update={name: value for name, value in given.items() if value is not None})
+        if changed.min_pixels is not None and changed.max_pixels is not None:
+            if changed.min_pixels > changed.max_pixels:
+                raise CapaError(
+                    f"--min-pixels {changed.min_pixels} is above --max-pixels {changed.max_pixels}", ExitCode.USAGE
+                )
+        return changed
+
+    def refuse(self, reason: str) -> None:
+        """Refuse bounds of the area that a model cannot keep.
+
+        Raises:
+            CapaError: there are some.
+        """
+        for option, value in (("--min-pixels", self.min_pixels), ("--max-pixels", self.max_pixels)):
+            if value is not None:
+                raise CapaError(f"{option} {value}: {reason}", ExitCode.USAGE)
+
+
+def processor_settings(image_processor: Any) -> dict[str, Any]:
+    """What a loaded image processor says of sizes."""
+    found = {name: getattr(image_processor, name, None) for name in _SETTINGS}
+    return {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
+
+
+def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
+    """The same from an image processor's files, by name, as transformers reads them.
+
+    Args:
+        files: parsed; what is not there is left out.
+    """
+    sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _FILES.items()]
+    stored = next((section for section in sections if section), {})
+    found = {name: stored[name] for name in _SETTINGS if stored.get(name) is not None}
+    size = dict(found["size"]) if isinstance(found.get("size"), dict) else {}
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if stored.get(name) is not None:
+            size[edge] = stored[name]
+    return {**found, **({"size": size} if size else {})}
