@@ -7,6 +7,7 @@ from capa_export.checkpoint import fetch_config
 from capa_export.dims import ModelDims
 from capa_export.families import load_family
 from capa_export.job import ONNX
+from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompter
 from capa_export.recipe import recipe_of
 
@@ -24,14 +25,18 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     return family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
 
 
-def bundled_prompter(bundle: Bundle, *, trust_remote_code: bool = False) -> Prompter:
-    """Its tokenizer, chat template and image processor.
+def bundled_prompter(
+    bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False
+) -> Prompter:
+    """Its tokenizer, chat template and image processor; pictures are seen as it was built for, unless bounds are given.
 
     Raises:
         CapaError: a file is missing, or does not load.
     """
     folder = bundle.folder / ONNX
-    family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
+    recipe = recipe_of(bundle.manifest, bundle.folder)
     return Prompter(
-        folder / "llm", folder / "visual", family, bundled_dims(bundle), trust_remote_code=trust_remote_code
+        *(folder / "llm", folder / "visual", load_family(recipe.family), bundled_dims(bundle)),
+        bounds=recipe.pictures if bounds is None else bounds,
+        trust_remote_code=trust_remote_code,
     )

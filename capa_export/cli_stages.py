@@ -23,7 +23,9 @@ from capa_export.cli_options import (
     LayerByLayerOpt,
     LayerOpt,
     MarkdownOpt,
+    MaxPixelsOpt,
     MinKeepOpt,
+    MinPixelsOpt,
     ModelOpt,
     OutOpt,
     PluginLibraryOpt,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from capa_export.bundle import Bundle
     from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
+    from capa_export.target import Target
 
 __all__ = ["calibrate", "check_places", "engine", "export", "finish", "recipe_from", "validate"]
 
@@ -64,6 +67,8 @@ def calibrate(
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
     workers: WorkersOpt = None,
     ray: RayOpt = None,
@@ -86,7 +91,7 @@ def calibrate(
     from capa_export.spread import Workers
 
     if merge:
-        chosen = (images, samples, checkpoint, revision, workers, ray)
+        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -97,7 +102,7 @@ def calibrate(
     else:
         if model is None or parts:
             raise CapaError("calibrate needs --model and takes no arguments without --merge", ExitCode.USAGE)
-        recipe = recipe_from(model)
+        recipe = recipe_from(model, min_pixels=min_pixels, max_pixels=max_pixels)
         with progress() as report:
             job = Job(
                 recipe=recipe,
@@ -135,6 +140,8 @@ def export(
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     weights: ExportWeightsOpt = ExportWeights.copied,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
@@ -145,7 +152,12 @@ def export(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe, bundle = recipe_from(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers), Bundle(out)
+    recipe = recipe_from(
+        *(model, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    bundle = Bundle(out)
     with progress() as report:
         job = Job(
             recipe=recipe,
@@ -276,19 +288,26 @@ def recipe_from(
     selector: str | None = None,
     min_keep_per_image: int | None = None,
     fp32_layers: str | None = None,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    target: "Target | None" = None,
 ) -> "Recipe":
-    """The recipe with the command line's choices in it."""
+    """The recipe with the command line's choices, and what the target takes, in it."""
     from capa_export.recipe import load_recipe
 
     recipe = load_recipe(model)
     parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
-    return recipe.with_options(
+    changed = recipe.with_options(
         ratio=ratio,
         prune_layer=prune_layer,
         selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=parts,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
+    return changed.model_copy(update={"pictures": changed.pictures.on_target(target)})
 
 
 def check_places(*paths: Path | None) -> None:

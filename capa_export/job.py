@@ -187,6 +187,11 @@ class Job:
         paths = {path for part in parts.values() for path in part}
         return {path.name: file_digest(path) for path in sorted(paths)}
 
+    @property
+    def prompt_settings(self) -> list[Any]:
+        """All that a prompt depends on beside what is asked."""
+        return [self.sidecar_digests, self.recipe.pictures.model_dump(exclude_none=True)]
+
     @cached_property
     def eager_model(self) -> Any:
         """The Hugging Face model, dense, in FP32."""
@@ -208,7 +213,11 @@ class Job:
         from capa_export.prompt import Prompter
 
         folder = self.source.checkpoint.folder
-        return Prompter(folder, folder, self.family, self.source.dims, trust_remote_code=self.trust_remote_code)
+        return Prompter(
+            *(folder, folder, self.family, self.source.dims),
+            bounds=self.recipe.pictures,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -224,6 +233,17 @@ class Job:
             "selectors": prune.selectors,
             "min_keep_per_image": prune.min_keep_per_image,
         }
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the picture that plans are made for."""
+        from capa_export.visual_tokens import visual_tokens
+
+        return visual_tokens(self.recipe, str(self.source.checkpoint.folder), self.source.dims)
+
+    def check_pictures(self) -> None:
+        """Refuse bounds of pictures that the model cannot keep, before anything is run."""
+        _ = self.visual_tokens
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""

@@ -7,12 +7,19 @@ from pydantic import Field, model_validator
 
 from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings
+from capa_export.target import Target, load_target
 
-__all__ = ["PixelBounds", "processor_settings", "stored_settings"]
+__all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings"]
 
+_USUAL_TARGET = "rtx"
+"""The command line's own default."""
+_DIMS = ("rows", "cols", "tiles")
+"""Of the vision graphs' inputs, as targets limit them."""
 _SETTINGS = ("do_resize", "size", "patch_size", "merge_size", "min_patches", "max_patches")
-_FILES = {"processor_config.json": "image_processor", "preprocessor_config.json": None}
+_SECTIONS = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 """Where an image processor's settings are stored, the first that has any, and under which key."""
+PROCESSOR_FILES = tuple(name for name, _ in _SECTIONS)
+"""Where an image processor's settings are stored."""
 
 
 class PixelBounds(Settings):
@@ -53,6 +60,23 @@ class PixelBounds(Settings):
                 )
         return changed
 
+    def on_target(self, target: Target | None = None) -> "PixelBounds":
+        """These with what a target's engines take; where there are none, what the usual target's do, unless the user
+        says how large pictures may be.
+        """
+        engine = target.engine if target is not None else None
+        if engine is None:
+            if self.max_pixels is not None:
+                return self
+            engine = load_target(_USUAL_TARGET).require_engine()
+        limits = {f"max_{name}": engine.dims[name].max for name in _DIMS if name in engine.dims}
+        own = {name: getattr(self, name) for name in limits}
+        return self.model_copy(update={name: min(limit, own[name] or limit) for name, limit in limits.items()})
+
+    def off_target(self) -> "PixelBounds":
+        """The area alone, for what runs without an engine."""
+        return PixelBounds(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
     def refuse(self, reason: str) -> None:
         """Refuse bounds of the area that a model cannot keep.
 
@@ -76,11 +100,12 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         files: parsed; what is not there is left out.
     """
-    sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _FILES.items()]
-    stored = next((section for section in sections if section), {})
-    found = {name: stored[name] for name in _SETTINGS if stored.get(name) is not None}
-    size = dict(found["size"]) if isinstance(found.get("size"), dict) else {}
+    sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _SECTIONS]
+    stored = next((section for section in sections if section and isinstance(section, dict)), {})
+    found = {name: stored[name] for name in _SETTINGS if isinstance(stored.get(name), int)}
+    edges = stored.get("size")
+    size = {key: value for key, value in edges.items() if isinstance(value, int)} if isinstance(edges, dict) else {}
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        if stored.get(name) is not None:
+        if isinstance(stored.get(name), int):
             size[edge] = stored[name]
-    return {**found, **({"size": size} if size else {})}
+    return {**found, "size": size}

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from capa_export.errors import CapaError, ExitCode
+from capa_export.pixels import PixelBounds
 from capa_export.selectors import Chosen, Option, load_selector, selectors
 from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
@@ -211,8 +212,10 @@ class Recipe(Settings):
     """Module of `capa_export.families` that knows this architecture."""
     checkpoint: str
     """Hub id, or a path relative to the recipe's folder, used when `--checkpoint` is not given."""
-    visual_tokens: int = 1024
-    """Visual tokens of the picture that plans are made for."""
+    picture: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (896, 896)
+    """Width and height of the picture that plans are made for."""
+    pictures: PixelBounds = PixelBounds()
+    """Between what pictures are resized to; builds add what their target takes."""
     scenes: bool = False
     """Whether calibration and validation use the built-in scenes when no pictures are given."""
     prune: Prune
@@ -230,6 +233,8 @@ class Recipe(Settings):
         selector: str | None = None,
         min_keep_per_image: int | None = None,
         fp32_layers: Sequence[str] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> "Recipe":
         """This recipe with the command line's choices in place.
 
@@ -254,6 +259,8 @@ class Recipe(Settings):
         if min_keep_per_image is not None:
             prune["min_keep_per_image"] = min_keep_per_image
         changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
+        if min_pixels is not None or max_pixels is not None:
+            changed["pictures"] = self.pictures.with_options(min_pixels, max_pixels)
         if fp32_layers is not None:
             from capa_export.islands import parse_unit
 
@@ -331,8 +338,12 @@ def recipe_of(manifest: Mapping[str, Any], folder: Path) -> Recipe:
     Raises:
         CapaError: the manifest's recipe is damaged, or of another version.
     """
+    recorded = manifest.get("recipe")
+    if isinstance(recorded, Mapping):
+        # Of bundles that were built when plans knew this number and not a picture's size.
+        recorded = {key: value for key, value in recorded.items() if key != "visual_tokens"}
     try:
-        return Recipe.model_validate(manifest.get("recipe"))
+        return Recipe.model_validate(recorded)
     except ValidationError as error:
         problem = first_problem(error, Recipe)
         raise CapaError(

@@ -132,7 +132,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
 
     return Subject(
         source=job.checkpoint_source,
-        model=digest_of([job.checkpoint_digest, job.sidecar_digests]),
+        model=digest_of([job.checkpoint_digest, job.prompt_settings]),
         runs="eager fp32",
         keys={name: key(method) for name, method in methods.items()},
         prepare=EagerAnswers(job=opened, methods=methods, calibration=calibration, max_new_tokens=max_new_tokens),
