@@ -11,7 +11,19 @@ from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompter
 from capa_export.recipe import recipe_of
 
-__all__ = ["bundled_dims", "bundled_prompter"]
+__all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter"]
+
+
+def bundled_bounds(
+    bundle: Bundle, min_pixels: int | None, max_pixels: int | None, *, engine: bool = False
+) -> PixelBounds:
+    """Between what it resizes pictures, with the command line's choices in place; an engine keeps its limits.
+
+    Raises:
+        CapaError: there is no such size.
+    """
+    recorded = recipe_of(bundle.manifest, bundle.folder).pictures
+    return recorded.for_bundle(min_pixels, max_pixels, engine=engine)
 
 
 def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
@@ -25,9 +37,7 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     return family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
 
 
-def bundled_prompter(
-    bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False
-) -> Prompter:
+def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:
     """Its tokenizer, chat template and image processor; pictures are seen as it was built for, unless bounds are given.
 
     Raises:

@@ -10,6 +10,8 @@ from capa_export.cli_options import (
     CheckpointOpt,
     ImagesOpt,
     JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -65,6 +67,8 @@ def evaluate(
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     workers: WorkersOpt = None,
     ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -92,7 +96,12 @@ def evaluate(
     from capa_export.spread import Workers
 
     opened = Bundle(out / "calibration") if bundle is None else Bundle.open(bundle)
-    recipe = recipe_of(opened.manifest, opened.folder) if model is None else recipe_from(model)
+    if model is None:
+        recipe = recipe_of(opened.manifest, opened.folder)
+        pictures = recipe.pictures.for_bundle(min_pixels, max_pixels, engine=False)
+        recipe = recipe.model_copy(update={"pictures": pictures})
+    else:
+        recipe = recipe_from(model, min_pixels=min_pixels, max_pixels=max_pixels)
     methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}
     unread = next((option for option, value in given.items() if value is not None), None)
@@ -116,7 +125,9 @@ def evaluate(
             )
             subject = eager_subject(job, methods, max_new_tokens)
         else:
-            subject = bundle_subject(opened, methods, max_new_tokens, trust_remote_code=trust_remote_code)
+            subject = bundle_subject(
+                opened, methods, max_new_tokens, bounds=recipe.pictures, trust_remote_code=trust_remote_code
+            )
         found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
     if as_json:
         print(found.model_dump_json(indent=2))

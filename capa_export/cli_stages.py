@@ -237,6 +237,8 @@ def validate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
     layer_by_layer: LayerByLayerOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
     bisect: BisectOpt = False,
@@ -250,13 +252,15 @@ def validate(
     """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
+    from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
     from capa_export.parity.stage import GOLDEN, Wanted
     from capa_export.progress import progress
 
     opened = Bundle.open(bundle)
     check_places(junit, markdown)
-    live = bisect or store_golden or any(given is not None for given in (checkpoint, revision, images, samples, seed))
+    given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)
+    live = bisect or store_golden or any(option is not None for option in given)
     wanted = Wanted(
         engine=engine,
         golden=not live and GOLDEN in opened.manifest["stages"],
@@ -274,6 +278,7 @@ def validate(
             revision=revision,
             images=images,
             layer_by_layer=layer_by_layer,
+            bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
             trust_remote_code=trust_remote_code,
             report=report,
         )

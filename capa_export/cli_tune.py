@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli_options import CalibrationOpt, CheckpointOpt, ImagesOpt, JsonOpt, ModelOpt, RevisionOpt, TrustOpt
+from capa_export.cli_options import (
+    CalibrationOpt,
+    CheckpointOpt,
+    ImagesOpt,
+    JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
+    ModelOpt,
+    RevisionOpt,
+    TrustOpt,
+)
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["tune"]
@@ -28,6 +38,8 @@ def tune(
     images: ImagesOpt = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples to tune on.")] = 128,
     calibration: CalibrationOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -39,7 +51,7 @@ def tune(
     from capa_export.job import Job
     from capa_export.progress import progress
 
-    recipe = recipe_from(model)
+    recipe = recipe_from(model, min_pixels=min_pixels, max_pixels=max_pixels)
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
@@ -62,7 +74,9 @@ def tune(
     best = next(row for row in found.finalists if row.method == found.chosen)
     figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
     write_recipe(
-        out, tuned, f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}"
+        out,
+        tuned.for_any_target(),
+        f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}",
     )
     if as_json:
         print(found.model_dump_json(indent=2))

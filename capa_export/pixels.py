@@ -53,16 +53,15 @@ class PixelBounds(Settings):
             if value is not None and value < 1:
                 raise CapaError(f"--{name.replace('_', '-')} {value}: must be above 0", ExitCode.USAGE)
         changed = self.model_copy(update={name: value for name, value in given.items() if value is not None})
-        if changed.min_pixels is not None and changed.max_pixels is not None:
-            if changed.min_pixels > changed.max_pixels:
-                raise CapaError(
-                    f"--min-pixels {changed.min_pixels} is above --max-pixels {changed.max_pixels}", ExitCode.USAGE
-                )
+        least, most = changed.min_pixels, changed.max_pixels
+        if least is not None and most is not None and least > most:
+            raise CapaError(f"--min-pixels {least} is above --max-pixels {most}", ExitCode.USAGE)
         return changed
 
     def on_target(self, target: Target | None = None) -> "PixelBounds":
-        """These with what a target's engines take; where there are none, what the usual target's do, unless the user
-        says how large pictures may be.
+        """These with what a target's engines take.
+
+        Where it has none, pictures are as large as the usual target takes them, unless the user says how large.
         """
         engine = target.engine if target is not None else None
         if engine is None:
@@ -73,9 +72,16 @@ class PixelBounds(Settings):
         own = {name: getattr(self, name) for name in limits}
         return self.model_copy(update={name: min(limit, own[name] or limit) for name, limit in limits.items()})
 
-    def off_target(self) -> "PixelBounds":
-        """The area alone, for what runs without an engine."""
-        return PixelBounds(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+    def for_bundle(self, min_pixels: int | None, max_pixels: int | None, *, engine: bool) -> "PixelBounds":
+        """These of a bundle with the command line's choices; without an engine, no target limits what was asked for.
+
+        Raises:
+            CapaError: there is no such size.
+        """
+        changed = self.with_options(min_pixels, max_pixels)
+        if engine or max_pixels is None:
+            return changed
+        return PixelBounds(min_pixels=changed.min_pixels, max_pixels=changed.max_pixels)
 
     def refuse(self, reason: str) -> None:
         """Refuse bounds of the area that a model cannot keep.

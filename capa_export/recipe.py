@@ -269,6 +269,12 @@ class Recipe(Settings):
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         return self.model_copy(update=changed)
 
+    def for_any_target(self) -> "Recipe":
+        """This recipe without what a target added to it."""
+        pictures = self.pictures.model_dump(include={"min_pixels", "max_pixels"}, exclude_none=True)
+        values = self.model_dump(exclude_unset=True, exclude={"pictures"})
+        return Recipe.model_validate({**values, **({"pictures": pictures} if pictures else {})})
+
 
 def _changed(stage: Stage, ratio: float | None, layer: int | None, selector: str | None) -> Stage:
     """A stage with the command line's choices; another selector acts where it acts by itself."""

@@ -229,6 +229,8 @@ class _AgainstEager(_Validation):
 
         job, recipe, report = self.job, self.recipe, self.job.report
         sliced = _exceeds_memory(job, self.precision)
+        seen: Any = {"bounds": recipe.pictures, "trust_remote_code": job.trust_remote_code}
+        bundled = bundled_prompter(self.bundle, **seen)
         with TemporaryDirectory(dir=scratch) as folder:
             kept = Path(folder) / "records"
             kept.mkdir()
@@ -238,9 +240,7 @@ class _AgainstEager(_Validation):
             fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
-                compare_prompts(
-                    job.prompter, bundled_prompter(self.bundle, trust_remote_code=job.trust_remote_code), self.prompts
-                ),
+                compare_prompts(job.prompter, bundled, self.prompts),
                 dense := compare_dense(subject, records, recipe, report),
                 capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]

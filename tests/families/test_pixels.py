@@ -41,7 +41,9 @@ def sizes() -> Sequence[tuple[int, int]]:
     """Hand-picked ones, and some of every shape that is allowed."""
     rng = np.random.default_rng(0)
     areas, shapes = rng.uniform(3, 12.5, 60), rng.uniform(-5.2, 5.2, 60)
-    drawn = [(np.exp((area + shape) / 2), np.exp((area - shape) / 2)) for area, shape in zip(areas, shapes, strict=True)]
+    drawn = [
+        (np.exp((area + shape) / 2), np.exp((area - shape) / 2)) for area, shape in zip(areas, shapes, strict=True)
+    ]
     whole = [(max(1, round(width)), max(1, round(height))) for width, height in drawn]
     return [*SIZES, *(size for size in whole if max(size) <= 200 * min(size))]
 
@@ -114,7 +116,11 @@ def test_pixels_bound_the_tiles(bounded: Bounded) -> None:
         ("internvl3", {"max_pixels": 10**6, "max_tiles": 4}, r"--max-pixels 1000000: the target takes 4 tiles"),
         ("qwen25vl", {"max_pixels": 9}, r"--max-pixels 9: one visual token is 28 x 28 pixels; give 784 or more"),
         ("qwen25vl", {"min_pixels": 10**9}, r"--min-pixels 1000000000: .* at most \d+ pixels; give --max-pixels"),
-        ("qwen25vl", {"max_pixels": 10**6, "max_rows": 6, "max_cols": 9}, "takes 6 x 9 visual tokens .*; give 42336 or"),
+        (
+            "qwen25vl",
+            {"max_pixels": 10**6, "max_rows": 6, "max_cols": 9},
+            "takes 6 x 9 visual tokens .*; give 42336 or",
+        ),
     ],
     indirect=["bounded"],
 )

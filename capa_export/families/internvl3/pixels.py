@@ -55,9 +55,7 @@ def picture_options(
     return {} if tiles == _tiles(settings, PixelBounds(), dims) else tiles
 
 
-def num_tokens(
-    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]
-) -> int:
+def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> int:
     """Visual tokens of a picture of this width and height."""
     tiles = _tiles(settings, bounds, dims)
     count = _cut(size, dims.vision.image_size, tiles["min_patches"], tiles["max_patches"])
@@ -85,7 +83,9 @@ def _cut(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
     if most <= 1:
         return 1
     aspect, pixels = size[0] / size[1], size[0] * size[1]
-    grids = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1) if fewest <= cols * rows <= most]
+    grids = [
+        (cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1) if fewest <= cols * rows <= most
+    ]
     best, best_error = (1, 1), float("inf")
     for cols, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
         error = abs(aspect - cols / rows)

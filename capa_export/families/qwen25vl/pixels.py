@@ -64,9 +64,7 @@ def picture_options(
     return {"size": {"shortest_edge": area.least, "longest_edge": area.most}}
 
 
-def num_tokens(
-    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]
-) -> int:
+def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> int:
     """Visual tokens of a picture of this width and height."""
     unit = _unit(dims)
     if not settings.get("do_resize", True):
@@ -88,9 +86,7 @@ def _area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
     return _Area(bounds.min_pixels or min(least, most), most)
 
 
-def _fitting(
-    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]
-) -> _Area:
+def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> _Area:
     """The area in which this picture has no more rows and columns than it may."""
     area, unit = _area(settings, bounds), _unit(dims)
     cols, rows = _resized(size, unit, area)
@@ -99,7 +95,7 @@ def _fitting(
         return area
     scale = min(limit * unit / side for limit, side in zip(limits, size, strict=True))
     # Below what it has, or it would be rounded up to whole tokens and left at that.
-    most = max(1, min(floor(size[0] * size[1] * scale**2), cols * rows * unit**2 - 1))
+    most = max(1, min(ceil(size[0] * size[1] * scale**2), cols * rows * unit**2 - 1))
     # What is thinner than half a token has no area, and is enlarged to the least: rounded up, so a little less.
     return _Area(min(area.least, max(1, most - 1)), most)
 
