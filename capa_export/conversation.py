@@ -10,7 +10,8 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from capa_export.errors import CapaError, ExitCode
-from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
+from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, upright_rgb
+from capa_export.prompt import Turn, Video
 from capa_export.settings import Settings, first_problem
 
 __all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
@@ -157,7 +158,7 @@ def open_video(path: Path, fps: float) -> Video:
         return Video(frames, fps)
     try:
         with Image.open(path) as animation:
-            return _animation(animation, fps)
+            return _animation(animation, fps, str(path))
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such video") from error
     except UnidentifiedImageError:
@@ -166,12 +167,12 @@ def open_video(path: Path, fps: float) -> Video:
         raise CapaError(f"{path}: does not decode: {error}") from error
 
 
-def _animation(animation: Image.Image, fps: float) -> Video:
+def _animation(animation: Image.Image, fps: float, name: str) -> Video:
     """Of a GIF, WebP or PNG, whose frames may be shown for different times."""
     frames: list[Image.Image] = []
     shown: list[float] = []
     for frame in ImageSequence.Iterator(animation):
-        frames.append(frame.convert("RGB"))
+        frames.append(upright_rgb(frame, name))
         shown.append(frame.info.get("duration") or _UNTIMED)
     ends = np.cumsum(shown) / 1000
     times = _times(float(ends[-1]), fps)

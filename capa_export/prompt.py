@@ -5,21 +5,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
 from capa_export.pixels import PixelBounds, processor_settings
 
-__all__ = ["PICTURE_SUFFIXES", "Picture", "Prompt", "Prompter", "Turn", "Video", "open_picture"]
+__all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CODE_FILES: Mapping[str, set[str] | None] = {
@@ -289,25 +287,6 @@ def _processor_template(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CapaError(f"{path}: holds no chat template: {_first_line(error)}") from error
     return template
-
-
-def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
-    """The picture at `path`, upright, in RGB; `data` is the file where it has been read.
-
-    Raises:
-        CapaError: there is none, or it does not decode.
-    """
-    try:
-        with Image.open(path if data is None else BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such picture") from error
-    except Image.DecompressionBombError as error:
-        raise CapaError(f"{path}: too many pixels for Pillow to open; resize the picture") from error
-    except UnidentifiedImageError as error:
-        raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CapaError(f"{path}: not a readable picture ({_first_line(error)}); replace or remove it") from error
 
 
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:

@@ -13,7 +13,8 @@ from pydantic import StringConstraints, ValidationError
 
 from capa_export.conversation import Messages, files_of, turns_from
 from capa_export.errors import CapaError
-from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
+from capa_export.picture_files import PICTURE_SUFFIXES, open_picture
+from capa_export.prompt import Turn, Video
 from capa_export.recipe import Recipe
 from capa_export.settings import Settings, first_problem
 from capa_export.testbed.scenes import samples

@@ -16,7 +16,8 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
 from capa_export.evaluate.folders import Table, open_folder
 from capa_export.evaluate.metrics import VQA_ANSWERS
-from capa_export.prompt import Turn, open_picture
+from capa_export.picture_files import open_picture
+from capa_export.prompt import Turn
 from capa_export.settings import first_problem
 
 __all__ = ["Encoded", "Question", "Questions", "questions_from"]

@@ -90,14 +90,23 @@ def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBo
     """The area in which this picture has no more rows and columns than it may."""
     area, unit = _area(settings, bounds), _unit(dims)
     cols, rows = _resized(size, unit, area)
-    limits = (bounds.max_cols or cols, bounds.max_rows or rows)
-    if cols <= limits[0] and rows <= limits[1]:
+
+    def fits(area: _Area) -> bool:
+        own = _resized(size, unit, area)
+        return all(
+            limit is None or side <= limit for side, limit in zip(own, (bounds.max_cols, bounds.max_rows), strict=True)
+        )
+
+    if fits(area):
         return area
+    limits = (bounds.max_cols or cols, bounds.max_rows or rows)
     scale = min(limit * unit / side for limit, side in zip(limits, size, strict=True))
-    # Below what it has, or it would be rounded up to whole tokens and left at that.
-    most = max(1, min(ceil(size[0] * size[1] * scale**2), cols * rows * unit**2 - 1))
-    # What is thinner than half a token has no area, and is enlarged to the least: rounded up, so a little less.
-    return _Area(min(area.least, max(1, most - 1)), most)
+    exact = size[0] * size[1] * scale**2
+    # Below what it has, or it would be rounded up to whole tokens and left at that. What is thinner than half a token
+    # has no area, and is enlarged to the least: rounded up, so a little less.
+    mosts = [max(1, min(whole, cols * rows * unit**2 - 1)) for whole in (ceil(exact), floor(exact))]
+    areas = [_Area(min(area.least, max(1, most - 1)), most) for most in mosts]
+    return next((area for area in areas if fits(area)), areas[-1])
 
 
 def _resized(size: tuple[int, int], unit: int, area: _Area) -> tuple[int, int]:
