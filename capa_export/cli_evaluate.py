@@ -27,7 +27,10 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            "--data", "-d", help="A .jsonl file of pictures, questions and answers, or the folder of a dataset."
+            "--data",
+            "-d",
+            help="A .jsonl file of pictures, questions and answers, the folder of a dataset, or pictures alone, as "
+            "--images takes them: answers are then only held against the dense model's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the answers; what is there is not asked again.")],
@@ -107,7 +110,15 @@ def evaluate(
     unread = next((option for option, value in given.items() if value is not None), None)
     if unread and all(way.ffn == "full" for way in methods.values()):
         raise CapaError(f"{unread}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE)
-    questions = questions_from(data, benchmark=benchmark, split=split, instruction=instruction, limit=limit, seed=seed)
+    questions = questions_from(
+        data,
+        benchmark=benchmark,
+        split=split,
+        instruction=instruction,
+        question=recipe.calibration.prompt,
+        limit=limit,
+        seed=seed,
+    )
     spread = Workers(count=workers, ray=ray)
     with progress() as report:
         if bundle is None:

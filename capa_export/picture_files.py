@@ -98,6 +98,8 @@ def _eight_bits(upright: Image.Image, name: str, opened: Image.Image) -> "np.nda
 
 def _in_srgb(image: Image.Image) -> Image.Image:
     """The colours without their transparency, by the picture's own colour profile where it has one."""
+    # What a palette says of transparency is only heeded on the way to RGBA.
+    image = image.convert("RGBA") if image.mode in ("P", "PA") else image
     mode = {"LA": "L"}.get(image.mode, image.mode)
     colours = image.convert(mode if mode in _SPACES else "RGB")
     stored = image.info.get("icc_profile")
@@ -105,8 +107,9 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return colours.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(stored) if stored else ImageCms.createProfile("LAB"))
-        usual = "sRGB" in (source.profile.profile_description or "")
-        if source.profile.xcolor_space != _SPACES[colours.mode] or (usual and colours.mode == "RGB"):
+        profile: Any = source.profile
+        usual = "sRGB" in (profile.profile_description or "")
+        if profile.xcolor_space != _SPACES[colours.mode] or (usual and colours.mode == "RGB"):
             return colours.convert("RGB")
         converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
