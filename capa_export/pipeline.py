@@ -292,18 +292,17 @@ def export(job: Job) -> None:
 
 
 def _say_kept(job: Job, calibration: Calibration | None) -> None:
-    """Of the picture that plans are made for, and of the user's own prompts where a calibration has seen some."""
+    """What stays of the picture that plans are made for, and of the prompts that a calibration has seen."""
     width, height = job.recipe.picture
-    whose = {f"a picture of {width} x {height}": job.visual_tokens}
-    if calibration is not None:
-        whose["the calibration's mean"] = round(calibration.mean_visual_tokens)
-    for index, stage in enumerate(job.schedule):
+    mean = round(calibration.mean_visual_tokens) if calibration is not None else None
+    picture = job.recipe.prune.num_keep([job.visual_tokens])
+    prompts = job.recipe.prune.num_keep([mean]) if mean else picture
+    for stage, kept, of_mean in zip(job.schedule, picture, prompts, strict=True):
         by = "" if stage.selector == "capa" else f" by {stage.selector}"
-        counts = [
-            f"{job.recipe.prune.num_keep([visual])[index]} of {visual} visual tokens ({name})"
-            for name, visual in whose.items()
-        ]
-        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: kept {', '.join(counts)}")
+        of_picture = f"kept {kept} of {job.visual_tokens} visual tokens of a picture of {width} x {height}"
+        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: {of_picture}")
+        if mean:
+            say(f"{'':<14}and {of_mean} of {mean}, the mean of the calibration's prompts")
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:

@@ -15,10 +15,10 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.picture_files import PICTURE_SUFFIXES
 from capa_export.settings import first_problem
 
-__all__ = ["Line", "found", "read_line", "read_lines", "wrong_line"]
+__all__ = ["EXAMPLES", "Line", "found", "read_line", "read_lines", "wrong_line"]
 
-LINES = ".jsonl"
-_EXAMPLES = {
+_LINES = ".jsonl"
+EXAMPLES = {
     False: '{"image": "photo.jpg", "question": "What is this?", "answer": "a cat"}',
     True: '{"messages": [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
     '{"type": "text", "text": "What is this?"}]}], "answer": "a cat"}',
@@ -48,19 +48,19 @@ def found(place: Path) -> Path | tuple[Path, ...]:
         if not (pictures := _pictures(place)):
             raise CapaError(f"{place}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
         return pictures
-    if place.suffix.lower() == LINES and not _is_pattern(place):
+    if place.suffix.lower() == _LINES and not _is_pattern(place):
         return place
     if place.is_file():
         _check_picture(place)
         return (place,)
     if not _is_pattern(place):
-        raise CapaError(f"{place}: no such folder of pictures, and no such picture or {LINES} file")
+        raise CapaError(f"{place}: no such folder of pictures, and no such picture or {_LINES} file")
     root = Path(place.anchor)
     matches = sorted(root.glob(str(place.relative_to(root))))
-    if lines := [match for match in matches if match.suffix.lower() == LINES]:
+    if lines := [match for match in matches if match.suffix.lower() == _LINES]:
         if len(matches) > 1:
             raise CapaError(
-                f"{place}: matches {lines[0]} and {len(matches) - 1} more; give one {LINES} file, or pictures"
+                f"{place}: matches {lines[0]} and {len(matches) - 1} more; give one {_LINES} file, or pictures"
             )
         return lines[0]
     nested = [_pictures(match) if match.is_dir() else (match,) for match in matches]
@@ -85,7 +85,7 @@ def _check_picture(path: Path) -> None:
     try:
         Image.open(path).close()
     except UnidentifiedImageError as error:
-        raise CapaError(f"{path}: neither a picture nor a {LINES} file; give one of them, or a folder") from error
+        raise CapaError(f"{path}: neither a picture nor a {_LINES} file; give one of them, or a folder") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
 
@@ -103,7 +103,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise CapaError(f"{path}: is no text file: {error}") from error
     if not (kept := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
-        raise CapaError(f"{path}: holds no question; write one per line, as {_EXAMPLES[False]}")
+        raise CapaError(f"{path}: holds no question; write one per line, as {EXAMPLES[False]}")
     return kept
 
 
@@ -144,7 +144,7 @@ def wrong_line(path: Path, number: int, *, conversation: bool) -> Generator[None
     try:
         yield
     except CapaError as error:
-        example = _EXAMPLES[conversation]
+        example = EXAMPLES[conversation]
         raise CapaError(f"{path}: line {number}: {error}; a right line: {example}", error.code) from error
 
 

@@ -56,9 +56,9 @@ def started() -> Iterator[Started]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(work: str) -> "subprocess.Popen[str]":
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         command = [sys.executable, "-c", _COMMAND.format(work=work.strip())]
-        process = subprocess.Popen(command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         processes.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

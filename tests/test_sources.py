@@ -17,7 +17,7 @@ from capa_export.evaluate.questions import questions_from
 from capa_export.prompt import Turn
 from capa_export.recipe import load_recipe
 from capa_export.samples import samples_from
-from capa_export.sources import _EXAMPLES
+from capa_export.sources import EXAMPLES
 from tests.conftest import noise
 
 RECIPE = load_recipe("qwen25vl")
@@ -139,7 +139,7 @@ def test_a_wrong_line(asked: Callable[[Path], Asked], folder: Path, line: object
     assert said.startswith(f"{path}: line 3: ") and problem in said and "\n" not in said
     # What it gives as an example is right.
     example = said.partition("; a right line: ")[2]
-    assert example in _EXAMPLES.values()
+    assert example in EXAMPLES.values()
     noise(9, 9).save(folder / "photo.jpg")
     path.write_text(example, encoding="utf-8")
     assert asked(path) == [([(9, 9)], "What is this?", "a cat")]

@@ -172,13 +172,13 @@ def _one_turn(
 
 
 def _turns(messages: Sequence[Message], folder: Path) -> list[tuple[str, Sequence[str | Encoded]]]:
-    return [
-        (
-            message.role,
-            [part.text if part.type == "text" else picture_bytes(part.source, folder) for part in message.content],
-        )
-        for message in messages
-    ]
+    """Of messages without videos."""
+
+    def read(message: Message) -> list[str | Encoded]:
+        parts = (part for part in message.content if part.type != "video")
+        return [part.text if part.type == "text" else picture_bytes(part.source, folder) for part in parts]
+
+    return [(message.role, read(message)) for message in messages]
 
 
 def _question(

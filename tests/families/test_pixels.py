@@ -27,7 +27,11 @@ def bounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     module = FAMILIES[request.param]
     module.save_model(folder, module.random_model())
     source = Source.of(open_checkpoint(str(folder)), load_family(request.param))
-    return lambda **bounds: Prompter(folder, folder, source.family, source.dims, bounds=PixelBounds(**bounds))
+
+    def prompter(**bounds: int) -> Prompter:
+        return Prompter(folder, folder, source.family, source.dims, bounds=PixelBounds(**bounds))
+
+    return prompter
 
 
 every_family = pytest.mark.parametrize("bounded", FAMILIES, indirect=True)
