@@ -131,7 +131,7 @@ def test_conversations_calibrate(cli: Cli, recipe: Path, pictures: Path, tmp_pat
     assert parity["prompts"] == f"2 conversations of {path}"
     assert "Only 2 different conversations for 4 prompts: give as many in --images." in parity["warnings"]
     path.write_text("{}\n", encoding="utf-8")
-    preflight(cli, "samples.jsonl: line 1: messages: Field required", "build", *options)
+    preflight(cli, "samples.jsonl: line 1: has neither messages nor an image and a question", "build", *options)
 
 
 def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
