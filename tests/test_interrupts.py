@@ -33,15 +33,15 @@ _KERNEL = """
     session.run(None, {{"x": side}})
 """
 _SLEEP = """
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("cleaned", flush=True)
 """
 _LONG_GOODBYE = """
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         time.sleep(60)

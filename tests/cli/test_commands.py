@@ -203,7 +203,8 @@ def test_a_bundle_keeps_how_large_pictures_are_seen(
     assert code == 0 and "kept 7 of 25 visual tokens of a picture of 896 x 896" in err
     assert "\n              and 6 of 22, the mean of the calibration's prompts" in err
     stages = {line.split()[0]: "up to date" in line for line in err.splitlines() if line[0] != " " and ": " not in line}
-    assert stages == {"calibrate": False, "export": True, "validate": False}
+    # Other pictures make another calibration, whose scales are in the graphs.
+    assert stages == dict.fromkeys(("calibrate", "export", "validate"), False)
     assert json.loads(manifest.read_text())["recipe"]["pictures"]["max_pixels"] == 20_000
     ask = ("run", spare, "--prompt", "what ?", "--image", pictures / "0.png", "--max-new-tokens", 1, "--json")
     assert json.loads(cli(*ask)[1])["stages"][0]["visual"] == 25
