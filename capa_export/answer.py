@@ -10,7 +10,9 @@ from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.errors import CapaError
 from capa_export.job import ONNX, eos_token_ids
-from capa_export.prompt import Prompt, Prompter, Turn
+from capa_export.pixels import PixelBounds
+from capa_export.progress import say, ticking
+from capa_export.prompt import Prompt, Prompter, Turn, Video
 from capa_export.recipe import Prune, recipe_of
 from capa_export.runtime import Model, OnnxModel, PrefillRun, greedy
 
@@ -28,6 +30,7 @@ def answer(
     max_new_tokens: int = 64,
     stream: Callable[[str], None] | None = None,
     engine: str | None = None,
+    bounds: PixelBounds | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate greedily; several conversations are prefilled in turn and decoded side by side.
@@ -39,6 +42,7 @@ def answer(
         max_new_tokens: longest answer.
         stream: told each new piece of the first answer.
         engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
+        bounds: of pictures, in place of the bundle's.
         trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
 
     Raises:
@@ -57,8 +61,11 @@ def answer(
     bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX
-    prompter = bundled_prompter(bundle, trust_remote_code=trust_remote_code)
+    prompter = bundled_prompter(bundle, bounds=bounds, trust_remote_code=trust_remote_code)
     prompts = [prompter.chat(turns) for turns in conversations]
+    for turns, prompt in zip(conversations, prompts, strict=True):
+        if prompt.num_visual:
+            say(_expected(turns, prompt, prune))
     if (context := prompter.dims.decoder.rope_limit) is not None:
         # From there on the rotary frequencies would be others.
         max_new_tokens = min(max_new_tokens, *(context - prompt.next_position + 1 for prompt in prompts))
@@ -107,9 +114,11 @@ def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRu
     with runtime_errors(prompt.num_visual):
         model.load(prompt)
         started = time.perf_counter()
-        embeds = model.embed(prompt)
+        with ticking(f"vision tower, {prompt.num_visual} visual tokens"):
+            embeds = model.embed(prompt)
         seen = time.perf_counter()
-        run = model.prefill(prompt, num_keep, embeds)
+        with ticking(f"prefill, {len(prompt.input_ids)} tokens"):
+            run = model.prefill(prompt, num_keep, embeds)
         filled = time.perf_counter()
     return run, {
         "prompt_tokens": len(prompt.input_ids),
@@ -120,6 +129,21 @@ def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRu
         "vision_ms": _milliseconds(seen - started),
         "prefill_ms": _milliseconds(filled - seen),
     }
+
+
+def _expected(turns: Sequence[Turn], prompt: Prompt, prune: Prune) -> str:
+    """What a prompt costs, picture by picture, before anything is spent on it."""
+    shown = [part for turn in turns for part in turn.content if not isinstance(part, str)]
+    of_each = [
+        f"{tokens} ({'video' if isinstance(part, Video) else 'picture'} of {size[0]} x {size[1]})"
+        for part, tokens in zip(shown, (picture.num_tokens for picture in prompt.pictures), strict=True)
+        for size in [part.frames[0].size if isinstance(part, Video) else part.size]
+    ]
+    kept = ", ".join(
+        f"{count} {stage.where}"
+        for stage, count in zip(prune.schedule, prune.num_keep(prompt.image_lengths), strict=True)
+    )
+    return f"visual tokens: {' + '.join(of_each)}; keeping {kept}; {len(prompt.text_positions)} of text"
 
 
 class _Answer:

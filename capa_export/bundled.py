@@ -7,10 +7,23 @@ from capa_export.checkpoint import fetch_config
 from capa_export.dims import ModelDims
 from capa_export.families import load_family
 from capa_export.job import ONNX
+from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompter
 from capa_export.recipe import recipe_of
 
-__all__ = ["bundled_dims", "bundled_prompter"]
+__all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter"]
+
+
+def bundled_bounds(
+    bundle: Bundle, min_pixels: int | None, max_pixels: int | None, *, engine: bool = False
+) -> PixelBounds:
+    """Between what it resizes pictures, with the command line's choices in place; an engine keeps its limits.
+
+    Raises:
+        CapaError: there is no such size.
+    """
+    recorded = recipe_of(bundle.manifest, bundle.folder).pictures
+    return recorded.for_bundle(min_pixels, max_pixels, engine=engine)
 
 
 def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
@@ -24,14 +37,16 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     return family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
 
 
-def bundled_prompter(bundle: Bundle, *, trust_remote_code: bool = False) -> Prompter:
-    """Its tokenizer, chat template and image processor.
+def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:
+    """Its tokenizer, chat template and image processor; pictures are seen as it was built for, unless bounds are given.
 
     Raises:
         CapaError: a file is missing, or does not load.
     """
     folder = bundle.folder / ONNX
-    family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
+    recipe = recipe_of(bundle.manifest, bundle.folder)
     return Prompter(
-        folder / "llm", folder / "visual", family, bundled_dims(bundle), trust_remote_code=trust_remote_code
+        *(folder / "llm", folder / "visual", load_family(recipe.family), bundled_dims(bundle)),
+        bounds=recipe.pictures if bounds is None else bounds,
+        trust_remote_code=trust_remote_code,
     )

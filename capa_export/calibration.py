@@ -93,6 +93,11 @@ class Calibration:
     behind it, what goes into one of the latter two; behind an attention's, its `.query`, `.key` and `.value`, rotated,
     and its `.scores`, before the softmax and whether they are masked or not."""
 
+    @property
+    def mean_visual_tokens(self) -> float:
+        """Of a sample."""
+        return self.layers[0].visual_tokens / max(self.samples, 1)
+
     def linear_layers(self, eta: float) -> tuple[int, ...]:
         """Layers whose visual FFN a scale may replace: mean cosine above eta."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.cosine > eta)

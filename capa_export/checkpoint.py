@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "StoredTensor",
     "canonical_name",
     "fetch_config",
+    "fetch_json",
     "open_checkpoint",
     "open_tensors",
     "read_json",
@@ -195,6 +196,16 @@ def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
         CapaError: it cannot be found or read.
     """
     return _config(_folder(source, revision, ("config.json",)))
+
+
+def fetch_json(source: str, names: Iterable[str], *, revision: str | None = None) -> dict[str, dict[str, Any]]:
+    """Those of some JSON files that a local folder or a hub id has, by name, and nothing else of it.
+
+    Raises:
+        CapaError: it cannot be found, or one cannot be read.
+    """
+    folder = _folder(source, revision, tuple(names))
+    return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
 def canonical_name(stored: str, rules: Sequence[tuple[str, str]]) -> str:

@@ -1,7 +1,6 @@
 """The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
 
 import os
-import signal
 import sys
 import traceback
 from typing import Annotated
@@ -19,6 +18,7 @@ from capa_export.cli_show import doctor, inspect, models, selectors, targets
 from capa_export.cli_stages import calibrate, engine, export, validate
 from capa_export.cli_tune import tune
 from capa_export.errors import CapaError, ExitCode
+from capa_export.interrupts import Interruption, interruptible
 
 __all__ = ["app", "main"]
 
@@ -56,14 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    terminated = False
+    with interruptible() as interruption:
+        return _ended(arguments, interruption)
 
-    def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
-        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+def _ended(arguments: list[str], interruption: Interruption) -> int:
+    """The exit code of a command line."""
     try:
         result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
         if result == ExitCode.INTERRUPTED:
@@ -76,11 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         return error.code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
+        return interruption.code
     except typer.TyperException as error:
         error.show()  # pyright: ignore[reportAttributeAccessIssue]  # All that parsing raises have it.
         if "unexpected extra argument" in str(error) and "--image" in arguments:
             print("give --image once per picture", file=sys.stderr)
+        elif "unexpected extra argument" in str(error) and {"--images", "--data", "-d"} & set(arguments):
+            print("write a pattern in quotes, as --images 'photos/*.jpg'", file=sys.stderr)
         return ExitCode.USAGE
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -20,7 +20,9 @@ from capa_export.cli_options import (
     LayerByLayerOpt,
     LayerOpt,
     MarkdownOpt,
+    MaxPixelsOpt,
     MinKeepOpt,
+    MinPixelsOpt,
     ModelOpt,
     PluginLibraryOpt,
     PluginsOpt,
@@ -61,6 +63,8 @@ def build(
     ffn: FfnOpt = True,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
@@ -86,8 +90,13 @@ def build(
     from capa_export.target import load_target
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-    recipe = with_options(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
     device = load_target(target)
+    recipe = with_options(
+        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        target=device,
+    )
     device.require_precision(precision.value)
     if device.engine:
         device.require_engine()
@@ -159,6 +168,8 @@ def plan(
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
@@ -178,6 +189,8 @@ def plan(
         selector=selector,
         min_keep_per_image=min_keep_per_image,
         ffn=ffn,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         precision=precision,
         target=target,
         weights=weights,

@@ -10,6 +10,8 @@ from capa_export.cli_options import (
     CheckpointOpt,
     ImagesOpt,
     JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
     ModelOpt,
     RayOpt,
     RevisionOpt,
@@ -26,7 +28,10 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            "--data", "-d", help="A .jsonl file of pictures, questions and answers, or the folder of a dataset."
+            "--data",
+            "-d",
+            help="A .jsonl file of pictures, questions and answers, the folder of a dataset, or pictures alone, as "
+            "--images takes them: answers are then only held against the dense model's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the answers; what is there is not asked again.")],
@@ -70,6 +75,8 @@ def evaluate(
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     workers: WorkersOpt = None,
     ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -86,7 +93,7 @@ def evaluate(
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
     from capa_export.bundle import Bundle
-    from capa_export.cli_stages import recipe_and_checkpoint
+    from capa_export.cli_stages import recipe_and_checkpoint, with_options
     from capa_export.evaluate.questions import questions_from
     from capa_export.evaluate.stage import MAX_SKIPPED
     from capa_export.evaluate.stage import evaluate as ask
@@ -99,15 +106,26 @@ def evaluate(
     if bundle is None:
         opened = Bundle(out / "calibration")
         recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+        recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
     else:
         opened = Bundle.open(bundle)
         recipe = recipe_of(opened.manifest, opened.folder)
+        pictures = recipe.pictures.for_bundle(min_pixels, max_pixels, engine=False)
+        recipe = recipe.model_copy(update={"pictures": pictures})
     methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}
     unread = next((option for option, value in given.items() if value is not None), None)
     if unread and all(way.ffn == "full" for way in methods.values()):
         raise CapaError(f"{unread}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE)
-    questions = questions_from(data, benchmark=benchmark, split=split, instruction=instruction, limit=limit, seed=seed)
+    questions = questions_from(
+        data,
+        benchmark=benchmark,
+        split=split,
+        instruction=instruction,
+        question=recipe.calibration.prompt,
+        limit=limit,
+        seed=seed,
+    )
     spread = Workers(count=workers, ray=ray)
     with progress() as report:
         if checkpoint is not None:
@@ -125,7 +143,9 @@ def evaluate(
             )
             subject = eager_subject(job, methods, max_new_tokens)
         else:
-            subject = bundle_subject(opened, methods, max_new_tokens, trust_remote_code=trust_remote_code)
+            subject = bundle_subject(
+                opened, methods, max_new_tokens, bounds=recipe.pictures, trust_remote_code=trust_remote_code
+            )
         found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
     if as_json:
         print(found.model_dump_json(indent=2))

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli_options import BundleArg, CheckpointOpt, JsonOpt, RevisionOpt, TrustOpt
+from capa_export.cli_options import (
+    BundleArg,
+    CheckpointOpt,
+    JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
+    RevisionOpt,
+    TrustOpt,
+)
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["explain"]
@@ -28,6 +36,8 @@ def explain(
     layer: Annotated[
         int | None, typer.Option(min=0, help="Layer that is looked at [default: the bundle's first].")
     ] = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -43,6 +53,7 @@ def explain(
     opened = Bundle.open(bundle)
     if not page.parent.is_dir():
         raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
+    from capa_export.bundled import bundled_bounds
     from capa_export.explain.page import write_page
     from capa_export.explain.stage import explain as explained
     from capa_export.job import Job
@@ -54,6 +65,7 @@ def explain(
             checkpoint=checkpoint,
             revision=revision,
             images=None,
+            bounds=bundled_bounds(opened, min_pixels, max_pixels),
             trust_remote_code=trust_remote_code,
             report=report,
         )

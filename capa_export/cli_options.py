@@ -25,7 +25,9 @@ __all__ = [
     "LayerByLayerOpt",
     "LayerOpt",
     "MarkdownOpt",
+    "MaxPixelsOpt",
     "MinKeepOpt",
+    "MinPixelsOpt",
     "ModelOpt",
     "OutOpt",
     "PluginLibraryOpt",
@@ -116,11 +118,21 @@ SelectorOpt = Annotated[
 MinKeepOpt = Annotated[
     int | None, typer.Option(min=0, help="Visual tokens that each image keeps at least [default: the recipe's].")
 ]
+MinPixelsOpt = Annotated[
+    int | None, typer.Option(help="Least area that a picture is resized to [default: the image processor's].")
+]
+MaxPixelsOpt = Annotated[
+    int | None,
+    typer.Option(
+        help="Largest area that a picture is resized to [default: what the target takes, or the bundle was built for]."
+    ),
+]
 FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
 ImagesOpt = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of pictures, or .jsonl of conversations [default: the recipe's built-in scenes, if any]."
+        help="Folder of pictures, a picture, a quoted pattern, or .jsonl of conversations or of picture, question and "
+        "answer [default: the recipe's built-in scenes, if any]."
     ),
 ]
 SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]

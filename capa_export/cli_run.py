@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, TrustOpt
+from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, MaxPixelsOpt, MinPixelsOpt, TrustOpt
 from capa_export.cli_show import print_json
 
 __all__ = ["run"]
@@ -31,6 +31,8 @@ def run(
     ratio: Annotated[
         float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
     ] = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     engine: EngineOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -39,6 +41,7 @@ def run(
     """Answer a question about pictures, from the bundle alone."""
     from capa_export.answer import answer
     from capa_export.bundle import Bundle
+    from capa_export.bundled import bundled_bounds
     from capa_export.conversation import conversations
 
     def stream(text: str) -> None:
@@ -55,6 +58,7 @@ def run(
         max_new_tokens=max_new_tokens,
         stream=told,
         engine=engine,
+        bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
         trust_remote_code=trust_remote_code,
     )
     if as_json:

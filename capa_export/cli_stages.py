@@ -23,7 +23,9 @@ from capa_export.cli_options import (
     LayerByLayerOpt,
     LayerOpt,
     MarkdownOpt,
+    MaxPixelsOpt,
     MinKeepOpt,
+    MinPixelsOpt,
     ModelOpt,
     OutOpt,
     PluginLibraryOpt,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from capa_export.bundle import Bundle
     from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
+    from capa_export.target import Target
 
 __all__ = [
     "calibrate",
@@ -72,6 +75,8 @@ def calibrate(
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
     workers: WorkersOpt = None,
     ray: RayOpt = None,
@@ -99,7 +104,7 @@ def calibrate(
     from capa_export.spread import Workers
 
     if merge:
-        chosen = (images, samples, checkpoint, revision, workers, ray)
+        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -111,6 +116,7 @@ def calibrate(
         if parts and len(parts) > 1:
             raise CapaError("calibrate takes one checkpoint; several calibrations are for --merge", ExitCode.USAGE)
         recipe, checkpoint = recipe_and_checkpoint(parts[0] if parts else None, model, checkpoint, revision)
+        recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
         with progress() as report:
             job = Job(
                 recipe=recipe,
@@ -149,6 +155,8 @@ def export(
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     weights: ExportWeightsOpt = ExportWeights.copied,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
@@ -160,7 +168,11 @@ def export(
     from capa_export.progress import progress
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-    recipe = with_options(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers)
+    recipe = with_options(
+        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
     bundle = Bundle(out)
     with progress() as report:
         job = Job(
@@ -241,6 +253,8 @@ def validate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
     layer_by_layer: LayerByLayerOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
     bisect: BisectOpt = False,
@@ -254,13 +268,15 @@ def validate(
     """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
     from capa_export import pipeline
     from capa_export.bundle import Bundle
+    from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
     from capa_export.parity.stage import GOLDEN, Wanted
     from capa_export.progress import progress
 
     opened = Bundle.open(bundle)
     check_places(junit, markdown)
-    live = bisect or store_golden or any(given is not None for given in (checkpoint, revision, images, samples, seed))
+    given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)
+    live = bisect or store_golden or any(option is not None for option in given)
     wanted = Wanted(
         engine=engine,
         golden=not live and GOLDEN in opened.manifest["stages"],
@@ -278,6 +294,7 @@ def validate(
             revision=revision,
             images=images,
             layer_by_layer=layer_by_layer,
+            bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
             trust_remote_code=trust_remote_code,
             report=report,
         )
@@ -321,16 +338,23 @@ def with_options(
     selector: str | None = None,
     min_keep_per_image: int | None = None,
     fp32_layers: str | None = None,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    target: "Target | None" = None,
 ) -> "Recipe":
-    """The recipe with the command line's choices in it."""
+    """The recipe with the command line's choices, and what the target takes, in it."""
     parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
-    return recipe.with_options(
+    changed = recipe.with_options(
         ratio=ratio,
         prune_layer=prune_layer,
         selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=parts,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
+    return changed.model_copy(update={"pictures": changed.pictures.on_target(target)})
 
 
 def check_places(*paths: Path | None) -> None:

@@ -12,6 +12,8 @@ from capa_export.cli_options import (
     CheckpointOpt,
     ImagesOpt,
     JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
     ModelOpt,
     RevisionOpt,
     SourceArg,
@@ -38,6 +40,8 @@ def tune(
     images: ImagesOpt = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples to tune on.")] = 128,
     calibration: CalibrationOpt = None,
+    min_pixels: MinPixelsOpt = None,
+    max_pixels: MaxPixelsOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -45,11 +49,12 @@ def tune(
     from tempfile import TemporaryDirectory
 
     from capa_export.bundle import Bundle
-    from capa_export.cli_stages import check_places, recipe_and_checkpoint
+    from capa_export.cli_stages import check_places, recipe_and_checkpoint, with_options
     from capa_export.job import Job
     from capa_export.progress import progress
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+    recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
@@ -72,7 +77,9 @@ def tune(
     best = next(row for row in found.finalists if row.method == found.chosen)
     figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
     write_recipe(
-        out, tuned, f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}"
+        out,
+        tuned.for_any_target(),
+        f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}",
     )
     if as_json:
         print(found.model_dump_json(indent=2))

@@ -10,7 +10,9 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from capa_export.errors import CapaError, ExitCode
-from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
+from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, upright_rgb
+from capa_export.picture_sources import picture_bytes, picture_path
+from capa_export.prompt import Turn, Video
 from capa_export.settings import Settings, first_problem
 
 __all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
@@ -28,7 +30,8 @@ class _Text(Settings):
 
 class _Image(Settings):
     type: Literal["image"]
-    path: Path = Field(validation_alias=AliasChoices("image", "path"))
+    source: str = Field(min_length=1, validation_alias=AliasChoices("image", "path", "url"))
+    """A path, a file: URL, or a data: URL."""
 
 
 class _Video(Settings):
@@ -37,8 +40,29 @@ class _Video(Settings):
     fps: float = Field(default=_FPS, gt=0)
 
 
+class _ImageUrl(Settings):
+    url: str
+    detail: Literal["auto", "high"] = "auto"
+    """Pictures are seen as large as `--max-pixels` lets them, and so never in low detail."""
+
+
 def _as_parts(content: object) -> object:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [_as_image(part) for part in content] if isinstance(content, list) else content
+
+
+def _as_image(part: object) -> object:
+    """OpenAI's way to show a picture, as transformers' chat templates have it."""
+    if not isinstance(part, dict) or part.get("type") != "image_url":
+        return part
+    given = part.get("image_url")
+    try:
+        url = given if isinstance(given, str) else _ImageUrl.model_validate(given).url
+    except ValidationError as error:
+        raise ValueError(f"image_url: {first_problem(error, _ImageUrl)}") from error
+    others = {key: value for key, value in part.items() if key not in ("type", "image_url")}
+    return {"type": "image", "image": url, **others}
 
 
 class Message(Settings):
@@ -118,16 +142,30 @@ def turns_from(messages: Sequence[Message], folder: Path) -> list[Turn]:
     def opened(part: _Text | _Image | _Video) -> str | Image.Image | Video:
         if isinstance(part, _Text):
             return part.text
-        path = folder / part.path
-        return open_picture(path) if isinstance(part, _Image) else open_video(path, part.fps)
+        if isinstance(part, _Video):
+            return open_video(folder / part.path, part.fps)
+        picture = picture_bytes(part.source, folder)
+        return open_picture(Path(picture.name), picture.data)
 
     return [Turn(message.role, [opened(part) for part in message.content]) for message in messages]
 
 
 def files_of(messages: Sequence[Message], folder: Path) -> list[Path]:
-    """Every picture and video file that `turns_from` opens, the frames of a folder one by one."""
-    paths = [folder / part.path for message in messages for part in message.content if not isinstance(part, _Text)]
-    return [file for path in paths for file in (_frames(path) if path.is_dir() else [path])]
+    """Every picture and video file that `turns_from` opens, the frames of a folder one by one.
+
+    Raises:
+        CapaError: a picture lies elsewhere than on this machine, or what should hold one does not.
+    """
+    found: list[Path] = []
+    for part in (part for message in messages for part in message.content):
+        if isinstance(part, _Video):
+            path = folder / part.path
+            found += _frames(path) if path.is_dir() else [path]
+        elif isinstance(part, _Image) and (path := picture_path(part.source, folder)) is not None:
+            found.append(path)
+        elif isinstance(part, _Image):
+            picture_bytes(part.source, folder)
+    return found
 
 
 def _frames(folder: Path) -> list[Path]:
@@ -157,7 +195,7 @@ def open_video(path: Path, fps: float) -> Video:
         return Video(frames, fps)
     try:
         with Image.open(path) as animation:
-            return _animation(animation, fps)
+            return _animation(animation, fps, str(path))
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such video") from error
     except UnidentifiedImageError:
@@ -166,12 +204,12 @@ def open_video(path: Path, fps: float) -> Video:
         raise CapaError(f"{path}: does not decode: {error}") from error
 
 
-def _animation(animation: Image.Image, fps: float) -> Video:
+def _animation(animation: Image.Image, fps: float, name: str) -> Video:
     """Of a GIF, WebP or PNG, whose frames may be shown for different times."""
     frames: list[Image.Image] = []
     shown: list[float] = []
     for frame in ImageSequence.Iterator(animation):
-        frames.append(frame.convert("RGB"))
+        frames.append(upright_rgb(frame, name))
         shown.append(frame.info.get("duration") or _UNTIMED)
     ends = np.cumsum(shown) / 1000
     times = _times(float(ends[-1]), fps)

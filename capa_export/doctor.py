@@ -255,6 +255,5 @@ def _against_profile(check: str, sizes: dict[str, int], visual: int, target: Tar
         "warning",
         f"{visual} visual tokens: {name} is {sizes[name]}, the profile of {target.name} takes "
         f"{limits[name].min} to {limits[name].max}",
-        f"limit the pixels in preprocessor_config.json, or give [engine.dims] {name} a wider range in a target of "
-        "your own",
+        f"build with a smaller --max-pixels, or give [engine.dims] {name} a wider range in a target of your own",
     )

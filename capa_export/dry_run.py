@@ -14,6 +14,7 @@ from capa_export.measure import available_memory
 from capa_export.plan import Parameters, decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target
+from capa_export.visual_tokens import visual_tokens
 
 __all__ = [
     "UNKNOWN",
@@ -51,7 +52,7 @@ def dry_run(
     target: Target | None = None,
     weights: Literal["embedded", "external", "in-place"] = "embedded",
 ) -> dict[str, Any]:
-    """Plan for one picture of the recipe's size; loads no weights and no torch.
+    """Plan for one picture of the recipe's size, as this checkpoint sees it; loads no weights and no torch.
 
     Args:
         recipe: with the command line's ratio and layer in it.
@@ -73,9 +74,10 @@ def dry_run(
     if calibration is None and out is not None and (out / CALIBRATION).exists():
         calibration = out
     linear, basis = _linear_layers(recipe, calibration, dims.decoder.num_layers, ffn=ffn)
-    kept = recipe.prune.num_keep([recipe.visual_tokens])
+    visual = visual_tokens(recipe, checkpoint, dims, revision=revision)
+    kept = recipe.prune.num_keep([visual])
     stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
-    sizes: dict[str, Any] = {"num_visual": recipe.visual_tokens, "num_text": _TEXT_TOKENS, "schedule": stages}
+    sizes: dict[str, Any] = {"num_visual": visual, "num_text": _TEXT_TOKENS, "schedule": stages}
     width = _ELEMENT_BYTES[precision]
     total = parameters(dims)
     engines = ("embedded" if weights == "embedded" else "external") if target and target.engine else None
@@ -83,7 +85,9 @@ def dry_run(
         "model": recipe.name,
         "checkpoint": checkpoint,
         "precision": precision,
-        "visual_tokens": recipe.visual_tokens,
+        "picture": list(recipe.picture),
+        "visual_tokens": visual,
+        "calibrated_visual_tokens": _calibrated(calibration),
         "text_tokens": _TEXT_TOKENS,
         "stages": [
             {
@@ -91,7 +95,7 @@ def dry_run(
                 "where": stage.where,
                 "selector": stage.selector,
                 "kept": count,
-                "visual": recipe.visual_tokens,
+                "visual": visual,
             }
             for stage, count in zip(recipe.prune.schedule, kept, strict=True)
         ],
@@ -101,7 +105,7 @@ def dry_run(
         "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
         "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
-        "vision": {"total": dims.vision.flops(recipe.visual_tokens)},
+        "vision": {"total": dims.vision.flops(visual)},
         "files": _files(total, width, engines, in_place=weights == "in-place"),
         "memory": _memory(total, width, engines, dims.decoder.num_layers),
         "memory_available": available_memory(),
@@ -202,6 +206,11 @@ def validation_bytes(num_parameters: int, precision: str) -> int:
 def calibration_bytes(num_parameters: int) -> int:
     """Peak of a calibration with the whole eager model in memory, in FP32."""
     return _LIBRARIES + 4 * num_parameters
+
+
+def _calibrated(calibration: Path | None) -> float | None:
+    """Mean visual tokens of a prompt of the user's own, where a calibration has seen some."""
+    return None if calibration is None else Calibration.load(calibration).mean_visual_tokens
 
 
 def _linear_layers(

@@ -1,6 +1,5 @@
 """What a build was asked for, and what is opened on the way: checkpoint, eager model, prompts."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
+from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import PluginWish
-from capa_export.progress import Report, silent
+from capa_export.progress import Report, say, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 from capa_export.spread import Workers
 
@@ -25,11 +25,6 @@ __all__ = ["ONNX", "PARITY", "REPORT", "Job", "alpha_digest", "eos_token_ids", "
 ONNX = "onnx"
 PARITY = "parity.json"
 REPORT = "report.html"
-
-
-def say(line: str) -> None:
-    """Talk to the person: stderr, since stdout is data."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run_stage(
@@ -87,10 +82,13 @@ class Job:
         revision: str | None,
         images: Path | None,
         layer_by_layer: bool | None = None,
+        bounds: PixelBounds | None = None,
         trust_remote_code: bool = False,
         report: Report,
     ) -> "Job":
-        """The request that made a bundle, from its manifest; a checkpoint that is given stands for the recorded one.
+        """The request that made a bundle, from its manifest.
+
+        A checkpoint or bounds that are given stand for the recorded ones.
 
         Raises:
             CapaError: nothing was exported, or the manifest is damaged.
@@ -100,8 +98,9 @@ class Job:
         recorded = manifest.get("checkpoint")
         if recorded is None:
             raise CapaError(f"{bundle.folder}: the export was interrupted; `capa-export export` finishes it")
+        recipe = recipe_of(manifest, bundle.folder)
         return cls(
-            recipe=recipe_of(manifest, bundle.folder),
+            recipe=recipe if bounds is None else recipe.model_copy(update={"pictures": bounds}),
             bundle=bundle,
             checkpoint=checkpoint or recorded["source"],
             revision=revision or (None if checkpoint else recorded["revision"]),
@@ -187,6 +186,11 @@ class Job:
         paths = {path for part in parts.values() for path in part}
         return {path.name: file_digest(path) for path in sorted(paths)}
 
+    @property
+    def prompt_settings(self) -> list[Any]:
+        """All that a prompt depends on beside what is asked."""
+        return [self.sidecar_digests, self.recipe.pictures.model_dump(exclude_none=True)]
+
     @cached_property
     def eager_model(self) -> Any:
         """The Hugging Face model, dense, in FP32."""
@@ -212,7 +216,11 @@ class Job:
         from capa_export.prompt import Prompter
 
         folder = self.source.checkpoint.sidecars
-        return Prompter(folder, folder, self.family, self.source.dims, trust_remote_code=self.trust_remote_code)
+        return Prompter(
+            *(folder, folder, self.family, self.source.dims),
+            bounds=self.recipe.pictures,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -228,6 +236,17 @@ class Job:
             "selectors": prune.selectors,
             "min_keep_per_image": prune.min_keep_per_image,
         }
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the picture that plans are made for."""
+        from capa_export.visual_tokens import visual_tokens
+
+        return visual_tokens(self.recipe, str(self.source.checkpoint.sidecars), self.source.dims)
+
+    def check_pictures(self) -> None:
+        """Refuse bounds of pictures that the model cannot keep, before anything is run."""
+        _ = self.visual_tokens
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""

@@ -41,6 +41,7 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
     if target.engine is not None:
         check_runtime(target)
     job.check_layers()
+    job.check_pictures()
     if target.engine is not None:
         check_engines(job, target)
     if job.in_place:
@@ -93,6 +94,7 @@ def calibrate(job: Job) -> Calibration:
     from capa_export.samples import samples_from
 
     check_workers(job)
+    job.check_pictures()
     if job.calibration is not None:
         calibration = Calibration.load(job.calibration)
         _check_owner(calibration, job, job.calibration)
@@ -104,7 +106,7 @@ def calibrate(job: Job) -> Calibration:
     count = job.samples or job.recipe.calibration.samples
     samples = samples_from(job.images, job.recipe, count, split="train")
     versions = tool_versions("torch", "transformers")
-    key = [versions, job.checkpoint_digest, job.sidecar_digests, samples.digest()]
+    key = [versions, job.checkpoint_digest, job.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.calibrate import calibrate as measure
@@ -202,6 +204,7 @@ def export(job: Job) -> None:
     from capa_export.export import check_tensors
 
     job.check_layers()
+    job.check_pictures()
     check_tensors(job.source)
     scales = {}
     calibration = None
@@ -271,10 +274,7 @@ def export(job: Job) -> None:
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
 
     run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
-    visual = job.recipe.visual_tokens
-    for stage, kept in zip(job.schedule, job.recipe.prune.num_keep([visual]), strict=True):
-        by = "" if stage.selector == "capa" else f" by {stage.selector}"
-        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: kept {kept} of {visual} visual tokens")
+    _say_kept(job, calibration)
     job.bundle.update(
         tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
         command=list(job.command),
@@ -289,6 +289,20 @@ def export(job: Job) -> None:
     )
     if digests():
         note_digests(job)
+
+
+def _say_kept(job: Job, calibration: Calibration | None) -> None:
+    """What stays of the picture that plans are made for, and of the prompts that a calibration has seen."""
+    width, height = job.recipe.picture
+    mean = round(calibration.mean_visual_tokens) if calibration is not None else None
+    picture = job.recipe.prune.num_keep([job.visual_tokens])
+    prompts = job.recipe.prune.num_keep([mean]) if mean else picture
+    for stage, kept, of_mean in zip(job.schedule, picture, prompts, strict=True):
+        by = "" if stage.selector == "capa" else f" by {stage.selector}"
+        of_picture = f"kept {kept} of {job.visual_tokens} visual tokens of a picture of {width} x {height}"
+        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: {of_picture}")
+        if mean:
+            say(f"{'':<14}and {of_mean} of {mean}, the mean of the calibration's prompts")
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:

@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TypeVar
 
-__all__ = ["Report", "progress", "silent", "tracked"]
+__all__ = ["Report", "progress", "say", "silent", "ticking", "tracked"]
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -14,6 +15,11 @@ Report = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 _LOG_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """Talk to the person: stderr, since stdout is data."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
@@ -49,6 +55,31 @@ def progress() -> Generator[Report]:
         yield report
 
 
+@contextmanager
+def ticking(what: str) -> Generator[None]:
+    """Show on stderr that one long step is still running, and for how long, until the block ends."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            bars.add_task(what, total=None)
+            yield
+        return
+    done, started = Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(_LOG_SECONDS):
+            say(f"{what}: {time.monotonic() - started:.0f} s")
+
+    Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 class _LogLines:
     """One line when a piece of work has run for a while, then every ten seconds."""
 
@@ -65,4 +96,4 @@ class _LogLines:
             self.printed = now
             elapsed = now - started
             times = f", {elapsed:.0f} s, {elapsed / done * (total - done):.0f} s left" if done else ""
-            print(f"{what}: {done} of {total}{times}", file=sys.stderr, flush=True)
+            say(f"{what}: {done} of {total}{times}")

@@ -5,20 +5,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
+from capa_export.pixels import PixelBounds, processor_settings
 
-__all__ = ["PICTURE_SUFFIXES", "Picture", "Prompt", "Prompter", "Turn", "Video", "open_picture"]
+__all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CODE_FILES: Mapping[str, set[str] | None] = {
@@ -120,15 +119,23 @@ class Prompter:
         visual: folder with the image processor; in a checkpoint it is the same.
         family: module of the model's family.
         dims: of the model.
+        bounds: of what pictures are resized to.
         trust_remote_code: whether Python files that lie in the folders, and that the tokenizer or image processor
             names as its own, may be run.
 
     Raises:
-        CapaError: a file is missing, or does not load, or needs code that may not be run.
+        CapaError: a file is missing, or does not load, or needs code that may not be run, or the bounds cannot be kept.
     """
 
     def __init__(
-        self, text: Path, visual: Path, family: Family, dims: ModelDims[Any], *, trust_remote_code: bool = False
+        self,
+        text: Path,
+        visual: Path,
+        family: Family,
+        dims: ModelDims[Any],
+        *,
+        bounds: PixelBounds | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -139,6 +146,8 @@ class Prompter:
         load = partial(_load, trust_remote_code=trust_remote_code)
         self.tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
         self.image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
+        self.bounds, self.sizes = bounds or PixelBounds(), processor_settings(self.image_processor)
+        family.check_bounds(self.sizes, self.bounds, dims)
         self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
         if not self.tokenizer.chat_template:
             raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
@@ -183,7 +192,10 @@ class Prompter:
     def _picture(self, image: Image.Image) -> Picture:
         def process() -> Picture:
             # A family may have to set what its image processor's own file leaves at another value.
-            processed = self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS)
+            options = self.family.picture_options(image.size, self.sizes, self.bounds, self.dims)
+            processed = self.image_processor(
+                images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS, **options
+            )
             return self.family.pictures(processed, self.dims)[0]
 
         return _accepted("a picture", image, process)
@@ -275,25 +287,6 @@ def _processor_template(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CapaError(f"{path}: holds no chat template: {_first_line(error)}") from error
     return template
-
-
-def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
-    """The picture at `path`, upright, in RGB; `data` is the file where it has been read.
-
-    Raises:
-        CapaError: there is none, or it does not decode.
-    """
-    try:
-        with Image.open(path if data is None else BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such picture") from error
-    except Image.DecompressionBombError as error:
-        raise CapaError(f"{path}: too many pixels for Pillow to open; resize the picture") from error
-    except UnidentifiedImageError as error:
-        raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CapaError(f"{path}: not a readable picture ({_first_line(error)}); replace or remove it") from error
 
 
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:

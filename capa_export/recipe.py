@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from capa_export.errors import CapaError, ExitCode
+from capa_export.pixels import PixelBounds
 from capa_export.selectors import Chosen, Option, load_selector, selectors
 from capa_export.settings import Settings, first_problem, read_toml
 from capa_export.shipped import shipped, shipped_names
@@ -215,8 +216,10 @@ class Recipe(Settings):
     """What `config.json` calls the models it is for: `internvl`, or `internvl/qwen3` where the decoder decides."""
     published: tuple[str, ...] = ()
     """Hub ids of checkpoints that it takes."""
-    visual_tokens: int = 1024
-    """Visual tokens of the picture that plans are made for."""
+    picture: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (896, 896)
+    """Width and height of the picture that plans are made for."""
+    pictures: PixelBounds = PixelBounds()
+    """Between what pictures are resized to; builds add what their target takes."""
     scenes: bool = False
     """Whether calibration and validation use the built-in scenes when no pictures are given."""
     prune: Prune
@@ -234,6 +237,8 @@ class Recipe(Settings):
         selector: str | None = None,
         min_keep_per_image: int | None = None,
         fp32_layers: Sequence[str] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> "Recipe":
         """This recipe with the command line's choices in place.
 
@@ -258,6 +263,8 @@ class Recipe(Settings):
         if min_keep_per_image is not None:
             prune["min_keep_per_image"] = min_keep_per_image
         changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
+        if min_pixels is not None or max_pixels is not None:
+            changed["pictures"] = self.pictures.with_options(min_pixels, max_pixels)
         if fp32_layers is not None:
             from capa_export.islands import parse_unit
 
@@ -265,6 +272,12 @@ class Recipe(Settings):
                 parse_unit(word)
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         return self.model_copy(update=changed)
+
+    def for_any_target(self) -> "Recipe":
+        """This recipe without what a target added to it."""
+        pictures = self.pictures.model_dump(include={"min_pixels", "max_pixels"}, exclude_none=True)
+        values = self.model_dump(exclude_unset=True, exclude={"pictures"})
+        return Recipe.model_validate({**values, **({"pictures": pictures} if pictures else {})})
 
 
 def _changed(stage: Stage, ratio: float | None, layer: int | None, selector: str | None) -> Stage:
@@ -335,8 +348,12 @@ def recipe_of(manifest: Mapping[str, Any], folder: Path) -> Recipe:
     Raises:
         CapaError: the manifest's recipe is damaged, or of another version.
     """
+    recorded = manifest.get("recipe")
+    if isinstance(recorded, Mapping):
+        # Of bundles that were built when plans knew this number and not a picture's size.
+        recorded = {key: value for key, value in recorded.items() if key != "visual_tokens"}
     try:
-        return Recipe.model_validate(manifest.get("recipe"))
+        return Recipe.model_validate(recorded)
     except ValidationError as error:
         problem = first_problem(error, Recipe)
         raise CapaError(

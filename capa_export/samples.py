@@ -9,13 +9,16 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import StringConstraints, ValidationError
+from pydantic import StringConstraints
 
 from capa_export.conversation import Messages, files_of, turns_from
 from capa_export.errors import CapaError
-from capa_export.prompt import PICTURE_SUFFIXES, Turn, Video, open_picture
+from capa_export.evaluate.benchmarks import PLAIN
+from capa_export.picture_files import open_picture
+from capa_export.prompt import Turn, Video
 from capa_export.recipe import Recipe
-from capa_export.settings import Settings, first_problem
+from capa_export.settings import Settings
+from capa_export.sources import found, read_line, read_lines, wrong_line
 from capa_export.testbed.scenes import samples
 
 __all__ = ["Conversation", "Sample", "Samples", "samples_from"]
@@ -44,13 +47,11 @@ class Sample:
 
 
 class Conversation(Settings):
-    """A line of a .jsonl file."""
+    """A conversation that is not opened yet."""
 
     messages: Messages
     answer: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     """Empty where nobody knows it."""
-    kind: str = ""
-    """Of question; `evaluate` breaks its scores down by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,8 @@ def samples_from(
     """The pictures of a folder with the recipe's question, conversations, or built-in scenes where the recipe has them.
 
     Args:
-        images: the user's folder, searched with its subfolders, or a .jsonl file with `{"messages": [...]}` per line,
-            which may hold the `"answer"` too.
+        images: what `found` takes; a line of a .jsonl file is `{"messages": [...]}`, or `{"image": ..., "question":
+            ...}`, and may hold the `"answer"` too.
         recipe: says whether scenes stand in for a missing folder.
         count: how many samples at most.
         split: the stream of scenes, disjoint from the other one.
@@ -126,22 +127,18 @@ def samples_from(
         if not recipe.scenes:
             raise CapaError(f"{recipe.name}: no pictures; pass --images FOLDER with a few hundred typical ones")
         return Samples(count=count, name="built-in scenes", has_answers=True, split=split, seed=seed)
-    if images.suffix == ".jsonl":
-        conversations = _split(_shuffled(_conversations(images), seed), recipe, split)
+    place = found(images)
+    if isinstance(place, Path):
+        conversations = _split(_shuffled(_conversations(place), seed), recipe, split)
         return Samples(
             count=count if repeat else min(count, len(conversations)),
-            name=f"{min(count, len(conversations))} conversations of {images}",
+            name=f"{min(count, len(conversations))} conversations of {place}",
             has_answers=bool(conversations[0].answer),
             conversations=conversations,
-            folder=images.parent,
+            folder=place.parent,
             seed=seed,
         )
-    if not images.is_dir():
-        raise CapaError(f"{images}: no such folder of pictures")
-    files = tuple(sorted(path for path in images.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES))
-    if not files:
-        raise CapaError(f"{images}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    files = _split(_shuffled(files, seed), recipe, split)
+    files = _split(_shuffled(place, seed), recipe, split)
     return Samples(
         count=count if repeat else min(count, len(files)),
         name=f"{min(count, len(files))} pictures of {images}",
@@ -167,30 +164,14 @@ def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_o
 
 
 def _conversations(path: Path) -> tuple[Conversation, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such file of conversations") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CapaError(f"{path}: is no text file: {error}") from error
     result: list[Conversation] = []
     unanswered = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            conversation = Conversation.model_validate_json(line)
-        except ValidationError as error:
-            raise CapaError(f"{path}: line {number}: {first_problem(error, Conversation)}") from error
-        files = files_of(conversation.messages, path.parent)
-        if not files:
-            raise CapaError(f"{path}: line {number}: shows no picture; visual tokens are what is measured")
-        if missing := [file for file in files if not file.is_file()]:
-            raise CapaError(f"{path}: line {number}: {missing[0]}: no such picture")
-        result.append(conversation)
-        unanswered = unanswered or (0 if conversation.answer else number)
+    for number, text in read_lines(path):
+        line = read_line(path, number, text)
+        with wrong_line(path, number, conversation="messages" in line.row):
+            answers = PLAIN.answers(line.row)
+        result.append(Conversation(messages=list(line.messages), answer=answers[0] if answers else ""))
+        unanswered = unanswered or (0 if answers else number)
     if unanswered and any(conversation.answer for conversation in result):
         raise CapaError(f"{path}: line {unanswered}: has no answer, others have; give all of them one, or none")
-    if not result:
-        raise CapaError(f"{path}: holds no conversation; write one per line, as {{'messages': [...]}}")
     return tuple(result)

@@ -215,7 +215,11 @@ def plan_table(plan: dict[str, Any]) -> None:
     for label, dense, capa, written in rows:
         table.add_row(label, written(dense), written(capa), f"{dense / capa:.2f}" if capa else "")
     table.add_row("vision tower GFLOPs", _gflops(plan["vision"]["total"]), _gflops(plan["vision"]["total"]), "1.00")
-    show(f"{plan['visual_tokens']} visual and {plan['text_tokens']} text tokens", table)
+    width, height = plan["picture"]
+    title = f"{plan['visual_tokens']} visual tokens of a picture of {width} x {height}, {plan['text_tokens']} of text"
+    show(title, table)
+    if plan["calibrated_visual_tokens"] is not None:
+        say(f"calibration: {plan['calibrated_visual_tokens']:.0f} visual tokens a prompt, on average")
     for title, sizes in (("Files", plan["files"]), ("Memory, estimated", plan["memory"])):
         table = columns("", "")
         for name, size in sizes.items():

@@ -38,7 +38,9 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
     assert "parity: passed" in done.stdout
     shown = re.search(r"```\n(\$ capa-export run.*?)```", README, flags=re.DOTALL)
     assert shown is not None
-    assert done.stdout.splitlines()[-1] == shown[1].splitlines()[1]
+    _, visual, answer, *_ = shown[1].splitlines()
+    assert done.stdout.splitlines()[-1] == answer
+    assert visual in done.stderr.splitlines()
 
 
 def test_the_commands_for_your_own_checkpoint(

@@ -77,7 +77,7 @@ def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tupl
             tool_versions("torch", "transformers"),
             [file_digest(path) for path in sorted((Path(__file__).parent / "measure").glob("*.py"))],
             [file_digest(Path(__file__).with_name(name)) for name in ("bed.py", "figures.py")],
-            [bed.job.checkpoint_digest, bed.job.sidecar_digests, bed.job.samples],
+            [bed.job.checkpoint_digest, bed.job.prompt_settings, bed.job.samples],
             [question.digest() for question in bed.read(count)],
             list(chosen),
         ]

@@ -13,6 +13,7 @@ from capa_export.evaluate.questions import Question
 from capa_export.job import ONNX, eos_token_ids
 from capa_export.methods import Method
 from capa_export.parity.statistics import kl_divergence
+from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt
 from capa_export.recipe import recipe_of
 from capa_export.runtime import OnnxModel, greedy
@@ -27,6 +28,8 @@ class BundleAnswers:
     folder: Path
     methods: Mapping[str, Method]
     max_new_tokens: int
+    bounds: PixelBounds | None = None
+    """Of pictures, in place of the bundle's."""
     trust_remote_code: bool = False
 
     def __call__(self) -> Ask:
@@ -38,7 +41,7 @@ class _Opened:
         self.given = given
         bundle = Bundle.open(given.folder)
         self.prune = recipe_of(bundle.manifest, bundle.folder).prune
-        self.prompter = bundled_prompter(bundle, trust_remote_code=given.trust_remote_code)
+        self.prompter = bundled_prompter(bundle, bounds=given.bounds, trust_remote_code=given.trust_remote_code)
         self.model = OnnxModel(given.folder / ONNX, threads=_threads())
         self.stop = eos_token_ids(given.folder / ONNX / "llm")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.errors import CapaError, ExitCode
+from capa_export.picture_files import PICTURE_SUFFIXES
 
-__all__ = ["Table", "open_folder"]
+__all__ = ["Table", "is_dataset", "open_folder"]
 
 _SHARD = re.compile(r"-\d+-of-\d+.*$|\.parquet$")
 _PICTURES = ("image", "images")
@@ -75,6 +76,14 @@ def _bytes(picture: object, folder: Path) -> bytes:
 class _Part:
     columns: Sequence[str]
     load: Callable[[], Any]
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder holds a dataset, or nothing that could be taken for pictures."""
+    if not folder.is_dir():
+        return False
+    suffixes = {path.suffix.lower() for path in folder.rglob("*")}
+    return ".parquet" in suffixes or any(folder.rglob("state.json")) or not suffixes & PICTURE_SUFFIXES
 
 
 def open_folder(folder: Path, split: str | None = None) -> Table:

@@ -1,7 +1,6 @@
-"""Questions about pictures with their right answers: lines of a .jsonl file, or rows of a Hugging Face dataset."""
+"""Questions about pictures with their right answers: lines of a .jsonl file, rows of a dataset, or pictures alone."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
-from capa_export.conversation import Message, Messages
+from capa_export.conversation import Message
 from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
-from capa_export.evaluate.folders import Table, open_folder
+from capa_export.evaluate.folders import Table, is_dataset, open_folder
 from capa_export.evaluate.metrics import VQA_ANSWERS
-from capa_export.prompt import Turn, open_picture
-from capa_export.settings import first_problem
+from capa_export.picture_files import open_picture
+from capa_export.picture_sources import Encoded, picture_bytes
+from capa_export.prompt import Turn
+from capa_export.sources import found, read_line, read_lines, wrong_line
 
-__all__ = ["Encoded", "Question", "Questions", "questions_from"]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A picture file's bytes, so that a question travels to where it is asked."""
-
-    name: str
-    data: bytes
+__all__ = ["Question", "Questions", "questions_from"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,17 +79,20 @@ def questions_from(
     benchmark: str | None = None,
     split: str | None = None,
     instruction: str | None = None,
+    question: str = "",
     limit: int | None = None,
     seed: int = 0,
 ) -> Questions:
-    """The rows of a .jsonl file, or of a dataset's folder.
+    """The rows of a .jsonl file, or of a dataset's folder, or pictures that are all asked the same.
 
     Args:
         data: lines as `{"image": ..., "question": ..., "answer": ...}` or `{"messages": [...], "answer": ...}`, paths
-            relative to the file; or what `save_to_disk` wrote; or a snapshot of parquet files.
+            relative to the file; or what `save_to_disk` wrote; or a snapshot of parquet files; or pictures, as
+            `found` takes them.
         benchmark: how to read and score the rows; None to tell by the columns.
         split: part of a folder that has several.
         instruction: said behind every question; None for the benchmark's own.
+        question: asked of pictures that come without one.
         limit: so many rows, drawn at random; those of a smaller limit are among them.
         seed: of the draw.
 
@@ -106,14 +101,21 @@ def questions_from(
     """
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise CapaError(f"unknown benchmark {benchmark!r}; known: {', '.join(BENCHMARKS)}", ExitCode.USAGE)
-    if data.suffix == ".jsonl":
-        if split is not None:
-            raise CapaError("--split is for folders of datasets; a .jsonl file has no parts", ExitCode.USAGE)
-        lines = _lines(data)
-        chosen = PLAIN if benchmark is None else BENCHMARKS[benchmark]
-        count, name = len(lines), str(data)
-        read = partial(_of_line, data, lines, chosen, _instruction(chosen, instruction))
-    elif data.is_dir():
+    chosen = PLAIN if benchmark is None else BENCHMARKS[benchmark]
+    place = None if is_dataset(data) else found(data)
+    if place is not None and split is not None:
+        raise CapaError("--split is for folders of datasets, which have parts", ExitCode.USAGE)
+    if isinstance(place, Path):
+        lines = read_lines(place)
+        count, name = len(lines), str(place)
+        read = partial(_of_line, place, lines, chosen, _instruction(chosen, instruction))
+    elif place is not None:
+        if not question:
+            raise CapaError(f"{data}: holds pictures without a question; give a .jsonl file of both", ExitCode.USAGE)
+        asked = "\n".join(part for part in (question, _instruction(chosen, instruction)) if part)
+        count, name = len(place), str(data)
+        read = partial(_of_picture, place, asked)
+    else:
         table = open_folder(data, split)
         chosen = benchmark_of(table.columns, data) if benchmark is None else BENCHMARKS[benchmark]
         if missing := sorted(set(chosen.columns) - set(table.columns)):
@@ -124,8 +126,6 @@ def questions_from(
         if not count:
             raise CapaError(f"{name}: has no rows")
         read = partial(_of_row, table, chosen, _instruction(chosen, instruction))
-    else:
-        raise CapaError(f"{data}: no .jsonl file and no folder of a dataset", ExitCode.USAGE)
     rows = np.random.default_rng(seed).permutation(count)[:limit] if limit is not None else np.arange(count)
     return Questions(name=name, benchmark=chosen, rows=sorted(rows.tolist()), read=read)
 
@@ -134,39 +134,25 @@ def _instruction(benchmark: Benchmark, given: str | None) -> str:
     return benchmark.instruction if given is None else given
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Line numbers and lines, without blank ones."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CapaError(f"{path}: is no text file: {error}") from error
-    if not (found := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
-        raise CapaError(f"{path}: holds no question; write one per line")
-    return found
-
-
 def _of_line(
     path: Path, lines: Sequence[tuple[int, str]], benchmark: Benchmark, instruction: str, index: int
 ) -> Question:
-    number, line = lines[index]
-    try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise TypeError("is no object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CapaError(f"line {number}: is no JSON object: {error}") from error
-    named = row.get("id", f"line {number}")
-    if "messages" in row:
-        turns = _turns(row["messages"], path.parent, instruction)
-        return _question(row, benchmark, named, turns)
-    files = row.get("images", [row["image"]] if row.get("image") else [])
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise CapaError("images: must be a list of paths")
-    return _question(
-        row, benchmark, named, _one_turn(row, benchmark, [_file(path.parent / file) for file in files], instruction)
-    )
+    number, text = lines[index]
+    line = read_line(path, number, text, videos=False)
+    row = line.row
+    with wrong_line(path, number, conversation="messages" in row):
+        turns = _turns(line.messages, path.parent)
+        if "messages" not in row:
+            pictures = [part for part in turns[0][1] if isinstance(part, Encoded)]
+            turns = _one_turn(row, benchmark, pictures, instruction)
+        elif instruction:
+            turns[-1] = (turns[-1][0], [*turns[-1][1], f"\n{instruction}"])
+        return _question(row, benchmark, row.get("id", f"line {number}"), turns)
+
+
+def _of_picture(paths: Sequence[Path], question: str, index: int) -> Question:
+    picture = picture_bytes(paths[index].name, paths[index].parent)
+    return Question(id=str(paths[index]), turns=[("user", [picture, question])], answers=())
 
 
 def _of_row(table: Table, benchmark: Benchmark, instruction: str, index: int) -> Question:
@@ -185,29 +171,14 @@ def _one_turn(
     return [("user", [*pictures, text])]
 
 
-def _turns(messages: object, folder: Path, instruction: str) -> Sequence[tuple[str, Sequence[str | Encoded]]]:
-    try:
-        said = TypeAdapter(Messages).validate_python(messages)
-    except ValidationError as error:
-        raise CapaError(f"messages: {first_problem(error, Message)}") from error
-    if any(part.type == "video" for message in said for part in message.content):
-        raise CapaError("shows a video; give some of its frames as pictures")
-    turns: list[tuple[str, Sequence[str | Encoded]]] = [
-        (message.role, [part.text if part.type == "text" else _file(folder / part.path) for part in message.content])
-        for message in said
-    ]
-    if instruction:
-        turns[-1] = (turns[-1][0], [*turns[-1][1], f"\n{instruction}"])
-    return turns
+def _turns(messages: Sequence[Message], folder: Path) -> list[tuple[str, Sequence[str | Encoded]]]:
+    """Of messages without videos."""
 
+    def read(message: Message) -> list[str | Encoded]:
+        parts = (part for part in message.content if part.type != "video")
+        return [part.text if part.type == "text" else picture_bytes(part.source, folder) for part in parts]
 
-def _file(path: Path) -> Encoded:
-    try:
-        return Encoded(str(path), path.read_bytes())
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such picture") from error
-    except (OSError, ValueError) as error:
-        raise CapaError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
+    return [(message.role, read(message)) for message in messages]
 
 
 def _question(

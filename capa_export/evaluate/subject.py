@@ -15,6 +15,7 @@ from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.pipeline import calibrate, check_workers, note_digests
+from capa_export.pixels import PixelBounds
 from capa_export.progress import silent
 from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.selectors import load_selector
@@ -35,6 +36,8 @@ _CODE = (
     "job.py",
     "methods.py",
     "parity/statistics.py",
+    "picture_files.py",
+    "pixels.py",
     "prompt.py",
     "recipe.py",
     "runtime.py",
@@ -128,7 +131,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
             ffn += [method.ffn_settings(job.recipe.ffn).eta, calibration.digest()]
-        return _key(prune and prune.model_dump(), ffn, max_new_tokens)
+        return _key(prune and prune.model_dump(), ffn, max_new_tokens, job.recipe.pictures)
 
     return Subject(
         source=job.checkpoint_source,
@@ -166,7 +169,12 @@ def check_fits(job: Job, method: Method) -> None:
 
 
 def bundle_subject(
-    bundle: Bundle, methods: Mapping[str, Method], max_new_tokens: int, *, trust_remote_code: bool = False
+    bundle: Bundle,
+    methods: Mapping[str, Method],
+    max_new_tokens: int,
+    *,
+    bounds: PixelBounds | None = None,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """A bundle's graphs, which know one schedule; every ratio of it is theirs.
 
@@ -177,6 +185,7 @@ def bundle_subject(
 
     bundle.verify("export")
     recipe = recipe_of(bundle.manifest, bundle.folder)
+    bounds = recipe.pictures if bounds is None else bounds
     linear = bundle.stage("export")["result"]["linear_layers"]
     own = [(stage.layer, stage.chosen) for stage in recipe.prune.schedule]
     for method in methods.values():
@@ -201,13 +210,14 @@ def bundle_subject(
         model=bundle.digest("export"),
         runs="onnx",
         keys={
-            name: _key([stage.ratio for stage in method.stages], [], max_new_tokens, "onnxruntime")
+            name: _key([stage.ratio for stage in method.stages], [], max_new_tokens, bounds, "onnxruntime")
             for name, method in methods.items()
         },
         prepare=BundleAnswers(
             folder=bundle.folder.resolve(),
             methods=methods,
             max_new_tokens=max_new_tokens,
+            bounds=bounds,
             trust_remote_code=trust_remote_code,
         ),
         max_new_tokens=max_new_tokens,
@@ -215,9 +225,10 @@ def bundle_subject(
     )
 
 
-def _key(prune: object, ffn: object, max_new_tokens: int, *packages: str) -> str:
+def _key(prune: object, ffn: object, max_new_tokens: int, bounds: PixelBounds, *packages: str) -> str:
     versions = tool_versions("numpy", "pillow", "tokenizers", "torch", "transformers", *packages)
-    return digest_of([prune, ffn, max_new_tokens, {**versions, "code": _code_digest()}])
+    seen = bounds.model_dump(exclude_none=True)
+    return digest_of([prune, ffn, max_new_tokens, seen, {**versions, "code": _code_digest()}])
 
 
 def _code_digest() -> str:

@@ -21,8 +21,9 @@ from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.parity.statistics import kl_divergence
+from capa_export.picture_files import open_picture
 from capa_export.progress import tracked
-from capa_export.prompt import Prompt, Turn, open_picture
+from capa_export.prompt import Prompt, Turn
 from capa_export.recipe import Stage
 from capa_export.samples import Sample
 from capa_export.selectors import load_selector, selectors

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError, ExitCode
+from capa_export.pixels import PixelBounds
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,22 @@ class Family(Protocol):
 
         Where the decoder has DeepStack layers, also to deepstack_features [layers, N, D].
         """
+        ...
+
+    def check_bounds(self, settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Any]) -> None:
+        """Refuse bounds that the image processor with these settings cannot keep."""
+        ...
+
+    def picture_options(
+        self, size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Any]
+    ) -> Mapping[str, Any]:
+        """For the image processor with these settings, so that a picture [width, height] stays within the bounds."""
+        ...
+
+    def num_tokens(
+        self, size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Any]
+    ) -> int:
+        """Visual tokens that the image processor with these settings makes of a picture [width, height]."""
         ...
 
     def pictures(self, processed: Any, dims: ModelDims[Any]) -> "list[Picture]":

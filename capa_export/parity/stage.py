@@ -174,7 +174,8 @@ class _Validation:
             **found,
         )
         write_parity(scratch / PARITY, parity)
-        config = self.bundle.folder / ONNX / "llm"
+        # Where the image processor's settings lie beside the config.
+        config = self.bundle.folder / ONNX / "visual"
         calibration = self.calibration
         write_report(
             scratch / REPORT,
@@ -212,7 +213,7 @@ class _AgainstEager(_Validation):
 
     def key(self) -> Any:
         stop = eos_token_ids(self.job.source.checkpoint.sidecars)
-        return [self.prompts.digest(), self.questions.digest(), self.job.sidecar_digests, stop]
+        return [self.prompts.digest(), self.questions.digest(), self.job.prompt_settings, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.bundled import bundled_prompter
@@ -228,6 +229,8 @@ class _AgainstEager(_Validation):
 
         job, recipe, report = self.job, self.recipe, self.job.report
         sliced = _exceeds_memory(job, self.precision)
+        seen: Any = {"bounds": recipe.pictures, "trust_remote_code": job.trust_remote_code}
+        bundled = bundled_prompter(self.bundle, **seen)
         with TemporaryDirectory(dir=scratch) as folder:
             kept = Path(folder) / "records"
             kept.mkdir()
@@ -237,9 +240,7 @@ class _AgainstEager(_Validation):
             fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
-                compare_prompts(
-                    job.prompter, bundled_prompter(self.bundle, trust_remote_code=job.trust_remote_code), self.prompts
-                ),
+                compare_prompts(job.prompter, bundled, self.prompts),
                 dense := compare_dense(subject, records, recipe, report),
                 capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]
@@ -307,11 +308,17 @@ class _AgainstGolden(_Validation):
     def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
         super().__init__(job, recipe, wanted, built)
         self.bundle.verify(GOLDEN)
-        if self.bundle.stage(GOLDEN)["result"].get("prune") != recipe.prune.model_dump(mode="json"):
-            raise CapaError(
-                f"{self.bundle.folder}: its golden samples are of another schedule; store them again with "
-                "`capa-export validate --store-golden`"
-            )
+        stored = self.bundle.stage(GOLDEN)["result"]
+        pictures = recipe.pictures.model_dump(exclude_none=True)
+        for what, same in (
+            ("schedule", stored.get("prune") == recipe.prune.model_dump(mode="json")),
+            ("size of pictures", stored.get("pictures", {}) == pictures),
+        ):
+            if not same:
+                raise CapaError(
+                    f"{self.bundle.folder}: its golden samples are of another {what}; store them again with "
+                    "`capa-export validate --store-golden`"
+                )
 
     def key(self) -> Any:
         return self.bundle.digest(GOLDEN)
@@ -344,10 +351,11 @@ def _store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport
     scales = {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
     samples = _samples(job, recipe, replace(wanted, samples=None), wanted.store_golden, repeat=True)
     steps = recipe.parity.steps
-    prune, sidecars = recipe.prune.model_dump(mode="json"), _sidecars(bundle)
+    prune, pictures = recipe.prune.model_dump(mode="json"), recipe.pictures.model_dump(exclude_none=True)
+    sidecars = _sidecars(bundle)
     method_error = parity.method_error.model_dump(mode="json")
     versions = tool_versions("torch", "transformers")
-    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.sidecar_digests, method_error]
+    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.prompt_settings, method_error]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.parity.record import write_records
@@ -357,7 +365,8 @@ def _store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport
         subject = _subject(job, recipe, exported, scales, bundle.folder / ONNX, sliced=sliced)
         write_records(scratch / GOLDEN, subject, samples, steps, job.report)
         latency = bundle.stage("validate")["result"]["latency"]
-        return {"method_error": method_error, "latency": latency, "sidecars": sidecars, "prune": prune}
+        seen = {"prune": prune, "pictures": pictures}
+        return {"method_error": method_error, "latency": latency, "sidecars": sidecars, **seen}
 
     run_stage(bundle, GOLDEN, key, [GOLDEN], work)
 

@@ -190,3 +190,26 @@ def test_tables_fit_80_columns(cli: Cli, bundle: Path, recipe: Path, pictures: P
         assert all(line == line.rstrip() for line in lines)
         tables = [line for line in lines if "  " in line]
         assert tables and max(map(len, tables)) <= 80
+
+
+def test_a_bundle_keeps_how_large_pictures_are_seen(
+    cli: Cli, spare: Path, recipe: Path, pictures: Path, tmp_path: Path
+) -> None:
+    manifest = spare / "capa_manifest.json"
+    limits = {"min_pixels": None, "max_pixels": None, "max_rows": 64, "max_cols": 64, "max_tiles": 16}
+    assert json.loads(manifest.read_text())["recipe"]["pictures"] == limits
+    options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", spare)
+    code, _, err = cli("build", *options, "--max-pixels", 20_000)
+    assert code == 0 and "kept 7 of 25 visual tokens of a picture of 896 x 896" in err
+    assert "\n              and 6 of 22, the mean of the calibration's prompts" in err
+    stages = {line.split()[0]: "up to date" in line for line in err.splitlines() if line[0] != " " and ": " not in line}
+    # Other pictures make another calibration, whose scales are in the graphs.
+    assert stages == dict.fromkeys(("calibrate", "export", "validate"), False)
+    assert json.loads(manifest.read_text())["recipe"]["pictures"]["max_pixels"] == 20_000
+    ask = ("run", spare, "--prompt", "what ?", "--image", pictures / "0.png", "--max-new-tokens", 1, "--json")
+    assert json.loads(cli(*ask)[1])["stages"][0]["visual"] == 25
+    assert json.loads(cli(*ask, "--max-pixels", 10_000)[1])["stages"][0]["visual"] == 9
+    assert json.loads(cli(*ask, "--min-pixels", 19_000)[1])["stages"][0]["visual"] == 25
+    code, _, err = cli("build", *options[:-1], tmp_path / "none", "--max-pixels", 9)
+    assert code == ExitCode.USAGE and err.count("\n") == 1 and not (tmp_path / "none").exists()
+    assert "kept 7 of 25" in cli("plan", "-m", recipe, "--max-pixels", 20_000)[1]

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.errors import ExitCode
 from capa_export.families import qwen25vl
 from tests.cli.conftest import Cli, preflight
@@ -27,6 +30,24 @@ def test_run_answers_from_the_bundle_alone(cli: Cli, spare: Path, pictures: Path
     assert code == 0 and "kept 0 of 0" in err
 
 
+def test_a_photo_is_seen_as_large_as_the_target_takes(cli: Cli, spare: Path, tmp_path: Path) -> None:
+    """A photo of 24 megapixels would be 16,000 visual tokens."""
+    Image.new("RGB", (6000, 4000)).save(tmp_path / "photo.png")
+    ask = ("run", spare, "--prompt", "what ?", "--image", tmp_path / "photo.png", "--max-new-tokens", 1)
+    prompter = bundled_prompter(Bundle.open(spare))
+    [picture] = prompter("what ?", [Image.new("RGB", (6000, 4000))]).pictures
+    assert picture.grid == (42, 64)
+    code, out, err = cli(*ask, "--max-pixels", 100_000, "--json")
+    assert code == 0 and err.startswith("visual tokens: 117 (picture of 6000 x 4000); keeping 30 after layer 2; ")
+    assert json.loads(out)["stages"][0]["visual"] == 117 <= 100_000 // 28**2
+    code, _, err = cli("run", spare, "--prompt", "what ?", "--max-pixels", 5)
+    assert code == ExitCode.USAGE and "--max-pixels 5: one visual token is 28 x 28 pixels; give 784 or more" in err
+    # Beyond what the target takes, ONNX Runtime sees what it is asked to.
+    limits = bundled_bounds(Bundle.open(spare), None, 64 * 64 * 28**2 + 1)
+    assert limits.max_rows is None
+    assert bundled_bounds(Bundle.open(spare), None, None).max_rows == 64
+
+
 def test_an_answer_keeps_its_tail_and_its_times(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capa_export.prompt.Prompter.decode", lambda _self, tokens: "\ufffd" * len(tokens))
     ask = ("run", bundle, "--prompt", "x", "--max-new-tokens", 1)
@@ -43,7 +64,7 @@ def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, picture
         turns = [{"role": "user", "content": "what is red ?"}, {"role": "assistant", "content": "the star"}]
         path.write_text(json.dumps([*turns, {"role": "user", "content": [*content, question]}]), encoding="utf-8")
         code, out, err = cli("run", bundle, "--messages", path, "--json", "--max-new-tokens", 2)
-        assert (code, err) == (0, "")
+        assert (code, err.startswith("visual tokens: ")) == (0, bool(content))
         return json.loads(out)
 
     assert ask()["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 0, "visual": 0}]
@@ -57,7 +78,9 @@ def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, picture
     assert video["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 3 * 4 * 3}]
     options = ("--prompt", question["text"], "--video", frames, "--fps", 2, "--max-new-tokens", 2)
     code, out, err = cli("run", bundle, *options)
-    assert code == 0 and out.strip() and err.startswith("kept 9 of 36 visual tokens after layer 2; vision ")
+    assert code == 0 and out.strip()
+    assert err.startswith("visual tokens: 36 (video of 112 x 84); keeping 9 after layer 2; ")
+    assert "\nkept 9 of 36 visual tokens after layer 2; vision " in err
 
 
 def test_several_conversations_are_answered_as_each_alone(
@@ -108,7 +131,7 @@ def test_conversations_calibrate(cli: Cli, recipe: Path, pictures: Path, tmp_pat
     assert parity["prompts"] == f"2 conversations of {path}"
     assert "Only 2 different conversations for 4 prompts: give as many in --images." in parity["warnings"]
     path.write_text("{}\n", encoding="utf-8")
-    preflight(cli, "samples.jsonl: line 1: messages: Field required", "build", *options)
+    preflight(cli, "samples.jsonl: line 1: has neither messages nor an image and a question", "build", *options)
 
 
 def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from capa_export.errors import CapaError
-from capa_export.evaluate.questions import Encoded, Question, questions_from
+from capa_export.evaluate.questions import Question, questions_from
+from capa_export.picture_sources import Encoded
 from tests.conftest import noise
 
 
@@ -75,7 +76,7 @@ def test_conversations(folder: Path) -> None:
         ({"image": "none.png", "question": "what ?"}, "none.png: no such picture"),
         ({"image": "0.png", "answer": "cat"}, "asks no question"),
         ({"images": "0.png", "question": "what ?"}, "must be a list"),
-        ({"image": "a\0b.png", "question": "what ?"}, "embedded null"),
+        ({"image": "a\0b.png", "question": "what ?"}, r"a\\x00b.png.*: no such picture"),
         ({"image": "0.png", "question": "what ?", "answer": ["cat", "dog"]}, "several go under answers"),
         ({"image": "0.png", "question": "what ?", "answers": "cat"}, "answers: must be a list"),
         ({"image": "0.png", "question": "what ?", "answers": [{"text": "cat"}]}, "or hold one under answer"),
@@ -300,7 +301,7 @@ def test_what_the_folder_is_not(tmp_path: Path, options: Any, problem: str) -> N
 def test_nothing_to_ask(tmp_path: Path) -> None:
     with pytest.raises(CapaError, match="holds no dataset"):
         questions_from(tmp_path)
-    with pytest.raises(CapaError, match=r"no .jsonl file and no folder"):
+    with pytest.raises(CapaError, match=r"no such folder of pictures, and no such picture or .jsonl file"):
         questions_from(tmp_path / "none")
     with pytest.raises(CapaError, match="no such file"):
         questions_from(tmp_path / "none.jsonl")

@@ -59,6 +59,7 @@ def inputs() -> dict[str, Any]:
         },
         "plan": {
             "precision": "fp16",
+            "picture": [224, 224],
             "visual_tokens": 64,
             "text_tokens": 48,
             "stages": [{"layer": 1, "kept": 32, "visual": 64}],

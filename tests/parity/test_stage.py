@@ -242,3 +242,10 @@ def test_what_an_audit_missed_is_found_by_bisection(
     assert parity.passed and parity.fp32_layers == ("1.mlp", "residual")
     assert "1.mlp, residual in FP32: failed, relative error inf -> passed" in capsys.readouterr().err
     assert job.bundle.manifest["recipe"]["fp32_layers"] == ["1.mlp", "residual"]
+
+
+def test_golden_samples_of_another_size_of_pictures_are_refused(bundle: Bundle) -> None:
+    recipe = {**bundle.manifest["recipe"], "pictures": {"max_pixels": 9999}}
+    bundle.update(recipe=recipe)
+    with pytest.raises(CapaError, match="its golden samples are of another size of pictures; store them again"):
+        validated(bundle, golden=True)

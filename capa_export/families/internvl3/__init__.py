@@ -13,6 +13,7 @@ from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
 from capa_export.families.internvl3.original import ORIGINAL
 from capa_export.families.internvl3.original import translated as translation_of
+from capa_export.families.internvl3.pixels import check_bounds, num_tokens, picture_options
 from capa_export.families.internvl3.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
@@ -24,9 +25,12 @@ __all__ = [
     "IMAGE_OPTIONS",
     "RENAMES",
     "UNUSED",
+    "check_bounds",
     "eager_inputs",
     "eager_selection",
     "model_dims",
+    "num_tokens",
+    "picture_options",
     "pictures",
     "placeholder",
     "positions",

@@ -9,6 +9,7 @@ from capa_export.dims import ModelDims
 from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.llava15.dims import Vision, model_dims
+from capa_export.families.llava15.pixels import check_bounds, num_tokens, picture_options
 from capa_export.families.llava15.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
@@ -20,9 +21,12 @@ __all__ = [
     "IMAGE_OPTIONS",
     "RENAMES",
     "UNUSED",
+    "check_bounds",
     "eager_inputs",
     "eager_selection",
     "model_dims",
+    "num_tokens",
+    "picture_options",
     "pictures",
     "placeholder",
     "positions",

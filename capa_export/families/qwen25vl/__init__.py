@@ -10,6 +10,7 @@ from capa_export.dims import ModelDims
 from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision, last_full_block, model_dims
+from capa_export.families.qwen25vl.pixels import check_bounds, num_tokens, picture_options
 from capa_export.families.qwen25vl.video import video
 from capa_export.families.qwen25vl.vision import vision_model
 from capa_export.prompt import Picture, Prompt
@@ -22,9 +23,12 @@ __all__ = [
     "IMAGE_OPTIONS",
     "RENAMES",
     "UNUSED",
+    "check_bounds",
     "eager_inputs",
     "eager_selection",
     "model_dims",
+    "num_tokens",
+    "picture_options",
     "pictures",
     "placeholder",
     "positions",

@@ -1,0 +1,124 @@
+"""Decodes a picture file to what a person sees of it."""
+
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from capa_export.errors import CapaError
+from capa_export.progress import say
+
+__all__ = ["PICTURE_SUFFIXES", "open_picture", "upright_rgb"]
+
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+"""Tags of TIFF."""
+_ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}
+"""Formats whose further frames are more of the same, and not a thumbnail or a depth map."""
+_SPACES = {"RGB": "RGB ", "CMYK": "CMYK", "L": "GRAY", "LAB": "Lab "}
+"""Mode -> what a colour profile calls it."""
+_INTS_OF_16_BITS = ("PNG", "PPM")
+"""Formats whose 16 bits Pillow may decode to 32."""
+_DARK = 16
+"""A picture that uses less than this part of its range looks black."""
+_WHITE = 255
+
+
+def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
+    """The picture at `path`, upright, in RGB and over white; `data` is the file where it has been read.
+
+    What a person would see otherwise is said on stderr, once.
+
+    Raises:
+        CapaError: there is none, or it does not decode.
+    """
+    try:
+        with Image.open(path if data is None else BytesIO(data)) as image:
+            if getattr(image, "is_animated", False) and image.format in _ANIMATED:
+                frames = getattr(image, "n_frames", 1)
+                _warn(f"{path}: has {frames} frames, of which the first is shown; a video shows them all")
+            return upright_rgb(image, str(path))
+    except FileNotFoundError as error:
+        if str(path).startswith(("http:", "https:")):
+            raise CapaError(f"{path}: nothing is downloaded; save the picture and give its path") from error
+        raise CapaError(f"{path}: no such picture") from error
+    except Image.DecompressionBombError as error:
+        raise CapaError(f"{path}: too many pixels for Pillow to open; resize the picture") from error
+    except UnidentifiedImageError as error:
+        raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
+        raise CapaError(f"{path}: not a readable picture ({line}); replace or remove it") from error
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An opened picture, or the frame it stands at, as a viewer shows it on white; `name` is for warnings."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] in "IF":
+        return Image.fromarray(_eight_bits(upright, name, image)).convert("RGB")
+    if not upright.has_transparency_data:
+        return _in_srgb(upright)
+    key = upright.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > _WHITE:
+        # Of a file with 16 bits a channel, of which Pillow decodes 8.
+        upright.info["transparency"] = tuple(part >> 8 for part in key)
+    alpha = upright.convert("RGBA").getchannel("A")
+    return Image.composite(_in_srgb(upright), Image.new("RGB", upright.size, "white"), alpha)
+
+
+def _eight_bits(upright: Image.Image, name: str, opened: Image.Image) -> "np.ndarray[Any, Any]":
+    """Grey of more than 8 bits, or of floating point, as 8 bits: its range is the format's where that says one."""
+    tags = getattr(opened, "tag_v2", {})
+    values = np.asarray(upright).astype(np.float64)
+    shown = np.isfinite(values)
+    least, most = (float(pick(values[shown])) for pick in (np.min, np.max)) if shown.any() else (0.0, 0.0)
+    if upright.mode != "F" and (upright.mode != "I" or opened.format in _INTS_OF_16_BITS):
+        low, high = 0.0, float(2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1)
+        if 0 < most < high / _DARK:
+            _warn(f"{name}: nearly black, as in a viewer: its values end at {most:.0f} of {high:.0f}; brighten it")
+    elif upright.mode == "F" and least >= 0 and most <= 1:
+        low, high = 0.0, 1.0
+    else:
+        low, high = least, max(most, least + 1e-9)
+        kind = "floating point" if upright.mode == "F" else "32 bits"
+        _warn(f"{name}: {kind} of no known range: {least:g} is shown black, {most:g} white")
+    if not shown.all():
+        _warn(f"{name}: values that are no number are shown black")
+    grey = np.where(shown, (np.where(shown, values, low) - low) / (high - low), 0).clip(0, 1)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 1 - grey
+    if isinstance(key := upright.info.get("transparency"), int):
+        grey[values == key] = 1
+    return (grey * _WHITE).round().astype(np.uint8)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours without their transparency, by the picture's own colour profile where it has one."""
+    # What a palette says of transparency is only heeded on the way to RGBA.
+    image = image.convert("RGBA") if image.mode in ("P", "PA") else image
+    mode = {"LA": "L"}.get(image.mode, image.mode)
+    colours = image.convert(mode if mode in _SPACES else "RGB")
+    stored = image.info.get("icc_profile")
+    if not stored and colours.mode != "LAB":
+        return colours.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(stored) if stored else ImageCms.createProfile("LAB"))
+        profile: Any = source.profile
+        usual = "sRGB" in (profile.profile_description or "")
+        if profile.xcolor_space != _SPACES[colours.mode] or (usual and colours.mode == "RGB"):
+            return colours.convert("RGB")
+        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        # A viewer, too, shows a picture whose profile is broken without it.
+        return colours.convert("RGB")
+    assert converted is not None
+    return converted
+
+
+@cache
+def _warn(line: str) -> None:
+    say(f"warning: {line}")

@@ -1,0 +1,29 @@
+"""How many visual tokens a model makes of the picture that plans are made for."""
+
+from typing import Any
+
+from capa_export.checkpoint import fetch_json
+from capa_export.dims import ModelDims
+from capa_export.families import load_family
+from capa_export.pixels import PROCESSOR_FILES, stored_settings
+from capa_export.recipe import Recipe
+
+__all__ = ["visual_tokens"]
+
+
+def visual_tokens(recipe: Recipe, checkpoint: str, dims: ModelDims[Any], *, revision: str | None = None) -> int:
+    """Visual tokens of the recipe's picture, by the checkpoint's config and image processor; loads no torch.
+
+    Args:
+        recipe: whose picture it is, and between what it is resized.
+        checkpoint: folder or hub id; where it has no image processor's files, transformers' defaults hold.
+        dims: of the model.
+        revision: of a hub id.
+
+    Raises:
+        CapaError: the model cannot keep the recipe's bounds, or a file does not parse.
+    """
+    family = load_family(recipe.family)
+    settings = stored_settings(fetch_json(checkpoint, PROCESSOR_FILES, revision=revision))
+    family.check_bounds(settings, recipe.pictures, dims)
+    return family.num_tokens(recipe.picture, settings, recipe.pictures, dims)
