@@ -11,8 +11,9 @@ from capa_export.audit import audit
 from capa_export.bundle import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.errors import CapaError, ExitCode
+from capa_export.generation import eos_token_ids
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, eos_token_ids, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, tool_versions
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import GOLDEN, Wanted, validate
 from capa_export.progress import silent, tracked

@@ -16,12 +16,14 @@ from cuda.bindings import driver as real
 from capa_export import engine_runtime
 from capa_export.answer import answer
 from capa_export.bundle import Bundle
+from capa_export.decoding import greedy
 from capa_export.engine_runtime import EngineModel
 from capa_export.errors import CapaError, ExitCode
 from capa_export.execution import require_engines
 from capa_export.export import Source, write_onnx
+from capa_export.generation import GenerationOptions
 from capa_export.prompt import Prompt, Prompter, Turn
-from capa_export.runtime import OnnxModel, greedy
+from capa_export.runtime import OnnxModel
 from tests.conftest import noise
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 
@@ -314,13 +316,13 @@ def test_an_answer_comes_from_the_engines(
 ) -> None:
     told: list[str] = []
     asked = [[Turn("user", [noise(56, 84), "what ?"])]]
-    (result,) = answer(built, asked, max_new_tokens=3, stream=told.append, engine="rtx")
+    (result,) = answer(built, asked, options=GenerationOptions(max_new_tokens=3), stream=told.append, engine="rtx")
     assert (result["gpu"], result["new_tokens"], len(told)) == ("Fake", 3, 4)
     assert result["stages"] == [{"layer": PRUNE_LAYER, "where": f"after layer {PRUNE_LAYER}", "kept": 2, "visual": 6}]
     assert set(result["gpu_bytes"]) == {"weights", "plans", "contexts", "kv_cache"}
     monkeypatch.setattr(OnnxModel, "prefill", lambda *_: pytest.fail("ONNX Runtime ran"))
     with pytest.raises(CapaError, match="dimension past, not"):
-        answer(built, asked, max_new_tokens=900, engine="rtx")
+        answer(built, asked, options=GenerationOptions(max_new_tokens=900), engine="rtx")
 
 
 def test_a_changed_engine_is_noticed(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:
