@@ -103,6 +103,16 @@ def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.C
     assert ran(capsys) == {"calibrate", "export", "validate"}
 
 
+def test_a_broken_generation_config_is_refused_before_anything_runs(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(job.checkpoint) / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": "hot"}')
+    for refused in (lambda: pipeline.build(job, load_target("onnx")), lambda: pipeline.export(job)):
+        with pytest.raises(CapaError, match=r"generation_config\.json: temperature: Input should be a valid number"):
+            refused()
+    assert ran(capsys) == set()
+
+
 def test_a_new_export_outdates_engines_and_parity(job: Job) -> None:
     pipeline.build(job, load_target("rtx"))
     assert set(job.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}

@@ -19,7 +19,7 @@ from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.stage import GOLDEN, Wanted
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
-from tests.conftest import noise
+from tests.conftest import noise, recorded
 from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder
 
@@ -68,14 +68,6 @@ def plant(bundle: Bundle, file: str, change: Callable[[ir.Model], None]) -> None
     change(model)
     ir.save(model, path)
     recorded(bundle)
-
-
-def recorded(bundle: Bundle) -> None:
-    """Make the manifest say that the export is what was built."""
-    record = dict(bundle.stage("export"))
-    names = [*record.pop("files")]
-    record.pop("linked")
-    bundle.record("export", record.pop("key"), names, **record)
 
 
 def epsilon(model: ir.Model) -> None:
