@@ -13,7 +13,7 @@ from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.decoding import TokenChooser, generate
 from capa_export.errors import CapaError
-from capa_export.generation import GenerationOptions, eos_token_ids, read_generation
+from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
 from capa_export.job import ONNX, say
 from capa_export.prompt import Prompt, Prompter, Turn
 from capa_export.recipe import Prune, recipe_of
@@ -74,14 +74,9 @@ def answer(
         model, limit = _engine_model(built, prompts, prune, limit, fixed=options.max_new_tokens is not None)
     stop = eos_token_ids(folder / "llm")
     seed = randbits(32) if generation.do_sample and options.seed is None else options.seed
-    # A stream of random numbers for each answer, so that it does not depend on the others.
-    seeds = np.random.SeedSequence(seed or 0).spawn(len(prompts))
-    choosers = [
-        TokenChooser(generation, prompt.input_ids.tolist(), stop, np.random.default_rng(own))
-        for prompt, own in zip(prompts, seeds, strict=True)
-    ]
-    if generation.unsupported:
-        say(f"{generation.source}: not supported, and without effect: {', '.join(generation.unsupported)}")
+    choosers = _choosers(generation, prompts, stop, seed)
+    if generation.ignored:
+        say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
     starts = [_started(model, prompt, prune) for prompt in prompts]
 
     answers = [_Answer(prompter) for _ in prompts]
@@ -115,6 +110,17 @@ def answer(
             **model.device,
         }
         for said, (_, facts) in zip(answers, starts, strict=True)
+    ]
+
+
+def _choosers(
+    generation: Generation, prompts: Sequence[Prompt], stop: Sequence[int], seed: int | None
+) -> list[TokenChooser]:
+    """One for each answer, with random numbers of its own: what is sampled does not depend on the other answers."""
+    streams = np.random.SeedSequence(seed).spawn(len(prompts))
+    return [
+        TokenChooser(generation, prompt.input_ids.tolist(), stop, np.random.default_rng(stream))
+        for prompt, stream in zip(prompts, streams, strict=True)
     ]
 
 

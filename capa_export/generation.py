@@ -59,7 +59,9 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "use_mtp": (False,),
     "watermarking_config": (),
 }
-"""Settings of `generate` that change answers and that are not implemented here -> the values that change nothing."""
+"""Settings of `generate` that change answers and that are not done here -> the values that change nothing."""
+_OF_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
+"""Those of them that change nothing either where the likeliest token is taken."""
 _INERT = frozenset(
     {
         # Of beams, assistants and encoders, where there are none.
@@ -141,7 +143,7 @@ class Generation(BaseModel):
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of prompt and answer, unless `max_new_tokens` is set."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    unsupported: tuple[str, ...] = Field(default=(), exclude=True)
+    unsupported: dict[str, Any] = Field(default_factory=dict[str, Any], exclude=True)
     """What the file asks for that is not done."""
     source: Path = Field(exclude=True)
     """The file."""
@@ -154,6 +156,12 @@ class Generation(BaseModel):
         sampling = {name: getattr(self, name) for name in _SAMPLING if self.do_sample}
         always = {"do_sample": self.do_sample, **sampling, "repetition_penalty": self.repetition_penalty}
         return {**always, **{name: value for name, value in given.items() if self.do_sample or name not in _RANGES}}
+
+    @property
+    def ignored(self) -> list[str]:
+        """Settings that would change the answer, and do not."""
+        wanted = {name: value for name, value in self.unsupported.items() if self.do_sample or name not in _OF_SAMPLING}
+        return [f"{name} {value!r:.40}" for name, value in wanted.items()]
 
     def with_options(self, options: GenerationOptions) -> "Generation":
         """These settings with those of a command line in their place, which samples where it says how.
@@ -224,14 +232,14 @@ def read_generation(folder: Path) -> Generation:
     settings = {name: value for name, value in config.items() if value is not None}
     names = Generation.model_fields.keys() - {"unsupported", "source"}
     known = {name: settings.pop(name) for name in names & settings.keys()}
-    others = [
-        f"{name} {value!r:.40}"
+    others = {
+        name: value
         for name, value in settings.items()
         # A config says a lot else, a generation config that is not known here may be new in `generate`.
         if name not in _INERT and (own or name in _UNSUPPORTED) and value not in _UNSUPPORTED.get(name, ())
-    ]
+    }
     try:
-        return Generation(**known, unsupported=tuple(others), source=path)
+        return Generation(**known, unsupported=others, source=path)
     except ValidationError as error:
         raise CapaError(f"{path}: {first_problem(error, Generation)}; download it again, or correct it") from error
 

@@ -41,7 +41,7 @@ def test_what_qwen_publishes(tmp_path: Path) -> None:
         "top_k": 50,
         "repetition_penalty": 1.05,
     }
-    assert not found.unsupported and eos_token_ids(tmp_path) == [151645, 151643]
+    assert not found.ignored and eos_token_ids(tmp_path) == [151645, 151643]
     greedy = found.with_options(GenerationOptions(greedy=True))
     assert greedy.in_effect == {"do_sample": False, "repetition_penalty": 1.05}
 
@@ -64,7 +64,11 @@ def test_every_setting_of_generate_is_done_or_named_or_without_effect() -> None:
 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     found = read(tmp_path, num_beams=4, num_return_sequences=1, stop_strings=["."], brand_new=0.5, use_cache=False)
-    assert found.unsupported == ("num_beams 4", "stop_strings ['.']", "brand_new 0.5")
+    assert found.ignored == ["num_beams 4", "stop_strings ['.']", "brand_new 0.5"]
+    for sampled in (False, True):
+        found = read(tmp_path, do_sample=sampled, typical_p=0.9, eta_cutoff=0.0)
+        assert found.ignored == (["typical_p 0.9"] if sampled else [])
+    assert found.with_options(GenerationOptions(greedy=True)).ignored == []
 
 
 def test_without_the_file_the_config_is_asked(tmp_path: Path) -> None:
@@ -77,7 +81,7 @@ def test_without_the_file_the_config_is_asked(tmp_path: Path) -> None:
         "top_p": 1,
         "repetition_penalty": 1,
     }
-    assert found.unsupported == ("num_beams 2",) and found.longest(700) == 64
+    assert found.ignored == ["num_beams 2"] and found.longest(700) == 64
     assert read(tmp_path).in_effect == {"do_sample": False, "repetition_penalty": 1}
 
 
