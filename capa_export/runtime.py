@@ -4,7 +4,7 @@ B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
