@@ -28,7 +28,7 @@ from capa_export.calibrate import calibrate
 from capa_export.checkpoint import open_checkpoint
 from capa_export.export import PRECISIONS, Source, copy_sidecars, write_onnx
 from capa_export.families import load_family
-from capa_export.job import eos_token_ids
+from capa_export.generation import eos_token_ids
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Check
 from capa_export.parity.subject import Subject

@@ -4,17 +4,22 @@ import re
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from secrets import randbits
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
+from capa_export.decoding import TokenChooser, generate
 from capa_export.errors import CapaError
-from capa_export.job import ONNX, eos_token_ids
+from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
+from capa_export.job import ONNX
 from capa_export.pixels import PixelBounds
 from capa_export.progress import say, ticking
 from capa_export.prompt import Prompt, Prompter, Turn, Video
 from capa_export.recipe import Prune, recipe_of
-from capa_export.runtime import Model, OnnxModel, PrefillRun, greedy
+from capa_export.runtime import Model, OnnxModel, PrefillRun
 
 if TYPE_CHECKING:
     from capa_export.execution import BuiltEngines
@@ -27,27 +32,27 @@ def answer(
     conversations: Sequence[Sequence[Turn]],
     *,
     ratio: float | None = None,
-    max_new_tokens: int = 64,
+    options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
     stream: Callable[[str], None] | None = None,
     engine: str | None = None,
     bounds: PixelBounds | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Generate greedily; several conversations are prefilled in turn and decoded side by side.
+    """Generate as `generation_config.json` says; several conversations are prefilled in turn and decoded side by side.
 
     Args:
         bundle: with its `onnx` folder as it was built.
         conversations: turns of each, the user's last.
         ratio: of visual tokens removed, in place of the bundle's.
-        max_new_tokens: longest answer.
+        options: of generation, in place of what the bundle says.
         stream: told each new piece of the first answer.
         engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
         bounds: of pictures, in place of the bundle's.
         trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
 
     Raises:
-        CapaError: a file of the bundle was changed, the model does not take a conversation, or its engines or this
-            machine do not.
+        CapaError: a file of the bundle was changed, an option contradicts it, the model does not take a conversation,
+            or its engines or this machine do not.
     """
     built = None
     if engine is not None:
@@ -61,22 +66,31 @@ def answer(
     bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX
+    generation = read_generation(folder / "llm").with_options(options)
     prompter = bundled_prompter(bundle, bounds=bounds, trust_remote_code=trust_remote_code)
     prompts = [prompter.chat(turns) for turns in conversations]
     for turns, prompt in zip(conversations, prompts, strict=True):
         if prompt.num_visual:
             say(_expected(turns, prompt, prune))
+    limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
     if (context := prompter.dims.decoder.rope_limit) is not None:
         # From there on the rotary frequencies would be others.
-        max_new_tokens = min(max_new_tokens, *(context - prompt.next_position + 1 for prompt in prompts))
-    model: Model[Any] = OnnxModel(folder) if built is None else _engine_model(built, prompts, prune, max_new_tokens)
+        limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
+    model: Model[Any] = OnnxModel(folder)
+    if built is not None:
+        model, limit = _engine_model(built, prompts, prune, limit, fixed=options.max_new_tokens is not None)
+    stop = eos_token_ids(folder / "llm")
+    seed = randbits(32) if generation.do_sample and options.seed is None else options.seed
+    choosers = _choosers(generation, prompts, stop, seed)
+    if generation.ignored:
+        say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
     starts = [_started(model, prompt, prune) for prompt in prompts]
 
     answers = [_Answer(prompter) for _ in prompts]
     started = time.perf_counter()
-    runs, stop = [run for run, _ in starts], eos_token_ids(folder / "llm")
+    runs = [run for run, _ in starts]
     with runtime_errors(sum(prompt.num_visual for prompt in prompts)):
-        for tokens in greedy(model, prompts, runs, stop, max_new_tokens):
+        for tokens in generate(model, prompts, runs, choosers, stop, limit):
             for said, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     said.tokens.append(token)
@@ -86,12 +100,18 @@ def answer(
     if stream:
         stream(answers[0].news(last=True))
     # Prefill gives the first token, and each step one more; the one that ends an answer is not among the tokens.
-    steps = min(max(len(said.tokens) for said in answers), max_new_tokens - 1)
+    steps = min(max(len(said.tokens) for said in answers), limit - 1)
     per_token = _milliseconds(seconds / steps) if steps else None
     return [
         {
             "answer": prompter.decode(said.tokens),
             "new_tokens": len(said.tokens),
+            "generation": {
+                **generation.in_effect,
+                **({"seed": seed} if generation.do_sample else {}),
+                "max_new_tokens": limit,
+                "eos_token_id": stop,
+            },
             **facts,
             "decode_ms_per_token": per_token,
             **model.device,
@@ -100,12 +120,27 @@ def answer(
     ]
 
 
-def _engine_model(built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune, max_new_tokens: int) -> Model[Any]:
+def _choosers(
+    generation: Generation, prompts: Sequence[Prompt], stop: Sequence[int], seed: int | None
+) -> list[TokenChooser]:
+    """One for each answer, with random numbers of its own: what is sampled does not depend on the other answers."""
+    streams = np.random.SeedSequence(seed).spawn(len(prompts))
+    return [
+        TokenChooser(generation, prompt.input_ids.tolist(), stop, np.random.default_rng(stream))
+        for prompt, stream in zip(prompts, streams, strict=True)
+    ]
+
+
+def _engine_model(
+    built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune, limit: int, *, fixed: bool
+) -> tuple[Model[Any], int]:
+    """The engines, found to take the prompts, and the longest answer; theirs, if nobody fixed a longer one."""
     from capa_export.engine_runtime import EngineModel
 
-    model = EngineModel(built)
-    model.check(prompts, [prune.num_keep(prompt.image_lengths) for prompt in prompts], max_new_tokens)
-    return model
+    model, num_keep = EngineModel(built), [prune.num_keep(prompt.image_lengths) for prompt in prompts]
+    limit = limit if fixed else min(limit, model.room(prompts, num_keep))
+    model.check(prompts, num_keep, limit)
+    return model, limit
 
 
 def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:

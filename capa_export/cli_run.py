@@ -33,7 +33,21 @@ def run(
     ] = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Take the likeliest token, whatever generation_config.json says.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample at this temperature [default: as generation_config.json says].")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this share.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0: all.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: say again less of what was said [default: generation_config.json's].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is sampled: the same seed, the same answer.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer [default: generation_config.json's, or 64].")
+    ] = None,
     engine: EngineOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
@@ -43,10 +57,20 @@ def run(
     from capa_export.bundle import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.conversation import conversations
+    from capa_export.generation import GenerationOptions
 
     def stream(text: str) -> None:
         print(text, end="", flush=True)
 
+    options = GenerationOptions(
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     opened = Bundle.open(bundle)
     asked = conversations(prompt, image or [], video, fps, messages or [])
     several = len(asked) > 1
@@ -55,7 +79,7 @@ def run(
         opened,
         asked,
         ratio=ratio,
-        max_new_tokens=max_new_tokens,
+        options=options,
         stream=told,
         engine=engine,
         bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
@@ -76,6 +100,8 @@ def _say_cost(result: dict[str, Any]) -> None:
     )
     per_token = result["decode_ms_per_token"]
     decode = f", decode {per_token:.1f} ms a token" if per_token is not None else ""
+    sampled = f"; sampled with --seed {seed}" if (seed := result["generation"].get("seed")) is not None else ""
     print(
-        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms{decode}", file=sys.stderr
+        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms{decode}{sampled}",
+        file=sys.stderr,
     )

@@ -97,14 +97,16 @@ class EngineModel(Model[DeviceCache]):
         Raises:
             CapaError: one does not fit.
         """
-        lengths: list[list[int]] = []
         for prompt, kept in zip(prompts, num_keep, strict=True):
             for picture in prompt.pictures:
                 self._visual.check(self._visual.sizes({"pixel_values": picture.patches}))
-            num_text = len(prompt.text_positions)
-            self._prefill.check({"sequence": len(prompt.input_ids), "text": num_text}, kept)
-            lengths.append([len(prompt.input_ids), *(count + num_text for count in kept)])
-        self._decode.check(_with_room(np.array(lengths).T, new_tokens).sizes)
+            self._prefill.check({"sequence": len(prompt.input_ids), "text": len(prompt.text_positions)}, kept)
+        self._decode.check(_with_room(_lengths(prompts, num_keep), new_tokens).sizes)
+
+    def room(self, prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]]) -> int:
+        """The longest answer that the engines have room for behind such prompts; one token where there is none."""
+        limits, sizes = self._decode.limits, _with_room(_lengths(prompts, num_keep), 1).sizes
+        return 1 + max(0, min(limits[name][1] - sizes[name] for name in sizes.keys() & limits if "past" in name))
 
     def load(self, prompt: Prompt) -> None:  # noqa: ARG002 - as above.
         _ = self._embedding
@@ -183,6 +185,15 @@ class EngineModel(Model[DeviceCache]):
 def _dimension(length: str, stage: int) -> str:
     """Name of a cache's length behind so many stages."""
     return f"{length}_kept_{stage - 1}" if stage else length
+
+
+def _lengths(prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]]) -> np.ndarray:
+    """[1 + S, B]: rows of each prompt before the first stage and behind each."""
+    rows = [
+        [len(prompt.input_ids), *(count + len(prompt.text_positions) for count in kept)]
+        for prompt, kept in zip(prompts, num_keep, strict=True)
+    ]
+    return np.array(rows).T
 
 
 def _with_room(lengths: np.ndarray, new_tokens: int) -> DeviceCache:

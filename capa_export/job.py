@@ -14,6 +14,7 @@ from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
+from capa_export.generation import eos_token_ids
 from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, say, silent
@@ -262,28 +263,6 @@ class Job:
 def alpha_digest(scales: Mapping[int, Any]) -> str:
     """Of the scale [D] of every layer that has one."""
     return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
-
-
-def eos_token_ids(folder: Path) -> list[int]:
-    """Tokens that end an answer: those of `generation_config.json`, or of `config.json` where that says nothing.
-
-    Raises:
-        CapaError: neither file names one, or one is malformed.
-    """
-    from capa_export.checkpoint import read_json
-
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        config = read_json(path) if path.is_file() else {}
-        text = config.get("text_config")
-        for section in (config, text if isinstance(text, dict) else {}):
-            given = section.get("eos_token_id")
-            ids = given if isinstance(given, list) else [] if given is None else [given]
-            if not all(isinstance(token, int) for token in ids):
-                raise CapaError(f"{path}: eos_token_id: must be a whole number or a list of them, not {given!r:.80}")
-            if ids:
-                return ids
-    raise CapaError(f"{folder}: no eos_token_id in generation_config.json or config.json; copy the published files")
 
 
 @cache

@@ -11,8 +11,9 @@ from capa_export.audit import audit
 from capa_export.bundle import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.errors import CapaError, ExitCode
+from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, eos_token_ids, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, tool_versions
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import GOLDEN, Wanted, validate
 from capa_export.progress import silent, tracked
@@ -40,8 +41,7 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
 
     if target.engine is not None:
         check_runtime(target)
-    job.check_layers()
-    job.check_pictures()
+    _check_wishes(job)
     if target.engine is not None:
         check_engines(job, target)
     if job.in_place:
@@ -188,6 +188,13 @@ def _exceeds_memory(job: Job) -> bool:
     return exceeds
 
 
+def _check_wishes(job: Job) -> None:
+    """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse."""
+    job.check_layers()
+    job.check_pictures()
+    read_generation(job.source.checkpoint.sidecars)
+
+
 def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
     """Put a calibration made elsewhere into a bundle."""
 
@@ -203,8 +210,7 @@ def export(job: Job) -> None:
     """Write the graphs and stream the weights into them."""
     from capa_export.export import check_tensors
 
-    job.check_layers()
-    job.check_pictures()
+    _check_wishes(job)
     check_tensors(job.source)
     scales = {}
     calibration = None

@@ -4,7 +4,7 @@ B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from capa_export.sliced import Graphs, SlicedSession, run_lanes, without_lazy_we
 from capa_export.tiled import attention_bytes, tile_attention
 from capa_export.widen import is_bfloat16, widen, widen_lazily
 
-__all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun", "greedy"]
+__all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun"]
 
 Cache = TypeVar("Cache")
 _PAST, _PRESENT, _KEPT = "past_key_values.", "present.", "kept_positions."
@@ -416,24 +416,3 @@ def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _past(result: Mapping[str, Any]) -> dict[str, Any]:
     return {_PAST + name.removeprefix(_PRESENT): value for name, value in result.items() if name.startswith(_PRESENT)}
-
-
-def greedy(
-    model: Model[Cache],
-    prompts: Sequence[Prompt],
-    runs: Sequence[PrefillRun[Cache]],
-    stop: Sequence[int],
-    limit: int,
-) -> Iterator[list[int | None]]:
-    """Up to `limit` tokens of each prompt, each the likeliest, until one of `stop`; None where an answer has ended."""
-    logits, cache = np.stack([run.logits for run in runs]), model.batch([run.cache for run in runs], limit)
-    ended = np.zeros(len(prompts), bool)
-    for count in range(limit):
-        tokens = logits.argmax(-1)
-        ended |= np.isin(tokens, stop)
-        if ended.all():
-            return
-        yield [None if over else int(token) for token, over in zip(tokens, ended, strict=True)]
-        if count + 1 < limit:
-            positions = [prompt.next_position + count for prompt in prompts]
-            logits, cache = model.append(cache, tokens[:, None].tolist(), positions)

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export import cuda
+from capa_export.bundle import Bundle
 from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source
 from capa_export.families import qwen25vl
@@ -54,6 +55,14 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture in which every patch is different."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def recorded(bundle: Bundle) -> None:
+    """Make the manifest say that the export is what was built."""
+    record = dict(bundle.stage("export"))
+    names = [*record.pop("files")]
+    record.pop("linked")
+    bundle.record("export", record.pop("key"), names, **record)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ What an engine computes needs a GPU and is not tested here: the stand-ins comput
 
 import ctypes
 import gc
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from cuda.bindings import driver as real
 from capa_export import engine_runtime
 from capa_export.answer import answer
 from capa_export.bundle import Bundle
+from capa_export.decoding import greedy
 from capa_export.engine_runtime import EngineModel
 from capa_export.errors import CapaError, ExitCode
 from capa_export.execution import require_engines
 from capa_export.export import Source, write_onnx
+from capa_export.generation import GenerationOptions
 from capa_export.prompt import Prompt, Prompter, Turn
-from capa_export.runtime import OnnxModel, greedy
-from tests.conftest import noise
+from capa_export.runtime import OnnxModel
+from tests.conftest import noise, recorded
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 
 LAYERS, HEADS, ROW = 5, 2, 16 * 2
@@ -314,13 +317,27 @@ def test_an_answer_comes_from_the_engines(
 ) -> None:
     told: list[str] = []
     asked = [[Turn("user", [noise(56, 84), "what ?"])]]
-    (result,) = answer(built, asked, max_new_tokens=3, stream=told.append, engine="rtx")
+    (result,) = answer(built, asked, options=GenerationOptions(max_new_tokens=3), stream=told.append, engine="rtx")
     assert (result["gpu"], result["new_tokens"], len(told)) == ("Fake", 3, 4)
     assert result["stages"] == [{"layer": PRUNE_LAYER, "where": f"after layer {PRUNE_LAYER}", "kept": 2, "visual": 6}]
     assert set(result["gpu_bytes"]) == {"weights", "plans", "contexts", "kv_cache"}
     monkeypatch.setattr(OnnxModel, "prefill", lambda *_: pytest.fail("ONNX Runtime ran"))
     with pytest.raises(CapaError, match="dimension past, not"):
-        answer(built, asked, max_new_tokens=900, engine="rtx")
+        answer(built, asked, options=GenerationOptions(max_new_tokens=900), engine="rtx")
+
+
+def test_an_answer_that_nobody_fixed_ends_with_the_engines(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    copy = Bundle(shutil.copytree(built.folder, tmp_path / "copy"))
+    config = copy.folder / "onnx/llm/generation_config.json"
+    config.write_text(json.dumps({"max_length": 4096, "eos_token_id": 10**6}), encoding="utf-8")
+    recorded(copy)
+    asked = [[Turn("user", [noise(56, 84), "what ?"])]]
+    (result,) = answer(copy, asked, engine="rtx")
+    assert result["new_tokens"] == result["generation"]["max_new_tokens"] == 600 - result["prompt_tokens"] + 1
+    with pytest.raises(CapaError, match="dimension past, not"):
+        answer(copy, asked, options=GenerationOptions(max_new_tokens=4000), engine="rtx")
 
 
 def test_a_changed_engine_is_noticed(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:

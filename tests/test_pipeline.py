@@ -25,7 +25,8 @@ from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
-from capa_export.job import Job, eos_token_ids
+from capa_export.generation import GenerationOptions, eos_token_ids
+from capa_export.job import Job
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
@@ -102,6 +103,16 @@ def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.C
     assert ran(capsys) == {"calibrate", "export", "validate"}
 
 
+def test_a_broken_generation_config_is_refused_before_anything_runs(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(job.checkpoint) / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": "hot"}')
+    for refused in (lambda: pipeline.build(job, load_target("onnx")), lambda: pipeline.export(job)):
+        with pytest.raises(CapaError, match=r"generation_config\.json: temperature: Input should be a valid number"):
+            refused()
+    assert ran(capsys) == set()
+
+
 def test_a_new_export_outdates_engines_and_parity(job: Job) -> None:
     pipeline.build(job, load_target("rtx"))
     assert set(job.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}
@@ -162,7 +173,11 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     job = again(job, precision="fp32", ffn=False)
     pipeline.calibrate(job)
     pipeline.export(job)
-    [result] = answer(job.bundle, conversations("what color is the star ?", [pictures / "1.png"]), max_new_tokens=8)
+    [result] = answer(
+        job.bundle,
+        conversations("what color is the star ?", [pictures / "1.png"]),
+        options=GenerationOptions(max_new_tokens=8),
+    )
     prompt = prompter("what color is the star ?", [noise(140, 196, 1)])
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
     eager = Eager(model)
@@ -175,17 +190,6 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     assert len(tokens) > 2
     assert result["answer"] == prompter.decode(tokens)
     assert result["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 35}]
-
-
-def test_the_end_of_an_answer_is_found_or_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
-    assert eos_token_ids(tmp_path) == [7]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    assert eos_token_ids(tmp_path) == [1, 2]
-    for path in tmp_path.iterdir():
-        path.write_text("{}")
-    with pytest.raises(CapaError, match="no eos_token_id"):
-        eos_token_ids(tmp_path)
 
 
 def test_the_digests_that_are_taken_meanwhile_are_those_of_the_files(job: Job) -> None:

@@ -35,9 +35,10 @@ def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:
     """Greedily, through the bundle's graphs."""
     from PIL import Image
 
-    from capa_export.job import eos_token_ids
+    from capa_export.decoding import greedy
+    from capa_export.generation import eos_token_ids
     from capa_export.prompt import Prompter
-    from capa_export.runtime import OnnxModel, greedy
+    from capa_export.runtime import OnnxModel
 
     recipe, source = opened(checkpoint)
     prompter = Prompter(checkpoint, checkpoint, source.family, source.dims)

@@ -8,15 +8,17 @@ from pathlib import Path
 from capa_export.answer import runtime_errors
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
+from capa_export.decoding import greedy
 from capa_export.evaluate.answers import Answer, Ask, asking, longest
 from capa_export.evaluate.questions import Question
-from capa_export.job import ONNX, eos_token_ids
+from capa_export.generation import eos_token_ids
+from capa_export.job import ONNX
 from capa_export.methods import Method
 from capa_export.parity.statistics import kl_divergence
 from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt
 from capa_export.recipe import recipe_of
-from capa_export.runtime import OnnxModel, greedy
+from capa_export.runtime import OnnxModel
 
 __all__ = ["BundleAnswers"]
 

@@ -14,7 +14,8 @@ from capa_export.calibration import Calibration
 from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.evaluate.answers import DENSE, Answer, Ask, asking, longest
 from capa_export.evaluate.questions import Question
-from capa_export.job import Job, eos_token_ids
+from capa_export.generation import eos_token_ids
+from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.parity.statistics import kl_divergence
 from capa_export.prompt import Prompt

@@ -13,7 +13,7 @@ from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.errors import ExitCode
 from capa_export.families import qwen25vl
 from tests.cli.conftest import Cli, preflight
-from tests.conftest import noise
+from tests.conftest import noise, recorded
 
 
 def test_run_answers_from_the_bundle_alone(cli: Cli, spare: Path, pictures: Path) -> None:
@@ -152,3 +152,63 @@ def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: py
     assert json.loads(cli(*ask)[1])["new_tokens"] == 3
     del limits[0]
     preflight(cli, f"more than the {limits[0]} of this decoder's context; use fewer or smaller pictures", *ask)
+
+
+def configured(bundle: Path, **settings: Any) -> Path:
+    """The bundle of a checkpoint whose generation config says this too."""
+    path = bundle / "onnx" / "llm" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}), encoding="utf-8")
+    recorded(Bundle.open(bundle))
+    return bundle
+
+
+def test_an_answer_is_generated_as_the_checkpoint_asks(cli: Cli, spare: Path, pictures: Path) -> None:
+    ask = ("--prompt", "what color is the star ?", "--image", pictures / "1.png")
+    plain = json.loads(cli("run", spare, *ask, "--json", "--max-new-tokens", 9)[1])
+    stop = plain["generation"].pop("eos_token_id")
+    assert plain["generation"] == {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 9}
+    configured(spare, do_sample=True, temperature=1.7, top_p=0.95, max_new_tokens=9, num_beams=3, use_cache=True)
+    code, out, err = cli("run", spare, *ask, "--json")
+    sampled = json.loads(out)
+    assert code == 0 and err.count("\n") == 1
+    assert err.endswith("generation_config.json: not supported, and without effect: num_beams 3\n")
+    seed = sampled["generation"]["seed"]
+    assert sampled["generation"] == {
+        "do_sample": True,
+        "temperature": 1.7,
+        "top_p": 0.95,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+        "seed": seed,
+        "max_new_tokens": 9,
+        "eos_token_id": stop,
+    }
+    code, out, err = cli("run", spare, *ask, "--seed", seed)
+    assert out.strip() == sampled["answer"] and err.endswith(f"; sampled with --seed {seed}\n")
+    assert len({cli("run", spare, *ask, "--seed", other)[1] for other in range(4)}) > 1
+    assert json.loads(cli("run", spare, *ask, "--greedy", "--json")[1])["answer"] == plain["answer"]
+    penalized = json.loads(cli("run", spare, *ask, "--greedy", "--repetition-penalty", 3, "--json")[1])
+    assert penalized["answer"] != plain["answer"] and penalized["generation"]["repetition_penalty"] == 3
+
+
+def test_options_of_generation_contradict_nothing(cli: Cli, bundle: Path) -> None:
+    ask = ("run", bundle, "--prompt", "x")
+    for options, message in (
+        (("--greedy", "--temperature", 0.5), "--greedy takes the likeliest token, where --temperature has no effect"),
+        (("--temperature", 0), "--temperature must be above 0, not 0.0"),
+        (("--top-p", 1.1), "--top-p must be above 0 and at most 1, not 1.1"),
+        (("--seed", 1), "--seed has no effect where the likeliest token is taken"),
+        (("--max-new-tokens", 0), "--max-new-tokens must be 1 or more, not 0"),
+    ):
+        code, out, err = cli(*ask, *options)
+        assert (code, out) == (ExitCode.USAGE, "") and message in err and err.count("\n") == 1
+
+
+def test_a_broken_generation_config_is_one_line(cli: Cli, spare: Path) -> None:
+    ask = ("run", configured(spare, temperature="hot"), "--prompt", "x")
+    preflight(cli, "generation_config.json: temperature: Input should be a valid number", *ask)
+    configured(spare, temperature=float("nan"))
+    preflight(cli, "generation_config.json: temperature: Input should be a finite number", *ask)
+    configured(spare, temperature=0, do_sample=True)
+    preflight(cli, "temperature must be above 0, not 0.0; --temperature goes in its place", *ask)
+    assert cli(*ask, "--temperature", 1, "--max-new-tokens", 1)[0] == 0

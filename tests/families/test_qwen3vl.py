@@ -23,6 +23,7 @@ from capa_export.eager import Eager, EagerPlan
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, write_onnx
 from capa_export.families import qwen3vl
+from capa_export.generation import GenerationOptions
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job
@@ -394,7 +395,11 @@ def test_a_bundle_is_built_with_its_engines_and_answers(
     report = pipeline.build(job, load_target("rtx"))
     assert report.passed, report.failures
     assert set(job.bundle.stage("engine/rtx")["result"]["engines"]) == {"visual/visual", "llm/prefill", "llm/decode"}
-    [said] = answer(job.bundle, conversations("what color is the star ?", [pictures / "1.png"]), max_new_tokens=3)
+    [said] = answer(
+        job.bundle,
+        conversations("what color is the star ?", [pictures / "1.png"]),
+        options=GenerationOptions(max_new_tokens=3),
+    )
     assert said["stages"] == [{"layer": 1, "where": "after layer 1", "kept": 4, "visual": 15}]
 
 

@@ -19,11 +19,13 @@ from capa_export.calibration import Calibration, LayerSums
 from capa_export.checkpoint import fetch_config, open_checkpoint, open_tensors
 from capa_export.confined import references
 from capa_export.conversation import read_messages
+from capa_export.decoding import TokenChooser
 from capa_export.families import load_family, qwen25vl
 from capa_export.families.qwen25vl.video import _settings, _size
 from capa_export.gates import with_gates
+from capa_export.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.in_place import embedding_of
-from capa_export.job import Job, eos_token_ids
+from capa_export.job import Job
 from capa_export.manifest import written
 from capa_export.parity.schema import read_parity
 from capa_export.progress import silent
@@ -93,6 +95,14 @@ def _prompt(path: Path) -> None:
     Prompter(path.parent, path.parent, qwen25vl, dims)
 
 
+def _generation(path: Path) -> None:
+    """And a token that is chosen so."""
+    generation = read_generation(path.parent).with_options(GenerationOptions())
+    chooser = TokenChooser(generation, [1, 9, 1], [2], np.random.default_rng(0))
+    for _ in range(3):
+        chooser(np.array([1, -2, 0.5, 3, 0, 2, 4, -1], np.float32))
+
+
 def _video(path: Path) -> None:
     _size(_settings(path.parent), 8, 28, 2)
 
@@ -144,6 +154,20 @@ _SAMPLES = load_recipe("tiny-qwen25vl")
 _TINY = Path(_SAMPLES.checkpoint)
 _SIDECARS = {path.name: path.read_bytes() for path in _TINY.iterdir() if path.suffix in (".json", ".jinja")}
 _MESSAGES = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what ?"}]}]
+_GENERATION = {
+    "do_sample": True,
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.05,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[3], [1, 2]],
+    "suppress_tokens": [0],
+    "min_length": 4,
+    "min_new_tokens": 1,
+    "num_beams": 1,
+}
 _STAGE = {
     "key": "key",
     "files": {"x": sha256(b"x").hexdigest()},
@@ -196,6 +220,7 @@ READERS: Mapping[str, Reader] = {
     "eos": Reader(
         "generation_config.json", lambda path: eos_token_ids(path.parent), _json({"eos_token_id": [1, 2]}), "json"
     ),
+    "generation": Reader("generation_config.json", _generation, _json(_GENERATION), "json"),
     "messages": Reader("m.json", read_messages, _json(_MESSAGES), "json", {"a.png": _picture()}),
     "samples": Reader(
         "s.jsonl",

@@ -15,7 +15,7 @@ from capa_export.checkpoint import open_checkpoint
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source
 from capa_export.families import qwen25vl
-from capa_export.job import eos_token_ids
+from capa_export.generation import eos_token_ids
 from capa_export.parity.method import method_effect
 from capa_export.parity.report import Example
 from capa_export.parity.schema import Method, MethodError

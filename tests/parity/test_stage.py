@@ -19,7 +19,7 @@ from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.stage import GOLDEN, Wanted
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
-from tests.conftest import noise
+from tests.conftest import noise, recorded
 from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder
 
@@ -68,14 +68,6 @@ def plant(bundle: Bundle, file: str, change: Callable[[ir.Model], None]) -> None
     change(model)
     ir.save(model, path)
     recorded(bundle)
-
-
-def recorded(bundle: Bundle) -> None:
-    """Make the manifest say that the export is what was built."""
-    record = dict(bundle.stage("export"))
-    names = [*record.pop("files")]
-    record.pop("linked")
-    bundle.record("export", record.pop("key"), names, **record)
 
 
 def epsilon(model: ir.Model) -> None:
@@ -182,20 +174,27 @@ def test_a_golden_sample_that_was_changed_is_refused(bundle: Bundle) -> None:
 def test_what_leaves_fp16_is_computed_in_fp32_where_that_is_asked(
     checkpoint: Path, pictures: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """What the recipe or the command line has in FP32 is in FP32 in graph and reference alike."""
+    """What the recipe or the command line has in FP32 is in FP32 in graph and reference alike.
+
+    The whole decoder is, for which the tower's rounding is then all that is left. Behind a part of it, the rest rounds
+    other numbers than it did before: that may come out larger, on whatever processor.
+    """
+    decoder = ("residual", *map(str, range(5)))
     recipe = Job.of_bundle(
         bundle, checkpoint=None, revision=None, images=pictures, report=lambda *_: None
-    ).recipe.with_options(fp32_layers=["1.mlp", "residual"])
+    ).recipe.with_options(fp32_layers=decoder)
     job = Job(recipe=recipe, bundle=Bundle(tmp_path / "wide"), checkpoint=str(checkpoint), images=pictures)
     parity = pipeline.build(job, load_target("onnx"))
-    assert parity.passed and parity.fp32_layers == ("1.mlp", "residual")
+    assert parity.passed and set(parity.fp32_layers) == set(decoder)
     plain = read_parity(bundle.folder / "parity.json")
 
-    def noise_of(report: ParityReport) -> np.ndarray:
-        (row,) = (row for row in report.export_error if row.reference == "eager CAPA fp16")
-        return np.array([layer.noise for layer in row.layers])
+    def of_layers(report: ParityReport, reference: str, figure: str) -> np.ndarray:
+        (row,) = (row for row in report.export_error if (row.artefact, row.reference) == ("fp16 ONNX", reference))
+        return np.array([getattr(layer, figure) for layer in row.layers])
 
-    assert (noise_of(parity) < noise_of(plain)).all()
+    # The first is the reference's own, the second the graph's.
+    for figure in (("eager CAPA fp16", "noise"), ("eager CAPA fp32", "relative_error")):
+        assert (of_layers(parity, *figure) < of_layers(plain, *figure)).all()
 
 
 @pytest.fixture(scope="module")
