@@ -36,13 +36,21 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
-    from capa_export.build_engines import build_engines, check_engines, check_runtime
+    from capa_export.build_engines import check_engines, check_runtime
 
     if target.engine is not None:
         check_runtime(target)
     job.check_layers()
     if target.engine is not None:
         check_engines(job, target)
+    with job.bundle.claimed():
+        return _build(job, target, wanted, auto_fp32=auto_fp32)
+
+
+def _build(job: Job, target: Target, wanted: Wanted | None, *, auto_fp32: bool) -> ParityReport:
+    """The stages of a build that nothing stands in the way of."""
+    from capa_export.build_engines import build_engines
+
     if job.in_place:
         with job.bundle.replacing() as scratch:
             Shards(job.source.checkpoint, job.precision).try_to_link(scratch)
