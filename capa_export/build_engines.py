@@ -11,7 +11,7 @@ from capa_export.bundled import bundled_dims
 from capa_export.confined import confined
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.job import ONNX, Job, run_stage, say, tool_versions
 from capa_export.plugins.choice import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.progress import Report
@@ -29,7 +29,7 @@ def check_runtime(target: Target) -> None:
     runtime = engine.runtime
     if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
         raise CapaError(
-            f"target {target.name} needs {runtime}, which is not installed: pip install capa-export[rtx], "
+            f"target {target.name} needs {runtime}, which is not installed: {how_to_install('rtx')}, "
             "or build with --target onnx",
             ExitCode.ENGINE,
         )

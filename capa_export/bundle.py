@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -91,10 +92,16 @@ class Bundle:
         """
         stages = self.manifest["stages"]
         if name not in stages:
-            raise CapaError(
-                f"{self.folder}: stage {name!r} has not run; `capa-export build --out {self.folder}` runs it"
-            )
+            raise CapaError(f"{self.folder}: stage {name!r} has not run; `{self._command(name)}` runs it")
         return stages[name]
+
+    def _command(self, name: str) -> str:
+        """What runs a stage."""
+        stage, _, target = name.partition("/")
+        folder = shlex.quote(str(self.folder))
+        if stage == "engine":
+            return f"capa-export engine {folder} --target {shlex.quote(target)}"
+        return f"capa-export validate {folder}" if stage == "validate" else f"capa-export build -m MODEL -o {folder}"
 
     def digest(self, name: str) -> str:
         """Of all that a finished stage wrote or linked to."""

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from capa_export.build_engines import GRAPHS
 from capa_export.bundle import Bundle
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, how_to_install
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.lower import NATIVE
@@ -75,7 +75,7 @@ def _tools(target: Target) -> Iterator[Finding]:
     try:
         have = version(engine.runtime)
     except PackageNotFoundError:
-        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", "pip install capa-export[rtx]")
+        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
         return
     fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
     yield Finding(
@@ -95,7 +95,7 @@ def _kernels(target: Target) -> Iterator[Finding]:
     if target.engine is None:
         return
     if find_spec("triton") is None:
-        yield Finding("kernels", "note", "triton is not installed: no plugins", "pip install capa-export[rtx]")
+        yield Finding("kernels", "note", "triton is not installed: no plugins", how_to_install("rtx"))
     else:
         from capa_export.kernels.compile import COMPUTE_CAPABILITIES
 

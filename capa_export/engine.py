@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.external_weights import MIN_WEIGHT_BYTES
 from capa_export.plugins.alias import ensure_parser_library
 from capa_export.plugins.choice import NO_PLUGINS, Plugins
@@ -44,7 +44,7 @@ _POLL_SECONDS = 0.2
 _ITEM_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Bool": 1, "UInt8": 1, "Int8": 1, "FP8": 1}
 
 _INSTALL = {
-    "tensorrt_rtx": "pip install capa-export[rtx]",
+    "tensorrt_rtx": how_to_install("rtx"),
     "tensorrt": "it comes with JetPack, as python3-libnvinfer, or with pip install tensorrt",
 }
 

@@ -187,7 +187,7 @@ def test_a_target_without_its_builder_is_refused_first(
 ) -> None:
     monkeypatch.setattr("capa_export.build_engines.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
-    assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()
+    assert code == ExitCode.ENGINE and 'pip install ".[rtx]" in a checkout' in err and not (tmp_path / "out").exists()
 
 
 def test_no_engine_to_build_is_a_usage_error(cli: Cli, spare: Path) -> None:
