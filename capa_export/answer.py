@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from capa_export.bundle import Bundle
-from capa_export.bundled import bundled_prompter
+from capa_export.bundled import bundled_prompter, require_memory
 from capa_export.errors import CapaError
 from capa_export.job import ONNX, eos_token_ids
 from capa_export.prompt import Prompt, Prompter, Turn
@@ -51,6 +51,8 @@ def answer(
 
         # Before anything that takes time.
         built = require_engines(bundle, engine)
+    else:
+        require_memory(bundle)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -125,7 +125,9 @@ def evaluate(
             )
             subject = eager_subject(job, methods, max_new_tokens)
         else:
-            subject = bundle_subject(opened, methods, max_new_tokens, trust_remote_code=trust_remote_code)
+            subject = bundle_subject(
+                opened, methods, max_new_tokens, workers=spread, trust_remote_code=trust_remote_code
+            )
         found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
     if as_json:
         print(found.model_dump_json(indent=2))

@@ -92,6 +92,8 @@ class EngineReport:
     weight_copies: tuple[str, ...]
     """Layers that copy, cast or transpose a whole weight each time the engine runs; none is how it should be."""
     num_external_weights: int
+    activation_bytes: int | None
+    """What its execution context takes at the largest shapes; None where the runtime does not say."""
     warnings: tuple[str, ...]
     log: Path
     layers: Path
@@ -184,11 +186,17 @@ def build_engine(
         num_custom_layers=types["custom_layer"],
         weight_copies=tuple(layer.name for layer in weight_copies(layers, names)),
         num_external_weights=len(names),
+        activation_bytes=_activation_bytes(log),
         warnings=tuple(dict.fromkeys(warning for warning in result["warnings"] if not _NO_NEWS.search(warning))),
         log=log,
         layers=layers_path,
         weights=weights_path if weights == "external" else None,
     )
+
+
+def _activation_bytes(log: Path) -> int | None:
+    said = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
+    return int(said[-1]) if said else None
 
 
 def input_shapes(

@@ -12,7 +12,7 @@ from capa_export.bundle import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, eos_token_ids, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, eos_token_ids, run_stage, say, say_weights, tool_versions
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import GOLDEN, Wanted, validate
 from capa_export.progress import silent, tracked
@@ -43,8 +43,34 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
     job.check_layers()
     if target.engine is not None:
         check_engines(job, target)
+    _check_room(job, target)
     with job.bundle.claimed():
         return _build(job, target, wanted, auto_fp32=auto_fp32)
+
+
+def _check_room(job: Job, target: Target) -> None:
+    """Refuse, before anything is run, what this machine, the device or the disk has no room for.
+
+    Settles where the engines' weights go.
+    """
+    from capa_export.dry_run import room
+
+    plan = room(
+        job.recipe,
+        job.source.dims,
+        job.precision,
+        job.bundle.folder,
+        target=target,
+        weights=job.weights,
+        in_place=job.in_place,
+        memory=job.memory,
+        calibrated=job.calibration is not None or job.layer_by_layer is False,
+    )
+    if plan["refusals"]:
+        raise CapaError(plan["refusals"][0])
+    if plan["weights"] is not None:
+        say_weights(job.weights, plan["weights"], plan["weights_because"])
+        job.weights = plan["weights"]
 
 
 def _build(job: Job, target: Target, wanted: Wanted | None, *, auto_fp32: bool) -> ParityReport:

@@ -36,6 +36,6 @@ def test_a_budget(text: str, budget: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "half", "0", "-1", "100%", "250%", "0%", "inf", "nan", "%"])
 def test_no_budget(text: str) -> None:
-    with pytest.raises(CapaError, match="must be a fraction of dense, as 0.25 or 25%, or FLOPs") as raised:
+    with pytest.raises(CapaError, match=r"must be a fraction of dense, as 0\.25 or 25%, or FLOPs") as raised:
         parse_budget(text)
     assert raised.value.code == ExitCode.USAGE
