@@ -82,10 +82,12 @@ def build_engines(
     bundle.verify("export", weights=False)
     precision, dims = bundle.stage("export")["result"]["precision"], bundled_dims(bundle)
     where, reason = choose_weights(dims, precision, weights, target)
-    say_weights(weights, where, reason)
     if engine.built == "on-device":
-        return _write_kit(bundle, target, where, plugins, report)
-    return _build_here(bundle, target, where, plugins, plugin_library, report)
+        result = _write_kit(bundle, target, where, plugins, report)
+    else:
+        result = _build_here(bundle, target, where, plugins, plugin_library, report)
+    say_weights(weights, where, reason)
+    return result
 
 
 def _build_here(

@@ -144,6 +144,7 @@ class Bundle:
         kept = {other: record for other, record in stages.items() if other not in old}
         outdated = [confined(self.folder, file) for other in old for file in _files(stages[other])]
         self.update(stages={**kept, name: {"key": key, **entries, "files": digests, "linked": links}})
+        _remove(self._unfinished(name))
         for path in outdated:
             path.unlink(missing_ok=True)
             for parent in path.relative_to(self.folder).parents[:-1]:
@@ -272,6 +273,29 @@ class Bundle:
                 f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
                 ExitCode.USAGE,
             )
+
+    @contextmanager
+    def unfinished(self, name: str, key: object) -> Generator[Path]:
+        """A folder for work on a stage that outlives an interruption, until the stage is recorded or refused.
+
+        Args:
+            name: of the stage.
+            key: of the work; what was begun with another one is dropped.
+        """
+        folder, digest = self._unfinished(name), digest_of(key)
+        if not (folder / digest).is_file():
+            _remove(folder)
+            folder.mkdir(parents=True)
+            (folder / digest).touch()
+        try:
+            yield folder
+        except CapaError as error:
+            if error.code == ExitCode.PREFLIGHT:
+                _remove(folder)
+            raise
+
+    def _unfinished(self, name: str) -> Path:
+        return self.folder / f".{name.replace('/', '-')}{_PARTIAL}"
 
     def files_under(self, *outputs: str) -> list[str]:
         """Relative names of all files at or below the given outputs."""

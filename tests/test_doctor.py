@@ -109,7 +109,7 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_too_small_for_the_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PICTURES", {})
-    small = load_target("rtx").model_copy(update={"memory_gb": (1e-6,)})
+    small = load_target("rtx").model_copy(update={"devices": {"Toy": 1e-6}})
     memory = found(examine(small, bundle), "run memory")
     assert memory.verdict == "problem"
     assert "a smaller model" in memory.remedy
