@@ -46,9 +46,10 @@ def doctor(
     from capa_export.tables import doctor_table
     from capa_export.target import load_target
 
-    if memory is not None and bundle is None:
-        raise CapaError("--memory: give a bundle to hold against it", ExitCode.USAGE)
-    found = examine(load_target(target), None if bundle is None else Bundle.open(bundle), memory)
+    device = load_target(target)
+    if memory is not None and (bundle is None or device.engine is None):
+        raise CapaError("--memory: give a bundle, and a target with engines, to hold against it", ExitCode.USAGE)
+    found = examine(device, None if bundle is None else Bundle.open(bundle), memory)
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:

@@ -139,3 +139,15 @@ def test_a_problem_is_exit_code_3(
     output = capsys.readouterr()
     assert output.out.splitlines() == ["problem  build memory: too little", "         buy more"]
     assert output.err == "error: build memory: too little\n"
+
+
+def test_a_device_is_held_against_the_bundle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_PICTURES", {})
+    memory = found(examine(load_target("rtx"), bundle, 500_000_000), "run memory")
+    assert (memory.verdict, memory.detail[-16:]) == ("problem", "0.5 GB are given")
+    assert found(examine(load_target("rtx"), bundle, 8_000_000_000), "run memory").verdict == "ok"
+    for options in (["--memory", "8GB"], [str(bundle.folder), "-t", "onnx", "--memory", "8GB"]):
+        assert main(["doctor", *options]) == 2
+        assert "--memory: give a bundle, and a target with engines" in capsys.readouterr().err
