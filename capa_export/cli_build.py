@@ -114,6 +114,7 @@ def build(
             weights=wish,
             in_place=weights == BuildWeights.in_place,
             memory=memory,
+            layer_by_layer=layer_by_layer,
             as_json=as_json,
         )
         return

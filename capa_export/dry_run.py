@@ -131,6 +131,7 @@ def room(
     in_place: bool = False,
     memory: int | None = None,
     calibrated: bool = False,
+    layer_by_layer: bool | None = None,
 ) -> dict[str, Any]:
     """Sizes of files, memory here and on the device, and why a build would be refused.
 
@@ -143,7 +144,8 @@ def room(
         weights: where its engines find theirs.
         in_place: whether the ONNX files read the checkpoint's own shards.
         memory: bytes that the device has, where one of the target's is meant.
-        calibrated: whether no calibration is to be run, or one that takes what it takes.
+        calibrated: whether no calibration is to be run.
+        layer_by_layer: how calibration and validation hold the model; False whatever it takes.
 
     Raises:
         CapaError: the target lacks a limit that the model's graphs need.
@@ -162,7 +164,10 @@ def room(
         "weights_because": reason,
         "device": None if target is None else _device(dims, precision, where, target, cache, memory),
     }
-    refusals = [] if target is None else _refusals(plan, dims, precision, target, out, calibrated=calibrated)
+    refusals: list[str] = []
+    if target is not None:
+        done = {**_finished(out), **({"calibrate": True} if calibrated else {})}
+        refusals = _refusals(plan, dims, precision, target, out, done, layer_by_layer=layer_by_layer)
     return {**plan, "refusals": refusals}
 
 
@@ -222,11 +227,11 @@ def _refusals(
     precision: str,
     target: Target,
     out: Path | None,
+    done: Mapping[str, Any],
     *,
-    calibrated: bool,
+    layer_by_layer: bool | None,
 ) -> list[str]:
     """Why a build would be refused: for want of memory here or on the device, or of disk."""
-    done = _finished(out)
     memory, available = plan["memory"], plan["memory_available"]
     refusals: list[str] = []
     device = plan["device"]
@@ -240,9 +245,9 @@ def _refusals(
         "validate": "build on a larger machine; `calibrate`, `export` and `engine`, each by itself, take less",
     }
     for stage, remedy in remedies.items():
-        needed = min(memory[stage], memory[f"{stage} layer by layer"])
-        skipped = stage in done or (stage == "calibrate" and calibrated)
-        if needed > available and not skipped:
+        by_layer = memory[f"{stage} layer by layer"]
+        needed = by_layer if layer_by_layer else min(memory[stage], by_layer)
+        if needed > available and stage not in done and layer_by_layer is not False:
             refusals.append(
                 f"{stage} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; {remedy}"
             )

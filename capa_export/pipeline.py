@@ -64,7 +64,8 @@ def _check_room(job: Job, target: Target) -> None:
         weights=job.weights,
         in_place=job.in_place,
         memory=job.memory,
-        calibrated=job.calibration is not None or job.layer_by_layer is False,
+        calibrated=job.calibration is not None,
+        layer_by_layer=job.layer_by_layer,
     )
     if plan["refusals"]:
         raise CapaError(plan["refusals"][0])
