@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.bundle import Bundle
-from capa_export.bundled import bundled_prompter
+from capa_export.bundled import bundled_prompter, require_memory
 from capa_export.decoding import TokenChooser, generate
 from capa_export.errors import CapaError
 from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
@@ -60,6 +60,8 @@ def answer(
 
         # Before anything that takes time.
         built = require_engines(bundle, engine)
+    else:
+        require_memory(bundle)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -23,7 +23,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
 from capa_export.whole import replacing
 
-__all__ = ["Written", "bind", "bind_lazily", "check_disk", "tied", "unused_tensors", "write_embedding"]
+__all__ = ["Written", "bind", "bind_lazily", "check_disk", "free_bytes", "tied", "unused_tensors", "write_embedding"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -368,14 +368,15 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     Raises:
         CapaError: the file system has less than that.
     """
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise CapaError(
             f"{folder}: {needed_bytes} bytes are needed, {free} are free; free some, or choose another --out"
         )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Free on the file system where a folder is, or will be."""
     places = (folder.absolute(), *folder.absolute().parents)
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 
@@ -387,7 +388,7 @@ def _disk_guard(path: Path, needed: int) -> Generator[None, None, None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CapaError(
-                f"{path}: the disk filled up: {needed} bytes are needed, {_free_bytes(path.parent)} are free; "
+                f"{path}: the disk filled up: {needed} bytes are needed, {free_bytes(path.parent)} are free; "
                 "free some, or choose another --out",
                 ExitCode.EXPORT,
             ) from error

@@ -4,15 +4,16 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from capa_export.bundle import Bundle, file_digest
 from capa_export.bundled import bundled_dims
 from capa_export.confined import confined
+from capa_export.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
-from capa_export.errors import CapaError, ExitCode
-from capa_export.job import ONNX, Job, run_stage, say, tool_versions
+from capa_export.errors import CapaError, ExitCode, how_to_install
+from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
 from capa_export.plugins.choice import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.progress import Report
 from capa_export.target import Target
@@ -29,7 +30,7 @@ def check_runtime(target: Target) -> None:
     runtime = engine.runtime
     if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
         raise CapaError(
-            f"target {target.name} needs {runtime}, which is not installed: pip install capa-export[rtx], "
+            f"target {target.name} needs {runtime}, which is not installed: {how_to_install('rtx')}, "
             "or build with --target onnx",
             ExitCode.ENGINE,
         )
@@ -39,7 +40,7 @@ def check_engines(job: Job, target: Target) -> None:
     """Refuse, before anything is run, engines that could not be built.
 
     Raises:
-        CapaError: their plugins cannot be had, or their building takes more memory than there is.
+        CapaError: their plugins cannot be had.
     """
     decoder = job.source.dims.decoder
     _refuse_library(target, job.plugin_library)
@@ -47,8 +48,6 @@ def check_engines(job: Job, target: Target) -> None:
         choose_device_plugins(job.plugins, job.precision, decoder)
         return
     choose_plugins(job.plugins, job.precision, decoder, job.plugin_library)
-    if not _has_engines(job.bundle, target, job.weights):
-        check_engine_memory(job.source.dims, job.precision, job.weights)
 
 
 def _refuse_library(target: Target, library: Path | None) -> None:
@@ -72,18 +71,34 @@ def build_engines(
     bundle: Bundle,
     target: Target,
     *,
-    weights: Literal["embedded", "external"],
+    weights: WeightsWish = "auto",
     report: Report,
     plugins: PluginWish = "auto",
     plugin_library: Path | None = None,
 ) -> dict[str, Any]:
     """Build the vision, prefill and decode engines of a bundle for a target, or what builds them on the device."""
     _refuse_library(target, plugin_library)
-    if target.require_engine().built == "on-device":
-        return _write_kit(bundle, target, weights, plugins, report)
+    engine = target.require_engine()
     bundle.verify("export", weights=False)
-    export = bundle.stage("export")
-    precision = export["result"]["precision"]
+    precision, dims = bundle.stage("export")["result"]["precision"], bundled_dims(bundle)
+    where, reason = choose_weights(dims, precision, weights, target)
+    if engine.built == "on-device":
+        result = _write_kit(bundle, target, where, plugins, report)
+    else:
+        result = _build_here(bundle, target, where, plugins, plugin_library, report)
+    say_weights(weights, where, reason)
+    return result
+
+
+def _build_here(
+    bundle: Bundle,
+    target: Target,
+    weights: Weights,
+    plugins: PluginWish,
+    plugin_library: Path | None,
+    report: Report,
+) -> dict[str, Any]:
+    precision = bundle.stage("export")["result"]["precision"]
     target.require_precision(precision)
     chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder, plugin_library)
     if not _has_engines(bundle, target, weights):
@@ -109,9 +124,7 @@ def build_engines(
     return result
 
 
-def _write_kit(
-    bundle: Bundle, target: Target, weights: Literal["embedded", "external"], plugins: PluginWish, report: Report
-) -> dict[str, Any]:
+def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report) -> dict[str, Any]:
     from capa_export.kit import write_kit
 
     bundle.verify("export")
@@ -133,7 +146,7 @@ def _build(
     folder: Path,
     onnx: str,
     name: str,
-    weights: Literal["embedded", "external"],
+    weights: Weights,
     plugins: Plugins,
 ) -> EngineReport:
     values = target.require_engine().values
@@ -181,6 +194,7 @@ def _entry(onnx: str, built: EngineReport) -> Mapping[str, Any]:
         "layers_by_type": built.num_layers_by_type,
         "custom_layers": built.num_custom_layers,
         "weight_copies": len(built.weight_copies),
+        "activation_bytes": built.activation_bytes,
         "runtime": built.runtime_version,
         "warnings": list(built.warnings),
     }
@@ -192,7 +206,7 @@ def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
     return record is not None and record["result"]["weights"] == weights
 
 
-def _check_room(bundle: Bundle, weights: Literal["embedded", "external"]) -> None:
+def _check_room(bundle: Bundle, weights: Weights) -> None:
     """Refuse engines that memory or disk has no room for."""
     dims = bundled_dims(bundle)
     precision = bundle.stage("export")["result"]["precision"]

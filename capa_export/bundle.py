@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 from capa_export.confined import confined, references
 from capa_export.errors import CapaError, ExitCode
 from capa_export.fingerprint import fingerprint
+from capa_export.lock import locked
 from capa_export.manifest import VERSION, digest_of, parsed, written
 
 __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
@@ -90,10 +92,16 @@ class Bundle:
         """
         stages = self.manifest["stages"]
         if name not in stages:
-            raise CapaError(
-                f"{self.folder}: stage {name!r} has not run; `capa-export build --out {self.folder}` runs it"
-            )
+            raise CapaError(f"{self.folder}: stage {name!r} has not run; `{self._command(name)}` runs it")
         return stages[name]
+
+    def _command(self, name: str) -> str:
+        """What runs a stage."""
+        stage, _, target = name.partition("/")
+        folder = shlex.quote(str(self.folder))
+        if stage == "engine":
+            return f"capa-export engine {folder} --target {shlex.quote(target)}"
+        return f"capa-export validate {folder}" if stage == "validate" else f"capa-export build -m MODEL -o {folder}"
 
     def digest(self, name: str) -> str:
         """Of all that a finished stage wrote or linked to."""
@@ -136,6 +144,7 @@ class Bundle:
         kept = {other: record for other, record in stages.items() if other not in old}
         outdated = [confined(self.folder, file) for other in old for file in _files(stages[other])]
         self.update(stages={**kept, name: {"key": key, **entries, "files": digests, "linked": links}})
+        _remove(self._unfinished(name))
         for path in outdated:
             path.unlink(missing_ok=True)
             for parent in path.relative_to(self.folder).parents[:-1]:
@@ -216,41 +225,77 @@ class Bundle:
         scratch = self.folder / _PARTIAL
         for output in outputs:
             confined(self.folder, output)
-        self._claim(scratch)
+        with self.claimed():
+            try:
+                _remove(scratch)
+                scratch.mkdir()
+                yield scratch
+                for output in outputs:
+                    _put(scratch / output, confined(self.folder, output))
+            except OSError as error:
+                if error.errno not in _DISK_ERRORS:
+                    raise
+                raise CapaError(
+                    f"{self.folder}: {error.strerror}; free some space and run the same command again", ExitCode.EXPORT
+                ) from error
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def claimed(self) -> Generator[None]:
+        """Keep other processes from writing into the folder until the block ends; blocks may be nested.
+
+        Raises:
+            CapaError: the folder is somebody's own, or cannot be written, or another process is at work in it.
+        """
+        self._refuse_foreign()
         try:
-            yield scratch
-            for output in outputs:
-                _put(scratch / output, confined(self.folder, output))
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            raise CapaError(
-                f"{self.folder}: {error.strerror}; free some space and run the same command again", ExitCode.EXPORT
-            ) from error
+            raise CapaError(f"{self.folder}: {error.strerror}; choose a folder that can be written") from error
+        try:
+            with locked(self.folder):
+                yield
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
             with suppress(OSError):
                 # Only succeeds where nothing was made.
                 self.folder.rmdir()
 
-    def _claim(self, scratch: Path) -> None:
-        """Make the scratch folder, unless the bundle's folder holds what is not ours."""
+    def _refuse_foreign(self) -> None:
         try:
             foreign = [path for path in self.folder.iterdir() if not path.name.endswith(_PARTIAL)]
-            if foreign and not (self.folder / MANIFEST).is_file():
-                raise CapaError(
-                    f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
-                    ExitCode.USAGE,
-                )
-            _remove(scratch)
         except FileNotFoundError:
-            pass
+            return
         except OSError as error:
             raise CapaError(f"{self.folder}: {error.strerror}; choose another folder") from error
+        if foreign and not (self.folder / MANIFEST).is_file():
+            raise CapaError(
+                f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
+                ExitCode.USAGE,
+            )
+
+    @contextmanager
+    def unfinished(self, name: str, key: object) -> Generator[Path]:
+        """A folder for work on a stage that outlives an interruption, until the stage is recorded or refused.
+
+        Args:
+            name: of the stage.
+            key: of the work; what was begun with another one is dropped.
+        """
+        folder, digest = self._unfinished(name), digest_of(key)
+        if not (folder / digest).is_file():
+            _remove(folder)
+            folder.mkdir(parents=True)
+            (folder / digest).touch()
         try:
-            scratch.mkdir(parents=True)
-        except OSError as error:
-            raise CapaError(f"{self.folder}: {error.strerror}; choose a folder that can be written") from error
+            yield folder
+        except CapaError as error:
+            if error.code == ExitCode.PREFLIGHT:
+                _remove(folder)
+            raise
+
+    def _unfinished(self, name: str) -> Path:
+        return self.folder / f".{name.replace('/', '-')}{_PARTIAL}"
 
     def files_under(self, *outputs: str) -> list[str]:
         """Relative names of all files at or below the given outputs."""
@@ -280,16 +325,17 @@ class Bundle:
             return self.stage(name), False
         from capa_export.measure import measured
 
-        with self.replacing(*outputs) as scratch, measured() as cost:
-            result = work(scratch)
-        files = self.files_under(*outputs)
-        entries: dict[str, Any] = {
-            "linked": result.pop("linked", {}),
-            "sha256": result.pop("sha256", {}),
-            **cost.as_dict(),
-        }
-        self.record(name, digest(), files, outdates=outdates, result=result, **entries)
-        return self.stage(name), True
+        with self.claimed():
+            with self.replacing(*outputs) as scratch, measured() as cost:
+                result = work(scratch)
+            files = self.files_under(*outputs)
+            entries: dict[str, Any] = {
+                "linked": result.pop("linked", {}),
+                "sha256": result.pop("sha256", {}),
+                **cost.as_dict(),
+            }
+            self.record(name, digest(), files, outdates=outdates, result=result, **entries)
+            return self.stage(name), True
 
 
 def _files(record: Mapping[str, Any]) -> list[str]:

@@ -1,17 +1,20 @@
-"""What a bundle alone says of its model."""
+"""A bundle alone: what it says of its model, and whether this machine has room to run it."""
 
 from typing import Any
 
 from capa_export.bundle import Bundle
 from capa_export.checkpoint import fetch_config
+from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.dims import ModelDims
+from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.job import ONNX
+from capa_export.measure import available_memory
 from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompter
 from capa_export.recipe import recipe_of
 
-__all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter"]
+__all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter", "require_memory"]
 
 
 def bundled_bounds(
@@ -50,3 +53,25 @@ def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust
         bounds=recipe.pictures if bounds is None else bounds,
         trust_remote_code=trust_remote_code,
     )
+
+
+def require_memory(*bundles: Bundle, copies: int = 1) -> None:
+    """Refuse, before they are loaded, bundles that ONNX Runtime has no room for on this machine.
+
+    Args:
+        bundles: whose graphs are loaded side by side.
+        copies: processes that load them.
+
+    Raises:
+        CapaError: they take more memory than is available, or nothing was exported, or a file of it was changed.
+    """
+    for bundle in bundles:
+        bundle.verify("export", weights=False)
+    needed = copies * sum(onnx_runtime_bytes(bundled_dims(bundle)) for bundle in bundles)
+    available = available_memory()
+    if needed > available:
+        remedy = "use fewer --workers" if copies > 1 else "end other programs, or use a machine with more"
+        raise CapaError(
+            f"{' and '.join(str(bundle.folder) for bundle in bundles)}: running the graphs takes {needed / 1e9:.1f} GB "
+            f"of memory, {available / 1e9:.1f} GB are available; {remedy}"
+        )

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from math import isfinite, isnan
 from typing import Any
 
@@ -22,6 +23,7 @@ from capa_export.families import Family
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Sample, Samples
+from capa_export.unfinished import UnfinishedSums
 
 __all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 
@@ -34,17 +36,34 @@ _TILE = 1 << 20
 
 
 def calibrate(
-    model: Any, family: Family, prompter: Prompter, samples: Samples, *, checkpoint_digest: str, report: Report = silent
+    model: Any,
+    family: Family,
+    prompter: Prompter,
+    samples: Samples,
+    *,
+    checkpoint_digest: str,
+    unfinished: UnfinishedSums | None = None,
+    report: Report = silent,
 ) -> Calibration:
     """Stream the samples through the dense model and keep sums only.
 
+    Args:
+        model: eager, in FP32.
+        family: of the model.
+        prompter: of the checkpoint.
+        samples: pictures and questions.
+        checkpoint_digest: for the calibration.
+        unfinished: where the sums are kept while it runs, and are taken up again.
+        report: progress.
+
     Raises:
-        CapaError: the model yields NaN or infinity.
+        CapaError: the model yields NaN or infinity, or the sums cannot be kept.
     """
-    return summed(
-        measure(model, family, prompter, sample, checkpoint_digest)
-        for sample in tracked(samples, "calibrate", samples.count, report)
-    )
+    before = unfinished and unfinished.load()
+    done = before.samples if before else 0
+    rest = tracked(islice(samples, done, None), "calibrate", samples.count - done, report)
+    parts = (measure(model, family, prompter, sample, checkpoint_digest) for sample in rest)
+    return summed(parts, before, unfinished and unfinished.keep)
 
 
 def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, checkpoint_digest: str) -> Calibration:

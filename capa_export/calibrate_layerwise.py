@@ -5,8 +5,9 @@ T = prompt tokens, D = hidden size.
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
 from capa_export.streamed import DECODER, StoredWeights, hollow_model
+from capa_export.unfinished import UnfinishedSums
 
 __all__ = ["calibrate_layerwise"]
 
@@ -34,7 +36,7 @@ def calibrate_layerwise(
     samples: Samples,
     *,
     checkpoint_digest: str,
-    folder: Path,
+    unfinished: UnfinishedSums,
     report: Report = silent,
 ) -> Calibration:
     """What `calibrate` measures, on the model's own modules; they hold weights only while they run.
@@ -44,75 +46,118 @@ def calibrate_layerwise(
         prompter: of that checkpoint.
         samples: pictures and questions.
         checkpoint_digest: for the calibration.
-        folder: takes the hidden states of all samples, [T, D] FP32 each, until the run ends, however it ends.
+        unfinished: takes the sums while it runs, and beside them the hidden states of all samples, [T, D] FP32 each.
         report: progress.
 
     Raises:
         CapaError: the disk is too small, a tensor is missing, or the model yields NaN or infinity.
     """
+    before = unfinished.load()
+    if before is None:
+        _check_disk(source, prompter, samples, unfinished.folder, report)
+    weights = StoredWeights(source)
+    model = hollow_model(source, weights)
+    with torch.no_grad(), measuring(model) as measurement:
+        run = _Run(model, weights, samples.count, unfinished, measurement, checkpoint_digest, report)
+        if before is not None:
+            run.resume(before)
+        run.look(prompter, samples)
+        run.decode()
+        return measurement.calibration(checkpoint_digest, samples.count)
+
+
+def _check_disk(source: Source, prompter: Prompter, samples: Samples, folder: Path, report: Report) -> None:
+    """Refuse samples whose states the disk cannot hold; those of one, and the sums, are there twice for a moment."""
     dims = source.dims.decoder
     lengths = [
         len(prompter.chat(sample.turns).input_ids)
         for sample in tracked(samples, "measure prompts", samples.count, report)
     ]
     per_token = 4 * dims.hidden_size * (1 + dims.deepstack_layers) + 32
-    check_disk(folder, sum(length * per_token + _FILE_OVERHEAD for length in lengths))
-    weights = StoredWeights(source)
-    model = hollow_model(source, weights)
-    with (
-        TemporaryDirectory(dir=folder, prefix="activations-") as shelf,
-        torch.no_grad(),
-        measuring(model) as measurement,
-    ):
-        _look(model, weights, prompter, samples, Path(shelf), measurement, report)
-        _decode(model, weights, samples.count, Path(shelf), measurement, report)
-        return measurement.calibration(checkpoint_digest, samples.count)
+    states = sum(length * per_token + _FILE_OVERHEAD for length in lengths) + 4 * dims.hidden_size * max(lengths)
+    check_disk(folder, states + 2 * dims.num_layers * 3 * 8 * dims.hidden_size)
 
 
-def _look(
-    model: Any,
-    weights: StoredWeights,
-    prompter: Prompter,
-    samples: Samples,
-    shelf: Path,
-    measurement: Measurement,
-    report: Report,
-) -> None:
-    """Put what every sample feeds the decoder on the shelf."""
-    with weights.holding(model, "tower"):
-        for index, sample in enumerate(tracked(samples, "look at pictures", samples.count, report)):
-            prompt = prompter.chat(sample.turns)
-            is_visual = torch.from_numpy(prompt.is_visual)
-            embeds, *others = EagerInputs.of(weights.source.family.eager_inputs(model, prompt))[:3]
-            measurement.add(is_visual, weights.damaged)
-            _write(shelf / f"{index}.hidden", embeds)
-            _write(shelf / f"{index}.others", [is_visual, *others])
+@dataclass
+class _Run:
+    """A calibration in steps: a look at every sample, then every sample through a layer before the next layer."""
 
+    model: Any
+    weights: StoredWeights
+    count: int
+    """Samples."""
+    unfinished: UnfinishedSums
+    measurement: Measurement
+    checkpoint_digest: str
+    report: Report
+    done: int = 0
+    """Steps, in this run and those that were interrupted."""
 
-def _decode(
-    model: Any, weights: StoredWeights, count: int, shelf: Path, measurement: Measurement, report: Report
-) -> None:
-    """Take every sample through the decoder, all of them through one layer before the next."""
-    text = model.model.language_model
-    layers, norm = list(text.layers), text.norm
-    text.norm = nn.Identity()
-    for number, layer in enumerate(layers):
-        # The model's own forward, for its masks, its rotary tables and what it does between layers.
-        text.layers = nn.ModuleList(layer if other is layer else _Skipped() for other in layers)
-        with weights.loaded(layer, f"{DECODER}layers.{number}."):
-            for index in range(count):
-                report("calibrate layer by layer", number * count + index, len(layers) * count)
-                hidden = torch.load(shelf / f"{index}.hidden")
-                is_visual, position_ids, deepstack = torch.load(shelf / f"{index}.others")
-                inputs = EagerInputs(hidden, position_ids, _of_layer(deepstack, number))
-                hidden = text(**inputs.arguments(is_visual), use_cache=False).last_hidden_state
-                measurement.add(is_visual, weights.damaged)
-                _write(shelf / f"{index}.hidden", hidden)
-    with weights.loaded(norm, f"{DECODER}norm."):
-        for index in range(count):
-            norm(torch.load(shelf / f"{index}.hidden"))
-            measurement.add(torch.empty(0, dtype=torch.bool), weights.damaged)
-    report("calibrate layer by layer", len(layers) * count, len(layers) * count)
+    def resume(self, before: Calibration) -> None:
+        """Take up what an interrupted run measured."""
+        self.done = before.samples
+        self.measurement.sums[:] = before.layers
+        self.measurement.absmax.update(before.absmax)
+
+    def look(self, prompter: Prompter, samples: Samples) -> None:
+        """Put what every sample feeds the decoder on the shelf."""
+        model, weights = self.model, self.weights
+        if not (indices := self._left(0)):
+            return
+        left = tracked(islice(samples, indices.start, None), "look at pictures", len(indices), self.report)
+        with weights.holding(model, "tower"):
+            for index, sample in zip(indices, left, strict=True):
+                prompt = prompter.chat(sample.turns)
+                is_visual = torch.from_numpy(prompt.is_visual)
+                embeds, *others = EagerInputs.of(weights.source.family.eager_inputs(model, prompt))[:3]
+                self.measurement.add(is_visual, weights.damaged)
+                _write(self._hidden(index, 0), embeds)
+                _write(self._others(index), [is_visual, *others])
+                self._finish_step()
+
+    def decode(self) -> None:
+        """Take every sample through the decoder, all of them through one layer before the next."""
+        text, weights = self.model.model.language_model, self.weights
+        layers, norm = list(text.layers), text.norm
+        text.norm = nn.Identity()
+        for number, layer in enumerate(layers):
+            if not (indices := self._left(1 + number)):
+                continue
+            # The model's own forward, for its masks, its rotary tables and what it does between layers.
+            text.layers = nn.ModuleList(layer if other is layer else _Skipped() for other in layers)
+            with weights.loaded(layer, f"{DECODER}layers.{number}."):
+                for index in indices:
+                    self.report("calibrate layer by layer", number * self.count + index, len(layers) * self.count)
+                    hidden = torch.load(self._hidden(index, number))
+                    is_visual, position_ids, deepstack = torch.load(self._others(index))
+                    inputs = EagerInputs(hidden, position_ids, _of_layer(deepstack, number))
+                    hidden = text(**inputs.arguments(is_visual), use_cache=False).last_hidden_state
+                    self.measurement.add(is_visual, weights.damaged)
+                    _write(self._hidden(index, number + 1), hidden)
+                    self._finish_step()
+                    # Not before its step is on the disk, since it would be the input of that step.
+                    self._hidden(index, number).unlink()
+        with weights.loaded(norm, f"{DECODER}norm."):
+            for index in self._left(1 + len(layers)):
+                norm(torch.load(self._hidden(index, len(layers))))
+                self.measurement.add(torch.empty(0, dtype=torch.bool), weights.damaged)
+                self._finish_step()
+        self.report("calibrate layer by layer", len(layers) * self.count, len(layers) * self.count)
+
+    def _left(self, part: int) -> range:
+        """Samples that have not been through a part: the look, each layer, the last norm."""
+        return range(min(max(self.done - part * self.count, 0), self.count), self.count)
+
+    def _finish_step(self) -> None:
+        self.done += 1
+        self.unfinished.keep(self.measurement.calibration(self.checkpoint_digest, self.done))
+
+    def _hidden(self, index: int, layer: int) -> Path:
+        """The states of a sample before a layer."""
+        return self.unfinished.folder / f"{index}.{layer}.hidden"
+
+    def _others(self, index: int) -> Path:
+        return self.unfinished.folder / f"{index}.others"
 
 
 def _of_layer(deepstack: Sequence[Tensor], number: int) -> list[Tensor]:

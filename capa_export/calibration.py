@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -226,14 +226,27 @@ def merged(parts: Sequence[Calibration]) -> Calibration:
     return summed(parts)
 
 
-def summed(parts: Iterable[Calibration]) -> Calibration:
-    """All that several runs on one checkpoint measured, added in the order given; at least one."""
-    remaining = iter(parts)
-    total = copy.deepcopy(next(remaining))
-    for part in remaining:
-        for sums, others in zip(total.layers, part.layers, strict=True):
-            sums.add(others)
-        for name, largest in part.absmax.items():
-            total.absmax[name] = max(total.absmax.get(name, 0.0), largest)
-        total = replace(total, samples=total.samples + part.samples)
+def summed(
+    parts: Iterable[Calibration], before: Calibration | None = None, keep: Callable[[Calibration], None] | None = None
+) -> Calibration:
+    """All that several runs on one checkpoint measured, added in the order given.
+
+    Args:
+        parts: at least one, unless there were some before.
+        before: sum of those that come first.
+        keep: told the sum after each part.
+    """
+    total = before
+    for part in parts:
+        if total is None:
+            total = copy.deepcopy(part)
+        else:
+            for sums, others in zip(total.layers, part.layers, strict=True):
+                sums.add(others)
+            for name, largest in part.absmax.items():
+                total.absmax[name] = max(total.absmax.get(name, 0.0), largest)
+            total = replace(total, samples=total.samples + part.samples)
+        if keep is not None:
+            keep(total)
+    assert total is not None
     return replace(total, absmax=dict(sorted(total.absmax.items())))

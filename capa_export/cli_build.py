@@ -21,6 +21,7 @@ from capa_export.cli_options import (
     LayerOpt,
     MarkdownOpt,
     MaxPixelsOpt,
+    MemoryOpt,
     MinKeepOpt,
     MinPixelsOpt,
     ModelOpt,
@@ -73,7 +74,8 @@ def build(
         bool, typer.Option("--auto-fp32", help="Where the gates fail, do what --bisect proposes, and validate again.")
     ] = False,
     target: TargetOpt = "rtx",
-    weights: BuildWeightsOpt = BuildWeights.embedded,
+    weights: BuildWeightsOpt = BuildWeights.auto,
+    memory: MemoryOpt = None,
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
     validation_samples: ValidationSamplesOpt = None,
@@ -107,6 +109,7 @@ def build(
     if calibration is not None and (samples is not None or layer_by_layer is not None):
         option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
         raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
+    wish = "external" if weights == BuildWeights.in_place else weights.value
     if dry_run:
         _print_plan(
             recipe,
@@ -117,7 +120,10 @@ def build(
             revision=revision,
             calibration=calibration,
             target=device,
-            weights=weights.value,
+            weights=wish,
+            in_place=weights == BuildWeights.in_place,
+            memory=memory,
+            layer_by_layer=layer_by_layer,
             as_json=as_json,
         )
         return
@@ -143,7 +149,8 @@ def build(
             calibration=calibration,
             precision=precision.value,
             ffn=ffn,
-            weights="embedded" if weights == BuildWeights.embedded else "external",
+            weights=wish,
+            memory=memory,
             in_place=weights == BuildWeights.in_place,
             plugins=plugins.value,
             plugin_library=plugin_library,
@@ -175,10 +182,11 @@ def plan(
         Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
     ] = None,
     target: TargetOpt = "rtx",
-    weights: BuildWeightsOpt = BuildWeights.embedded,
+    weights: BuildWeightsOpt = BuildWeights.auto,
+    memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what a build would do, as `build --dry-run`."""
+    """Say what a build would do, as `build --dry-run` (exit code 3: it would be refused)."""
     build(
         source=source,
         model=model,
@@ -194,6 +202,7 @@ def plan(
         precision=precision,
         target=target,
         weights=weights,
+        memory=memory,
         dry_run=True,
         as_json=as_json,
     )
@@ -211,3 +220,5 @@ def _print_plan(
         from capa_export.tables import plan_table
 
         plan_table(result)
+    if result["refusals"]:
+        raise CapaError(f"a build would be refused: {result['refusals'][0]}")

@@ -144,7 +144,10 @@ def evaluate(
             subject = eager_subject(job, methods, max_new_tokens)
         else:
             subject = bundle_subject(
-                opened, methods, max_new_tokens, bounds=recipe.pictures, trust_remote_code=trust_remote_code
+                *(opened, methods, max_new_tokens),
+                bounds=recipe.pictures,
+                workers=spread,
+                trust_remote_code=trust_remote_code,
             )
         found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
     if as_json:

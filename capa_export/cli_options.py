@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from capa_export.quantities import parse_bytes
+
 __all__ = [
     "BisectOpt",
     "BuildWeights",
@@ -26,6 +28,7 @@ __all__ = [
     "LayerOpt",
     "MarkdownOpt",
     "MaxPixelsOpt",
+    "MemoryOpt",
     "MinKeepOpt",
     "MinPixelsOpt",
     "ModelOpt",
@@ -63,6 +66,7 @@ class Precision(str, Enum):
 class Weights(str, Enum):
     """Where an engine finds its weights."""
 
+    auto = "auto"
     embedded = "embedded"
     external = "external"
 
@@ -86,6 +90,7 @@ class ExportWeights(str, Enum):
 class BuildWeights(str, Enum):
     """Where engines and ONNX files find their weights."""
 
+    auto = "auto"
     embedded = "embedded"
     external = "external"
     in_place = "in-place"
@@ -156,12 +161,21 @@ PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and 
 TargetOpt = Annotated[
     str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
 ]
-WeightsOpt = Annotated[Weights, typer.Option(help="In the engines, or inputs that engines share.")]
+_AUTO = "auto takes embedded where the decoder has at most 1 GiB"
+WeightsOpt = Annotated[Weights, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.")]
 _IN_PLACE = "the checkpoint's own files, hard-linked where --precision is theirs: not read, so not searched for NaN"
 ExportWeightsOpt = Annotated[ExportWeights, typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.")]
 BuildWeightsOpt = Annotated[
     BuildWeights,
-    typer.Option(help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}."),
+    typer.Option(help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}; {_AUTO}."),
+]
+MemoryOpt = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Memory of the device that runs the bundle, as 8GB: what it has no room for is refused.",
+    ),
 ]
 PluginsOpt = Annotated[
     PluginWish,

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, JsonOpt, TargetOpt
-from capa_export.errors import CapaError
+from capa_export.cli_options import BundleArg, JsonOpt, MemoryOpt, TargetOpt
+from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
 
@@ -35,6 +35,7 @@ def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder, to examine its graphs too.")] = None,
     target: TargetOpt = "rtx",
+    memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Say beforehand what would fail late: tools, GPU, a bundle's graphs, profile, memory (exit code 3: a problem)."""
@@ -45,7 +46,10 @@ def doctor(
     from capa_export.tables import doctor_table
     from capa_export.target import load_target
 
-    found = examine(load_target(target), None if bundle is None else Bundle.open(bundle))
+    device = load_target(target)
+    if memory is not None and (bundle is None or device.engine is None):
+        raise CapaError("--memory: give a bundle, and a target with engines, to hold against it", ExitCode.USAGE)
+    found = examine(device, None if bundle is None else Bundle.open(bundle), memory)
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:

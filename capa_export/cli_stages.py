@@ -198,7 +198,7 @@ def export(
 def engine(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder; with --on-device, a kit.")],
     target: TargetOpt = "rtx",
-    weights: WeightsOpt = Weights.embedded,
+    weights: WeightsOpt = Weights.auto,
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
@@ -214,7 +214,7 @@ def engine(
     from capa_export.tables import engine_table
 
     if on_device:
-        if (target, weights, plugins, plugin_library) != ("rtx", Weights.embedded, PluginWish.auto, None):
+        if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
         from capa_export.kit import build_kit
 

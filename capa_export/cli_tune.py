@@ -20,6 +20,7 @@ from capa_export.cli_options import (
     TrustOpt,
 )
 from capa_export.errors import CapaError, ExitCode
+from capa_export.quantities import parse_budget
 
 __all__ = ["tune"]
 
@@ -28,8 +29,10 @@ def tune(
     budget: Annotated[
         float,
         typer.Option(
-            help="FLOPs of the decoder's prefill, text included: a fraction of dense, as 0.25, or of a "
-            "prompt, as 2.5e12."
+            parser=parse_budget,
+            metavar="NUMBER",
+            help="FLOPs of the decoder's prefill, text included: a fraction of dense, as 0.25 or 25%, or of a "
+            "prompt, as 2.5e12.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe that is written, a .toml file.")],

@@ -10,7 +10,7 @@ from weakref import finalize
 
 import numpy as np
 
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, how_to_install
 
 __all__ = ["Buffer", "Gpu", "Graph", "Rows", "Stream", "call", "require_gpu"]
 
@@ -32,7 +32,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]  # Compiled, without stubs.
     except ImportError as error:
-        raise CapaError("cuda-bindings is not installed: pip install capa-export[rtx]") from error
+        raise CapaError(f"cuda-bindings is not installed: {how_to_install('rtx')}") from error
     return driver
 
 

@@ -1,6 +1,6 @@
 """The dimensions of a model, as every stage needs them, and the reading of `config.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -57,6 +57,10 @@ class VisionDims(Protocol):
 
     def flops(self, num_visual: int) -> int:
         """FLOPs of one picture that becomes so many visual tokens."""
+        ...
+
+    def activations(self, limit: Callable[[str], int]) -> int:
+        """Numbers that an engine of it holds at once in its largest run; `limit` gives the most of a dimension."""
         ...
 
 

@@ -7,16 +7,18 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from capa_export.build_engines import GRAPHS
 from capa_export.bundle import Bundle
-from capa_export.errors import CapaError
+from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
+from capa_export.errors import CapaError, how_to_install
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.lower import NATIVE
+from capa_export.plan import kv_cache
 from capa_export.plugins.alias import ensure_parser_library
 from capa_export.target import Target, version_parts
 
@@ -42,8 +44,13 @@ class Finding:
     remedy: str = ""
 
 
-def examine(target: Target, bundle: Bundle | None) -> list[Finding]:
+def examine(target: Target, bundle: Bundle | None, memory: int | None = None) -> list[Finding]:
     """Everything that can be told of this machine, of a target, and of a bundle's graphs against it.
+
+    Args:
+        target: the device.
+        bundle: to examine too.
+        memory: bytes of the device, where one of the target's is meant.
 
     Raises:
         CapaError: the bundle has no ONNX files, or they are not what was built.
@@ -54,7 +61,7 @@ def examine(target: Target, bundle: Bundle | None) -> list[Finding]:
     if bundle is not None:
         for graph in sorted(GRAPHS):
             found += _graph(bundle.folder / ONNX / graph, bundle.folder)
-        found += [*_memory(target, bundle), *_pictures(target, bundle)]
+        found += [*_memory(target, bundle, memory), *_pictures(target, bundle)]
     return found
 
 
@@ -75,7 +82,7 @@ def _tools(target: Target) -> Iterator[Finding]:
     try:
         have = version(engine.runtime)
     except PackageNotFoundError:
-        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", "pip install capa-export[rtx]")
+        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
         return
     fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
     yield Finding(
@@ -95,7 +102,7 @@ def _kernels(target: Target) -> Iterator[Finding]:
     if target.engine is None:
         return
     if find_spec("triton") is None:
-        yield Finding("kernels", "note", "triton is not installed: no plugins", "pip install capa-export[rtx]")
+        yield Finding("kernels", "note", "triton is not installed: no plugins", how_to_install("rtx"))
     else:
         from capa_export.kernels.compile import COMPUTE_CAPABILITIES
 
@@ -193,31 +200,45 @@ def _constant(value: ir.Value | None) -> int | None:
     return None if tensor is None else int(tensor.numpy().item())
 
 
-def _memory(target: Target, bundle: Bundle) -> Iterator[Finding]:
-    """Room for the build here, and for weights and cache on the device."""
+def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Finding]:
+    """Room for the build here; and on the device for weights, contexts and the cache of the longest prompt."""
     from capa_export.bundled import bundled_dims
-    from capa_export.dry_run import check_engine_memory, run_bytes
+    from capa_export.dry_run import check_engine_memory
 
     if target.engine is None:
         return
     dims, precision = bundled_dims(bundle), bundle.stage("export")["result"]["precision"]
+    built = bundle.manifest["stages"].get(f"engine/{target.name}", {}).get("result")
+    weights = built["weights"] if built else choose_weights(dims, precision, "auto", target, memory)[0]
     if target.engine.built == "here":
         try:
-            check_engine_memory(dims, precision, "embedded")
+            check_engine_memory(dims, precision, weights)
         except CapaError as error:
             yield Finding("build memory", "problem", str(error))
         else:
-            yield Finding("build memory", "ok", "enough for engines with embedded weights")
-    needed, sizes = run_bytes(dims, precision, target.dim("sequence").max), target.memory_gb
-    if sizes:
-        fits = [size for size in sizes if needed < size * 1e9]
-        yield Finding(
-            "run memory",
-            "ok" if len(fits) == len(sizes) else "note" if fits else "problem",
-            f"weights and the longest cache take {needed / 1e9:.1f} GB; {target.name} has "
-            + " to ".join(f"{size:g} GB" for size in sizes),
-            "" if fits else "a smaller model, or a target of your own with a shorter sequence",
-        )
+            yield Finding("build memory", "ok", f"enough for engines with {weights} weights")
+    longest, width = target.dim("sequence").max, ELEMENT_BYTES[precision]
+    cache = kv_cache(dims.decoder, num_visual=0, num_text=longest, schedule=[], element_bytes=width)
+    held = device_memory(dims, precision, weights, target, cache, _contexts(built))
+    parts = {"weights": held.weights, "activations": held.contexts, f"cache of {longest} tokens": held.kv_cache}
+    detail = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+    detail = f"{held.total / 1e9:.1f} GB with {weights} weights: {detail}"
+    remedy = "a smaller model, or a target of your own with lower limits in [engine.dims]"
+    if memory is not None:
+        fits = held.total <= memory
+        verdict, room = "ok" if fits else "problem", f"{memory / 1e9:g} GB are given"
+        yield Finding("run memory", verdict, f"{detail}; {room}", "" if fits else remedy)
+    elif target.devices:
+        small = [name for name, fits in devices_with_room(target, held.total).items() if not fits]
+        verdict = "problem" if len(small) == len(target.devices) else "note" if small else "ok"
+        room = f"too much for {', '.join(small)}" if small else f"every device of {target.name} has room"
+        yield Finding("run memory", verdict, f"{detail}; {room}", remedy if verdict == "problem" else "")
+
+
+def _contexts(built: dict[str, Any] | None) -> int | None:
+    """What TensorRT reported for a bundle's engines, if they are built and it did."""
+    sizes = [engine.get("activation_bytes") for engine in (built or {}).get("engines", {}).values()]
+    return sum(sizes) if sizes and None not in sizes else None
 
 
 def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:

@@ -1,17 +1,30 @@
-"""What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory."""
+"""What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory, and whether there is room."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from capa_export.bind import check_disk
+from capa_export.bind import check_disk, free_bytes
+from capa_export.bundle import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
+from capa_export.device_memory import (
+    ELEMENT_BYTES,
+    Weights,
+    WeightsWish,
+    choose_weights,
+    decoder_parameters,
+    device_memory,
+    devices_with_room,
+    engine_weight_bytes,
+    onnx_runtime_bytes,
+)
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.measure import available_memory
-from capa_export.plan import Parameters, decode_flops, flops, kv_cache, parameters
+from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target
 from capa_export.visual_tokens import visual_tokens
@@ -22,8 +35,8 @@ __all__ = [
     "check_engine_disk",
     "check_engine_memory",
     "dry_run",
-    "run_bytes",
-    "run_memory",
+    "layerwise_validation_bytes",
+    "room",
     "validation_bytes",
 ]
 
@@ -37,7 +50,10 @@ _TENSORRT = 1100 << 20
 """Resident in the build of an engine whose weights are inputs; 1.05 GB was measured for a 7B."""
 _PER_EMBEDDED_BYTE = 1.7
 """What a build needs for a byte of weights that it embeds: 1.5 was measured for a 3B, and mapped files want room."""
-_ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+_PROMPTS = 2_000_000_000
+"""Hidden states and caches of the prompts that a validation takes through a layer together."""
+_VALIDATION = 1_500_000_000
+"""Resident in a validation before any weight is: torch, transformers and ONNX Runtime."""
 
 
 def dry_run(
@@ -50,7 +66,7 @@ def dry_run(
     revision: str | None = None,
     calibration: Path | None = None,
     target: Target | None = None,
-    weights: Literal["embedded", "external", "in-place"] = "embedded",
+    **options: Any,
 ) -> dict[str, Any]:
     """Plan for one picture of the recipe's size, as this checkpoint sees it; loads no weights and no torch.
 
@@ -62,8 +78,8 @@ def dry_run(
         ffn: whether visual FFNs are replaced at all.
         revision: of a hub id.
         calibration: a file or bundle that says it in place of `out`.
-        target: whose engines are planned too, if it has any.
-        weights: where its engines find theirs; in place, the ONNX files hold none either.
+        target: the device that runs the bundle, whose engines are planned too, if it has any.
+        options: of `room`.
 
     Raises:
         CapaError: the config or the calibration cannot be read, or does not fit the recipe.
@@ -71,6 +87,7 @@ def dry_run(
     config = fetch_config(checkpoint, revision=revision)
     dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
     check_layers(recipe, dims.decoder.num_layers)
+    given = calibration
     if calibration is None and out is not None and (out / CALIBRATION).exists():
         calibration = out
     linear, basis = _linear_layers(recipe, calibration, dims.decoder.num_layers, ffn=ffn)
@@ -78,9 +95,6 @@ def dry_run(
     kept = recipe.prune.num_keep([visual])
     stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
     sizes: dict[str, Any] = {"num_visual": visual, "num_text": _TEXT_TOKENS, "schedule": stages}
-    width = _ELEMENT_BYTES[precision]
-    total = parameters(dims)
-    engines = ("embedded" if weights == "embedded" else "external") if target and target.engine else None
     return {
         "model": recipe.name,
         "checkpoint": checkpoint,
@@ -101,45 +115,196 @@ def dry_run(
         ],
         "linear_layers": list(linear),
         "linear_layers_from": basis,
-        "parameters": asdict(total),
+        "parameters": asdict(parameters(dims)),
         "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
-        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=width)),
+        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=ELEMENT_BYTES[precision])),
         "vision": {"total": dims.vision.flops(visual)},
-        "files": _files(total, width, engines, in_place=weights == "in-place"),
-        "memory": _memory(total, width, engines, dims.decoder.num_layers),
-        "memory_available": available_memory(),
-        "refusal": _engine_refusal(total, width) if engines == "embedded" else None,
+        **room(recipe, visual, dims, precision, out, target=target, calibrated=given is not None, **options),
     }
 
 
-def _files(total: Parameters, width: int, engines: str | None, *, in_place: bool) -> dict[str, int]:
+def room(
+    recipe: Recipe,
+    visual: int,
+    dims: ModelDims[Any],
+    precision: str,
+    out: Path | None,
+    *,
+    target: Target | None,
+    weights: WeightsWish = "auto",
+    in_place: bool = False,
+    memory: int | None = None,
+    calibrated: bool = False,
+    layer_by_layer: bool | None = None,
+) -> dict[str, Any]:
+    """Sizes of files, memory here and on the device, and why a build would be refused.
+
+    Args:
+        recipe: says how many of them are kept.
+        visual: tokens of one picture.
+        dims: of the model.
+        precision: of weights and activations.
+        out: bundle that is made; its finished stages take no more room.
+        target: the device; None where nothing is to be refused.
+        weights: where its engines find theirs.
+        in_place: whether the ONNX files read the checkpoint's own shards.
+        memory: bytes that the device has, where one of the target's is meant.
+        calibrated: whether no calibration is to be run.
+        layer_by_layer: how calibration and validation hold the model; False whatever it takes.
+
+    Raises:
+        CapaError: the target lacks a limit that the model's graphs need.
+    """
+    kept = recipe.prune.num_keep([visual])
+    stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
+    sizes: dict[str, Any] = {"num_visual": visual, "num_text": _TEXT_TOKENS, "schedule": stages}
+    width, total = ELEMENT_BYTES[precision], parameters(dims)
+    cache = kv_cache(dims.decoder, **sizes, element_bytes=width)
+    where, reason = choose_weights(dims, precision, weights, target, memory) if target and target.engine else (None, "")
+    plan: dict[str, Any] = {
+        "files": _files(total, width, where, in_place=in_place),
+        "memory": _memory(dims, precision, where),
+        "memory_available": available_memory(),
+        "weights": where,
+        "weights_because": reason,
+        "device": None if target is None else _device(dims, precision, where, target, cache, memory),
+    }
+    refusals: list[str] = []
+    if target is not None:
+        done = {**_finished(out), **({"calibrate": True} if calibrated else {})}
+        refusals = _refusals(plan, dims, precision, target, out, done, layer_by_layer=layer_by_layer)
+    return {**plan, "refusals": refusals}
+
+
+def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: bool) -> dict[str, int]:
     """Bytes by kind of file; `engines` is where they find their weights, None where none are built."""
-    decoder = _decoder(total)
-    files = {"onnx weights": (decoder + total.vision) * width, "embedding.safetensors": total.embedding * width}
+    files = {
+        "onnx weights": (decoder_parameters(total) + total.vision) * width,
+        "embedding.safetensors": total.embedding * width,
+    }
     if in_place:
-        return dict.fromkeys(files, 0)
-    return {**files, "engines": _engine_files(total, width)} if engines == "embedded" else files
+        files = dict.fromkeys(files, 0)
+    return {**files, "engines": engine_weight_bytes(total, width, engines)} if engines == "embedded" else files
 
 
-def _engine_files(total: Parameters, width: int) -> int:
-    """Bytes of engines with embedded weights; prefill and decode each hold the decoder's."""
-    return (2 * _decoder(total) + total.vision) * width
+def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> dict[str, int]:
+    """Peak bytes by stage on this machine, and of running the bundle in ONNX Runtime."""
+    total, width = parameters(dims), ELEMENT_BYTES[precision]
+    stages = {
+        "calibrate": calibration_bytes(total.total),
+        "calibrate layer by layer": calibration_bytes(0) + int(4 / dims.decoder.num_layers * total.total),
+        "export": _LIBRARIES,
+        "validate": validation_bytes(total.total, precision),
+        "validate layer by layer": layerwise_validation_bytes(dims),
+        "run": onnx_runtime_bytes(dims),
+    }
+    return {**stages, "engine": _engine_bytes(total, width, engines)} if engines else stages
 
 
-def _decoder(total: Parameters) -> int:
-    """Parameters of a decoder graph; a tied head is stored for the graphs once more."""
-    return total.decoder + (total.lm_head or total.embedding)
+def _device(
+    dims: ModelDims[Any], precision: str, weights: Weights | None, target: Target, cache: KVCache, memory: int | None
+) -> dict[str, Any]:
+    """What the device holds, which of the target's have room for it, and what would do where `memory` has none."""
+
+    def needed(precision: str, weights: Weights | None, target: Target = target) -> int:
+        return device_memory(dims, precision, weights or "external", target, cache).total
+
+    held = device_memory(dims, precision, weights or "external", target, cache)
+    remedies = {
+        "--weights external": needed(precision, "external") if weights == "embedded" else held.total,
+        "--precision fp16": needed("fp16", weights) if precision == "fp32" else held.total,
+        "both --precision fp16 and --weights external": needed("fp16", "external"),
+    }
+    enough = [option for option, size in remedies.items() if memory is not None and size <= memory < held.total]
+    return {
+        "target": target.name,
+        **asdict(held),
+        "total": held.total,
+        "devices": [(name, target.devices[name], fits) for name, fits in devices_with_room(target, held.total).items()],
+        "given": memory,
+        "remedy": enough[0] if enough else None,
+    }
 
 
-def check_engine_memory(dims: ModelDims[Any], precision: str, weights: Literal["embedded", "external"]) -> None:
+def _refusals(
+    plan: Mapping[str, Any],
+    dims: ModelDims[Any],
+    precision: str,
+    target: Target,
+    out: Path | None,
+    done: Mapping[str, Any],
+    *,
+    layer_by_layer: bool | None,
+) -> list[str]:
+    """Why a build would be refused: for want of memory here or on the device, or of disk."""
+    memory, available = plan["memory"], plan["memory_available"]
+    refusals: list[str] = []
+    device = plan["device"]
+    if device["given"] is not None and device["total"] > device["given"]:
+        refusals.append(_no_room(device, target))
+    builds_here = target.engine is not None and target.engine.built == "here"
+    if builds_here and done.get("engine", {}).get(target.name) != plan["weights"]:
+        refusals += filter(None, [_engine_refusal(dims, precision, plan["weights"])])
+    remedies = {
+        "calibrate": "pass --calibration with one that was made on a larger machine",
+        "validate": "build on a larger machine; `calibrate`, `export` and `engine`, each by itself, take less",
+    }
+    for stage, remedy in remedies.items():
+        by_layer = memory[f"{stage} layer by layer"]
+        needed = by_layer if layer_by_layer else min(memory[stage], by_layer)
+        if needed > available and stage not in done and layer_by_layer is not False:
+            refusals.append(
+                f"{stage} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; {remedy}"
+            )
+    return refusals + _disk_refusals(plan["files"], out, done)
+
+
+def _finished(out: Path | None) -> dict[str, Any]:
+    """Stages that a bundle has, which take no more room unless their inputs changed; targets with engines' weights."""
+    if out is None or not (out / MANIFEST).is_file():
+        return {}
+    stages = Bundle(out).manifest["stages"]
+    engines = {
+        name.removeprefix("engine/"): record["result"]["weights"]
+        for name, record in stages.items()
+        if name.startswith("engine/")
+    }
+    return {**stages, "engine": engines}
+
+
+def _no_room(device: Mapping[str, Any], target: Target) -> str:
+    """Why a device of so much memory is refused, and what would do."""
+    others = [f"{name} ({size:g} GB)" for name, size, fits in device["devices"] if fits]
+    room = f"a device with more, as {others[0]}" if others else "a smaller model"
+    limits = "" if target.engine is None else ", or a target of your own with lower limits in [engine.dims]"
+    remedy = f"build with {device['remedy']}" if device["remedy"] else f"take {room}{limits}"
+    return (
+        f"--memory: {target.name} takes {device['total'] / 1e9:.1f} GB to run it, {device['given'] / 1e9:g} GB are "
+        f"given; {remedy}"
+    )
+
+
+def _disk_refusals(files: Mapping[str, int], out: Path | None, done: Mapping[str, Any]) -> list[str]:
+    if out is None:
+        return []
+    missing = {name: size for name, size in files.items() if ("engine" if name == "engines" else "export") not in done}
+    needed, free = sum(missing.values()), free_bytes(out)
+    if needed <= free:
+        return []
+    engines = missing.get("engines", 0)
+    less = f", or build with --weights external, which takes {(needed - engines) / 1e9:.1f} GB" if engines else ""
+    sizes = f"{needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+    return [f"{out}: ONNX files and engines take {sizes}; free some{less}, or choose another --out"]
+
+
+def check_engine_memory(dims: ModelDims[Any], precision: str, weights: Weights) -> None:
     """Refuse engines whose building needs more memory than there is.
 
     Raises:
-        CapaError: they do, and external weights would not.
+        CapaError: they do.
     """
-    refusal = _engine_refusal(parameters(dims), _ELEMENT_BYTES[precision]) if weights == "embedded" else None
-    if refusal:
+    if refusal := _engine_refusal(dims, precision, weights):
         raise CapaError(refusal)
 
 
@@ -149,63 +314,52 @@ def check_engine_disk(dims: ModelDims[Any], precision: str, folder: Path) -> Non
     Raises:
         CapaError: it has less free space than they take.
     """
-    check_disk(folder, _engine_files(parameters(dims), _ELEMENT_BYTES[precision]))
+    check_disk(folder, engine_weight_bytes(parameters(dims), ELEMENT_BYTES[precision], "embedded"))
 
 
-def run_memory(dims: ModelDims[Any], precision: str) -> int:
-    """Peak of running a bundle's graphs in ONNX Runtime."""
-    return _LIBRARIES + 2 * _ELEMENT_BYTES[precision] * parameters(dims).total
-
-
-def run_bytes(dims: ModelDims[Any], precision: str, num_tokens: int) -> int:
-    """Weights once, and the KV cache of a prompt of which nothing is removed."""
-    width, total = _ELEMENT_BYTES[precision], parameters(dims)
-    cache = kv_cache(dims.decoder, num_visual=0, num_text=num_tokens, schedule=[], element_bytes=width)
-    return (_decoder(total) + total.vision + total.embedding) * width + cache.dense_bytes
-
-
-def _engine_refusal(total: Parameters, width: int) -> str | None:
-    """Why engines with embedded weights cannot be built here, if they cannot."""
-    needed, available = _engine_bytes(total, width, "embedded"), available_memory()
+def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> str | None:
+    """Why engines cannot be built here, if they cannot."""
+    total, width = parameters(dims), ELEMENT_BYTES[precision]
+    needed, available = _engine_bytes(total, width, weights), available_memory()
     if needed <= available:
         return None
+    external = _engine_bytes(total, width, "external")
+    remedy = (
+        f"build with --weights external, which takes {external / 1e9:.1f} GB"
+        if weights == "embedded" and external <= available
+        else "end other programs, or build on a larger machine"
+    )
     return (
-        f"engines with embedded weights take {needed / 1e9:.1f} GB of memory to build, {available / 1e9:.1f} GB are "
-        f"available; build with --weights external, which takes {_engine_bytes(total, width, 'external') / 1e9:.1f} GB"
+        f"engines with {weights} weights take {needed / 1e9:.1f} GB of memory to build, {available / 1e9:.1f} GB are "
+        f"available; {remedy}"
     )
 
 
-def _engine_bytes(total: Parameters, width: int, weights: str) -> int:
+def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Peak of the largest build; each engine has a process of its own."""
-    embedded = max(_decoder(total), total.vision) * width if weights == "embedded" else 0
+    embedded = max(decoder_parameters(total), total.vision) * width if weights == "embedded" else 0
     return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
-
-
-def _memory(total: Parameters, width: int, engines: str | None, num_layers: int) -> dict[str, int]:
-    """Peak bytes by stage."""
-    per_parameter = {
-        # The eager model, in FP32.
-        "calibrate": 4,
-        "calibrate layer by layer": 4 / num_layers,
-        "export": 0,
-        "validate": 4 + 2 + 2 * 4 + 2 * width,
-        "run": 2 * width,
-    }
-    stages = {stage: _LIBRARIES + int(total.total * size) for stage, size in per_parameter.items()}
-    return {**stages, "engine": _engine_bytes(total, width, engines)} if engines else stages
-
-
-def validation_bytes(num_parameters: int, precision: str) -> int:
-    """Peak of a validation with all models in memory.
-
-    The eager model and its half copy; prefill and decode in ONNX Runtime, in FP32 and in the bundle's precision.
-    """
-    return _LIBRARIES + (4 + 2 + 2 * 4 + 2 * _ELEMENT_BYTES[precision]) * num_parameters
 
 
 def calibration_bytes(num_parameters: int) -> int:
     """Peak of a calibration with the whole eager model in memory, in FP32."""
     return _LIBRARIES + 4 * num_parameters
+
+
+def validation_bytes(num_parameters: int, precision: str) -> int:
+    """Peak of a validation with all models in memory.
+
+    The eager model and its half copy; prefill and decode in ONNX Runtime, which computes in FP32 whatever the graphs'
+    precision, as they are and opened up.
+    """
+    return _LIBRARIES + (4 + (0 if precision == "fp32" else 2) + 4 * 4) * num_parameters
+
+
+def layerwise_validation_bytes(dims: ModelDims[Any]) -> int:
+    """Peak of a validation layer by layer: three FP32 copies of a layer or of the head, and what prompts leave."""
+    total = parameters(dims)
+    largest = max(total.decoder // dims.decoder.num_layers, total.embedding)
+    return _VALIDATION + _PROMPTS + 3 * 4 * largest
 
 
 def _calibrated(calibration: Path | None) -> float | None:

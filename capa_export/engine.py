@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.external_weights import MIN_WEIGHT_BYTES
 from capa_export.plugins.alias import ensure_parser_library
 from capa_export.plugins.choice import NO_PLUGINS, Plugins
@@ -44,7 +44,7 @@ _POLL_SECONDS = 0.2
 _ITEM_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Bool": 1, "UInt8": 1, "Int8": 1, "FP8": 1}
 
 _INSTALL = {
-    "tensorrt_rtx": "pip install capa-export[rtx]",
+    "tensorrt_rtx": how_to_install("rtx"),
     "tensorrt": "it comes with JetPack, as python3-libnvinfer, or with pip install tensorrt",
 }
 
@@ -92,6 +92,8 @@ class EngineReport:
     weight_copies: tuple[str, ...]
     """Layers that copy, cast or transpose a whole weight each time the engine runs; none is how it should be."""
     num_external_weights: int
+    activation_bytes: int | None
+    """What its execution context takes at the largest shapes; None where the runtime does not say."""
     warnings: tuple[str, ...]
     log: Path
     layers: Path
@@ -184,11 +186,17 @@ def build_engine(
         num_custom_layers=types["custom_layer"],
         weight_copies=tuple(layer.name for layer in weight_copies(layers, names)),
         num_external_weights=len(names),
+        activation_bytes=_activation_bytes(log),
         warnings=tuple(dict.fromkeys(warning for warning in result["warnings"] if not _NO_NEWS.search(warning))),
         log=log,
         layers=layers_path,
         weights=weights_path if weights == "external" else None,
     )
+
+
+def _activation_bytes(log: Path) -> int | None:
+    said = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
+    return int(said[-1]) if said else None
 
 
 def input_shapes(

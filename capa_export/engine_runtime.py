@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from capa_export.cuda import Buffer, Graph, Rows, Stream
+from capa_export.device_memory import CACHE_ROWS
 from capa_export.errors import CapaError
 from capa_export.execution import BuiltEngines, Engine, Runtime, Weights
 from capa_export.job import say
@@ -18,9 +19,6 @@ from capa_export.prompt import Picture, Prompt
 from capa_export.runtime import Model
 
 __all__ = ["DeviceCache", "EngineModel"]
-
-_ROWS = 256
-"""Caches are as long as a multiple of it: fewer shapes, so that kernels compiled for one serve again."""
 
 
 @dataclass(eq=False)
@@ -143,7 +141,7 @@ class EngineModel(Model[DeviceCache]):
     def _rounded(self, rows: int, stage: int) -> int:
         # Where the first layer prunes, no cache has the length before the first stage.
         _, most = self._decode.limits.get(_dimension("past", stage), (0, rows))
-        return min(-(-rows // _ROWS) * _ROWS, most)
+        return min(-(-rows // CACHE_ROWS) * CACHE_ROWS, most)
 
     def _stacked(self, name: str, caches: Sequence[DeviceCache], sizes: Mapping[str, int]) -> Buffer:
         """One past input of a batch, each prompt's rows at the end."""

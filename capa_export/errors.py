@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-__all__ = ["CapaError", "ExitCode"]
+__all__ = ["CapaError", "ExitCode", "how_to_install"]
 
 
 class ExitCode(IntEnum):
@@ -32,3 +32,8 @@ class CapaError(Exception):
             "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
         )
         self.code = code
+
+
+def how_to_install(extra: str) -> str:
+    """The command that adds one of the package's extras, which no registry has under the package's name."""
+    return f'pip install ".[{extra}]" in a checkout of capa-export'

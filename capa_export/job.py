@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import capa_export
 from capa_export.bundle import Bundle, digest_of, file_digest
+from capa_export.device_memory import WeightsWish
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
@@ -21,11 +22,28 @@ from capa_export.progress import Report, say, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 from capa_export.spread import Workers
 
-__all__ = ["ONNX", "PARITY", "REPORT", "Job", "alpha_digest", "eos_token_ids", "run_stage", "say", "tool_versions"]
+__all__ = [
+    "ONNX",
+    "PARITY",
+    "REPORT",
+    "Job",
+    "alpha_digest",
+    "eos_token_ids",
+    "run_stage",
+    "say",
+    "say_weights",
+    "tool_versions",
+]
 
 ONNX = "onnx"
 PARITY = "parity.json"
 REPORT = "report.html"
+
+
+def say_weights(asked: str, weights: str, because: str) -> None:
+    """Say where the engines' weights go and why, unless the user said it."""
+    if asked == "auto":
+        say(f"{'weights':<14}{weights}: {because}")
 
 
 def run_stage(
@@ -63,7 +81,10 @@ class Job:
     """Where the calibration runs."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     ffn: bool = True
-    weights: Literal["embedded", "external"] = "embedded"
+    weights: WeightsWish = "auto"
+    """Where engines find theirs."""
+    memory: int | None = None
+    """Bytes of the device that runs the bundle, where one of the target's is meant."""
     plugins: PluginWish = "auto"
     plugin_library: Path | None = None
     in_place: bool = False

@@ -16,7 +16,7 @@ from capa_export import kit_builder
 from capa_export.build_engines import GRAPHS, refuse_copies
 from capa_export.bundle import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.bundled import bundled_dims
-from capa_export.dry_run import run_memory
+from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
 from capa_export.errors import CapaError, ExitCode
 from capa_export.golden import write_golden
@@ -130,13 +130,13 @@ def write_kit(
         if native:
             report("kit: plugins", 1, 3)
             _write_plugins(kit / "plugins", settings)
-        has_golden = run_memory(dims, precision) <= available_memory()
+        has_golden = onnx_runtime_bytes(dims) <= available_memory()
         if has_golden:
             report("kit: golden", 2, 3)
             (kit / "golden").mkdir()
             write_golden(kit / "golden", bundle)
         else:
-            needed, free = run_memory(dims, precision) / 1e9, available_memory() / 1e9
+            needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
             say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
         _write_builder(kit, target.name, settings, precision, weights, native=native, golden=has_golden)
         files = sorted(path for path in kit.rglob("*") if path.is_file())

@@ -2,7 +2,7 @@
 
 import os
 import platform
-import resource
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -46,7 +46,7 @@ def available_memory(root: Path = Path("/")) -> int:
     Args:
         root: of the file system that says so.
     """
-    left = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    left = [_free_on_windows() if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
         left.append(_entries(root / "proc/meminfo")["MemAvailable"] * 1024)
     groups = root / "sys/fs/cgroup"
@@ -70,7 +70,29 @@ def _entries(path: Path) -> dict[str, int]:
 
 def _peak_of_children() -> int:
     """Largest resident set of any child that has ended."""
+    try:
+        import resource
+    except ImportError:  # There is none on Windows.
+        return 0
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def _free_on_windows() -> int:
+    """Bytes of memory that are free, as Windows tells."""
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            ("total", ctypes.c_uint64),
+            ("available", ctypes.c_uint64),
+            ("others", ctypes.c_uint64 * 5),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # noqa: B009 - unknown elsewhere.
+    return status.available
 
 
 def _peak_memory() -> int:

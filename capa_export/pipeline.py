@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +13,19 @@ from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.errors import CapaError, ExitCode
 from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import GOLDEN, Wanted, validate
 from capa_export.progress import silent, tracked
 from capa_export.recipe import Recipe, ranges
 from capa_export.spread import chunks, in_order, spread
 from capa_export.target import Target
+from capa_export.unfinished import UnfinishedSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from capa_export.samples import Sample, Samples
-
 __all__ = ["adopt_calibration", "build", "calibrate", "check_workers", "export", "note_digests", "validate"]
 
 _SAMPLES_A_TASK = 4
@@ -37,13 +37,49 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
-    from capa_export.build_engines import build_engines, check_engines, check_runtime
+    from capa_export.build_engines import check_engines, check_runtime
 
     if target.engine is not None:
         check_runtime(target)
     _check_wishes(job)
     if target.engine is not None:
         check_engines(job, target)
+    _check_room(job, target)
+    with job.bundle.claimed():
+        return _build(job, target, wanted, auto_fp32=auto_fp32)
+
+
+def _check_room(job: Job, target: Target) -> None:
+    """Refuse, before anything is run, what this machine, the device or the disk has no room for.
+
+    Settles where the engines' weights go.
+    """
+    from capa_export.dry_run import room
+
+    plan = room(
+        job.recipe,
+        job.visual_tokens,
+        job.source.dims,
+        job.precision,
+        job.bundle.folder,
+        target=target,
+        weights=job.weights,
+        in_place=job.in_place,
+        memory=job.memory,
+        calibrated=job.calibration is not None,
+        layer_by_layer=job.layer_by_layer,
+    )
+    if plan["refusals"]:
+        raise CapaError(plan["refusals"][0])
+    if plan["weights"] is not None:
+        say_weights(job.weights, plan["weights"], plan["weights_because"])
+        job.weights = plan["weights"]
+
+
+def _build(job: Job, target: Target, wanted: Wanted | None, *, auto_fp32: bool) -> ParityReport:
+    """The stages of a build that nothing stands in the way of."""
+    from capa_export.build_engines import build_engines
+
     if job.in_place:
         with job.bundle.replacing() as scratch:
             Shards(job.source.checkpoint, job.precision).try_to_link(scratch)
@@ -109,16 +145,11 @@ def calibrate(job: Job) -> Calibration:
     key = [versions, job.checkpoint_digest, job.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
-        from capa_export.calibrate import calibrate as measure
-        from capa_export.calibrate_layerwise import calibrate_layerwise
-
-        about: Any = {"checkpoint_digest": job.checkpoint_digest, "report": job.report}
-        if not job.workers.here:
-            calibration = _calibrate_spread(job, samples)
-        elif _exceeds_memory(job) if job.layer_by_layer is None else job.layer_by_layer:
-            calibration = calibrate_layerwise(job.source, job.prompter, samples, **about, folder=scratch)
-        else:
-            calibration = measure(job.eager_model, job.family, job.prompter, samples, **about)
+        by_layer = job.layer_by_layer
+        if by_layer is None:
+            by_layer = job.workers.here and _exceeds_memory(job)
+        with job.bundle.unfinished("calibrate", [key, by_layer]) as folder:
+            calibration = _measured(job, samples, UnfinishedSums(folder), by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
@@ -130,18 +161,35 @@ def calibrate(job: Job) -> Calibration:
     return calibration
 
 
+def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_layer: bool) -> Calibration:
+    """Measure the samples, from where an interrupted run stopped."""
+    from capa_export.calibrate import calibrate as measure
+    from capa_export.calibrate_layerwise import calibrate_layerwise
+
+    if unfinished.load() is not None:
+        say(f"{'':<14}goes on where it was interrupted")
+    if not job.workers.here:
+        return _calibrate_spread(job, samples, unfinished)
+    about: Any = {"checkpoint_digest": job.checkpoint_digest, "unfinished": unfinished, "report": job.report}
+    if by_layer:
+        return calibrate_layerwise(job.source, job.prompter, samples, **about)
+    return measure(job.eager_model, job.family, job.prompter, samples, **about)
+
+
 def note_digests(job: Job) -> None:
     """Spare the next command reading the whole checkpoint."""
     job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
 
 
-def _calibrate_spread(job: Job, samples: "Samples") -> Calibration:
+def _calibrate_spread(job: Job, samples: "Samples", unfinished: UnfinishedSums) -> Calibration:
     """What one process would measure, to the last bit where each has as many threads."""
     apart = replace(job, checkpoint=job.checkpoint_source, report=silent)
-    tasks = chunks(samples, _SAMPLES_A_TASK)
+    before = unfinished.load()
+    done = before.samples if before else 0
+    tasks = chunks(islice(samples, done, None), _SAMPLES_A_TASK)
     results = in_order(spread(partial(_measurer, apart, job.checkpoint_digest), tasks, job.workers))
-    measured = tracked(chain.from_iterable(results), "calibrate", samples.count, job.report)
-    return summed(measured)
+    measured = tracked(chain.from_iterable(results), "calibrate", samples.count - done, job.report)
+    return summed(measured, before, unfinished.keep)
 
 
 def _measurer(job: Job, checkpoint_digest: str) -> "Callable[[Sequence[Sample]], list[Calibration]]":

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import Any, TypeVar
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 
 __all__ = ["Workers", "chunks", "in_order", "spread"]
 
@@ -146,7 +146,7 @@ def _on_ray(
         import ray
         from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
-        raise CapaError("--ray needs Ray: pip install 'capa-export[ray]'", ExitCode.USAGE) from error
+        raise CapaError(f"--ray needs Ray: {how_to_install('ray')}", ExitCode.USAGE) from error
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)

@@ -202,7 +202,7 @@ def plan_table(plan: dict[str, Any]) -> None:
     for stage in plan["stages"]:
         say(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
     basis = plan["linear_layers_from"]
-    layers = basis if basis == UNKNOWN else f"in layers {ranges(plan['linear_layers'])} (from {basis})"
+    layers = basis if basis == UNKNOWN else f"layers {ranges(plan['linear_layers'])}; from {basis}"
     say(f"visual FFNs replaced: {layers}")
     prefill, kv, decode = plan["prefill"], plan["kv_cache"], plan["decode"]
     table = columns("", "dense", "CAPA", "times less")
@@ -225,7 +225,21 @@ def plan_table(plan: dict[str, Any]) -> None:
         for name, size in sizes.items():
             table.add_row(name, _gb(size))
         show(title, table)
-    if plan["refusal"]:
-        say(
-            f"{plan['memory_available'] / 1e9:.1f} GB are available; a build would be refused: {plan['refusal']}", "red"
-        )
+    if plan["device"] is not None:
+        _device_table(plan)
+    for refusal in plan["refusals"]:
+        say(f"a build would be refused: {refusal}", "red")
+
+
+def _device_table(plan: dict[str, Any]) -> None:
+    """What the device holds, and the devices that have room for it."""
+    device, table = plan["device"], columns("", "")
+    names = {"weights": "weights", "kv_cache": "KV cache, as held", "contexts": "activations", "runtime": "the rest"}
+    for key, name in {**names, "total": "together"}.items():
+        table.add_row(name, _gb(device[key]))
+    show(f"Memory of {device['target']} while it answers, estimated", table)
+    if plan["weights"] is not None:
+        say(f"weights {plan['weights']}: {plan['weights_because']}")
+    for fits, words in ((True, "has room"), (False, "too small")):
+        if names := [f"{name} ({size:g} GB)" for name, size, has_room in device["devices"] if has_room == fits]:
+            say(f"{words}: {', '.join(names)}")

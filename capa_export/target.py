@@ -89,8 +89,10 @@ class Target(Settings):
     """One kind of device."""
 
     name: str
-    memory_gb: tuple[float, ...] = ()
-    """Of the smallest and the largest such device; shared with the CPU where they are one module."""
+    devices: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Name of each such device, smallest first -> GB of memory that it is sold with."""
+    shares_memory: bool = False
+    """Whether CPU and GPU share that memory."""
     engine: Engine | None = None
     """None where the ONNX files are all there is to deliver."""
 

@@ -1,6 +1,8 @@
 """The bundle folder: stages are skipped when current, replaced whole or not at all, and checked on load."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,41 @@ def test_nothing_made_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CapaError):
         Bundle(tmp_path / "out").run_stage("make", 1, ["made"], fail)
     assert not (tmp_path / "out").exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from capa_export.bundle import Bundle
+
+def work(scratch):
+    (scratch / "made" / "deep").mkdir(parents=True)
+    (scratch / "made" / "deep" / "file").write_text("theirs")
+    print("at work", flush=True)
+    sys.stdin.readline()
+    return {}
+
+Bundle(Path(sys.argv[1])).run_stage("make", 1, ["made"], work)
+"""
+
+
+def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        with pytest.raises(CapaError, match=rf"out: process {other.pid} \(-c .*/out\) is at work in it") as raised:
+            Bundle(tmp_path / "out").run_stage("make", 2, ["made"], write("mine"))
+        assert raised.value.code == ExitCode.PREFLIGHT
+        other.communicate("\n")
+    assert (tmp_path / "out/made/deep/file").read_text() == "theirs"
+    Bundle(tmp_path / "out").run_stage("make", 2, ["made"], write("mine"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "made"]
+
+
+def test_a_command_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        other.kill()
+    Bundle(tmp_path).run_stage("make", 2, ["made"], write("mine"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "made"]

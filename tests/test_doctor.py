@@ -109,7 +109,7 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_too_small_for_the_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PICTURES", {})
-    small = load_target("rtx").model_copy(update={"memory_gb": (1e-6,)})
+    small = load_target("rtx").model_copy(update={"devices": {"Toy": 1e-6}})
     memory = found(examine(small, bundle), "run memory")
     assert memory.verdict == "problem"
     assert "a smaller model" in memory.remedy
@@ -139,3 +139,15 @@ def test_a_problem_is_exit_code_3(
     output = capsys.readouterr()
     assert output.out.splitlines() == ["problem  build memory: too little", "         buy more"]
     assert output.err == "error: build memory: too little\n"
+
+
+def test_a_device_is_held_against_the_bundle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_PICTURES", {})
+    memory = found(examine(load_target("rtx"), bundle, 500_000_000), "run memory")
+    assert (memory.verdict, memory.detail[-16:]) == ("problem", "0.5 GB are given")
+    assert found(examine(load_target("rtx"), bundle, 8_000_000_000), "run memory").verdict == "ok"
+    for options in (["--memory", "8GB"], [str(bundle.folder), "-t", "onnx", "--memory", "8GB"]):
+        assert main(["doctor", *options]) == 2
+        assert "--memory: give a bundle, and a target with engines" in capsys.readouterr().err

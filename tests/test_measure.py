@@ -1,10 +1,14 @@
 """How much memory is left, as the kernel and control groups tell it."""
 
+import ctypes
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from capa_export.measure import available_memory
+from capa_export.measure import available_memory, measured
 
 MEMINFO = "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\nHugePages_Total:       0\n"
 STAT = "anon 5\nactive_file 300\ninactive_file 200\nfile 900\n"
@@ -41,3 +45,20 @@ def test_a_control_group_leaves_less(tmp_path: Path, limit: str, used: str) -> N
     assert available_memory(tmp_path) == 0
     write(tmp_path, {groups + limit: "max\n"})
     assert available_memory(tmp_path) > 5000
+
+
+def test_where_the_system_is_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def status(pointer: Any) -> int:
+        assert pointer._obj.length == ctypes.sizeof(pointer._obj) == 64
+        pointer._obj.available = 8_000_000_000
+        return 1
+
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=status)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr("os.sysconf")
+    assert available_memory(tmp_path) == 8_000_000_000
+    with measured() as cost:
+        pass
+    assert cost.seconds >= 0

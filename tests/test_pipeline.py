@@ -218,8 +218,8 @@ def test_a_checkpoint_that_did_not_change_is_hashed_once(job: Job, monkeypatch: 
 def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dry_run, "available_memory", lambda: 900 << 20)
-    reason = r"take 1\.2 GB of memory to build, 0\.9 GB are available; build with --weights external"
+    monkeypatch.setattr(dry_run, "available_memory", lambda: 1100 << 20)
+    reason = r"take 1\.2 GB of memory to build, 1\.2 GB are available; build with --weights external"
     with pytest.raises(CapaError, match=reason) as raised:
         pipeline.build(again(job, ffn=False), load_target("rtx"))
     assert raised.value.code == ExitCode.PREFLIGHT
@@ -235,10 +235,10 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     assert job.bundle.stage("engine/rtx")["result"]["weights"] == "external"
     plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
     capsys.readouterr()
-    assert main(plan) == ExitCode.OK
-    assert "0.9 GB are available; a build would be refused" in capsys.readouterr().out
-    assert main([*plan, "--weights", "external", "--json"]) == ExitCode.OK
-    assert json.loads(capsys.readouterr().out)["refusal"] is None
+    assert main(plan) == ExitCode.PREFLIGHT
+    output = capsys.readouterr()
+    assert "a build would be refused: engines with embedded weights take 1.2 GB" in output.out
+    assert "a build would be refused: engines with embedded weights take 1.2 GB" in output.err
 
 
 def test_engines_that_the_disk_cannot_hold_are_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from capa_export.bundle import Bundle
+from capa_export.bundled import require_memory
 from capa_export.compare.manifests import changes, engines, sizes
 from capa_export.compare.schema import Answers, BundleComparison, Limits, LogitChange, Timing
 from capa_export.compare.side_by_side import Question, Side, SideBySide
@@ -45,6 +46,7 @@ def compare(
         CapaError: a bundle was changed since it was built, the two are of different families or vocabularies, or
             there is nothing to ask about.
     """
+    require_memory(reference, candidate)
     open_side = partial(Side.of, trust_remote_code=trust_remote_code)
     sides = open_side(reference), open_side(candidate)
     _check_alike(*sides)

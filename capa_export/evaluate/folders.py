@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.picture_files import PICTURE_SUFFIXES
 
 __all__ = ["Table", "is_dataset", "open_folder"]
@@ -99,7 +99,7 @@ def open_folder(folder: Path, split: str | None = None) -> Table:
     try:
         import datasets
     except ImportError as error:
-        raise CapaError("folders of datasets need: pip install 'capa-export[evaluate]'", ExitCode.USAGE) from error
+        raise CapaError(f"folders of datasets need: {how_to_install('evaluate')}", ExitCode.USAGE) from error
     datasets.disable_progress_bars()
     parts = _parts(folder)
     if not parts:

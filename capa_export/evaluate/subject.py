@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import capa_export
 from capa_export.bundle import Bundle, digest_of, file_digest
+from capa_export.bundled import require_memory
 from capa_export.calibration import Calibration
 from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, Ask
@@ -19,6 +20,7 @@ from capa_export.pixels import PixelBounds
 from capa_export.progress import silent
 from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.selectors import load_selector
+from capa_export.spread import Workers
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product"]
 
@@ -176,14 +178,18 @@ def bundle_subject(
     max_new_tokens: int,
     *,
     bounds: PixelBounds | None = None,
+    workers: Workers | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
     """A bundle's graphs, which know one schedule; every ratio of it is theirs.
 
     Raises:
-        CapaError: a method is none of them, or a file of the bundle was changed.
+        CapaError: a method is none of them, a file of the bundle was changed, or this machine's memory is too small.
     """
     from capa_export.evaluate.bundle_answers import BundleAnswers
+
+    if workers is None or workers.ray is None:
+        require_memory(bundle, copies=(workers and workers.count) or 1)
 
     bundle.verify("export")
     recipe = recipe_of(bundle.manifest, bundle.folder)

@@ -330,7 +330,7 @@ class _AgainstGolden(_Validation):
         recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
         records = Records(self.bundle.folder / GOLDEN)
-        sliced = _graphs_exceed_memory(self.job, self.precision)
+        sliced = _graphs_exceed_memory(self.job)
         compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
@@ -393,15 +393,15 @@ def _exceeds_memory(job: Job, precision: str) -> bool:
     return exceeds
 
 
-def _graphs_exceed_memory(job: Job, precision: str) -> bool:
+def _graphs_exceed_memory(job: Job) -> bool:
     """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
     from capa_export.bundled import bundled_dims
-    from capa_export.dry_run import run_memory
+    from capa_export.device_memory import onnx_runtime_bytes
     from capa_export.measure import available_memory
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer
-    return run_memory(bundled_dims(job.bundle), precision) > available_memory()
+    return onnx_runtime_bytes(bundled_dims(job.bundle)) > available_memory()
 
 
 def _subject(

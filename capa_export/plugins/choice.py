@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from capa_export.dims import DecoderDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 
 __all__ = ["HEAD_SIZES", "NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "choose_device_plugins", "choose_plugins"]
 
@@ -67,8 +67,8 @@ def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, libra
     if find_spec("triton") is not None:
         return Plugins("python")
     if wish == "python":
-        raise CapaError("--plugins python needs triton: pip install capa-export[rtx]", ExitCode.ENGINE)
-    return Plugins("none", reason="triton is not installed: pip install capa-export[rtx]")
+        raise CapaError(f"--plugins python needs triton: {how_to_install('rtx')}", ExitCode.ENGINE)
+    return Plugins("none", reason=f"triton is not installed: {how_to_install('rtx')}")
 
 
 def _check_library(path: Path) -> None:
@@ -98,7 +98,7 @@ def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims
     if wish == "python":
         raise CapaError("--plugins python: a device builds with native plugins, or none", ExitCode.USAGE)
     if wish == "native" and find_spec("triton") is None:
-        raise CapaError("--plugins native needs triton for the kernels: pip install capa-export[rtx]", ExitCode.ENGINE)
+        raise CapaError(f"--plugins native needs triton for the kernels: {how_to_install('rtx')}", ExitCode.ENGINE)
     chosen = choose_plugins("auto" if wish == "native" else wish, precision, decoder, None)
     if wish == "native" and chosen.reason:
         raise CapaError(f"{chosen.reason}: build these engines with --plugins none", ExitCode.USAGE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.shipped import shipped
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ def _fatbin(kernels: "Sequence[CompiledKernel]") -> bytes:
     try:
         from cuda.bindings import nvfatbin  # pyright: ignore[reportAttributeAccessIssue]  # It has no types.
     except ImportError as error:
-        raise CapaError(
-            f"fatbins need nvidia-nvfatbin ({error}): pip install capa-export[rtx]", ExitCode.ENGINE
-        ) from error
+        raise CapaError(f"fatbins need nvidia-nvfatbin ({error}): {how_to_install('rtx')}", ExitCode.ENGINE) from error
     # Not compressed: older drivers cannot read what the newest compress.
     options = ["-64", "-compress=false"]
     handle = nvfatbin.create(options, len(options))

@@ -65,7 +65,7 @@ class Costs:
         """
         if not 0 < budget < float("inf"):
             raise CapaError(
-                f"--budget {budget:g}: must be a fraction of dense, as 0.25, or FLOPs a prompt, as 2.5e12",
+                f"--budget {budget:g}: must be a fraction of dense, as 0.25 or 25%, or FLOPs a prompt, as 2.5e12",
                 ExitCode.USAGE,
             )
         mean = self.dense / self.shapes.total()

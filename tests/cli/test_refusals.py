@@ -187,7 +187,7 @@ def test_a_target_without_its_builder_is_refused_first(
 ) -> None:
     monkeypatch.setattr("capa_export.build_engines.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
-    assert code == ExitCode.ENGINE and "pip install capa-export[rtx]" in err and not (tmp_path / "out").exists()
+    assert code == ExitCode.ENGINE and 'pip install ".[rtx]" in a checkout' in err and not (tmp_path / "out").exists()
 
 
 def test_no_engine_to_build_is_a_usage_error(cli: Cli, spare: Path) -> None:
@@ -254,3 +254,23 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
         )
     )
     assert "prune: layers must rise and ratios must not fall" in cli("plan", "-m", bad)[2]
+
+
+def test_a_bundle_that_memory_has_no_room_for_is_not_loaded(
+    cli: Cli, bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capa_export.bundled.available_memory", lambda: 400 << 20)
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("loads it all the same"))
+    picture = min(pictures.glob("*.png"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": str(picture), "question": "?", "answer": "x"}), encoding="utf-8")
+    commands: tuple[tuple[object, ...], ...] = (
+        ("run", bundle, "--prompt", "?", "--image", picture),
+        ("evaluate", bundle, "--data", rows, "-o", tmp_path / "answers"),
+        ("compare", bundle, bundle),
+    )
+    for command in commands:
+        code, out, err = cli(*command)
+        assert (code, out) == (ExitCode.PREFLIGHT, ""), err
+        assert "running the graphs takes 0.5 GB of memory, 0.4 GB are available" in err or command[0] == "compare"
+        assert str(bundle) in err and "use a machine with more" in err

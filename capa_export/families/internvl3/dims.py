@@ -1,6 +1,6 @@
 """The dimensions of InternVL3 and InternVL3.5, read from `config.json`, and what their vision tower costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -92,6 +92,13 @@ class Vision:
         block = attention + 2 * d * f + f + d + norms + 2 * d
         projector = 2 * self.shuffled_size + self.shuffled_size * out + out + out * out + out
         return embeddings + self.depth * block + 2 * d * self.final_norm + projector
+
+    def activations(self, limit: Callable[[str], int]) -> int:
+        """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
+
+        One width of the FFN and five of the block a position.
+        """
+        return limit("tiles") * (self.num_patches + 1) * (self.intermediate_size + 5 * self.hidden_size)
 
     def flops(self, num_visual: int) -> int:
         """FLOPs of a picture whose tiles become `num_visual` tokens."""

@@ -1,6 +1,6 @@
 """LLaVA-1.5's dimensions, read from `config.json`, and what its vision tower costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,13 @@ class Vision:
         layer = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d
         projector = d * out + out * out + (2 * out if self.projector_bias else 0)
         return embeddings + 4 * d + self.num_layers * layer + projector
+
+    def activations(self, limit: Callable[[str], int]) -> int:
+        """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
+
+        One width of the FFN and five of the block a position.
+        """
+        return limit("tiles") * self.num_positions * (self.intermediate_size + 5 * self.hidden_size)
 
     def flops(self, num_visual: int) -> int:
         """FLOPs of as many pictures as it takes for `num_visual` tokens."""

@@ -1,6 +1,6 @@
 """Qwen3-VL's dimensions, read from `config.json`, and what its vision tower costs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -66,6 +66,14 @@ class Vision:
         merger = merged * merged + merged + merged * out + out
         norms = 2 * d + len(self.deepstack_visual_indexes) * 2 * merged
         return embeddings + self.depth * block + (1 + len(self.deepstack_visual_indexes)) * merger + norms
+
+    def activations(self, limit: Callable[[str], int]) -> int:
+        """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
+
+        Two widths of the FFN and seven of the block a patch, 4% too many.
+        """
+        patches = self.spatial_merge_size**2 * limit("frames") * limit("rows") * limit("cols")
+        return patches * (2 * self.intermediate_size + 7 * self.hidden_size)
 
     def flops(self, num_visual: int) -> int:
         """FLOPs of a picture, as square as it can be, that becomes `num_visual` tokens."""

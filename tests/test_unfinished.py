@@ -1,0 +1,110 @@
+"""A calibration that is killed goes on where it was, and measures what one that was not killed measures."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capa_export.bundle import MANIFEST, Bundle
+from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.cli import main
+from capa_export.errors import CapaError, ExitCode
+from tests.conftest import noise
+
+SAMPLES, LAYERS = 4, 5
+PARTS = {"--in-memory": 1, "--layer-by-layer": 1 + LAYERS + 1}
+"""Steps a sample: the whole model; or a look at it, every layer, and the last norm."""
+
+RUN = """
+import os, signal, sys
+from capa_export import calibrate
+from capa_export.cli import main
+
+steps, last = 0, int(sys.argv[1])
+add = calibrate.Measurement.add
+
+def counted(*arguments):
+    global steps
+    if steps == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(*arguments)
+    steps += 1
+
+calibrate.Measurement.add = counted
+code = main(sys.argv[2:])
+print(steps)
+sys.exit(code)
+"""
+
+Calibrate = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def calibrate(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibrate:
+    """The command line of a calibration on pictures of different sizes."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    for index in range(SAMPLES):
+        noise(56 + 28 * index, 84, seed=index).save(pictures / f"{index}.png")
+
+    def command(out: Path, *options: str) -> list[str]:
+        where = ["--checkpoint", str(checkpoint), "--images", str(pictures), "--out", str(out)]
+        return ["calibrate", "--model", "qwen25vl", *where, *options]
+
+    return command
+
+
+def killed(arguments: list[str], steps: int) -> tuple[int, int]:
+    """Run in a process that kills itself after so many steps; its exit code, and its steps if it came to the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(steps), *arguments], capture_output=True, text=True, check=False
+    )
+    return done.returncode, int(done.stdout.splitlines()[-1]) if done.returncode == 0 else 0
+
+
+@pytest.mark.parametrize(("option", "kills"), [("--in-memory", (3,)), ("--layer-by-layer", (2, 9, 14))])
+def test_nothing_is_measured_twice(calibrate: Calibrate, tmp_path: Path, option: str, kills: tuple[int, ...]) -> None:
+    command = calibrate(tmp_path / "killed", option)
+    for steps in kills:
+        assert killed(command, steps) == (-signal.SIGKILL, 0)
+    assert killed(command, 1000) == (0, PARTS[option] * SAMPLES - sum(kills))
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [CALIBRATION, MANIFEST]
+    assert main(calibrate(tmp_path / "whole", option)) == ExitCode.OK
+    assert Calibration.load(tmp_path / "killed").digest() == Calibration.load(tmp_path / "whole").digest()
+
+
+def test_another_input_starts_anew(calibrate: Calibrate, tmp_path: Path) -> None:
+    assert killed(calibrate(tmp_path, "--in-memory"), 2)[0] == -signal.SIGKILL
+    assert killed(calibrate(tmp_path, "--in-memory", "--samples", "3"), 1000) == (0, 3)
+    assert killed(calibrate(tmp_path, "--in-memory"), 2)[0] == -signal.SIGKILL
+    assert killed(calibrate(tmp_path, "--layer-by-layer"), 1000) == (0, PARTS["--layer-by-layer"] * SAMPLES)
+
+
+def test_workers_go_on_where_one_process_was(calibrate: Calibrate, tmp_path: Path) -> None:
+    assert killed(calibrate(tmp_path / "out", "--in-memory"), 3)[0] == -signal.SIGKILL
+    assert main(calibrate(tmp_path / "out", "--workers", "2")) == ExitCode.OK
+    assert main(calibrate(tmp_path / "whole", "--in-memory")) == ExitCode.OK
+    assert Calibration.load(tmp_path / "out").samples == SAMPLES
+    assert Calibration.load(tmp_path / "out").digest() == Calibration.load(tmp_path / "whole").digest()
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+
+    def fail(error: Exception) -> Path:
+        with bundle.unfinished("calibrate", 1) as folder:
+            (folder / "states").write_text("")
+            raise error
+        return folder
+
+    with pytest.raises(CapaError, match="the disk is full"):
+        fail(CapaError("the disk is full", ExitCode.EXPORT))
+    with bundle.unfinished("calibrate", 1) as folder:
+        assert (folder / "states").exists()
+    with bundle.unfinished("calibrate", 2) as folder:
+        assert not (folder / "states").exists()
+    with pytest.raises(CapaError, match="no numbers"):
+        fail(CapaError("no numbers"))
+    assert not list(tmp_path.iterdir())
