@@ -60,9 +60,6 @@ def answer(
 
         # Before anything that takes time.
         built = require_engines(bundle, engine)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
     bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX

@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Its warnings are about things that its own users do; what concerns ours is said by us.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with interruptible() as interruption:
         return _ended(arguments, interruption)
 

@@ -265,9 +265,7 @@ def _load(
         )
     try:
         # Left open, transformers would ask on stdin.
-        return auto_class.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
-        )
+        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # The tokenizers library raises nothing more specific.
         raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
 

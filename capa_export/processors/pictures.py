@@ -146,7 +146,7 @@ def _scaled(picture_HWC: np.ndarray, settings: PictureSettings) -> np.ndarray:
 def _fitted(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
     if not settings.do_resize:
         return picture
-    return _resized(picture, _fitting(*picture.shape[:2], settings.size or Size()), settings)
+    return _resized(picture, _fitting(picture.shape[0], picture.shape[1], settings.size or Size()), settings)
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int], settings: PictureSettings) -> np.ndarray:
@@ -246,7 +246,7 @@ def _cut(picture: np.ndarray, settings: PictureSettings) -> list[np.ndarray]:
     size = settings.size or Size()
     if not size.height or not size.width:
         raise ValueError("size must hold height and width")
-    num_cols, num_rows = _canvas(*picture.shape[:2], size.height, size.width, settings)
+    num_cols, num_rows = _canvas(picture.shape[0], picture.shape[1], size.height, size.width, settings)
     whole = _resized(picture, (num_rows * size.height, num_cols * size.width), settings)
     corners = product(range(0, whole.shape[0], size.height), range(0, whole.shape[1], size.width))
     tiles = [whole[top : top + size.height, left : left + size.width] for top, left in corners]

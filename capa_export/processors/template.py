@@ -19,7 +19,7 @@ __all__ = ["render"]
 class _Generation(Extension):
     """Takes `{% generation %}`, which marks what an assistant said and changes nothing in the text."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - As its base class declares it.
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -77,7 +77,8 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict(), namespace=_namespace)
+    known: dict[str, Any] = environment.globals
+    known |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _namespace}
     return environment.from_string(template)
 
 

@@ -12,10 +12,17 @@ from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizerFast,
 from capa_export.processors.resolved import read_processors, write_processors
 from tests.models import FAMILIES
 
-TEXTS = ["", "what color is the star ?", " two  spaces\n\n", "e\u0301 \u00e9 \U0001f600", "<|im_end|>a<pad></s> b", "\ud7ff1234567"]
+TEXTS = [
+    "",
+    "what color is the star ?",
+    " two  spaces\n\n",
+    "e\u0301 \u00e9 \U0001f600",
+    "<|im_end|>a<pad></s> b",
+    "\ud7ff1234567",
+]
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": [{"type": "text", "text": "Be <short>."}]},
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what's \"it\"?"}, {"type": "video"}]},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 'what\'s "it"?'}, {"type": "video"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
     {"role": "user", "content": [{"type": "text", "text": "é?"}]},
 ]
@@ -25,10 +32,14 @@ TEMPLATES = {
         "{% for message in messages %}{% set seen = 1 %}{% generation %}{{ message.role }}{% set seen = 2 %}"
         "{% endgeneration %}{{ seen }}{% endfor %}"
     ),
-    "controls": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "controls": (
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}"
+        "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}"
+    ),
     "blocks": "{% for m in messages %}\n    {% if true %}\n  {{ m.role }}\n{% endif %}\n{% endfor %}\n",
-    "names": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ image_token }}|{{ add_generation_prompt }}",
-    "namespace": "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "names": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ image_token }}|{{ add_generation_prompt }}",
+    "namespace": "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}{{ ns.self }}",
     "dict": "{{ dict(a=1) }}{{ dict.fromkeys(['a']) }}",
     "time": "{{ strftime_now('%Y') }}",
 }
@@ -141,7 +152,9 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 UNKNOWN = {
     "own code": lambda: OwnTokenizer(tokenizer_object=byte_level().backend_tokenizer, chat_template="x"),
-    "cleans up": lambda: BertTokenizer(vocab={"[UNK]": 0, "a": 1}, chat_template="x", clean_up_tokenization_spaces=True),
+    "cleans up": lambda: BertTokenizer(
+        vocab={"[UNK]": 0, "a": 1}, chat_template="x", clean_up_tokenization_spaces=True
+    ),
 }
 
 
