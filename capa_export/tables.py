@@ -1,6 +1,5 @@
 """Results as tables for people, on stdout."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from capa_export.parity.schema import Check, MethodError, ParityReport, Rate
 from capa_export.recipe import ranges, recipe_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from capa_export.doctor import Finding
 
 __all__ = ["bundle_table", "calibration_table", "doctor_table", "engine_table", "parity_table", "plan_table"]
@@ -172,8 +173,8 @@ def _cell(check: Check | None) -> Text:
     return Text(found.value.replace(" of ", "/"), style="red" if found.failed else "")
 
 
-def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
-    """The stages of a bundle and what each left behind."""
+def bundle_table(folder: Path, manifest: dict[str, Any], num_unread: int = 0) -> None:
+    """The stages of a bundle and what each left behind; `num_unread` files were taken to be what they were."""
     if "recipe" in manifest:
         recipe = recipe_of(manifest, folder)
         schedule = ", ".join(
@@ -197,7 +198,8 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
         )
     if (reason := exported.get("needs_transformers")) is not None:
         say(f"needs torch and transformers to run: {reason}", "dim")
-    say("every file is as it was built")
+    unread = f", {num_unread} of them by size and time since they were last read (--verify reads all)"
+    say(f"every file is as it was built{unread if num_unread else ''}")
 
 
 def plan_table(plan: dict[str, Any]) -> None:
