@@ -30,7 +30,7 @@ class Stamps:
         self.num_unread = 0
         """Files that were taken by their stamps."""
         # The folder's own path, so that a copy of it starts anew.
-        name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()
+        name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - fails nowhere.
         self._path = Path(cache) / "capa-export" / "stamps" / f"{name}.json"
         self._known = self._read()
