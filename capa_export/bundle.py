@@ -153,31 +153,33 @@ class Bundle:
             CapaError: a file is missing, was changed or added, or leads to one that is no file of the bundle, or a
                 stage has not run.
         """
+        with Stamps.of(self.folder, read_all=self.read_all) as stamps:
+            for name in names:
+                self._verify_stage(name, stamps, weights=weights)
+        return stamps.num_unread
+
+    def _verify_stage(self, name: str, stamps: Stamps, *, weights: bool) -> None:
         stages = self.manifest["stages"]
         known = {MANIFEST, *(file for record in stages.values() for file in _files(record))}
-        stamps = Stamps(self.folder, read_all=self.read_all)
-        for name in names:
-            record = self.stage(name)
-            files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
-            for file in files:
-                if not self._is_same(record, file, stamps, read_links=True):
-                    by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
-                    how = "size, time or header differ" if by_time else "sha256 differs"
+        record = self.stage(name)
+        files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
+        for file in files:
+            if not self._is_same(record, file, stamps, read_links=True):
+                by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
+                how = "size, time or header differ" if by_time else "sha256 differs"
+                raise CapaError(
+                    f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
+                    f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
+                )
+        for file in files:
+            for target in references(self.folder / file):
+                if normpath(PurePosixPath(file).parent / target) not in known:
                     raise CapaError(
-                        f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
-                        f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
+                        f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
                     )
-            for file in files:
-                for target in references(self.folder / file):
-                    if normpath(PurePosixPath(file).parent / target) not in known:
-                        raise CapaError(
-                            f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
-                        )
-            for path in self._beside_graphs(files):
-                if path.relative_to(self.folder).as_posix() not in known:
-                    raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
-        stamps.save()
-        return stamps.num_unread
+        for path in self._beside_graphs(files):
+            if path.relative_to(self.folder).as_posix() not in known:
+                raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
 
     def _beside_graphs(self, files: Sequence[str]) -> list[Path]:
         """Files that readers of a graph's folder find: a tokenizer, a template, an embedding."""
@@ -186,10 +188,8 @@ class Bundle:
         return sorted(path for path in paths if (path.is_symlink() or not path.is_dir()) and path.name[0] != ".")
 
     def _changed(self, record: Mapping[str, Any]) -> bool:
-        stamps = Stamps(self.folder, read_all=self.read_all)
-        same = all(self._is_same(record, file, stamps) for file in _files(record))
-        stamps.save()
-        return not same
+        with Stamps.of(self.folder, read_all=self.read_all) as stamps:
+            return not all(self._is_same(record, file, stamps) for file in _files(record))
 
     def _is_same(self, record: Mapping[str, Any], file: str, stamps: Stamps, *, read_links: bool = False) -> bool:
         """Whether a file is there, and is what a stage wrote or linked to.

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,11 +50,18 @@ class Stamps:
             self._known[name] = [*before, sha256]
         return True
 
-    def save(self) -> None:
-        """Keep them for the next command; where the cache cannot be written, that one reads the files again."""
-        if self._known != self._stored:
-            with suppress(OSError):
-                write_whole(self._path, json.dumps(self._known))
+    @classmethod
+    @contextmanager
+    def of(cls, folder: Path, *, read_all: bool = False) -> "Generator[Stamps]":
+        """The stamps of a folder's files, kept for the next command when the block ends, also by a refusal."""
+        stamps = cls(folder, read_all=read_all)
+        try:
+            yield stamps
+        finally:
+            if stamps._known != stamps._stored:
+                # Where the cache cannot be written, the next command reads the files again.
+                with suppress(OSError):
+                    write_whole(stamps._path, json.dumps(stamps._known))
 
     def _read(self) -> dict[str, Any]:
         try:
