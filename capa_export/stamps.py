@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from capa_export.fingerprint import file_digest
 from capa_export.whole import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 __all__ = ["Stamps"]
 
