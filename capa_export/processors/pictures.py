@@ -60,6 +60,13 @@ class PictureProcessor:
     def __init__(self, settings: PictureSettings) -> None:
         self.settings = settings
 
+    def __getattr__(self, name: str) -> Any:
+        """A setting, by transformers' name for it."""
+        if name not in PictureSettings.model_fields:
+            raise AttributeError(name)
+        value = getattr(self.settings, name)
+        return value.model_dump(exclude_none=True) if isinstance(value, Size) else value
+
     def __call__(self, images: Sequence[Image.Image], **changes: Any) -> dict[str, np.ndarray]:
         """Process pictures, with other settings for this call where `changes` names some.
 

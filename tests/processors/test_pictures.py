@@ -148,6 +148,15 @@ def test_several_pictures_at_once_and_settings_for_one_call(tmp_path: Path) -> N
     assert_same(outcome(kept(plain, tmp_path), mixed), outcome(plain, mixed))
 
 
+def test_settings_have_their_names(tmp_path: Path) -> None:
+    theirs = CLIPImageProcessorPil(size=30, crop_size=28, do_resize=False)
+    own = kept(theirs, tmp_path)
+    for name in ("do_resize", "resample", "image_mean", "image_std", "rescale_factor", "do_center_crop", "do_pad"):
+        assert getattr(own, name) == getattr(theirs, name)
+    assert own.size == dict(theirs.size) and own.crop_size == dict(theirs.crop_size)
+    assert not hasattr(own, "no_such_setting")
+
+
 @pytest.mark.parametrize(
     "unknown",
     [
