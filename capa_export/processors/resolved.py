@@ -46,7 +46,7 @@ def read_processors(folder: Path) -> Processors | None:
     from tokenizers import Tokenizer as Backend
 
     try:
-        backend = Backend.from_file(str(vocabulary))
+        backend = Backend.from_str(vocabulary.read_text(encoding="utf-8"))
     except Exception as error:  # The tokenizers library raises nothing more specific.
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         raise CapaError(f"{vocabulary}: does not load ({problem}); build the bundle again") from error

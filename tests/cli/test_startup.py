@@ -53,3 +53,16 @@ def test_a_list_needs_no_onnx(command: list[str]) -> None:
 def test_a_bundle_is_inspected_without_torch(bundle: Path) -> None:
     said, imported = run_without(HEAVY, "inspect", bundle, "--json")
     assert said and imported.isdisjoint(HEAVY.split())
+
+
+def test_warnings_of_transformers_are_kept_from_a_command() -> None:
+    script = """
+from capa_export.cli import main
+main(["targets"])
+from transformers.utils import logging
+logging.get_logger("transformers.models").warning("a warning")
+logging.get_logger("transformers.models").error("an error")
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert "an error" in done.stderr and "a warning" not in done.stderr
