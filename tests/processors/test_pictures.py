@@ -142,7 +142,7 @@ def test_several_pictures_at_once_and_settings_for_one_call(tmp_path: Path) -> N
     assert_same(
         outcome(kept(tiles, tmp_path), frames, crop_to_patches=True), outcome(tiles, frames, crop_to_patches=True)
     )
-    plain = CLIPImageProcessorPil(do_center_crop=False, do_resize=False, do_pad=True)
+    plain: Any = CLIPImageProcessorPil(do_center_crop=False, do_resize=False, do_pad=True)
     mixed = [noise(30, 20), noise(20, 31)]
     plain.pad_size = None
     assert_same(outcome(kept(plain, tmp_path), mixed), outcome(plain, mixed))
