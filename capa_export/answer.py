@@ -62,9 +62,6 @@ def answer(
         built = require_engines(bundle, engine)
     else:
         require_memory(bundle)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
     bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
     prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
     folder = bundle.folder / ONNX

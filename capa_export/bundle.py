@@ -1,7 +1,6 @@
 """The bundle folder: what is in it, what made it, and whether it still is what was built."""
 
 import errno
-import hashlib
 import os
 import shlex
 import shutil
@@ -15,9 +14,10 @@ from typing import Any
 
 from capa_export.confined import confined, references
 from capa_export.errors import CapaError, ExitCode
-from capa_export.fingerprint import fingerprint
+from capa_export.fingerprint import file_digest, fingerprint
 from capa_export.lock import locked
 from capa_export.manifest import VERSION, digest_of, parsed, written
+from capa_export.stamps import Stamps
 
 __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
 
@@ -26,15 +26,6 @@ _PARTIAL = ".partial"
 _WEIGHTS = (".data", ".safetensors")
 """How the names of large files end."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,15 +37,17 @@ class Bundle:
     """
 
     folder: Path
+    read_all: bool = False
+    """Whether to read also the files that have not changed, by size, time and inode, since they were read last."""
 
     @classmethod
-    def open(cls, folder: Path) -> "Bundle":
+    def open(cls, folder: Path, *, read_all: bool = False) -> "Bundle":
         """A bundle that exists.
 
         Raises:
             CapaError: there is no manifest, or it is damaged, or of another version.
         """
-        bundle = cls(folder)
+        bundle = cls(folder, read_all)
         if not (folder / MANIFEST).is_file():
             raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build` makes one")
         _ = bundle.manifest
@@ -152,39 +145,50 @@ class Bundle:
                     # Only succeeds where nothing is left.
                     (self.folder / parent).rmdir()
 
-    def verify(self, *names: str, weights: bool = True) -> None:
+    def verify(self, *names: str, weights: bool = True) -> int:
         """Check that the files of these stages are what was built, that they lead nowhere else, and are all there is.
+
+        A file that was found to be so before, and has not changed since by size, time and inode, is not read again
+        unless `read_all` is set.
 
         Args:
             names: of the stages.
             weights: whether to read the files of weights, too, which takes as long as they are large.
 
+        Returns:
+            How many files were not read.
+
         Raises:
             CapaError: a file is missing, was changed or added, or leads to one that is no file of the bundle, or a
                 stage has not run.
         """
+        with Stamps.of(self.folder, read_all=self.read_all) as stamps:
+            for name in names:
+                self._verify_stage(name, stamps, weights=weights)
+        return stamps.num_unread
+
+    def _verify_stage(self, name: str, stamps: Stamps, *, weights: bool) -> None:
         stages = self.manifest["stages"]
         known = {MANIFEST, *(file for record in stages.values() for file in _files(record))}
-        for name in names:
-            record = self.stage(name)
-            files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
-            for file in files:
-                if not self._is_same(record, file, read_links=True):
-                    by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
-                    how = "size, time or header differ" if by_time else "sha256 differs"
+        record = self.stage(name)
+        files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
+        for file in files:
+            if not self._is_same(record, file, stamps, read_links=True):
+                by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
+                how = "size, time or header differ" if by_time else "sha256 differs"
+                raise CapaError(
+                    f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
+                    f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
+                )
+        for file in files:
+            for target in references(self.folder / file):
+                if normpath(PurePosixPath(file).parent / target) not in known:
                     raise CapaError(
-                        f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
-                        f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
+                        f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
                     )
-            for file in files:
-                for target in references(self.folder / file):
-                    if normpath(PurePosixPath(file).parent / target) not in known:
-                        raise CapaError(
-                            f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
-                        )
-            for path in self._beside_graphs(files):
-                if path.relative_to(self.folder).as_posix() not in known:
-                    raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
+        for path in self._beside_graphs(files):
+            if path.relative_to(self.folder).as_posix() not in known:
+                raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
 
     def _beside_graphs(self, files: Sequence[str]) -> list[Path]:
         """Files that readers of a graph's folder find: a tokenizer, a template, an embedding."""
@@ -193,26 +197,28 @@ class Bundle:
         return sorted(path for path in paths if (path.is_symlink() or not path.is_dir()) and path.name[0] != ".")
 
     def _changed(self, record: Mapping[str, Any]) -> bool:
-        return not all(self._is_same(record, file) for file in _files(record))
+        with Stamps.of(self.folder, read_all=self.read_all) as stamps:
+            return not all(self._is_same(record, file, stamps) for file in _files(record))
 
-    def _is_same(self, record: Mapping[str, Any], file: str, *, read_links: bool = False) -> bool:
+    def _is_same(self, record: Mapping[str, Any], file: str, stamps: Stamps, *, read_links: bool = False) -> bool:
         """Whether a file is there, and is what a stage wrote or linked to.
 
         Args:
             record: of the stage.
             file: its name.
+            stamps: of files that need not be read.
             read_links: whether a link's size, time and header are not enough where its digest is known.
         """
         path = confined(self.folder, file)
         if not path.is_file():
             return False
         if file in record["files"]:
-            return file_digest(path) == record["files"][file]
+            return stamps.matches(path, record["files"][file])
         known = dict(record["linked"][file])
         digest = known.pop("sha256")
         if digest is not None and (read_links or fingerprint(path) != known):
             # A copy of the bundle may have other times.
-            return file_digest(path) == digest
+            return stamps.matches(path, digest)
         return fingerprint(path) == known
 
     @contextmanager

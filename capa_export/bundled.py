@@ -11,6 +11,7 @@ from capa_export.families import load_family
 from capa_export.job import ONNX
 from capa_export.measure import available_memory
 from capa_export.pixels import PixelBounds
+from capa_export.processors.resolved import PROCESSORS, read_processors
 from capa_export.prompt import Prompter
 from capa_export.recipe import recipe_of
 
@@ -43,6 +44,8 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:
     """Its tokenizer, chat template and image processor; pictures are seen as it was built for, unless bounds are given.
 
+    Transformers is imported only where the bundle needs it.
+
     Raises:
         CapaError: a file is missing, or does not load.
     """
@@ -52,6 +55,7 @@ def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust
         *(folder / "llm", folder / "visual", load_family(recipe.family), bundled_dims(bundle)),
         bounds=recipe.pictures if bounds is None else bounds,
         trust_remote_code=trust_remote_code,
+        processors=read_processors(folder / PROCESSORS),
     )
 
 

@@ -10,22 +10,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import ml_dtypes
 import numpy as np
-import onnx_ir as ir
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from capa_export.confined import is_name
 from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -46,7 +40,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 CHUNK_ELEMENTS = 1 << 20
 """Elements read at once: small enough to stay in cache while they are converted."""
 
-_DTYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
+_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INDEX = "model.safetensors.index.json"
@@ -61,15 +55,22 @@ class StoredTensor:
     """As stored, whatever it is renamed to."""
     path: Path
     """The shard."""
-    dtype: ir.DataType
+    numpy_dtype: "np.dtype[Any]"
     shape: tuple[int, ...]
     offset: int
     """Absolute, in bytes from the start of the shard."""
     nbytes: int
 
+    @property
+    def dtype(self) -> "ir.DataType":
+        # Slow to import, and not needed to run a bundle.
+        import onnx_ir as ir
+
+        return ir.DataType.from_numpy(self.numpy_dtype)
+
     def mapped(self) -> "np.ndarray[Any, Any]":
         """The elements in their shape, mapped from the file rather than read."""
-        return np.memmap(self.path, self.dtype.numpy(), "r", self.offset, self.shape)
+        return np.memmap(self.path, self.numpy_dtype, "r", self.offset, self.shape)
 
     def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the elements in storage order, flat, `size` at a time, in the stored dtype.
@@ -79,7 +80,7 @@ class StoredTensor:
         Raises:
             CapaError: the shard changed or became unreadable since it was opened.
         """
-        buffer = np.empty(min(size, prod(self.shape)), self.dtype.numpy())
+        buffer = np.empty(min(size, prod(self.shape)), self.numpy_dtype)
         left = prod(self.shape)
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -242,6 +243,16 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     # One line says it: the client's own warnings and retries are noise above it.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = f"{hub_id}@{revision}" if revision else hub_id
@@ -381,7 +392,9 @@ def _stored_tensor(path: Path, data_start: int, name: str, entry: dict[str, Any]
     dtype = _DTYPES[entry["dtype"]]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a bad shape or offset")
-    needed = prod(shape) * dtype.bitwidth // 8
+    needed = prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise ValueError(f"tensor {name} has {end - begin} bytes, shape {list(shape)} needs {needed}")
-    return StoredTensor(name=name, path=path, dtype=dtype, shape=shape, offset=data_start + begin, nbytes=end - begin)
+    return StoredTensor(
+        name=name, path=path, numpy_dtype=dtype, shape=shape, offset=data_start + begin, nbytes=end - begin
+    )

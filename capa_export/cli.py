@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -56,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Its warnings are about things that its own users do; what concerns ours is said by us.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal does not have is no reason to lose the rest of an answer.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with interruptible() as interruption:
         return _ended(arguments, interruption)
 

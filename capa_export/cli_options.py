@@ -49,6 +49,7 @@ __all__ = [
     "TargetOpt",
     "TrustOpt",
     "ValidationSamplesOpt",
+    "VerifyOpt",
     "Weights",
     "WeightsOpt",
     "WorkersOpt",
@@ -216,4 +217,7 @@ RayOpt = Annotated[
 ]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
+VerifyOpt = Annotated[
+    bool, typer.Option("--verify", help="Read every file of the bundle, also what has not changed since it was read.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

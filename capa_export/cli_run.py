@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, MaxPixelsOpt, MinPixelsOpt, TrustOpt
+from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, MaxPixelsOpt, MinPixelsOpt, TrustOpt, VerifyOpt
 from capa_export.cli_show import print_json
 
 __all__ = ["run"]
@@ -49,6 +49,7 @@ def run(
         int | None, typer.Option(help="Longest answer [default: generation_config.json's, or 64].")
     ] = None,
     engine: EngineOpt = None,
+    verify: VerifyOpt = False,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -71,7 +72,7 @@ def run(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, read_all=verify)
     asked = conversations(prompt, image or [], video, fps, messages or [])
     several = len(asked) > 1
     told = None if as_json or several else stream

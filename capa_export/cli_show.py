@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, JsonOpt, MemoryOpt, TargetOpt
+from capa_export.cli_options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyOpt
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
@@ -18,18 +18,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def inspect(bundle: BundleArg, as_json: JsonOpt = False) -> None:
+def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = False) -> None:
     """Show what a bundle holds and what made it; check its files."""
     from capa_export.bundle import Bundle
     from capa_export.tables import bundle_table
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, read_all=verify)
     manifest = opened.manifest
-    opened.verify(*manifest["stages"])
+    num_unread = opened.verify(*manifest["stages"])
     if as_json:
         print_json(manifest)
     else:
-        bundle_table(opened.folder, manifest)
+        bundle_table(opened.folder, manifest, num_unread)
 
 
 def doctor(

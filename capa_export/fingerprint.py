@@ -3,7 +3,16 @@
 import hashlib
 from pathlib import Path
 
-__all__ = ["fingerprint"]
+__all__ = ["file_digest", "fingerprint"]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:

@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from capa_export.checkpoint import Checkpoint, StoredTensor, open_tensors
 from capa_export.errors import CapaError, ExitCode
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["EMBEDDING_FILE", "Shards", "embedding_of"]
 
 _WEIGHTS = "weights"
 EMBEDDING_FILE, _POINTER = "embedding.safetensors", "embedding.json"
-_NAMES = {ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "fp16", ir.DataType.FLOAT: "fp32"}
+_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class Shards:
@@ -36,11 +38,11 @@ class Shards:
         self._shards = sorted({tensor.path for tensor in checkpoint.tensors.values()})
         sizes: Counter[str] = Counter()
         for tensor in checkpoint.tensors.values():
-            sizes[_NAMES[tensor.dtype]] += tensor.nbytes
-            if tensor.offset % int(tensor.dtype.itemsize):
+            sizes[_NAMES[tensor.numpy_dtype.name]] += tensor.nbytes
+            if tensor.offset % tensor.numpy_dtype.itemsize:
                 raise CapaError(
                     f"{tensor.path}: tensor {tensor.name} starts at byte {tensor.offset}, no multiple of its "
-                    f"{int(tensor.dtype.itemsize)}; re-save it with save_pretrained, or leave --weights in-place away"
+                    f"{tensor.numpy_dtype.itemsize}; re-save it with save_pretrained, or leave --weights in-place away"
                 )
         stored = sizes.most_common(1)[0][0]
         if stored != precision:
@@ -53,8 +55,10 @@ class Shards:
         """Of a tensor's shard, relative to the folder of the ONNX files."""
         return f"{_WEIGHTS}/{tensor.path.relative_to(self._folder).as_posix()}"
 
-    def external(self, tensor: StoredTensor, folder: Path) -> ir.ExternalTensor:
+    def external(self, tensor: StoredTensor, folder: Path) -> "ir.ExternalTensor":
         """A tensor as ONNX files in `folder` refer to it."""
+        import onnx_ir as ir
+
         return ir.ExternalTensor(
             self.location(tensor),
             tensor.offset,

@@ -288,7 +288,10 @@ def export(job: Job) -> None:
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.export import copy_sidecars, write_onnx
         from capa_export.genai.write import reason_against, write_genai
+        from capa_export.processors.resolved import PROCESSORS, write_processors
 
+        # Before anything is written.
+        processors = job.prompter.tokenizer, job.prompter.image_processor
         if not job.in_place:
             job.hash_meanwhile()
         sizes = write_onnx(
@@ -302,6 +305,7 @@ def export(job: Job) -> None:
             report=job.report,
         )
         copy_sidecars(job.source.checkpoint, scratch / ONNX, code=job.trust_remote_code)
+        needs_transformers = write_processors(*processors, scratch / ONNX / PROCESSORS)
         not_genai = reason_against(job.source, job.recipe.prune.selectors)
         if not_genai is None:
             sizes |= write_genai(
@@ -323,6 +327,7 @@ def export(job: Job) -> None:
             "precision": job.precision,
             "fp32_layers": fp32_layers,
             "not_for_genai": not_genai,
+            "needs_transformers": needs_transformers,
         }
         sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}

@@ -15,6 +15,7 @@ from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
 from capa_export.pixels import PixelBounds, processor_settings
+from capa_export.processors.resolved import Processors
 
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
@@ -122,6 +123,7 @@ class Prompter:
         bounds: of what pictures are resized to.
         trust_remote_code: whether Python files that lie in the folders, and that the tokenizer or image processor
             names as its own, may be run.
+        processors: tokenizer and image processor that are read already; the folders' own are then not.
 
     Raises:
         CapaError: a file is missing, or does not load, or needs code that may not be run, or the bounds cannot be kept.
@@ -136,21 +138,14 @@ class Prompter:
         *,
         bounds: PixelBounds | None = None,
         trust_remote_code: bool = False,
+        processors: Processors | None = None,
     ) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
-
         self.family, self.dims, self.folder = family, dims, visual
-        if not trust_remote_code:
-            for folder in dict.fromkeys((text, visual)):
-                _refuse_own_code(folder)
-        load = partial(_load, trust_remote_code=trust_remote_code)
-        self.tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
-        self.image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES)
+        self.tokenizer, self.image_processor = processors or _published(
+            text, visual, trust_remote_code=trust_remote_code
+        )
         self.bounds, self.sizes = bounds or PixelBounds(), processor_settings(self.image_processor)
         family.check_bounds(self.sizes, self.bounds, dims)
-        self.tokenizer.chat_template = self.tokenizer.chat_template or _processor_template(text)
-        if not self.tokenizer.chat_template:
-            raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
         self.marks = {"picture": family.placeholder(self.tokenizer, dims)}
         # Some tokenizers lack the token that their config names.
         if isinstance(family, VideoFamily) and (mark := family.video_placeholder(self.tokenizer, dims)):
@@ -243,7 +238,26 @@ class Prompter:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
-def _load(auto_class: Any, folder: Path, what: str, files: Sequence[str], *, trust_remote_code: bool) -> Any:
+def _published(text: Path, visual: Path, *, trust_remote_code: bool) -> Processors:
+    """What transformers makes of the files of a checkpoint."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if not trust_remote_code:
+        for folder in dict.fromkeys((text, visual)):
+            _refuse_own_code(folder)
+    load = partial(_load, trust_remote_code=trust_remote_code)
+    tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
+    # Where torchvision is installed, transformers would take its ways of resizing, whose pixels differ.
+    image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES, backend="pil")
+    tokenizer.chat_template = tokenizer.chat_template or _processor_template(text)
+    if not tokenizer.chat_template:
+        raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
+    return Processors(tokenizer, image_processor)
+
+
+def _load(
+    auto_class: Any, folder: Path, what: str, files: Sequence[str], *, trust_remote_code: bool, **options: str
+) -> Any:
     """Load what lies in the first of `files` that is there."""
     if not any((folder / file).is_file() for file in files):
         raise CapaError(
@@ -251,7 +265,7 @@ def _load(auto_class: Any, folder: Path, what: str, files: Sequence[str], *, tru
         )
     try:
         # Left open, transformers would ask on stdin.
-        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # The tokenizers library raises nothing more specific.
         raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-import onnxruntime
 
 from capa_export.errors import CapaError
 from capa_export.in_place import embedding_of
 from capa_export.prompt import Picture, Prompt
 from capa_export.selectors import TOWER_OUTPUTS
-from capa_export.sliced import Graphs, SlicedSession, run_lanes, without_lazy_weights
-from capa_export.tiled import attention_bytes, tile_attention
-from capa_export.widen import is_bfloat16, widen, widen_lazily
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from capa_export.sliced import Graphs
 
 __all__ = ["KVCache", "Model", "OnnxModel", "PrefillRun"]
 
@@ -207,10 +207,10 @@ class OnnxModel(Model[KVCache]):
     """
 
     def __init__(
-        self, graphs: Path | Graphs, *, prefill: str = "prefill.onnx", threads: int = 0, sliced: bool = False
+        self, graphs: "Path | Graphs", *, prefill: str = "prefill.onnx", threads: int = 0, sliced: bool = False
     ) -> None:
-        self.unwritten = graphs if isinstance(graphs, Graphs) else None
-        self.folder = Path() if isinstance(graphs, Graphs) else graphs
+        self.unwritten = None if isinstance(graphs, Path) else graphs
+        self.folder = graphs if isinstance(graphs, Path) else Path()
         self.sliced = sliced or self.unwritten is not None
         self.threads, self.prefill_file = threads, prefill
         self._scratch = TemporaryDirectory(prefix="capa-export-")
@@ -233,16 +233,38 @@ class OnnxModel(Model[KVCache]):
     def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         key = file, tuple(shapes.items())
         if key not in self._attention:
-            self._attention[key] = attention_bytes(ir.to_proto(without_lazy_weights(self._graph(file))), shapes)
+            from capa_export.tiled import attention_bytes
+
+            self._attention[key] = attention_bytes(self._without_weights(file), shapes)
         return self._attention[key]
 
-    def _graph(self, file: str) -> ir.Model:
+    def _without_weights(self, file: str) -> "onnx.ModelProto":
+        if self.unwritten is None:
+            return _proto(self.folder / file)
+        import onnx_ir as ir
+
+        from capa_export.sliced import without_lazy_weights
+
+        return ir.to_proto(without_lazy_weights(self._graph(file)))
+
+    def _graph(self, file: str) -> "ir.Model":
         """A copy of a graph that may be changed; its weights stay where they are."""
+        import onnx_ir as ir
+
         return ir.load(self.folder / file) if self.unwritten is None else self.unwritten.models[file].clone()
 
     def _session(self, file: str, *, in_tiles: bool = False) -> Any:
         path = self.folder / file
-        bfloat16 = self.unwritten is None and is_bfloat16(path)
+        bfloat16 = self.unwritten is None and _is_bfloat16(path)
+        if not (bfloat16 or in_tiles or self.sliced or self._changes(file)):
+            return self._connected(path)
+        # Slow to import, and seldom needed to run a bundle.
+        import onnx_ir as ir
+
+        from capa_export.sliced import SlicedSession
+        from capa_export.tiled import tile_attention
+        from capa_export.widen import widen, widen_lazily
+
         changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
         if self.sliced:
             model = self._graph(file)
@@ -260,8 +282,10 @@ class OnnxModel(Model[KVCache]):
             change(model)
         return self._connected(path, ir.to_proto(model))
 
-    def _connected(self, path: Path, model: onnx.ModelProto | None = None) -> Any:
+    def _connected(self, path: Path, model: "onnx.ModelProto | None" = None) -> Any:
         """ONNX Runtime's session of a file, or of what was made of it."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # Errors come as exceptions; the log would say them a second time.
@@ -278,7 +302,7 @@ class OnnxModel(Model[KVCache]):
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
-    def _changes(self, file: str) -> Sequence[Callable[[ir.Model], None]]:  # noqa: ARG002
+    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], None]]:  # noqa: ARG002
         """What to do to a graph before it is run; nothing, unless one wants to look inside."""
         return ()
 
@@ -358,6 +382,8 @@ class OnnxModel(Model[KVCache]):
             given: more inputs of each one's prefill.
             timing: times `prefill` and `decode`, each run of graphs that are not sliced.
         """
+        from capa_export.sliced import run_lanes
+
         # The last one is in tiles if any of them has to be.
         prefill = [self._prefill(prompt) for prompt in prompts][-1]
         feeds = map(self._prompt_feed, prompts, num_keep, embeds)
@@ -407,6 +433,21 @@ class OnnxModel(Model[KVCache]):
     def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Decode's outputs."""
         return _run(self._decode, feed)
+
+
+def _proto(path: Path) -> "onnx.ModelProto":
+    """The graph in a file, without its weights."""
+    import onnx
+
+    return onnx.load(path, load_external_data=False)
+
+
+def _is_bfloat16(path: Path) -> bool:
+    """Whether the ONNX file at `path` has bf16 inputs."""
+    import onnx
+
+    inputs = _proto(path).graph.input
+    return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
 
 
 def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,18 +1,20 @@
 """Results as tables for people, on stdout."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capa_export.doctor import Finding
-from capa_export.dry_run import UNKNOWN
 from capa_export.parity.figures import by_stage, check_of, decimals, open_warnings, percent, shown
 from capa_export.parity.schema import Check, MethodError, ParityReport, Rate
 from capa_export.recipe import ranges, recipe_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from capa_export.doctor import Finding
 
 __all__ = ["bundle_table", "calibration_table", "doctor_table", "engine_table", "parity_table", "plan_table"]
 
@@ -74,7 +76,7 @@ def calibration_table(summary: dict[str, Any]) -> None:
     say(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 
 
-def doctor_table(found: Sequence[Finding]) -> None:
+def doctor_table(found: "Sequence[Finding]") -> None:
     """One line a look, and under it what would do."""
     for finding in found:
         say(f"{finding.verdict:<9}{finding.check}: {finding.detail}", "bold" if finding.verdict == "problem" else "")
@@ -171,8 +173,8 @@ def _cell(check: Check | None) -> Text:
     return Text(found.value.replace(" of ", "/"), style="red" if found.failed else "")
 
 
-def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
-    """The stages of a bundle and what each left behind."""
+def bundle_table(folder: Path, manifest: dict[str, Any], num_unread: int = 0) -> None:
+    """The stages of a bundle and what each left behind; `num_unread` files were taken to be what they were."""
     if "recipe" in manifest:
         recipe = recipe_of(manifest, folder)
         schedule = ", ".join(
@@ -194,11 +196,16 @@ def bundle_table(folder: Path, manifest: dict[str, Any]) -> None:
             "runs in onnxruntime-genai: its onnx folder" if reason is None else f"not for onnxruntime-genai: {reason}",
             "dim",
         )
-    say("every file is as it was built")
+    if (reason := exported.get("needs_transformers")) is not None:
+        say(f"needs torch and transformers to run: {reason}", "dim")
+    unread = f", {num_unread} of them by size and time since they were last read (--verify reads all)"
+    say(f"every file is as it was built{unread if num_unread else ''}")
 
 
 def plan_table(plan: dict[str, Any]) -> None:
     """What a build would do."""
+    from capa_export.dry_run import UNKNOWN
+
     for stage in plan["stages"]:
         say(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
     basis = plan["linear_layers_from"]

@@ -6,11 +6,14 @@ node, for which TensorRT has fused kernels; this is for sessions on a CPU alone.
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["attention_bytes", "tile_attention"]
 
@@ -107,7 +110,7 @@ def attention_bytes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]])
     return largest
 
 
-def tile_attention(model: ir.Model) -> None:
+def tile_attention(model: "ir.Model") -> None:
     """Run every unmasked Attention node over tiles of its queries; the weights stay where they are."""
     for node in model.graph:
         if not _is_plain_attention(node.op_type, node.inputs):
@@ -125,7 +128,9 @@ def _is_plain_attention(op_type: str, inputs: Sequence[object]) -> bool:
     return op_type == "Attention" and not any(inputs[_MASK:])
 
 
-def _function(dtype: ir.DataType, *, causal: bool) -> ir.Function:
+def _function(dtype: "ir.DataType", *, causal: bool) -> "ir.Function":
+    import onnx_ir as ir
+
     text = _FUNCTION.format(
         # An FP32 island has one of its own.
         name=f"Tiled{'Causal' if causal else ''}Attention_{dtype.name}",

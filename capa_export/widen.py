@@ -6,14 +6,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["is_bfloat16", "tensor_values", "widen", "widen_lazily"]
+__all__ = ["tensor_values", "widen", "widen_lazily"]
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-
-
-def is_bfloat16(path: Path) -> bool:
-    """Whether the ONNX file at `path` has bf16 inputs."""
-    return any(value.dtype == _BF16 for value in ir.load(path).graph.inputs)
 
 
 def widen(source: Path, target: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
-import onnx_ir as ir
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError, ExitCode
 from capa_export.pixels import PixelBounds
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
     from capa_export.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class Family(Protocol):
         """The dimensions in `config.json`, or a CapaError that names the key."""
         ...
 
-    def vision_model(self, dims: Any, dtype: ir.DataType) -> ir.Model:
+    def vision_model(self, dims: Any, dtype: "ir.DataType") -> "ir.Model":
         """The vision tower: pixel_values to image_features [N, D].
 
         Where the decoder has DeepStack layers, also to deepstack_features [layers, N, D].
@@ -99,7 +99,7 @@ class VideoFamily(Family, Protocol):
 class SelectionFamily(Family, Protocol):
     """What a family whose vision tower says which tokens matter to it defines beside; N = visual tokens."""
 
-    def vision_model(self, dims: Any, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
+    def vision_model(self, dims: Any, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
         """With `selection` also to saliency [N] FP32 and tower_features [N, F]; without, the same graph as ever."""
         ...
 

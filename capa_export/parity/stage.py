@@ -71,7 +71,7 @@ def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
         CapaError: a file of the bundle was changed, or the checkpoint is another.
     """
     wanted = wanted or Wanted()
-    bundle = job.bundle
+    bundle = replace(job.bundle, read_all=True)
     built = None
     if wanted.engine is not None:
         from capa_export.execution import require_engines
@@ -307,7 +307,7 @@ class _AgainstGolden(_Validation):
 
     def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
         super().__init__(job, recipe, wanted, built)
-        self.bundle.verify(GOLDEN)
+        replace(self.bundle, read_all=True).verify(GOLDEN)
         stored = self.bundle.stage(GOLDEN)["result"]
         pictures = recipe.pictures.model_dump(exclude_none=True)
         for what, same in (

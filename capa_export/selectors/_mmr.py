@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, nodes
+from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["OPTIONS", "choose", "chosen", "flops_of_choice"]
@@ -85,8 +82,14 @@ TakeChunk <steps_left> (ranks, num_keep, chosen) => (amounts) {
 
 
 def choose(
-    op: OpBuilder, view: GraphView, magnitude_T: ir.Value, similarity_TT: ir.Value, *, balance: Option, chunks: Option
-) -> ir.Value:
+    op: "OpBuilder",
+    view: GraphView,
+    magnitude_T: "ir.Value",
+    similarity_TT: "ir.Value",
+    *,
+    balance: Option,
+    chunks: Option,
+) -> "ir.Value":
     """Nodes that choose `num_keep` tokens by balance * magnitude / largest - (1 - balance) * nearest similarity.
 
     Args:
@@ -104,7 +107,7 @@ def choose(
     share_T, chosen_T = nodes(op, _SHARES, magnitude_T, is_visual_T)
     weight = float(balance)
 
-    def ranks(chosen_T: ir.Value) -> ir.Value:
+    def ranks(chosen_T: "ir.Value") -> "ir.Value":
         values = nodes(op, _VALUES, share_T, similarity_TT, is_visual_T, chosen_T, balance=weight)
         return nodes(op, DESCENDING_RANK, *values)[0]
 

@@ -1,19 +1,69 @@
-"""Nodes that selectors share. T = tokens, X = text tokens, D = width of a row; ranks are whole numbers in FP32."""
+"""Nodes that selectors share. T = tokens, X = text tokens, D = width of a row; ranks are whole numbers in FP32.
 
-from typing import Any
+ONNX is imported where nodes are made: who only wants to know what a selector is called, or costs, need not wait for it.
+"""
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from capa_export.graph.functions import function
-from capa_export.selectors import GraphView
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
 
-__all__ = ["DESCENDING_RANK", "LAST_LOGITS", "RANK_SCORES", "TOKEN_KINDS", "UNIT_ROWS", "last_attention", "nodes"]
+    from capa_export.selectors import GraphView
+
+__all__ = [
+    "DESCENDING_RANK",
+    "LAST_LOGITS",
+    "RANK_SCORES",
+    "TOKEN_KINDS",
+    "UNIT_ROWS",
+    "call",
+    "function",
+    "last_attention",
+    "nodes",
+    "score_node",
+]
 
 
-def nodes(op: OpBuilder, function: ir.Function, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
+@dataclass(frozen=True)
+class _Function:
+    """A function of domain `capa`, as text."""
+
+    text: str
+
+    @cached_property
+    def parsed(self) -> "ir.Function":
+        from capa_export.graph.functions import function
+
+        return function(self.text)
+
+
+function = _Function
+
+
+def call(op: "OpBuilder", name: str, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
+    """Add a node of domain `capa` that has kernels; see `graph.build.call`."""
+    from capa_export.graph import build
+
+    return build.call(op, name, *inputs, **attributes)
+
+
+def score_node(
+    op: "OpBuilder", function: _Function, text_rows_X: "ir.Value", *inputs: "ir.Value", **attributes: Any
+) -> "ir.Value":
+    """Add a node that gives each token an amount, and keep text above all; see `graph.build.score_node`."""
+    from capa_export.graph import build
+
+    return build.score_node(op, function.parsed, text_rows_X, *inputs, **attributes)
+
+
+def nodes(op: "OpBuilder", function: _Function, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
     """Add a node of domain `capa`, without a plugin; all of its outputs, also where there is but one."""
-    outputs = op.call(function, *inputs, **attributes)
+    import onnx_ir as ir
+
+    outputs = op.call(function.parsed, *inputs, **attributes)
     return (outputs,) if isinstance(outputs, ir.Value) else tuple(outputs)
 
 
@@ -79,7 +129,7 @@ LastLogits <scale> (query, key) => (logits) {
 """Query [1, H, 1, d] and keys [1, G, T, d] -> [1, G, H/G, T] FP32."""
 
 
-def last_attention(op: OpBuilder, view: GraphView) -> ir.Value:
+def last_attention(op: "OpBuilder", view: "GraphView") -> "ir.Value":
     """What the last prompt token gives to each token, [1, G, H/G, T] FP32."""
     assert view.query is not None and view.key is not None
     (logits,) = nodes(op, LAST_LOGITS, view.query, view.key, scale=view.scale)

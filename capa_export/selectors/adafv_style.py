@@ -7,15 +7,20 @@ mean of saliency and likeness is taken; and where both want the same tokens, the
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, RANK_SCORES, TOKEN_KINDS, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import (
+    DESCENDING_RANK,
+    RANK_SCORES,
+    TOKEN_KINDS,
+    UNIT_ROWS,
+    function,
+    nodes,
+    score_node,
+)
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -111,7 +116,7 @@ AdaptiveUnion (visual, textual, visual_ranks, textual_ranks, mixture_ranks, num_
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, temperature: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, temperature: Option) -> "ir.Value":
     """Ranks by the mixture, of the union of the most salient and the most like a question token."""
     assert view.visual_saliency is not None
     is_visual, is_question = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)

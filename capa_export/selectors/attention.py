@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import last_attention
+from capa_export.selectors._nodes import function, last_attention, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -30,7 +27,7 @@ MeanOverHeads (attention) => (amounts) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
     """The mean over heads of softmax(q k)."""
     return score_node(op, _FUNCTION, view.text_rows_X, last_attention(op, view))
 

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import call
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
+from capa_export.selectors._nodes import call
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -21,7 +20,7 @@ LEAST = 1
 OPTIONS: dict[str, Setting] = {}
 
 
-def score(op: OpBuilder, view: GraphView) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
     """|| sum_h A_h v W_O,h ||_2 of each token; the one score with kernels of its own."""
     assert view.query is not None and view.key is not None and view.value is not None
     assert view.output_weight is not None

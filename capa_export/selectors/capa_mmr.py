@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView, _mmr, capa
-from capa_export.selectors._nodes import UNIT_ROWS, last_attention, nodes
+from capa_export.selectors._nodes import UNIT_ROWS, function, last_attention, nodes
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -57,7 +55,7 @@ LikenessToRows (unit, is_usable) => (similarity) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option, hidden: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, balance: Option, chunks: Option, hidden: Option) -> "ir.Value":
     """Chunked MMR of CAPA's scores and the cosines between contributions, or hidden states."""
     assert view.value is not None and view.output_weight is not None
     features_TD = view.hidden_TD

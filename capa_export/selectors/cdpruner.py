@@ -10,15 +10,12 @@ is left of such tokens, so they come last, by relevance.
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import TOKEN_KINDS, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -122,7 +119,7 @@ ConditionalDPP (unit, is_usable, is_visual, is_question, num_keep) => (amounts) 
 """)
 
 
-def score(op: OpBuilder, view: GraphView) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
     """One row of the kernel's Cholesky factor a step."""
     kinds = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
     return score_node(op, _FUNCTION, view.text_rows_X, *nodes(op, UNIT_ROWS, view.hidden_TD), *kinds, view.num_keep)

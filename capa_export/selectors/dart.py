@@ -2,15 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, RANK_SCORES, TOKEN_KINDS, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import (
+    DESCENDING_RANK,
+    RANK_SCORES,
+    TOKEN_KINDS,
+    UNIT_ROWS,
+    function,
+    nodes,
+    score_node,
+)
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -121,7 +126,7 @@ DartTake <pivot> (ranks, pool, quotas, places, order) => (next_order) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, visual_pivots: Option, text_pivots: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, visual_pivots: Option, text_pivots: Option) -> "ir.Value":
     """Ranks: the visual pivots by L1 norm, then what each pivot takes, least like it first."""
     num_visual, num_text = _counts(visual_pivots, text_pivots)
     is_visual, is_question = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)

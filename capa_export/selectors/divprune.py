@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import TOKEN_KINDS, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -86,7 +83,7 @@ FarthestPoints (unit, is_usable, is_visual, num_keep) => (amounts) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
     """Ranks by farthest-point steps, one after the other, over the cosines of the projected visual tokens."""
     is_visual, _ = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
     unit, is_usable = nodes(op, UNIT_ROWS, view.hidden_TD)

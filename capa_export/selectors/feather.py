@@ -14,15 +14,12 @@ union where the number is the union's.
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import LAST_LOGITS, nodes
+from capa_export.selectors._nodes import LAST_LOGITS, function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -74,7 +71,7 @@ GridFirst <stride> (attention, grid) => (amounts) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, stride: Option, grid: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, stride: Option, grid: Option) -> "ir.Value":
     """The mean over heads of softmax(q k) over visual keys, q and k not rotated; 2^127 times that on the grid."""
     assert view.plain_query is not None and view.plain_key is not None and view.visual_grid is not None
     (logits,) = nodes(op, LAST_LOGITS, view.plain_query, view.plain_key, scale=view.scale)

@@ -10,14 +10,12 @@ Keys, values and a query are a layer's, so it acts in the decoder; before it the
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Size, TensorView, _mmr
-from capa_export.selectors._nodes import last_attention, nodes
+from capa_export.selectors._nodes import function, last_attention, nodes
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -71,7 +69,7 @@ ImplicitUpdates <scale> (attention, key, value) => (magnitude, similarity) {
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, balance: Option, chunks: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, balance: Option, chunks: Option) -> "ir.Value":
     """Chunked MMR of the updates' magnitudes and duplication."""
     assert view.key is not None and view.value is not None
     attention = last_attention(op, view)

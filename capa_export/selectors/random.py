@@ -6,15 +6,12 @@ picture to the next reaches a stage, and one that is rounded would make each pre
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import nodes
+from capa_export.selectors._nodes import function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -81,7 +78,7 @@ def _keys(seed: Option) -> list[int]:
     return [(digits[i % 2] + constant) % _PRIME for i, constant in enumerate(_CONSTANTS)]
 
 
-def score(op: OpBuilder, view: GraphView, *, seed: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, seed: Option) -> "ir.Value":
     """Rounds of MiMC (2016/492), a block cipher of cubes, on the row within what enters the stage."""
     residue_T, num_tokens = nodes(op, _ROW, view.hidden_TD)
     for key in _keys(seed):

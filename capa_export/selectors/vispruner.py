@@ -8,15 +8,12 @@ leaves stays in the order of its likeness.
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-from onnxscript import OpBuilder
-
-from capa_export.graph.build import score_node
-from capa_export.graph.functions import function
 from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, UNIT_ROWS, nodes
+from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
@@ -131,7 +128,7 @@ RemoveDuplicates <numerator, denominator, per_round, extra_rounds>
 """)
 
 
-def score(op: OpBuilder, view: GraphView, *, important: Option) -> ir.Value:
+def score(op: "OpBuilder", view: GraphView, *, important: Option) -> "ir.Value":
     """Ranks by saliency, then by place in the list that is left."""
     assert view.visual_saliency is not None and view.visual_features is not None
     fraction = _fraction(important)

@@ -14,10 +14,10 @@ from capa_export.families.internvl3.dims import Vision, model_dims
 from capa_export.families.internvl3.original import ORIGINAL
 from capa_export.families.internvl3.original import translated as translation_of
 from capa_export.families.internvl3.pixels import check_bounds, num_tokens, picture_options
-from capa_export.families.internvl3.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 __all__ = [
@@ -62,6 +62,13 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
     # What is not supported is refused under the names that its own file has.
     model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
     return translation_of(checkpoint)
+
+
+def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+    """The graph of the vision tower; who runs one does not wait for the imports that make one."""
+    from capa_export.families.internvl3 import vision
+
+    return vision.vision_model(dims, dtype, selection=selection)
 
 
 def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:

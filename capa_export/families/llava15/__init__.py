@@ -10,10 +10,10 @@ from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.families.llava15.pixels import check_bounds, num_tokens, picture_options
-from capa_export.families.llava15.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 __all__ = [
@@ -48,6 +48,13 @@ RENAMES = [
 
 UNUSED = (r"vision_tower\.(?:encoder\.layers\.\d+|post_layernorm)\.",)
 """What lies behind the selected layer of the vision tower."""
+
+
+def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+    """The graph of the vision tower; who runs one does not wait for the imports that make one."""
+    from capa_export.families.llava15 import vision
+
+    return vision.vision_model(dims, dtype, selection=selection)
 
 
 def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:

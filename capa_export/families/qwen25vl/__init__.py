@@ -12,10 +12,10 @@ from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision, last_full_block, model_dims
 from capa_export.families.qwen25vl.pixels import check_bounds, num_tokens, picture_options
 from capa_export.families.qwen25vl.video import video
-from capa_export.families.qwen25vl.vision import vision_model
 from capa_export.prompt import Picture, Prompt
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 __all__ = [
@@ -50,6 +50,13 @@ RENAMES = [
     (r"^language_model\.lm_head\.", "lm_head."),
 ]
 """Stored tensor names, as transformers 4 and 5 save them, to the names of the graph."""
+
+
+def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+    """The graph of the vision tower; who runs one does not wait for the imports that make one."""
+    from capa_export.families.qwen25vl import vision
+
+    return vision.vision_model(dims, dtype, selection=selection)
 
 
 def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from capa_export.families.qwen3vl.dims import model_dims
-from capa_export.families.qwen3vl.vision import vision_model
 from capa_export.families.qwen25vl import (
     IMAGE_OPTIONS,
     RENAMES,
@@ -20,6 +19,8 @@ from capa_export.families.qwen25vl import (
 from capa_export.prompt import Prompt
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from capa_export.eager import EagerInputs
 
 __all__ = [
@@ -40,6 +41,13 @@ __all__ = [
 ]
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
+
+
+def vision_model(dims: Any, dtype: "ir.DataType") -> "ir.Model":
+    """The graph of the vision tower; who runs one does not wait for the imports that make one."""
+    from capa_export.families.qwen3vl import vision
+
+    return vision.vision_model(dims, dtype)
 
 
 def eager_inputs(model: Any, prompt: Prompt) -> "EagerInputs":
