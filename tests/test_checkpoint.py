@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import huggingface_hub
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from capa_export import hub
 from capa_export.checkpoint import fetch_config, open_checkpoint
 from capa_export.errors import CapaError, ExitCode
 
@@ -260,7 +260,7 @@ def test_a_shard_that_changes_later_is_noticed(single: Path) -> None:
 def test_paths_are_never_sent_to_the_hub(
     monkeypatch: pytest.MonkeyPatch, single: Path, opened: Callable[[str], object]
 ) -> None:
-    monkeypatch.setattr(hub, "snapshot_download", None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     for path in ("/no/such/dir", "./x", "../x/y", str(single / "config.json")):
         with pytest.raises(CapaError, match="no such folder"):
             opened(path)
@@ -285,7 +285,7 @@ def test_hub_problems(monkeypatch: pytest.MonkeyPatch, error: Exception, message
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     refused = refusal("owner/name", revision="v1")
     assert str(refused).startswith("owner/name@v1: ")
     assert message in str(refused)
@@ -299,7 +299,7 @@ def test_hub_ids_are_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch,
         calls.update(options, hub_id=hub_id)
         return str(single)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     opened = open_checkpoint("owner/name")
     assert opened.folder == single
     assert opened.tensors["lm_head.weight"].dtype == ir.DataType.FLOAT
