@@ -372,7 +372,6 @@ def test_graph_names_lead_to_the_block(source: Source) -> None:
 def test_shipped_recipe() -> None:
     recipe = load_recipe("internvl3")
     assert load_family(recipe.family) is internvl3
-    assert recipe.visual_tokens == 5 * internvl3.model_dims(published("3-8B")).vision.tokens_per_tile
 
 
 def test_goldens(request: pytest.FixtureRequest) -> None:
