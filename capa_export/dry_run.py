@@ -342,8 +342,11 @@ def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
 
 
 def calibration_bytes(num_parameters: int) -> int:
-    """Peak of a calibration with the whole eager model in memory, in FP32."""
-    return _LIBRARIES + 4 * num_parameters
+    """Peak of a calibration with the whole eager model in memory, in FP32, and the shards mapped that it came from.
+
+    22.6 GB was measured for the 3.8 billion parameters of a Qwen2.5-VL-3B in bf16.
+    """
+    return _LIBRARIES + (4 + 2) * num_parameters
 
 
 def validation_bytes(num_parameters: int, precision: str) -> int:

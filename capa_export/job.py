@@ -241,6 +241,10 @@ class Job:
         except (ImportError, OSError, ValueError) as error:
             raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
+    def forget_eager_model(self) -> None:
+        """Give its memory back; whoever asks for it loads it anew."""
+        vars(self).pop("eager_model", None)
+
     @cached_property
     def prompter(self) -> Any:
         from capa_export.prompt import Prompter

@@ -172,7 +172,10 @@ def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_la
     about: Any = {"checkpoint_digest": job.checkpoint_digest, "unfinished": unfinished, "report": job.report}
     if by_layer:
         return calibrate_layerwise(job.source, job.prompter, samples, **about)
-    return measure(job.eager_model, job.family, job.prompter, samples, **about)
+    calibration = measure(job.eager_model, job.family, job.prompter, samples, **about)
+    # The stages to come need the memory more than validation needs the second that loading takes.
+    job.forget_eager_model()
+    return calibration
 
 
 def note_digests(job: Job) -> None:
