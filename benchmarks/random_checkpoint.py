@@ -163,20 +163,24 @@ def write(config: dict[str, Any], folder: Path, shard_bytes: int = 4 << 30) -> N
             out.write(len(text).to_bytes(8, "little") + text)
             for name, shape in tensors:
                 for values in _values(rng, name, shape):
-                    out.write(values.astype(ml_dtypes.bfloat16).tobytes())
+                    out.write(values.tobytes())
     total = sum(2 * prod(shape) for tensors in shards for _, shape in tensors)
     listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
 
 
 def _values(rng: np.random.Generator, name: str, shape: list[int]) -> Iterator[np.ndarray]:
-    """FP32 elements in pieces: norms of one, biases of zero, and matrices that keep the size of what they multiply."""
+    """Elements in pieces: norms of one, biases of zero, and matrices that keep the size of what they multiply.
+
+    These are drawn from 65,536 normal values, which is several times faster than drawing each anew.
+    """
     if len(shape) == 1:
-        yield np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
+        yield np.full(shape, 0 if name.endswith("bias") else 1, ml_dtypes.bfloat16)
         return
-    scale = np.float32(0.7 * prod(shape[1:]) ** -0.5)
+    values = rng.standard_normal(1 << 16, dtype=np.float32) * np.float32(0.7 * prod(shape[1:]) ** -0.5)
+    table = values.astype(ml_dtypes.bfloat16)
     for start in range(0, prod(shape), _PIECE):
-        yield rng.standard_normal(min(_PIECE, prod(shape) - start), dtype=np.float32) * scale
+        yield table[rng.integers(0, 1 << 16, min(_PIECE, prod(shape) - start), dtype=np.uint16)]
 
 
 if __name__ == "__main__":
