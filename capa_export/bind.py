@@ -23,7 +23,17 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
 from capa_export.whole import replacing
 
-__all__ = ["Written", "bind", "bind_lazily", "check_disk", "free_bytes", "tied", "unused_tensors", "write_embedding"]
+__all__ = [
+    "Written",
+    "bind",
+    "bind_lazily",
+    "check_disk",
+    "check_shapes",
+    "free_bytes",
+    "tied",
+    "unused_tensors",
+    "write_embedding",
+]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -262,16 +272,35 @@ def _place(source: StoredTensor | _Given) -> tuple[object, ...]:
 
 
 def _converted(value: ir.Value, source: StoredTensor | _Given, dtype: ir.DataType) -> _Converted:
-    assert value.name is not None and value.shape is not None
+    assert value.name is not None
+    shape = _checked_shape(value, source)
+    target = dtype if value.dtype is None else value.dtype
+    assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
+    return _Converted(source, target, shape, value.name)
+
+
+def check_shapes(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor]) -> None:
+    """Hold the shapes of stored tensors against those of the initializers that they are for.
+
+    Raises:
+        CapaError: one is another, and no mere regrouping of its dimensions.
+    """
+    for model in models:
+        for value in _unbound(model):
+            assert value.name is not None
+            _checked_shape(value, tensors[value.name])
+
+
+def _checked_shape(value: ir.Value, source: StoredTensor | _Given) -> tuple[int, ...]:
+    """The shape of an initializer, which these weights have too."""
+    assert value.shape is not None
     shape = tuple(value.shape.numpy())
     if not _regroups(source.shape, shape):
         raise CapaError(
             f"{source.path}: tensor {source.name} has shape {list(source.shape)}, config.json implies {list(shape)}; "
             "check that weights and config belong together"
         )
-    target = dtype if value.dtype is None else value.dtype
-    assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
-    return _Converted(source, target, shape, value.name)
+    return shape
 
 
 def _regroups(stored: Sequence[int], wanted: Sequence[int]) -> bool:
@@ -317,10 +346,14 @@ def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTenso
 
 
 def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint with tied embeddings, the embedding as LM head if it stores no head of its own."""
-    if HEAD in tensors or EMBEDDING not in tensors:
-        return tensors
-    return MappingProxyType({**tensors, HEAD: tensors[EMBEDDING]})
+    """The tensors of a checkpoint with tied embeddings: of embedding and LM head, the one stored stands for both.
+
+    Where both are stored, each stands for itself, as in transformers.
+    """
+    for absent, stored in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        if absent not in tensors and stored in tensors:
+            return MappingProxyType({**tensors, absent: tensors[stored]})
+    return tensors
 
 
 def write_embedding(

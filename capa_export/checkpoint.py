@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from capa_export.confined import is_name
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError
+from capa_export.hub import find_folder, refetch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,8 +42,13 @@ CHUNK_ELEMENTS = 1 << 20
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_ADAPTED = re.compile(
+    r"^base_model\.|\.(?:lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save"
+    r"|original_module|ia3_l|vera_lambda_[bd]|oft_[rRsS]|boft_[RPs]|hada_[wt]\d|lokr_[wt]\d|prompt_encoder)(?:\.|_|$)"
+)
+"""Names that PEFT gives to what it puts around a model."""
 _MAX_HEADER = 100_000_000
 
 
@@ -104,6 +109,8 @@ class Checkpoint:
     """`config.json`, as it is."""
     tensors: Mapping[str, StoredTensor]
     """By stored name, in the order of shards and of offsets."""
+    passed_over: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Stored name -> dtype, of what is neither BF16, F16 nor F32: no graph reads it."""
     translation: Path | None = None
     """Where a family put config, tokenizer and processor files that transformers reads, where `folder` has others."""
 
@@ -175,19 +182,38 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     Raises:
         CapaError: it cannot be found, or it is not a complete safetensors checkpoint.
     """
-    folder = _folder(source, revision, _FILES)
+    folder = find_folder(source, revision, _FILES)
+    _refuse_adapter(folder)
     config = _config(folder)
+    shards, weight_map = _shards(folder, config)
     tensors: dict[str, StoredTensor] = {}
-    for shard in _shards(folder):
-        for tensor in _read_header(shard):
-            if tensor.name in tensors:
+    passed_over: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for shard in shards:
+        found, others = _read_header(folder / shard)
+        for name in (*found, *others):
+            if name in places:
                 raise CapaError(
-                    f"{folder}: tensor {tensor.name} is in {tensors[tensor.name].path.name} and in {shard.name}; "
+                    f"{folder}: tensor {name} is in {places[name]} and in {shard}; "
                     "remove the file that does not belong to this checkpoint"
                 )
-            tensors[tensor.name] = tensor
-    _check_index(folder, tensors)
-    return Checkpoint(folder=folder, config=config, tensors=MappingProxyType(tensors))
+            places[name] = shard
+        tensors |= found
+        passed_over |= others
+    for name, shard in weight_map.items():
+        if places.get(name) != shard:
+            raise CapaError(f"{folder / shard}: has no tensor {name}, which {_INDEX} puts there; download both again")
+    if adapted := next(filter(_ADAPTED.search, places), None):
+        raise CapaError(
+            f"{folder}: tensor {adapted} is part of a PEFT adapter, saved without being merged; load it with PEFT, "
+            "call merge_and_unload(), and pass the folder that save_pretrained then writes"
+        )
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tensors=MappingProxyType(tensors),
+        passed_over=MappingProxyType(passed_over),
+    )
 
 
 def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -196,7 +222,9 @@ def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         CapaError: it cannot be found or read.
     """
-    return _config(_folder(source, revision, ("config.json",)))
+    folder = find_folder(source, revision, ("config.json", _ADAPTER))
+    _refuse_adapter(folder)
+    return _config(folder)
 
 
 def fetch_json(source: str, names: Iterable[str], *, revision: str | None = None) -> dict[str, dict[str, Any]]:
@@ -205,7 +233,7 @@ def fetch_json(source: str, names: Iterable[str], *, revision: str | None = None
     Raises:
         CapaError: it cannot be found, or one cannot be read.
     """
-    folder = _folder(source, revision, tuple(names))
+    folder = find_folder(source, revision, tuple(names))
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
@@ -216,61 +244,27 @@ def canonical_name(stored: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Where the tensors of one safetensors file lie.
+    """Where the BF16, F16 and F32 tensors of one safetensors file lie.
 
     Raises:
         CapaError: the file is missing, truncated or corrupt.
     """
-    return {tensor.name: tensor for tensor in _read_header(path)}
-
-
-def _folder(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The local folder, or the one in the hub cache with the files that match `patterns`."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise CapaError(f"{source}: is a local folder; --revision only applies to hub ids", ExitCode.USAGE)
-        return folder
-    if folder.exists():
-        raise CapaError(f"{source}: no such folder, it is a file; pass the folder that holds config.json and weights")
-    if _HUB_ID.fullmatch(source):
-        return _downloaded(source, revision, patterns)
-    raise CapaError(f"{source}: no such folder; pass a folder that holds config.json, or a hub id like owner/name")
+    return _read_header(path)[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", "a checkpoint folder holds config.json beside the weights")
+    path = folder / "config.json"
+    return read_json(path, f"a checkpoint folder holds it beside the weights: {refetch(folder)}")
 
 
-def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    # One line says it: the client's own warnings and retries are noise above it.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    what = f"{hub_id}@{revision}" if revision else hub_id
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
-    except GatedRepoError as error:
-        problem, cause = "is gated; accept its licence on its hub page, then run `hf auth login`", error
-    except RevisionNotFoundError as error:
-        problem, cause = "the hub has no such revision; check the branch, tag or commit", error
-    except RepositoryNotFoundError as error:
-        problem, cause = "no such folder, and no such model on the hub; if it is private, run `hf auth login`", error
-    except LocalEntryNotFoundError as error:
-        where = f"run `hf download {hub_id}` where there is a network, and pass the folder it prints"
-        problem, cause = f"no such folder, no hub within reach, and not in the local hub cache; {where}", error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        problem, cause = f"download failed: {first_line}; run it again, files that are complete are kept", error
-    raise CapaError(f"{what}: {problem}") from cause
+def _refuse_adapter(folder: Path) -> None:
+    path = folder / _ADAPTER
+    if path.is_file():
+        base = read_json(path).get("base_model_name_or_path") or "its base model"
+        raise CapaError(
+            f"{path}: the folder holds a PEFT adapter for {base}, and transformers would load that model under it; "
+            "load both with PEFT, call merge_and_unload(), and pass the folder that save_pretrained then writes"
+        )
 
 
 def read_json(path: Path, hint: str = "copy it from where the weights were published") -> dict[str, Any]:
@@ -290,11 +284,31 @@ def read_json(path: Path, hint: str = "copy it from where the weights were publi
     return cast("dict[str, Any]", data)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard name, of the index; empty where there is none."""
-    path = folder / _INDEX
-    if not path.exists():
-        return {}
+def _shards(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The shards, all of which exist, and the one each tensor is in, where an index says so.
+
+    As in transformers: the file that `config.json` names, or else a whole one, or else those of an index.
+    """
+    named = config.get("transformers_weights")
+    if named is not None and not (isinstance(named, str) and is_name(named)):
+        raise CapaError(f"{folder / 'config.json'}: transformers_weights names no file of this folder; remove it")
+    found = next((name for name in ([named] if named else [_WHOLE, _INDEX]) if (folder / name).is_file()), None)
+    if found is None:
+        raise _no_weights(folder, named)
+    if not found.endswith(".index.json"):
+        return [found], {}
+    path = folder / found
+    weight_map = _indexed(path)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not is_name(shard):
+            raise CapaError(f"{path}: shard {shard} lies outside the folder; download the index again")
+        if not (folder / shard).is_file():
+            raise CapaError(f"{folder / shard}: shard not found, though {path.name} names it; {refetch(folder)}")
+    return shards, weight_map
+
+
+def _indexed(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if isinstance(weight_map, dict):
         entries = cast("dict[str, object]", weight_map)
@@ -304,37 +318,20 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise CapaError(f"{path}: has no weight_map of tensor names to shards; download it again")
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The shards that make up the checkpoint, all of which exist."""
-    weight_map = _weight_map(folder)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if weight_map:
-        names = sorted(set(weight_map.values()))
-    elif "model.safetensors" in found:
-        names = ["model.safetensors"]
-    elif found:
-        raise CapaError(
+def _no_weights(folder: Path, given: str | None) -> CapaError:
+    if given:
+        return CapaError(f"{folder / given}: not found, though transformers_weights in config.json names it")
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        return CapaError(
             f"{folder}: no {_INDEX} beside {found[0]}, and transformers does not load shards without it; "
-            "download it from where the weights were published"
+            f"{refetch(folder)}"
         )
-    else:
-        held = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none either"
-        raise CapaError(
-            f"{folder}: no *.safetensors here (*.bin: {held}); load the model with transformers and re-save it with "
+    if pickled := ", ".join(sorted(path.name for path in folder.glob("*.bin"))):
+        return CapaError(
+            f"{folder}: no *.safetensors here (*.bin: {pickled}); load the model with transformers and re-save it with "
             "save_pretrained(folder, safe_serialization=True)"
         )
-    for name in names:
-        if not is_name(name):
-            raise CapaError(f"{folder / _INDEX}: shard {name} lies outside the folder; download the index again")
-        if not (folder / name).is_file():
-            raise CapaError(f"{folder / name}: shard not found, though {_INDEX} names it; download it again")
-    return [folder / name for name in names]
-
-
-def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    for name, shard in _weight_map(folder).items():
-        if name not in tensors or tensors[name].path != folder / shard:
-            raise CapaError(f"{folder / shard}: has no tensor {name}, which {_INDEX} puts there; download both again")
+    return CapaError(f"{folder}: no *.safetensors here; {refetch(folder)}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -345,11 +342,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one shard, by offset.
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one shard by offset, and the dtypes of those that are neither BF16, F16 nor F32.
 
     Raises:
-        CapaError: the shard is truncated or corrupt, or holds a dtype other than bf16, fp16 and fp32.
+        CapaError: the shard is truncated or corrupt.
     """
     try:
         size = path.stat().st_size
@@ -363,6 +360,7 @@ def _read_header(path: Path) -> list[StoredTensor]:
             raw = file.read(length) if length <= _MAX_HEADER else b""
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
+        others = {name: str(entry["dtype"]) for name, entry in header.items() if entry["dtype"] not in _DTYPES}
         tensors = sorted(
             (_stored_tensor(path, 8 + length, name, entry) for name, entry in header.items()),
             key=lambda tensor: tensor.offset,
@@ -379,22 +377,22 @@ def _read_header(path: Path) -> list[StoredTensor]:
     if size != end:
         state = "truncated" if size < end else "too long"
         raise CapaError(f"{path}: {state}: {size} bytes, its header says {end}; download it again")
-    return tensors
+    return {tensor.name: tensor for tensor in tensors if tensor.name not in others}, others
 
 
 def _stored_tensor(path: Path, data_start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise CapaError(
-            f"{path}: tensor {name} is {entry['dtype']}; only BF16, F16 and F32 weights are supported: "
-            "use the checkpoint that is not quantized"
-        )
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = _DTYPES.get(entry["dtype"])
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a bad shape or offset")
-    needed = prod(shape) * dtype.itemsize
+    needed = end - begin if dtype is None else prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise ValueError(f"tensor {name} has {end - begin} bytes, shape {list(shape)} needs {needed}")
     return StoredTensor(
-        name=name, path=path, numpy_dtype=dtype, shape=shape, offset=data_start + begin, nbytes=end - begin
+        name=name,
+        path=path,
+        numpy_dtype=np.dtype(np.void) if dtype is None else dtype,
+        shape=shape,
+        offset=data_start + begin,
+        nbytes=end - begin,
     )

@@ -27,6 +27,9 @@ class DecoderDims:
     attention_bias: bool
     """Whether the query, key and value projections have biases."""
     tie_word_embeddings: bool
+    """Whether the config says that the embedding table is the LM head too."""
+    ties_missing_head: bool = False
+    """Whether transformers takes it for one that is not stored, which it does not always ask the same flag for."""
     rope_limit: int | None = None
     """Positions from which on the rotary frequencies would depend on the length; None for never."""
     mrope_interleaved: bool = False
@@ -104,6 +107,10 @@ class TextDefaults:
     qk_norm: bool = False
     head_dim: int | None = None
     """Set where heads have a size of their own; None where they must make up the hidden size."""
+    ties_embeddings: bool = False
+    """Whether the embedding table stands for a missing LM head where `config.json` leaves that out."""
+    text_ties_embeddings: bool = True
+    """Whether the flag also counts in `text_config`, where transformers 4 saved it."""
     hidden_size: int | None = None
     """None, as for the sizes below, where a default would be a guess at another model's."""
     intermediate_size: int | None = None
@@ -144,6 +151,10 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
         mrope_section=sections,
         attention_bias=defaults.attention_bias,
         tie_word_embeddings=bool(root.data.get("tie_word_embeddings") or text.data.get("tie_word_embeddings")),
+        ties_missing_head=bool(
+            root.data.get("tie_word_embeddings", defaults.ties_embeddings)
+            or (defaults.text_ties_embeddings and text.data.get("tie_word_embeddings"))
+        ),
         rope_limit=limit,
         mrope_interleaved=defaults.mrope_interleaved,
         qk_norm=defaults.qk_norm,

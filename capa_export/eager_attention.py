@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["attention_weights"]
+__all__ = ["ATTENTION", "attention_weights"]
+
+ATTENTION = "sdpa"
+"""The name in transformers of how the eager model attends whatever its config asks for: plain PyTorch."""
 
 _NAME = "capa_export"
 

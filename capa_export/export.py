@@ -13,13 +13,25 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.bind import EMBEDDING, bind, bind_lazily, check_disk, tied, unused_tensors, write_embedding
-from capa_export.checkpoint import Checkpoint, StoredTensor
+from capa_export.bind import (
+    EMBEDDING,
+    HEAD,
+    bind,
+    bind_lazily,
+    check_disk,
+    check_shapes,
+    tied,
+    unused_tensors,
+    write_embedding,
+)
+from capa_export.chat_template import TEMPLATE_FILES
+from capa_export.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, LayoutFamily, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
+from capa_export.hub import refetch
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
@@ -42,9 +54,12 @@ PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32":
 DENSE = "dense.onnx"
 """Prefill without FFN scales, written for validation only."""
 
-_RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+_BUFFERS = re.compile(
+    r"(?:^|\.)(?:(?:original_)?inv_freq|position_ids|(?:cos|sin)_cached|(?:causal|attn)_mask|masked_bias)$"
+)
+"""What models keep beside their weights and compute anew, so that no graph reads it."""
 _SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
-_TEXT_SIDECARS = ("chat_template.*", "merges.txt", "vocab.json", "*.model")
+_TEXT_SIDECARS = (*TEMPLATE_FILES, "merges.txt", "vocab.json", "*.model")
 _VISUAL_SIDECARS = (
     "config.json",
     "preprocessor_config.json",
@@ -72,15 +87,9 @@ class Source:
         """
         if isinstance(family, LayoutFamily):
             checkpoint = family.translated(checkpoint)
-        architectures = checkpoint.config.get("architectures") or ["none"]
-        if family.ARCHITECTURE not in architectures:
-            raise CapaError(
-                f"{checkpoint.folder}: holds {', '.join(architectures)}, this recipe is for {family.ARCHITECTURE}; "
-                "`capa-export models` lists the recipes"
-            )
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
         tensors = checkpoint.renamed(family.RENAMES)
-        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.tie_word_embeddings else tensors)
+        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.ties_missing_head else tensors)
 
 
 def write_onnx(
@@ -246,27 +255,33 @@ def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
 def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
     """Copy them, so that the bundle needs no checkpoint to run."""
     for part, paths in sidecars(checkpoint.sidecars, code=code).items():
-        (folder / part).mkdir(parents=True, exist_ok=True)
         for path in paths:
-            shutil.copyfile(path, folder / part / path.name)
+            place = folder / part / path.relative_to(checkpoint.sidecars)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def check_tensors(source: Source) -> None:
     """Hold the checkpoint's tensor names against the graphs', before any weight is read.
 
     Raises:
-        CapaError: a tensor is missing or superfluous.
+        CapaError: a tensor is missing or superfluous, or has another shape than `config.json` implies.
     """
-    dims, dtype = source.dims, ir.DataType.FLOAT
+    dims, dtype, folder = source.dims, ir.DataType.FLOAT, source.checkpoint.folder
     decoder = decode_model(dims.decoder, dtype, rotary_tables(dims), prune_layers=())
     models = [decoder, source.family.vision_model(dims.vision, dtype)]
     wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
-    if missing := sorted(wanted - set(source.tensors)):
+    if missing := sorted((wanted | {EMBEDDING}) - set(source.tensors)):
+        raise CapaError(f"{folder}: tensor {_first(missing)} {_why_missing(missing, source)}")
+    check_shapes(models, source.tensors)
+    table, shape = source.tensors[EMBEDDING], (dims.decoder.vocab_size, dims.decoder.hidden_size)
+    if table.shape != shape:
         raise CapaError(
-            f"{source.checkpoint.folder}: tensor {_first(missing)} is missing; download the checkpoint again"
+            f"{table.path}: the embedding table {table.name} has shape {list(table.shape)}, vocab_size and hidden_size "
+            f"in config.json make {list(shape)}; use the config.json that was saved with these weights"
         )
     # A family may know tensors that its checkpoints hold and no graph reads.
-    unread = [_RECOMPUTED, *map(re.compile, source.family.UNUSED)]
+    unread = [_BUFFERS, *map(re.compile, source.family.UNUSED)]
     extra = [
         name
         for name in unused_tensors(models, source.tensors)
@@ -277,6 +292,20 @@ def check_tensors(source: Source) -> None:
             f"{source.checkpoint.folder}: tensor {_first(extra)} has no place in {source.family.ARCHITECTURE}; "
             "merge adapters into the weights and re-save with save_pretrained"
         )
+
+
+def _why_missing(missing: Sequence[str], source: Source) -> str:
+    """What is the matter with the first of the tensors that a graph reads and a checkpoint does not have."""
+    checkpoint, rules = source.checkpoint, source.family.RENAMES
+    for stored, dtype in checkpoint.passed_over.items():
+        if canonical_name(stored, rules) == missing[0]:
+            return f"is {dtype}; only BF16, F16 and F32 weights are supported: use the checkpoint that is not quantized"
+    if missing == [HEAD]:
+        return (
+            "is missing, and tie_word_embeddings in config.json, as transformers reads it, does not put the embedding "
+            "table in its place; set it to true beside model_type if the model was trained so"
+        )
+    return f"is missing; {refetch(checkpoint.folder)}"
 
 
 def _first(names: Sequence[str]) -> str:

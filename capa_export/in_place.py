@@ -125,10 +125,11 @@ def embedding_of(folder: Path) -> StoredTensor:
     Raises:
         CapaError: it is missing, or its file is damaged.
     """
-    if not (folder / _POINTER).exists():
-        return open_tensors(folder / EMBEDDING_FILE)["embedding"]
+    path, pointer = folder / EMBEDDING_FILE, {"file": EMBEDDING_FILE, "tensor": "embedding"}
     try:
-        pointer = json.loads((folder / _POINTER).read_text(encoding="utf-8"))
+        if (folder / _POINTER).exists():
+            path = folder / _POINTER
+            pointer = json.loads(path.read_text(encoding="utf-8"))
         return open_tensors(folder / pointer["file"])[pointer["tensor"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CapaError(f"{folder / _POINTER}: names no embedding; build the bundle again", ExitCode.EXPORT) from error
+        raise CapaError(f"{path}: names no embedding; build the bundle again", ExitCode.EXPORT) from error

@@ -206,7 +206,8 @@ class Job:
 
         parts = sidecars(self.source.checkpoint.sidecars, code=self.trust_remote_code)
         paths = {path for part in parts.values() for path in part}
-        return {path.name: file_digest(path) for path in sorted(paths)}
+        folder = self.source.checkpoint.folder
+        return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(paths)}
 
     @property
     def prompt_settings(self) -> list[Any]:
@@ -219,6 +220,8 @@ class Job:
         import torch
         import transformers
 
+        from capa_export.eager_attention import ATTENTION
+
         transformers.utils.logging.disable_progress_bar()
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
@@ -227,10 +230,15 @@ class Job:
 
             return read_model(self.source)
         try:
+            # Whatever attention the config asks for, from kernels that may not be here to none that there is.
             return architecture.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation=ATTENTION,
             ).eval()
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
     @cached_property
@@ -269,6 +277,17 @@ class Job:
     def check_pictures(self) -> None:
         """Refuse bounds of pictures that the model cannot keep, before anything is run."""
         _ = self.visual_tokens
+
+    def check_files(self) -> None:
+        """Hold weights, config, tokenizer, chat template and image processor against each other before any work.
+
+        Raises:
+            CapaError: one of them is missing, or does not belong to the others.
+        """
+        from capa_export.export import check_tensors
+
+        check_tensors(self.source)
+        self.prompter.check()
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""

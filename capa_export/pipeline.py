@@ -126,9 +126,9 @@ def _worst(parity: ParityReport) -> str:
 
 def calibrate(job: Job) -> Calibration:
     """Measure the dense model, or read what an earlier run measured."""
-    from capa_export.export import check_tensors
     from capa_export.samples import samples_from
 
+    job.check_files()
     check_workers(job)
     job.check_pictures()
     if job.calibration is not None:
@@ -153,7 +153,6 @@ def calibrate(job: Job) -> Calibration:
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
-    check_tensors(job.source)
     run_stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
     note_digests(job)
     calibration = Calibration.load(job.bundle.folder)
@@ -256,10 +255,8 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
 
 def export(job: Job) -> None:
     """Write the graphs and stream the weights into them."""
-    from capa_export.export import check_tensors
-
     _check_wishes(job)
-    check_tensors(job.source)
+    job.check_files()
     scales = {}
     calibration = None
     if job.ffn or (job.bundle.folder / CALIBRATION).exists():

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from capa_export.chat_template import read_chat_template
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
+from capa_export.hub import refetch
 from capa_export.pixels import PixelBounds, processor_settings
 from capa_export.processors.resolved import Processors
 
@@ -151,6 +153,41 @@ class Prompter:
         if isinstance(family, VideoFamily) and (mark := family.video_placeholder(self.tokenizer, dims)):
             self.marks["video"] = mark
 
+    def check(self) -> None:
+        """Hold tokenizer and chat template against the model's config.
+
+        Raises:
+            CapaError: they do not know where a picture stands, or have tokens beyond the embedding table.
+        """
+        folder, tokenizer, decoder = self.folder, self.tokenizer, self.dims.decoder
+        mark, token_id = self.marks["picture"], self.dims.image_token_id
+        remedy = "use the tokenizer, chat template and config.json that were published together"
+        largest = max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder])
+        if largest >= decoder.vocab_size:
+            raise CapaError(
+                f"{folder}: token {tokenizer.convert_ids_to_tokens(largest)!r} of the tokenizer has id {largest}, the "
+                f"embedding table ends at {decoder.vocab_size - 1}; use the tokenizer that was published with the "
+                "weights, or call resize_token_embeddings and save the model too"
+            )
+        known = tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
+        if known != [token_id]:
+            raise CapaError(
+                f"{folder}: config.json has {token_id} stand for a picture, the tokenizer has "
+                f"{f'{mark} in pieces' if known else 'no such token'}; {remedy}"
+            )
+        for piece in filter(None, self.family.written(mark, Picture(np.empty(0), num_tokens=1)).split(mark)):
+            ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise CapaError(
+                    f"{folder}: the tokenizer has no token {piece}, which stands beside a picture; {remedy}"
+                )
+        text = self._written([Turn("user", [Image.new("RGB", (1, 1)), "?"])])
+        if (count := text.count(mark)) != 1:
+            raise CapaError(
+                f"{folder}: the chat template writes {count} {mark} for a picture, whose token by config.json that is; "
+                f"{remedy}"
+            )
+
     def __call__(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         """The pictures, then the question, as one user turn."""
         return self.chat([Turn("user", [*images, question])])
@@ -246,10 +283,12 @@ def _published(text: Path, visual: Path, *, trust_remote_code: bool) -> Processo
         for folder in dict.fromkeys((text, visual)):
             _refuse_own_code(folder)
     load = partial(_load, trust_remote_code=trust_remote_code)
+    # Before the tokenizer, which reads the same files and says less of what is wrong with them.
+    template = read_chat_template(text)
     tokenizer = load(AutoTokenizer, text, "tokenizer", _TOKENIZER_FILES)
     # Where torchvision is installed, transformers would take its ways of resizing, whose pixels differ.
     image_processor = load(AutoImageProcessor, visual, "image processor", _IMAGE_PROCESSOR_FILES, backend="pil")
-    tokenizer.chat_template = tokenizer.chat_template or _processor_template(text)
+    tokenizer.chat_template = template or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise CapaError(f"{text}: the tokenizer has no chat template; add the model's chat_template.jinja")
     return Processors(tokenizer, image_processor)
@@ -260,9 +299,7 @@ def _load(
 ) -> Any:
     """Load what lies in the first of `files` that is there."""
     if not any((folder / file).is_file() for file in files):
-        raise CapaError(
-            f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); copy it from where the weights were published"
-        )
+        raise CapaError(f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); {refetch(folder)}")
     try:
         # Left open, transformers would ask on stdin.
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
@@ -289,18 +326,6 @@ def _refuse_own_code(folder: Path) -> None:
                 )
 
 
-def _processor_template(folder: Path) -> str | None:
-    """The chat template that older checkpoints keep for their processor alone."""
-    path = folder / "chat_template.json"
-    if not path.is_file():
-        return None
-    try:
-        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        if not isinstance(template, str):
-            raise TypeError("chat_template is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CapaError(f"{path}: holds no chat template: {_first_line(error)}") from error
-    return template
 
 
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from capa_export.checkpoint import StoredTensor, canonical_name
+from capa_export.eager_attention import ATTENTION
 from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.lockstep import Part
@@ -210,8 +211,10 @@ def _hollow(source: Source) -> Any:
             folder, local_files_only=True
         )
         with _WithoutWeights():
-            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            model = transformers.AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, attn_implementation=ATTENTION
+            )
+    except (ImportError, OSError, ValueError) as error:
         raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     assert not any(buffer.is_meta for buffer in model.buffers())
     return cast("Any", model)

@@ -63,14 +63,15 @@ def prompter(checkpoint: Path, source: Source) -> Prompter:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("model_type", "message"),
     [
-        ("Qwen3VLMoeForConditionalGeneration", "holds Qwen3VLMoeForConditionalGeneration, this recipe is for Qwen3VL"),
-        ("Qwen2_5_VLForConditionalGeneration", "holds Qwen2_5_VLForConditionalGeneration, this recipe is for Qwen3VL"),
+        ("qwen3_vl_moe", "model_type is 'qwen3_vl_moe', a mixture of experts"),
+        ("qwen2_5_vl", "model_type is 'qwen2_5_vl', this recipe is for 'qwen3_vl'"),
+        (None, "model_type is None, this recipe is for 'qwen3_vl'"),
     ],
 )
-def test_a_checkpoint_of_another_architecture_is_refused(source: Source, architecture: str, message: str) -> None:
-    config = {**source.checkpoint.config, "architectures": [architecture]}
+def test_a_checkpoint_of_another_model_is_refused(source: Source, model_type: str | None, message: str) -> None:
+    config = {**source.checkpoint.config, "model_type": model_type}
     with pytest.raises(CapaError, match=message):
         Source.of(replace(source.checkpoint, config=config), qwen3vl)
 

@@ -18,6 +18,8 @@ _QWEN2 = TextDefaults(
     num_kv_heads=32,
     attention_bias=True,
     max_positions=32768,
+    ties_embeddings=True,
+    text_ties_embeddings=False,
 )
 _DECODERS = {"qwen2": _QWEN2, "qwen3": replace(_QWEN2, attention_bias=False, qk_norm=True, head_dim=128)}
 """What transformers' config takes for absent keys, by the `model_type` of the decoder."""

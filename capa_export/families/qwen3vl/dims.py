@@ -21,6 +21,7 @@ _TEXT = TextDefaults(
     mrope_interleaved=True,
     qk_norm=True,
     head_dim=128,
+    text_ties_embeddings=False,
 )
 
 
