@@ -22,6 +22,8 @@ from capa_export.processors.resolved import Processors
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SIDE = 448
+"""Of a picture, in pixels: a multiple of every patch, merged or not, so that it also fits where nothing is resized."""
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CODE_FILES: Mapping[str, set[str] | None] = {
     "tokenizer_config.json": None,
@@ -154,11 +156,23 @@ class Prompter:
             self.marks["video"] = mark
 
     def check(self) -> None:
-        """Hold tokenizer and chat template against the model's config.
+        """Hold tokenizer, chat template and image processor against the model's config.
 
         Raises:
-            CapaError: they do not know where a picture stands, or have tokens beyond the embedding table.
+            CapaError: they do not know where a picture stands, have tokens beyond the embedding table, or make of a
+                picture what the model does not take.
         """
+        self._check_tokens()
+        try:
+            processed = self._processed(Image.new("RGB", (2 * _SIDE, _SIDE)))
+        except Exception as error:  # What a setting of the wrong kind comes to is up to where it is used.
+            raise CapaError(
+                f"{self.folder}: the image processor does not work with its own settings: {_first_line(error)}; "
+                "use the preprocessor_config.json that was published with the weights"
+            ) from error
+        self.family.pictures(processed, self.dims)
+
+    def _check_tokens(self) -> None:
         folder, tokenizer, decoder = self.folder, self.tokenizer, self.dims.decoder
         mark, token_id = self.marks["picture"], self.dims.image_token_id
         remedy = "use the tokenizer, chat template and config.json that were published together"
@@ -223,14 +237,14 @@ class Prompter:
 
     def _picture(self, image: Image.Image) -> Picture:
         def process() -> Picture:
-            # A family may have to set what its image processor's own file leaves at another value.
-            options = self.family.picture_options(image.size, self.sizes, self.bounds, self.dims)
-            processed = self.image_processor(
-                images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS, **options
-            )
-            return self.family.pictures(processed, self.dims)[0]
+            return self.family.pictures(self._processed(image), self.dims)[0]
 
         return _accepted("a picture", image, process)
+
+    def _processed(self, image: Image.Image) -> Any:
+        # A family may have to set what its image processor's own file leaves at another value.
+        options = self.family.picture_options(image.size, self.sizes, self.bounds, self.dims)
+        return self.image_processor(images=[image], return_tensors="np", **self.family.IMAGE_OPTIONS, **options)
 
     def _video(self, video: Video) -> Picture:
         family = self.family

@@ -293,7 +293,9 @@ def test_published_dimensions(size: str) -> None:
         # transformers 4 took the head's ties from the text config, 5 takes them from the root.
         model = InternVLForConditionalGeneration(InternVLConfig(**config, tie_word_embeddings=False))
     assert parameters(dims).total == sum(parameter.numel() for parameter in model.parameters())
-    assert internvl3.model_dims(model.config.to_dict()) == internvl3.model_dims({**config, "tie_word_embeddings": False})
+    assert internvl3.model_dims(model.config.to_dict()) == internvl3.model_dims(
+        {**config, "tie_word_embeddings": False}
+    )
 
 
 @pytest.mark.parametrize("decoder", ["qwen2", "qwen3"])
