@@ -305,3 +305,115 @@ def test_hub_ids_are_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch,
     assert opened.tensors["lm_head.weight"].dtype == ir.DataType.FLOAT
     assert calls["hub_id"] == "owner/name"
     assert "*.bin" not in calls["allow_patterns"]
+
+
+ADAPTED = [
+    "base_model.model.model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.self_attn.q_proj.base_layer.weight",
+    "model.layers.0.self_attn.q_proj.lora_A.weight",
+    "model.layers.0.self_attn.q_proj.lora_B.default.weight",
+    "model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight",
+    "model.embed_tokens.lora_embedding_A.default",
+    "lm_head.modules_to_save.default.weight",
+    "model.layers.0.mlp.down_proj.ia3_l.default",
+]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_weights_that_peft_wraps_are_named(single: Path, name: str) -> None:
+    path = single / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(2)}, path)
+    message = str(refusal(single))
+    assert f"tensor {name} is part of a PEFT adapter" in message
+    assert "merge_and_unload()" in message
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter alone", "beside a model"])
+@pytest.mark.parametrize("opened", [open_checkpoint, fetch_config])
+def test_adapter_folders_are_named(single: Path, opened: Callable[[str], object], *, whole: bool) -> None:
+    if not whole:
+        (single / "config.json").unlink()
+        (single / "model.safetensors").rename(single / "adapter_model.safetensors")
+    (single / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    with pytest.raises(CapaError, match=r"PEFT adapter for owner/base.*merge_and_unload\(\)") as raised:
+        opened(str(single))
+    assert raised.value.code == ExitCode.PREFLIGHT
+
+
+@pytest.fixture
+def cached(sharded: Path, tmp_path: Path) -> Path:
+    """A snapshot in the hub's cache, every file a link to a blob."""
+    repository = tmp_path / "models--owner--some-name.v2"
+    snapshot, blobs = repository / "snapshots" / "abc123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in sharded.iterdir():
+        path.rename(blobs / f"blob of {path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob of {path.name}")
+    return snapshot
+
+
+REFETCH = "`hf download owner/some-name.v2 --revision abc123`"
+SHARD = "model-00002-of-"
+
+
+def first(folder: Path, prefix: str) -> Path:
+    return min(path for path in folder.iterdir() if path.name.startswith(prefix))
+
+
+def test_a_whole_snapshot_is_read(cached: Path) -> None:
+    assert open_checkpoint(str(cached)).tensors
+
+
+@pytest.mark.parametrize("lost", [SHARD, "model.safetensors.index.json", "config.json", "model"])
+def test_half_filled_snapshots_are_named(cached: Path, lost: str) -> None:
+    for path in [path for path in cached.iterdir() if path.name.startswith(lost)]:
+        path.unlink()
+    message = str(refusal(cached))
+    assert "into the hub cache was not finished" in message
+    assert REFETCH in message
+
+
+@pytest.mark.parametrize("lost", [SHARD, "config.json", "generation_config.json"])
+def test_links_to_blobs_that_did_not_arrive_are_named(cached: Path, lost: str) -> None:
+    blob = first(cached, lost).resolve()
+    blob.rename(blob.with_name(f"{blob.name}.incomplete"))
+    message = str(refusal(cached))
+    assert f"{first(cached, lost)}: is a link to a file that is not there" in message
+    assert REFETCH in message
+
+
+def test_the_cache_is_not_a_model(cached: Path) -> None:
+    assert "pass owner/some-name.v2" in str(refusal(cached.parent.parent))
+
+
+def test_a_local_download_that_was_not_finished(sharded: Path) -> None:
+    (sharded / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    first(sharded, SHARD).unlink()
+    assert f"--local-dir {sharded}` again" in str(refusal(sharded))
+
+
+def test_a_whole_file_goes_before_an_index(sharded: Path, single: Path) -> None:
+    shutil.copy(single / "model.safetensors", sharded)
+    assert {tensor.path.name for tensor in open_checkpoint(str(sharded)).tensors.values()} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("../model.safetensors", "names no file of this folder"),
+        (3, "names no file of this folder"),
+        ("absent.safetensors", "not found, though transformers_weights"),
+    ],
+)
+def test_weights_that_the_config_names(single: Path, given: object, message: str) -> None:
+    edit_json(single / "config.json", lambda config: config.update(transformers_weights=given))
+    assert message in str(refusal(single))
+
+
+def test_what_no_graph_reads_is_passed_over(single: Path) -> None:
+    path = single / "model.safetensors"
+    save_file(load_file(path) | {"a.position_ids": torch.arange(3), "b.mask": torch.ones(3, dtype=torch.bool)}, path)
+    opened = open_checkpoint(str(single))
+    assert opened.passed_over == {"a.position_ids": "I64", "b.mask": "BOOL"}
+    assert not opened.passed_over.keys() & opened.tensors.keys()

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from capa_export.errors import CapaError
+from capa_export.cli import main
+from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompter
+from tests.models import FAMILIES
 
 MARKER = "ran.txt"
 CODE = """
@@ -96,3 +99,122 @@ def test_a_chat_template_that_is_none(checkpoint: Path, source: Source, tmp_path
     (folder / "chat_template.json").write_text(text)
     with pytest.raises(CapaError, match=r"chat_template\.json: holds no chat template"):
         Prompter(folder, folder, qwen25vl, source.dims)
+
+
+Change = Callable[[Path], object]
+
+
+def _edit(folder: Path, file: str, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads((folder / file).read_text())
+    change(data)
+    (folder / file).write_text(json.dumps(data))
+
+
+def _add_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<medicine>"])
+    tokenizer.save_pretrained(folder)
+
+
+def _forget(token: str) -> Change:
+    """The tokenizer without a token of its own for this text."""
+
+    def change(folder: Path) -> None:
+        for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+            path.write_text(path.read_text().replace(token, f"{token[:-1]}_other{token[-1]}"))
+
+    return change
+
+
+def _listed_as_text(token: str) -> Change:
+    """The tokenizer with the token in its vocabulary, and taken whole where it is a word by itself alone."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["added_tokens"] = [entry for entry in data["added_tokens"] if entry["content"] != token]
+        data["pre_tokenizer"] = {"type": "Whitespace"}
+
+    return lambda folder: _edit(folder, "tokenizer.json", change)
+
+
+def _template(old: str, new: str) -> Change:
+    def change(folder: Path) -> None:
+        text = (folder / "chat_template.jinja").read_text()
+        assert old in text
+        (folder / "chat_template.jinja").write_text(text.replace(old, new))
+
+    return change
+
+
+UNFIT: dict[str, tuple[str, Change, str]] = {
+    "an id the tokenizer lacks": (
+        "llava15",
+        lambda folder: _edit(folder, "config.json", lambda config: config.update(image_token_index=30)),
+        "config.json has 30 stand for a picture, the tokenizer has no such token",
+    ),
+    "an id beyond the table": (
+        "llava15",
+        lambda folder: _edit(folder, "config.json", lambda config: config.update(image_token_index=3000)),
+        "config.json has 3000 stand for a picture, the tokenizer has no such token",
+    ),
+    "the id of a word": (
+        "qwen25vl",
+        lambda folder: _edit(folder, "config.json", lambda config: config.update(image_token_id=20)),
+        "for a picture, whose token by config.json that is",
+    ),
+    "the id of another mark": (
+        "qwen3vl",
+        lambda folder: _edit(
+            folder, "config.json", lambda config: config.update(image_token_id=config["video_token_id"])
+        ),
+        "the chat template writes 0 <|video_pad|> for a picture",
+    ),
+    "another name": ("qwen25vl", _forget("<|image_pad|>"), "the chat template writes 0 <|image_pad|_other>"),
+    "a token in pieces": ("qwen25vl", _listed_as_text("<|image_pad|>"), "the tokenizer has <|image_pad|> in pieces"),
+    "no mark beside a picture": ("internvl3", _forget("</img>"), "the tokenizer has no token </img>"),
+    "a token beyond the table": ("qwen25vl", _add_token, "token '<medicine>' of the tokenizer has id 71"),
+    "a template without pictures": (
+        "qwen25vl",
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}"),
+        "the chat template writes 0 <|image_pad|> for a picture",
+    ),
+    "a template for text": (
+        "qwen25vl",
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] + 'x' }}"),
+        "the chat template does not take this conversation",
+    ),
+    "a template with two": (
+        "qwen3vl",
+        _template("<|image_pad|>", "<|image_pad|><|image_pad|>"),
+        "the chat template writes 2 <|image_pad|> for a picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_files_that_do_not_belong_together_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    family, change, message = UNFIT[case]
+    module = FAMILIES[family]
+    folder, out = module.save_model(tmp_path / "checkpoint", module.random_model()), tmp_path / "bundle"
+    change(folder)
+    code = main(
+        [
+            "build",
+            "--model",
+            family,
+            "--checkpoint",
+            str(folder),
+            "--target",
+            "onnx",
+            "--out",
+            str(out),
+            "--prune-layer",
+            "2",
+        ]
+    )
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert code == ExitCode.PREFLIGHT
+    assert not out.exists()
