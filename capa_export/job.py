@@ -204,9 +204,9 @@ class Job:
         """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
         from capa_export.export import sidecars
 
-        parts = sidecars(self.source.checkpoint.sidecars, code=self.trust_remote_code)
+        folder = self.source.checkpoint.sidecars
+        parts = sidecars(folder, code=self.trust_remote_code)
         paths = {path for part in parts.values() for path in part}
-        folder = self.source.checkpoint.folder
         return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(paths)}
 
     @property

@@ -28,6 +28,7 @@ _CODE = (
     "bundled.py",
     "calibrate.py",
     "calibration.py",
+    "chat_template.py",
     "decoding.py",
     "dims.py",
     "eager.py",
@@ -125,6 +126,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
     for method in methods.values():
         check_fits(job, method)
     check_workers(job)
+    job.check_files()
     calibration = calibrate(job) if any(method.ffn != "full" for method in methods.values()) else None
     note_digests(job)
     # Each worker opens it again.
