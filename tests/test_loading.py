@@ -13,13 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from capa_export.bundle import Bundle
-from capa_export.calibrate_layerwise import _hollow  # pyright: ignore[reportPrivateUsage]
 from capa_export.checkpoint import canonical_name, open_checkpoint
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors
 from capa_export.families import load_family
 from capa_export.job import Job
 from capa_export.recipe import load_recipe
+from capa_export.streamed import StoredWeights, hollow_model
 from tests.models import FAMILIES
 
 Edit = Callable[[Path], object]
@@ -68,7 +68,7 @@ def _compare(folder: Path, family: str) -> None:
         flat = np.concatenate([chunk.copy() for chunk in stored.chunks()])
         np.testing.assert_array_equal(flat.reshape(parameter.shape), parameter.detach().numpy(), err_msg=name)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
-    assert _hollow(job.source).config._attn_implementation == "sdpa"
+    assert hollow_model(job.source, StoredWeights(job.source)).config._attn_implementation == "sdpa"
 
 
 def _other(folder: Path, family: str, **options: Any) -> Path:
