@@ -31,7 +31,6 @@ from capa_export.errors import CapaError
 from capa_export.families import Family, LayoutFamily, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.hub import refetch
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.progress import Report, silent
@@ -305,7 +304,7 @@ def _why_missing(missing: Sequence[str], source: Source) -> str:
             "is missing, and tie_word_embeddings in config.json, as transformers reads it, does not put the embedding "
             "table in its place; set it to true beside model_type if the model was trained so"
         )
-    return f"is missing; {refetch(checkpoint.folder)}"
+    return "is missing; download the checkpoint again"
 
 
 def _first(names: Sequence[str]) -> str:

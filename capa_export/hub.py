@@ -5,16 +5,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["find_folder", "refetch"]
@@ -69,6 +59,16 @@ def refetch(folder: Path) -> str:
 
 
 def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     # One line says it: the client's own warnings and retries are noise above it.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = f"{hub_id}@{revision}" if revision else hub_id
