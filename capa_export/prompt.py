@@ -340,8 +340,6 @@ def _refuse_own_code(folder: Path) -> None:
                 )
 
 
-
-
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:
     try:
         return process()
