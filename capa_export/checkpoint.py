@@ -388,11 +388,10 @@ def _stored_tensor(path: Path, data_start: int, name: str, entry: dict[str, Any]
     needed = end - begin if dtype is None else prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise ValueError(f"tensor {name} has {end - begin} bytes, shape {list(shape)} needs {needed}")
-    # What is of another dtype is passed over: only its place in the shard counts.
     return StoredTensor(
         name=name,
         path=path,
-        numpy_dtype=dtype or np.dtype(np.uint8),
+        numpy_dtype=np.dtype(np.void) if dtype is None else dtype,
         shape=shape,
         offset=data_start + begin,
         nbytes=end - begin,

@@ -50,7 +50,11 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Any]:
 
         def arguments(*_: object, **__: object) -> list[Any]:
             made = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-            return [made[name].from_pretrained(folder) if name in made else None for name in processor.get_attributes()]
+            options: dict[str, Any] = {"image_processor": {"backend": "pil"}}
+            return [
+                made[name].from_pretrained(folder, **options.get(name, {})) if name in made else None
+                for name in processor.get_attributes()
+            ]
 
         monkeypatch.setattr(processor, "_get_arguments_from_pretrained", arguments)
         monkeypatch.setattr(processor, "check_argument_for_proper_class", _accept)
