@@ -97,6 +97,7 @@ class EagerPlan:
         return reads(self.chosen(layer) for layer in self.keep)
 
 
+@torch.no_grad()
 def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") -> EagerInputs:
     """What the decoder is fed, with what the plan's selectors read.
 

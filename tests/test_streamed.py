@@ -147,6 +147,22 @@ def test_nothing_stays_in_memory(subjects: tuple[Subject, Subject], monkeypatch:
     assert min(held[: -len(layers) - 2]) > 0
 
 
+def test_no_graph_of_gradients_keeps_weights_alive(subjects: tuple[Subject, Subject]) -> None:
+    """What a pass leaves would hold the weights it was computed with."""
+    subject = subjects[1]
+    for prompt in prompts_of(subject):
+        plan = subject.plan(prompt)
+
+        def work(prompt: Prompt = prompt, plan: EagerPlan = plan) -> Any:
+            yield "tower"
+            return inputs_for(plan, subject.family, subject.model, prompt)
+
+        (inputs,) = subject.eager.run([work()])
+        assert not inputs.embeds.requires_grad
+        run = subject.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
+        assert not run.logits.requires_grad and not run.cache.layers[0].keys.requires_grad
+
+
 def in_memory(module: torch.nn.Module) -> int:
     """Elements of matrices; norms and position tables are ones and zeros until they are loaded, and small."""
     return sum(weights.numel() for weights in module.parameters() if weights.ndim > 1 and not weights.is_meta)

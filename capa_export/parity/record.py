@@ -86,6 +86,7 @@ class Record:
     """In the bundle's precision, with the oracle's kept sets; None for FP32."""
 
 
+@torch.no_grad()
 def tracing(
     subject: Subject,
     eager: Eager,
