@@ -24,10 +24,10 @@ from capa_export.dims import DecoderDims
 from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.measure import measured
+from capa_export.onnx_model import OnnxModel
 from capa_export.plan import flops, kv_cache
 from capa_export.prompt import Prompt
 from capa_export.recipe import load_recipe
-from capa_export.runtime import OnnxModel
 
 _TEXT = 48
 _RECIPE = load_recipe("qwen25vl")

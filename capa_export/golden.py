@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.job import ONNX
+from capa_export.onnx_model import OnnxModel
 from capa_export.recipe import recipe_of
-from capa_export.runtime import OnnxModel
 
 __all__ = ["write_golden"]
 

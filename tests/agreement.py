@@ -9,8 +9,8 @@ import torch
 
 from capa_export.eager import Eager, EagerPlan, inputs_for
 from capa_export.families import Family
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt
-from capa_export.runtime import OnnxModel
 from capa_export.selectors import Chosen
 
 __all__ = ["compare"]

@@ -18,8 +18,8 @@ from capa_export.export import Source, write_onnx
 from capa_export.families import load_family
 from capa_export.families.qwen25vl import tower_inputs
 from capa_export.generation import Generation
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter
-from capa_export.runtime import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
 

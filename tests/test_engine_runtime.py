@@ -23,8 +23,8 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.execution import require_engines
 from capa_export.export import Source, write_onnx
 from capa_export.generation import GenerationOptions
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter, Turn
-from capa_export.runtime import OnnxModel
 from tests.conftest import noise, recorded
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 

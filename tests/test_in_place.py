@@ -21,9 +21,9 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.job import Job
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
-from capa_export.runtime import OnnxModel
 from capa_export.target import load_target
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from capa_export import runtime
+from capa_export import onnx_model
 from capa_export.checkpoint import open_checkpoint
 from capa_export.doctor import _graph
 from capa_export.engine import build_engine
@@ -20,10 +20,10 @@ from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.lower import lower
+from capa_export.onnx_model import OnnxModel
 from capa_export.plugins.choice import Plugins
 from capa_export.prepare import prepare
 from capa_export.prompt import Prompter
-from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from capa_export.target import load_target
 from tests.conftest import noise
@@ -240,7 +240,7 @@ def test_runs_with_attention_in_tiles(
     prompt = prompter("what color is the star ?", [noise(112, 84)])
     folder = graphs("qwen25vl", ("2.self_attn", "visual.2"), precision)
     whole = OnnxModel(folder, threads=1).prefill(prompt, [4])
-    monkeypatch.setattr(runtime, "_ATTENTION_LIMIT", 0)
+    monkeypatch.setattr(onnx_model, "_ATTENTION_LIMIT", 0)
     tiles = OnnxModel(folder, threads=1)
     in_tiles = tiles.prefill(prompt, [4])
     assert tiles._sessions["llm/prefill.onnx"][1] and tiles._sessions["visual/model.onnx"][1]

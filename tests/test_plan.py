@@ -15,9 +15,9 @@ from capa_export.dims import DecoderDims
 from capa_export.errors import CapaError, ExitCode
 from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families.qwen25vl.dims import model_dims, vision_flops
+from capa_export.onnx_model import OnnxModel
 from capa_export.plan import decode_flops, flops, kv_cache, parameters
 from capa_export.prompt import Prompt, Prompter
-from capa_export.runtime import OnnxModel
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
 

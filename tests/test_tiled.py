@@ -8,10 +8,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from capa_export import runtime, tiled
+from capa_export import onnx_model, tiled
 from capa_export.export import Source, write_onnx
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompter
-from capa_export.runtime import OnnxModel
 from tests.conftest import noise
 
 DTYPES = {"float": np.float32, "float16": np.float16}
@@ -85,7 +85,7 @@ def test_a_prompt_above_the_limit_runs_in_tiles(
     large, small = (prompter("what color is the star ?", [noise(size, size)]) for size in (420, 112))
     as_shipped = [OnnxModel(tmp_path, threads=1).prefill(prompt, [9]) for prompt in (large, small)]
     # Four query heads attend over the prompt, two over the picture's 900 patches.
-    monkeypatch.setattr(runtime, "_ATTENTION_LIMIT", 4 * 4 * len(large.input_ids) ** 2 - 1)
+    monkeypatch.setattr(onnx_model, "_ATTENTION_LIMIT", 4 * 4 * len(large.input_ids) ** 2 - 1)
     monkeypatch.setattr(tiled, "_TILE", 4 * len(large.input_ids) * 50)
     model = OnnxModel(tmp_path, threads=1)
     model.load(small)

@@ -37,8 +37,8 @@ def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:
 
     from capa_export.decoding import greedy
     from capa_export.generation import eos_token_ids
+    from capa_export.onnx_model import OnnxModel
     from capa_export.prompt import Prompter
-    from capa_export.runtime import OnnxModel
 
     recipe, source = opened(checkpoint)
     prompter = Prompter(checkpoint, checkpoint, source.family, source.dims)

@@ -14,11 +14,11 @@ from capa_export.evaluate.questions import Question
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX
 from capa_export.methods import Method
+from capa_export.onnx_model import OnnxModel
 from capa_export.parity.statistics import kl_divergence
 from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt
 from capa_export.recipe import recipe_of
-from capa_export.runtime import OnnxModel
 
 __all__ = ["BundleAnswers"]
 

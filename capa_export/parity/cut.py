@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.errors import CapaError
+from capa_export.onnx_model import OnnxModel
 from capa_export.parity.probe import forced
-from capa_export.runtime import OnnxModel
 from capa_export.sliced import LAYER, Graphs, layer_of
 
 __all__ = ["Cut", "Opened", "Pair", "Place", "block_of"]

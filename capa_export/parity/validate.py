@@ -14,6 +14,7 @@ import torch
 from capa_export.eager import EagerInputs
 from capa_export.export import DENSE
 from capa_export.lockstep import TOGETHER_BYTES, grouped
+from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
@@ -24,7 +25,7 @@ from capa_export.parity.trace import Trace
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Recipe
-from capa_export.runtime import Model, OnnxModel
+from capa_export.runtime import Model
 from capa_export.samples import Samples
 from capa_export.sliced import Graphs
 

@@ -232,7 +232,7 @@ def test_a_failing_runtime_is_one_line(cli: Cli, bundle: Path, pictures: Path, m
     def fail(*_: object) -> None:
         raise MemoryError("Failed to allocate memory")
 
-    monkeypatch.setattr("capa_export.runtime.OnnxModel.prefill", fail)
+    monkeypatch.setattr("capa_export.onnx_model.OnnxModel.prefill", fail)
     ask = ("run", bundle, "--prompt", "x", "--image", pictures / "0.png")
     preflight(cli, "failed on a prompt of 64 visual tokens (Failed to allocate memory); use a smaller picture", *ask)
 

@@ -18,10 +18,10 @@ from capa_export.families import internvl3
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import load_family
+from capa_export.onnx_model import OnnxModel
 from capa_export.plan import parameters
 from capa_export.prompt import Picture, Prompter
 from capa_export.recipe import load_recipe
-from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.agreement import compare
 from tests.conftest import noise

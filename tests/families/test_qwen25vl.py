@@ -13,9 +13,9 @@ from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Picture, Prompter
 from capa_export.recipe import load_recipe
-from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from tests.conftest import noise
 

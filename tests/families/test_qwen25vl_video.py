@@ -19,8 +19,8 @@ from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.families.qwen25vl.video import video as picture_from_video
+from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter, Turn, Video
-from capa_export.runtime import OnnxModel
 from tests.conftest import noise
 
 QUESTION = "what color is the star ?"

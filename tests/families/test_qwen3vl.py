@@ -27,10 +27,10 @@ from capa_export.generation import GenerationOptions
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job
+from capa_export.onnx_model import OnnxModel
 from capa_export.plan import flops, parameters
 from capa_export.prompt import Picture, Prompt, Prompter
 from capa_export.recipe import Recipe, load_recipe
-from capa_export.runtime import OnnxModel
 from capa_export.shipped import shipped
 from capa_export.target import load_target
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer

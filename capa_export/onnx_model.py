@@ -1,0 +1,289 @@
+"""ONNX Runtime's CPU provider runs a bundle's graphs, whole or in slices.
+
+B = batch, T = prompt tokens, D = hidden size, V = vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from capa_export.errors import CapaError
+from capa_export.prompt import Picture, Prompt
+from capa_export.runtime import PAST, PRESENT, KVCache, Model, past_of
+from capa_export.selectors import TOWER_OUTPUTS
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from capa_export.sliced import Graphs
+
+__all__ = ["OnnxModel"]
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ATTENTION_LIMIT = 1 << 30
+"""Bytes of attention weights up to which the graphs run as they are shipped."""
+
+
+class OnnxModel(Model[KVCache]):
+    """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights.
+
+    Args:
+        graphs: the folder, or graphs that are not written, which are always run in slices.
+        prefill: the file that stands for prefill's.
+        threads: of ONNX Runtime; 0 for its own choice.
+        sliced: whether no more than a layer's weights are to be in memory.
+    """
+
+    def __init__(
+        self, graphs: "Path | Graphs", *, prefill: str = "prefill.onnx", threads: int = 0, sliced: bool = False
+    ) -> None:
+        self.unwritten = None if isinstance(graphs, Path) else graphs
+        self.folder = graphs if isinstance(graphs, Path) else Path()
+        self.sliced = sliced or self.unwritten is not None
+        self.threads, self.prefill_file = threads, prefill
+        self._scratch = TemporaryDirectory(prefix="capa-export-")
+        self._sessions: dict[str, tuple[Any, bool]] = {}
+        """File -> session, and whether its attention runs in tiles."""
+        self._attention: dict[tuple[str, object], int] = {}
+
+    def _opened(self, file: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
+        """The session of a graph; from the first inputs on that are too large for it, one with attention in tiles."""
+        session, in_tiles = self._sessions.get(file, (None, False))
+        if shapes is not None and not in_tiles and self._attention_bytes(file, shapes) > _ATTENTION_LIMIT:
+            # Not both at once: each may hold a copy of the weights.
+            self._sessions.pop(file, None)
+            session, in_tiles = None, True
+        if session is None:
+            session = self._session(file, in_tiles=in_tiles)
+            self._sessions[file] = session, in_tiles
+        return session
+
+    def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        key = file, tuple(shapes.items())
+        if key not in self._attention:
+            from capa_export.tiled import attention_bytes
+
+            self._attention[key] = attention_bytes(self._without_weights(file), shapes)
+        return self._attention[key]
+
+    def _without_weights(self, file: str) -> "onnx.ModelProto":
+        if self.unwritten is None:
+            return _proto(self.folder / file)
+        import onnx_ir as ir
+
+        from capa_export.sliced import without_lazy_weights
+
+        return ir.to_proto(without_lazy_weights(self._graph(file)))
+
+    def _graph(self, file: str) -> "ir.Model":
+        """A copy of a graph that may be changed; its weights stay where they are."""
+        import onnx_ir as ir
+
+        return ir.load(self.folder / file) if self.unwritten is None else self.unwritten.models[file].clone()
+
+    def _session(self, file: str, *, in_tiles: bool = False) -> Any:
+        path = self.folder / file
+        bfloat16 = self.unwritten is None and _is_bfloat16(path)
+        if not (bfloat16 or in_tiles or self.sliced or self._changes(file)):
+            return self._connected(path)
+        # Slow to import, and seldom needed to run a bundle.
+        import onnx_ir as ir
+
+        from capa_export.sliced import SlicedSession
+        from capa_export.tiled import tile_attention
+        from capa_export.widen import widen, widen_lazily
+
+        changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
+        if self.sliced:
+            model = self._graph(file)
+            for change in [*([widen_lazily] if bfloat16 else []), *changes]:
+                change(model)
+            return SlicedSession(model, partial(self._connected, path))
+        if bfloat16:
+            widened = Path(self._scratch.name) / file
+            widen(path, widened)
+            path = widened
+        if not changes:
+            return self._connected(path)
+        model = ir.load(path)
+        for change in changes:
+            change(model)
+        return self._connected(path, ir.to_proto(model))
+
+    def _connected(self, path: Path, model: "onnx.ModelProto | None" = None) -> Any:
+        """ONNX Runtime's session of a file, or of what was made of it."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        # Errors come as exceptions; the log would say them a second time.
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if model is not None and self.unwritten is None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        if self.sliced:
+            # A slice runs a few times: a packed copy of its weights is not worth its memory.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        source = str(path) if model is None else model.SerializeToString()
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class.
+            raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+
+    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], None]]:  # noqa: ARG002
+        """What to do to a graph before it is run; nothing, unless one wants to look inside."""
+        return ()
+
+    def _visual(self, picture: Picture) -> Any:
+        return self._opened("visual/model.onnx", {"pixel_values": picture.patches.shape})
+
+    def _prefill(self, prompt: Prompt) -> Any:
+        shapes = {"inputs_embeds": (1, len(prompt.input_ids)), "position_ids": prompt.position_ids.shape}
+        return self._opened(f"llm/{self.prefill_file}", {**shapes, "text_positions": prompt.text_positions.shape})
+
+    @property
+    def _decode(self) -> Any:
+        return self._opened("llm/decode.onnx")
+
+    def load(self, prompt: Prompt) -> None:
+        for picture in prompt.pictures:
+            self._visual(picture)
+        _ = self._prefill(prompt), self._decode, self._embedding
+
+    @cached_property
+    def _embedding(self) -> np.ndarray:
+        return self.unwritten.embedding.mapped() if self.unwritten else super()._embedding
+
+    @cached_property
+    def dtype(self) -> type[np.floating[Any]]:
+        name = self._decode.get_inputs()[0].type
+        if name not in _DTYPES:
+            raise CapaError(
+                f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
+            )
+        return _DTYPES[name]
+
+    @cached_property
+    def _axes(self) -> int:
+        inputs = {entry.name: entry for entry in self._decode.get_inputs()}
+        return inputs["position_ids"].shape[0]
+
+    def _deepstack_layers(self, prompt: Prompt) -> int:
+        entries = self._prefill(prompt).get_inputs()
+        return next((entry.shape[0] for entry in entries if entry.name == "deepstack_embeds"), 0)
+
+    def features(self, picture: Picture) -> dict[str, np.ndarray]:
+        return _run(self._visual(picture), {"pixel_values": picture.patches.astype(self.dtype)})
+
+    def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        session = self._prefill(prompt)
+        return _run(session, self._taken(session, prompt, feed))
+
+    def _taken(self, session: Any, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What prefill's session takes of the inputs."""
+        # Where no picture is shown, the tower has said nothing.
+        empty = {
+            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
+            for entry in session.get_inputs()
+            if entry.name in TOWER_OUTPUTS and entry.name not in feed
+        }
+        return {entry.name: {**feed, **empty}[entry.name] for entry in session.get_inputs()}
+
+    def follow(
+        self,
+        prompts: Sequence[Prompt],
+        num_keep: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        embeds: Sequence[Mapping[str, np.ndarray]],
+        given: Sequence[Mapping[str, np.ndarray]] | None = None,
+        timing: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> list[list[dict[str, np.ndarray]]]:
+        """Outputs of each prompt's prefill, and of the steps behind it that are fed tokens which are known.
+
+        All prompts go through the graphs together, so that a sliced one opens each slice once for all of them.
+
+        Args:
+            prompts: to run.
+            num_keep: visual tokens that each keeps after each stage.
+            tokens: what each is fed.
+            embeds: what `embed` gives of each.
+            given: more inputs of each one's prefill.
+            timing: times `prefill` and `decode`, each run of graphs that are not sliced.
+        """
+        from capa_export.sliced import run_lanes
+
+        # The last one is in tiles if any of them has to be.
+        prefill = [self._prefill(prompt) for prompt in prompts][-1]
+        feeds = map(self._prompt_feed, prompts, num_keep, embeds)
+        more = given or [{}] * len(prompts)
+        lanes = [
+            [self._taken(prefill, prompt, {**feed, **own})]
+            for prompt, feed, own in zip(prompts, feeds, more, strict=True)
+        ]
+        names = [entry.name for entry in prefill.get_outputs()]
+        filled = [found for (found,) in run_lanes(prefill, names, lanes, timing=partial(timing, "prefill"))]
+        steps = [self._steps(*one) for one in zip(prompts, filled, tokens, strict=True)]
+        names = [entry.name for entry in self._decode.get_outputs()]
+        carried = {PAST + name.removeprefix(PRESENT): name for name in names if name.startswith(PRESENT)}
+        seen = [name for name in names if not name.startswith(PRESENT)]
+        followed = run_lanes(self._decode, seen, steps, carried, partial(timing, "decode"))
+        return [[first, *others] for first, others in zip(filled, followed, strict=True)]
+
+    def _steps(
+        self, prompt: Prompt, filled: Mapping[str, np.ndarray], tokens: Sequence[int]
+    ) -> list[dict[str, np.ndarray]]:
+        """Decode's inputs at each step; those behind the first go without the cache, which the step before leaves."""
+        cache = self._prefilled(prompt, filled).cache
+        feeds = [
+            {**self._token_feed([[token]], [prompt.next_position + step]), "past_lengths": cache.lengths + step}
+            for step, token in enumerate(tokens)
+        ]
+        return [{**feeds[0], **cache.tensors}, *feeds[1:]] if feeds else []
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Of the keys and values of so many tokens."""
+        entries = (entry for entry in self._decode.get_inputs() if entry.name.startswith(PAST))
+        return sum(num_tokens * entry.shape[1] * entry.shape[3] for entry in entries) * self.dtype().itemsize
+
+    def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
+        return KVCache(past, lengths)
+
+    def batch(self, caches: Sequence[KVCache], new_tokens: int) -> KVCache:  # noqa: ARG002 - it grows by itself.
+        return KVCache.stacked(caches)
+
+    def append(
+        self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> tuple[np.ndarray, KVCache]:
+        feed = self._token_feed(tokens, positions)
+        result = self._append({**feed, "past_lengths": cache.lengths, **cache.tensors})
+        return result["logits"], KVCache(past_of(result), cache.lengths + feed["inputs_embeds"].shape[1])
+
+    def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Decode's outputs."""
+        return _run(self._decode, feed)
+
+
+def _proto(path: Path) -> "onnx.ModelProto":
+    """The graph in a file, without its weights."""
+    import onnx
+
+    return onnx.load(path, load_external_data=False)
+
+
+def _is_bfloat16(path: Path) -> bool:
+    """Whether the ONNX file at `path` has bf16 inputs."""
+    import onnx
+
+    inputs = _proto(path).graph.input
+    return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
+
+
+def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = [entry.name for entry in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
