@@ -4,10 +4,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 __all__ = ["Cost", "available_memory", "measured", "processor"]
 
@@ -49,17 +49,28 @@ def available_memory(root: Path = Path("/")) -> int:
     left = [_free_on_windows() if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
         left.append(_entries(root / "proc/meminfo")["MemAvailable"] * 1024)
-    groups = root / "sys/fs/cgroup"
-    for limit, used in (
-        (groups / "memory.max", groups / "memory.current"),
-        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
-    ):
+    for group, limit, used in _control_groups(root):
         # ValueError: the limit is "max", which is none.
         with suppress(OSError, ValueError):
-            cached = _entries(limit.with_name("memory.stat"))
+            cached = _entries(group / "memory.stat")
             reclaimable = cached["active_file"] + cached["inactive_file"]
-            left.append(int(limit.read_text()) - int(used.read_text()) + reclaimable)
+            left.append(int((group / limit).read_text()) - int((group / used).read_text()) + reclaimable)
     return max(min(left), 0)
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Folders of the memory groups that this process is in, innermost first, with the files of limit and use."""
+    own: dict[str, str] = {}
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path)
+    for controller, top, limit, used in (
+        ("", root / "sys/fs/cgroup", "memory.max", "memory.current"),
+        ("memory", root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        path = PurePosixPath(own.get(controller, "/")).relative_to("/")
+        yield from ((top / part, limit, used) for part in (path, *path.parents))
 
 
 def _entries(path: Path) -> dict[str, int]:

@@ -47,6 +47,23 @@ def test_a_control_group_leaves_less(tmp_path: Path, limit: str, used: str) -> N
     assert available_memory(tmp_path) > 5000
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used"),
+    [
+        ("0::/jobs/one", "sys/fs/cgroup/jobs/one", "memory.max", "memory.current"),
+        ("0::/jobs/one", "sys/fs/cgroup/jobs", "memory.max", "memory.current"),
+        ("7:cpu,memory:/jobs", "sys/fs/cgroup/memory/jobs", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_a_group_within_a_group_leaves_less(tmp_path: Path, line: str, folder: str, limit: str, used: str) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/\n{line}\n")
+    (tmp_path / folder).mkdir(parents=True)
+    for name, text in ((limit, "2000"), (used, "1500"), ("memory.stat", "active_file 300\ninactive_file 200\n")):
+        (tmp_path / folder / name).write_text(text)
+    assert available_memory(tmp_path) == 1000
+
+
 def test_where_the_system_is_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def status(pointer: Any) -> int:
         assert pointer._obj.length == ctypes.sizeof(pointer._obj) == 64
