@@ -6,7 +6,7 @@ Shares no code with the graphs' islands.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,9 @@ class _RoundedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - its name in torch.
         if self.weight.dtype == torch.float32 or input.numel() < _FEW_ROWS * self.in_features:
             return super().forward(input)
-        bias = None if self.bias is None else self.bias.float()
+        # torch types it as if there always were one.
+        bias = cast("Tensor | None", self.bias)
+        bias = None if bias is None else bias.float()
         return nn.functional.linear(input.float(), self.weight.float(), bias).to(self.weight.dtype)
 
 
