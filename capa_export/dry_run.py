@@ -23,6 +23,7 @@ from capa_export.device_memory import (
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import load_family
+from capa_export.lockstep import TOGETHER_BYTES
 from capa_export.measure import available_memory
 from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, check_layers
@@ -50,7 +51,7 @@ _TENSORRT = 1100 << 20
 """Resident in the build of an engine whose weights are inputs; 1.05 GB was measured for a 7B."""
 _PER_EMBEDDED_BYTE = 1.7
 """What a build needs for a byte of weights that it embeds: 1.5 was measured for a 3B, and mapped files want room."""
-_PROMPTS = 2_000_000_000
+_PROMPTS = TOGETHER_BYTES
 """Hidden states and caches of the prompts that a validation takes through a layer together."""
 _VALIDATION = 1_500_000_000
 """Resident in a validation before any weight is: torch, transformers and ONNX Runtime."""

@@ -246,10 +246,12 @@ class OnnxModel(Model[KVCache]):
         ]
         return [{**feeds[0], **cache.tensors}, *feeds[1:]] if feeds else []
 
-    def cache_bytes(self, num_tokens: int) -> int:
-        """Of the keys and values of so many tokens."""
-        entries = (entry for entry in self._decode.get_inputs() if entry.name.startswith(PAST))
-        return sum(num_tokens * entry.shape[1] * entry.shape[3] for entry in entries) * self.dtype().itemsize
+    def prompt_bytes(self, num_tokens: int) -> int:
+        """Of what a prompt leaves of its layers: keys and values, and the hidden states where these are seen."""
+        inputs = {entry.name: entry.shape for entry in self._decode.get_inputs()}
+        cached = [shape[1] * shape[3] for name, shape in inputs.items() if name.startswith(PAST)]
+        hidden = len(cached) // 2 * inputs["inputs_embeds"][-1]
+        return num_tokens * (sum(cached) + hidden) * self.dtype().itemsize
 
     def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
         return KVCache(past, lengths)

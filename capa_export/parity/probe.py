@@ -83,10 +83,6 @@ class ProbedModel(OnnxModel):
             self._scores = [str(_input(node).name) for node in model.graph if node.op_type == "TopKKeep"]
             tapped(model, self._scores)
 
-    def replay(self, record: Record, kept: Sequence[np.ndarray] | None = None) -> tuple[Trace, list[np.ndarray]]:
-        """Run one record's prompt, as `replays` does."""
-        return self.replays([record], [record.oracle.kept if kept is None else kept])[0]
-
     def replays(
         self, records: Sequence[Record], kept: Sequence[Sequence[np.ndarray]] | None = None
     ) -> list[tuple[Trace, list[np.ndarray]]]:

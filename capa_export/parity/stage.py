@@ -29,9 +29,6 @@ __all__ = ["GOLDEN", "Wanted", "validate"]
 
 GOLDEN = "golden"
 
-_LAYER_BY_LAYER = (
-    "The models exceed this machine's memory: eager model and graphs ran layer by layer, each graph in slices."
-)
 _ON_CPU = {
     "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
     "fp16": "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
@@ -249,7 +246,7 @@ class _AgainstEager(_Validation):
             if self.built is not None:
                 expected = replayed_oracle(subject)
                 engines = (self.engine_model(), subject.onnx, self.precision)
-                compared.append(compare_engine(*engines, records, recipe, expected, report))
+                compared.append(compare_engine(*engines, records, recipe, expected, report, sliced=sliced))
             seed = self.wanted.seed or 0
             steps = recipe.parity.steps
             effect, examples = method_effect(subject, self.questions, seed, steps, report)
@@ -257,7 +254,7 @@ class _AgainstEager(_Validation):
                 "bisection": self._bisection(compared, subject.onnx, twin, records, sliced=sliced),
                 "prompts_sha256": self.prompts.digest(),
             }
-            notes = [_LAYER_BY_LAYER] if sliced else []
+            notes = _on_layers(job, sliced=sliced)
             if self.wanted.seed is not None and job.images is not None:
                 notes.append("Samples of another seed: calibration may have seen some of them.")
             few = _few_pictures(self.prompts)
@@ -334,10 +331,10 @@ class _AgainstGolden(_Validation):
         compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
-            compared.append(compare_engine(*engines, records, recipe, None, report))
+            compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))
         compared.append(compare_sidecars(stored["sidecars"], _sidecars(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
-        notes += [_LAYER_BY_LAYER] if sliced else []
+        notes += _on_layers(self.job, sliced=sliced)
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
         return {"latency": stored["latency"]}
@@ -401,7 +398,14 @@ def _graphs_exceed_memory(job: Job) -> bool:
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer
-    return onnx_runtime_bytes(bundled_dims(job.bundle)) > available_memory()
+    # As they are and opened up, side by side.
+    return 2 * onnx_runtime_bytes(bundled_dims(job.bundle)) > available_memory()
+
+
+def _on_layers(job: Job, *, sliced: bool) -> list[str]:
+    """What is to be said of a validation layer by layer."""
+    because = "as was asked" if job.layer_by_layer else "since the models exceed this machine's memory"
+    return [f"Model and graphs ran layer by layer, each graph in slices, {because}."] if sliced else []
 
 
 def _subject(

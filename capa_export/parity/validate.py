@@ -129,6 +129,8 @@ def compare_engine(
     recipe: Recipe,
     expected: Expected | None = None,
     report: Report = silent,
+    *,
+    sliced: bool = False,
 ) -> Compared:
     """Engines against eager CAPA, and against the ONNX files they were built from, made to keep the same tokens.
 
@@ -141,6 +143,7 @@ def compare_engine(
         expected: the oracle with kept positions that are not its own; where it is not given, prompts on which the
             engines keep others are held against the ONNX files alone.
         report: progress.
+        sliced: whether no more than a layer's weights of the ONNX files are to be in memory.
     """
     what = f"{precision} engine"
     comparisons = _comparisons(what, precision, records, recipe)
@@ -149,18 +152,20 @@ def compare_engine(
     against_onnx = Comparison(what, f"{precision} ONNX", gate, _noise(precision, records))
     for record in records:
         engine.check([record.prompt], [_num_keep(record, recipe)], records.steps)
-    onnx, unseen, clock = ProbedModel(folder), 0, _Clock()
-    for record in tracked(records, f"validate: {what}", len(records), report):
-        trace = _trace(engine, record, clock)
-        choice.add(agreeing(trace, record.oracle), record)
-        against_onnx.add(trace, onnx.replay(record, trace.kept)[0])
-        if _same_kept(trace, record.oracle):
-            for comparison, reference in zip(comparisons, _references(record, precision), strict=False):
-                comparison.add(trace, reference, noise=_noise_of(record, precision))
-        elif expected is not None:
-            comparisons[0].add(trace, expected(record, trace.kept))
-        else:
-            unseen += 1
+    onnx, unseen, clock = ProbedModel(folder, sliced=sliced), 0, _Clock()
+    for group in _groups(onnx, tracked(records, f"validate: {what}", len(records), report)):
+        traces = [_trace(engine, record, clock) for record in group]
+        replayed = onnx.replays(group, [trace.kept for trace in traces])
+        for record, trace, (as_onnx, _) in zip(group, traces, replayed, strict=True):
+            choice.add(agreeing(trace, record.oracle), record)
+            against_onnx.add(trace, as_onnx)
+            if _same_kept(trace, record.oracle):
+                for comparison, reference in zip(comparisons, _references(record, precision), strict=False):
+                    comparison.add(trace, reference, noise=_noise_of(record, precision))
+            elif expected is not None:
+                comparisons[0].add(trace, expected(record, trace.kept))
+            else:
+                unseen += 1
     notes = [f"The engines ran on {engine.gpu.name}.", *choice.notes()]
     if unseen:
         notes.append(
@@ -293,7 +298,7 @@ def _groups(model: OnnxModel, records: Iterable[Record]) -> Iterator[list[Record
     """Records whose prompts go through the graphs together: one at a time where these are in memory."""
 
     def size(record: Record) -> int:
-        return model.cache_bytes(len(record.prompt.input_ids) + len(record.tokens))
+        return model.prompt_bytes(len(record.prompt.input_ids) + len(record.tokens))
 
     return grouped(records, size, TOGETHER_BYTES if model.sliced else 0)
 
