@@ -74,8 +74,8 @@ class StoredTensor:
         return ir.DataType.from_numpy(self.numpy_dtype)
 
     def mapped(self) -> "np.ndarray[Any, Any]":
-        """The elements in their shape, mapped from the file rather than read."""
-        return np.memmap(self.path, self.numpy_dtype, "r", self.offset, self.shape)
+        """The elements in their shape, mapped from the file rather than read; what is written to them stays here."""
+        return np.memmap(self.path, self.numpy_dtype, "c", self.offset, self.shape)
 
     def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator["np.ndarray[Any, Any]"]:
         """Yield the elements in storage order, flat, `size` at a time, in the stored dtype.

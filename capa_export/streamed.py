@@ -1,5 +1,6 @@
 """A Hugging Face model whose modules hold weights only while they run: they stream from the checkpoint's shards."""
 
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -50,6 +51,7 @@ class StoredWeights:
 
     def __init__(self, source: Source, report: Report = silent) -> None:
         self.source, self.report = source, report
+        self._spare = defaultdict[tuple[tuple[int, ...], torch.dtype], list[Tensor]](list)
 
     def of(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """Where a parameter lies.
@@ -71,28 +73,34 @@ class StoredWeights:
             )
         return stored
 
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A parameter's weights in FP32."""
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A parameter's weights."""
         stored = self.of(name, shape)
-        weights, done = torch.empty(stored.shape), 0
-        flat = weights.view(-1)
-        for chunk in stored.chunks():
-            flat[done : done + chunk.size] = torch.from_numpy(chunk.view(np.uint8)).view(_DTYPES[stored.dtype])
-            done += chunk.size
-        return weights
+        mapped = torch.from_numpy(stored.mapped().reshape(-1).view(np.uint8)).view(_DTYPES[stored.dtype])
+        spare = self._spare[stored.shape, dtype]
+        weights = spare.pop() if spare else torch.empty(stored.shape, dtype=dtype)
+        return weights.copy_(mapped.view(stored.shape))
 
     def load(self, module: nn.Module, parameters: Mapping[str, Tensor], prefix: str) -> None:
         """Give these parameters of the module their weights, in the dtypes that they have."""
         state = {
-            name: self.read(prefix + name, parameter.shape).to(parameter.dtype)
-            for name, parameter in parameters.items()
+            name: self.read(prefix + name, parameter.shape, parameter.dtype) for name, parameter in parameters.items()
         }
         module.load_state_dict(state, strict=False, assign=True)
+
+    def unload(self, module: nn.Module, hollow: Mapping[str, Tensor]) -> None:
+        """Take them away again; the next layer of the same kind gets their memory, which is faster than new memory."""
+        for name, weights in module.named_parameters():
+            if name in hollow:
+                self._spare[tuple(weights.shape), weights.dtype].append(weights.data)
+        module.load_state_dict(hollow, strict=False, assign=True)
 
     @contextmanager
     def holding(self, model: Any, part: Part) -> Generator[None]:
         """A part of the hollow model with its weights, until the block ends."""
         text = model.model.language_model
+        if part in ("tower", "head"):
+            self._spare.clear()
         with ExitStack() as held:
             if part == "tower":
                 held.enter_context(self.loaded_beside(model, [DECODER, HEAD]))
@@ -104,6 +112,8 @@ class StoredWeights:
                 self.report("through the layers", part, len(text.layers))
                 held.enter_context(self.loaded(text.layers[part], f"{DECODER}layers.{part}."))
             yield
+        if part in ("tower", "head"):
+            self._spare.clear()
 
     @contextmanager
     def holding_all(self, model: Any) -> Generator[None]:
@@ -129,7 +139,7 @@ class StoredWeights:
         try:
             yield
         finally:
-            module.load_state_dict(hollow, strict=False, assign=True)
+            self.unload(module, hollow)
 
     @contextmanager
     def loaded_beside(self, model: Any, outside: Sequence[str]) -> Generator[None]:
@@ -148,7 +158,7 @@ class StoredWeights:
         try:
             yield
         finally:
-            model.load_state_dict(rest, strict=False, assign=True)
+            self.unload(model, rest)
             for handle in handles:
                 handle.remove()
 
@@ -159,7 +169,7 @@ class StoredWeights:
             self.load(block, hollow, prefix)
 
         def after(*_: object) -> None:
-            block.load_state_dict(hollow, strict=False, assign=True)
+            self.unload(block, hollow)
 
         yield block.register_forward_pre_hook(before)
         yield block.register_forward_hook(after)
