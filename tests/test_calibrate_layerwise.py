@@ -270,9 +270,17 @@ def test_the_option_goes_before_the_memory(
     job: Job, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
 ) -> None:
     monkeypatch.setattr("capa_export.measure.available_memory", lambda: available)
+    by_layer: list[Calibration] = []
+
+    def remember(*given: Any, **named: Any) -> Calibration:
+        by_layer.append(calibrate_layerwise(*given, **named))
+        return by_layer[0]
+
+    monkeypatch.setattr(module, "calibrate_layerwise", remember)
     job = replace(job, layer_by_layer=asked, samples=1)
     pipeline.calibrate(job)
-    assert ("eager_model" in vars(job)) == (not asked)
+    # The eager model is gone again: the stages to come need the memory.
+    assert bool(by_layer) == bool(asked) and "eager_model" not in vars(job)
 
 
 def test_the_options_of_the_command_line(checkpoint: Path, pictures: Samples, tmp_path: Path, capsys: Any) -> None:
