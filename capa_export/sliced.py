@@ -4,12 +4,13 @@ A slice is what precedes the layers, a layer of the decoder or a block of the to
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
@@ -48,6 +49,15 @@ class Entry:
     shape: Sequence[int | str | None]
 
 
+@runtime_checkable
+class Chunked(Protocol):
+    """A lazy tensor whose elements can be had a piece at a time."""
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield them in order, flat."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Slice:
     """Nodes that run together."""
@@ -77,6 +87,7 @@ class SlicedSession:
 
     def __init__(self, model: ir.Model, connect: Callable[[onnx.ModelProto], Any]) -> None:
         self.model, self.connect = model, connect
+        self._spare = defaultdict[tuple[tuple[int, ...], ir.DataType], list[np.ndarray]](list)
         self._types = {
             str(value.name): _TYPES.get(value.dtype or ir.DataType.UNDEFINED, "") for value in _inputs(model)
         }
@@ -120,6 +131,7 @@ class SlicedSession:
                     for name in [name for name in own if last_use.get(name, -1) <= number]:
                         del own[name]
             del session, weights
+        self._spare.clear()
         return values
 
     def _last_uses(self, wanted: set[str]) -> dict[str, float]:
@@ -135,10 +147,24 @@ class SlicedSession:
         for value in graph.inputs:
             value.type = value.type or ir.TensorType(_DTYPES[self._types[str(value.name)]])
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=[*self.model.functions.values()])
-        weights = {name: tensor.numpy() for name, tensor in _lazy_weights(model).items()}
+        weights = self._read(_lazy_weights(model))
         session = self.connect(ir.to_proto(without_lazy_weights(model)))
         self._types |= {entry.name: entry.type for entry in session.get_outputs()}
         return session, weights
+
+    def _read(self, lazy: Mapping[str, ir.LazyTensor]) -> dict[str, np.ndarray]:
+        """Weights, in the memory of those of the slice before it where these were as large: faster than new memory."""
+        spare, self._spare = self._spare, defaultdict(list)
+        weights: dict[str, np.ndarray] = {}
+        for name, tensor in lazy.items():
+            if isinstance(tensor, Chunked):
+                key = tuple(tensor.shape.numpy()), tensor.dtype
+                weights[name] = spare[key].pop() if spare[key] else np.empty(key[0], tensor.dtype.numpy())
+                _fill(weights[name].reshape(-1), tensor.chunks())
+                self._spare[key].append(weights[name])
+            else:
+                weights[name] = tensor.numpy()
+        return weights
 
     @cached_property
     def _slices(self) -> list[_Slice]:
@@ -159,6 +185,13 @@ class SlicedSession:
             )
             slices.append(_Slice(reads, leaves))
         return slices
+
+
+def _fill(flat: np.ndarray, chunks: Iterable[np.ndarray]) -> None:
+    done = 0
+    for chunk in chunks:
+        flat[done : done + chunk.size] = chunk
+        done += chunk.size
 
 
 def without_lazy_weights(model: ir.Model) -> ir.Model:
