@@ -13,6 +13,8 @@ __all__ = ["LOCK", "locked"]
 
 LOCK = ".lock.partial"
 """Hidden, and named as what an interruption leaves behind, so that it makes no folder somebody's own."""
+_HOLDER = ".holder.partial"
+"""Says who holds the lock; not the lock itself, which Windows keeps even its own process from writing."""
 
 
 @contextmanager
@@ -26,28 +28,31 @@ def locked(folder: Path) -> Generator[None]:
     """
     from filelock import FileLock, Timeout
 
-    path = folder.resolve() / LOCK
+    path, holder = folder.resolve() / LOCK, folder.resolve() / _HOLDER
     lock = FileLock(path, is_singleton=True, thread_local=False, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise CapaError(
-            f"{folder}: {_holder(path)} is at work in it; wait until it has ended, or choose another folder"
+            f"{folder}: {_read_holder(holder)} is at work in it; wait until it has ended, or choose another folder"
         ) from error
     outermost = lock.lock_counter == 1
     try:
         if outermost:
-            path.write_text(f"process {os.getpid()} ({shlex.join(sys.argv)})", encoding="utf-8")
+            command = f"process {os.getpid()} ({shlex.join(sys.argv)})"
+            # Arguments need not be UTF-8.
+            holder.write_text(command, encoding="utf-8", errors="backslashreplace")
         yield
     finally:
         if outermost:
             # While it is still held, since it may be another's right after.
-            with suppress(OSError):
-                path.unlink()
+            for file in (holder, path):
+                with suppress(OSError):
+                    file.unlink()
         lock.release()
 
 
-def _holder(path: Path) -> str:
+def _read_holder(path: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8") or "another command"
     return "another command"

@@ -1,6 +1,7 @@
 """The bundle folder: stages are skipped when current, replaced whole or not at all, and checked on load."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from capa_export.bundle import MANIFEST, Bundle, digest_of
 from capa_export.errors import CapaError, ExitCode
+from capa_export.lock import LOCK
 
 
 def write(text: str) -> Any:
@@ -172,3 +174,20 @@ def test_a_command_that_was_killed_holds_nothing(tmp_path: Path) -> None:
         other.kill()
     Bundle(tmp_path).run_stage("make", 2, ["made"], write("mine"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "made"]
+
+
+def test_a_command_whose_arguments_are_no_utf8(tmp_path: Path) -> None:
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/out-\xff")
+    command = [sys.executable, "-c", HOLD, out]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        with pytest.raises(CapaError, match=rf"process {other.pid} \(-c .*/out-\\udcff'\) is at work in it"):
+            Bundle(Path(out)).run_stage("make", 2, ["made"], write("mine"))
+        other.communicate("\n")
+    assert sorted(path.name for path in Path(out).iterdir()) == [MANIFEST, "made"]
+
+
+def test_the_locked_file_itself_is_never_written(tmp_path: Path) -> None:
+    with Bundle(tmp_path).claimed():
+        # Windows would refuse it.
+        assert (tmp_path / LOCK).stat().st_size == 0
