@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.confined import confined, references
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.fingerprint import file_digest, fingerprint
 from capa_export.lock import locked
 from capa_export.manifest import VERSION, digest_of, parsed, written
@@ -282,23 +282,33 @@ class Bundle:
 
     @contextmanager
     def unfinished(self, name: str, key: object) -> Generator[Path]:
-        """A folder for work on a stage that outlives an interruption, until the stage is recorded or refused.
+        """A folder for work on a stage that outlives an interruption, until the stage is recorded.
+
+        A failure leaves it as well, unless nothing is in it or the model was found to be at fault.
 
         Args:
             name: of the stage.
             key: of the work; what was begun with another one is dropped.
         """
-        folder, digest = self._unfinished(name), digest_of(key)
-        if not (folder / digest).is_file():
+        folder, begun = self._unfinished(name), self._begun(name, key)
+        if not begun.is_file():
             _remove(folder)
             folder.mkdir(parents=True)
-            (folder / digest).touch()
+            begun.touch()
         try:
             yield folder
         except CapaError as error:
-            if error.code == ExitCode.PREFLIGHT:
+            if isinstance(error, NotFiniteError) or list(folder.iterdir()) == [begun]:
                 _remove(folder)
             raise
+
+    def interrupted(self, name: str, key: object) -> Path | None:
+        """The folder of work that `unfinished` began with the same key, if there is one."""
+        return self._unfinished(name) if self._begun(name, key).is_file() else None
+
+    def _begun(self, name: str, key: object) -> Path:
+        """What says with which key work was begun."""
+        return self._unfinished(name) / digest_of(key)
 
     def _unfinished(self, name: str) -> Path:
         return self.folder / f".{name.replace('/', '-')}{_PARTIAL}"

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums, summed
 from capa_export.eager import EagerInputs
-from capa_export.errors import CapaError
+from capa_export.errors import NotFiniteError
 from capa_export.families import Family
 from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
@@ -57,7 +57,8 @@ def calibrate(
         report: progress.
 
     Raises:
-        CapaError: the model yields NaN or infinity, or the sums cannot be kept.
+        NotFiniteError: the model yields NaN or infinity.
+        CapaError: the sums cannot be kept.
     """
     before = unfinished and unfinished.load()
     done = before.samples if before else 0
@@ -72,7 +73,7 @@ def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, chec
     x is the residual stream before the post-attention norm and y = x + FFN(norm(x)) (CAPA, section 4.2).
 
     Raises:
-        CapaError: the model yields NaN or infinity.
+        NotFiniteError: the model yields NaN or infinity.
     """
     text = model.model.language_model
 
@@ -107,10 +108,10 @@ class Measurement:
             damaged: finds the name of a tensor that is not finite, for the error's sake.
 
         Raises:
-            CapaError: a block's output is not finite.
+            NotFiniteError: a block's output is not finite.
         """
         if broken := [name for name, largest in self.absmax.items() if not isfinite(largest)]:
-            raise CapaError(_why_not_finite(damaged(), broken[0]))
+            raise NotFiniteError(_why_not_finite(damaged(), broken[0]))
         for layer, (x_TD, y_TD) in self.seen.items():
             _add(self.sums[layer], x_TD, y_TD, is_visual)
         self.seen.clear()

@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-__all__ = ["CapaError", "ExitCode", "how_to_install"]
+__all__ = ["CapaError", "ExitCode", "NotFiniteError", "how_to_install"]
 
 
 class ExitCode(IntEnum):
@@ -32,6 +32,10 @@ class CapaError(Exception):
             "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
         )
         self.code = code
+
+
+class NotFiniteError(CapaError):
+    """The model yields NaN or infinity, so that whatever was measured of it is worthless."""
 
 
 def how_to_install(extra: str) -> str:

@@ -145,9 +145,7 @@ def calibrate(job: Job) -> Calibration:
     key = [versions, job.checkpoint_digest, job.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
-        by_layer = job.layer_by_layer
-        if by_layer is None:
-            by_layer = job.workers.here and _exceeds_memory(job)
+        by_layer = _by_layer(job, key)
         with job.bundle.unfinished("calibrate", [key, by_layer]) as folder:
             calibration = _measured(job, samples, UnfinishedSums(folder), by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
@@ -160,13 +158,27 @@ def calibrate(job: Job) -> Calibration:
     return calibration
 
 
+def _by_layer(job: Job, key: list[Any]) -> bool:
+    """Whether to go layer by layer: as is asked, or as an interrupted run has begun, or where the model does not fit."""
+    if job.layer_by_layer is not None:
+        return job.layer_by_layer
+    if not job.workers.here:
+        return False
+    for by_layer in (False, True):
+        folder = job.bundle.interrupted("calibrate", [key, by_layer])
+        if folder is not None and UnfinishedSums(folder).load() is not None:
+            return by_layer
+    return _exceeds_memory(job)
+
+
 def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_layer: bool) -> Calibration:
     """Measure the samples, from where an interrupted run stopped."""
     from capa_export.calibrate import calibrate as measure
     from capa_export.calibrate_layerwise import calibrate_layerwise
 
     if unfinished.load() is not None:
-        say(f"{'':<14}goes on where it was interrupted")
+        option = "--layer-by-layer" if by_layer else "--in-memory"
+        say(f"{'':<14}goes on where it was interrupted, as with {option}")
     if not job.workers.here:
         return _calibrate_spread(job, samples, unfinished)
     about: Any = {"checkpoint_digest": job.checkpoint_digest, "unfinished": unfinished, "report": job.report}

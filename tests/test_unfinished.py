@@ -5,13 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from capa_export.bundle import MANIFEST, Bundle
+from capa_export.calibrate import Measurement
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
+from capa_export.errors import CapaError, ExitCode, NotFiniteError
 from tests.conftest import noise
 
 SAMPLES, LAYERS = 4, 5
@@ -90,21 +92,68 @@ def test_workers_go_on_where_one_process_was(calibrate: Calibrate, tmp_path: Pat
     assert Calibration.load(tmp_path / "out").digest() == Calibration.load(tmp_path / "whole").digest()
 
 
-def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "free"), [("--in-memory", 0), ("--layer-by-layer", 1 << 60)])
+def test_other_free_memory_drops_no_progress(
+    calibrate: Calibrate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    free: int,
+) -> None:
+    assert killed(calibrate(tmp_path / "out", option), 3)[0] == -signal.SIGKILL
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: free)
+    assert main(calibrate(tmp_path / "out")) == ExitCode.OK
+    assert f"goes on where it was interrupted, as with {option}" in capsys.readouterr().err
+    assert main(calibrate(tmp_path / "whole", option)) == ExitCode.OK
+    assert Calibration.load(tmp_path / "out").digest() == Calibration.load(tmp_path / "whole").digest()
+
+
+def test_a_mode_in_which_nothing_was_measured_is_not_taken_again(
+    calibrate: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert killed(calibrate(tmp_path, "--in-memory"), 0)[0] == -signal.SIGKILL
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: 0)
+    assert main(calibrate(tmp_path)) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "layer by layer: the model takes" in said and "goes on" not in said
+
+
+def test_what_can_pass_keeps_what_was_measured(
+    calibrate: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add, steps = Measurement.add, iter(range(SAMPLES))
+
+    def failing(*arguments: Any) -> None:
+        if next(steps) == 2:
+            raise CapaError("cannot read tensor: the share is gone")
+        add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurement, "add", failing)
+        assert main(calibrate(tmp_path, "--in-memory")) == ExitCode.PREFLIGHT
+    assert killed(calibrate(tmp_path, "--in-memory"), 1000) == (0, SAMPLES - 2)
+
+
+def test_what_is_worthless_leaves_nothing(tmp_path: Path) -> None:
     bundle = Bundle(tmp_path)
 
-    def fail(error: Exception) -> Path:
+    def fail(error: Exception, *, measured: bool = True) -> None:
         with bundle.unfinished("calibrate", 1) as folder:
-            (folder / "states").write_text("")
+            if measured:
+                (folder / "states").write_text("")
             raise error
-        return folder
 
-    with pytest.raises(CapaError, match="the disk is full"):
-        fail(CapaError("the disk is full", ExitCode.EXPORT))
-    with bundle.unfinished("calibrate", 1) as folder:
-        assert (folder / "states").exists()
+    for error in (CapaError("the disk is full", ExitCode.EXPORT), CapaError("a worker was killed"), OSError()):
+        with pytest.raises(type(error), match=str(error)):
+            fail(error)
+        with bundle.unfinished("calibrate", 1) as folder:
+            assert (folder / "states").exists()
     with bundle.unfinished("calibrate", 2) as folder:
         assert not (folder / "states").exists()
-    with pytest.raises(CapaError, match="no numbers"):
-        fail(CapaError("no numbers"))
+    with pytest.raises(NotFiniteError, match="no numbers"):
+        fail(NotFiniteError("no numbers"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CapaError, match="the disk is too small"):
+        fail(CapaError("the disk is too small"), measured=False)
     assert not list(tmp_path.iterdir())
