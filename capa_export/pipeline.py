@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from capa_export.samples import Sample, Samples
-__all__ = ["adopt_calibration", "build", "calibrate", "check_workers", "export", "note_digests", "validate"]
+__all__ = ["adopt_calibration", "build", "calibrate", "export", "note_digests", "require_eager_memory", "validate"]
 
 _SAMPLES_A_TASK = 4
 
@@ -129,13 +129,14 @@ def calibrate(job: Job) -> Calibration:
     from capa_export.samples import samples_from
 
     job.check_files()
-    check_workers(job)
+    _check_workers(job)
     job.check_pictures()
     if job.calibration is not None:
         calibration = Calibration.load(job.calibration)
         _check_owner(calibration, job, job.calibration)
-        adopt_calibration(job.bundle, calibration)
-        note_digests(job)
+        with job.bundle.claimed():
+            adopt_calibration(job.bundle, calibration)
+            note_digests(job)
         _say_linear(calibration, job.recipe)
         return calibration
 
@@ -151,9 +152,10 @@ def calibrate(job: Job) -> Calibration:
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(job.recipe.ffn.eta, job.recipe.ffn.paper_layers)
 
-    run_stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
-    note_digests(job)
-    calibration = Calibration.load(job.bundle.folder)
+    with job.bundle.claimed():
+        run_stage(job.bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+        note_digests(job)
+        calibration = Calibration.load(job.bundle.folder)
     _say_linear(calibration, job.recipe)
     return calibration
 
@@ -192,7 +194,8 @@ def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_la
 
 def note_digests(job: Job) -> None:
     """Spare the next command reading the whole checkpoint."""
-    job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
+    with job.bundle.claimed():
+        job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
 
 
 def _calibrate_spread(job: Job, samples: "Samples", unfinished: UnfinishedSums) -> Calibration:
@@ -214,26 +217,33 @@ def _measurer(job: Job, checkpoint_digest: str) -> "Callable[[Sequence[Sample]],
     return lambda samples: [measure(model, family, prompter, sample, checkpoint_digest) for sample in samples]
 
 
-def check_workers(job: Job) -> None:
-    """Refuse workers that this machine's memory, or another option, does not allow.
-
-    Raises:
-        CapaError: every worker holds the whole model, and that is too much.
-    """
-    from capa_export.dry_run import calibration_bytes
-    from capa_export.measure import available_memory
-
+def _check_workers(job: Job) -> None:
+    """Refuse workers that this machine's memory, or another option, does not allow."""
     if job.workers.here:
         return
     if job.layer_by_layer:
         raise CapaError("--layer-by-layer runs in one process: drop it, or --workers and --ray", ExitCode.USAGE)
+    require_eager_memory(job)
+
+
+def require_eager_memory(job: Job) -> None:
+    """Refuse, before it is loaded, an eager model that this machine has no room for, once in every worker.
+
+    Raises:
+        CapaError: it takes more memory than is available.
+    """
+    from capa_export.dry_run import calibration_bytes
+    from capa_export.measure import available_memory
+
+    if job.workers.ray is not None:
+        return
     count = job.workers.count or 1
     needed, available = count * calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
-    if job.workers.ray is None and needed > available:
-        raise CapaError(
-            f"--workers {count}: so many copies of the model take {needed / 1e9:.1f} GB in FP32, "
-            f"{available / 1e9:.1f} GB are free; use fewer"
-        )
+    if needed > available:
+        what, remedy = f"{job.checkpoint}: the model takes", "end other programs, or use a machine with more"
+        if count > 1:
+            what, remedy = f"--workers {count}: so many copies of the model take", "use fewer"
+        raise CapaError(f"{what} {needed / 1e9:.1f} GB in FP32, {available / 1e9:.1f} GB are free; {remedy}")
 
 
 def _exceeds_memory(job: Job) -> bool:
@@ -344,22 +354,23 @@ def export(job: Job) -> None:
         sha256 = {f"{ONNX}/{file}": size["sha256"] for file, size in sizes.items() if "sha256" in size}
         return {**made, "searched_for_nan": not job.in_place, "linked": linked, "sha256": sha256}
 
-    run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
-    _say_kept(job, calibration)
-    job.bundle.update(
-        tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
-        command=list(job.command),
-        recipe=job.recipe.model_dump(mode="json"),
-        checkpoint={
-            "source": job.checkpoint_source,
-            "revision": job.revision,
-            "files": job.fingerprints,
-            "sha256": digests(),
-        },
-        calibration_samples=calibration.samples if calibration else 0,
-    )
-    if digests():
-        note_digests(job)
+    with job.bundle.claimed():
+        run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
+        _say_kept(job, calibration)
+        job.bundle.update(
+            tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+            command=list(job.command),
+            recipe=job.recipe.model_dump(mode="json"),
+            checkpoint={
+                "source": job.checkpoint_source,
+                "revision": job.revision,
+                "files": job.fingerprints,
+                "sha256": digests(),
+            },
+            calibration_samples=calibration.samples if calibration else 0,
+        )
+        if digests():
+            note_digests(job)
 
 
 def _say_kept(job: Job, calibration: Calibration | None) -> None:

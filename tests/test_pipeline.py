@@ -27,6 +27,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
 from capa_export.generation import GenerationOptions, eos_token_ids
 from capa_export.job import Job
+from capa_export.lock import LOCK
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
@@ -213,6 +214,21 @@ def test_a_checkpoint_that_did_not_change_is_hashed_once(job: Job, monkeypatch: 
     known = job.bundle.manifest["checkpoint"]["sha256"]
     pipeline.export(again(job, ffn=False, precision="fp32"))
     assert job.bundle.manifest["checkpoint"]["sha256"] != known
+
+
+def test_each_stage_by_itself_keeps_others_out_until_its_last_note(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    update, held = Bundle.update, list[bool]()
+
+    def noted(bundle: Bundle, **entries: Any) -> None:
+        held.append((bundle.folder / LOCK).exists())
+        update(bundle, **entries)
+
+    monkeypatch.setattr(Bundle, "update", noted)
+    for stage in (pipeline.calibrate, pipeline.export):
+        stage(job)
+        assert len(held) > 1 and all(held)
+        assert not (job.bundle.folder / LOCK).exists()
+        held.clear()
 
 
 def test_engines_that_would_not_fit_are_refused_before_anything_is_made(

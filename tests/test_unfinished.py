@@ -144,7 +144,7 @@ def test_what_is_worthless_leaves_nothing(tmp_path: Path) -> None:
                 (folder / "states").write_text("")
             raise error
 
-    for error in (CapaError("the disk is full", ExitCode.EXPORT), CapaError("a worker was killed"), OSError()):
+    for error in (CapaError("the disk is full", ExitCode.EXPORT), CapaError("a worker was killed"), OSError("gone")):
         with pytest.raises(type(error), match=str(error)):
             fail(error)
         with bundle.unfinished("calibrate", 1) as folder:

@@ -15,7 +15,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.methods import Method, parse_method, stage_text
-from capa_export.pipeline import calibrate, check_workers, note_digests
+from capa_export.pipeline import calibrate, note_digests, require_eager_memory
 from capa_export.pixels import PixelBounds
 from capa_export.progress import silent
 from capa_export.recipe import Recipe, ranges, recipe_of
@@ -119,13 +119,13 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
     """The Hugging Face model; where a method replaces visual FFNs, it is calibrated into the job's bundle first.
 
     Raises:
-        CapaError: a method does not fit the model, before anything is run.
+        CapaError: a method does not fit the model, or the model this machine's memory, before anything is run.
     """
     from capa_export.evaluate.eager_answers import EagerAnswers
 
     for method in methods.values():
         check_fits(job, method)
-    check_workers(job)
+    require_eager_memory(job)
     job.check_files()
     calibration = calibrate(job) if any(method.ffn != "full" for method in methods.values()) else None
     note_digests(job)

@@ -22,6 +22,7 @@ from capa_export.job import Job, alpha_digest
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.parity.statistics import kl_divergence
 from capa_export.picture_files import open_picture
+from capa_export.pipeline import require_eager_memory
 from capa_export.progress import tracked
 from capa_export.prompt import Prompt, Turn
 from capa_export.recipe import Stage
@@ -56,11 +57,12 @@ def explain(
         max_new_tokens: longest answer.
 
     Raises:
-        CapaError: a picture does not load, a method does not fit the model or this prompt, or the checkpoint or the
-            calibration is not what the bundle was made from.
+        CapaError: a picture does not load, a method does not fit the model or this prompt, the checkpoint or the
+            calibration is not what the bundle was made from, or this machine's memory is too small for the model.
     """
     images = [open_picture(path) for path in pictures]
     named = methods_from(methods) if methods else None
+    require_eager_memory(job)
     linear, calibration = _calibrated(job)
     layer = _layer(job, layer)
     own = _own(job, linear, calibration)

@@ -10,7 +10,7 @@ from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.parity.schema import Difference
 from capa_export.parity.statistics import paired_bootstrap
-from capa_export.pipeline import calibrate
+from capa_export.pipeline import calibrate, require_eager_memory
 from capa_export.recipe import FFN, Recipe
 from capa_export.samples import samples_from
 from capa_export.tune.agreement import Agreement, Judge
@@ -34,13 +34,14 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         count: samples at most.
 
     Raises:
-        CapaError: no schedule meets the budget, there are too few samples, the calibration is another model's, or the
-            model gives no numbers.
+        CapaError: no schedule meets the budget, there are too few samples, the calibration is another model's, the
+            model gives no numbers, or this machine's memory is too small for it.
     """
     samples = samples_from(job.images, job.recipe, count, split="train")
     if samples.count < FEWEST:
         raise CapaError(f"{samples.name}: too few to tell schedules apart; give {FEWEST} or more")
     job.check_layers()
+    require_eager_memory(job)
     costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
     share = costs.share_of(budget)
     calibration = calibrate(job)

@@ -182,6 +182,14 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
         explain(unopened(bundle), [pictures / "one" / "wide.png"], QUESTION, methods, layer=layer)
 
 
+def test_a_model_that_exceeds_memory_is_not_loaded(
+    bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: 1000)
+    with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
+        explain(unopened(bundle), [pictures / "tall.png"], QUESTION)
+
+
 def test_scales_need_a_calibration(plain_bundle: Path, pictures: Path) -> None:
     with pytest.raises(CapaError, match=r"has no calibration to replace visual FFNs from; write capa@2:0.5/full"):
         explain(unopened(plain_bundle), [pictures / "tall.png"], QUESTION, ["capa@2:0.5"])
