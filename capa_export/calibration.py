@@ -102,6 +102,10 @@ class Calibration:
         """Layers whose visual FFN a scale may replace: mean cosine above eta."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.cosine > eta)
 
+    def scales(self, eta: float) -> dict[int, np.ndarray]:
+        """Layer -> alpha [D] of the layers that are linear."""
+        return {layer: self.layers[layer].alpha for layer in self.linear_layers(eta)}
+
     @property
     def sink_channels(self) -> tuple[int, ...]:
         """Channels that mark sinks: beyond the threshold in at least a quarter of the layers."""

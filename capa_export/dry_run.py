@@ -1,12 +1,12 @@
 """What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory, and whether there is room."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from capa_export.bind import check_disk, free_bytes
-from capa_export.bundle import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
 from capa_export.device_memory import (
@@ -23,6 +23,8 @@ from capa_export.device_memory import (
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError
 from capa_export.families import load_family
+from capa_export.finished import finished_stages
+from capa_export.hub import full_source
 from capa_export.lockstep import TOGETHER_BYTES
 from capa_export.measure import available_memory
 from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
@@ -53,6 +55,8 @@ _PER_EMBEDDED_BYTE = 1.7
 """What a build needs for a byte of weights that it embeds: 1.5 was measured for a 3B, and mapped files want room."""
 _PROMPTS = TOGETHER_BYTES
 """Hidden states and caches of the prompts that a validation takes through a layer together."""
+_ENGINES, _REFERENCE = "engines", "reference"
+"""Files of engines, and the graphs in FP32 that stand beside them while a validation holds all models in memory."""
 _VALIDATION = 1_500_000_000
 """Resident in a validation before any weight is: torch, transformers and ONNX Runtime."""
 
@@ -88,7 +92,13 @@ def dry_run(
     config = fetch_config(checkpoint, revision=revision)
     dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
     check_layers(recipe, dims.decoder.num_layers)
-    given = calibration
+    room_options: dict[str, Any] = {
+        "target": target,
+        "ffn": ffn,
+        "calibration": calibration,
+        "checkpoint": {"source": full_source(checkpoint), "revision": revision},
+        **options,
+    }
     if calibration is None and out is not None and (out / CALIBRATION).exists():
         calibration = out
     linear, basis = _linear_layers(recipe, calibration, dims.decoder.num_layers, ffn=ffn)
@@ -121,7 +131,7 @@ def dry_run(
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
         "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=ELEMENT_BYTES[precision])),
         "vision": {"total": dims.vision.flops(visual)},
-        **room(recipe, visual, dims, precision, out, target=target, calibrated=given is not None, **options),
+        **room(recipe, visual, dims, precision, out, **room_options),
     }
 
 
@@ -133,10 +143,12 @@ def room(
     out: Path | None,
     *,
     target: Target | None,
+    ffn: bool,
+    calibration: Path | None,
+    checkpoint: Mapping[str, Any],
     weights: WeightsWish = "auto",
     in_place: bool = False,
     memory: int | None = None,
-    calibrated: bool = False,
     layer_by_layer: bool | None = None,
 ) -> dict[str, Any]:
     """Sizes of files, memory here and on the device, and why a build would be refused.
@@ -148,10 +160,12 @@ def room(
         precision: of weights and activations.
         out: bundle that is made; its finished stages take no more room.
         target: the device; None where nothing is to be refused.
+        ffn: whether visual FFNs are replaced at all.
+        calibration: a file or bundle that stands in place of a run.
+        checkpoint: what is known of it, as `finished_stages` takes it.
         weights: where its engines find theirs.
         in_place: whether the ONNX files read the checkpoint's own shards.
         memory: bytes that the device has, where one of the target's is meant.
-        calibrated: whether no calibration is to be run.
         layer_by_layer: how calibration and validation hold the model; False whatever it takes.
 
     Raises:
@@ -173,7 +187,8 @@ def room(
     }
     refusals: list[str] = []
     if target is not None:
-        done = {**_finished(out), **({"calibrate": True} if calibrated else {})}
+        wishes: dict[str, Any] = {"ffn": ffn, "calibration": calibration, "in_place": in_place, "weights": where}
+        done = finished_stages(out, recipe, precision, checkpoint=checkpoint, **wishes)
         refusals = _refusals(plan, dims, precision, target, out, done, layer_by_layer=layer_by_layer)
     return {**plan, "refusals": refusals}
 
@@ -186,7 +201,7 @@ def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: 
     }
     if in_place:
         files = dict.fromkeys(files, 0)
-    return {**files, "engines": engine_weight_bytes(total, width, engines)} if engines == "embedded" else files
+    return {**files, _ENGINES: engine_weight_bytes(total, width, engines)} if engines == "embedded" else files
 
 
 def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> dict[str, int]:
@@ -234,7 +249,7 @@ def _refusals(
     precision: str,
     target: Target,
     out: Path | None,
-    done: Mapping[str, Any],
+    done: AbstractSet[str],
     *,
     layer_by_layer: bool | None,
 ) -> list[str]:
@@ -245,7 +260,7 @@ def _refusals(
     if device["given"] is not None and device["total"] > device["given"]:
         refusals.append(_no_room(device, target))
     builds_here = target.engine is not None and target.engine.built == "here"
-    if builds_here and done.get("engine", {}).get(target.name) != plan["weights"]:
+    if builds_here and f"engine/{target.name}" not in done:
         refusals += filter(None, [_engine_refusal(dims, precision, plan["weights"])])
     remedies = {
         "calibrate": "pass --calibration with one that was made on a larger machine",
@@ -258,20 +273,15 @@ def _refusals(
             refusals.append(
                 f"{stage} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; {remedy}"
             )
-    return refusals + _disk_refusals(plan["files"], out, done)
-
-
-def _finished(out: Path | None) -> dict[str, Any]:
-    """Stages that a bundle has, which take no more room unless their inputs changed; targets with engines' weights."""
-    if out is None or not (out / MANIFEST).is_file():
-        return {}
-    stages = Bundle(out).manifest["stages"]
-    engines = {
-        name.removeprefix("engine/"): record["result"]["weights"]
-        for name, record in stages.items()
-        if name.startswith("engine/")
-    }
-    return {**stages, "engine": engines}
+    if out is None:
+        return refusals
+    by_layer = memory["validate"] > available if layer_by_layer is None else layer_by_layer
+    copy = 0 if by_layer else 4 * parameters(dims).total
+    makers = {_ENGINES: f"engine/{target.name}", _REFERENCE: "validate"}
+    files = {**plan["files"], _REFERENCE: copy}
+    return refusals + _disk_refusals(
+        {name: n for name, n in files.items() if makers.get(name, "export") not in done}, out
+    )
 
 
 def _no_room(device: Mapping[str, Any], target: Target) -> str:
@@ -286,17 +296,20 @@ def _no_room(device: Mapping[str, Any], target: Target) -> str:
     )
 
 
-def _disk_refusals(files: Mapping[str, int], out: Path | None, done: Mapping[str, Any]) -> list[str]:
-    if out is None:
-        return []
-    missing = {name: size for name, size in files.items() if ("engine" if name == "engines" else "export") not in done}
+def _disk_refusals(missing: Mapping[str, int], out: Path) -> list[str]:
+    """Why the disk has no room for the files that are missing, by kind."""
     needed, free = sum(missing.values()), free_bytes(out)
     if needed <= free:
         return []
-    engines = missing.get("engines", 0)
-    less = f", or build with --weights external, which takes {(needed - engines) / 1e9:.1f} GB" if engines else ""
+    remedies = {_ENGINES: "build with --weights external", _REFERENCE: "pass --layer-by-layer"}
+    less = "".join(
+        f", or {remedy}, which takes {(needed - missing[name]) / 1e9:.1f} GB"
+        for name, remedy in remedies.items()
+        if missing.get(name)
+    )
+    copy = ", and their copy in FP32 while they are validated," if missing.get(_REFERENCE) else ""
     sizes = f"{needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
-    return [f"{out}: ONNX files and engines take {sizes}; free some{less}, or choose another --out"]
+    return [f"{out}: ONNX files and engines{copy} take {sizes}; free some{less}, or choose another --out"]
 
 
 def check_engine_memory(dims: ModelDims[Any], precision: str, weights: Weights) -> None:

@@ -7,12 +7,18 @@ from pathlib import Path
 
 from capa_export.errors import CapaError, ExitCode
 
-__all__ = ["find_folder", "refetch"]
+__all__ = ["find_folder", "full_source", "refetch"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _LOCAL_DOWNLOADS = Path(".cache") / "huggingface" / "download"
 """Where `hf download --local-dir` keeps its records, below the folder that it fills."""
+
+
+def full_source(source: str) -> str:
+    """The hub id, or the folder in full, so that it is found from anywhere."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
 
 
 def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> Path:

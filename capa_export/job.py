@@ -16,6 +16,7 @@ from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
 from capa_export.generation import eos_token_ids
+from capa_export.hub import full_source
 from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import PluginWish
 from capa_export.progress import Report, say, silent
@@ -146,9 +147,8 @@ class Job:
 
     @property
     def checkpoint_source(self) -> str:
-        """The hub id, or the folder in full, so that it is found from anywhere."""
-        folder = Path(self.checkpoint).expanduser()
-        return str(folder.resolve()) if folder.is_dir() else self.checkpoint
+        """As `full_source` has it."""
+        return full_source(self.checkpoint)
 
     @cached_property
     def fingerprints(self) -> dict[str, dict[str, int | str]]:

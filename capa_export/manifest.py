@@ -78,6 +78,8 @@ class _Checkpoint(_Entry):
 
 
 class _Hashed(_Entry):
+    source: str = ""
+    revision: str | None = None
     files: dict[str, Any]
     sha256: dict[str, str]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from capa_export.audit import audit
 from capa_export.bundle import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
+from capa_export.eager_memory import exceeds_memory, require_eager_memory
 from capa_export.errors import CapaError, ExitCode
 from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from capa_export.samples import Sample, Samples
-__all__ = ["adopt_calibration", "build", "calibrate", "export", "note_digests", "require_eager_memory", "validate"]
+__all__ = ["adopt_calibration", "build", "calibrate", "export", "note_digests", "validate"]
 
 _SAMPLES_A_TASK = 4
 
@@ -66,7 +67,9 @@ def _check_room(job: Job, target: Target) -> None:
         weights=job.weights,
         in_place=job.in_place,
         memory=job.memory,
-        calibrated=job.calibration is not None,
+        ffn=job.ffn,
+        calibration=job.calibration,
+        checkpoint={"files": job.fingerprints},
         layer_by_layer=job.layer_by_layer,
     )
     if plan["refusals"]:
@@ -161,7 +164,7 @@ def calibrate(job: Job) -> Calibration:
 
 
 def _by_layer(job: Job, key: list[Any]) -> bool:
-    """Whether to go layer by layer: as is asked, or as an interrupted run has begun, or where the model does not fit."""
+    """Whether to go layer by layer: as is asked, as an interrupted run did, or where the model does not fit."""
     if job.layer_by_layer is not None:
         return job.layer_by_layer
     if not job.workers.here:
@@ -170,7 +173,7 @@ def _by_layer(job: Job, key: list[Any]) -> bool:
         folder = job.bundle.interrupted("calibrate", [key, by_layer])
         if folder is not None and UnfinishedSums(folder).load() is not None:
             return by_layer
-    return _exceeds_memory(job)
+    return exceeds_memory(job)
 
 
 def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_layer: bool) -> Calibration:
@@ -195,7 +198,8 @@ def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_la
 def note_digests(job: Job) -> None:
     """Spare the next command reading the whole checkpoint."""
     with job.bundle.claimed():
-        job.bundle.update(hashed={"files": job.fingerprints, "sha256": job.digests})
+        known = {"source": job.checkpoint_source, "revision": job.revision}
+        job.bundle.update(hashed={**known, "files": job.fingerprints, "sha256": job.digests})
 
 
 def _calibrate_spread(job: Job, samples: "Samples", unfinished: UnfinishedSums) -> Calibration:
@@ -226,40 +230,6 @@ def _check_workers(job: Job) -> None:
     require_eager_memory(job)
 
 
-def require_eager_memory(job: Job) -> None:
-    """Refuse, before it is loaded, an eager model that this machine has no room for, once in every worker.
-
-    Raises:
-        CapaError: it takes more memory than is available.
-    """
-    from capa_export.dry_run import calibration_bytes
-    from capa_export.measure import available_memory
-
-    if job.workers.ray is not None:
-        return
-    count = job.workers.count or 1
-    needed, available = count * calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
-    if needed > available:
-        what, remedy = f"{job.checkpoint}: the model takes", "end other programs, or use a machine with more"
-        if count > 1:
-            what, remedy = f"--workers {count}: so many copies of the model take", "use fewer"
-        raise CapaError(f"{what} {needed / 1e9:.1f} GB in FP32, {available / 1e9:.1f} GB are free; {remedy}")
-
-
-def _exceeds_memory(job: Job) -> bool:
-    """Whether the eager model does not fit, which is then said."""
-    from capa_export.dry_run import calibration_bytes
-    from capa_export.measure import available_memory
-
-    needed, available = calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
-    if exceeds := needed > available:
-        say(
-            f"{'':<14}layer by layer: the model takes {needed / 1e9:.1f} GB in FP32, "
-            f"{available / 1e9:.1f} GB are free; --in-memory tries all the same"
-        )
-    return exceeds
-
-
 def _check_wishes(job: Job) -> None:
     """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse."""
     job.check_layers()
@@ -288,8 +258,7 @@ def export(job: Job) -> None:
         calibration = Calibration.load(job.bundle.folder)
         _check_owner(calibration, job, job.bundle.folder / CALIBRATION)
         if job.ffn:
-            linear = calibration.linear_layers(job.recipe.ffn.eta)
-            scales = {layer: calibration.layers[layer].alpha for layer in linear}
+            scales = calibration.scales(job.recipe.ffn.eta)
     alpha, fp32_layers = alpha_digest(scales), _fp32_layers(job, calibration)
 
     def digests() -> dict[str, str]:

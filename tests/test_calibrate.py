@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from capa_export import measure, pipeline
+from capa_export import eager_memory, pipeline
 from capa_export.bundle import Bundle
 from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
@@ -229,7 +229,7 @@ def test_layers_one_at_a_time_are_not_spread(
 def test_more_workers_than_memory(
     checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "available_memory", lambda: 1000)
+    monkeypatch.setattr(eager_memory, "available_memory", lambda: 1000)
     recipe = load_recipe("qwen25vl")
     workers = Workers(count=3)
     job = Job(recipe=recipe, bundle=Bundle(tmp_path), checkpoint=str(checkpoint), images=pictures, workers=workers)

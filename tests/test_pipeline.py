@@ -28,6 +28,7 @@ from capa_export.families import qwen25vl
 from capa_export.generation import GenerationOptions, eos_token_ids
 from capa_export.job import Job
 from capa_export.lock import LOCK
+from capa_export.plan import parameters
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
@@ -255,6 +256,64 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     output = capsys.readouterr()
     assert "a build would be refused: engines with embedded weights take 1.2 GB" in output.out
     assert "a build would be refused: engines with embedded weights take 1.2 GB" in output.err
+
+
+def refusals(job: Job, **changes: Any) -> list[str]:
+    """Of a plan of the job on a machine with all the memory and none of the disk."""
+    options: dict[str, Any] = {"ffn": job.ffn, "target": load_target("onnx"), "layer_by_layer": True, **changes}
+    recipe, checkpoint = options.pop("recipe", job.recipe), options.pop("checkpoint", job.checkpoint)
+    precision = options.pop("precision", job.precision)
+    return dry_run.dry_run(recipe, checkpoint, job.bundle.folder, precision, **options)["refusals"]
+
+
+@pytest.mark.parametrize("ffn", [True, False])
+def test_only_what_would_not_run_again_takes_no_disk(job: Job, tmp_path: Path, monkeypatch: Any, *, ffn: bool) -> None:
+    made = again(job, ffn=ffn)
+    pipeline.calibrate(made)
+    pipeline.export(made)
+    monkeypatch.setattr(dry_run, "available_memory", lambda: 1 << 60)
+    monkeypatch.setattr(dry_run, "free_bytes", lambda _: 0)
+    assert refusals(made) == []
+    fewer = job.recipe.model_copy(update={"ffn": job.recipe.ffn.model_copy(update={"eta": 0.999})})
+    other = shutil.copytree(job.checkpoint, tmp_path / "other")
+    for changes in (
+        {"precision": "fp32"},
+        {"ffn": not ffn},
+        {"checkpoint": str(other)},
+        {"recipe": job.recipe.with_options(ratio=0.5)},
+        {"recipe": job.recipe.with_options(fp32_layers=("0.mlp",))},
+        *([{"recipe": fewer}] if ffn else []),
+    ):
+        assert "ONNX files and engines take 0.0 GB" in "".join(refusals(made, **changes)), changes
+    target = load_target("onnx")
+    monkeypatch.setattr(pipeline, "_build", lambda *_, **__: None)
+    pipeline.build(again(made, layer_by_layer=True), target)
+    change(Path(job.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
+    with pytest.raises(CapaError, match="ONNX files and engines take"):
+        pipeline.build(again(made, layer_by_layer=True), target)
+
+
+def test_engines_of_another_kind_take_disk(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.export(again(job, ffn=False))
+    monkeypatch.setattr(dry_run, "available_memory", lambda: 1 << 60)
+    monkeypatch.setattr(dry_run, "free_bytes", lambda _: 0)
+    plan: dict[str, Any] = {"ffn": False, "target": load_target("rtx")}
+    assert refusals(job, **plan, weights="external") == []
+    assert "or build with --weights external, which takes 0.0 GB" in "".join(refusals(job, **plan, weights="embedded"))
+
+
+def test_the_copy_that_a_validation_in_memory_writes_takes_disk(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.export(again(job, ffn=False))
+    memory, copy = 1 << 60, 4 * parameters(job.source.dims).total
+    monkeypatch.setattr(dry_run, "available_memory", lambda: memory)
+    monkeypatch.setattr(dry_run, "free_bytes", lambda _: copy - 1)
+    for layer_by_layer in (None, False):
+        (refusal,) = refusals(job, ffn=False, layer_by_layer=layer_by_layer)
+        assert "engines, and their copy in FP32 while they are validated, take" in refusal
+        assert "or pass --layer-by-layer, which takes 0.0 GB" in refusal
+    assert refusals(job, ffn=False, layer_by_layer=True) == []
+    monkeypatch.setattr(dry_run, "free_bytes", lambda _: copy)
+    assert refusals(job, ffn=False) == []
 
 
 def test_engines_that_the_disk_cannot_hold_are_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

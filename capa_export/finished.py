@@ -1,0 +1,72 @@
+"""Which stages of a bundle a build with other options would find done."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capa_export.bundle import MANIFEST, Bundle
+from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.job import alpha_digest
+from capa_export.recipe import Recipe
+
+__all__ = ["finished_stages"]
+
+
+def finished_stages(
+    folder: Path | None,
+    recipe: Recipe,
+    precision: str,
+    *,
+    ffn: bool,
+    calibration: Path | None,
+    in_place: bool,
+    checkpoint: Mapping[str, Any],
+    weights: str | None,
+) -> set[str]:
+    """Names of the stages that would not run again, as far as their records tell; no file is read for it.
+
+    Args:
+        folder: the bundle's; it need not exist.
+        recipe: with the command line's choices in it.
+        precision: of weights and activations.
+        ffn: whether visual FFNs are replaced at all.
+        calibration: a file or bundle that stands in place of a run.
+        in_place: whether the ONNX files read the checkpoint's own shards.
+        checkpoint: what is known of it, of what manifests record: `source` and `revision`, or `files`.
+        weights: where engines find theirs.
+    """
+    done = set[str]() if calibration is None else {"calibrate"}
+    if folder is None or not (folder / MANIFEST).is_file():
+        return done
+    manifest = Bundle(folder).manifest
+    stages = manifest["stages"]
+    if calibration is None and (folder / CALIBRATION).is_file() and _agrees(manifest.get("hashed"), checkpoint):
+        done |= {"calibrate"} & stages.keys()
+        calibration = folder
+    exported = stages.get("export", {}).get("result")
+    if exported is None or not _agrees(manifest.get("checkpoint"), checkpoint):
+        return done
+    recorded, wanted = manifest["recipe"], recipe.model_dump(mode="json")
+    if (
+        exported["precision"] == precision
+        and exported["alpha"] == _alpha(recipe, calibration, ffn=ffn)
+        and bool(stages["export"].get("linked")) == in_place
+        and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers"))
+    ):
+        engines = {name for name in stages if name.startswith("engine/")}
+        done |= {"export", *(name for name in engines if stages[name]["result"]["weights"] == weights)}
+        if recorded == wanted:
+            done |= {"validate"} & stages.keys()
+    return done
+
+
+def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether nothing that is known of a checkpoint differs from what is recorded of one."""
+    return recorded is not None and all(recorded.get(key, value) == value for key, value in checkpoint.items())
+
+
+def _alpha(recipe: Recipe, calibration: Path | None, *, ffn: bool) -> str | None:
+    """Digest of the scales that an export would take, as its record has it; None where they are yet to be measured."""
+    if not ffn:
+        return alpha_digest({})
+    return None if calibration is None else alpha_digest(Calibration.load(calibration).scales(recipe.ffn.eta))
