@@ -288,17 +288,22 @@ class Bundle:
             name: of the stage.
             key: of the work; what was begun with another one is dropped.
         """
-        folder, digest = self._unfinished(name), digest_of(key)
-        if not (folder / digest).is_file():
+        folder = self._unfinished(name)
+        if self.begun(name, key) is None:
             _remove(folder)
             folder.mkdir(parents=True)
-            (folder / digest).touch()
+            (folder / digest_of(key)).touch()
         try:
             yield folder
         except CapaError as error:
             if error.code == ExitCode.PREFLIGHT:
                 _remove(folder)
             raise
+
+    def begun(self, name: str, key: object) -> Path | None:
+        """The folder that `unfinished` would go on in; None where it would begin."""
+        folder = self._unfinished(name)
+        return folder if (folder / digest_of(key)).is_file() else None
 
     def _unfinished(self, name: str) -> Path:
         return self.folder / f".{name.replace('/', '-')}{_PARTIAL}"

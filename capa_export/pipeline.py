@@ -145,9 +145,7 @@ def calibrate(job: Job) -> Calibration:
     key = [versions, job.checkpoint_digest, job.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
-        by_layer = job.layer_by_layer
-        if by_layer is None:
-            by_layer = job.workers.here and _exceeds_memory(job)
+        by_layer = _by_layer(job, key)
         with job.bundle.unfinished("calibrate", [key, by_layer]) as folder:
             calibration = _measured(job, samples, UnfinishedSums(folder), by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
@@ -224,25 +222,35 @@ def check_workers(job: Job) -> None:
         )
 
 
-def _exceeds_memory(job: Job) -> bool:
-    """Whether the eager model does not fit, which is then said."""
+def _by_layer(job: Job, key: object) -> bool:
+    """Whether to measure layer by layer: as asked, or as it was begun, or where the eager model exceeds memory."""
     from capa_export.dry_run import calibration_bytes
     from capa_export.measure import available_memory
 
+    def begun(*, by_layer: bool) -> bool:
+        folder = job.bundle.begun("calibrate", [key, by_layer])
+        return folder is not None and UnfinishedSums(folder).load() is not None
+
+    if job.layer_by_layer is not None or not job.workers.here:
+        return bool(job.layer_by_layer)
+    if begun(by_layer=True):
+        return True
     needed, available = calibration_bytes(job.source.checkpoint.num_parameters), available_memory()
-    if exceeds := needed > available:
-        say(
-            f"{'':<14}layer by layer: the model takes {needed / 1e9:.1f} GB in FP32, "
-            f"{available / 1e9:.1f} GB are free; --in-memory tries all the same"
-        )
-    return exceeds
+    if needed <= available:
+        return False
+    takes = f"the model takes {needed / 1e9:.1f} GB in FP32, {available / 1e9:.1f} GB are free"
+    if begun(by_layer=False):
+        say(f"{'':<14}in memory: {takes}, but so it was begun; --layer-by-layer starts anew")
+        return False
+    say(f"{'':<14}layer by layer: {takes}; --in-memory tries all the same")
+    return True
 
 
 def _check_wishes(job: Job) -> None:
     """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse."""
     job.check_layers()
     job.check_pictures()
-    read_generation(job.source.checkpoint.sidecars)
+    read_generation(job.source.checkpoint.sidecars).check()
 
 
 def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:

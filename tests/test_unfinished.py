@@ -82,6 +82,25 @@ def test_another_input_starts_anew(calibrate: Calibrate, tmp_path: Path) -> None
     assert killed(calibrate(tmp_path, "--layer-by-layer"), 1000) == (0, PARTS["--layer-by-layer"] * SAMPLES)
 
 
+@pytest.mark.parametrize(("option", "free"), [("--in-memory", 0), ("--layer-by-layer", 10**15)])
+def test_other_free_memory_changes_no_mode(
+    calibrate: Calibrate,
+    tmp_path: Path,
+    option: str,
+    free: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert killed(calibrate(tmp_path / "out", option), 3)[0] == -signal.SIGKILL
+    monkeypatch.setattr("capa_export.measure.available_memory", lambda: free)
+    assert main(calibrate(tmp_path / "out")) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "goes on where it was interrupted" in said
+    assert ("so it was begun; --layer-by-layer starts anew" in said) == (free == 0)
+    assert main(calibrate(tmp_path / "whole", option)) == ExitCode.OK
+    assert Calibration.load(tmp_path / "out").digest() == Calibration.load(tmp_path / "whole").digest()
+
+
 def test_workers_go_on_where_one_process_was(calibrate: Calibrate, tmp_path: Path) -> None:
     assert killed(calibrate(tmp_path / "out", "--in-memory"), 3)[0] == -signal.SIGKILL
     assert main(calibrate(tmp_path / "out", "--workers", "2")) == ExitCode.OK
