@@ -41,7 +41,7 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements read at once: small enough to stay in cache while they are converted."""
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model")
+_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer*", "*.model")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 _ADAPTED = re.compile(

@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from capa_export.errors import CapaError, ExitCode
-from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, upright_rgb
+from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, pictures_among, upright_rgb
 from capa_export.picture_sources import picture_bytes, picture_path
 from capa_export.prompt import Turn, Video
 from capa_export.settings import Settings, first_problem
@@ -169,7 +169,7 @@ def files_of(messages: Sequence[Message], folder: Path) -> list[Path]:
 
 
 def _frames(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    return pictures_among(folder.iterdir())
 
 
 def open_video(path: Path, fps: float) -> Video:

@@ -177,11 +177,24 @@ class Generation(BaseModel):
             raise CapaError(
                 "--seed has no effect where the likeliest token is taken; give --temperature to sample", ExitCode.USAGE
             )
-        for name in (*_RANGES,) if changed.do_sample else ("repetition_penalty",):
-            if problem := _problem(name, getattr(changed, name)):
-                instead = _option(name) if hasattr(options, name) else "--greedy"
-                raise CapaError(f"{self.source}: {name} {problem}; {instead} goes in its place")
+        for name, problem in changed.out_of_range():
+            instead = _option(name) if hasattr(options, name) else "--greedy"
+            raise CapaError(f"{self.source}: {name} {problem}; {instead} goes in its place")
         return changed
+
+    def check(self) -> None:
+        """Refuse what `run` would refuse where its command line says nothing.
+
+        Raises:
+            CapaError: a setting that takes effect is out of range.
+        """
+        for name, problem in self.out_of_range():
+            raise CapaError(f"{self.source}: {name} {problem}; download it again, or correct it")
+
+    def out_of_range(self) -> list[tuple[str, str]]:
+        """The settings that take effect and must be otherwise, each with what it must be."""
+        names = (*_RANGES,) if self.do_sample else ("repetition_penalty",)
+        return [(name, problem) for name in names if (problem := _problem(name, getattr(self, name)))]
 
     def longest(self, prompt_tokens: int) -> int:
         """Tokens that the answer to a prompt may have.

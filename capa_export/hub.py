@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from capa_export.errors import CapaError, ExitCode
@@ -27,10 +28,10 @@ def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> P
     Args:
         source: a local folder, or a hub id such as `owner/name`.
         revision: branch, tag or commit of a hub id.
-        patterns: of the files to download.
+        patterns: of the files to download, and of those that a local folder must not lack where it links to them.
 
     Raises:
-        CapaError: it cannot be found, or a file in it is a link to a download that was not finished.
+        CapaError: it cannot be found, or one of these files is a link to a download that was not finished.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -43,7 +44,7 @@ def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> P
     else:
         raise CapaError(f"{source}: no such folder; pass a folder that holds config.json, or a hub id like owner/name")
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.exists():
+        if path.is_symlink() and not path.exists() and any(fnmatch(path.name, pattern) for pattern in patterns):
             raise CapaError(f"{path}: is a link to a file that is not there; {refetch(folder)}")
     return folder
 

@@ -1,5 +1,6 @@
 """Decodes a picture file to what a person sees of it."""
 
+from collections.abc import Iterable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from capa_export.errors import CapaError
 from capa_export.progress import say
 
-__all__ = ["PICTURE_SUFFIXES", "open_picture", "upright_rgb"]
+__all__ = ["PICTURE_SUFFIXES", "open_picture", "pictures_among", "upright_rgb"]
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -26,6 +27,11 @@ _INTS_OF_16_BITS = ("PNG", "PPM")
 _DARK = 16
 """A picture that uses less than this part of its range looks black."""
 _WHITE = 255
+
+
+def pictures_among(paths: Iterable[Path]) -> list[Path]:
+    """The paths that are named like pictures and are no folders, sorted."""
+    return sorted(path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir())
 
 
 def open_picture(path: Path, data: bytes | None = None) -> Image.Image:

@@ -10,7 +10,7 @@ from urllib.request import url2pathname
 
 from capa_export.errors import CapaError
 
-__all__ = ["Encoded", "picture_bytes", "picture_path"]
+__all__ = ["Encoded", "file_bytes", "picture_bytes", "picture_path"]
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SHOWN = 60
@@ -36,7 +36,10 @@ def picture_path(source: str, folder: Path) -> Path | None:
     scheme = _SCHEME.match(source)
     if scheme is None:
         return folder / source
-    url = urlsplit(source)
+    try:
+        url = urlsplit(source)
+    except ValueError as error:
+        raise CapaError(f"{source[:_SHOWN]}: is no URL ({error}); save the picture and give its path") from error
     if scheme[1].lower() != "file" or url.netloc not in ("", "localhost"):
         raise CapaError(f"{source[:_SHOWN]}: nothing is downloaded; save the picture and give its path")
     return Path(url2pathname(url.path))
@@ -49,10 +52,17 @@ def picture_bytes(source: str, folder: Path) -> Encoded:
         CapaError: there is none, or it lies elsewhere than on this machine.
     """
     path = picture_path(source, folder)
-    if path is None:
-        return _held(source)
+    return _held(source) if path is None else Encoded(str(path), file_bytes(path))
+
+
+def file_bytes(path: Path) -> bytes:
+    """What a picture's file holds.
+
+    Raises:
+        CapaError: it cannot be read.
+    """
     try:
-        return Encoded(str(path), path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such picture") from error
     except (OSError, ValueError) as error:

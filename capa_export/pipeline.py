@@ -234,7 +234,7 @@ def _check_wishes(job: Job) -> None:
     """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse."""
     job.check_layers()
     job.check_pictures()
-    read_generation(job.source.checkpoint.sidecars)
+    read_generation(job.source.checkpoint.sidecars).check()
 
 
 def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:

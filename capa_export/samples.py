@@ -15,6 +15,7 @@ from capa_export.conversation import Messages, files_of, turns_from
 from capa_export.errors import CapaError
 from capa_export.evaluate.benchmarks import PLAIN
 from capa_export.picture_files import open_picture
+from capa_export.picture_sources import file_bytes
 from capa_export.prompt import Turn, Video
 from capa_export.recipe import Recipe
 from capa_export.settings import Settings
@@ -83,7 +84,11 @@ class Samples:
         return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
 
     def digest(self) -> str:
-        """Changes when the pictures, the questions, the answers, their order or their number do."""
+        """Changes when the pictures, the questions, the answers, their order or their number do.
+
+        Raises:
+            CapaError: a file cannot be read.
+        """
         digest = hashlib.sha256(f"{self.count} {self.has_answers} {self.split} {self.question}".encode())
         if self.seed is not None:
             digest.update(f" seed {self.seed}".encode())
@@ -94,7 +99,7 @@ class Samples:
                 digest.update(f" answer {line.answer!r}".encode())
             files += files_of(line.messages, self.folder)
         for path in files:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(hashlib.sha256(file_bytes(path)).digest())
         return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from capa_export.conversation import Message, Messages, files_of
 from capa_export.errors import CapaError, ExitCode
-from capa_export.picture_files import PICTURE_SUFFIXES
+from capa_export.picture_files import PICTURE_SUFFIXES, pictures_among
 from capa_export.settings import first_problem
 
 __all__ = ["EXAMPLES", "Line", "found", "read_line", "read_lines", "wrong_line"]
@@ -55,6 +55,8 @@ def found(place: Path) -> Path | tuple[Path, ...]:
         return (place,)
     if not _is_pattern(place):
         raise CapaError(f"{place}: no such folder of pictures, and no such picture or {_LINES} file")
+    if any("**" in part and part != "**" for part in place.parts):
+        raise CapaError(f"{place}: ** stands for folders, with nothing beside it; write it as in photos/**/*.png")
     root = Path(place.anchor)
     matches = sorted(root.glob(str(place.relative_to(root))))
     if lines := [match for match in matches if match.suffix.lower() == _LINES]:
@@ -78,7 +80,7 @@ def _is_pattern(place: Path) -> bool:
 
 
 def _pictures(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES))
+    return tuple(pictures_among(folder.rglob("*")))
 
 
 def _check_picture(path: Path) -> None:
@@ -151,8 +153,8 @@ def wrong_line(path: Path, number: int, *, conversation: bool) -> Generator[None
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except ValueError:
-        # A null character in its name.
+    except (OSError, ValueError):
+        # A null character in its name, or too many characters.
         return False
 
 

@@ -383,6 +383,16 @@ def test_links_to_blobs_that_did_not_arrive_are_named(cached: Path, lost: str) -
     assert REFETCH in message
 
 
+@pytest.mark.parametrize("link", ["notes.txt", "README.md", "pytorch_model.bin"])
+def test_a_dangling_link_that_nothing_reads_is_none_of_ours(single: Path, link: str) -> None:
+    (single / link).symlink_to(single / "nowhere")
+    assert open_checkpoint(str(single)).tensors
+    (single / "merges.txt").unlink(missing_ok=True)
+    (single / "merges.txt").symlink_to(single / "nowhere")
+    assert fetch_config(str(single))
+    assert "merges.txt: is a link to a file that is not there" in str(refusal(single))
+
+
 def test_the_cache_is_not_a_model(cached: Path) -> None:
     assert "pass owner/some-name.v2" in str(refusal(cached.parent.parent))
 

@@ -105,14 +105,29 @@ def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.C
     assert ran(capsys) == {"calibrate", "export", "validate"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be above 0, not 0\.0; download it again, or correct it"),
+        ({"do_sample": True, "top_p": 7}, r"top_p must be from 0 to 1, not 7\.0; download it again, or correct it"),
+    ],
+    ids=str,
+)
 def test_a_broken_generation_config_is_refused_before_anything_runs(
-    job: Job, capsys: pytest.CaptureFixture[str]
+    job: Job, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], problem: str
 ) -> None:
-    (Path(job.checkpoint) / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": "hot"}')
+    (Path(job.checkpoint) / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
     for refused in (lambda: pipeline.build(job, load_target("onnx")), lambda: pipeline.export(job)):
-        with pytest.raises(CapaError, match=r"generation_config\.json: temperature: Input should be a valid number"):
+        with pytest.raises(CapaError, match=rf"generation_config\.json: {problem}"):
             refused()
     assert ran(capsys) == set()
+
+
+def test_a_setting_out_of_range_that_has_no_effect_is_none_of_ours(job: Job) -> None:
+    settings = {"eos_token_id": 1, "do_sample": False, "top_p": 7}
+    (Path(job.checkpoint) / "generation_config.json").write_text(json.dumps(settings))
+    pipeline.export(again(job, ffn=False))
 
 
 def test_a_new_export_outdates_engines_and_parity(job: Job) -> None:

@@ -69,9 +69,38 @@ def test_folder_file_and_pattern(asked: Callable[[Path], Asked], folder: Path, m
         ("*.jpg", "matches no picture"),
         ("notes.txt", "neither a picture nor a .jsonl file"),
         ("*.txt", "neither a picture nor a .jsonl file"),
+        ("photos/**.png", r"photos/\*\*\.png: \*\* stands for folders, .* photos/\*\*/\*\.png"),
     ):
         with pytest.raises(CapaError, match=problem):
             asked(Path(place))
+
+
+@READERS
+def test_a_folder_that_is_named_like_a_picture(asked: Callable[[Path], Asked], folder: Path) -> None:
+    (folder / "photos" / "3.png").mkdir()
+    noise(23, 10).save(folder / "photos" / "3.png" / "0.png")
+    sizes = [sizes for sizes, *_ in asked(folder / "photos")]
+    assert sizes == [[(20 + index, 10)] for index in (0, 1, 3, 2)]
+
+
+@READERS
+def test_a_picture_that_cannot_be_read_is_named(asked: Callable[[Path], Asked], folder: Path) -> None:
+    (folder / "photos" / "3.png").symlink_to(folder / "gone.png")
+    with pytest.raises(CapaError, match=r"3\.png: no such picture"):
+        asked(folder / "photos")
+    with pytest.raises(CapaError, match=r"3\.png: no such picture"):
+        samples_from(folder / "photos", RECIPE, 9, split="train").digest()
+
+
+def test_a_folder_among_the_frames_of_a_video(folder: Path) -> None:
+    (folder / "photos" / "3.png").mkdir()
+    (folder / "photos" / "1.png").unlink()
+    path = folder / "lines.jsonl"
+    path.write_text(json.dumps(asking({"type": "video", "video": "photos"})))
+    samples = samples_from(path, RECIPE, 9, split="train")
+    assert samples.digest()
+    [sample] = samples
+    assert sample.image.size == (20, 10)
 
 
 @READERS
@@ -115,6 +144,9 @@ WRONG: list[tuple[object, str]] = [
     ({"image": "none.png", "question": "what ?"}, "none.png: no such picture"),
     ({"image": "https://example.org/a.png", "question": "what ?"}, "nothing is downloaded; save the picture"),
     ({"image": "file://host/a.png", "question": "what ?"}, "nothing is downloaded"),
+    ({"image": "file://[bad/a.png", "question": "what ?"}, "file://[bad/a.png: is no URL (Invalid IPv6 URL)"),
+    ({"image": "https://[bad/a.png", "question": "what ?"}, "https://[bad/a.png: is no URL"),
+    ({"image": "n" * 300, "question": "what ?"}, "no such picture"),
     ({"image": "data:image/png;base64,?", "question": "what ?"}, "data:image/png;base64: is no base64"),
     ({"image": "data:image/png", "question": "what ?"}, "has no comma"),
     ({"image": "photos/0.png", "question": "what ?", "messages": []}, "has messages and image; write one"),

@@ -23,13 +23,16 @@ from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.selectors import load_selector
 from capa_export.spread import Workers
 
-__all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product"]
+__all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]
 
+_PACKAGE = Path(capa_export.__file__).parent
 _CODE = (
     "bundled.py",
     "calibrate.py",
     "calibration.py",
     "chat_template.py",
+    "checkpoint.py",
+    "conversation.py",
     "decoding.py",
     "dims.py",
     "eager.py",
@@ -37,17 +40,26 @@ _CODE = (
     "evaluate/answers.py",
     "evaluate/bundle_answers.py",
     "evaluate/eager_answers.py",
+    "export.py",
     "families",
     "generation.py",
+    "in_place.py",
     "job.py",
+    "lockstep.py",
     "methods.py",
+    "onnx_model.py",
     "parity/statistics.py",
     "picture_files.py",
+    "picture_sources.py",
     "pixels.py",
+    "processors",
     "prompt.py",
     "recipe.py",
     "runtime.py",
     "selectors",
+    "sliced.py",
+    "streamed.py",
+    "target.py",
     "tiled.py",
     "widen.py",
 )
@@ -242,8 +254,11 @@ def _key(prune: object, ffn: object, max_new_tokens: int, bounds: PixelBounds, *
     return digest_of([prune, ffn, max_new_tokens, seen, {**versions, "code": _code_digest()}])
 
 
+def code_files() -> list[Path]:
+    """The modules that decide how a question is answered."""
+    roots = [_PACKAGE / name for name in _CODE]
+    return sorted(path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py")))
+
+
 def _code_digest() -> str:
-    package = Path(capa_export.__file__).parent
-    roots = [package / name for name in _CODE]
-    files = sorted(path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py")))
-    return digest_of({str(path.relative_to(package)): file_digest(path) for path in files})
+    return digest_of({str(path.relative_to(_PACKAGE)): file_digest(path) for path in code_files()})

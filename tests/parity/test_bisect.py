@@ -26,7 +26,6 @@ from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, Fault
-from tests.parity.graph_faults.attention import attention_scale_off
 from tests.parity.graph_faults.weights import norm_epsilon
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
@@ -161,10 +160,16 @@ def test_embeddings_of_other_tokens(healthy: Exported, tmp_path: Path) -> None:
 
 
 def test_a_fault_too_small_for_its_operator_shows_later(healthy: Exported, tmp_path: Path) -> None:
-    folder = healthy.with_fault(tmp_path / "onnx", lambda model: attention_scale_off(model, 0.1))
-    found = healthy.bisected(folder)
-    assert (found.layer, found.node) == ("layers.3", "model/layers.3/self_attn/Attention"), found.sentence
-    assert "scale is 1.1, not 1" in found.sentence
+    wrong = "model/layers.0/self_attn/Attention"
+
+    def plant(model: ir.Model) -> None:
+        node = next(node for node in model.graph if node.name == wrong)
+        node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes["scale"].as_float() * 1.0006)
+
+    # In FP32, whose rounding is far below what is told apart, on any processor.
+    found = healthy.bisected(healthy.with_fault(tmp_path / "onnx", plant, of="fp32"), "fp32")
+    assert (found.layer, found.node) == ("layers.0", wrong), found.sentence
+    assert "scale is 1.0006, not 1, which shows at layers.1" in found.sentence
 
 
 def test_a_graph_that_stops_half_way(healthy: Exported, tmp_path: Path) -> None:
