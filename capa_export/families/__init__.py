@@ -90,8 +90,13 @@ class VideoFamily(Family, Protocol):
         """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
         ...
 
-    def video(self, video: "Video", image_processor: Any, folder: Path, dims: ModelDims[Any]) -> "Picture":
-        """The video as an input of the vision tower, with the settings that the files in `folder` have for videos."""
+    def video(
+        self, video: "Video", image_processor: Any, folder: Path, bounds: PixelBounds, dims: ModelDims[Any]
+    ) -> "Picture":
+        """The video as an input of the vision tower, with the settings that the files in `folder` have for videos.
+
+        Every frame stays within the bounds.
+        """
         ...
 
 
