@@ -121,6 +121,10 @@ class LayoutFamily(Family, Protocol):
         """The checkpoint as transformers lays it out, weights in place; itself where it is laid out so."""
         ...
 
+    def picture_files(self, config: Mapping[str, Any], files: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The files of the image processor, by name, that `translated` makes of these and of `config.json`."""
+        ...
+
 
 def load_family(name: str) -> Family:
     """The family's module.
