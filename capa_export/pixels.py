@@ -68,18 +68,30 @@ class PixelBounds(Settings):
             if self.max_pixels is not None:
                 return self
             engine = load_target(_USUAL_TARGET).require_engine()
-        limits = {f"max_{name}": engine.dims[name].max for name in _DIMS if name in engine.dims}
+        return self.within({f"max_{name}": engine.dims[name].max for name in _DIMS if name in engine.dims})
+
+    def within(self, limits: Mapping[str, int]) -> "PixelBounds":
+        """These where they are below the limits, by name, and else the limits."""
         own = {name: getattr(self, name) for name in limits}
         return self.model_copy(update={name: min(limit, own[name] or limit) for name, limit in limits.items()})
 
-    def for_bundle(self, min_pixels: int | None, max_pixels: int | None, *, engine: bool) -> "PixelBounds":
+    def for_bundle(
+        self, min_pixels: int | None, max_pixels: int | None, *, engine: Mapping[str, int] | None = None
+    ) -> "PixelBounds":
         """These of a bundle with the command line's choices; without an engine, no target limits what was asked for.
+
+        Args:
+            min_pixels: in place of the bundle's.
+            max_pixels: in place of the bundle's.
+            engine: limits of the engine that is run, by name; None where none is.
 
         Raises:
             CapaError: there is no such size.
         """
         changed = self.with_options(min_pixels, max_pixels)
-        if engine or max_pixels is None:
+        if engine is not None:
+            return changed.within(engine)
+        if max_pixels is None:
             return changed
         return PixelBounds(min_pixels=changed.min_pixels, max_pixels=changed.max_pixels)
 
