@@ -9,7 +9,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings
 from capa_export.target import Target, load_target
 
-__all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings"]
+__all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings", "whole_numbers"]
 
 _USUAL_TARGET = "rtx"
 """The command line's own default."""
@@ -109,7 +109,8 @@ class PixelBounds(Settings):
 def processor_settings(image_processor: Any) -> dict[str, Any]:
     """What a loaded image processor says of sizes."""
     found = {name: getattr(image_processor, name, None) for name in _SETTINGS}
-    return {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
+    told = {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
+    return whole_numbers(told)
 
 
 def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
         files: parsed; what is not there is left out.
     """
     sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _SECTIONS]
-    stored = next((section for section in sections if section and isinstance(section, dict)), {})
+    stored = whole_numbers(next((section for section in sections if section and isinstance(section, dict)), {}))
     found = {name: stored[name] for name in _SETTINGS if isinstance(stored.get(name), int)}
     edges = stored.get("size")
     size = {key: value for key, value in edges.items() if isinstance(value, int)} if isinstance(edges, dict) else {}
@@ -127,3 +128,10 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(stored.get(name), int):
             size[edge] = stored[name]
     return {**found, "size": size}
+
+
+def whole_numbers(value: Any) -> Any:
+    """The value, with whole numbers as such where they are written as floating-point ones, which transformers takes."""
+    if isinstance(value, dict):
+        return {key: whole_numbers(part) for key, part in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -39,6 +39,7 @@ def test_a_plan_counts_the_checkpoints_own(family: str, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}]
     if family.startswith("qwen"):
         changes += [{"size": {"shortest_edge": 4000, "longest_edge": 90_000}}, {"max_pixels": 50_000}]
+        changes += [{"size": {"shortest_edge": 3136.0, "longest_edge": 50176.0}}]
     elif family == "internvl3":
         changes += [{"max_patches": 3}]
     for change in changes:
@@ -94,6 +95,14 @@ def test_where_an_image_processor_keeps_its_sizes() -> None:
     }
     assert stored_settings(both) == {"size": edges}
     assert stored_settings({**both, "processor_config.json": {"image_seq_length": 4}}) == {"size": {"longest_edge": 9}}
+    floats = {"size": {"shortest_edge": 5.0, "longest_edge": 6.0}, "max_pixels": 9e0, "patch_size": 14.0}
+    assert stored_settings({"preprocessor_config.json": floats}) == {
+        "size": {"shortest_edge": 5, "longest_edge": 9},
+        "patch_size": 14,
+    }
+    assert stored_settings({"preprocessor_config.json": {"max_pixels": float("nan"), "min_pixels": "5"}}) == {
+        "size": {}
+    }
     assert stored_settings({"preprocessor_config.json": {"size": 7, "do_resize": False}}) == {
         "size": {},
         "do_resize": False,

@@ -148,6 +148,10 @@ FILES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
         {"video_preprocessor_config.json": {**LARGE, "cap_pixels_per_frame": True, "max_video_tokens": 100}},
         (2, 12),
     ),
+    "floating-point": (
+        {"video_preprocessor_config.json": {"size": {"shortest_edge": 3136.0, "longest_edge": 12544.0}}},
+        (1, 8),
+    ),
     "nothing": ({}, (6, 30)),
 }
 

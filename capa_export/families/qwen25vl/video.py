@@ -14,7 +14,7 @@ from capa_export.dims import ModelDims, Section
 from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision
 from capa_export.families.qwen25vl.pixels import check_bounds, picture_options, pixel_area
-from capa_export.pixels import PixelBounds
+from capa_export.pixels import PixelBounds, whole_numbers
 from capa_export.prompt import Picture, Video
 
 __all__ = ["video"]
@@ -83,10 +83,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _sizes(settings: Section, num_frames: int, bounds: PixelBounds, dims: ModelDims[Vision]) -> dict[str, Any]:
     """What the settings say of a frame's size, the user's area in place of theirs."""
-    vision, size = (
-        dims.vision,
-        settings.section("size") if settings.data.get("size") else Section({}, settings.where, "size"),
-    )
+    vision, settings = dims.vision, Section(whole_numbers(settings.data), settings.where, settings.name)
+    size = settings.section("size") if settings.data.get("size") else Section({}, settings.where, "size")
     least = settings.count("min_pixels", size.count("shortest_edge", _MIN_PIXELS))
     most = settings.count("max_pixels", size.count("longest_edge", _MAX_PIXELS))
     sizes = {
