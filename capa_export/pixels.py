@@ -78,7 +78,9 @@ class PixelBounds(Settings):
     def for_bundle(
         self, min_pixels: int | None, max_pixels: int | None, *, engine: Mapping[str, int] | None = None
     ) -> "PixelBounds":
-        """These of a bundle with the command line's choices; without an engine, no target limits what was asked for.
+        """These of a bundle with the command line's choices.
+
+        Without an engine, the largest area that is asked for takes the place of the target's limits.
 
         Args:
             min_pixels: in place of the bundle's.
@@ -94,6 +96,12 @@ class PixelBounds(Settings):
         if max_pixels is None:
             return changed
         return PixelBounds(min_pixels=changed.min_pixels, max_pixels=changed.max_pixels)
+
+    @property
+    def lifted(self) -> str:
+        """What would lift the target's limits, for messages."""
+        without = "; where no engine runs, --max-pixels lifts them" if self.max_pixels is None else ""
+        return f"a target with wider limits{without}"
 
     def refuse(self, reason: str) -> None:
         """Refuse bounds of the area that a model cannot keep.

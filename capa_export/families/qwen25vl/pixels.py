@@ -49,7 +49,7 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
         if pixels is not None and pixels > largest:
             raise CapaError(
                 f"{option} {pixels}: the target takes {bounds.max_rows} x {bounds.max_cols} visual tokens of "
-                f"{unit} x {unit} pixels; give {largest} or less, or a target with wider limits",
+                f"{unit} x {unit} pixels; give {largest} or less, or {bounds.lifted}",
                 ExitCode.USAGE,
             )
 
