@@ -14,6 +14,7 @@ from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.errors import CapaError, ExitCode, how_to_install
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
+from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.progress import Report
 from capa_export.target import Target
@@ -116,7 +117,8 @@ def _build_here(
             report(f"engines for {target.name}", done, len(GRAPHS))
             engines[name] = _entry(onnx, _build(bundle, target, scratch / folder, onnx, name, weights, chosen))
         settings = target.require_engine().model_dump(include={"runtime", "compute_capabilities"}, mode="json")
-        return {**settings, "weights": weights, "plugins": record, "engines": engines}
+        seen = _largest_pictures(target)
+        return {**settings, "weights": weights, "plugins": record, "pictures": seen, "engines": engines}
 
     result = run_stage(bundle, f"engine/{target.name}", key, [folder], work)
     if chosen.reason:
@@ -135,9 +137,15 @@ def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: Plugin
     def work(scratch: Path) -> dict[str, Any]:
         digests = write_kit(bundle, target, scratch / folder, weights=weights, plugins=plugins, report=report)
         sha256 = {f"{folder}/{name}": digest for name, digest in digests.items()}
-        return {"kit": folder, "weights": weights, "engines": {}, "sha256": sha256}
+        seen = _largest_pictures(target)
+        return {"kit": folder, "weights": weights, "pictures": seen, "engines": {}, "sha256": sha256}
 
     return run_stage(bundle, f"engine/{target.name}", key, [folder], work)
+
+
+def _largest_pictures(target: Target) -> dict[str, int]:
+    """What the target's engines take; a bundle may have been exported for another's."""
+    return PixelBounds().on_target(target).model_dump(exclude_none=True)
 
 
 def _build(

@@ -19,15 +19,23 @@ __all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter", "require_memory
 
 
 def bundled_bounds(
-    bundle: Bundle, min_pixels: int | None, max_pixels: int | None, *, engine: bool = False
+    bundle: Bundle, min_pixels: int | None, max_pixels: int | None, *, engine: str | None = None
 ) -> PixelBounds:
-    """Between what it resizes pictures, with the command line's choices in place; an engine keeps its limits.
+    """Between what it resizes pictures, with the command line's choices in place.
+
+    Args:
+        bundle: the bundle.
+        min_pixels: in place of its own.
+        max_pixels: in place of its own.
+        engine: target whose engines are run; their limits hold, too, whichever target the bundle was made for.
 
     Raises:
-        CapaError: there is no such size.
+        CapaError: there is no such size, or there are no such engines.
     """
     recorded = recipe_of(bundle.manifest, bundle.folder).pictures
-    return recorded.for_bundle(min_pixels, max_pixels, engine=engine)
+    # Of engines that were built when this was not recorded, the bundle's limits are all that is known.
+    limits = None if engine is None else bundle.stage(f"engine/{engine}")["result"].get("pictures", {})
+    return recorded.for_bundle(min_pixels, max_pixels, engine=limits)
 
 
 def bundled_dims(bundle: Bundle) -> ModelDims[Any]:

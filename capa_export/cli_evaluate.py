@@ -110,7 +110,7 @@ def evaluate(
     else:
         opened = Bundle.open(bundle)
         recipe = recipe_of(opened.manifest, opened.folder)
-        pictures = recipe.pictures.for_bundle(min_pixels, max_pixels, engine=False)
+        pictures = recipe.pictures.for_bundle(min_pixels, max_pixels)
         recipe = recipe.model_copy(update={"pictures": pictures})
     methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}

@@ -125,12 +125,12 @@ MinKeepOpt = Annotated[
     int | None, typer.Option(min=0, help="Visual tokens that each image keeps at least [default: the recipe's].")
 ]
 MinPixelsOpt = Annotated[
-    int | None, typer.Option(help="Least area that a picture is resized to [default: the image processor's].")
+    int | None, typer.Option(help="Least area that a picture or frame is resized to [default: the image processor's].")
 ]
 MaxPixelsOpt = Annotated[
     int | None,
     typer.Option(
-        help="Largest area that a picture is resized to [default: what the target takes, or the bundle was built for]."
+        help="Largest area that a picture or frame is resized to [default: what the target takes, or the bundle's]."
     ),
 ]
 FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]

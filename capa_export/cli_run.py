@@ -83,7 +83,7 @@ def run(
         options=options,
         stream=told,
         engine=engine,
-        bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
+        bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine),
         trust_remote_code=trust_remote_code,
     )
     if as_json:

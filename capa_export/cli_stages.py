@@ -294,7 +294,7 @@ def validate(
             revision=revision,
             images=images,
             layer_by_layer=layer_by_layer,
-            bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine is not None),
+            bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine),
             trust_remote_code=trust_remote_code,
             report=report,
         )

@@ -9,7 +9,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.settings import Settings
 from capa_export.target import Target, load_target
 
-__all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings"]
+__all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings", "whole_numbers"]
 
 _USUAL_TARGET = "rtx"
 """The command line's own default."""
@@ -68,20 +68,40 @@ class PixelBounds(Settings):
             if self.max_pixels is not None:
                 return self
             engine = load_target(_USUAL_TARGET).require_engine()
-        limits = {f"max_{name}": engine.dims[name].max for name in _DIMS if name in engine.dims}
+        return self.within({f"max_{name}": engine.dims[name].max for name in _DIMS if name in engine.dims})
+
+    def within(self, limits: Mapping[str, int]) -> "PixelBounds":
+        """These where they are below the limits, by name, and else the limits."""
         own = {name: getattr(self, name) for name in limits}
         return self.model_copy(update={name: min(limit, own[name] or limit) for name, limit in limits.items()})
 
-    def for_bundle(self, min_pixels: int | None, max_pixels: int | None, *, engine: bool) -> "PixelBounds":
-        """These of a bundle with the command line's choices; without an engine, no target limits what was asked for.
+    def for_bundle(
+        self, min_pixels: int | None, max_pixels: int | None, *, engine: Mapping[str, int] | None = None
+    ) -> "PixelBounds":
+        """These of a bundle with the command line's choices.
+
+        Without an engine, the largest area that is asked for takes the place of the target's limits.
+
+        Args:
+            min_pixels: in place of the bundle's.
+            max_pixels: in place of the bundle's.
+            engine: limits of the engine that is run, by name; None where none is.
 
         Raises:
             CapaError: there is no such size.
         """
         changed = self.with_options(min_pixels, max_pixels)
-        if engine or max_pixels is None:
+        if engine is not None:
+            return changed.within(engine)
+        if max_pixels is None:
             return changed
         return PixelBounds(min_pixels=changed.min_pixels, max_pixels=changed.max_pixels)
+
+    @property
+    def lifted(self) -> str:
+        """What would lift the target's limits, for messages."""
+        without = "; where no engine runs, --max-pixels lifts them" if self.max_pixels is None else ""
+        return f"a target with wider limits{without}"
 
     def refuse(self, reason: str) -> None:
         """Refuse bounds of the area that a model cannot keep.
@@ -97,7 +117,8 @@ class PixelBounds(Settings):
 def processor_settings(image_processor: Any) -> dict[str, Any]:
     """What a loaded image processor says of sizes."""
     found = {name: getattr(image_processor, name, None) for name in _SETTINGS}
-    return {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
+    told = {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
+    return whole_numbers(told)
 
 
 def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +128,7 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
         files: parsed; what is not there is left out.
     """
     sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _SECTIONS]
-    stored = next((section for section in sections if section and isinstance(section, dict)), {})
+    stored = whole_numbers(next((section for section in sections if section and isinstance(section, dict)), {}))
     found = {name: stored[name] for name in _SETTINGS if isinstance(stored.get(name), int)}
     edges = stored.get("size")
     size = {key: value for key, value in edges.items() if isinstance(value, int)} if isinstance(edges, dict) else {}
@@ -115,3 +136,10 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(stored.get(name), int):
             size[edge] = stored[name]
     return {**found, "size": size}
+
+
+def whole_numbers(value: Any) -> Any:
+    """The value, with whole numbers as such where they are written as floating-point ones, which transformers takes."""
+    if isinstance(value, dict):
+        return {key: whole_numbers(part) for key, part in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -252,7 +252,7 @@ class Prompter:
             raise CapaError(f"{family.ARCHITECTURE} takes no video; give some of its frames as pictures")
 
         def process() -> Picture:
-            return family.video(video, self.image_processor, self.folder, self.dims)
+            return family.video(video, self.image_processor, self.folder, self.bounds, self.dims)
 
         return _accepted("a video", video.frames[0], process)
 

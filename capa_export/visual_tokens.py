@@ -4,11 +4,13 @@ from typing import Any
 
 from capa_export.checkpoint import fetch_json
 from capa_export.dims import ModelDims
-from capa_export.families import load_family
+from capa_export.families import LayoutFamily, load_family
 from capa_export.pixels import PROCESSOR_FILES, stored_settings
 from capa_export.recipe import Recipe
 
 __all__ = ["visual_tokens"]
+
+_CONFIG = "config.json"
 
 
 def visual_tokens(recipe: Recipe, checkpoint: str, dims: ModelDims[Any], *, revision: str | None = None) -> int:
@@ -24,6 +26,9 @@ def visual_tokens(recipe: Recipe, checkpoint: str, dims: ModelDims[Any], *, revi
         CapaError: the model cannot keep the recipe's bounds, or a file does not parse.
     """
     family = load_family(recipe.family)
-    settings = stored_settings(fetch_json(checkpoint, PROCESSOR_FILES, revision=revision))
+    files = fetch_json(checkpoint, (*PROCESSOR_FILES, _CONFIG), revision=revision)
+    settings = stored_settings(
+        family.picture_files(files.get(_CONFIG, {}), files) if isinstance(family, LayoutFamily) else files
+    )
     family.check_bounds(settings, recipe.pictures, dims)
     return family.num_tokens(recipe.picture, settings, recipe.pictures, dims)

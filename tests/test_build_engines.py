@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from capa_export import pipeline
 from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle
+from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.cli import main
 from capa_export.errors import CapaError
 from capa_export.job import Job
+from capa_export.pixels import PixelBounds
 from capa_export.progress import silent
 from capa_export.recipe import load_recipe
 from capa_export.target import DimRange, Target, load_target
@@ -62,6 +65,26 @@ def test_a_device_gets_a_kit(bundle: Bundle, capsys: pytest.CaptureFixture[str])
     output = capsys.readouterr()
     [line] = [line for line in output.err.splitlines() if line.startswith("error")]
     assert "the kit is for orin" in line or "run this on the device" in line
+
+
+def test_pictures_are_as_large_as_the_engines_take(bundle: Bundle, tmp_path: Path) -> None:
+    """Whichever target the bundle was exported for, and with a target of the user's own, too."""
+    copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    limits = {"max_rows": 64, "max_cols": 64, "max_tiles": 16}
+    copy.update(recipe={**copy.manifest["recipe"], "pictures": limits})
+    thor = load_target("thor")
+    narrow = {**thor.require_engine().dims, "rows": DimRange(min=1, opt=3, max=5)}
+    engine = thor.require_engine().model_copy(update={"dims": narrow})
+    for target in (load_target("orin"), thor.model_copy(update={"name": "mine", "engine": engine})):
+        build_engines(copy, target, weights="embedded", report=silent, plugins="none")
+    assert bundled_bounds(copy, None, None) == PixelBounds(**limits)
+    assert bundled_bounds(copy, None, None, engine="orin") == PixelBounds(max_rows=56, max_cols=56, max_tiles=16)
+    mine = bundled_bounds(copy, None, 90_000, engine="mine")
+    assert (mine.max_pixels, mine.max_rows) == (90_000, 5)
+    [picture] = bundled_prompter(copy, bounds=mine)("what ?", [Image.new("RGB", (300, 900))]).pictures
+    assert picture.grid is not None and picture.grid[0] == 5
+    with pytest.raises(CapaError, match="stage 'engine/other' has not run"):
+        bundled_bounds(copy, None, None, engine="other")
 
 
 def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: Path) -> None:

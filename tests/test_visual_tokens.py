@@ -17,7 +17,9 @@ from capa_export.pixels import PixelBounds, stored_settings
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe, recipe_of
 from capa_export.target import load_target
+from capa_export.visual_tokens import visual_tokens
 from tests.models import FAMILIES
+from tests.models.internvl3 import save_original
 
 
 def with_sizes(folder: Path, **settings: Any) -> None:
@@ -37,6 +39,7 @@ def test_a_plan_counts_the_checkpoints_own(family: str, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}]
     if family.startswith("qwen"):
         changes += [{"size": {"shortest_edge": 4000, "longest_edge": 90_000}}, {"max_pixels": 50_000}]
+        changes += [{"size": {"shortest_edge": 3136.0, "longest_edge": 50176.0}}]
     elif family == "internvl3":
         changes += [{"max_patches": 3}]
     for change in changes:
@@ -50,6 +53,20 @@ def test_a_plan_counts_the_checkpoints_own(family: str, tmp_path: Path) -> None:
                 assert plan["visual_tokens"] == prompt.num_visual
                 assert plan["stages"][0]["kept"] == shown.prune.num_keep(prompt.image_lengths)[0]
                 assert plan["picture"] == list(size)
+
+
+@pytest.mark.parametrize("given", [{"max_dynamic_patch": 2}, {"min_dynamic_patch": 3, "max_dynamic_patch": 5}, {}])
+def test_a_plan_counts_the_same_of_the_authors_layout(given: dict[str, int], tmp_path: Path) -> None:
+    """Whose config says what transformers' image processor is told."""
+    save_original(tmp_path / "original", FAMILIES["internvl3"].random_model(), **given)
+    source = Source.of(open_checkpoint(str(tmp_path / "original")), load_family("internvl3"))
+    sidecars = source.checkpoint.sidecars
+    recipe = load_recipe("internvl3").with_options(prune_layer=1)
+    for size in ((896, 896), (300, 500), (30, 40)):
+        shown = recipe.model_copy(update={"picture": size})
+        plan = dry_run(shown, str(tmp_path / "original"), None, "fp16", ffn=True)
+        prompt = Prompter(sidecars, sidecars, source.family, source.dims)("what ?", [Image.new("RGB", size)])
+        assert plan["visual_tokens"] == prompt.num_visual == visual_tokens(shown, str(sidecars), source.dims)
 
 
 def test_a_llava_of_few_tokens_is_not_told_of_576(tmp_path: Path) -> None:
@@ -78,6 +95,14 @@ def test_where_an_image_processor_keeps_its_sizes() -> None:
     }
     assert stored_settings(both) == {"size": edges}
     assert stored_settings({**both, "processor_config.json": {"image_seq_length": 4}}) == {"size": {"longest_edge": 9}}
+    floats = {"size": {"shortest_edge": 5.0, "longest_edge": 6.0}, "max_pixels": 9e0, "patch_size": 14.0}
+    assert stored_settings({"preprocessor_config.json": floats}) == {
+        "size": {"shortest_edge": 5, "longest_edge": 9},
+        "patch_size": 14,
+    }
+    assert stored_settings({"preprocessor_config.json": {"max_pixels": float("nan"), "min_pixels": "5"}}) == {
+        "size": {}
+    }
     assert stored_settings({"preprocessor_config.json": {"size": 7, "do_resize": False}}) == {
         "size": {},
         "do_resize": False,

@@ -90,8 +90,13 @@ class VideoFamily(Family, Protocol):
         """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
         ...
 
-    def video(self, video: "Video", image_processor: Any, folder: Path, dims: ModelDims[Any]) -> "Picture":
-        """The video as an input of the vision tower, with the settings that the files in `folder` have for videos."""
+    def video(
+        self, video: "Video", image_processor: Any, folder: Path, bounds: PixelBounds, dims: ModelDims[Any]
+    ) -> "Picture":
+        """The video as an input of the vision tower, with the settings that the files in `folder` have for videos.
+
+        Every frame stays within the bounds.
+        """
         ...
 
 
@@ -114,6 +119,10 @@ class LayoutFamily(Family, Protocol):
 
     def translated(self, checkpoint: "Checkpoint") -> "Checkpoint":
         """The checkpoint as transformers lays it out, weights in place; itself where it is laid out so."""
+        ...
+
+    def picture_files(self, config: Mapping[str, Any], files: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The files of the image processor, by name, that `translated` makes of these and of `config.json`."""
         ...
 
 

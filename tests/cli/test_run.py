@@ -43,8 +43,17 @@ def test_a_photo_is_seen_as_large_as_the_target_takes(cli: Cli, spare: Path, tmp
     code, _, err = cli("run", spare, "--prompt", "what ?", "--max-pixels", 5)
     assert code == ExitCode.USAGE and "--max-pixels 5: one visual token is 28 x 28 pixels; give 784 or more" in err
     # Beyond what the target takes, ONNX Runtime sees what it is asked to.
-    limits = bundled_bounds(Bundle.open(spare), None, 64 * 64 * 28**2 + 1)
+    beyond = 64 * 64 * 28**2 + 1
+    limits = bundled_bounds(Bundle.open(spare), None, beyond)
     assert limits.max_rows is None
+    code, _, err = cli("run", spare, "--prompt", "what ?", "--min-pixels", beyond)
+    assert code == ExitCode.USAGE and "where no engine runs, --max-pixels lifts them" in err
+    assert (
+        cli("run", spare, "--prompt", "?", "--min-pixels", beyond, "--max-pixels", beyond, "--max-new-tokens", 1)[0]
+        == 0
+    )
+    # A photo is then seen as large as ever.
+    assert bundled_bounds(Bundle.open(spare), 9999, None).max_rows == 64
     assert bundled_bounds(Bundle.open(spare), None, None).max_rows == 64
 
 

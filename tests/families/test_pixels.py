@@ -121,9 +121,19 @@ def test_pixels_bound_the_tiles(bounded: Bounded) -> None:
         ("qwen25vl", {"max_pixels": 9}, r"--max-pixels 9: one visual token is 28 x 28 pixels; give 784 or more"),
         ("qwen25vl", {"min_pixels": 10**9}, r"--min-pixels 1000000000: .* at most \d+ pixels; give --max-pixels"),
         (
+            "internvl3",
+            {"min_pixels": 20_000, "max_tiles": 4},
+            r"wider limits; where no engine runs, --max-pixels lifts",
+        ),
+        (
+            "qwen25vl",
+            {"min_pixels": 10**6, "max_rows": 6, "max_cols": 9},
+            r"wider limits; where no engine runs, --max-",
+        ),
+        (
             "qwen25vl",
             {"max_pixels": 10**6, "max_rows": 6, "max_cols": 9},
-            "takes 6 x 9 visual tokens .*; give 42336 or",
+            "takes 6 x 9 visual tokens .*; give 42336 or less, or a target with wider limits$",
         ),
     ],
     indirect=["bounded"],

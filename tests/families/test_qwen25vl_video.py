@@ -15,11 +15,12 @@ from PIL import Image
 from transformers.image_utils import SizeDict
 
 from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.errors import CapaError
+from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.families.qwen25vl.video import video as picture_from_video
 from capa_export.onnx_model import OnnxModel
+from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt, Prompter, Turn, Video
 from tests.conftest import noise
 
@@ -125,7 +126,7 @@ def test_patches_are_those_of_transformers(
 ) -> None:
     """On frames whose sides need no resizing, which is PIL's here and torchvision's there."""
     shown = frames(count, 140, 196)
-    picture = picture_from_video(Video(shown, 2.0), prompter.image_processor, checkpoint, source.dims)
+    picture = picture_from_video(Video(shown, 2.0), prompter.image_processor, checkpoint, PixelBounds(), source.dims)
     pixels = np.stack([np.asarray(frame, dtype=np.float32).transpose(2, 0, 1) / 255 for frame in shown])
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (reference.image_mean, reference.image_std))
     videos = torch.from_numpy((pixels - mean) / std)[None]
@@ -147,6 +148,10 @@ FILES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
         {"video_preprocessor_config.json": {**LARGE, "cap_pixels_per_frame": True, "max_video_tokens": 100}},
         (2, 12),
     ),
+    "floating-point": (
+        {"video_preprocessor_config.json": {"size": {"shortest_edge": 3136.0, "longest_edge": 12544.0}}},
+        (1, 8),
+    ),
     "nothing": ({}, (6, 30)),
 }
 
@@ -163,7 +168,8 @@ def test_the_limits_of_frames_come_from_where_transformers_finds_them(
     files, sides = FILES[name]
     for file, content in files.items():
         (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
-    picture = picture_from_video(Video(frames(6, 840, 168), 2.0), prompter.image_processor, tmp_path, source.dims)
+    shown = Video(frames(6, 840, 168), 2.0)
+    picture = picture_from_video(shown, prompter.image_processor, tmp_path, PixelBounds(), source.dims)
     assert picture.patches.shape[:3] == (3, *sides)
     processor = reference.from_pretrained(tmp_path, local_files_only=True) if files else reference()
     monkeypatch.setattr(reference.__mro__[1], "resize", lambda _self, image, size, resample: size)
@@ -175,6 +181,52 @@ def test_the_limits_of_frames_come_from_where_transformers_finds_them(
         cap_pixels_per_frame=processor.cap_pixels_per_frame,
     )
     assert (size.height // 28, size.width // 28) == sides
+
+
+BOUNDED: list[tuple[dict[str, int], tuple[int, int]]] = [
+    ({}, (6, 30)),
+    ({"max_pixels": 12_544}, (1, 8)),
+    ({"min_pixels": 300_000}, (9, 44)),
+    ({"min_pixels": 300_000, "max_pixels": 320_000}, (9, 44)),
+    ({"max_rows": 64, "max_cols": 10}, (2, 10)),
+    ({"max_pixels": 50_176, "max_rows": 64, "max_cols": 10}, (2, 10)),
+]
+
+
+@pytest.mark.parametrize(("given", "sides"), BOUNDED)
+def test_frames_stay_within_the_bounds_of_pictures(
+    source: Source, checkpoint: Path, given: dict[str, int], sides: tuple[int, int]
+) -> None:
+    prompter = Prompter(checkpoint, checkpoint, qwen25vl, source.dims, bounds=PixelBounds(**given))
+    [picture] = prompter.chat([Turn("user", [Video(frames(6, 840, 168), 2.0), QUESTION])]).pictures
+    assert picture.patches.shape[:3] == (3, *sides)
+
+
+def test_a_budget_for_a_video_holds_beside_the_users_bounds(source: Source, prompter: Prompter, tmp_path: Path) -> None:
+    capped = {**LARGE, "cap_pixels_per_frame": True, "max_video_tokens": 100}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(capped), encoding="utf-8")
+
+    def sides(**given: int) -> tuple[int, ...]:
+        video, bounds = Video(frames(6, 840, 168), 2.0), PixelBounds(**given)
+        return picture_from_video(video, prompter.image_processor, tmp_path, bounds, source.dims).patches.shape[1:3]
+
+    assert sides() == sides(max_pixels=400_000) == (2, 12)
+    assert sides(max_pixels=12_544) == (1, 8)
+
+
+def test_bounds_that_no_frame_can_keep_are_refused(source: Source, prompter: Prompter, tmp_path: Path) -> None:
+    def ask(**given: int) -> None:
+        video = Video(frames(2, 56, 56), 2.0)
+        picture_from_video(video, prompter.image_processor, tmp_path, PixelBounds(**given), source.dims)
+
+    with pytest.raises(
+        CapaError, match="--min-pixels 700000: this model sees at most 602112 pixels; give --max-pixels"
+    ) as caught:
+        ask(min_pixels=700_000)
+    assert caught.value.code == ExitCode.USAGE
+    (tmp_path / "video_preprocessor_config.json").write_text('{"do_resize": false}', encoding="utf-8")
+    with pytest.raises(CapaError, match="--max-pixels 9999: this model's image processor does not resize"):
+        ask(max_pixels=9999)
 
 
 def test_a_tokenizer_without_the_token_takes_no_video(source: Source, prompter: Prompter, checkpoint: Path) -> None:

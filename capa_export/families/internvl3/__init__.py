@@ -1,6 +1,6 @@
 """InternVL3 and InternVL3.5: tensor names, prompt format, and the eager model's inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from capa_export.dims import ModelDims
 from capa_export.eager_attention import attention_weights
 from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
-from capa_export.families.internvl3.original import ORIGINAL
+from capa_export.families.internvl3.original import ORIGINAL, PREPROCESSOR, preprocessor_config
 from capa_export.families.internvl3.original import translated as translation_of
 from capa_export.families.internvl3.pixels import check_bounds, num_tokens, picture_options
 from capa_export.prompt import Picture, Prompt
@@ -30,6 +30,7 @@ __all__ = [
     "eager_selection",
     "model_dims",
     "num_tokens",
+    "picture_files",
     "picture_options",
     "pictures",
     "placeholder",
@@ -62,6 +63,13 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
     # What is not supported is refused under the names that its own file has.
     model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
     return translation_of(checkpoint)
+
+
+def picture_files(config: Mapping[str, Any], files: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The image processor's files, by name, in transformers' layout where the config is in its authors'."""
+    if config.get("model_type") != ORIGINAL:
+        return files
+    return {PREPROCESSOR: preprocessor_config(config, files.get(PREPROCESSOR, {}))}
 
 
 def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":

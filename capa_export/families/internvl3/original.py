@@ -17,10 +17,12 @@ from capa_export.checkpoint import Checkpoint, StoredTensor, read_json
 from capa_export.dims import Section
 from capa_export.errors import CapaError
 
-__all__ = ["ORIGINAL", "translated", "translated_config"]
+__all__ = ["ORIGINAL", "PREPROCESSOR", "preprocessor_config", "translated", "translated_config"]
 
 ORIGINAL = "internvl_chat"
 """The `model_type` of the authors' layout."""
+PREPROCESSOR = "preprocessor_config.json"
+"""Where the image processor's settings are, in either layout."""
 
 _DEFAULTS: Mapping[str, Any] = {
     "select_layer": -1,
@@ -157,7 +159,8 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
     tokenizer_config = _optional(checkpoint.folder / "tokenizer_config.json")
     _write(folder / "tokenizer_config.json", {**tokenizer_config, "chat_template": _CHAT_TEMPLATE})
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
-    _write(folder / "preprocessor_config.json", _preprocessor_config(checkpoint))
+    given = read_json(checkpoint.folder / PREPROCESSOR)
+    _write(folder / PREPROCESSOR, preprocessor_config(checkpoint.config, given))
     _write(folder / "config.json", config)
     ids = _token_ids(folder, checkpoint.folder)
     config["image_token_id"] = ids[_IMAGE_TOKEN]
@@ -175,10 +178,14 @@ def _scratch() -> "TemporaryDirectory[str]":
     return TemporaryDirectory(prefix="capa-export-")
 
 
-def _preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Settings of the image processor that cuts pictures into tiles as the authors' example code does."""
-    given = read_json(checkpoint.folder / "preprocessor_config.json")
-    config = {**_DEFAULTS, **checkpoint.config}
+def preprocessor_config(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the image processor that cuts pictures into tiles as the authors' example code does.
+
+    Args:
+        config: `config.json`, as its authors publish it.
+        given: the settings that they publish.
+    """
+    config = {**_DEFAULTS, **config}
     size = {**_VISION_DEFAULTS, **config["vision_config"]}["image_size"]
     return {
         "image_processor_type": "GotOcr2ImageProcessor",

@@ -42,7 +42,7 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
         if value is not None and count > allowed:
             raise CapaError(
                 f"{option} {value}: the target takes {bounds.max_tiles} tiles of {side} x {side} pixels, the "
-                f"thumbnail among them; give {allowed * side**2} or less, or a target with wider limits",
+                f"thumbnail among them; give {allowed * side**2} or less, or {bounds.lifted}",
                 ExitCode.USAGE,
             )
 

@@ -9,7 +9,7 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.families.qwen25vl.dims import Vision
 from capa_export.pixels import PixelBounds
 
-__all__ = ["check_bounds", "num_tokens", "picture_options"]
+__all__ = ["check_bounds", "num_tokens", "picture_options", "pixel_area"]
 
 _LEAST, _MOST = 56 * 56, 28 * 28 * 1280
 """Pixels where no file says otherwise, as in transformers."""
@@ -30,10 +30,10 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
     """
     if not settings.get("do_resize", True):
         bounds.refuse("this model's image processor does not resize (do_resize is false); resize the pictures")
-    area = _area(settings, bounds)
+    area = pixel_area(settings, bounds)
     if area.least > area.most:
         raise CapaError(
-            f"--min-pixels {area.least}: this model's pictures have at most {area.most} pixels; give --max-pixels, too",
+            f"--min-pixels {area.least}: this model sees at most {area.most} pixels; give --max-pixels, too",
             ExitCode.USAGE,
         )
     unit = _unit(dims)
@@ -49,7 +49,7 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
         if pixels is not None and pixels > largest:
             raise CapaError(
                 f"{option} {pixels}: the target takes {bounds.max_rows} x {bounds.max_cols} visual tokens of "
-                f"{unit} x {unit} pixels; give {largest} or less, or a target with wider limits",
+                f"{unit} x {unit} pixels; give {largest} or less, or {bounds.lifted}",
                 ExitCode.USAGE,
             )
 
@@ -59,7 +59,7 @@ def picture_options(
 ) -> dict[str, Any]:
     """What the image processor is told, so that a picture of this width and height stays within the bounds."""
     area = _fitting(size, settings, bounds, dims)
-    if not settings.get("do_resize", True) or area == _area(settings, PixelBounds()):
+    if not settings.get("do_resize", True) or area == pixel_area(settings, PixelBounds()):
         return {}
     return {"size": {"shortest_edge": area.least, "longest_edge": area.most}}
 
@@ -78,7 +78,7 @@ def _unit(dims: ModelDims[Vision]) -> int:
     return dims.vision.patch_size * dims.vision.spatial_merge_size
 
 
-def _area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
+def pixel_area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
     """The user's bounds, or else the image processor's own; its least yields to the user's most."""
     size = settings.get("size", {})
     most = bounds.max_pixels or size.get("longest_edge") or _MOST
@@ -88,7 +88,7 @@ def _area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
 
 def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> _Area:
     """The area in which this picture has no more rows and columns than it may."""
-    area, unit = _area(settings, bounds), _unit(dims)
+    area, unit = pixel_area(settings, bounds), _unit(dims)
     cols, rows = _resized(size, unit, area)
 
     def fits(area: _Area) -> bool:

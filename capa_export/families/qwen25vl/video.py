@@ -13,6 +13,8 @@ import numpy as np
 from capa_export.dims import ModelDims, Section
 from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision
+from capa_export.families.qwen25vl.pixels import check_bounds, picture_options, pixel_area
+from capa_export.pixels import PixelBounds, whole_numbers
 from capa_export.prompt import Picture, Video
 
 __all__ = ["video"]
@@ -24,20 +26,23 @@ _MAX_VIDEO_TOKENS = 128_000
 _SHARED = ("do_resize", "do_rescale", "do_normalize", "image_mean", "image_std", "resample", "rescale_factor")
 
 
-def video(video: Video, image_processor: Any, folder: Path, dims: ModelDims[Vision]) -> Picture:
+def video(video: Video, image_processor: Any, folder: Path, bounds: PixelBounds, dims: ModelDims[Vision]) -> Picture:
     """The video's frames as patches; consecutive frames share one, and the last frame is repeated where one is left.
 
+    Every frame stays within the bounds, as a picture does.
+
     Raises:
-        CapaError: a setting is malformed.
+        CapaError: a setting is malformed, or the bounds cannot be kept.
         ValueError: the image processor refuses the frames' shape.
     """
     vision, settings = dims.vision, _settings(folder)
     missing = -len(video.frames) % vision.temporal_patch_size
     frames = [*video.frames, *[video.frames[-1]] * missing]
-    unit = vision.patch_size * vision.spatial_merge_size
-    size = _size(settings, len(video.frames), unit, vision.temporal_patch_size)
     shared = {key: settings.data[key] for key in _SHARED if key in settings.data}
-    processed = image_processor(images=frames, size=size, return_tensors="np", **shared)
+    sizes = _sizes(settings, len(video.frames), bounds, dims)
+    limits = bounds.model_copy(update={"min_pixels": None, "max_pixels": None})
+    told = {"size": sizes["size"], **picture_options(video.frames[0].size, sizes, limits, dims)}
+    processed = image_processor(images=frames, return_tensors="np", **shared, **told)
     _, rows, cols = np.asarray(processed["image_grid_thw"])[0].tolist()
     flat = np.asarray(processed["pixel_values"], dtype=np.float32)
     patches_FNCPv = flat.reshape(len(frames), rows * cols, vision.in_channels, vision.temporal_patch_size, -1)
@@ -76,12 +81,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     return cast("dict[str, Any]", data)
 
 
-def _size(settings: Section, num_frames: int, unit: int, temporal_patch_size: int) -> dict[str, int]:
-    """Least and most pixels of a frame."""
+def _sizes(settings: Section, num_frames: int, bounds: PixelBounds, dims: ModelDims[Vision]) -> dict[str, Any]:
+    """What the settings say of a frame's size, the user's area in place of theirs."""
+    vision, settings = dims.vision, Section(whole_numbers(settings.data), settings.where, settings.name)
     size = settings.section("size") if settings.data.get("size") else Section({}, settings.where, "size")
     least = settings.count("min_pixels", size.count("shortest_edge", _MIN_PIXELS))
     most = settings.count("max_pixels", size.count("longest_edge", _MAX_PIXELS))
+    sizes = {
+        "do_resize": settings.data.get("do_resize", True),
+        "size": {"shortest_edge": least, "longest_edge": most},
+    }
+    check_bounds(sizes, bounds, dims)
+    least, most = pixel_area(sizes, bounds)
     if settings.data.get("cap_pixels_per_frame"):
+        unit = vision.patch_size * vision.spatial_merge_size
         budget = int(settings.count("max_video_tokens", _MAX_VIDEO_TOKENS) * unit * unit * 0.9)
-        most = max(min(most, budget * temporal_patch_size // num_frames), int(least * 1.05))
-    return {"shortest_edge": least, "longest_edge": most}
+        most = max(min(most, budget * vision.temporal_patch_size // num_frames), int(least * 1.05))
+    return {**sizes, "size": {"shortest_edge": least, "longest_edge": most}}
