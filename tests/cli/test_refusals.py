@@ -88,8 +88,8 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, recipe: Path, pictures: Pat
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "architectures": ["LlavaForConditionalGeneration"]}))
-    preflight(cli, "holds LlavaForConditionalGeneration, this recipe is for Qwen2_5", "build", *options, other)
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    preflight(cli, "model_type is 'llava', this recipe is for", "build", *options, other)
     preflight(cli, "layers 0 to 4", "build", *options, checkpoint, "--prune-layer", 4)
     assert not (tmp_path / "out" / "onnx").exists()
 

@@ -96,9 +96,11 @@ def test_logits_that_are_no_numbers_are_a_regression(compared: Compared, spare: 
 
 
 def test_each_side_prepares_its_own_pictures(compared: Compared, spare: Bundle) -> None:
-    file = "onnx/visual/preprocessor_config.json"
+    file = "onnx/processors/processors.json"
     path = spare.folder / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
+    settings = json.loads(path.read_text())
+    settings["image_processor"]["image_mean"] = [0.0, 0.0, 0.0]
+    path.write_text(json.dumps(settings))
     rerecord(spare, file)
     found = compared(spare, limits=Limits(kl=100))
     assert [change.name for change in found.changes] == [f"files.{file}"]
@@ -190,11 +192,11 @@ def test_bundles_of_other_models_are_refused_in_one_line(
     with pytest.raises(CapaError, match=r"family llava15, and qwen25vl in .*; compare takes two bundles") as raised:
         compare(reference, other, images=pictures)
     assert raised.value.code == ExitCode.PREFLIGHT
-    path = spare.folder / "onnx/llm/tokenizer.json"
+    path = spare.folder / "onnx/processors/tokenizer.json"
     text = path.read_text(encoding="utf-8")
     assert '"blue"' in text and '"red"' in text
     path.write_text(text.replace('"blue"', '"_"').replace('"red"', '"blue"').replace('"_"', '"red"'), encoding="utf-8")
-    rerecord(spare, "onnx/llm/tokenizer.json")
+    rerecord(spare, "onnx/processors/tokenizer.json")
     with pytest.raises(CapaError, match="tokenizer numbers tokens otherwise"):
         compare(reference, spare, images=pictures)
 
