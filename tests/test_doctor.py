@@ -92,7 +92,7 @@ def test_pictures_are_held_against_the_profile(bundle: Bundle, monkeypatch: pyte
     largest = found(examine(with_engine(rtx, dims=narrow), bundle), "largest picture")
     assert largest.verdict == "warning"
     assert "the profile of rtx takes 1 to 64" in largest.detail
-    assert "preprocessor_config.json" in largest.remedy
+    assert "--max-pixels" in largest.remedy
 
 
 def test_what_is_missing_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

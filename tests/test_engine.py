@@ -221,7 +221,7 @@ def _shadow_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str)
     [
         (
             "raise ModuleNotFoundError(\"No module named 'tensorrt_rtx'\")",
-            r"pip install capa-export\[rtx\]",
+            r'pip install "\.\[rtx\]" in a checkout',
         ),
         (
             "import os, sys; print('terminate called: no kernel', file=sys.stderr, flush=True); os.abort()",

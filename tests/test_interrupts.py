@@ -14,7 +14,9 @@ from capa_export.cli import main
 from capa_export.errors import ExitCode
 
 _COMMAND = """
-import sys, time
+import signal, sys, time
+# Who runs the tests in the background has SIGINT ignored, which is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from capa_export.cli import app, main
 
 @app.command()

@@ -237,7 +237,7 @@ class _AgainstEager(_Validation):
             fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
-                compare_prompts(job.prompter, bundled, self.prompts),
+                compare_prompts(job.prompter, bundled, self.prompts, self._changed_sidecars()),
                 dense := compare_dense(subject, records, recipe, report),
                 capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]
@@ -263,6 +263,13 @@ class _AgainstEager(_Validation):
                 scratch, compared, records, effect, examples, latency, notes=notes, warnings=few, **found
             )
         return {"passed": parity.passed, "latency": latency}
+
+    def _changed_sidecars(self) -> list[str]:
+        """Copies of the checkpoint's tokenizer and processor files that are not what they were copied from."""
+        published = self.job.sidecar_digests
+        copies = (name for name in _sidecars(self.bundle) if name.startswith((f"{ONNX}/llm/", f"{ONNX}/visual/")))
+        present = self.bundle.stage("export")["files"]
+        return [name for name in copies if present[name] != published.get(Path(name).name, present[name])]
 
     def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
         """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""

@@ -202,8 +202,15 @@ def compare_dense(subject: Subject, records: Records, recipe: Recipe, report: Re
     return Compared((comparison.result(),), milliseconds=clock.medians())
 
 
-def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples) -> Compared:
-    """What the bundle's tokenizer, chat template and image processor make of the samples, against the checkpoint's."""
+def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples, changed: Sequence[str] = ()) -> Compared:
+    """What the bundle's tokenizer, chat template and image processor make of the samples, against the checkpoint's.
+
+    Args:
+        prompter: of the checkpoint.
+        bundled: of the bundle.
+        samples: to make prompts of.
+        changed: files that the bundle holds for other runtimes, and that are not the checkpoint's.
+    """
     different = 0
     for sample in samples:
         own, wanted = bundled.chat(sample.turns), prompter.chat(sample.turns)
@@ -211,8 +218,8 @@ def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples) -> 
         different += not same or not all(
             np.array_equal(a.patches, b.patches) for a, b in zip(own.pictures, wanted.pictures, strict=True)
         )
-    what = f"{different} of {samples.count} differ"
-    return _of_prompts("the checkpoint's processors", what, different, samples.count)
+    what = ", ".join([f"{different} of {samples.count} differ", *(f"{name} is another" for name in changed)])
+    return _of_prompts("the checkpoint's processors", what, different + len(changed), samples.count)
 
 
 def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> Compared:

@@ -21,13 +21,14 @@ from capa_export.confined import references
 from capa_export.conversation import read_messages
 from capa_export.decoding import TokenChooser
 from capa_export.families import load_family, qwen25vl
-from capa_export.families.qwen25vl.video import _settings, _size
+from capa_export.families.qwen25vl.video import _settings, _sizes
 from capa_export.gates import with_gates
 from capa_export.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.in_place import embedding_of
 from capa_export.job import Job
 from capa_export.manifest import written
 from capa_export.parity.schema import read_parity
+from capa_export.pixels import PixelBounds
 from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe, recipe_of
@@ -104,7 +105,8 @@ def _generation(path: Path) -> None:
 
 
 def _video(path: Path) -> None:
-    _size(_settings(path.parent), 8, 28, 2)
+    dims = qwen25vl.model_dims(fetch_config(str(_TINY)))
+    _sizes(_settings(path.parent), 8, PixelBounds(), dims)
 
 
 def _dims(family: str) -> Callable[[Path], object]:

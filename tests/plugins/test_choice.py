@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CapaError, match=r"other\.so: is for (x86_64|aarch64), and this machine is"):
         choose_plugins("native", "fp16", DECODER, other)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    with pytest.raises(CapaError, match=r"--plugins python needs triton: pip install capa-export\[rtx\]"):
+    with pytest.raises(CapaError, match=r'--plugins python needs triton: pip install "\.\[rtx\]" in a checkout'):
         choose_plugins("python", "fp16", DECODER, None)
 
 
