@@ -1,13 +1,10 @@
 """Puts the checkpoint's weights behind the graphs: streamed, converted on the way, written once for all of them."""
 
-import errno
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -19,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
+from capa_export.disk import check_disk, disk_guard
 from capa_export.errors import CapaError, ExitCode
 from capa_export.in_place import Shards
 from capa_export.whole import replacing
@@ -27,9 +25,7 @@ __all__ = [
     "Written",
     "bind",
     "bind_lazily",
-    "check_disk",
     "check_shapes",
-    "free_bytes",
     "tied",
     "unused_tensors",
     "write_embedding",
@@ -328,7 +324,7 @@ def _write(
             progress(tensor.name or "", done, total)
         done += tensor.nbytes
 
-    with _disk_guard(path, needed):
+    with disk_guard(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         external = ir.external_data.convert_tensors_to_external(
             tensors, path.parent, path.name, callback=report, alignment=_PAGE
@@ -382,47 +378,10 @@ def write_embedding(
     header += b" " * (-len(header) % 8)
     needed = 8 + len(header) + tensor.nbytes
     check_disk(path.parent, needed)
-    with _disk_guard(path, needed), replacing(path) as file:
+    with disk_guard(path, needed), replacing(path) as file:
         start = len(header).to_bytes(8, "little") + header
         file.write(start)
         tensor.digest = _Digest()
         tensor.digest.update(0, memoryview(start))
         tensor.tofile(file)
     return Written(sha256=tensor.digest.hexdigest())
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse to start what cannot be finished.
-
-    Args:
-        folder: where the bytes go; it need not exist yet.
-        needed_bytes: how many there will be.
-
-    Raises:
-        CapaError: the file system has less than that.
-    """
-    free = free_bytes(folder)
-    if free < needed_bytes:
-        raise CapaError(
-            f"{folder}: {needed_bytes} bytes are needed, {free} are free; free some, or choose another --out"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free on the file system where a folder is, or will be."""
-    places = (folder.absolute(), *folder.absolute().parents)
-    return shutil.disk_usage(next(place for place in places if place.exists())).free
-
-
-@contextmanager
-def _disk_guard(path: Path, needed: int) -> Generator[None, None, None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapaError(
-                f"{path}: the disk filled up: {needed} bytes are needed, {free_bytes(path.parent)} are free; "
-                "free some, or choose another --out",
-                ExitCode.EXPORT,
-            ) from error
-        raise CapaError(f"{path}: cannot be written: {error.strerror}", ExitCode.EXPORT) from error

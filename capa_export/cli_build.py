@@ -132,7 +132,7 @@ def build(
     from capa_export import pipeline
     from capa_export.bundle import Bundle
     from capa_export.job import Job
-    from capa_export.parity.stage import Wanted
+    from capa_export.parity.validation import Wanted
     from capa_export.progress import progress
 
     check_places(junit, markdown)

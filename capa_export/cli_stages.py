@@ -270,7 +270,8 @@ def validate(
     from capa_export.bundle import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
-    from capa_export.parity.stage import GOLDEN, Wanted
+    from capa_export.parity.against_golden import GOLDEN
+    from capa_export.parity.validation import Wanted
     from capa_export.progress import progress
 
     opened = Bundle.open(bundle)

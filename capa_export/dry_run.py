@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from capa_export.bind import check_disk, free_bytes
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
 from capa_export.device_memory import (
@@ -21,6 +20,7 @@ from capa_export.device_memory import (
     onnx_runtime_bytes,
 )
 from capa_export.dims import ModelDims
+from capa_export.disk import check_disk, free_bytes
 from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.finished import finished_stages

@@ -18,7 +18,6 @@ from capa_export.bind import (
     HEAD,
     bind,
     bind_lazily,
-    check_disk,
     check_shapes,
     tied,
     unused_tensors,
@@ -27,6 +26,7 @@ from capa_export.bind import (
 from capa_export.chat_template import TEMPLATE_FILES
 from capa_export.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.dims import ModelDims
+from capa_export.disk import check_disk
 from capa_export.errors import CapaError
 from capa_export.families import Family, LayoutFamily, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model

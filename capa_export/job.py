@@ -15,7 +15,6 @@ from capa_export.device_memory import WeightsWish
 from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
 from capa_export.fingerprint import fingerprint
-from capa_export.generation import eos_token_ids
 from capa_export.hub import full_source
 from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import PluginWish
@@ -29,7 +28,6 @@ __all__ = [
     "REPORT",
     "Job",
     "alpha_digest",
-    "eos_token_ids",
     "run_stage",
     "say",
     "say_weights",

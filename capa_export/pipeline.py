@@ -15,8 +15,10 @@ from capa_export.errors import CapaError, ExitCode
 from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
 from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
+from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport
-from capa_export.parity.stage import GOLDEN, Wanted, validate
+from capa_export.parity.stage import validate
+from capa_export.parity.validation import Wanted
 from capa_export.progress import silent, tracked
 from capa_export.recipe import Recipe, ranges
 from capa_export.spread import chunks, in_order, spread

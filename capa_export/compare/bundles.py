@@ -11,8 +11,8 @@ from capa_export.compare.schema import Answers, BundleComparison, Limits, LogitC
 from capa_export.compare.side_by_side import Question, Side, SideBySide
 from capa_export.errors import CapaError
 from capa_export.job import PARITY
+from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import Check, ParityReport, Rate, read_parity
-from capa_export.parity.stage import GOLDEN
 from capa_export.progress import Report, silent, tracked
 from capa_export.samples import samples_from
 

@@ -50,6 +50,7 @@ _CODE = (
     "onnx_model.py",
     "parity/statistics.py",
     "picture_files.py",
+    "picture_sizes.py",
     "picture_sources.py",
     "pixels.py",
     "processors",

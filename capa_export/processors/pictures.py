@@ -5,12 +5,13 @@ H = height, W = width, C = channels.
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from math import ceil, floor, sqrt
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from capa_export.picture_sizes import sides_within, tile_grid
 from capa_export.settings import Settings
 
 __all__ = ["PictureProcessor", "PictureSettings", "Size"]
@@ -198,14 +199,8 @@ def _resized_by_area(picture: np.ndarray, settings: PictureSettings, factor: int
         raise ValueError("size must hold shortest_edge and longest_edge")
     if (ratio := max(height, width) / min(height, width)) > 200:
         raise ValueError(f"absolute aspect ratio must be smaller than 200, got {ratio}")
-    rows, cols = round(height / factor) * factor, round(width / factor) * factor
-    if rows * cols > most:
-        shrink = sqrt((height * width) / most)
-        rows, cols = (max(factor, floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * cols < least:
-        grow = sqrt(least / (height * width))
-        rows, cols = (ceil(side * grow / factor) * factor for side in (height, width))
-    return _resized(picture, (rows, cols), settings)
+    rows, cols = sides_within((height, width), factor, least, most)
+    return _resized(picture, (rows * factor, cols * factor), settings)
 
 
 def _cropped(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
@@ -253,22 +248,9 @@ def _cut(picture: np.ndarray, settings: PictureSettings) -> list[np.ndarray]:
     size = settings.size or Size()
     if not size.height or not size.width:
         raise ValueError("size must hold height and width")
-    num_cols, num_rows = _canvas(picture.shape[0], picture.shape[1], size.height, size.width, settings)
+    bounds = settings.min_patches or 0, settings.max_patches or 0
+    num_cols, num_rows = tile_grid(picture.shape[1], picture.shape[0], size.height * size.width, *bounds)
     whole = _resized(picture, (num_rows * size.height, num_cols * size.width), settings)
     corners = product(range(0, whole.shape[0], size.height), range(0, whole.shape[1], size.width))
     tiles = [whole[top : top + size.height, left : left + size.width] for top, left in corners]
     return tiles if len(tiles) == 1 else [*tiles, _resized(picture, (size.height, size.width), settings)]
-
-
-def _canvas(height: int, width: int, tile_height: int, tile_width: int, settings: PictureSettings) -> tuple[int, int]:
-    """Columns and rows of tiles nearest to the picture's shape; of two as near the larger, if the picture fills it."""
-    least, most = settings.min_patches or 0, settings.max_patches or 0
-    numbers = range(1, most + 1)
-    canvases = [canvas for canvas in product(numbers, numbers) if least <= canvas[0] * canvas[1] <= most]
-    best, nearest = (1, 1), float("inf")
-    for cols, rows in sorted(canvases, key=lambda canvas: canvas[0] * canvas[1]):
-        distance = abs(width / height - cols / rows)
-        filled = width * height > 0.5 * tile_height * tile_width * cols * rows
-        if distance < nearest or (distance == nearest and filled):
-            best, nearest = (cols, rows), distance
-    return best

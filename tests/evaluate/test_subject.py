@@ -138,6 +138,7 @@ NO_PART = {
     ),
     "Graphs are files of a bundle, whose digest answers are kept under.": (
         "bind.py",
+        "disk.py",
         "graph/__init__.py",
         "graph/build.py",
         "graph/decoder.py",

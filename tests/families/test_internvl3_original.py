@@ -15,7 +15,8 @@ from capa_export.checkpoint import open_checkpoint
 from capa_export.errors import CapaError
 from capa_export.export import Source, check_tensors, copy_sidecars
 from capa_export.families import internvl3
-from capa_export.job import Job, eos_token_ids
+from capa_export.generation import eos_token_ids
+from capa_export.job import Job
 from capa_export.plan import parameters
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe

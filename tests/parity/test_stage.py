@@ -15,8 +15,9 @@ from capa_export.bundle import Bundle
 from capa_export.cli import main
 from capa_export.errors import CapaError, ExitCode
 from capa_export.job import Job
+from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport, read_parity
-from capa_export.parity.stage import GOLDEN, Wanted
+from capa_export.parity.validation import Wanted
 from capa_export.recipe import Recipe, load_recipe
 from capa_export.target import load_target
 from tests.conftest import noise, recorded

@@ -7,6 +7,7 @@ from typing import Any
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families.internvl3.dims import Vision
+from capa_export.picture_sizes import tile_grid
 from capa_export.pixels import PixelBounds
 
 __all__ = ["check_bounds", "num_tokens", "picture_options"]
@@ -58,7 +59,8 @@ def picture_options(
 def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> int:
     """Visual tokens of a picture of this width and height."""
     tiles = _tiles(settings, bounds, dims)
-    count = _cut(size, dims.vision.image_size, tiles["min_patches"], tiles["max_patches"])
+    cols, rows = tile_grid(*size, dims.vision.image_size**2, tiles["min_patches"], tiles["max_patches"])
+    count = cols * rows
     return (count + (count > 1)) * dims.vision.tokens_per_tile
 
 
@@ -76,19 +78,3 @@ def _tiles(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vis
 def _within(max_tiles: int | None, most: int) -> int:
     """Tiles beside which the thumbnail has a place."""
     return most if max_tiles is None else min(most, max(1, max_tiles - 1))
-
-
-def _cut(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
-    """Tiles without the thumbnail, arranged as transformers' `get_optimal_tiled_canvas` does."""
-    if most <= 1:
-        return 1
-    aspect, pixels = size[0] / size[1], size[0] * size[1]
-    grids = [
-        (cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1) if fewest <= cols * rows <= most
-    ]
-    best, best_error = (1, 1), float("inf")
-    for cols, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
-        error = abs(aspect - cols / rows)
-        if error < best_error or (error == best_error and pixels > 0.5 * side**2 * cols * rows):
-            best, best_error = (cols, rows), error
-    return best[0] * best[1]

@@ -1,12 +1,13 @@
 """What Qwen's image processor makes of a picture's size: pixels resized to whole visual tokens within bounds."""
 
 from collections.abc import Mapping
-from math import ceil, floor, sqrt
+from math import ceil, floor
 from typing import Any, NamedTuple
 
 from capa_export.dims import ModelDims
 from capa_export.errors import CapaError, ExitCode
 from capa_export.families.qwen25vl.dims import Vision
+from capa_export.picture_sizes import sides_within
 from capa_export.pixels import PixelBounds
 
 __all__ = ["check_bounds", "num_tokens", "picture_options", "pixel_area"]
@@ -69,7 +70,7 @@ def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: Pixel
     unit = _unit(dims)
     if not settings.get("do_resize", True):
         return (size[0] // unit) * (size[1] // unit)
-    cols, rows = _resized(size, unit, _fitting(size, settings, bounds, dims))
+    cols, rows = sides_within(size, unit, *_fitting(size, settings, bounds, dims))
     return cols * rows
 
 
@@ -89,10 +90,10 @@ def pixel_area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
 def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> _Area:
     """The area in which this picture has no more rows and columns than it may."""
     area, unit = pixel_area(settings, bounds), _unit(dims)
-    cols, rows = _resized(size, unit, area)
+    cols, rows = sides_within(size, unit, *area)
 
     def fits(area: _Area) -> bool:
-        own = _resized(size, unit, area)
+        own = sides_within(size, unit, *area)
         return all(
             limit is None or side <= limit for side, limit in zip(own, (bounds.max_cols, bounds.max_rows), strict=True)
         )
@@ -107,16 +108,3 @@ def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBo
     mosts = [max(1, min(whole, cols * rows * unit**2 - 1)) for whole in (ceil(exact), floor(exact))]
     areas = [_Area(min(area.least, max(1, most - 1)), most) for most in mosts]
     return next((area for area in areas if fits(area)), areas[-1])
-
-
-def _resized(size: tuple[int, int], unit: int, area: _Area) -> tuple[int, int]:
-    """Columns and rows of visual tokens, as transformers' `smart_resize` rounds them."""
-    cols, rows = (round(side / unit) for side in size)
-    pixels = size[0] * size[1]
-    if cols * rows * unit**2 > area.most:
-        shrink = sqrt(pixels / area.most)
-        cols, rows = (max(1, floor(side / shrink / unit)) for side in size)
-    elif cols * rows * unit**2 < area.least:
-        grow = sqrt(area.least / pixels)
-        cols, rows = (ceil(side * grow / unit) for side in size)
-    return cols, rows

@@ -1,0 +1,170 @@
+"""Validation against the eager model, which is run anew."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from capa_export.calibration import CALIBRATION
+from capa_export.errors import CapaError
+from capa_export.generation import eos_token_ids
+from capa_export.job import ONNX, Job, alpha_digest
+from capa_export.measure import processor
+from capa_export.parity.schema import PROMPTS
+from capa_export.parity.validation import (
+    Validation,
+    Wanted,
+    exceeds_memory,
+    held_out,
+    on_layers,
+    scales_of,
+    sidecar_files,
+    subject_of,
+)
+from capa_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from capa_export.execution import BuiltEngines
+    from capa_export.parity.record import Records
+    from capa_export.parity.validate import Compared
+    from capa_export.samples import Samples
+    from capa_export.sliced import Graphs
+
+__all__ = ["AgainstEager"]
+
+
+class AgainstEager(Validation):
+    """The eager model is run anew."""
+
+    oracle = "eager"
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        super().__init__(job, recipe, wanted, built)
+        recorded = self.bundle.manifest["checkpoint"]
+        if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
+            raise CapaError(
+                f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint"
+            )
+        self.scales = scales_of(self.exported, self.calibration)
+        if self.exported["alpha"] != alpha_digest(self.scales):
+            path = self.bundle.folder / CALIBRATION
+            raise CapaError(f"{path}: changed since the export; run `capa-export export` again")
+        count, questions = recipe.parity.prompts, recipe.parity.accuracy_samples
+        self.prompts = held_out(job, recipe, wanted, count, repeat=True)
+        self.questions = held_out(job, recipe, wanted, questions, repeat=False)
+
+    def key(self) -> Any:
+        stop = eos_token_ids(self.job.source.checkpoint.sidecars)
+        return [self.prompts.digest(), self.questions.digest(), self.job.prompt_settings, stop]
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from capa_export.bundled import bundled_prompter
+        from capa_export.parity.method import method_effect
+        from capa_export.parity.record import write_records
+        from capa_export.parity.validate import (
+            compare_dense,
+            compare_engine,
+            compare_onnx,
+            compare_prompts,
+            replayed_oracle,
+        )
+
+        job, recipe, report = self.job, self.recipe, self.job.report
+        sliced = exceeds_memory(job, self.precision)
+        seen: Any = {"bounds": recipe.pictures, "trust_remote_code": job.trust_remote_code}
+        bundled = bundled_prompter(self.bundle, **seen)
+        with TemporaryDirectory(dir=scratch) as folder:
+            kept = Path(folder) / "records"
+            kept.mkdir()
+            twin = self._twin(Path(folder) / "twin", sliced=sliced)
+            subject = subject_of(job, recipe, self.exported, self.scales, twin, sliced=sliced)
+            # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
+            fp32 = subject.onnx if self.precision == "fp32" else twin
+            records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
+            compared = [
+                compare_prompts(job.prompter, bundled, self.prompts, self._changed_sidecars()),
+                dense := compare_dense(subject, records, recipe, report),
+                capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
+            ]
+            if fp32 != subject.onnx:
+                compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report, sliced=sliced))
+            if self.built is not None:
+                expected = replayed_oracle(subject)
+                engines = (self.engine_model(), subject.onnx, self.precision)
+                compared.append(compare_engine(*engines, records, recipe, expected, report, sliced=sliced))
+            seed = self.wanted.seed or 0
+            steps = recipe.parity.steps
+            effect, examples = method_effect(subject, self.questions, seed, steps, report)
+            found = {
+                "bisection": self._bisection(compared, subject.onnx, twin, records, sliced=sliced),
+                "prompts_sha256": self.prompts.digest(),
+            }
+            notes = on_layers(job, sliced=sliced)
+            if self.wanted.seed is not None and job.images is not None:
+                notes.append("Samples of another seed: calibration may have seen some of them.")
+            few = _few_pictures(self.prompts)
+            latency = None if sliced else _latency(dense, capa)
+            parity = self.finish(
+                scratch, compared, records, effect, examples, latency, notes=notes, warnings=few, **found
+            )
+        return {"passed": parity.passed, "latency": latency}
+
+    def _changed_sidecars(self) -> list[str]:
+        """Copies of the checkpoint's tokenizer and processor files that are not what they were copied from."""
+        published = self.job.sidecar_digests
+        copies = (name for name in sidecar_files(self.bundle) if name.startswith((f"{ONNX}/llm/", f"{ONNX}/visual/")))
+        present = self.bundle.stage("export")["files"]
+        return [name for name in copies if present[name] != published.get(Path(name).name, present[name])]
+
+    def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
+        """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
+        from capa_export.export import graphs_in_fp32, write_onnx
+
+        source = self.job.source
+        options: dict[str, Any] = {**self.job.pruning, "scales": self.scales}
+        if sliced:
+            return graphs_in_fp32(source, **options)
+        write_onnx(source, "fp32", folder, **options, dense=True, report=self.job.report)
+        return folder
+
+    def _bisection(
+        self,
+        compared: "Sequence[Compared]",
+        onnx: Path,
+        twin: "Path | Graphs",
+        records: "Records",
+        *,
+        sliced: bool,
+    ) -> Any:
+        """Where the first artefact that failed leaves the eager model, if that is asked for."""
+        rows = [row for one in compared for row in (*one.export_error, *one.selection)]
+        failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
+        if not self.wanted.bisect or not failed - {PROMPTS}:
+            return None
+        from capa_export.parity.bisect import bisect
+
+        # What is wrong with the twin is wrong with the graphs themselves.
+        of_twin = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
+        folder, precision = (twin, "fp32") if of_twin else (onnx, self.precision)
+        return bisect(folder, precision, twin, records, self.job.report, sliced=sliced)
+
+
+def _latency(dense: "Compared", capa: "Compared") -> dict[str, Any]:
+    """Medians of the FP32 graphs on this CPU, dense against CAPA."""
+    rows = [
+        {"name": name, "dense_ms": dense.milliseconds[name], "capa_ms": value}
+        for name, value in capa.milliseconds.items()
+    ]
+    return {"machine": f"{processor()}, {os.cpu_count()} cores, ONNX Runtime {version('onnxruntime')}", "rows": rows}
+
+
+def _few_pictures(prompts: "Samples") -> list[str]:
+    """A warning where prompts repeat what they show."""
+    different = len(prompts.conversations or prompts.files)
+    if not different or different >= prompts.count:
+        return []
+    what = "conversations" if prompts.conversations else "pictures"
+    return [f"Only {different} different {what} for {prompts.count} prompts: give as many in --images."]

@@ -1,0 +1,110 @@
+"""Validation against golden samples, which say what the eager model made of them, and the leaving of such samples."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capa_export.errors import CapaError
+from capa_export.job import ONNX, Job, run_stage, tool_versions
+from capa_export.parity.schema import MethodError, ParityReport
+from capa_export.parity.validation import (
+    Validation,
+    Wanted,
+    exceeds_memory,
+    held_out,
+    on_layers,
+    scales_of,
+    sidecar_files,
+    stored_calibration,
+    subject_of,
+)
+from capa_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from capa_export.execution import BuiltEngines
+
+__all__ = ["GOLDEN", "AgainstGolden", "store_golden"]
+
+GOLDEN = "golden"
+
+
+class AgainstGolden(Validation):
+    """The stored samples say what the eager model made of them."""
+
+    oracle = "golden"
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        super().__init__(job, recipe, wanted, built)
+        replace(self.bundle, read_all=True).verify(GOLDEN)
+        stored = self.bundle.stage(GOLDEN)["result"]
+        pictures = recipe.pictures.model_dump(exclude_none=True)
+        for what, same in (
+            ("schedule", stored.get("prune") == recipe.prune.model_dump(mode="json")),
+            ("size of pictures", stored.get("pictures", {}) == pictures),
+        ):
+            if not same:
+                raise CapaError(
+                    f"{self.bundle.folder}: its golden samples are of another {what}; store them again with "
+                    "`capa-export validate --store-golden`"
+                )
+
+    def key(self) -> Any:
+        return self.bundle.digest(GOLDEN)
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        from capa_export.parity.record import Records
+        from capa_export.parity.validate import compare_engine, compare_onnx, compare_sidecars
+
+        recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
+        stored = self.bundle.stage(GOLDEN)["result"]
+        records = Records(self.bundle.folder / GOLDEN)
+        sliced = _graphs_exceed_memory(self.job)
+        compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
+        if self.built is not None:
+            engines = (self.engine_model(), onnx, self.precision)
+            compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))
+        compared.append(compare_sidecars(stored["sidecars"], sidecar_files(self.bundle)))
+        notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
+        notes += on_layers(self.job, sliced=sliced)
+        method_error = MethodError.model_validate(stored["method_error"])
+        self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
+        return {"latency": stored["latency"]}
+
+
+def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport) -> None:
+    """Leave what the eager model makes of the first few prompts in the bundle."""
+    bundle = job.bundle
+    exported = bundle.stage("export")["result"]
+    scales = scales_of(exported, stored_calibration(bundle))
+    samples = held_out(job, recipe, replace(wanted, samples=None), wanted.store_golden, repeat=True)
+    steps = recipe.parity.steps
+    prune, pictures = recipe.prune.model_dump(mode="json"), recipe.pictures.model_dump(exclude_none=True)
+    sidecars = sidecar_files(bundle)
+    method_error = parity.method_error.model_dump(mode="json")
+    versions = tool_versions("torch", "transformers")
+    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.prompt_settings, method_error]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from capa_export.parity.record import write_records
+
+        (scratch / GOLDEN).mkdir()
+        sliced = exceeds_memory(job, exported["precision"])
+        subject = subject_of(job, recipe, exported, scales, bundle.folder / ONNX, sliced=sliced)
+        write_records(scratch / GOLDEN, subject, samples, steps, job.report)
+        latency = bundle.stage("validate")["result"]["latency"]
+        seen = {"prune": prune, "pictures": pictures}
+        return {"method_error": method_error, "latency": latency, "sidecars": sidecars, **seen}
+
+    run_stage(bundle, GOLDEN, key, [GOLDEN], work)
+
+
+def _graphs_exceed_memory(job: Job) -> bool:
+    """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
+    from capa_export.bundled import bundled_dims
+    from capa_export.device_memory import onnx_runtime_bytes
+    from capa_export.measure import available_memory
+
+    if job.layer_by_layer is not None:
+        return job.layer_by_layer
+    # As they are and opened up, side by side.
+    return 2 * onnx_runtime_bytes(bundled_dims(job.bundle)) > available_memory()

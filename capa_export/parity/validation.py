@@ -1,0 +1,224 @@
+"""What every validation of a bundle shares: what is asked, the bundle's artefacts, and what is made of the figures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from capa_export.bundle import Bundle, file_digest
+from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.generation import eos_token_ids
+from capa_export.job import ONNX, PARITY, REPORT, Job
+from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
+from capa_export.progress import say
+from capa_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from capa_export.execution import BuiltEngines
+    from capa_export.parity.record import Records
+    from capa_export.parity.report import Example
+    from capa_export.parity.validate import Compared
+    from capa_export.samples import Samples
+    from capa_export.sliced import Graphs
+
+__all__ = [
+    "Validation",
+    "Wanted",
+    "exceeds_memory",
+    "held_out",
+    "on_layers",
+    "scales_of",
+    "sidecar_files",
+    "stored_calibration",
+    "subject_of",
+]
+
+_ON_CPU = {
+    "fp32": "ONNX Runtime's CPU provider ran everything in FP32.",
+    "fp16": "ONNX Runtime's CPU provider computes FP16 partly in FP32: these figures bound the export, not the GPU.",
+    "bf16": "ONNX Runtime's CPU provider has no bf16 kernels: the bf16 weights were run in FP32 arithmetic.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How a bundle is to be validated."""
+
+    engine: str | None = None
+    """Target whose engines are run on the GPU and held to the same gates."""
+    golden: bool = False
+    """Whether the stored samples stand for the eager model, so that no checkpoint is needed."""
+    samples: int | None = None
+    """Prompts compared and questions asked, in place of the recipe's numbers."""
+    seed: int | None = None
+    """Of other samples than the usual ones."""
+    gate: Path | None = None
+    """Bounds in place of the recipe's."""
+    strict: bool = False
+    """Whether warnings are failures."""
+    bisect: bool = False
+    """Whether to look for the place where an artefact that failed leaves the eager model."""
+    store_golden: int = 0
+    """Samples to leave in the bundle."""
+
+
+class Validation:
+    """What both kinds of validation share: the bundle's artefacts, and what is made of the figures."""
+
+    oracle: Literal["eager", "golden"]
+
+    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
+        self.job, self.recipe, self.wanted, self.built = job, recipe, wanted, built
+        self.bundle = job.bundle
+        self.exported: dict[str, Any] = self.bundle.stage("export")["result"]
+        self.precision: Literal["fp16", "bf16", "fp32"] = self.exported["precision"]
+        self.calibration = stored_calibration(self.bundle)
+
+    def key(self) -> Any:
+        """What the result depends on besides the bundle."""
+        raise NotImplementedError
+
+    def run(self, scratch: Path) -> dict[str, Any]:
+        """Validate, and write the report and its page."""
+        raise NotImplementedError
+
+    def engine_model(self) -> Any:
+        """The bundle's engines on the GPU."""
+        from capa_export.engine_runtime import EngineModel
+
+        assert self.built is not None
+        return EngineModel(self.built)
+
+    def finish(
+        self,
+        scratch: Path,
+        compared: "Sequence[Compared]",
+        records: "Records",
+        method_error: MethodError,
+        examples: "Sequence[Example]",
+        latency: dict[str, Any] | None,
+        *,
+        notes: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+        **found: Any,
+    ) -> ParityReport:
+        """Write `parity.json` and `report.html`."""
+        from capa_export.dry_run import dry_run
+        from capa_export.parity.report import write_report
+
+        recipe, exported = self.recipe, self.exported
+        errors = [error for one in compared for error in one.export_error]
+        selection = [choice for one in compared for choice in one.selection]
+        failures = [check.failure for one in (*errors, *selection) for check in one.checks if check.failure]
+        warnings = [*warnings, *dict.fromkeys(warning for one in compared for warning in one.warnings)]
+        if method_error.beats_random is False:
+            warnings = [*warnings, *method_error.words[:1]]
+        if self.wanted.strict:
+            failures += [f"--strict: {warning}" for warning in warnings]
+        notes = [_ON_CPU[self.precision], *notes, *(note for one in compared for note in one.notes)]
+        if self.built is None:
+            notes.append("No engine was run.")
+        parity = ParityReport(
+            passed=not failures,
+            failures=tuple(failures),
+            warnings=tuple(warnings),
+            strict=self.wanted.strict,
+            oracle=self.oracle,
+            prompts=records.samples,
+            num_prompts=len(records),
+            seed=self.wanted.seed or 0,
+            gates="" if self.wanted.gate is None else file_digest(self.wanted.gate),
+            schedule=tuple(Stage(**stage.model_dump()) for stage in recipe.prune.schedule),
+            linear_layers=tuple(exported["linear_layers"]),
+            fp32_layers=tuple(exported.get("fp32_layers", ())),
+            export_error=tuple(errors),
+            selection=tuple(selection),
+            method_error=method_error,
+            notes=tuple(notes),
+            **found,
+        )
+        write_parity(scratch / PARITY, parity)
+        # Where the image processor's settings lie beside the config.
+        config = self.bundle.folder / ONNX / "visual"
+        calibration = self.calibration
+        write_report(
+            scratch / REPORT,
+            manifest=self.bundle.manifest,
+            parity=parity,
+            calibration=calibration.summary(recipe.ffn.eta, recipe.ffn.paper_layers) if calibration else None,
+            plan=dry_run(recipe, str(config), self.bundle.folder, self.precision, ffn=bool(exported["linear_layers"])),
+            examples=examples,
+            latency=latency,
+        )
+        return parity
+
+
+def stored_calibration(bundle: Bundle) -> Calibration | None:
+    """The bundle's calibration, if it has one."""
+    return Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
+
+
+def scales_of(exported: dict[str, Any], calibration: Calibration | None) -> dict[int, Any]:
+    """Alpha [D] of every layer whose visual FFNs the export replaced."""
+    layers = calibration.layers if calibration else []
+    return {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
+
+
+def held_out(job: Job, recipe: Recipe, wanted: Wanted, count: int, *, repeat: bool) -> "Samples":
+    """The samples that calibration does not see, as many as are asked for in place of `count`."""
+    from capa_export.samples import samples_from
+
+    count = count if wanted.samples is None else wanted.samples
+    return samples_from(job.images, recipe, count, split="held_out", repeat=repeat, seed=wanted.seed)
+
+
+def sidecar_files(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of tokenizer, template, config and processor files, which the golden samples' prompts came from."""
+    files = bundle.stage("export")["files"]
+    return {name: digest for name, digest in files.items() if not name.endswith((".onnx", ".data", ".safetensors"))}
+
+
+def subject_of(
+    job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: "Path | Graphs", *, sliced: bool
+) -> Any:
+    """What is validated, its weights in memory or streamed."""
+    from capa_export.lockstep import RESIDENT
+    from capa_export.parity.subject import Subject
+    from capa_export.streamed import StoredWeights, hollow_model
+
+    weights = StoredWeights(job.source, job.report) if sliced else None
+    return Subject(
+        model=job.eager_model if weights is None else hollow_model(job.source, weights),
+        weights=weights or RESIDENT,
+        family=job.family,
+        prompter=job.prompter,
+        prune=recipe.prune,
+        scales=scales,
+        precision=exported["precision"],
+        onnx=job.bundle.folder / ONNX,
+        fp32_onnx=twin,
+        eos_token_ids=eos_token_ids(job.source.checkpoint.sidecars),
+        fp32_layers=exported.get("fp32_layers", ()),
+    )
+
+
+def exceeds_memory(job: Job, precision: str) -> bool:
+    """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
+    from capa_export.dry_run import validation_bytes
+    from capa_export.measure import available_memory
+
+    if job.layer_by_layer is not None:
+        return job.layer_by_layer
+    needed, available = validation_bytes(job.source.checkpoint.num_parameters, precision), available_memory()
+    if exceeds := needed > available:
+        say(
+            f"{'':<14}layer by layer: eager models and graphs take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are "
+            "free; --in-memory tries all the same"
+        )
+    return exceeds
+
+
+def on_layers(job: Job, *, sliced: bool) -> list[str]:
+    """What is to be said of a validation layer by layer."""
+    because = "as was asked" if job.layer_by_layer else "since the models exceed this machine's memory"
+    return [f"Model and graphs ran layer by layer, each graph in slices, {because}."] if sliced else []
