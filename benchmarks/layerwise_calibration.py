@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from capa_export import pipeline
+from capa_export.base.progress import progress
+from capa_export.base.shipped import shipped
 from capa_export.bundle import Bundle
 from capa_export.dry_run import calibration_bytes
 from capa_export.export import sidecars
 from capa_export.job import Job
-from capa_export.progress import progress
 from capa_export.recipe import load_recipe
-from capa_export.shipped import shipped
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

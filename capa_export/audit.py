@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.calibration import FP16_MAX
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError
 from capa_export.islands import Unit
 
 __all__ = ["audit"]

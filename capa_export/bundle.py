@@ -12,9 +12,9 @@ from posixpath import normpath
 from types import MappingProxyType
 from typing import Any
 
+from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
+from capa_export.base.fingerprint import file_digest, fingerprint
 from capa_export.confined import confined, references
-from capa_export.errors import CapaError, ExitCode, NotFiniteError
-from capa_export.fingerprint import file_digest, fingerprint
 from capa_export.lock import locked
 from capa_export.manifest import VERSION, digest_of, parsed, written
 from capa_export.stamps import Stamps
@@ -339,7 +339,7 @@ class Bundle:
 
         if name in self.manifest["stages"] and self.is_current(name, digest()):
             return self.stage(name), False
-        from capa_export.measure import measured
+        from capa_export.base.machine import measured
 
         with self.claimed():
             with self.replacing(*outputs) as scratch, measured() as cost:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
+from capa_export.base.machine import available_memory
 from capa_export.bundle import Bundle
 from capa_export.checkpoint import fetch_config
 from capa_export.device_memory import onnx_runtime_bytes
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.job import ONNX
-from capa_export.measure import available_memory
 from capa_export.pixels import PixelBounds
 from capa_export.processors.resolved import PROCESSORS, read_processors
 from capa_export.prompt import Prompter

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from capa_export.base.errors import NotFiniteError
+from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums, summed
 from capa_export.eager import EagerInputs
-from capa_export.errors import NotFiniteError
 from capa_export.families import Family
-from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Sample, Samples
 from capa_export.unfinished import UnfinishedSums

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capa_export.base.disk import check_disk
+from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibrate import Measurement, measuring
 from capa_export.calibration import Calibration
-from capa_export.disk import check_disk
 from capa_export.eager import EagerInputs
 from capa_export.export import Source
-from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Prompter
 from capa_export.samples import Samples
 from capa_export.streamed import DECODER, StoredWeights, hollow_model

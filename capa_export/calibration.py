@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 
 __all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "summed"]
 

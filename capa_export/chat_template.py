@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 
 __all__ = ["TEMPLATE_FILES", "read_chat_template"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import ml_dtypes
 import numpy as np
 
+from capa_export.base.errors import CapaError
 from capa_export.confined import is_name
-from capa_export.errors import CapaError
 from capa_export.hub import find_folder, refetch
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 import capa_export
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.interrupts import Interruption, interruptible
 from capa_export.cli_build import build, plan
 from capa_export.cli_compare import compare
 from capa_export.cli_evaluate import evaluate
@@ -18,8 +20,6 @@ from capa_export.cli_run import run
 from capa_export.cli_show import doctor, inspect, models, selectors, targets
 from capa_export.cli_stages import calibrate, engine, export, validate
 from capa_export.cli_tune import tune
-from capa_export.errors import CapaError, ExitCode
-from capa_export.interrupts import Interruption, interruptible
 
 __all__ = ["app", "main"]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import (
     BuildWeights,
     BuildWeightsOpt,
@@ -43,7 +44,6 @@ from capa_export.cli_options import (
 )
 from capa_export.cli_show import print_json
 from capa_export.cli_stages import check_places, finish, recipe_and_checkpoint, with_options
-from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     from capa_export.recipe import Recipe
@@ -130,10 +130,10 @@ def build(
     if out is None:
         raise CapaError("build needs --out FOLDER; only --dry-run does without", ExitCode.USAGE)
     from capa_export import pipeline
+    from capa_export.base.progress import progress
     from capa_export.bundle import Bundle
     from capa_export.job import Job
     from capa_export.parity.validation import Wanted
-    from capa_export.progress import progress
 
     check_places(junit, markdown)
     wanted = Wanted(samples=validation_samples, gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import ImagesOpt, JsonOpt, TrustOpt
-from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["compare"]
 
@@ -23,12 +23,12 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
+    from capa_export.base.progress import progress
+    from capa_export.base.toml import read_toml
     from capa_export.bundle import Bundle
     from capa_export.compare.bundles import compare as compare_bundles
     from capa_export.compare.schema import Limits
     from capa_export.gates import GateFile
-    from capa_export.progress import progress
-    from capa_export.settings import read_toml
 
     limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:

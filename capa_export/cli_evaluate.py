@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import (
     CalibrationOpt,
     CheckpointOpt,
@@ -19,7 +20,6 @@ from capa_export.cli_options import (
     TrustOpt,
     WorkersOpt,
 )
-from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["evaluate"]
 
@@ -92,6 +92,8 @@ def evaluate(
         )
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
+    from capa_export.base.progress import progress
+    from capa_export.base.workers import Workers
     from capa_export.bundle import Bundle
     from capa_export.cli_stages import recipe_and_checkpoint, with_options
     from capa_export.evaluate.questions import questions_from
@@ -99,9 +101,7 @@ def evaluate(
     from capa_export.evaluate.stage import evaluate as ask
     from capa_export.evaluate.subject import bundle_subject, eager_subject, methods_from, product
     from capa_export.job import Job
-    from capa_export.progress import progress
     from capa_export.recipe import recipe_of
-    from capa_export.spread import Workers
 
     if bundle is None:
         opened = Bundle(out / "calibration")

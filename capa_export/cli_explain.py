@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import (
     BundleArg,
     CheckpointOpt,
@@ -14,7 +15,6 @@ from capa_export.cli_options import (
     RevisionOpt,
     TrustOpt,
 )
-from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["explain"]
 
@@ -53,11 +53,11 @@ def explain(
     opened = Bundle.open(bundle)
     if not page.parent.is_dir():
         raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
+    from capa_export.base.progress import progress
     from capa_export.bundled import bundled_bounds
     from capa_export.explain.page import write_page
     from capa_export.explain.stage import explain as explained
     from capa_export.job import Job
-    from capa_export.progress import progress
 
     with progress() as report:
         job = Job.of_bundle(

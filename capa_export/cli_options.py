@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from capa_export.quantities import parse_bytes
+from capa_export.base.quantities import parse_bytes
 
 __all__ = [
     "BisectOpt",

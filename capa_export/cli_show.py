@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyOpt
-from capa_export.errors import CapaError, ExitCode
 
 __all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
 
@@ -68,8 +68,8 @@ _PLACES = {
 
 def models(as_json: JsonOpt = False) -> None:
     """List the shipped recipes, and the published checkpoints that each is for."""
+    from capa_export.base.shipped import shipped_names
     from capa_export.recipe import load_recipe
-    from capa_export.shipped import shipped_names
 
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
     if as_json:
@@ -113,7 +113,7 @@ def selectors(as_json: JsonOpt = False) -> None:
 
 def targets(as_json: JsonOpt = False) -> None:
     """List the shipped targets."""
-    from capa_export.shipped import shipped_names
+    from capa_export.base.shipped import shipped_names
     from capa_export.target import load_target
 
     known = [load_target(name) for name in shipped_names("engines")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli_options import (
     BisectOpt,
     BundleArg,
@@ -48,7 +49,6 @@ from capa_export.cli_options import (
     WorkersOpt,
 )
 from capa_export.cli_show import print_json
-from capa_export.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     from capa_export.bundle import Bundle
@@ -96,12 +96,12 @@ def calibrate(
 ) -> None:
     """Measure which visual FFNs are linear, and their scales."""
     from capa_export import pipeline
+    from capa_export.base.progress import progress
+    from capa_export.base.workers import Workers
     from capa_export.bundle import Bundle
     from capa_export.calibration import Calibration, merged
     from capa_export.job import Job
-    from capa_export.progress import progress
     from capa_export.recipe import FFN, load_recipe
-    from capa_export.spread import Workers
 
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
@@ -163,9 +163,9 @@ def export(
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
     from capa_export import pipeline
+    from capa_export.base.progress import progress
     from capa_export.bundle import Bundle
     from capa_export.job import Job
-    from capa_export.progress import progress
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
     recipe = with_options(
@@ -210,7 +210,7 @@ def engine(
     as_json: JsonOpt = False,
 ) -> None:
     """Build a bundle's TensorRT engines, or the kit that builds them on the device."""
-    from capa_export.progress import progress
+    from capa_export.base.progress import progress
     from capa_export.tables import engine_table
 
     if on_device:
@@ -267,12 +267,12 @@ def validate(
 ) -> None:
     """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
     from capa_export import pipeline
+    from capa_export.base.progress import progress
     from capa_export.bundle import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
     from capa_export.parity.against_golden import GOLDEN
     from capa_export.parity.validation import Wanted
-    from capa_export.progress import progress
 
     opened = Bundle.open(bundle)
     check_places(junit, markdown)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.quantities import parse_budget
 from capa_export.cli_options import (
     CalibrationOpt,
     CheckpointOpt,
@@ -19,8 +21,6 @@ from capa_export.cli_options import (
     SourceArg,
     TrustOpt,
 )
-from capa_export.errors import CapaError, ExitCode
-from capa_export.quantities import parse_budget
 
 __all__ = ["tune"]
 
@@ -51,10 +51,10 @@ def tune(
     """Find the schedule that agrees best with the dense model within a budget."""
     from tempfile import TemporaryDirectory
 
+    from capa_export.base.progress import progress
     from capa_export.bundle import Bundle
     from capa_export.cli_stages import check_places, recipe_and_checkpoint, with_options
     from capa_export.job import Job
-    from capa_export.progress import progress
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
     recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)

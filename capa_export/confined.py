@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from google.protobuf.message import DecodeError, Message
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 
 __all__ = ["WEIGHTS_TABLE", "confined", "is_name", "references"]
 

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.toml import Settings, first_problem
 from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, pictures_among, upright_rgb
 from capa_export.picture_sources import picture_bytes, picture_path
 from capa_export.prompt import Turn, Video
-from capa_export.settings import Settings, first_problem
 
 __all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
 

@@ -10,7 +10,7 @@ from weakref import finalize
 
 import numpy as np
 
-from capa_export.errors import CapaError, how_to_install
+from capa_export.base.errors import CapaError, how_to_install
 
 __all__ = ["Buffer", "Gpu", "Graph", "Rows", "Stream", "call", "require_gpu"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.generation import Generation
 
 if TYPE_CHECKING:

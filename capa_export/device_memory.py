@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from capa_export.dims import ModelDims
+from capa_export.base.dims import ModelDims
 from capa_export.plan import KVCache, Parameters, parameters
 from capa_export.target import Target
 

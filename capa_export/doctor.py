@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from capa_export.base.errors import CapaError, how_to_install
 from capa_export.build_engines import GRAPHS
 from capa_export.bundle import Bundle
 from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
-from capa_export.errors import CapaError, how_to_install
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.lower import NATIVE

@@ -6,6 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.disk import check_disk, free_bytes
+from capa_export.base.errors import CapaError
+from capa_export.base.machine import available_memory
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
 from capa_export.device_memory import (
@@ -19,14 +23,10 @@ from capa_export.device_memory import (
     engine_weight_bytes,
     onnx_runtime_bytes,
 )
-from capa_export.dims import ModelDims
-from capa_export.disk import check_disk, free_bytes
-from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.finished import finished_stages
 from capa_export.hub import full_source
 from capa_export.lockstep import TOGETHER_BYTES
-from capa_export.measure import available_memory
 from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
 from capa_export.recipe import Recipe, check_layers
 from capa_export.target import Target

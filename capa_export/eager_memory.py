@@ -1,10 +1,10 @@
 """Whether this machine has room for the eager model, which is held in FP32."""
 
+from capa_export.base.errors import CapaError
+from capa_export.base.machine import available_memory
+from capa_export.base.progress import say
 from capa_export.dry_run import calibration_bytes
-from capa_export.errors import CapaError
 from capa_export.job import Job
-from capa_export.measure import available_memory
-from capa_export.progress import say
 
 __all__ = ["exceeds_memory", "require_eager_memory"]
 

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import Bundle
 from capa_export.cuda import Buffer, Gpu, Stream, require_gpu
-from capa_export.errors import CapaError, ExitCode
 from capa_export.graph.functions import DOMAIN
 from capa_export.job import ONNX, say
 

@@ -13,6 +13,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.disk import check_disk
+from capa_export.base.errors import CapaError
+from capa_export.base.progress import Report, silent
 from capa_export.bind import (
     EMBEDDING,
     HEAD,
@@ -25,15 +29,11 @@ from capa_export.bind import (
 )
 from capa_export.chat_template import TEMPLATE_FILES
 from capa_export.checkpoint import Checkpoint, StoredTensor, canonical_name
-from capa_export.dims import ModelDims
-from capa_export.disk import check_disk
-from capa_export.errors import CapaError
 from capa_export.families import Family, LayoutFamily, require_selection
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
-from capa_export.progress import Report, silent
 from capa_export.selectors import Chosen
 from capa_export.sliced import Graphs
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 
 __all__ = ["MIN_WEIGHT_BYTES", "ExternalWeight", "externalize_weights"]
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from capa_export.errors import CapaError, ExitCode
-from capa_export.settings import first_problem
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.toml import first_problem
 
 __all__ = ["Generation", "GenerationOptions", "eos_token_ids", "read_generation"]
 

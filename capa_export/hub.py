@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 
 __all__ = ["find_folder", "full_source", "refetch"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.graph.functions import DOMAIN, PLUGIN
 
 __all__ = ["Unit", "check_units", "compute_in_fp32", "parse_unit"]

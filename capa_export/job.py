@@ -10,17 +10,17 @@ from threading import Thread
 from typing import Any, Literal
 
 import capa_export
+from capa_export.base.errors import CapaError
+from capa_export.base.fingerprint import fingerprint
+from capa_export.base.progress import Report, say, silent
+from capa_export.base.workers import Workers
 from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.device_memory import WeightsWish
-from capa_export.errors import CapaError
 from capa_export.families import Family, load_family, require_selection
-from capa_export.fingerprint import fingerprint
 from capa_export.hub import full_source
 from capa_export.pixels import PixelBounds
 from capa_export.plugins.choice import PluginWish
-from capa_export.progress import Report, say, silent
 from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
-from capa_export.spread import Workers
 
 __all__ = [
     "ONNX",

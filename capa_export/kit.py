@@ -13,20 +13,20 @@ import onnx_ir as ir
 
 import capa_export
 from capa_export import kit_builder
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.machine import available_memory
+from capa_export.base.progress import Report, silent
 from capa_export.build_engines import GRAPHS, refuse_copies
 from capa_export.bundle import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.bundled import bundled_dims
 from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
-from capa_export.errors import CapaError, ExitCode
 from capa_export.golden import write_golden
 from capa_export.job import ONNX, say
 from capa_export.lower import NATIVE
-from capa_export.measure import available_memory
 from capa_export.plugins.alias import ensure_parser_library
 from capa_export.plugins.choice import PluginWish, choose_device_plugins
 from capa_export.prepare import Prepared, prepare
-from capa_export.progress import Report, silent
 from capa_export.target import Engine, Target, version_parts
 
 __all__ = ["build_kit", "write_kit"]

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 
 __all__ = ["LOCK", "locked"]
 

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.toml import first_problem
 from capa_export.recipe import FFN, Prune, Stage
-from capa_export.settings import first_problem
 
 __all__ = ["FFNs", "Method", "parse_method", "stage_text"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from capa_export.errors import CapaError
-from capa_export.progress import say
+from capa_export.base.errors import CapaError
+from capa_export.base.progress import say
 
 __all__ = ["PICTURE_SUFFIXES", "open_picture", "pictures_among", "upright_rgb"]
 

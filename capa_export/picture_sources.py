@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 
 __all__ = ["Encoded", "file_bytes", "picture_bytes", "picture_path"]
 

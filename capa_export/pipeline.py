@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capa_export.audit import audit
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import silent, tracked
+from capa_export.base.workers import chunks, in_order, spread
 from capa_export.bundle import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.eager_memory import exceeds_memory, require_eager_memory
-from capa_export.errors import CapaError, ExitCode
 from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
 from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
@@ -19,9 +21,7 @@ from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import validate
 from capa_export.parity.validation import Wanted
-from capa_export.progress import silent, tracked
 from capa_export.recipe import Recipe, ranges
-from capa_export.spread import chunks, in_order, spread
 from capa_export.target import Target
 from capa_export.unfinished import UnfinishedSums
 

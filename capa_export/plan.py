@@ -10,8 +10,8 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
-from capa_export.dims import DecoderDims, ModelDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import DecoderDims, ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.selectors import CAPA, Chosen, Size, load_selector
 
 __all__ = [

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.chat_template import read_chat_template
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError
 from capa_export.families import Family, VideoFamily
 from capa_export.hub import refetch
 from capa_export.pixels import PixelBounds, processor_settings

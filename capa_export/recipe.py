@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped, shipped_names
+from capa_export.base.toml import Settings, first_problem, read_toml
 from capa_export.pixels import PixelBounds
 from capa_export.selectors import Chosen, Option, load_selector, selectors
-from capa_export.settings import Settings, first_problem, read_toml
-from capa_export.shipped import shipped, shipped_names
 
 __all__ = [
     "FFN",

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped_names
 from capa_export.checkpoint import fetch_config
-from capa_export.errors import CapaError, ExitCode
 from capa_export.recipe import Recipe, load_recipe
-from capa_export.shipped import shipped_names
 
 __all__ = ["find_recipe"]
 

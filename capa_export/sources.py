@@ -10,10 +10,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from pydantic import TypeAdapter, ValidationError
 
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.toml import first_problem
 from capa_export.conversation import Message, Messages, files_of
-from capa_export.errors import CapaError, ExitCode
 from capa_export.picture_files import PICTURE_SUFFIXES, pictures_among
-from capa_export.settings import first_problem
 
 __all__ = ["EXAMPLES", "Line", "found", "read_line", "read_lines", "wrong_line"]
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from capa_export.fingerprint import file_digest
-from capa_export.whole import write_whole
+from capa_export.base.files import write_whole
+from capa_export.base.fingerprint import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Generator

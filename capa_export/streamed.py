@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from capa_export.base.errors import CapaError
+from capa_export.base.progress import Report, silent
 from capa_export.checkpoint import StoredTensor, canonical_name
 from capa_export.eager_attention import ATTENTION
-from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.lockstep import Part
-from capa_export.progress import Report, silent
 
 __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", "read_model"]
 

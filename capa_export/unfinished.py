@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from capa_export.base.errors import CapaError
 from capa_export.calibration import Calibration
-from capa_export.errors import CapaError
 
 __all__ = ["UnfinishedSums"]
 

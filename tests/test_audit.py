@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from capa_export.audit import audit
+from capa_export.base.errors import CapaError
 from capa_export.calibrate import calibrate
 from capa_export.checkpoint import open_checkpoint
-from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import llava15, qwen25vl
 from capa_export.families.qwen25vl.dims import model_dims

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from capa_export import pipeline
+from capa_export.base.errors import CapaError
+from capa_export.base.progress import silent
 from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.cli import main
-from capa_export.errors import CapaError
 from capa_export.job import Job
 from capa_export.pixels import PixelBounds
-from capa_export.progress import silent
 from capa_export.recipe import load_recipe
 from capa_export.target import DimRange, Target, load_target
 

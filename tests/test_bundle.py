@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import MANIFEST, Bundle, digest_of
-from capa_export.errors import CapaError, ExitCode
 from capa_export.lock import LOCK
 
 

@@ -11,17 +11,17 @@ import torch
 from transformers import AttentionInterface
 
 from capa_export import eager_memory, pipeline
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.workers import Workers
 from capa_export.bundle import Bundle
 from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
 from capa_export.job import Job
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe
 from capa_export.samples import Samples, samples_from
-from capa_export.spread import Workers
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from capa_export import calibrate_layerwise as module
 from capa_export import pipeline
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped
 from capa_export.bundle import Bundle
 from capa_export.calibrate import calibrate
 from capa_export.calibrate_layerwise import calibrate_layerwise
@@ -20,14 +22,12 @@ from capa_export.calibration import Calibration
 from capa_export.checkpoint import open_checkpoint
 from capa_export.cli import main
 from capa_export.dry_run import calibration_bytes, dry_run
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source
 from capa_export.families import load_family
 from capa_export.job import Job
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe
 from capa_export.samples import Samples, samples_from
-from capa_export.shipped import shipped
 from capa_export.unfinished import UnfinishedSums
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl

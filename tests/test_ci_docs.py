@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from capa_export.base.toml import read_toml
 from capa_export.compare.schema import Limits
 from capa_export.gates import GateFile
 from capa_export.parity.schema import read_parity
-from capa_export.settings import read_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from capa_export.base.errors import CapaError
 from capa_export.bundle import MANIFEST, Bundle
 from capa_export.confined import confined, is_name, references
-from capa_export.errors import CapaError
 from capa_export.manifest import written
 
 SECRET = b"not of the bundle"

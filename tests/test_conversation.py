@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import video_utils
 from transformers.utils import import_utils
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.conversation import conversations, open_video, read_messages
-from capa_export.errors import CapaError, ExitCode
 from capa_export.prompt import Turn, Video
 from tests.conftest import noise
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
 from capa_export.decoding import TokenChooser, generate
-from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import load_family
 from capa_export.families.qwen25vl import tower_inputs

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.device_memory import (
     EMBEDDED_LIMIT,
@@ -15,8 +17,6 @@ from capa_export.device_memory import (
     devices_with_room,
     onnx_runtime_bytes,
 )
-from capa_export.dims import ModelDims
-from capa_export.errors import ExitCode
 from capa_export.families import load_family
 from capa_export.plan import kv_cache, parameters
 from capa_export.target import load_target

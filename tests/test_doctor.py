@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from capa_export import doctor, pipeline
+from capa_export.base.errors import CapaError
 from capa_export.bundle import Bundle
 from capa_export.cli import main
 from capa_export.doctor import Finding, examine
-from capa_export.errors import CapaError
 from capa_export.job import Job
 from capa_export.recipe import load_recipe
 from capa_export.target import DimRange, Target, load_target

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.engine import EngineReport, build_engine, parse_layers, weight_copies
-from capa_export.errors import CapaError, ExitCode
 from capa_export.target import DimRange, ShapeRange, Target, load_target
 
 GRAPH = """

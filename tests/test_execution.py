@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from capa_export import cuda, execution
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import Bundle
 from capa_export.engine_runtime import EngineModel
-from capa_export.errors import CapaError, ExitCode
 from capa_export.execution import require_engines
 from capa_export.export import Source
 from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle

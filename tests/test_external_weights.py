@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.external_weights import ExternalWeight, externalize_weights
 
 GRAPH = """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from tests.fuzz.readers import READERS, Reader
 
 SECONDS = 5

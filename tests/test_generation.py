@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from capa_export import generation
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
 
 QWEN = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.kernels.execute import execute
 from capa_export.parity.trace import Trace
 from tests.graph.one_node import run

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from capa_export import pipeline
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle, file_digest
 from capa_export.checkpoint import Checkpoint, open_checkpoint
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.job import Job

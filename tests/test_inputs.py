@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
 from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import load_family, qwen25vl
 from capa_export.onnx_model import OnnxModel

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import onnx
 import pytest
 
+from capa_export.base.errors import ExitCode
 from capa_export.cli import main
-from capa_export.errors import ExitCode
 
 _COMMAND = """
 import signal, sys, time

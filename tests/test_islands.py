@@ -10,10 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from capa_export import onnx_model
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped
 from capa_export.checkpoint import open_checkpoint
 from capa_export.doctor import _graph
 from capa_export.engine import build_engine
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source, write_onnx
 from capa_export.families import load_family
 from capa_export.graph.decoder import prefill_model
@@ -24,7 +25,6 @@ from capa_export.onnx_model import OnnxModel
 from capa_export.plugins.choice import Plugins
 from capa_export.prepare import prepare
 from capa_export.prompt import Prompter
-from capa_export.shipped import shipped
 from capa_export.target import load_target
 from tests.conftest import noise
 from tests.models import FAMILIES

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capa_export.measure import available_memory, measured
+from capa_export.base.machine import available_memory, measured
 
 MEMINFO = "MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\nHugePages_Total:       0\n"
 STAT = "anon 5\nactive_file 300\ninactive_file 200\nfile 900\n"

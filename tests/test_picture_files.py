@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from capa_export.base.errors import CapaError
 from capa_export.conversation import open_video
-from capa_export.errors import CapaError
 from capa_export.picture_files import open_picture
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from capa_export import build_engines as engine_stage
 from capa_export import dry_run, pipeline
 from capa_export.answer import answer
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
 from capa_export.bundle import Bundle, file_digest
 from capa_export.calibration import Calibration
@@ -23,7 +24,6 @@ from capa_export.checkpoint import Checkpoint
 from capa_export.cli import main
 from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
 from capa_export.generation import GenerationOptions, eos_token_ids
 from capa_export.job import Job

@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
-from capa_export.dims import DecoderDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import DecoderDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families.qwen25vl.dims import model_dims, vision_flops
 from capa_export.onnx_model import OnnxModel

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-from capa_export.progress import progress, tracked
+from capa_export.base.progress import progress, tracked
 from capa_export.recipe import ranges
 
 
@@ -18,7 +18,7 @@ def test_a_log_gets_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count(0, 4)
-    monkeypatch.setattr("capa_export.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("capa_export.base.progress.time.monotonic", lambda: float(next(clock)))
     with progress() as report:
         list(tracked(range(6), "questions", 6, report))
     assert capsys.readouterr().err.splitlines() == [

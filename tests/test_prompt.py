@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source
 from capa_export.families import qwen25vl
 from capa_export.prompt import Prompter

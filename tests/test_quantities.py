@@ -2,8 +2,8 @@
 
 import pytest
 
-from capa_export.errors import CapaError, ExitCode
-from capa_export.quantities import parse_budget, parse_bytes
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.quantities import parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from capa_export.base.errors import ExitCode
 from capa_export.cli import main
-from capa_export.errors import ExitCode
 from capa_export.recipe import load_recipe
 from capa_export.testbed.scenes import SHAPES
 from tests.conftest import noise

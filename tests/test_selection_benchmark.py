@@ -20,8 +20,8 @@ from benchmarks.selection.pages import ratio as ratio_page
 from benchmarks.selection.pages import tuned as tuned_page
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from benchmarks.selection.pages.svg import COLOURS, Line, Panel, look_of, numbered, plot
+from capa_export.base.errors import CapaError
 from capa_export.eager import Eager
-from capa_export.errors import CapaError
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Difference, Rate
 from capa_export.selectors import selectors

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capa_export.base.errors import CapaError
 from capa_export.conversation import read_messages
-from capa_export.errors import CapaError
 from capa_export.evaluate.questions import questions_from
 from capa_export.prompt import Turn
 from capa_export.recipe import load_recipe

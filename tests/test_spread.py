@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from capa_export.errors import CapaError
-from capa_export.spread import Workers, chunks, in_order, spread
+from capa_export.base.errors import CapaError
+from capa_export.base.workers import Workers, chunks, in_order, spread
 
 
 def squarer(offset: int) -> Callable[[int], int]:

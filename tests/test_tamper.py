@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from capa_export import pipeline
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
 from capa_export.job import PARITY, REPORT, Job
 from capa_export.recipe import Recipe, load_recipe
 from tests.conftest import noise

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import CapaError, ExitCode
-from capa_export.shipped import shipped, shipped_names
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped, shipped_names
 from capa_export.target import DimRange, ShapeRange, Target, load_target, version_parts
 
 

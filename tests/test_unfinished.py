@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.bundle import MANIFEST, Bundle
 from capa_export.calibrate import Measurement
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode, NotFiniteError
 from tests.conftest import noise
 
 SAMPLES, LAYERS = 4, 5

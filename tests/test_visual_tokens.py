@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
 from capa_export.dry_run import dry_run
-from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.families import load_family
 from capa_export.pixels import PixelBounds, stored_settings

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.whole import replacing, write_whole
+from capa_export.base.files import replacing, write_whole
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from reference import PARITY_RATIO, Graphs, feed, figures, trace
 from timing import wall_milliseconds
 from workload import NUM_VISUAL, prompt
 
+from capa_export.base.errors import CapaError
 from capa_export.cuda import require_gpu
 from capa_export.engine import build_engine
 from capa_export.engine_runtime import EngineModel
-from capa_export.errors import CapaError
 from capa_export.execution import BuiltEngines
 from capa_export.export import DENSE
 from capa_export.lower import NATIVE

@@ -11,7 +11,7 @@ from cases import Case, skip
 from problem import HALVES, Problem, problems
 from timing import cuda_timer, measured_chip, timed
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import COMPUTE_CAPABILITIES, compile_kernels
 from capa_export.kernels.execute import execute

@@ -21,14 +21,14 @@ from benchmarks.selection.bed import SEED, Bed, open_bed
 from benchmarks.selection.figures import About, Record, read_record
 from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
+from capa_export.base.errors import CapaError
+from capa_export.base.files import write_whole
+from capa_export.base.progress import progress
+from capa_export.base.toml import Settings
 from capa_export.bundle import digest_of, file_digest
-from capa_export.errors import CapaError
 from capa_export.job import tool_versions
-from capa_export.progress import progress
 from capa_export.selectors import load_selector, selectors
-from capa_export.settings import Settings
 from capa_export.testbed.beds import BEDS
-from capa_export.whole import write_whole
 
 _DOCS = Path(__file__).parents[2] / "docs" / "results"
 _QUESTIONS = 180

@@ -6,6 +6,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from capa_export.base.progress import Report, silent, tracked
+from capa_export.base.workers import Workers, in_order, spread
 from capa_export.bundle import Bundle
 from capa_export.calibration import Calibration
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
@@ -14,9 +16,7 @@ from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.pipeline import calibrate
 from capa_export.plan import flops
-from capa_export.progress import Report, silent, tracked
 from capa_export.recipe import load_recipe
-from capa_export.spread import Workers, in_order, spread
 from capa_export.testbed.dataset import write_dataset
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, Split, samples
 

@@ -5,10 +5,10 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field, ValidationError
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
+from capa_export.base.toml import Settings, first_problem
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Difference
-from capa_export.settings import Settings, first_problem
 
 __all__ = [
     "About",

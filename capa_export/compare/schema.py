@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from capa_export.base.toml import Settings
 from capa_export.parity.schema import Check, Difference, Figure, Rate
-from capa_export.settings import Settings
 
 __all__ = [
     "Answers",

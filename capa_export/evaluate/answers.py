@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.evaluate.questions import Question
 from capa_export.prompt import Prompt, Prompter
 

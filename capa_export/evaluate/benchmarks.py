@@ -6,7 +6,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.evaluate.metrics import Metric
 
 __all__ = ["BENCHMARKS", "PLAIN", "Benchmark", "benchmark_of"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capa_export.answer import runtime_errors
+from capa_export.base.statistics import kl_divergence
 from capa_export.bundle import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.decoding import greedy
@@ -15,7 +16,6 @@ from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX
 from capa_export.methods import Method
 from capa_export.onnx_model import OnnxModel
-from capa_export.parity.statistics import kl_divergence
 from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt
 from capa_export.recipe import recipe_of

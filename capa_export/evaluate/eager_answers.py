@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capa_export.base.statistics import kl_divergence
 from capa_export.calibrate import watching_ffns
 from capa_export.calibration import Calibration
 from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
@@ -17,7 +18,6 @@ from capa_export.evaluate.questions import Question
 from capa_export.generation import eos_token_ids
 from capa_export.job import Job
 from capa_export.methods import Method
-from capa_export.parity.statistics import kl_divergence
 from capa_export.prompt import Prompt
 
 __all__ = ["EagerAnswers", "EagerMethods"]

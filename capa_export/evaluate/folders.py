@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from capa_export.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.picture_files import PICTURE_SUFFIXES
 
 __all__ = ["Table", "is_dataset", "open_folder"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.conversation import Message
-from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
 from capa_export.evaluate.folders import Table, is_dataset, open_folder
 from capa_export.evaluate.metrics import VQA_ANSWERS

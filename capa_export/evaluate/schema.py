@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from capa_export.base.toml import Settings
 from capa_export.parity.schema import Difference, Figure, Rate
-from capa_export.settings import Settings
 
 __all__ = ["Evaluation", "Scored", "Skipped"]
 

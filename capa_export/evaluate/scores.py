@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from capa_export.base.statistics import paired_bootstrap, wilson
 from capa_export.evaluate.answers import DENSE, Answer
 from capa_export.evaluate.metrics import METRICS, Metric, says_yes, yes_no_figures
 from capa_export.evaluate.questions import Question
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Rate
-from capa_export.parity.statistics import paired_bootstrap, wilson
 
 __all__ = ["Answered", "scored"]
 

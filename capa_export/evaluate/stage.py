@@ -5,16 +5,16 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
+from capa_export.base.files import write_whole
+from capa_export.base.progress import Report, silent
+from capa_export.base.workers import Workers, chunks, spread
 from capa_export.evaluate.answers import Answer, Asked
 from capa_export.evaluate.questions import Question, Questions
 from capa_export.evaluate.results import Results
 from capa_export.evaluate.schema import Evaluation, Skipped
 from capa_export.evaluate.scores import Answered, scored
 from capa_export.evaluate.subject import Subject
-from capa_export.progress import Report, silent
-from capa_export.spread import Workers, chunks, spread
-from capa_export.whole import write_whole
 
 __all__ = ["EVALUATION", "MAX_SKIPPED", "evaluate"]
 

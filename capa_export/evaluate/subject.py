@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import capa_export
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import silent
+from capa_export.base.workers import Workers
 from capa_export.bundle import Bundle, digest_of, file_digest
 from capa_export.bundled import require_memory
 from capa_export.calibration import Calibration
 from capa_export.eager_memory import require_eager_memory
-from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.pipeline import calibrate, note_digests
 from capa_export.pixels import PixelBounds
-from capa_export.progress import silent
 from capa_export.recipe import Recipe, ranges, recipe_of
 from capa_export.selectors import load_selector
-from capa_export.spread import Workers
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]
 

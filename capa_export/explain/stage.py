@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import tracked
+from capa_export.base.statistics import kl_divergence
 from capa_export.calibrate import measure
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.eager import Prefill
 from capa_export.eager_memory import require_eager_memory
-from capa_export.errors import CapaError, ExitCode
 from capa_export.evaluate.answers import DENSE, longest
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.evaluate.subject import check_fits, methods_from
@@ -21,9 +23,7 @@ from capa_export.explain.schema import Explained, Explanation, LeftOut, StageKep
 from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
 from capa_export.methods import Method, parse_method, stage_text
-from capa_export.parity.statistics import kl_divergence
 from capa_export.picture_files import open_picture
-from capa_export.progress import tracked
 from capa_export.prompt import Prompt, Turn
 from capa_export.recipe import Stage
 from capa_export.samples import Sample

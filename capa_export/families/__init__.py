@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.pixels import PixelBounds
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.dims import DecoderDims, ModelDims
+from capa_export.base.dims import DecoderDims, ModelDims
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear

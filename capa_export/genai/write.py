@@ -7,8 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from capa_export.dims import DecoderDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import DecoderDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.export import PRECISIONS, Source
 from capa_export.genai.graph import TABLE, decoder_model, embedding_model, prompt_model, row_size
 from capa_export.graph.rotary import rotary_tables

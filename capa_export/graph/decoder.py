@@ -13,7 +13,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.dims import DecoderDims
+from capa_export.base.dims import DecoderDims
 from capa_export.graph.build import Input, build_model, call
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
 from capa_export.graph.prune import Prune

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.dims import DecoderDims
+from capa_export.base.dims import DecoderDims
 from capa_export.graph.build import call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
 from capa_export.selectors import TOKEN_AXIS, Chosen, GraphView, load_selector

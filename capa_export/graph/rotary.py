@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from capa_export.dims import ModelDims
+from capa_export.base.dims import ModelDims
 from capa_export.graph.decoder import RotaryTables
 
 __all__ = ["rotary_frequencies", "rotary_tables"]

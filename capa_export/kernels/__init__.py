@@ -1,6 +1,6 @@
 """The GPU kernels of the CAPA operators, one file each, in Triton; importing it needs triton."""
 
-from capa_export.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
 
 try:
     from capa_export.kernels import contribution_score, token_gather, topk_keep, visual_scale

@@ -28,10 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import ptx_get_version
 from triton.compiler import ASTSource
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import write_whole
 from capa_export.kernels.operator import Count, Launch, Operator
 from capa_export.plugins.choice import HEAD_SIZES
-from capa_export.whole import write_whole
 
 __all__ = [
     "COMPUTE_CAPABILITIES",

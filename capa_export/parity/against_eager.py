@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from capa_export.base.errors import CapaError
+from capa_export.base.machine import processor
 from capa_export.calibration import CALIBRATION
-from capa_export.errors import CapaError
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, Job, alpha_digest
-from capa_export.measure import processor
 from capa_export.parity.schema import PROMPTS
 from capa_export.parity.validation import (
     Validation,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.job import ONNX, Job, run_stage, tool_versions
 from capa_export.parity.schema import MethodError, ParityReport
 from capa_export.parity.validation import (
@@ -100,9 +100,9 @@ def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport)
 
 def _graphs_exceed_memory(job: Job) -> bool:
     """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
+    from capa_export.base.machine import available_memory
     from capa_export.bundled import bundled_dims
     from capa_export.device_memory import onnx_runtime_bytes
-    from capa_export.measure import available_memory
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer

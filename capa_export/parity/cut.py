@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.onnx_model import OnnxModel
 from capa_export.parity.probe import forced
 from capa_export.sliced import LAYER, Graphs, layer_of

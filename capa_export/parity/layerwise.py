@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.parity.cut import Cut, Opened, Pair
 from capa_export.parity.difference import node_difference
 

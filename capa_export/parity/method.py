@@ -12,14 +12,14 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from capa_export.base.progress import Report, tracked
+from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.eager import EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.lockstep import Pass, together
 from capa_export.parity.figures import percent
 from capa_export.parity.report import Example, KeptMap
 from capa_export.parity.schema import Method, MethodError
-from capa_export.parity.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.parity.subject import Subject
-from capa_export.progress import Report, tracked
 from capa_export.prompt import Prompt
 from capa_export.samples import Sample, Samples
 

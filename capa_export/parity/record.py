@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import Report, silent, tracked
+from capa_export.base.statistics import kl_divergence
 from capa_export.eager import Eager, EagerPlan, best, inputs_for
-from capa_export.errors import CapaError, ExitCode
 from capa_export.lockstep import Pass, together
 from capa_export.parity.half import HALF, lowered
-from capa_export.parity.statistics import kl_divergence
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
-from capa_export.progress import Report, silent, tracked
 from capa_export.prompt import Picture, Prompt
 from capa_export.samples import Sample, Samples
 from capa_export.selectors import load_selector

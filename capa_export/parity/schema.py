@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from capa_export.errors import CapaError
-from capa_export.settings import first_problem
+from capa_export.base.errors import CapaError
+from capa_export.base.toml import first_problem
 
 __all__ = [
     "PROMPTS",

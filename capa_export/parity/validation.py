@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from capa_export.base.progress import say
 from capa_export.bundle import Bundle, file_digest
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, PARITY, REPORT, Job
 from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
-from capa_export.progress import say
 from capa_export.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ def subject_of(
 
 def exceeds_memory(job: Job, precision: str) -> bool:
     """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
+    from capa_export.base.machine import available_memory
     from capa_export.dry_run import validation_bytes
-    from capa_export.measure import available_memory
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer

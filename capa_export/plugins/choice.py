@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from capa_export.dims import DecoderDims
-from capa_export.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.dims import DecoderDims
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
 
 __all__ = ["HEAD_SIZES", "NO_PLUGINS", "PluginKind", "PluginWish", "Plugins", "choose_device_plugins", "choose_plugins"]
 

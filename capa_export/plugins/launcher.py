@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cuda import call
-from capa_export.errors import CapaError, ExitCode
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import (
     COMPUTE_CAPABILITIES,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capa_export.errors import CapaError, ExitCode, how_to_install
-from capa_export.shipped import shipped
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.shipped import shipped
 
 if TYPE_CHECKING:
     from capa_export.kernels.compile import CompiledKernel

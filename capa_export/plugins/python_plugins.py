@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.graph.functions import PLUGIN
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, HalfDtype

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from capa_export.base.toml import Settings
 from capa_export.picture_sizes import sides_within, tile_grid
-from capa_export.settings import Settings
 
 __all__ = ["PictureProcessor", "PictureSettings", "Size"]
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
+from capa_export.base.toml import Settings, first_problem
 from capa_export.processors.pictures import PictureProcessor, PictureSettings
 from capa_export.processors.tokenizer import Tokenizer, TokenizerSettings
-from capa_export.settings import Settings, first_problem
 
 __all__ = ["PROCESSORS", "Processors", "read_processors", "write_processors"]
 

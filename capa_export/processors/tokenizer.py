@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from capa_export.base.toml import Settings
 from capa_export.processors.template import render
-from capa_export.settings import Settings
 
 __all__ = ["Tokenizer", "TokenizerSettings"]
 

@@ -13,14 +13,14 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from onnxscript import OpBuilder
     from torch import Tensor
 
-    from capa_export.dims import DecoderDims
+    from capa_export.base.dims import DecoderDims
 
 __all__ = [
     "CAPA",

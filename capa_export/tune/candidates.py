@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.calibration import Calibration
-from capa_export.errors import CapaError, ExitCode
 from capa_export.families import Family, require_selection
 from capa_export.methods import Method, parse_method, stage_text
 from capa_export.recipe import FFN, Recipe, Stage

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import write_whole
 from capa_export.recipe import Recipe
-from capa_export.whole import write_whole
 
 __all__ = ["recipe_text", "write_recipe"]
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from capa_export.base.toml import Settings
 from capa_export.parity.schema import Difference, Figure
-from capa_export.settings import Settings
 
 __all__ = ["Finalist", "Tuning"]
 

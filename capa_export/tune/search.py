@@ -12,9 +12,9 @@ from itertools import islice
 from math import isnan
 from statistics import fmean
 
+from capa_export.base.progress import Report, tracked
 from capa_export.job import say
 from capa_export.methods import Method
-from capa_export.progress import Report, tracked
 from capa_export.tune.agreement import Agreement, Opened
 from capa_export.tune.candidates import OTHER_MORE, Candidates
 

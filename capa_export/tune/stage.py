@@ -5,12 +5,12 @@ from statistics import fmean
 
 import numpy as np
 
+from capa_export.base.errors import CapaError
+from capa_export.base.statistics import paired_bootstrap
 from capa_export.eager_memory import require_eager_memory
-from capa_export.errors import CapaError
 from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.parity.schema import Difference
-from capa_export.parity.statistics import paired_bootstrap
 from capa_export.pipeline import calibrate
 from capa_export.recipe import FFN, Recipe
 from capa_export.samples import samples_from

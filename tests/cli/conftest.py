@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from capa_export.base.errors import ExitCode
+from capa_export.base.shipped import shipped
 from capa_export.cli import main
-from capa_export.errors import ExitCode
-from capa_export.shipped import shipped
 from tests.conftest import noise
 
 Result = tuple[int, str, str]

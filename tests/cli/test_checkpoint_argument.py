@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.shipped import shipped
 from capa_export.job import Job
-from capa_export.shipped import shipped
 from tests.cli.conftest import Cli, preflight
 from tests.models import FAMILIES
 from tests.models.internvl3 import QWEN3, save_original

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import ExitCode
+from capa_export.base.errors import ExitCode
 from tests.cli.conftest import Cli, preflight
 
 DATA = "onnx/llm/model.onnx.data"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import Bundle
 from capa_export.compare.bundles import compare
 from capa_export.compare.manifests import engines
 from capa_export.compare.schema import BundleComparison, Limits
-from capa_export.errors import CapaError, ExitCode
 from capa_export.families import qwen25vl
 from capa_export.parity.record import write_records
 from capa_export.parity.subject import Subject

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from capa_export.base.errors import ExitCode
 from capa_export.bundle import Bundle
 from capa_export.cli import main
 from capa_export.compare.schema import BundleComparison
-from capa_export.errors import ExitCode
 from tests.compare.conftest import Exported, note_validation, rerecord
 
 

@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 
+from capa_export.base.errors import ExitCode
 from capa_export.cli import main
-from capa_export.errors import ExitCode
 from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import EVALUATION

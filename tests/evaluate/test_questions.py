@@ -11,7 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.evaluate.questions import Question, questions_from
 from capa_export.picture_sources import Encoded
 from tests.conftest import noise

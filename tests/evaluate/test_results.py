@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.evaluate.answers import Answer
 from capa_export.evaluate.results import ANSWERS, Results
 

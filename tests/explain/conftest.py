@@ -9,11 +9,11 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export import pipeline
+from capa_export.base.progress import silent
 from capa_export.bundle import Bundle
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl
 from capa_export.job import Job
-from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe
 from tests.conftest import noise

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from capa_export.base.errors import CapaError
 from capa_export.calibration import Calibration
 from capa_export.eager import Eager, EagerPlan, inputs_for
-from capa_export.errors import CapaError
 from capa_export.explain.schema import Explained, Explanation
 from capa_export.explain.stage import explain
 from capa_export.families import qwen25vl

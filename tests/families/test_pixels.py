@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.checkpoint import open_checkpoint
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source
 from capa_export.families import load_family
 from capa_export.pixels import PixelBounds

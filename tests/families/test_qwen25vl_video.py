@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers.image_utils import SizeDict
 
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.errors import CapaError, ExitCode
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.families.qwen25vl.video import video as picture_from_video

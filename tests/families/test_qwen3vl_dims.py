@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.families.qwen3vl.dims import model_dims
 from capa_export.plan import flops, parameters
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from capa_export.base.errors import CapaError
 from capa_export.bind import bind
 from capa_export.checkpoint import open_checkpoint
 from capa_export.engine import build_engine
-from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.families import SelectionFamily, load_family, require_selection
 from capa_export.families.qwen25vl.dims import last_full_block

@@ -13,7 +13,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 with atheris.instrument_imports(include=["capa_export", "json", "tomllib"]):
-    from capa_export.errors import CapaError
+    from capa_export.base.errors import CapaError
     from tests.fuzz.readers import READERS
 
 

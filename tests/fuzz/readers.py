@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.numpy import save
 from transformers import AutoConfig
 
+from capa_export.base.progress import silent
+from capa_export.base.shipped import shipped
 from capa_export.bundle import MANIFEST, Bundle
 from capa_export.calibration import Calibration, LayerSums
 from capa_export.checkpoint import fetch_config, open_checkpoint, open_tensors
@@ -29,11 +31,9 @@ from capa_export.job import Job
 from capa_export.manifest import written
 from capa_export.parity.schema import read_parity
 from capa_export.pixels import PixelBounds
-from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import load_recipe, recipe_of
 from capa_export.samples import samples_from
-from capa_export.shipped import shipped
 from capa_export.target import load_target
 
 __all__ = ["READERS", "Reader"]

@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
 from capa_export.decoding import greedy
-from capa_export.errors import CapaError
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.families import load_family
 from capa_export.genai.graph import row_size

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.kernels import OPERATORS, visual_scale
 from capa_export.kernels import compile as compile_module
 from capa_export.kernels.compile import CompiledKernel, compile_kernels, has_half, variant_name

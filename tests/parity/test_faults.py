@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from capa_export import pipeline
+from capa_export.base.errors import CapaError
+from capa_export.base.progress import silent
 from capa_export.bundle import Bundle, file_digest
-from capa_export.errors import CapaError
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.job import Job
 from capa_export.onnx_model import OnnxModel
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import compare_onnx, compare_prompts
-from capa_export.progress import silent
 from capa_export.prompt import Prompter, Turn
 from capa_export.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.samples import Samples

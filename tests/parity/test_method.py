@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from capa_export.base.progress import silent
+from capa_export.base.shipped import shipped
 from capa_export.checkpoint import open_checkpoint
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source
@@ -20,12 +22,10 @@ from capa_export.parity.method import method_effect
 from capa_export.parity.report import Example
 from capa_export.parity.schema import Method, MethodError
 from capa_export.parity.subject import Subject
-from capa_export.progress import silent
 from capa_export.prompt import Prompter
 from capa_export.recipe import Prune, Stage, load_recipe
 from capa_export.samples import Conversation, Samples, samples_from
 from capa_export.selectors import capa
-from capa_export.shipped import shipped
 from capa_export.testbed.dataset import write_dataset
 from capa_export.testbed.scenes import samples
 

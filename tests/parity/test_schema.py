@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.parity.schema import Check, ParityReport, read_parity, write_parity
 from tests.parity.results import BISECTION, compared, parity_of
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from capa_export import pipeline
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle import Bundle
 from capa_export.cli import main
-from capa_export.errors import CapaError, ExitCode
 from capa_export.job import Job
 from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport, read_parity

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capa_export.parity.statistics import kl_divergence, paired_bootstrap, wilson
+from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.families import load_family
 from capa_export.plugins import choice
 from capa_export.plugins.choice import Plugins, choose_device_plugins, choose_plugins

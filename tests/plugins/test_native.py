@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.kernels.compile import CompiledKernel
 from capa_export.plugins.alias import ensure_parser_library
 from capa_export.plugins.native import build_library, find_headers, write_sources

@@ -14,7 +14,7 @@ import torch
 from cuda.bindings import driver as real
 
 from capa_export import cuda
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.graph.functions import FUNCTIONS
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, has_half, variant_name

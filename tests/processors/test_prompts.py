@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
-from capa_export.errors import CapaError
 from capa_export.export import Source
 from capa_export.families import VideoFamily, load_family
 from capa_export.processors.resolved import read_processors, write_processors

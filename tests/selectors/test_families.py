@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import open_checkpoint
-from capa_export.errors import CapaError
 from capa_export.export import Source, write_onnx
 from capa_export.families import Family, load_family
 from capa_export.onnx_model import OnnxModel

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.recipe import Prune, Stage, load_recipe
 from capa_export.selectors import Chosen, Option, Size, load_selector, selectors
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from capa_export.base.errors import CapaError
 from capa_export.calibration import Calibration
-from capa_export.errors import CapaError
 from capa_export.families import load_family
 from capa_export.methods import parse_method
 from capa_export.recipe import FFN, Prune, Recipe

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 from capa_export.export import Source
 from capa_export.methods import parse_method
 from capa_export.plan import flops

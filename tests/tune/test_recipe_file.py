@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
+from capa_export.base.shipped import shipped_names
 from capa_export.recipe import Prune, load_recipe
-from capa_export.shipped import shipped_names
 from capa_export.tune.recipe_file import recipe_text, write_recipe
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from capa_export import pipeline
+from capa_export.base.errors import ExitCode
 from capa_export.bundle import Bundle
 from capa_export.calibration import Calibration
 from capa_export.cli import main
-from capa_export.errors import ExitCode
 from capa_export.job import Job
 from capa_export.methods import Method, parse_method
 from capa_export.parity.schema import Difference

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.selection.bed import MAX_NEW_TOKENS, Bed
 from benchmarks.selection.figures import Against, Row
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
+from capa_export.base.statistics import paired_bootstrap
 from capa_export.evaluate.metrics import METRICS
 from capa_export.evaluate.results import Results
 from capa_export.evaluate.stage import evaluate
 from capa_export.evaluate.subject import Subject, eager_subject, methods_from, product
 from capa_export.methods import Method
-from capa_export.parity.statistics import paired_bootstrap
 from capa_export.recipe import Stage
 
 __all__ = ["at_own_places", "compared"]

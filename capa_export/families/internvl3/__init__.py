@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import Checkpoint
-from capa_export.dims import ModelDims
 from capa_export.eager_attention import attention_weights
-from capa_export.errors import CapaError
 from capa_export.families.internvl3.dims import Vision, model_dims
 from capa_export.families.internvl3.original import ORIGINAL, PREPROCESSOR, preprocessor_config
 from capa_export.families.internvl3.original import translated as translation_of

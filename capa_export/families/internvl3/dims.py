@@ -5,8 +5,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
-from capa_export.errors import CapaError
+from capa_export.base.dims import (
+    ModelDims,
+    Section,
+    TextDefaults,
+    decoder_dims,
+    refuse_quantized,
+)
+from capa_export.base.errors import CapaError
 from capa_export.families.internvl3.original import ORIGINAL, translated_config
 
 __all__ = ["Vision", "model_dims"]

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+from capa_export.base.dims import Section
+from capa_export.base.errors import CapaError
 from capa_export.checkpoint import Checkpoint, StoredTensor, read_json
-from capa_export.dims import Section
-from capa_export.errors import CapaError
 
 __all__ = ["ORIGINAL", "PREPROCESSOR", "preprocessor_config", "translated", "translated_config"]
 

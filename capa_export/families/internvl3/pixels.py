@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.families.internvl3.dims import Vision
 from capa_export.picture_sizes import tile_grid
 from capa_export.pixels import PixelBounds

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capa_export.dims import ModelDims
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.eager_attention import attention_weights
-from capa_export.errors import CapaError
 from capa_export.families.llava15.dims import Vision, model_dims
 from capa_export.families.llava15.pixels import check_bounds, num_tokens, picture_options
 from capa_export.prompt import Picture, Prompt

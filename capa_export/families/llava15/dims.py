@@ -4,8 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
-from capa_export.errors import CapaError
+from capa_export.base.dims import (
+    ModelDims,
+    Section,
+    TextDefaults,
+    decoder_dims,
+    refuse_quantized,
+)
+from capa_export.base.errors import CapaError
 
 __all__ = ["Vision", "model_dims"]
 

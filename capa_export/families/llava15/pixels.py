@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capa_export.dims import ModelDims
+from capa_export.base.dims import ModelDims
 from capa_export.families.llava15.dims import Vision
 from capa_export.pixels import PixelBounds
 

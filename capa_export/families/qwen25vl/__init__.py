@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capa_export.dims import ModelDims
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.eager_attention import attention_weights
-from capa_export.errors import CapaError
 from capa_export.families.qwen25vl.dims import Vision, last_full_block, model_dims
 from capa_export.families.qwen25vl.pixels import check_bounds, num_tokens, picture_options
 from capa_export.families.qwen25vl.video import video

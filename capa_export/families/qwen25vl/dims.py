@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-from capa_export.dims import ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import (
+    ModelDims,
+    Section,
+    TextDefaults,
+    decoder_dims,
+    refuse_quantized,
+)
+from capa_export.base.errors import CapaError, ExitCode
 
 __all__ = ["Vision", "VisionFlops", "expect_plain_vision_rope", "last_full_block", "model_dims", "vision_flops"]
 

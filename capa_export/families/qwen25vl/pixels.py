@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from math import ceil, floor
 from typing import Any, NamedTuple
 
-from capa_export.dims import ModelDims
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.families.qwen25vl.dims import Vision
 from capa_export.picture_sizes import sides_within
 from capa_export.pixels import PixelBounds

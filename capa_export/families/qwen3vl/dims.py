@@ -5,8 +5,15 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
-from capa_export.dims import DecoderDims, ModelDims, Section, TextDefaults, decoder_dims, refuse_quantized
-from capa_export.errors import CapaError
+from capa_export.base.dims import (
+    DecoderDims,
+    ModelDims,
+    Section,
+    TextDefaults,
+    decoder_dims,
+    refuse_quantized,
+)
+from capa_export.base.errors import CapaError
 from capa_export.families.qwen25vl.dims import expect_plain_vision_rope
 
 __all__ = ["Vision", "model_dims"]

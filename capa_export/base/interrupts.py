@@ -9,8 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from threading import Thread
 
-from capa_export.errors import ExitCode
-from capa_export.progress import say
+from capa_export.base.errors import ExitCode
+from capa_export.base.progress import say
 
 __all__ = ["Interruption", "interruptible"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from capa_export.errors import CapaError
+from capa_export.base.errors import CapaError
 
 __all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims", "refuse_quantized"]
 

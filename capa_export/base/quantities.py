@@ -2,7 +2,7 @@
 
 import re
 
-from capa_export.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode
 
 __all__ = ["parse_budget", "parse_bytes"]
 

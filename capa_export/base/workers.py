@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import Any, TypeVar
 
-from capa_export.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
 
 __all__ = ["Workers", "chunks", "in_order", "spread"]
 
