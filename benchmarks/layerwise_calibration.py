@@ -20,7 +20,7 @@ from PIL import Image
 from capa_export import pipeline
 from capa_export.base.progress import progress
 from capa_export.base.shipped import shipped
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.dry_run import calibration_bytes
 from capa_export.export import sidecars
 from capa_export.job import Job

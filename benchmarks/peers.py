@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from capa_export.bundle import file_digest
+from capa_export.bundle.store import file_digest
 
 sys.path.insert(0, str(Path(__file__).parent / "peer"))
 

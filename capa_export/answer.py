@@ -11,7 +11,7 @@ import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_prompter, require_memory
 from capa_export.decoding import TokenChooser, generate
 from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation

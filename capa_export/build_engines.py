@@ -8,9 +8,9 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle.confined import confined
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.bundled import bundled_dims
-from capa_export.confined import confined
 from capa_export.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine

@@ -5,7 +5,7 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.checkpoint import fetch_config
 from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.families import load_family

@@ -188,7 +188,7 @@ class Calibration:
             CapaError: the file is missing, damaged, or no calibration.
         """
         if path.is_dir():
-            from capa_export.bundle import Bundle
+            from capa_export.bundle.store import Bundle
 
             Bundle.open(path).verify("calibrate")
             path /= CALIBRATION

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.confined import is_name
+from capa_export.bundle.confined import is_name
 from capa_export.hub import find_folder, refetch
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ def build(
         raise CapaError("build needs --out FOLDER; only --dry-run does without", ExitCode.USAGE)
     from capa_export import pipeline
     from capa_export.base.progress import progress
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.job import Job
     from capa_export.parity.validation import Wanted
 

@@ -25,7 +25,7 @@ def compare(
     """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
     from capa_export.base.progress import progress
     from capa_export.base.toml import read_toml
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.compare.bundles import compare as compare_bundles
     from capa_export.compare.schema import Limits
     from capa_export.gates import GateFile

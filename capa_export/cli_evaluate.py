@@ -94,7 +94,7 @@ def evaluate(
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
     from capa_export.base.progress import progress
     from capa_export.base.workers import Workers
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.cli_stages import recipe_and_checkpoint, with_options
     from capa_export.evaluate.questions import questions_from
     from capa_export.evaluate.stage import MAX_SKIPPED

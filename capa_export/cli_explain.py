@@ -48,7 +48,7 @@ def explain(
     page = bundle / "explain.html" if out is None else out
     if page.is_dir():
         raise CapaError(f"--out {page}: is a folder; name the HTML file in it", ExitCode.USAGE)
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
 
     opened = Bundle.open(bundle)
     if not page.parent.is_dir():

@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
     from capa_export.answer import answer
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.conversation import conversations
     from capa_export.generation import GenerationOptions

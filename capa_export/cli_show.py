@@ -20,7 +20,7 @@ def print_json(value: Any) -> None:
 
 def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = False) -> None:
     """Show what a bundle holds and what made it; check its files."""
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.tables import bundle_table
 
     opened = Bundle.open(bundle, read_all=verify)
@@ -41,7 +41,7 @@ def doctor(
     """Say beforehand what would fail late: tools, GPU, a bundle's graphs, profile, memory (exit code 3: a problem)."""
     from dataclasses import asdict
 
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.doctor import examine
     from capa_export.tables import doctor_table
     from capa_export.target import load_target

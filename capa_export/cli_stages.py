@@ -51,7 +51,7 @@ from capa_export.cli_options import (
 from capa_export.cli_show import print_json
 
 if TYPE_CHECKING:
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.parity.schema import ParityReport
     from capa_export.recipe import Recipe
     from capa_export.target import Target
@@ -98,7 +98,7 @@ def calibrate(
     from capa_export import pipeline
     from capa_export.base.progress import progress
     from capa_export.base.workers import Workers
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.calibration import Calibration, merged
     from capa_export.job import Job
     from capa_export.recipe import FFN, load_recipe
@@ -164,7 +164,7 @@ def export(
     """Write the ONNX files of a calibrated bundle."""
     from capa_export import pipeline
     from capa_export.base.progress import progress
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.job import Job
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
@@ -224,7 +224,7 @@ def engine(
         if tensorrt_include is not None:
             raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
         from capa_export.build_engines import build_engines
-        from capa_export.bundle import Bundle
+        from capa_export.bundle.store import Bundle
         from capa_export.target import load_target
 
         device = load_target(target)
@@ -268,7 +268,7 @@ def validate(
     """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
     from capa_export import pipeline
     from capa_export.base.progress import progress
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
     from capa_export.parity.against_golden import GOLDEN

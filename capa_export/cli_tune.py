@@ -52,7 +52,7 @@ def tune(
     from tempfile import TemporaryDirectory
 
     from capa_export.base.progress import progress
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
     from capa_export.cli_stages import check_places, recipe_and_checkpoint, with_options
     from capa_export.job import Job
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, how_to_install
 from capa_export.build_engines import GRAPHS
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX

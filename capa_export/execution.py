@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.cuda import Buffer, Gpu, Stream, require_gpu
 from capa_export.graph.functions import DOMAIN
 from capa_export.job import ONNX, say

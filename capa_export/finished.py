@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capa_export.bundle import MANIFEST, Bundle
+from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.job import alpha_digest
 from capa_export.recipe import Recipe

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.job import ONNX
 from capa_export.onnx_model import OnnxModel

@@ -14,7 +14,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.fingerprint import fingerprint
 from capa_export.base.progress import Report, say, silent
 from capa_export.base.workers import Workers
-from capa_export.bundle import Bundle, digest_of, file_digest
+from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.device_memory import WeightsWish
 from capa_export.families import Family, load_family, require_selection
 from capa_export.hub import full_source

@@ -17,7 +17,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, silent
 from capa_export.build_engines import GRAPHS, refuse_copies
-from capa_export.bundle import MANIFEST, Bundle, digest_of, file_digest
+from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.bundled import bundled_dims
 from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries

@@ -11,7 +11,7 @@ from capa_export.audit import audit
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import silent, tracked
 from capa_export.base.workers import chunks, in_order, spread
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.eager_memory import exceeds_memory, require_eager_memory
 from capa_export.generation import eos_token_ids, read_generation

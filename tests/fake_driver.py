@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from cuda.bindings import driver as real
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.recipe import load_recipe
 

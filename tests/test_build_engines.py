@@ -11,7 +11,7 @@ from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
 from capa_export.build_engines import build_engines
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.cli import main
 from capa_export.job import Job

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import MANIFEST, Bundle, digest_of
-from capa_export.lock import LOCK
+from capa_export.bundle.lock import LOCK
+from capa_export.bundle.store import MANIFEST, Bundle, digest_of
 
 
 def write(text: str) -> Any:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from capa_export import eager_memory, pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.workers import Workers
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
 from capa_export.cli import main

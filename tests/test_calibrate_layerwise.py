@@ -15,7 +15,7 @@ from capa_export import calibrate_layerwise as module
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.calibrate import calibrate
 from capa_export.calibrate_layerwise import calibrate_layerwise
 from capa_export.calibration import Calibration

@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from capa_export.base.errors import CapaError
-from capa_export.bundle import MANIFEST, Bundle
-from capa_export.confined import confined, is_name, references
-from capa_export.manifest import written
+from capa_export.bundle.confined import confined, is_name, references
+from capa_export.bundle.manifest import written
+from capa_export.bundle.store import MANIFEST, Bundle
 
 SECRET = b"not of the bundle"
 

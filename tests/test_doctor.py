@@ -8,7 +8,7 @@ import pytest
 
 from capa_export import doctor, pipeline
 from capa_export.base.errors import CapaError
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.doctor import Finding, examine
 from capa_export.job import Job

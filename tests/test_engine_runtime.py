@@ -17,7 +17,7 @@ from cuda.bindings import driver as real
 from capa_export import engine_runtime
 from capa_export.answer import answer
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.decoding import greedy
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines

@@ -13,7 +13,7 @@ import pytest
 
 from capa_export import cuda, execution
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines
 from capa_export.export import Source

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.checkpoint import Checkpoint, open_checkpoint
 from capa_export.cli import main
 from capa_export.export import Source, write_onnx

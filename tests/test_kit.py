@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from capa_export import kit_builder, pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle, digest_of, file_digest
+from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.engine import parse_layers, weight_copies
 from capa_export.job import Job
 from capa_export.kit import build_kit, write_kit

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from capa_export.base.errors import CapaError
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.checkpoint import canonical_name, open_checkpoint
 from capa_export.export import Source, check_tensors
 from capa_export.families import load_family

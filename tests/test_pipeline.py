@@ -18,7 +18,8 @@ from capa_export import dry_run, pipeline
 from capa_export.answer import answer
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle.lock import LOCK
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibration import Calibration
 from capa_export.checkpoint import Checkpoint
 from capa_export.cli import main
@@ -27,7 +28,6 @@ from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl
 from capa_export.generation import GenerationOptions, eos_token_ids
 from capa_export.job import Job
-from capa_export.lock import LOCK
 from capa_export.plan import parameters
 from capa_export.prompt import Prompter
 from capa_export.recipe import Recipe, load_recipe

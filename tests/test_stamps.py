@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from capa_export import stamps
 from capa_export.base.errors import CapaError
 from capa_export.base.fingerprint import file_digest
-from capa_export.bundle import Bundle
+from capa_export.bundle import stamps
+from capa_export.bundle.store import Bundle
 
 DATA = "onnx/llm/model.onnx.data"
 YEAR_NS = 365 * 24 * 3600 * 10**9

@@ -11,7 +11,7 @@ import pytest
 
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import MANIFEST, Bundle
+from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION
 from capa_export.cli import main
 from capa_export.job import PARITY, REPORT, Job
@@ -149,7 +149,7 @@ def test_tampered_files_are_refused_by_every_reader(
 
 
 def test_a_tampered_manifest_is_refused_at_every_byte(built: Path) -> None:
-    from capa_export.manifest import parsed
+    from capa_export.bundle.manifest import parsed
 
     data = (built / MANIFEST).read_bytes()
     parsed(data)

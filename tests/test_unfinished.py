@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
-from capa_export.bundle import MANIFEST, Bundle
+from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibrate import Measurement
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.cli import main

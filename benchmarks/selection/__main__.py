@@ -25,7 +25,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress
 from capa_export.base.toml import Settings
-from capa_export.bundle import digest_of, file_digest
+from capa_export.bundle.store import digest_of, file_digest
 from capa_export.job import tool_versions
 from capa_export.selectors import load_selector, selectors
 from capa_export.testbed.beds import BEDS

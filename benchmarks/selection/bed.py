@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.workers import Workers, in_order, spread
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.calibration import Calibration
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.evaluate.questions import Question, Questions, questions_from

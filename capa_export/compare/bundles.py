@@ -6,7 +6,7 @@ from pathlib import Path
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import require_memory
 from capa_export.compare.manifests import changes, engines, sizes
 from capa_export.compare.schema import Answers, BundleComparison, Limits, LogitChange, Timing

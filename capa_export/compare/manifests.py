@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.compare.schema import Change, EngineChange, EngineFacts, Size
 
 __all__ = ["changes", "engines", "sizes"]

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.compare.schema import Answers, KeptChange, LogitChange, Timing
 from capa_export.decoding import greedy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from capa_export.answer import runtime_errors
 from capa_export.base.statistics import kl_divergence
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_prompter
 from capa_export.decoding import greedy
 from capa_export.evaluate.answers import Answer, Ask, asking, longest

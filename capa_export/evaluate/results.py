@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import digest_of
+from capa_export.bundle.store import digest_of
 from capa_export.evaluate.answers import Answer
 
 __all__ = ["ANSWERS", "Results"]

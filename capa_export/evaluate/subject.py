@@ -11,7 +11,7 @@ import capa_export
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import silent
 from capa_export.base.workers import Workers
-from capa_export.bundle import Bundle, digest_of, file_digest
+from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.bundled import require_memory
 from capa_export.calibration import Calibration
 from capa_export.eager_memory import require_eager_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from capa_export.base.progress import say
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, PARITY, REPORT, Job

@@ -142,7 +142,7 @@ def test_a_wrong_graph_exits_with_6(cli: Cli, spare: Path, recipe: Path, picture
         if node.op_type == "RMSNormalization":
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.3)
     ir.save(model, path)
-    from capa_export.bundle import Bundle, file_digest
+    from capa_export.bundle.store import Bundle, file_digest
 
     opened = Bundle(spare)
     stages: Any = opened.manifest["stages"]
@@ -196,7 +196,7 @@ def test_no_engine_to_build_is_a_usage_error(cli: Cli, spare: Path) -> None:
 
 
 def test_a_damaged_recipe_in_the_manifest(cli: Cli, spare: Path, pictures: Path) -> None:
-    from capa_export.bundle import Bundle
+    from capa_export.bundle.store import Bundle
 
     opened = Bundle(spare)
     recipe = opened.manifest["recipe"]

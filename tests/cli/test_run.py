@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from capa_export.base.errors import ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.families import qwen25vl
 from tests.cli.conftest import Cli, preflight

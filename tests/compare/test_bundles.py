@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.compare.bundles import compare
 from capa_export.compare.manifests import engines
 from capa_export.compare.schema import BundleComparison, Limits

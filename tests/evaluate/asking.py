@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.subject import Subject, eager_subject, methods_from
 from capa_export.job import Job

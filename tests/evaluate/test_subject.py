@@ -8,7 +8,7 @@ import pytest
 import capa_export
 from capa_export import pipeline
 from capa_export.base.errors import CapaError
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.evaluate.questions import questions_from
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import evaluate

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export import pipeline
 from capa_export.base.progress import silent
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl
 from capa_export.job import Job

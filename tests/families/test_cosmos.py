@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.export import check_tensors
 from capa_export.families import load_family
 from capa_export.generation import eos_token_ids

@@ -11,7 +11,7 @@ import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from capa_export.base.errors import CapaError
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source, check_tensors, copy_sidecars
 from capa_export.families import internvl3

@@ -18,7 +18,7 @@ from capa_export import pipeline
 from capa_export.answer import answer
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.checkpoint import open_checkpoint
 from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerPlan

@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from capa_export.base.progress import silent
 from capa_export.base.shipped import shipped
-from capa_export.bundle import MANIFEST, Bundle
+from capa_export.bundle.confined import references
+from capa_export.bundle.manifest import written
+from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibration import Calibration, LayerSums
 from capa_export.checkpoint import fetch_config, open_checkpoint, open_tensors
-from capa_export.confined import references
 from capa_export.conversation import read_messages
 from capa_export.decoding import TokenChooser
 from capa_export.families import load_family, qwen25vl
@@ -28,7 +29,6 @@ from capa_export.gates import with_gates
 from capa_export.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.in_place import embedding_of
 from capa_export.job import Job
-from capa_export.manifest import written
 from capa_export.parity.schema import read_parity
 from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompter

@@ -12,7 +12,7 @@ import pytest
 from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
-from capa_export.bundle import Bundle, file_digest
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.job import Job
 from capa_export.onnx_model import OnnxModel

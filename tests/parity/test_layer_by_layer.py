@@ -9,7 +9,7 @@ import pytest
 
 from capa_export import dry_run, pipeline
 from capa_export.base.errors import ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.job import Job
 from capa_export.parity.schema import ParityReport, read_parity

@@ -12,7 +12,7 @@ import pytest
 
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.job import Job
 from capa_export.parity.against_golden import GOLDEN

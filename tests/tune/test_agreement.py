@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.calibration import Calibration
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.selection.bed import Bed, questions_drawn
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.job import Job
 from capa_export.methods import Method, parse_method
 from capa_export.recipe import Stage

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from capa_export.base.toml import first_problem
-from capa_export.confined import is_name
+from capa_export.bundle.confined import is_name
 
 __all__ = ["VERSION", "digest_of", "parsed", "written"]
 

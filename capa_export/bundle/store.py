@@ -14,10 +14,10 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.base.fingerprint import file_digest, fingerprint
-from capa_export.confined import confined, references
-from capa_export.lock import locked
-from capa_export.manifest import VERSION, digest_of, parsed, written
-from capa_export.stamps import Stamps
+from capa_export.bundle.confined import confined, references
+from capa_export.bundle.lock import locked
+from capa_export.bundle.manifest import VERSION, digest_of, parsed, written
+from capa_export.bundle.stamps import Stamps
 
 __all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
 
