@@ -85,8 +85,8 @@ def models(as_json: JsonOpt = False) -> None:
 
 def selectors(as_json: JsonOpt = False) -> None:
     """List what can choose the visual tokens, and where each acts."""
-    from capa_export.selectors import Chosen, load_selector
-    from capa_export.selectors import selectors as names
+    from capa_export.selectors.selector import Chosen, load_selector
+    from capa_export.selectors.selector import selectors as names
 
     known = {name: load_selector(name) for name in names()}
     if as_json:

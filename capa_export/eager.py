@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from capa_export.families import Family, require_selection
 from capa_export.lockstep import RESIDENT, Pass, Weights, finished, together
-from capa_export.selectors import CAPA, TOKEN_AXIS, Chosen, Place, Prompted, TensorView, load_selector, reads
+from capa_export.selectors.selector import (
+    CAPA,
+    TOKEN_AXIS,
+    Chosen,
+    Place,
+    Prompted,
+    TensorView,
+    load_selector,
+    reads,
+)
 
 if TYPE_CHECKING:
     from capa_export.prompt import Prompt

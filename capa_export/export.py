@@ -34,7 +34,7 @@ from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 from capa_export.sliced import Graphs
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 from capa_export.base.errors import CapaError
 from capa_export.prompt import Picture, Prompt
 from capa_export.runtime import PAST, PRESENT, KVCache, Model, past_of
-from capa_export.selectors import TOWER_OUTPUTS
+from capa_export.selectors.selector import TOWER_OUTPUTS
 
 if TYPE_CHECKING:
     import onnx

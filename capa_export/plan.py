@@ -12,7 +12,7 @@ from typing import Any
 
 from capa_export.base.dims import DecoderDims, ModelDims
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.selectors import CAPA, Chosen, Size, load_selector
+from capa_export.selectors.selector import CAPA, Chosen, Size, load_selector
 
 __all__ = [
     "DecodeFlops",

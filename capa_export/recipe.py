@@ -12,7 +12,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped, shipped_names
 from capa_export.base.toml import Settings, first_problem, read_toml
 from capa_export.pixels import PixelBounds
-from capa_export.selectors import Chosen, Option, load_selector, selectors
+from capa_export.selectors.selector import Chosen, Option, load_selector, selectors
 
 __all__ = [
     "FFN",
@@ -41,7 +41,7 @@ class Stage(Settings):
     ratio: float = Field(ge=0, lt=1)
     """Fraction of the prompt's visual tokens that are gone after this stage."""
     selector: str = "capa"
-    """What chooses the tokens: a module of `capa_export.selectors`."""
+    """What chooses the tokens: a module of `capa_export.selectors.selector`."""
     options: dict[str, Option] = Field(default_factory=dict)
     """Of the selector, in place of its own."""
 

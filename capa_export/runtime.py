@@ -14,7 +14,7 @@ import numpy as np
 
 from capa_export.in_place import embedding_of
 from capa_export.prompt import Picture, Prompt
-from capa_export.selectors import TOWER_OUTPUTS
+from capa_export.selectors.selector import TOWER_OUTPUTS
 
 __all__ = ["PAST", "PRESENT", "KVCache", "Model", "PrefillRun", "past_of"]
 

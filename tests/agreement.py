@@ -11,7 +11,7 @@ from capa_export.eager import Eager, EagerPlan, inputs_for
 from capa_export.families import Family
 from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 
 __all__ = ["compare"]
 

@@ -24,7 +24,7 @@ from capa_export.base.errors import CapaError
 from capa_export.eager import Eager
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Difference, Rate
-from capa_export.selectors import selectors
+from capa_export.selectors.selector import selectors
 from capa_export.testbed.scenes import HARD_KINDS, KINDS
 from capa_export.tune import stage as tune_stage
 

@@ -13,7 +13,7 @@ from benchmarks.selection.measure.statistics import bimodality, hellinger, overl
 from benchmarks.selection.pages import sinks as sinks_page
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 from tests.conftest import noise
 
 # Statistics.

@@ -27,7 +27,7 @@ from capa_export.base.progress import progress
 from capa_export.base.toml import Settings
 from capa_export.bundle.store import digest_of, file_digest
 from capa_export.job import tool_versions
-from capa_export.selectors import load_selector, selectors
+from capa_export.selectors.selector import load_selector, selectors
 from capa_export.testbed.beds import BEDS
 
 _DOCS = Path(__file__).parents[2] / "docs" / "results"

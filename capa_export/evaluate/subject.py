@@ -21,7 +21,7 @@ from capa_export.methods import Method, parse_method, stage_text
 from capa_export.pipeline import calibrate, note_digests
 from capa_export.pixels import PixelBounds
 from capa_export.recipe import Recipe, ranges, recipe_of
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]
 

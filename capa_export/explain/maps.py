@@ -16,7 +16,7 @@ from capa_export.calibrate import watching_ffns
 from capa_export.calibration import SINK_THRESHOLD, Calibration
 from capa_export.eager import Eager, EagerInputs, EagerPlan, best
 from capa_export.explain.schema import Maps, Sinks
-from capa_export.selectors import CAPA, Chosen
+from capa_export.selectors.selector import CAPA, Chosen
 
 __all__ = ["maps_of", "sinks_of"]
 

@@ -27,7 +27,7 @@ from capa_export.picture_files import open_picture
 from capa_export.prompt import Prompt, Turn
 from capa_export.recipe import Stage
 from capa_export.samples import Sample
-from capa_export.selectors import load_selector, selectors
+from capa_export.selectors.selector import load_selector, selectors
 
 __all__ = ["explain"]
 

@@ -22,7 +22,7 @@ from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear
 from capa_export.graph.prune import Prune
 from capa_export.graph.tokens import KeyValue, Tokens
-from capa_export.selectors import TOWER_OUTPUTS, Chosen
+from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
 
 __all__ = ["TABLE", "decoder_model", "embedding_model", "prompt_model", "row_size"]
 

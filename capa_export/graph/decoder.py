@@ -18,7 +18,7 @@ from capa_export.graph.build import Input, build_model, call
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
 from capa_export.graph.prune import Prune
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
-from capa_export.selectors import CAPA, Chosen, Place, reads
+from capa_export.selectors.selector import CAPA, Chosen, Place, reads
 
 __all__ = ["RotaryTables", "decode_model", "prefill_model"]
 

@@ -11,7 +11,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.base.dims import DecoderDims
 from capa_export.graph.build import call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
-from capa_export.selectors import TOKEN_AXIS, Chosen, GraphView, load_selector
+from capa_export.selectors.selector import TOKEN_AXIS, Chosen, GraphView, load_selector
 
 __all__ = ["Prune"]
 

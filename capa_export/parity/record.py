@@ -28,7 +28,7 @@ from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.prompt import Picture, Prompt
 from capa_export.samples import Sample, Samples
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = [
     "Noise",

@@ -14,7 +14,7 @@ from capa_export.parity.record import Noise, Record, score_errors
 from capa_export.parity.schema import Check, Kept, Selection
 from capa_export.parity.trace import Trace, overlap
 from capa_export.recipe import Bound, Gate, Stage
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = ["Choice", "agreeing"]
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, function, nodes, score_node
+from capa_export.selectors.selector import GraphView, Option, Setting, Size, TensorView
+from capa_export.selectors.text import DESCENDING_RANK, TOKEN_KINDS, function, nodes, score_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir

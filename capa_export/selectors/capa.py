@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import call
+from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
+from capa_export.selectors.text import call
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -2,8 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView, _mmr, capa
-from capa_export.selectors._nodes import UNIT_ROWS, function, last_attention, nodes
+from capa_export.selectors import _mmr, capa
+from capa_export.selectors.selector import (
+    GraphView,
+    Option,
+    Place,
+    Prompted,
+    Setting,
+    Size,
+    TensorView,
+)
+from capa_export.selectors.text import UNIT_ROWS, function, last_attention, nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir

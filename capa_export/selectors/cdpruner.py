@@ -10,8 +10,8 @@ is left of such tokens, so they come last, by relevance.
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
+from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
+from capa_export.selectors.text import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -2,8 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import (
+from capa_export.selectors.selector import (
+    GraphView,
+    Option,
+    Place,
+    Prompted,
+    Setting,
+    Size,
+    TensorView,
+)
+from capa_export.selectors.text import (
     DESCENDING_RANK,
     RANK_SCORES,
     TOKEN_KINDS,

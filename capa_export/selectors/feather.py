@@ -14,8 +14,16 @@ union where the number is the union's.
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import LAST_LOGITS, function, nodes, score_node
+from capa_export.selectors.selector import (
+    GraphView,
+    Option,
+    Place,
+    Prompted,
+    Setting,
+    Size,
+    TensorView,
+)
+from capa_export.selectors.text import LAST_LOGITS, function, nodes, score_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir

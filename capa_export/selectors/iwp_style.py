@@ -10,8 +10,9 @@ Keys, values and a query are a layer's, so it acts in the decoder; before it the
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Size, TensorView, _mmr
-from capa_export.selectors._nodes import function, last_attention, nodes
+from capa_export.selectors import _mmr
+from capa_export.selectors.selector import GraphView, Option, Place, Prompted, Size, TensorView
+from capa_export.selectors.text import function, last_attention, nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -6,8 +6,16 @@ picture to the next reaches a stage, and one that is rounded would make each pre
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import function, nodes, score_node
+from capa_export.selectors.selector import (
+    GraphView,
+    Option,
+    Place,
+    Prompted,
+    Setting,
+    Size,
+    TensorView,
+)
+from capa_export.selectors.text import function, nodes, score_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir

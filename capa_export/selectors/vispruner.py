@@ -8,8 +8,23 @@ leaves stays in the order of its likeness.
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from capa_export.selectors import GraphView, Option, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors._nodes import DESCENDING_RANK, TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
+from capa_export.selectors.selector import (
+    GraphView,
+    Option,
+    Place,
+    Prompted,
+    Setting,
+    Size,
+    TensorView,
+)
+from capa_export.selectors.text import (
+    DESCENDING_RANK,
+    TOKEN_KINDS,
+    UNIT_ROWS,
+    function,
+    nodes,
+    score_node,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir

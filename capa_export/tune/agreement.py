@@ -17,7 +17,7 @@ from capa_export.job import Job
 from capa_export.methods import Method
 from capa_export.prompt import Prompt
 from capa_export.samples import Sample
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 from capa_export.tune.candidates import linear_layers
 
 __all__ = ["STEPS", "Agreement", "Judge", "Opened"]

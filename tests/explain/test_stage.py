@@ -15,7 +15,7 @@ from capa_export.families import qwen25vl
 from capa_export.job import Job
 from capa_export.picture_files import open_picture
 from capa_export.prompt import Turn
-from capa_export.selectors import Chosen, selectors
+from capa_export.selectors.selector import Chosen, selectors
 from tests.explain.conftest import ANCHOR, DUMP, QUESTION, job_of, recipe_of
 
 

@@ -25,7 +25,7 @@ from capa_export.generation import eos_token_ids
 from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import kept_tokens, load_recipe
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 from capa_export.testbed.scenes import samples
 from tests.conftest import noise
 

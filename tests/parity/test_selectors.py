@@ -16,7 +16,7 @@ from capa_export.parity.validate import Compared, compare_onnx
 from capa_export.prompt import Prompter
 from capa_export.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.samples import samples_from
-from capa_export.selectors import load_selector, selectors
+from capa_export.selectors.selector import load_selector, selectors
 from tests.conftest import noise
 from tests.parity.test_validate import failures
 

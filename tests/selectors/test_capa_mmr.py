@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 from tests.selectors.decoder_view import decoder_view
 from tests.selectors.one_score import Case, build, graph_scores, kept, layout, reference_scores, same
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from capa_export.selectors import TensorView
+from capa_export.selectors.selector import TensorView
 from tests.selectors.one_score import build, graph_scores, kept, layout, reference_scores, same
 
 

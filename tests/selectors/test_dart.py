@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from capa_export.selectors import TensorView
+from capa_export.selectors.selector import TensorView
 from tests.selectors.one_score import build, exact_rows, layout, same
 
 

@@ -15,7 +15,7 @@ from capa_export.families import Family, load_family
 from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter
 from capa_export.recipe import Stage, kept_tokens
-from capa_export.selectors import Chosen, load_selector, selectors
+from capa_export.selectors.selector import Chosen, load_selector, selectors
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen3vl, qwen25vl

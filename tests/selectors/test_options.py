@@ -7,7 +7,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.recipe import Prune, Stage, load_recipe
-from capa_export.selectors import Chosen, Option, Size, load_selector, selectors
+from capa_export.selectors.selector import Chosen, Option, Size, load_selector, selectors
 
 RECIPE = """family = "qwen25vl"
 checkpoint = "x/y"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from capa_export.selectors import TensorView
+from capa_export.selectors.selector import TensorView
 from capa_export.selectors.vispruner import _EXTRA_ROUNDS, _PER_ROUND, _fraction
 from tests.selectors.one_score import build, exact_rows, graph_scores, layout, same
 

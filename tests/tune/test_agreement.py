@@ -15,7 +15,7 @@ from capa_export.methods import parse_method
 from capa_export.prompt import Turn
 from capa_export.recipe import Recipe
 from capa_export.samples import Sample
-from capa_export.selectors import selectors
+from capa_export.selectors.selector import selectors
 from capa_export.tune.agreement import STEPS, Judge, Opened
 from tests.conftest import noise
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks.selection.bed import Bed
 from benchmarks.selection.figures import Answers
 from benchmarks.selection.measure.compare import compared
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = ["inside", "measure", "prefills"]
 

@@ -17,7 +17,7 @@ from capa_export.calibration import SINK_THRESHOLD
 from capa_export.eager import EagerPlan
 from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.evaluate.questions import Question
-from capa_export.selectors import Chosen
+from capa_export.selectors.selector import Chosen
 
 __all__ = ["measure", "of_definition", "prefills"]
 

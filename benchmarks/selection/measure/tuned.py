@@ -12,7 +12,7 @@ from capa_export.job import Job
 from capa_export.methods import Method, parse_method
 from capa_export.recipe import Stage
 from capa_export.samples import samples_from
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 from capa_export.testbed.dataset import write_dataset
 from capa_export.tune.candidates import Candidates, offered
 from capa_export.tune.costs import Costs, shapes

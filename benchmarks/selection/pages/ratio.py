@@ -17,7 +17,7 @@ from benchmarks.selection.pages.words import (
     worse,
 )
 from capa_export.methods import parse_method
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = ["FIGURES", "TITLE", "findings", "of_dense", "overview", "page", "plots"]
 

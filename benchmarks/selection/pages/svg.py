@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, isfinite, log10
 
-from capa_export.selectors import load_selector, selectors
+from capa_export.selectors.selector import load_selector, selectors
 
 __all__ = ["COLOURS", "Line", "Look", "Panel", "look_of", "numbered", "plot"]
 

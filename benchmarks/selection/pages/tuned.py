@@ -6,7 +6,7 @@ from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.pages.ratio import of_dense
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, look_of, plot
 from benchmarks.selection.pages.words import better, joined, points, rate, table, worse
-from capa_export.selectors import load_selector
+from capa_export.selectors.selector import load_selector
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnxscript import OpBuilder
 
-    from capa_export.selectors import GraphView
+    from capa_export.selectors.selector import GraphView
 
 __all__ = [
     "DESCENDING_RANK",
