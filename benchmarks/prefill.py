@@ -17,10 +17,10 @@ import numpy as np
 import onnxruntime
 
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.plan import flops
-from capa_export.recipe import kept_tokens, load_recipe
 
 _TEXT = 48
 

@@ -13,13 +13,13 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_prompter, require_memory
+from capa_export.config.pixels import PixelBounds
+from capa_export.config.recipe import Prune, recipe_of
 from capa_export.decoding import TokenChooser, generate
 from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
 from capa_export.job import ONNX
 from capa_export.onnx_model import OnnxModel
-from capa_export.pixels import PixelBounds
 from capa_export.prompt import Prompt, Prompter, Turn, Video
-from capa_export.recipe import Prune, recipe_of
 from capa_export.runtime import Model, PrefillRun
 
 if TYPE_CHECKING:

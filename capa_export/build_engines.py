@@ -11,13 +11,13 @@ from capa_export.base.progress import Report
 from capa_export.bundle.confined import confined
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.bundled import bundled_dims
+from capa_export.config.pixels import PixelBounds
+from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
+from capa_export.config.target import Target
 from capa_export.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
-from capa_export.pixels import PixelBounds
-from capa_export.plugins.choice import Plugins, PluginWish, choose_device_plugins, choose_plugins
-from capa_export.target import Target
 
 __all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
 

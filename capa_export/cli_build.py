@@ -46,7 +46,7 @@ from capa_export.cli_show import print_json
 from capa_export.cli_stages import check_places, finish, recipe_and_checkpoint, with_options
 
 if TYPE_CHECKING:
-    from capa_export.recipe import Recipe
+    from capa_export.config.recipe import Recipe
 
 __all__ = ["build", "plan"]
 
@@ -89,7 +89,7 @@ def build(
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
-    from capa_export.target import load_target
+    from capa_export.config.target import load_target
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
     device = load_target(target)

@@ -28,7 +28,7 @@ def compare(
     from capa_export.bundle.store import Bundle
     from capa_export.compare.bundles import compare as compare_bundles
     from capa_export.compare.schema import Limits
-    from capa_export.gates import GateFile
+    from capa_export.config.gates import GateFile
 
     limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:

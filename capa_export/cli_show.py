@@ -42,9 +42,9 @@ def doctor(
     from dataclasses import asdict
 
     from capa_export.bundle.store import Bundle
+    from capa_export.config.target import load_target
     from capa_export.doctor import examine
     from capa_export.tables import doctor_table
-    from capa_export.target import load_target
 
     device = load_target(target)
     if memory is not None and (bundle is None or device.engine is None):
@@ -69,7 +69,7 @@ _PLACES = {
 def models(as_json: JsonOpt = False) -> None:
     """List the shipped recipes, and the published checkpoints that each is for."""
     from capa_export.base.shipped import shipped_names
-    from capa_export.recipe import load_recipe
+    from capa_export.config.recipe import load_recipe
 
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
     if as_json:
@@ -114,7 +114,7 @@ def selectors(as_json: JsonOpt = False) -> None:
 def targets(as_json: JsonOpt = False) -> None:
     """List the shipped targets."""
     from capa_export.base.shipped import shipped_names
-    from capa_export.target import load_target
+    from capa_export.config.target import load_target
 
     known = [load_target(name) for name in shipped_names("engines")]
     if as_json:

@@ -52,9 +52,9 @@ from capa_export.cli_show import print_json
 
 if TYPE_CHECKING:
     from capa_export.bundle.store import Bundle
+    from capa_export.config.recipe import Recipe
+    from capa_export.config.target import Target
     from capa_export.parity.schema import ParityReport
-    from capa_export.recipe import Recipe
-    from capa_export.target import Target
 
 __all__ = [
     "calibrate",
@@ -100,8 +100,8 @@ def calibrate(
     from capa_export.base.workers import Workers
     from capa_export.bundle.store import Bundle
     from capa_export.calibration import Calibration, merged
+    from capa_export.config.recipe import FFN, load_recipe
     from capa_export.job import Job
-    from capa_export.recipe import FFN, load_recipe
 
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
@@ -225,7 +225,7 @@ def engine(
             raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
         from capa_export.build_engines import build_engines
         from capa_export.bundle.store import Bundle
-        from capa_export.target import load_target
+        from capa_export.config.target import load_target
 
         device = load_target(target)
         with progress() as report:
@@ -321,7 +321,7 @@ def recipe_and_checkpoint(
         raise CapaError(f"the checkpoint is given twice: {source}, and --checkpoint {checkpoint}", ExitCode.USAGE)
     given = source or checkpoint
     if model is not None:
-        from capa_export.recipe import load_recipe
+        from capa_export.config.recipe import load_recipe
 
         recipe = load_recipe(model)
         return recipe, given or recipe.checkpoint

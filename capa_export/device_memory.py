@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from capa_export.base.dims import ModelDims
+from capa_export.config.target import Target
 from capa_export.plan import KVCache, Parameters, parameters
-from capa_export.target import Target
 
 __all__ = [
     "CACHE_ROWS",

@@ -14,13 +14,13 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, how_to_install
 from capa_export.build_engines import GRAPHS
 from capa_export.bundle.store import Bundle
+from capa_export.config.target import Target, version_parts
 from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.lower import NATIVE
 from capa_export.plan import kv_cache
 from capa_export.plugins.alias import ensure_parser_library
-from capa_export.target import Target, version_parts
 
 __all__ = ["Finding", "examine"]
 

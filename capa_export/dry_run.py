@@ -12,6 +12,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.checkpoint import fetch_config
+from capa_export.config.recipe import Recipe, check_layers
+from capa_export.config.target import Target
 from capa_export.device_memory import (
     ELEMENT_BYTES,
     Weights,
@@ -28,8 +30,6 @@ from capa_export.finished import finished_stages
 from capa_export.hub import full_source
 from capa_export.lockstep import TOGETHER_BYTES
 from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
-from capa_export.recipe import Recipe, check_layers
-from capa_export.target import Target
 from capa_export.visual_tokens import visual_tokens
 
 __all__ = [

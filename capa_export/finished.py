@@ -6,8 +6,8 @@ from typing import Any
 
 from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.config.recipe import Recipe
 from capa_export.job import alpha_digest
-from capa_export.recipe import Recipe
 
 __all__ = ["finished_stages"]
 

@@ -15,12 +15,12 @@ from capa_export.base.fingerprint import fingerprint
 from capa_export.base.progress import Report, say, silent
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
+from capa_export.config.pixels import PixelBounds
+from capa_export.config.plugins import PluginWish
+from capa_export.config.recipe import Recipe, Stage, check_layers, recipe_of
 from capa_export.device_memory import WeightsWish
 from capa_export.families import Family, load_family, require_selection
 from capa_export.hub import full_source
-from capa_export.pixels import PixelBounds
-from capa_export.plugins.choice import PluginWish
-from capa_export.recipe import Recipe, Stage, check_layers, recipe_of
 
 __all__ = [
     "ONNX",

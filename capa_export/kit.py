@@ -19,15 +19,15 @@ from capa_export.base.progress import Report, silent
 from capa_export.build_engines import GRAPHS, refuse_copies
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.bundled import bundled_dims
+from capa_export.config.plugins import PluginWish, choose_device_plugins
+from capa_export.config.target import Engine, Target, version_parts
 from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
 from capa_export.golden import write_golden
 from capa_export.job import ONNX, say
 from capa_export.lower import NATIVE
 from capa_export.plugins.alias import ensure_parser_library
-from capa_export.plugins.choice import PluginWish, choose_device_plugins
 from capa_export.prepare import Prepared, prepare
-from capa_export.target import Engine, Target, version_parts
 
 __all__ = ["build_kit", "write_kit"]
 

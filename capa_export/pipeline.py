@@ -13,6 +13,8 @@ from capa_export.base.progress import silent, tracked
 from capa_export.base.workers import chunks, in_order, spread
 from capa_export.bundle.store import Bundle
 from capa_export.calibration import CALIBRATION, Calibration, summed
+from capa_export.config.recipe import Recipe, ranges
+from capa_export.config.target import Target
 from capa_export.eager_memory import exceeds_memory, require_eager_memory
 from capa_export.generation import eos_token_ids, read_generation
 from capa_export.in_place import Shards
@@ -21,8 +23,6 @@ from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import validate
 from capa_export.parity.validation import Wanted
-from capa_export.recipe import Recipe, ranges
-from capa_export.target import Target
 from capa_export.unfinished import UnfinishedSums
 
 if TYPE_CHECKING:

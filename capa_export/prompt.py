@@ -14,9 +14,9 @@ from PIL import Image
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.chat_template import read_chat_template
+from capa_export.config.pixels import PixelBounds, processor_settings
 from capa_export.families import Family, VideoFamily
 from capa_export.hub import refetch
-from capa_export.pixels import PixelBounds, processor_settings
 from capa_export.processors.resolved import Processors
 
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]

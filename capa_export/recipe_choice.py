@@ -7,7 +7,7 @@ from typing import Any
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped_names
 from capa_export.checkpoint import fetch_config
-from capa_export.recipe import Recipe, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
 
 __all__ = ["find_recipe"]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.checkpoint import fetch_json
+from capa_export.config.pixels import PROCESSOR_FILES, stored_settings
+from capa_export.config.recipe import Recipe
 from capa_export.families import LayoutFamily, load_family
-from capa_export.pixels import PROCESSOR_FILES, stored_settings
-from capa_export.recipe import Recipe
 
 __all__ = ["visual_tokens"]
 

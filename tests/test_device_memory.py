@@ -9,6 +9,7 @@ import pytest
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
+from capa_export.config.target import load_target
 from capa_export.device_memory import (
     EMBEDDED_LIMIT,
     choose_weights,
@@ -19,7 +20,6 @@ from capa_export.device_memory import (
 )
 from capa_export.families import load_family
 from capa_export.plan import kv_cache, parameters
-from capa_export.target import load_target
 
 RTX = load_target("rtx")
 

@@ -10,10 +10,10 @@ from capa_export import doctor, pipeline
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
+from capa_export.config.recipe import load_recipe
+from capa_export.config.target import DimRange, Target, load_target
 from capa_export.doctor import Finding, examine
 from capa_export.job import Job
-from capa_export.recipe import load_recipe
-from capa_export.target import DimRange, Target, load_target
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.config.target import DimRange, ShapeRange, Target, load_target
 from capa_export.engine import EngineReport, build_engine, parse_layers, weight_copies
-from capa_export.target import DimRange, ShapeRange, Target, load_target
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24, "capa": 1]>

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 from capa_export import kit_builder, pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle, digest_of, file_digest
+from capa_export.config.recipe import load_recipe
+from capa_export.config.target import Target, load_target
 from capa_export.engine import parse_layers, weight_copies
 from capa_export.job import Job
 from capa_export.kit import build_kit, write_kit
-from capa_export.recipe import load_recipe
-from capa_export.target import Target, load_target
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 

@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 
 from capa_export.base.progress import progress, tracked
-from capa_export.recipe import ranges
+from capa_export.config.recipe import ranges
 
 
 def test_tracked_items_end_at_their_total() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
-from capa_export.recipe import load_recipe
+from capa_export.config.recipe import load_recipe
 from capa_export.testbed.scenes import SHAPES
 from tests.conftest import noise
 

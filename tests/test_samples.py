@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.recipe import load_recipe
+from capa_export.config.recipe import load_recipe
 from capa_export.samples import Sample, Samples, samples_from
 from tests.conftest import noise
 

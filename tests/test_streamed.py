@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.recipe import Prune
 from capa_export.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.export import Source
 from capa_export.families import load_family
@@ -21,7 +22,6 @@ from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace, sampled_rows
 from capa_export.parity.validate import dense_logits
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Prune
 from capa_export.streamed import StoredWeights, hollow_model
 from tests.conftest import noise
 from tests.models import FAMILIES

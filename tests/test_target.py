@@ -6,7 +6,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped, shipped_names
-from capa_export.target import DimRange, ShapeRange, Target, load_target, version_parts
+from capa_export.config.target import DimRange, ShapeRange, Target, load_target, version_parts
 
 
 def test_every_shipped_target_loads() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from workload import NUM_VISUAL, checkpoint, embeddings, prompt
 
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.export import DENSE, Source, write_onnx
 from capa_export.families import load_family
 from capa_export.in_place import embedding_of
@@ -17,7 +18,6 @@ from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.selection import overlap
 from capa_export.parity.trace import Trace
-from capa_export.recipe import kept_tokens, load_recipe
 from capa_export.runtime import Model
 
 __all__ = ["PARITY_RATIO", "Graphs", "feed", "figures", "trace"]

@@ -10,13 +10,13 @@ from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.workers import Workers, in_order, spread
 from capa_export.bundle.store import Bundle
 from capa_export.calibration import Calibration
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Method
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.evaluate.questions import Question, Questions, questions_from
 from capa_export.job import Job
-from capa_export.methods import Method
 from capa_export.pipeline import calibrate
 from capa_export.plan import flops
-from capa_export.recipe import load_recipe
 from capa_export.testbed.dataset import write_dataset
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, Split, samples
 

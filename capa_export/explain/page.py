@@ -8,12 +8,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capa_export.base.files import write_whole
+from capa_export.config.recipe import ranges
 from capa_export.explain.heat import Scale, heat, legend, marked
 from capa_export.explain.schema import Explained, Explanation, Maps
 from capa_export.explain.surfaces import Surface
 from capa_export.parity import figures, report
 from capa_export.parity.pictures import data_uri, fitted, overlay
-from capa_export.recipe import ranges
 
 __all__ = ["write_page"]
 

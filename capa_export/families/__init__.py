@@ -9,7 +9,7 @@ import numpy as np
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.pixels import PixelBounds
+from capa_export.config.pixels import PixelBounds
 
 if TYPE_CHECKING:
     import onnx_ir as ir

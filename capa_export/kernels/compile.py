@@ -30,8 +30,8 @@ from triton.compiler import ASTSource
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
+from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
-from capa_export.plugins.choice import HEAD_SIZES
 
 __all__ = [
     "COMPUTE_CAPABILITIES",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import processor
 from capa_export.calibration import CALIBRATION
+from capa_export.config.recipe import Recipe
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, Job, alpha_digest
 from capa_export.parity.schema import PROMPTS
@@ -22,7 +23,6 @@ from capa_export.parity.validation import (
     sidecar_files,
     subject_of,
 )
-from capa_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

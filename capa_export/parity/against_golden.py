@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError
+from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, Job, run_stage, tool_versions
 from capa_export.parity.schema import MethodError, ParityReport
 from capa_export.parity.validation import (
@@ -18,7 +19,6 @@ from capa_export.parity.validation import (
     stored_calibration,
     subject_of,
 )
-from capa_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from capa_export.execution import BuiltEngines

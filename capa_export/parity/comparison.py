@@ -9,10 +9,10 @@ from math import inf, isfinite, sqrt
 import numpy as np
 
 from capa_export.base.statistics import kl_divergence
+from capa_export.config.recipe import Bound, Gate
 from capa_export.parity.record import Noise, relative_error, relative_errors
 from capa_export.parity.schema import Check, ExportError, LayerError
 from capa_export.parity.trace import Trace
-from capa_export.recipe import Bound, Gate
 
 __all__ = ["Comparison", "bounded"]
 

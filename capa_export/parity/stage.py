@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from capa_export.base.progress import say
-from capa_export.gates import with_gates
+from capa_export.config.gates import with_gates
 from capa_export.job import PARITY, REPORT, Job, run_stage, tool_versions
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden

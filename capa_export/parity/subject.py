@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from capa_export.config.recipe import Prune
 from capa_export.eager import Eager, EagerPlan
 from capa_export.families import Family
 from capa_export.lockstep import RESIDENT, TOGETHER_BYTES, Weights, grouped
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Prune
 from capa_export.sliced import Graphs
 
 __all__ = ["Subject"]

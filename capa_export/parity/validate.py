@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from capa_export.base.progress import Report, silent, tracked
+from capa_export.config.recipe import Recipe
 from capa_export.eager import EagerInputs
 from capa_export.export import DENSE
 from capa_export.lockstep import TOGETHER_BYTES, grouped
@@ -24,7 +25,6 @@ from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Recipe
 from capa_export.runtime import Model
 from capa_export.samples import Samples
 from capa_export.sliced import Graphs

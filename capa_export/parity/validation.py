@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from capa_export.base.progress import say
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.config.recipe import Recipe
 from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, PARITY, REPORT, Job
 from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
-from capa_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from capa_export.execution import BuiltEngines

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TypeVar
 
+from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
 from capa_export.kernels.operator import Launch, Operator, Scratch, Tensor
-from capa_export.plugins.choice import HEAD_SIZES
 
 __all__ = ["assembly", "header"]
 

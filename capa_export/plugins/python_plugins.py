@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.config.plugins import HEAD_SIZES
 from capa_export.graph.functions import PLUGIN
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, HalfDtype
 from capa_export.kernels.operator import Operator, Tensor
-from capa_export.plugins.choice import HEAD_SIZES
 from capa_export.plugins.launcher import Call, Launcher, scratch_offsets
 
 __all__ = ["register"]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import tracked
+from capa_export.config.recipe import Stage
+from capa_export.config.schedule import Method
 from capa_export.job import Job
-from capa_export.methods import Method
 from capa_export.plan import PrefillFlops, flops
-from capa_export.recipe import Stage
 from capa_export.samples import Samples
 
 __all__ = ["Costs", "Shape", "shapes"]

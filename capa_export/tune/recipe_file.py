@@ -7,7 +7,7 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
-from capa_export.recipe import Recipe
+from capa_export.config.recipe import Recipe
 
 __all__ = ["recipe_text", "write_recipe"]
 

@@ -13,8 +13,8 @@ from math import isnan
 from statistics import fmean
 
 from capa_export.base.progress import Report, tracked
+from capa_export.config.schedule import Method
 from capa_export.job import say
-from capa_export.methods import Method
 from capa_export.tune.agreement import Agreement, Opened
 from capa_export.tune.candidates import OTHER_MORE, Candidates
 

@@ -1,7 +1,7 @@
 """A tuning as a table for people, on stdout."""
 
+from capa_export.config.recipe import ranges
 from capa_export.parity.figures import percent
-from capa_export.recipe import ranges
 from capa_export.tables import columns, say, show
 from capa_export.tune.schema import Tuning
 

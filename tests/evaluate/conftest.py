@@ -8,10 +8,10 @@ import datasets
 import pytest
 
 from capa_export import pipeline
+from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.evaluate.questions import questions_from
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import evaluate
-from capa_export.recipe import Recipe, load_recipe
 from capa_export.testbed.scenes import samples
 from tests.conftest import noise
 from tests.evaluate.asking import job_of, subject_of

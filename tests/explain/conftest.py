@@ -11,11 +11,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from capa_export import pipeline
 from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle
+from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.families import qwen25vl
 from capa_export.job import Job
 from capa_export.prompt import Prompter
-from capa_export.recipe import Recipe, load_recipe
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 

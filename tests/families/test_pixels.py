@@ -10,9 +10,9 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.pixels import PixelBounds
 from capa_export.export import Source
 from capa_export.families import load_family
-from capa_export.pixels import PixelBounds
 from capa_export.prompt import Picture, Prompter
 from tests.models import FAMILIES
 

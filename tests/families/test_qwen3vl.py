@@ -20,6 +20,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.target import load_target
 from capa_export.conversation import conversations
 from capa_export.eager import Eager, EagerPlan
 from capa_export.export import Source, check_tensors, write_onnx
@@ -31,8 +33,6 @@ from capa_export.job import Job
 from capa_export.onnx_model import OnnxModel
 from capa_export.plan import flops, parameters
 from capa_export.prompt import Picture, Prompt, Prompter
-from capa_export.recipe import Recipe, load_recipe
-from capa_export.target import load_target
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise

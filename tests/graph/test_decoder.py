@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from capa_export.config.recipe import Prune, Stage
 from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.onnx_model import OnnxModel
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Prune, Stage
 from capa_export.runtime import KVCache
 from tests.agreement import compare
 from tests.conftest import noise

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from capa_export.checkpoint import open_checkpoint
+from capa_export.config.recipe import Prune, Stage
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.parity.bisect import bisect
@@ -20,7 +21,6 @@ from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Bisection
 from capa_export.parity.subject import Subject
 from capa_export.prompt import Prompter, Turn
-from capa_export.recipe import Prune, Stage
 from capa_export.sliced import layer_of
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from capa_export.config.recipe import load_recipe
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.record import Noise
 from capa_export.parity.schema import Check, ExportError
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
-from capa_export.recipe import load_recipe
 
 PARITY = load_recipe("qwen25vl").parity
 LOGITS = np.array([[3.0, 1.0, -2.0]], np.float32)

@@ -11,11 +11,11 @@ from capa_export import dry_run, pipeline
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.target import load_target
 from capa_export.job import Job
 from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.validation import Wanted
-from capa_export.recipe import Recipe, load_recipe
-from capa_export.target import load_target
 from tests.conftest import noise
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capa_export.config.recipe import Bound, Stage, load_recipe
 from capa_export.parity.record import Noise
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.trace import Trace
-from capa_export.recipe import Bound, Stage, load_recipe
 
 GATE = load_recipe("qwen25vl").parity.fp16.model_copy(
     update={"flip_distance": Bound(limit=1e-4), "flip_noise_ratio": Bound(limit=2.0)}

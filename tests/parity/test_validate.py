@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.export import Source, write_onnx
 from capa_export.families import qwen25vl
 from capa_export.onnx_model import OnnxModel
@@ -26,7 +27,6 @@ from capa_export.parity.validate import (
     replayed_oracle,
 )
 from capa_export.prompt import Prompt, Prompter
-from capa_export.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.samples import Samples, samples_from
 from tests.conftest import noise
 

@@ -15,10 +15,10 @@ import onnxruntime
 import torch
 from onnxscript import OpBuilder
 
+from capa_export.config.target import DimRange, ShapeRange, load_target
 from capa_export.engine import EngineReport, build_engine
 from capa_export.graph.build import Input, Output, build_model, call
 from capa_export.selectors.selector import Chosen, GraphView, TensorView, load_selector
-from capa_export.target import DimRange, ShapeRange, load_target
 
 __all__ = ["Case", "build", "exact_rows", "graph_scores", "kept", "layout", "reference_scores", "same"]
 

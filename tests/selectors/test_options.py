@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.recipe import Prune, Stage, load_recipe
+from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.selectors.selector import Chosen, Option, Size, load_selector, selectors
 
 RECIPE = """family = "qwen25vl"

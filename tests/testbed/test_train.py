@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.recipe import load_recipe
+from capa_export.config.recipe import load_recipe
 from capa_export.testbed import distil
 from capa_export.testbed.batches import Batches
 from capa_export.testbed.beds import load_bed

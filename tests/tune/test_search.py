@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 
 from capa_export.base.progress import silent
-from capa_export.methods import Method, parse_method
+from capa_export.config.schedule import Method, parse_method
 from capa_export.tune.agreement import Agreement
 from capa_export.tune.candidates import Candidates
 from capa_export.tune.search import Found, Search, rungs

@@ -19,11 +19,11 @@ from benchmarks.selection.figures import Agreement, Drift, Stability
 from benchmarks.selection.measure.compare import at_own_places
 from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import paired_bootstrap
+from capa_export.config.schedule import parse_method
 from capa_export.eager import EagerInputs, EagerPlan, Prefill
 from capa_export.evaluate.answers import longest
 from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.evaluate.questions import Question
-from capa_export.methods import parse_method
 
 __all__ = ["by_query", "measure", "prefills"]
 

@@ -8,9 +8,9 @@ from benchmarks.selection.bed import Bed, questions_drawn
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
 from capa_export.bundle.store import Bundle
+from capa_export.config.recipe import Stage
+from capa_export.config.schedule import Method, parse_method
 from capa_export.job import Job
-from capa_export.methods import Method, parse_method
-from capa_export.recipe import Stage
 from capa_export.samples import samples_from
 from capa_export.selectors.selector import load_selector
 from capa_export.testbed.dataset import write_dataset

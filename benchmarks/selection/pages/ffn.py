@@ -6,8 +6,8 @@ from benchmarks.selection.figures import FFNs, Row
 from benchmarks.selection.pages.ratio import of_dense
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
 from benchmarks.selection.pages.words import better, points, rate, table, worse
-from capa_export.methods import parse_method
-from capa_export.recipe import ranges
+from capa_export.config.recipe import ranges
+from capa_export.config.schedule import parse_method
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 

@@ -6,7 +6,7 @@ from math import log10
 from benchmarks.selection.figures import Linearity, Spread
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
 from benchmarks.selection.pages.words import table
-from capa_export.recipe import ranges
+from capa_export.config.recipe import ranges
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 

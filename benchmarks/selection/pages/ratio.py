@@ -16,7 +16,7 @@ from benchmarks.selection.pages.words import (
     verdict,
     worse,
 )
-from capa_export.methods import parse_method
+from capa_export.config.schedule import parse_method
 from capa_export.selectors.selector import load_selector
 
 __all__ = ["FIGURES", "TITLE", "findings", "of_dense", "overview", "page", "plots"]

@@ -8,7 +8,7 @@ from benchmarks.selection.measure.statistics import FEWEST, FLAT_COEFFICIENT, FL
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
 from benchmarks.selection.pages.words import table
 from capa_export.calibration import SINK_THRESHOLD
-from capa_export.recipe import ranges
+from capa_export.config.recipe import ranges
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 

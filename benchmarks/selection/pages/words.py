@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from capa_export.methods import parse_method
+from capa_export.config.recipe import Stage
+from capa_export.config.schedule import parse_method
 from capa_export.parity.schema import Difference, Rate
-from capa_export.recipe import Stage
 
 __all__ = [
     "better",

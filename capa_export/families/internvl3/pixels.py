@@ -6,9 +6,9 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.config.pixels import PixelBounds
 from capa_export.families.internvl3.dims import Vision
 from capa_export.picture_sizes import tile_grid
-from capa_export.pixels import PixelBounds
 
 __all__ = ["check_bounds", "num_tokens", "picture_options"]
 

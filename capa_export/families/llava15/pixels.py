@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.config.pixels import PixelBounds
 from capa_export.families.llava15.dims import Vision
-from capa_export.pixels import PixelBounds
 
 __all__ = ["check_bounds", "num_tokens", "picture_options"]
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from capa_export.base.dims import ModelDims, Section
 from capa_export.base.errors import CapaError
+from capa_export.config.pixels import PixelBounds, whole_numbers
 from capa_export.families.qwen25vl.dims import Vision
 from capa_export.families.qwen25vl.pixels import check_bounds, picture_options, pixel_area
-from capa_export.pixels import PixelBounds, whole_numbers
 from capa_export.prompt import Picture, Video
 
 __all__ = ["video"]

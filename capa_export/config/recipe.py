@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped, shipped_names
 from capa_export.base.toml import Settings, first_problem, read_toml
-from capa_export.pixels import PixelBounds
+from capa_export.config.pixels import PixelBounds
 from capa_export.selectors.selector import Chosen, Option, load_selector, selectors
 
 __all__ = [

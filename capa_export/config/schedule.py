@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import first_problem
-from capa_export.recipe import FFN, Prune, Stage
+from capa_export.config.recipe import FFN, Prune, Stage
 
 __all__ = ["FFNs", "Method", "parse_method", "stage_text"]
 

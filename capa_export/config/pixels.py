@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings
-from capa_export.target import Target, load_target
+from capa_export.config.target import Target, load_target
 
 __all__ = ["PROCESSOR_FILES", "PixelBounds", "processor_settings", "stored_settings", "whole_numbers"]
 

@@ -1,0 +1,1 @@
+"""What users decide: recipes, schedules of pruning, targets and gates."""
