@@ -38,7 +38,7 @@ def build(
     """Compile the kernels and the plugin library around them; no GPU and no CUDA toolkit is needed."""
     from capa_export.base.progress import progress
     from capa_export.kernels.compile import COMPUTE_CAPABILITIES
-    from capa_export.plugins.native import build_library
+    from capa_export.kernels.plugins.native import build_library
 
     with progress() as report:
         library = build_library(

@@ -18,9 +18,9 @@ from capa_export.config.target import Target, version_parts
 from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
+from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.lower import NATIVE
 from capa_export.plan import kv_cache
-from capa_export.plugins.alias import ensure_parser_library
 
 __all__ = ["Finding", "examine"]
 
@@ -97,7 +97,7 @@ def _tools(target: Target) -> Iterator[Finding]:
 
 
 def _kernels(target: Target) -> Iterator[Finding]:
-    from capa_export.plugins.native import find_headers
+    from capa_export.kernels.plugins.native import find_headers
 
     if target.engine is None:
         return
@@ -125,7 +125,7 @@ def _kernels(target: Target) -> Iterator[Finding]:
 
 
 def _gpu(target: Target) -> Iterator[Finding]:
-    from capa_export.cuda import require_gpu
+    from capa_export.kernels.cuda import require_gpu
 
     if target.engine is None or target.engine.built == "on-device":
         return

@@ -22,7 +22,7 @@ from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.config.plugins import NO_PLUGINS, Plugins
 from capa_export.config.target import DimRange, ShapeRange, Target
 from capa_export.external_weights import MIN_WEIGHT_BYTES
-from capa_export.plugins.alias import ensure_parser_library
+from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.prepare import prepare
 
 __all__ = [

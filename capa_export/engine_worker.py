@@ -111,7 +111,7 @@ def _logger(trt: Any) -> Any:
 
 def _register_plugins(trt: Any, kind: str, library: str, log: Any) -> None:
     if kind == "python":
-        from capa_export.plugins.python_plugins import register
+        from capa_export.kernels.plugins.python_plugins import register
 
         register(trt)
     elif kind == "native" and trt.get_plugin_registry().load_library(library) is None:

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.cuda import Buffer, Gpu, Stream, require_gpu
 from capa_export.graph.functions import DOMAIN
 from capa_export.job import ONNX, say
+from capa_export.kernels.cuda import Buffer, Gpu, Stream, require_gpu
 
 __all__ = ["BuiltEngines", "Engine", "Runtime", "Weights", "require_engines"]
 
@@ -144,7 +144,7 @@ class Runtime:
 @cache
 def _register_python_plugins(trt: Any) -> None:
     """Once in a process, before an engine is loaded that has layers of theirs."""
-    from capa_export.plugins.python_plugins import register
+    from capa_export.kernels.plugins.python_plugins import register
 
     register(trt)
 

@@ -25,8 +25,8 @@ from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
 from capa_export.golden import write_golden
 from capa_export.job import ONNX, say
+from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.lower import NATIVE
-from capa_export.plugins.alias import ensure_parser_library
 from capa_export.prepare import Prepared, prepare
 
 __all__ = ["build_kit", "write_kit"]
@@ -233,7 +233,7 @@ def _write_weights(kit: Path, onnx: Path, name: str, prepared: Prepared) -> None
 
 
 def _write_plugins(folder: Path, settings: Engine) -> None:
-    from capa_export.plugins.native import write_sources
+    from capa_export.kernels.plugins.native import write_sources
 
     write_sources(folder, settings.compute_capabilities)
 

@@ -8,7 +8,7 @@ import pytest
 from cuda.bindings import driver as real
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cuda import Buffer, Rows, Stream, require_gpu
+from capa_export.kernels.cuda import Buffer, Rows, Stream, require_gpu
 from tests.fake_driver import FakeDriver, has_driver
 
 Result = real.CUresult

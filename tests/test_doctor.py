@@ -124,7 +124,7 @@ def test_no_gpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise CapaError("no GPU: the NVIDIA driver (libcuda) is not installed")
 
-    monkeypatch.setattr("capa_export.cuda.require_gpu", none)
+    monkeypatch.setattr("capa_export.kernels.cuda.require_gpu", none)
     gpu = found(examine(load_target("rtx"), None), "gpu")
     assert (gpu.verdict, gpu.detail[:39]) == ("note", "engines can be built here, not run: no ")
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export import cuda, execution
+from capa_export import execution
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines
 from capa_export.export import Source
+from capa_export.kernels import cuda
 from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle
 
 
@@ -138,7 +139,7 @@ def test_tensorrt_itself_refuses_what_is_no_engine(built: Bundle, driver: FakeDr
 def test_plugins_are_known_before_an_engine_is_loaded(
     built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from capa_export.plugins import python_plugins
+    from capa_export.kernels.plugins import python_plugins
 
     registered: list[Any] = []
     monkeypatch.setattr(python_plugins, "register", registered.append)

@@ -25,7 +25,7 @@ def cases(_: Path) -> Iterator[Case]:
     rates = {"copy_GBps": chip.bytes_per_second / 1e9, "product_TFLOPps": chip.flops_per_second / 1e12}
     yield "this GPU", lambda: rates
     try:
-        from capa_export.plugins.launcher import Launcher
+        from capa_export.kernels.plugins.launcher import Launcher
     except CapaError as error:
         yield "kernels", partial(skip, str(error))
         return
@@ -88,7 +88,7 @@ def body_of(problem: Problem, *, compiled: bool) -> Callable[[], Any]:
 
 def _launched(problem: Problem, launcher: Any) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
     """The outputs, and what computes them: kernels compiled ahead of time, launched as the plugins do."""
-    from capa_export.plugins.launcher import scratch_offsets
+    from capa_export.kernels.plugins.launcher import scratch_offsets
 
     operator, size = problem.operator, problem.size
     dtypes = {"half": HALVES[problem.half], "fp32": torch.float32, "int64": torch.int64}

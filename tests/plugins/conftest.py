@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from capa_export.cli_plugins import plugins
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, compile_kernels
-from capa_export.plugins.native import LIBRARY, write_sources
+from capa_export.kernels.plugins.native import LIBRARY, write_sources
 
 HERE = Path(__file__).parent
 CAPABILITIES = ("8.6", "12.0")

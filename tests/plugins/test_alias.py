@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from capa_export.plugins import alias
-from capa_export.plugins.alias import ensure_parser_library
+from capa_export.kernels.plugins import alias
+from capa_export.kernels.plugins.alias import ensure_parser_library
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.kernels.compile import CompiledKernel
-from capa_export.plugins.alias import ensure_parser_library
-from capa_export.plugins.native import build_library, find_headers, write_sources
+from capa_export.kernels.plugins.alias import ensure_parser_library
+from capa_export.kernels.plugins.native import build_library, find_headers, write_sources
 from tests.plugins.conftest import CAPABILITIES, HERE, shell
 
 IMAGE_HEADER_BYTES = 16

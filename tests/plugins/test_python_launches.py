@@ -13,14 +13,13 @@ import pytest
 import torch
 from cuda.bindings import driver as real
 
-from capa_export import cuda
 from capa_export.base.errors import CapaError
 from capa_export.graph.functions import FUNCTIONS
-from capa_export.kernels import OPERATORS
+from capa_export.kernels import OPERATORS, cuda
 from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
 from capa_export.kernels.execute import execute
 from capa_export.kernels.operator import Operator
-from capa_export.plugins import launcher, python_plugins
+from capa_export.kernels.plugins import launcher, python_plugins
 
 
 def field(name: str, data: Any, type_: Any) -> SimpleNamespace:

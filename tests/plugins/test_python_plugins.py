@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.graph.functions import FUNCTIONS
-from capa_export.plugins.alias import ensure_parser_library
+from capa_export.kernels.plugins.alias import ensure_parser_library
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24, "capa": 1]>

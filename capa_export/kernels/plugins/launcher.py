@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cuda import call
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import (
     COMPUTE_CAPABILITIES,
@@ -17,6 +16,7 @@ from capa_export.kernels.compile import (
     has_half,
     variant_name,
 )
+from capa_export.kernels.cuda import call
 from capa_export.kernels.operator import Operator
 
 __all__ = ["Call", "Launcher", "scratch_offsets"]

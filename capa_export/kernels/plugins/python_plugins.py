@@ -18,7 +18,7 @@ from capa_export.graph.functions import PLUGIN
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, HalfDtype
 from capa_export.kernels.operator import Operator, Tensor
-from capa_export.plugins.launcher import Call, Launcher, scratch_offsets
+from capa_export.kernels.plugins.launcher import Call, Launcher, scratch_offsets
 
 __all__ = ["register"]
 

@@ -167,7 +167,7 @@ def write_sources(folder: Path, compute_capabilities: Sequence[str], *, progress
     """
     from capa_export.kernels import OPERATORS
     from capa_export.kernels.compile import compile_kernels
-    from capa_export.plugins.cpp import assembly, header
+    from capa_export.kernels.plugins.cpp import assembly, header
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CapaError(f"{folder} is there already: give a folder that is new or empty", ExitCode.USAGE)
