@@ -10,7 +10,13 @@ import onnx_ir as ir
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.export import PRECISIONS, Source
-from capa_export.genai.graph import TABLE, decoder_model, embedding_model, prompt_model, row_size
+from capa_export.graph.genai import (
+    TABLE,
+    decoder_model,
+    embedding_model,
+    prompt_model,
+    row_size,
+)
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import embedding_of
 from capa_export.islands import compute_in_fp32, parse_unit
