@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.progress import track
 
 from capa_export.calibrate import calibrate
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.export import PRECISIONS, Source, copy_sidecars, write_onnx
-from capa_export.families import load_family
-from capa_export.generation import eos_token_ids
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import load_family
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.prompt import Prompter
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Check
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import Compared, compare_onnx, compare_prompts
-from capa_export.prompt import Prompter
 from capa_export.samples import Samples, samples_from
 from tests.parity.builds import build
 from tests.parity.faults import FAULTS, Fault

@@ -21,13 +21,13 @@ import numpy as np
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.machine import measured
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import load_recipe
 from capa_export.export import DENSE, Source, write_onnx
-from capa_export.families import qwen25vl
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompt
 from capa_export.onnx_model import OnnxModel
 from capa_export.plan import flops, kv_cache
-from capa_export.prompt import Prompt
 
 _TEXT = 48
 _RECIPE = load_recipe("qwen25vl")

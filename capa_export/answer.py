@@ -16,10 +16,15 @@ from capa_export.bundled import bundled_prompter, require_memory
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Prune, recipe_of
 from capa_export.decoding import TokenChooser, generate
-from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
 from capa_export.job import ONNX
+from capa_export.model.generation import (
+    Generation,
+    GenerationOptions,
+    eos_token_ids,
+    read_generation,
+)
+from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter, Turn, Video
 from capa_export.runtime import Model, PrefillRun
 
 if TYPE_CHECKING:

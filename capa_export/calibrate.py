@@ -19,9 +19,9 @@ from transformers import AttentionInterface
 from capa_export.base.errors import NotFiniteError
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums, summed
-from capa_export.eager import EagerInputs
-from capa_export.families import Family
-from capa_export.prompt import Prompter
+from capa_export.model.eager import EagerInputs
+from capa_export.model.families import Family
+from capa_export.model.prompt import Prompter
 from capa_export.samples import Sample, Samples
 from capa_export.unfinished import UnfinishedSums
 

@@ -58,7 +58,7 @@ def run(
     from capa_export.bundle.store import Bundle
     from capa_export.bundled import bundled_bounds
     from capa_export.conversation import conversations
-    from capa_export.generation import GenerationOptions
+    from capa_export.model.generation import GenerationOptions
 
     def stream(text: str) -> None:
         print(text, end="", flush=True)

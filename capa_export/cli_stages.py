@@ -327,7 +327,7 @@ def recipe_and_checkpoint(
         return recipe, given or recipe.checkpoint
     if given is None:
         raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
-    from capa_export.recipe_choice import find_recipe
+    from capa_export.model.recipe_choice import find_recipe
 
     return find_recipe(given, revision), given
 

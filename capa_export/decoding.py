@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.generation import Generation
+from capa_export.model.generation import Generation
 
 if TYPE_CHECKING:
-    from capa_export.prompt import Prompt
+    from capa_export.model.prompt import Prompt
     from capa_export.runtime import Model, PrefillRun
 
 __all__ = ["Choose", "TokenChooser", "generate", "greedy"]

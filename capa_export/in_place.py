@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.checkpoint import Checkpoint, StoredTensor, open_tensors
+from capa_export.model.checkpoint import Checkpoint, StoredTensor, open_tensors
 
 if TYPE_CHECKING:
     import onnx_ir as ir

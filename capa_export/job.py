@@ -19,8 +19,8 @@ from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import PluginWish
 from capa_export.config.recipe import Recipe, Stage, check_layers, recipe_of
 from capa_export.device_memory import WeightsWish
-from capa_export.families import Family, load_family, require_selection
-from capa_export.hub import full_source
+from capa_export.model.families import Family, load_family, require_selection
+from capa_export.model.hub import full_source
 
 __all__ = [
     "ONNX",
@@ -138,8 +138,8 @@ class Job:
     @cached_property
     def source(self) -> Any:
         """The checkpoint, found to fit the recipe."""
-        from capa_export.checkpoint import open_checkpoint
         from capa_export.export import Source
+        from capa_export.model.checkpoint import open_checkpoint
 
         return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
 
@@ -218,13 +218,13 @@ class Job:
         import torch
         import transformers
 
-        from capa_export.eager_attention import ATTENTION
+        from capa_export.model.eager_attention import ATTENTION
 
         transformers.utils.logging.disable_progress_bar()
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
         if self.source.checkpoint.translation is not None:
-            from capa_export.streamed import read_model
+            from capa_export.model.streamed import read_model
 
             return read_model(self.source)
         try:
@@ -245,7 +245,7 @@ class Job:
 
     @cached_property
     def prompter(self) -> Any:
-        from capa_export.prompt import Prompter
+        from capa_export.model.prompt import Prompter
 
         folder = self.source.checkpoint.sidecars
         return Prompter(
@@ -272,7 +272,7 @@ class Job:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of the picture that plans are made for."""
-        from capa_export.visual_tokens import visual_tokens
+        from capa_export.model.visual_tokens import visual_tokens
 
         return visual_tokens(self.recipe, str(self.source.checkpoint.sidecars), self.source.dims)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.prompt import Picture, Prompt
+from capa_export.model.prompt import Picture, Prompt
 from capa_export.runtime import PAST, PRESENT, KVCache, Model, past_of
 from capa_export.selectors.selector import TOWER_OUTPUTS
 

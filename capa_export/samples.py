@@ -16,9 +16,9 @@ from capa_export.base.toml import Settings
 from capa_export.config.recipe import Recipe
 from capa_export.conversation import Messages, files_of, turns_from
 from capa_export.evaluate.benchmarks import PLAIN
+from capa_export.model.prompt import Turn, Video
 from capa_export.picture_files import open_picture
 from capa_export.picture_sources import file_bytes
-from capa_export.prompt import Turn, Video
 from capa_export.sources import found, read_line, read_lines, wrong_line
 from capa_export.testbed.scenes import samples
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.checkpoint import StoredTensor
+from capa_export.model.checkpoint import StoredTensor
 
 __all__ = ["LAYER", "Entry", "Graphs", "SlicedSession", "layer_of", "run_lanes", "without_lazy_weights"]
 

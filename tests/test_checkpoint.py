@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.checkpoint import fetch_config, open_checkpoint
+from capa_export.model.checkpoint import fetch_config, open_checkpoint
 
 TEXT = {
     "vocab_size": 96,

@@ -13,7 +13,7 @@ from transformers.utils import import_utils
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.conversation import conversations, open_video, read_messages
-from capa_export.prompt import Turn, Video
+from capa_export.model.prompt import Turn, Video
 from tests.conftest import noise
 
 Write = Callable[[object], Path]

@@ -18,7 +18,7 @@ from capa_export.device_memory import (
     devices_with_room,
     onnx_runtime_bytes,
 )
-from capa_export.families import load_family
+from capa_export.model.families import load_family
 from capa_export.plan import kv_cache, parameters
 
 RTX = load_target("rtx")

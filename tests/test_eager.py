@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.eager import Eager, EagerInputs, EagerPlan, Prefill
-from capa_export.families import qwen25vl
-from capa_export.prompt import Prompt, Prompter
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompt, Prompter
 from tests.conftest import noise
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.eager_attention import attention_weights
+from capa_export.model.eager_attention import attention_weights
 from tests.models.llava15 import SIDE, random_model
 
 

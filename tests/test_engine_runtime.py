@@ -22,9 +22,9 @@ from capa_export.decoding import greedy
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines
 from capa_export.export import Source, write_onnx
-from capa_export.generation import GenerationOptions
+from capa_export.model.generation import GenerationOptions
+from capa_export.model.prompt import Prompt, Prompter, Turn
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter, Turn
 from tests.conftest import noise, recorded
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from capa_export import generation
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.generation import Generation, GenerationOptions, eos_token_ids, read_generation
+from capa_export.model import generation
+from capa_export.model.generation import (
+    Generation,
+    GenerationOptions,
+    eos_token_ids,
+    read_generation,
+)
 
 QWEN = {
     "bos_token_id": 151643,

@@ -16,15 +16,15 @@ from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.checkpoint import Checkpoint, open_checkpoint
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.export import Source, write_onnx
-from capa_export.families import qwen25vl
 from capa_export.job import Job
+from capa_export.model.checkpoint import Checkpoint, open_checkpoint
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompter
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 

@@ -12,13 +12,13 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capa_export.base.errors import CapaError
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Prune, Stage
-from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source, write_onnx
-from capa_export.families import load_family, qwen25vl
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import load_family, qwen25vl
+from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter, Turn, Video
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.models import qwen25vl as small_qwen25vl

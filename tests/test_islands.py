@@ -12,20 +12,20 @@ import pytest
 from capa_export import onnx_model
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.plugins import Plugins
 from capa_export.config.target import load_target
 from capa_export.doctor import _graph
 from capa_export.engine import build_engine
 from capa_export.export import Source, write_onnx
-from capa_export.families import load_family
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.lower import lower
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import load_family
+from capa_export.model.prompt import Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.prepare import prepare
-from capa_export.prompt import Prompter
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.test_lower import inputs, run

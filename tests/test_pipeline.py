@@ -21,17 +21,17 @@ from capa_export.build_engines import build_engines
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibration import Calibration
-from capa_export.checkpoint import Checkpoint
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.conversation import conversations
-from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.families import qwen25vl
-from capa_export.generation import GenerationOptions, eos_token_ids
 from capa_export.job import Job
+from capa_export.model.checkpoint import Checkpoint
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import qwen25vl
+from capa_export.model.generation import GenerationOptions, eos_token_ids
+from capa_export.model.prompt import Prompter
 from capa_export.plan import parameters
-from capa_export.prompt import Prompter
 from tests.conftest import noise
 
 

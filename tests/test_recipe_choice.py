@@ -9,8 +9,8 @@ import pytest
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped_names
 from capa_export.config.recipe import load_recipe
-from capa_export.families import load_family
-from capa_export.recipe_choice import find_recipe
+from capa_export.model.families import load_family
+from capa_export.model.recipe_choice import find_recipe
 from tests.families.test_internvl3 import SIZES, published
 from tests.families.test_qwen3vl_dims import published as published_qwen3vl
 from tests.models import FAMILIES

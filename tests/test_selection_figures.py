@@ -11,8 +11,8 @@ from benchmarks.selection.figures import SinkDefinition, Sinks
 from benchmarks.selection.measure import sinks, stability
 from benchmarks.selection.measure.statistics import bimodality, hellinger, overlap, spearman, split, spread_of
 from benchmarks.selection.pages import sinks as sinks_page
-from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.families import qwen25vl
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import qwen25vl
 from capa_export.selectors.selector import Chosen
 from tests.conftest import noise
 

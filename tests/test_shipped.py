@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.families import load_family
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import load_family
 from capa_export.testbed.beds import BEDS
 from capa_export.testbed.evaluate import Asker
 from capa_export.testbed.scenes import HARD_KINDS, KINDS, samples

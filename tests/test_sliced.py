@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source, graphs_in_fp32, write_onnx
-from capa_export.families import load_family
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import load_family
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter
 from tests.conftest import noise
 from tests.models import FAMILIES
 

@@ -15,7 +15,7 @@ from capa_export.base.errors import CapaError
 from capa_export.config.recipe import load_recipe
 from capa_export.conversation import read_messages
 from capa_export.evaluate.questions import questions_from
-from capa_export.prompt import Turn
+from capa_export.model.prompt import Turn
 from capa_export.samples import samples_from
 from capa_export.sources import EXAMPLES
 from tests.conftest import noise

@@ -10,19 +10,19 @@ import pytest
 import torch
 import transformers
 
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Prune
-from capa_export.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.export import Source
-from capa_export.families import load_family
-from capa_export.lockstep import finished, together
-from capa_export.parity.half import lowered
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
+from capa_export.model.families import load_family
+from capa_export.model.lockstep import finished, together
+from capa_export.model.low_precision import lowered
+from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.streamed import StoredWeights, hollow_model
 from capa_export.parity.record import tracing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace, sampled_rows
 from capa_export.parity.validate import dense_logits
-from capa_export.prompt import Prompt, Prompter
-from capa_export.streamed import StoredWeights, hollow_model
 from tests.conftest import noise
 from tests.models import FAMILIES
 

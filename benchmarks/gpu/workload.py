@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capa_export.prompt import Prompt
+from capa_export.model.prompt import Prompt
 
 __all__ = ["MODEL", "NUM_VISUAL", "checkpoint", "embeddings", "prompt"]
 

@@ -36,9 +36,9 @@ def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:
     from PIL import Image
 
     from capa_export.decoding import greedy
-    from capa_export.generation import eos_token_ids
+    from capa_export.model.generation import eos_token_ids
+    from capa_export.model.prompt import Prompter
     from capa_export.onnx_model import OnnxModel
-    from capa_export.prompt import Prompter
 
     recipe, source = opened(checkpoint)
     prompter = Prompter(checkpoint, checkpoint, source.family, source.dims)

@@ -19,10 +19,10 @@ from capa_export.bundled import bundled_prompter
 from capa_export.compare.schema import Answers, KeptChange, LogitChange, Timing
 from capa_export.config.recipe import Recipe, recipe_of
 from capa_export.decoding import greedy
-from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter
 from capa_export.runtime import KVCache, PrefillRun
 
 __all__ = ["Question", "Side", "SideBySide"]

@@ -209,7 +209,7 @@ class Recipe(Settings):
 
     name: str
     family: str
-    """Module of `capa_export.families` that knows this architecture."""
+    """Module of `capa_export.model.families` that knows this architecture."""
     checkpoint: str
     """Hub id, or a path relative to the recipe's folder, used when no checkpoint is given."""
     model_types: tuple[str, ...] = ()

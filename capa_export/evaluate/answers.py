@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from capa_export.base.errors import CapaError
 from capa_export.evaluate.questions import Question
-from capa_export.prompt import Prompt, Prompter
+from capa_export.model.prompt import Prompt, Prompter
 
 __all__ = ["DENSE", "Answer", "Ask", "Asked", "Outcome", "asking", "longest"]
 

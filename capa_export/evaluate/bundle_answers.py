@@ -15,10 +15,10 @@ from capa_export.config.schedule import Method
 from capa_export.decoding import greedy
 from capa_export.evaluate.answers import Answer, Ask, asking, longest
 from capa_export.evaluate.questions import Question
-from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.prompt import Prompt
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt
 
 __all__ = ["BundleAnswers"]
 

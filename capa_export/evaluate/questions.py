@@ -14,9 +14,9 @@ from capa_export.conversation import Message
 from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
 from capa_export.evaluate.folders import Table, is_dataset, open_folder
 from capa_export.evaluate.metrics import VQA_ANSWERS
+from capa_export.model.prompt import Turn
 from capa_export.picture_files import open_picture
 from capa_export.picture_sources import Encoded, picture_bytes
-from capa_export.prompt import Turn
 from capa_export.sources import found, read_line, read_lines, wrong_line
 
 __all__ = ["Question", "Questions", "questions_from"]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from capa_export.explain.schema import Grid
-from capa_export.prompt import Picture, Prompt
+from capa_export.model.prompt import Picture, Prompt
 
 __all__ = ["Surface", "surfaces_of"]
 

@@ -10,8 +10,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.machine import processor
 from capa_export.calibration import CALIBRATION
 from capa_export.config.recipe import Recipe
-from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, Job, alpha_digest
+from capa_export.model.generation import eos_token_ids
 from capa_export.parity.schema import PROMPTS
 from capa_export.parity.validation import (
     Validation,

@@ -13,9 +13,10 @@ import torch
 
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.recipe import Recipe
-from capa_export.eager import EagerInputs
 from capa_export.export import DENSE
-from capa_export.lockstep import TOGETHER_BYTES, grouped
+from capa_export.model.eager import EagerInputs
+from capa_export.model.lockstep import TOGETHER_BYTES, grouped
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
@@ -24,7 +25,6 @@ from capa_export.parity.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
-from capa_export.prompt import Prompt, Prompter
 from capa_export.runtime import Model
 from capa_export.samples import Samples
 from capa_export.sliced import Graphs

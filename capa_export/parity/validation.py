@@ -9,8 +9,8 @@ from capa_export.base.progress import say
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibration import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe
-from capa_export.generation import eos_token_ids
 from capa_export.job import ONNX, PARITY, REPORT, Job
+from capa_export.model.generation import eos_token_ids
 from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ def subject_of(
     job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: "Path | Graphs", *, sliced: bool
 ) -> Any:
     """What is validated, its weights in memory or streamed."""
-    from capa_export.lockstep import RESIDENT
+    from capa_export.model.lockstep import RESIDENT
+    from capa_export.model.streamed import StoredWeights, hollow_model
     from capa_export.parity.subject import Subject
-    from capa_export.streamed import StoredWeights, hollow_model
 
     weights = StoredWeights(job.source, job.report) if sliced else None
     return Subject(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from capa_export.families import Family, load_family
+from capa_export.model.families import Family, load_family
 
 __all__ = ["BEDS", "CELLS", "NUM_VISUAL", "Bed", "family_of", "load_bed", "normalized"]
 

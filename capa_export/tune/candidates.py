@@ -9,7 +9,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.calibration import Calibration
 from capa_export.config.recipe import FFN, Recipe, Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
-from capa_export.families import Family, require_selection
+from capa_export.model.families import Family, require_selection
 from capa_export.selectors.selector import Chosen, Place, load_selector
 from capa_export.selectors.selector import selectors as all_selectors
 from capa_export.tune.costs import Costs

@@ -11,7 +11,7 @@ from PIL import Image
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.bundled import bundled_bounds, bundled_prompter
-from capa_export.families import qwen25vl
+from capa_export.model.families import qwen25vl
 from tests.cli.conftest import Cli, preflight
 from tests.conftest import noise, recorded
 
@@ -58,7 +58,7 @@ def test_a_photo_is_seen_as_large_as_the_target_takes(cli: Cli, spare: Path, tmp
 
 
 def test_an_answer_keeps_its_tail_and_its_times(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capa_export.prompt.Prompter.decode", lambda _self, tokens: "\ufffd" * len(tokens))
+    monkeypatch.setattr("capa_export.model.prompt.Prompter.decode", lambda _self, tokens: "\ufffd" * len(tokens))
     ask = ("run", bundle, "--prompt", "x", "--max-new-tokens", 1)
     assert cli(*ask)[1] == "\ufffd\n"
     result = json.loads(cli(*ask, "--json")[1])
@@ -156,7 +156,7 @@ def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: py
         dims = model_dims(config, **where)
         return replace(dims, decoder=replace(dims.decoder, rope_limit=limits[0]))
 
-    monkeypatch.setattr("capa_export.families.qwen25vl.model_dims", limited)
+    monkeypatch.setattr("capa_export.model.families.qwen25vl.model_dims", limited)
     # The last token is not fed back: three of them end at the limit.
     assert json.loads(cli(*ask)[1])["new_tokens"] == 3
     del limits[0]

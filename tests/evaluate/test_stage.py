@@ -16,14 +16,14 @@ from capa_export.base.statistics import kl_divergence
 from capa_export.base.workers import Workers
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.conversation import conversations
-from capa_export.eager import Eager, EagerPlan, inputs_for
 from capa_export.evaluate import answers as answers_module
 from capa_export.evaluate.questions import questions_from
 from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import EVALUATION, evaluate
 from capa_export.evaluate.subject import methods_from
-from capa_export.families import qwen25vl
+from capa_export.model.eager import Eager, EagerPlan, inputs_for
+from capa_export.model.families import qwen25vl
 from capa_export.selectors import attention
 from tests.evaluate.asking import METHODS, job_of, rows_of, subject_of
 

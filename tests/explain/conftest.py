@@ -12,10 +12,10 @@ from capa_export import pipeline
 from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.eager import Eager, EagerInputs, EagerPlan
-from capa_export.families import qwen25vl
 from capa_export.job import Job
-from capa_export.prompt import Prompter
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompter
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 
@@ -103,8 +103,8 @@ def _plant_sinks(model: Any, checkpoint: Path, picture: Path) -> None:
     """
     from PIL import Image
 
-    from capa_export.checkpoint import open_checkpoint
     from capa_export.export import Source
+    from capa_export.model.checkpoint import open_checkpoint
 
     dims = Source.of(open_checkpoint(str(checkpoint)), qwen25vl).dims
     prompt = Prompter(checkpoint, checkpoint, qwen25vl, dims)(QUESTION, [Image.open(picture).convert("RGB")])

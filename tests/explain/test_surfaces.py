@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from capa_export.explain.surfaces import surfaces_of
-from capa_export.prompt import Picture, Prompt
+from capa_export.model.prompt import Picture, Prompt
 
 PROCESSOR = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
 EMPTY = np.zeros((1, 3, 4, 4), np.float32)

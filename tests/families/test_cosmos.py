@@ -10,10 +10,10 @@ import torch
 
 from capa_export.bundle.store import Bundle
 from capa_export.export import check_tensors
-from capa_export.families import load_family
-from capa_export.generation import eos_token_ids
 from capa_export.job import Job
-from capa_export.recipe_choice import find_recipe
+from capa_export.model.families import load_family
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.recipe_choice import find_recipe
 from tests.conftest import noise
 from tests.models import FAMILIES
 

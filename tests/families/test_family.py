@@ -6,9 +6,9 @@ from types import FunctionType
 
 import pytest
 
-from capa_export import families
 from capa_export.base.errors import CapaError
-from capa_export.families import Family, SelectionFamily, VideoFamily, load_family
+from capa_export.model import families
+from capa_export.model.families import Family, SelectionFamily, VideoFamily, load_family
 
 NAMES = [module.name for module in iter_modules(families.__path__)]
 

@@ -17,14 +17,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
-from capa_export.checkpoint import open_checkpoint
 from capa_export.export import Source, check_tensors, write_onnx
-from capa_export.families import llava15
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import llava15
+from capa_export.model.prompt import Picture, Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.plan import parameters
-from capa_export.prompt import Picture, Prompter
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models.llava15 import PATCH, SIDE, TEMPLATE, build_image_processor, build_tokenizer, random_model, save_model

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from capa_export.base.errors import CapaError
-from capa_export.families.llava15.dims import Vision, model_dims
+from capa_export.model.families.llava15.dims import Vision, model_dims
 from capa_export.plan import parameters
 
 PUBLISHED_VISION = {

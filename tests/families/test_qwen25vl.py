@@ -9,14 +9,14 @@ import torch
 
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
-from capa_export.checkpoint import fetch_config
 from capa_export.config.recipe import load_recipe
 from capa_export.export import Source, write_onnx
-from capa_export.families import qwen25vl
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
+from capa_export.model.checkpoint import fetch_config
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Picture, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Picture, Prompter
 from tests.conftest import noise
 
 GRIDS = [(1, 16, 16), (1, 10, 14), (1, 18, 22), (3, 8, 8), (1, 2, 2), (2, 6, 30), (1, 40, 4), (1, 2, 38)]

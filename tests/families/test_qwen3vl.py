@@ -19,20 +19,20 @@ from capa_export.answer import answer
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
 from capa_export.bundle.store import Bundle
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.conversation import conversations
-from capa_export.eager import Eager, EagerPlan
 from capa_export.export import Source, check_tensors, write_onnx
-from capa_export.families import qwen3vl
-from capa_export.generation import GenerationOptions
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.eager import Eager, EagerPlan
+from capa_export.model.families import qwen3vl
+from capa_export.model.generation import GenerationOptions
+from capa_export.model.prompt import Picture, Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.plan import flops, parameters
-from capa_export.prompt import Picture, Prompt, Prompter
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise

@@ -20,20 +20,20 @@ from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import written
 from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibration import Calibration, LayerSums
-from capa_export.checkpoint import fetch_config, open_checkpoint, open_tensors
 from capa_export.config.gates import with_gates
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe, recipe_of
 from capa_export.config.target import load_target
 from capa_export.conversation import read_messages
 from capa_export.decoding import TokenChooser
-from capa_export.families import load_family, qwen25vl
-from capa_export.families.qwen25vl.video import _settings, _sizes
-from capa_export.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.in_place import embedding_of
 from capa_export.job import Job
+from capa_export.model.checkpoint import fetch_config, open_checkpoint, open_tensors
+from capa_export.model.families import load_family, qwen25vl
+from capa_export.model.families.qwen25vl.video import _settings, _sizes
+from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
+from capa_export.model.prompt import Prompter
 from capa_export.parity.schema import read_parity
-from capa_export.prompt import Prompter
 from capa_export.samples import samples_from
 
 __all__ = ["READERS", "Reader"]

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from capa_export.base.errors import CapaError
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.decoding import greedy
 from capa_export.export import Source, copy_sidecars, write_onnx
-from capa_export.families import load_family
 from capa_export.genai.write import reason_against, write_genai
-from capa_export.generation import eos_token_ids
 from capa_export.graph.genai import row_size
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import load_family
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter
 from capa_export.selectors.selector import Chosen
 from capa_export.testbed.scenes import samples
 from tests.conftest import noise

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import Prune, Stage
-from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source, write_onnx
-from capa_export.families import qwen25vl
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter
 from capa_export.runtime import KVCache
 from tests.agreement import compare
 from tests.conftest import noise
@@ -197,8 +197,8 @@ def test_the_cache_shrinks_from_the_pruning_layer_on(prompter: Prompter, built: 
 def test_same_inputs_give_identical_bytes(source: Source, tmp_path: Path) -> None:
     """In processes with different hash seeds."""
     code = (
-        "import sys; from pathlib import Path; from capa_export.checkpoint import open_checkpoint; "
-        "from capa_export.export import Source, write_onnx; from capa_export.families import load_family; "
+        "import sys; from pathlib import Path; from capa_export.model.checkpoint import open_checkpoint; "
+        "from capa_export.export import Source, write_onnx; from capa_export.model.families import load_family; "
         "import numpy as np; source = Source.of(open_checkpoint(sys.argv[1]), load_family('qwen25vl')); "
         "write_onnx(source, 'fp16', Path(sys.argv[2]), prune_layers=(2,), scales={1: np.ones(64), 3: np.ones(64) / 3})"
     )

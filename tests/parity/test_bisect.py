@@ -12,15 +12,15 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Prune, Stage
 from capa_export.export import Source, write_onnx
-from capa_export.families import qwen25vl
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompter, Turn
 from capa_export.parity.bisect import bisect
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Bisection
 from capa_export.parity.subject import Subject
-from capa_export.prompt import Prompter, Turn
 from capa_export.sliced import layer_of
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model

@@ -16,11 +16,11 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.job import Job
+from capa_export.model.prompt import Prompter, Turn
 from capa_export.onnx_model import OnnxModel
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import compare_onnx, compare_prompts
-from capa_export.prompt import Prompter, Turn
 from capa_export.samples import Samples
 from tests.conftest import noise
 from tests.parity.builds import asked

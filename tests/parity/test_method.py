@@ -13,17 +13,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export.base.progress import silent
 from capa_export.base.shipped import shipped
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Prune, Stage, load_recipe
-from capa_export.eager import Eager, EagerInputs, EagerPlan
 from capa_export.export import Source
-from capa_export.families import qwen25vl
-from capa_export.generation import eos_token_ids
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.families import qwen25vl
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.prompt import Prompter
 from capa_export.parity.method import method_effect
 from capa_export.parity.report import Example
 from capa_export.parity.schema import Method, MethodError
 from capa_export.parity.subject import Subject
-from capa_export.prompt import Prompter
 from capa_export.samples import Conversation, Samples, samples_from
 from capa_export.selectors import capa
 from capa_export.testbed.dataset import write_dataset

@@ -13,7 +13,8 @@ import pytest
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.export import Source, write_onnx
-from capa_export.families import qwen25vl
+from capa_export.model.families import qwen25vl
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import ExportError, Selection
@@ -26,7 +27,6 @@ from capa_export.parity.validate import (
     compare_prompts,
     replayed_oracle,
 )
-from capa_export.prompt import Prompt, Prompter
 from capa_export.samples import Samples, samples_from
 from tests.conftest import noise
 

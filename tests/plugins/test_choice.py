@@ -9,7 +9,7 @@ import pytest
 from capa_export.base.errors import CapaError
 from capa_export.config import plugins as choice
 from capa_export.config.plugins import Plugins, choose_device_plugins, choose_plugins
-from capa_export.families import load_family
+from capa_export.model.families import load_family
 from tests.models.qwen25vl import random_model
 
 DECODER = replace(load_family("qwen25vl").model_dims(random_model().config.to_dict()).decoder, head_dim=128)

@@ -12,7 +12,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from capa_export.processors.resolved import read_processors, write_processors
+from capa_export.model.processors.resolved import read_processors, write_processors
 from tests.conftest import noise
 from tests.models.qwen25vl import build_tokenizer
 

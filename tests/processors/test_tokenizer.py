@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import processors as post_processors
 from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from capa_export.processors.resolved import read_processors, write_processors
+from capa_export.model.processors.resolved import read_processors, write_processors
 from tests.models import FAMILIES
 
 TEXTS = [

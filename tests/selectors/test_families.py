@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.checkpoint import open_checkpoint
 from capa_export.config.recipe import Stage, kept_tokens
 from capa_export.export import Source, write_onnx
-from capa_export.families import Family, load_family
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import Family, load_family
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prompt import Prompt, Prompter
 from capa_export.selectors.selector import Chosen, load_selector, selectors
 from tests.agreement import compare
 from tests.conftest import noise

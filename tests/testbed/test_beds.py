@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import load_recipe
-from capa_export.prompt import Prompter
+from capa_export.model.prompt import Prompter
 from capa_export.testbed.batches import Batches, Lesson
 from capa_export.testbed.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
 from capa_export.testbed.curriculum import FURTHER

@@ -1,0 +1,391 @@
+"""Pruning on the Hugging Face model itself: its own modules, called layer by layer. Shares no code with the graphs.
+
+T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV heads, d = head size, K = tokens kept.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from capa_export.model.families import Family, require_selection
+from capa_export.model.lockstep import RESIDENT, Pass, Weights, finished, together
+from capa_export.selectors.selector import (
+    CAPA,
+    TOKEN_AXIS,
+    Chosen,
+    Place,
+    Prompted,
+    TensorView,
+    load_selector,
+    reads,
+)
+
+if TYPE_CHECKING:
+    from capa_export.model.prompt import Prompt
+
+__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch", "best", "inputs_for"]
+
+
+T = TypeVar("T")
+
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Told the layer, the hidden states [T, D] that leave it, and their prompt positions [T]; a step has none of these."""
+
+
+class EagerInputs(NamedTuple):
+    """What a family feeds the Hugging Face decoder."""
+
+    embeds: Tensor
+    """[1, T, D]"""
+    position_ids: Tensor
+    """[3, 1, T] or [1, T]"""
+    deepstack: Sequence[Tensor] = ()
+    """[V, D] each: what the outputs of the first layers gain at visual tokens."""
+    prompted: Mapping[Prompted, Tensor] = MappingProxyType({})
+    """What selectors read of the prompt, as in `TensorView`."""
+
+    @classmethod
+    def of(cls, given: "EagerInputs | tuple[Tensor, Tensor]") -> "EagerInputs":
+        """Whatever a family returned."""
+        return given if isinstance(given, cls) else cls(given[0], given[1])
+
+    @property
+    def position_shape(self) -> tuple[int, ...]:
+        """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+        return (*self.position_ids.shape[:-1], 1)
+
+    @property
+    def next_position(self) -> int:
+        """Of the first answer token: behind all of the prompt, whatever is dropped."""
+        return int(self.position_ids.max()) + 1
+
+    def arguments(self, is_visual: Tensor) -> dict[str, Any]:
+        """Of the decoder's own forward pass; `is_visual` is [T] bool."""
+        given: dict[str, Any] = {"inputs_embeds": self.embeds, "position_ids": self.position_ids}
+        if self.deepstack:
+            given |= {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": list(self.deepstack)}
+        return given
+
+
+@dataclass(frozen=True)
+class EagerPlan:
+    """What to do to the dense model; the default is nothing."""
+
+    keep: Mapping[int, int] = field(default_factory=dict)
+    """Layer -> visual tokens kept from there on; -1 before the decoder."""
+    scales: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> alpha [D] that stands for the FFN of visual tokens."""
+    selectors: Mapping[int, Chosen] = field(default_factory=dict)
+    """Layer -> what chooses the tokens kept; CAPA where it says nothing."""
+    forced: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> prompt positions to keep whatever the scores say."""
+    random_seed: int | None = None
+    """Keep random visual tokens instead: the baseline every method has to beat."""
+    min_keep_per_image: int = 0
+    """Visual tokens that each image keeps whatever the others score."""
+    jitter: float = 0.0
+    """Relative noise on what selectors read: shows how near to ties their choices are."""
+
+    def chosen(self, layer: int) -> Chosen:
+        return self.selectors.get(layer, CAPA)
+
+    def prunes(self, layer: int, place: Place) -> bool:
+        """Whether a stage of this layer acts at this place."""
+        return layer in self.keep and self.chosen(layer).place == place
+
+    @property
+    def reads(self) -> tuple[Prompted, ...]:
+        """What the prompt has to bring along."""
+        return reads(self.chosen(layer) for layer in self.keep)
+
+
+@torch.no_grad()
+def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") -> EagerInputs:
+    """What the decoder is fed, with what the plan's selectors read.
+
+    Raises:
+        CapaError: the family's vision tower does not give it.
+    """
+    inputs = EagerInputs.of(family.eager_inputs(model, prompt))
+    prompted: dict[Prompted, Tensor] = {}
+    if "visual_grid" in plan.reads:
+        prompted["visual_grid"] = torch.from_numpy(prompt.visual_grid)
+    if asking := [chosen.name for chosen in map(plan.chosen, plan.keep) if chosen.reads_tower]:
+        tower = require_selection(family, asking[0]).eager_selection(model, prompt)
+        for key, values in zip(("visual_saliency", "visual_features"), tower, strict=True):
+            whole = values.new_zeros(len(prompt.input_ids), *values.shape[1:], dtype=torch.float32)
+            whole[torch.from_numpy(prompt.is_visual)] = values.float()
+            prompted[key] = whole
+    return inputs._replace(prompted=prompted)
+
+
+@dataclass
+class Prefill:
+    """What a prefill leaves behind."""
+
+    logits: Tensor
+    """[V], last position."""
+    cache: Any
+    """transformers' DynamicCache; layers differ in length."""
+    kept: dict[int, Tensor]
+    """Layer -> prompt positions [K] that survive it, ascending."""
+    scores: dict[int, Tensor]
+    """Layer -> score of each token that entered the stage [T]; what it says of text does not count."""
+    position_shape: tuple[int, ...]
+    """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+    next_position: int
+    """Of the first answer token: behind all of the prompt, whatever was dropped."""
+
+
+class _FrozenCache:
+    """Stands in for the cache when the last query is run again: it is in there already."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+class Eager:
+    """A Hugging Face VLM whose decoder is run by hand.
+
+    Args:
+        model: its weights in memory, or none where `weights` has them.
+        weights: holds those of a part of the model while it runs.
+    """
+
+    def __init__(self, model: Any, weights: Weights = RESIDENT) -> None:
+        self.model, self.weights = model, weights
+        self.text = model.model.language_model
+        self.head = model.lm_head
+
+    def run(self, passes: Sequence[Pass[T]]) -> list[T]:
+        """Results of several passes that go through the model together, each part of it held once for all of them."""
+        return finished(together(passes), partial(self.weights.holding, self.model))
+
+    def prefill(self, inputs: EagerInputs, is_visual: Tensor, plan: EagerPlan, watch: Watch | None = None) -> Prefill:
+        """Run the prompt; `is_visual` is [T] bool."""
+        return self.run([self.prefilling(inputs, is_visual, plan, watch=watch)])[0]
+
+    def step(self, run: Prefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
+        """Logits [V] after one more text token at `position`; the run's cache grows by it."""
+        return self.run([self.stepping(run.cache, token, torch.full(run.position_shape, position), watch)])[0]
+
+    @torch.no_grad()
+    def prefilling(
+        self,
+        inputs: EagerInputs,
+        is_visual: Tensor,
+        plan: EagerPlan,
+        cache: Any = None,
+        watch: Watch | None = None,
+    ) -> Pass[Prefill]:
+        """The pass of a prompt; `is_visual` is [T] bool, `cache` an empty one of transformers' that is to be filled."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache() if cache is None else cache
+        kept: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
+        tokens = _Tokens(
+            inputs.embeds,
+            self.text.rotary_emb(inputs.embeds, inputs.position_ids),
+            torch.arange(inputs.embeds.shape[1]),
+            is_visual,
+            inputs.deepstack,
+            inputs.prompted,
+        )
+
+        def prune(stage: int, of_attention: Mapping[str, Tensor]) -> Tensor:
+            nonlocal tokens
+            scores[stage], rows = _choose(plan, stage, tokens, of_attention)
+            tokens = tokens.at(rows)
+            kept[stage] = tokens.positions
+            return rows
+
+        if plan.prunes(-1, "input"):
+            prune(-1, {})
+        for index, layer in enumerate(self.text.layers):
+            yield index
+            normed = layer.input_layernorm(tokens.hidden)
+            mixed, _ = layer.self_attn(
+                normed, attention_mask=None, position_embeddings=tokens.rotary, past_key_values=cache
+            )
+            tokens = replace(tokens, hidden=tokens.hidden + mixed)
+            of_attention: dict[str, Tensor] = {}
+            stored = cache.layers[index]
+            if plan.prunes(index, "attention") or plan.prunes(index + 1, "entry"):
+                of_attention = _of_attention(layer.self_attn, normed, tokens.rotary, stored.keys, stored.values)
+            if plan.prunes(index, "attention"):
+                rows = prune(index, of_attention)
+                stored.keys, stored.values = stored.keys[:, :, rows], stored.values[:, :, rows]
+            hidden = tokens.hidden
+            after = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if index in plan.scales:
+                after = torch.where(tokens.is_visual[:, None], hidden * plan.scales[index], after)
+            if index < len(tokens.deepstack):
+                after = self.text._deepstack_process(after, tokens.is_visual[None], tokens.deepstack[index])
+            tokens = replace(tokens, hidden=after.to(inputs.embeds.dtype))
+            if plan.prunes(index + 1, "entry"):
+                prune(index + 1, of_attention)
+            if watch is not None:
+                watch(index, tokens.hidden[0], tokens.positions)
+        yield "head"
+        return Prefill(self._logits(tokens.hidden), cache, kept, scores, inputs.position_shape, inputs.next_position)
+
+    @torch.no_grad()
+    def stepping(self, cache: Any, token: int, position_ids: Tensor, watch: Watch | None = None) -> Pass[Tensor]:
+        """The pass of one more text token, to logits [V]; the cache grows by it as the pass goes through the layers.
+
+        Args:
+            cache: of the tokens before it; each layer's part is complete when the pass comes to it.
+            token: its id.
+            position_ids: of that token, [3, 1, 1] or [1, 1].
+            watch: told what leaves each layer.
+        """
+        hidden = embeds = self.text.embed_tokens(torch.tensor([[token]]))
+        rotary = self.text.rotary_emb(embeds, position_ids)
+        for index, layer in enumerate(self.text.layers):
+            yield index
+            mixed, _ = layer.self_attn(
+                layer.input_layernorm(hidden),
+                attention_mask=None,
+                position_embeddings=rotary,
+                past_key_values=cache,
+            )
+            hidden = hidden + mixed
+            hidden = (hidden + layer.mlp(layer.post_attention_layernorm(hidden))).to(embeds.dtype)
+            if watch is not None:
+                watch(index, hidden[0], torch.empty(0, dtype=torch.long))
+        yield "head"
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.text.norm(hidden[:, -1]))[0].float()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What travels down the layers."""
+
+    hidden: Tensor
+    """[1, T, D]"""
+    rotary: Sequence[Tensor]
+    """cos and sin, [1, T, d] each."""
+    positions: Tensor
+    """[T] in the prompt."""
+    is_visual: Tensor
+    """[T] bool."""
+    deepstack: Sequence[Tensor]
+    """[V, D] each."""
+    prompted: Mapping[Prompted, Tensor]
+    """Of the whole prompt."""
+
+    def at(self, rows: Tensor) -> "_Tokens":
+        """Some of them."""
+        rows_of_visual = torch.isin(self.is_visual.nonzero()[:, 0], rows)
+        return replace(
+            self,
+            hidden=self.hidden[:, rows],
+            rotary=tuple(table[:, rows] for table in self.rotary),
+            positions=self.positions[rows],
+            is_visual=self.is_visual[rows],
+            deepstack=[features[rows_of_visual] for features in self.deepstack],
+        )
+
+
+def _of_attention(
+    attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
+) -> dict[str, Tensor]:
+    """What a selector may read of an attention, in FP32: see `TensorView`."""
+    with _attention_weights(attention.config):
+        last = tuple(table[:, -1:] for table in rotary)
+        _, weights = attention(
+            normed[:, -1:], attention_mask=None, position_embeddings=last, past_key_values=_FrozenCache(keys, values)
+        )
+
+    def heads(project: Any, norm: str) -> Tensor:
+        split_HTd = project(normed.to(project.weight.dtype))[0].unflatten(-1, (-1, values.shape[-1])).transpose(0, 1)
+        return getattr(attention, norm, nn.Identity())(split_HTd)
+
+    plain_query, plain_key = heads(attention.q_proj, "q_norm")[:, -1], heads(attention.k_proj, "k_norm")
+    found = {
+        "attention": weights[0, :, 0],
+        "key": keys[0],
+        "value": values[0],
+        "plain_query": plain_query,
+        "plain_key": plain_key,
+        "output_weight": attention.o_proj.weight,
+    }
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+@contextmanager
+def _attention_weights(config: Any) -> Generator[None]:
+    """Use the attention implementation that returns its probabilities."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
+    """Rows of all text and of `keep` visual tokens, ascending: each image's best few, then the best of the rest."""
+    visual = is_visual.nonzero()[:, 0]
+    if plan.random_seed is None:
+        # A stable sort breaks ties to the lowest.
+        order = torch.sort(scores[visual].nan_to_num(nan=-1.0), descending=True, stable=True).indices
+    else:
+        order = torch.randperm(len(visual), generator=torch.Generator().manual_seed(plan.random_seed))
+    first: list[int] = []
+    rest: list[int] = []
+    kept_of_image: Counter[int] = Counter()
+    images = (~is_visual).cumsum(0)
+    for row in visual[order].tolist():
+        image = int(images[row])
+        (first if kept_of_image[image] < plan.min_keep_per_image else rest).append(row)
+        kept_of_image[image] += 1
+    rows = torch.cat([(~is_visual).nonzero()[:, 0], torch.tensor((first + rest)[:keep], dtype=torch.long)])
+    return rows.sort().values
+
+
+def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores [T] of the tokens that enter a stage, and the rows [K] that it keeps."""
+    if not tokens.is_visual.any():
+        return torch.zeros(len(tokens.positions)), torch.arange(len(tokens.positions))
+    chosen, keep = plan.chosen(stage), min(plan.keep[stage], int(tokens.is_visual.sum()))
+    selector = load_selector(chosen.name)
+    view = TensorView(
+        is_visual=tokens.is_visual,
+        num_keep=keep,
+        hidden=tokens.hidden[0].float(),
+        **of_attention,
+        **{name: tokens.prompted[name].index_select(TOKEN_AXIS[name], tokens.positions) for name in selector.READS},
+    )
+    if plan.jitter:
+        view = _jittered(view, plan.jitter)
+    scores = selector.reference(view, **chosen.values)
+    if stage in plan.forced:
+        return scores, torch.isin(tokens.positions, plan.forced[stage]).nonzero()[:, 0]
+    return scores, best(scores, tokens.is_visual, keep, plan)
+
+
+def _jittered(view: TensorView, amount: float) -> TensorView:
+    """The view with every number changed a little, always in the same way."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {entry.name: getattr(view, entry.name) for entry in fields(view)}
+    changed = {
+        name: values * (1 + amount * torch.randn(values.shape, generator=random))
+        for name, values in tensors.items()
+        if isinstance(values, Tensor) and values.is_floating_point()
+    }
+    return replace(view, **changed)
