@@ -26,6 +26,7 @@ from rich.progress import track
 
 from capa_export.calibrate import calibrate
 from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.data.samples import Samples, samples_from
 from capa_export.export import PRECISIONS, Source, copy_sidecars, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
@@ -35,7 +36,6 @@ from capa_export.parity.record import Records, write_records
 from capa_export.parity.schema import Check
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import Compared, compare_onnx, compare_prompts
-from capa_export.samples import Samples, samples_from
 from tests.parity.builds import build
 from tests.parity.faults import FAULTS, Fault
 

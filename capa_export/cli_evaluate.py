@@ -97,7 +97,7 @@ def evaluate(
     from capa_export.bundle.store import Bundle
     from capa_export.cli_stages import recipe_and_checkpoint, with_options
     from capa_export.config.recipe import recipe_of
-    from capa_export.evaluate.questions import questions_from
+    from capa_export.data.questions import questions_from
     from capa_export.evaluate.stage import MAX_SKIPPED
     from capa_export.evaluate.stage import evaluate as ask
     from capa_export.evaluate.subject import bundle_subject, eager_subject, methods_from, product

@@ -57,7 +57,7 @@ def run(
     from capa_export.answer import answer
     from capa_export.bundle.store import Bundle
     from capa_export.bundled import bundled_bounds
-    from capa_export.conversation import conversations
+    from capa_export.data.conversation import conversations
     from capa_export.model.generation import GenerationOptions
 
     def stream(text: str) -> None:

@@ -28,7 +28,7 @@ from capa_export.unfinished import UnfinishedSums
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from capa_export.samples import Sample, Samples
+    from capa_export.data.samples import Sample, Samples
 __all__ = ["adopt_calibration", "build", "calibrate", "export", "note_digests", "validate"]
 
 _SAMPLES_A_TASK = 4
@@ -131,7 +131,7 @@ def _worst(parity: ParityReport) -> str:
 
 def calibrate(job: Job) -> Calibration:
     """Measure the dense model, or read what an earlier run measured."""
-    from capa_export.samples import samples_from
+    from capa_export.data.samples import samples_from
 
     job.check_files()
     _check_workers(job)

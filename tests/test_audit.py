@@ -9,6 +9,7 @@ from capa_export.audit import audit
 from capa_export.base.errors import CapaError
 from capa_export.calibrate import calibrate
 from capa_export.config.recipe import Prune, Stage, load_recipe
+from capa_export.data.samples import samples_from
 from capa_export.export import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15, qwen25vl
@@ -17,7 +18,6 @@ from capa_export.model.prompt import Prompter
 from capa_export.parity.record import write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import compare_onnx
-from capa_export.samples import samples_from
 from tests.conftest import noise
 from tests.models import llava15 as small_llava15
 from tests.models.qwen25vl import random_model, save_model

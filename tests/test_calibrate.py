@@ -18,10 +18,10 @@ from capa_export.calibrate import _largest_product, calibrate
 from capa_export.calibration import Calibration, LayerSums, merged
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
+from capa_export.data.samples import Samples, samples_from
 from capa_export.job import Job
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
-from capa_export.samples import Samples, samples_from
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model
 

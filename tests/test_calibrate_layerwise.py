@@ -21,13 +21,13 @@ from capa_export.calibrate_layerwise import calibrate_layerwise
 from capa_export.calibration import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
+from capa_export.data.samples import Samples, samples_from
 from capa_export.dry_run import calibration_bytes, dry_run
 from capa_export.export import Source
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
-from capa_export.samples import Samples, samples_from
 from capa_export.unfinished import UnfinishedSums
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl

@@ -12,7 +12,7 @@ from transformers import video_utils
 from transformers.utils import import_utils
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.conversation import conversations, open_video, read_messages
+from capa_export.data.conversation import conversations, open_video, read_messages
 from capa_export.model.prompt import Turn, Video
 from tests.conftest import noise
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from capa_export.base.errors import CapaError
-from capa_export.conversation import open_video
-from capa_export.picture_files import open_picture
+from capa_export.data.conversation import open_video
+from capa_export.data.picture_files import open_picture
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 WANTED = (RAMP * 255).round()

@@ -24,7 +24,7 @@ from capa_export.calibration import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
-from capa_export.conversation import conversations
+from capa_export.data.conversation import conversations
 from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan

@@ -13,7 +13,7 @@ import pytest
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
-from capa_export.testbed.scenes import SHAPES
+from capa_export.data.scenes import SHAPES
 from tests.conftest import noise
 
 ROOT = Path(__file__).resolve().parent.parent

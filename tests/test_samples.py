@@ -8,7 +8,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import load_recipe
-from capa_export.samples import Sample, Samples, samples_from
+from capa_export.data.samples import Sample, Samples, samples_from
 from tests.conftest import noise
 
 RECIPE = load_recipe("qwen25vl")

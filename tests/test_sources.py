@@ -13,11 +13,11 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import load_recipe
-from capa_export.conversation import read_messages
-from capa_export.evaluate.questions import questions_from
+from capa_export.data.conversation import read_messages
+from capa_export.data.questions import questions_from
+from capa_export.data.samples import samples_from
+from capa_export.data.sources import EXAMPLES
 from capa_export.model.prompt import Turn
-from capa_export.samples import samples_from
-from capa_export.sources import EXAMPLES
 from tests.conftest import noise
 
 RECIPE = load_recipe("qwen25vl")

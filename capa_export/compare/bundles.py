@@ -11,10 +11,10 @@ from capa_export.bundled import require_memory
 from capa_export.compare.manifests import changes, engines, sizes
 from capa_export.compare.schema import Answers, BundleComparison, Limits, LogitChange, Timing
 from capa_export.compare.side_by_side import Question, Side, SideBySide
+from capa_export.data.samples import samples_from
 from capa_export.job import PARITY
 from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import Check, ParityReport, Rate, read_parity
-from capa_export.samples import samples_from
 
 __all__ = ["compare"]
 

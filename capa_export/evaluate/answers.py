@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from capa_export.base.errors import CapaError
-from capa_export.evaluate.questions import Question
+from capa_export.data.questions import Question
 from capa_export.model.prompt import Prompt, Prompter
 
 __all__ = ["DENSE", "Answer", "Ask", "Asked", "Outcome", "asking", "longest"]

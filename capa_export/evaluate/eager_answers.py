@@ -13,8 +13,8 @@ from capa_export.base.statistics import kl_divergence
 from capa_export.calibrate import watching_ffns
 from capa_export.calibration import Calibration
 from capa_export.config.schedule import Method
+from capa_export.data.questions import Question
 from capa_export.evaluate.answers import DENSE, Answer, Ask, asking, longest
-from capa_export.evaluate.questions import Question
 from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.model.generation import eos_token_ids

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from capa_export.base.statistics import paired_bootstrap, wilson
+from capa_export.data.metrics import METRICS, Metric, says_yes, yes_no_figures
+from capa_export.data.questions import Question
 from capa_export.evaluate.answers import DENSE, Answer
-from capa_export.evaluate.metrics import METRICS, Metric, says_yes, yes_no_figures
-from capa_export.evaluate.questions import Question
 from capa_export.evaluate.schema import Scored
 from capa_export.parity.schema import Rate
 

@@ -9,8 +9,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.files import write_whole
 from capa_export.base.progress import Report, silent
 from capa_export.base.workers import Workers, chunks, spread
+from capa_export.data.questions import Question, Questions
 from capa_export.evaluate.answers import Answer, Asked
-from capa_export.evaluate.questions import Question, Questions
 from capa_export.evaluate.results import Results
 from capa_export.evaluate.schema import Evaluation, Skipped
 from capa_export.evaluate.scores import Answered, scored

@@ -27,10 +27,10 @@ from capa_export.parity.validation import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from capa_export.data.samples import Samples
     from capa_export.execution import BuiltEngines
     from capa_export.parity.record import Records
     from capa_export.parity.validate import Compared
-    from capa_export.samples import Samples
     from capa_export.sliced import Graphs
 
 __all__ = ["AgainstEager"]

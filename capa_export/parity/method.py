@@ -14,6 +14,7 @@ import torch
 
 from capa_export.base.progress import Report, tracked
 from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
+from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.prompt import Prompt
@@ -21,7 +22,6 @@ from capa_export.parity.figures import percent
 from capa_export.parity.report import Example, KeptMap
 from capa_export.parity.schema import Method, MethodError
 from capa_export.parity.subject import Subject
-from capa_export.samples import Sample, Samples
 
 __all__ = ["method_effect"]
 

@@ -21,13 +21,13 @@ from safetensors.numpy import save_file
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.statistics import kl_divergence
+from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import Eager, EagerPlan, best, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
-from capa_export.samples import Sample, Samples
 from capa_export.selectors.selector import load_selector
 
 __all__ = [

@@ -13,6 +13,7 @@ import torch
 
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.recipe import Recipe
+from capa_export.data.samples import Samples
 from capa_export.export import DENSE
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
@@ -26,7 +27,6 @@ from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
 from capa_export.runtime import Model
-from capa_export.samples import Samples
 from capa_export.sliced import Graphs
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
+    from capa_export.data.samples import Samples
     from capa_export.execution import BuiltEngines
     from capa_export.parity.record import Records
     from capa_export.parity.report import Example
     from capa_export.parity.validate import Compared
-    from capa_export.samples import Samples
     from capa_export.sliced import Graphs
 
 __all__ = [
@@ -166,7 +166,7 @@ def scales_of(exported: dict[str, Any], calibration: Calibration | None) -> dict
 
 def held_out(job: Job, recipe: Recipe, wanted: Wanted, count: int, *, repeat: bool) -> "Samples":
     """The samples that calibration does not see, as many as are asked for in place of `count`."""
-    from capa_export.samples import samples_from
+    from capa_export.data.samples import samples_from
 
     count = count if wanted.samples is None else wanted.samples
     return samples_from(job.images, recipe, count, split="held_out", repeat=repeat, seed=wanted.seed)

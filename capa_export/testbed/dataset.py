@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, samples
+from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, samples
 
 __all__ = ["main", "write_dataset"]
 

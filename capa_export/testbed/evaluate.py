@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, samples
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompter
-from capa_export.testbed.scenes import HARD_KINDS, KINDS, Sample, samples
 
 __all__ = ["Asker", "evaluate"]
 

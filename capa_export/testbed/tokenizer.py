@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from capa_export.testbed.drawing import COLORS, SHAPES
+from capa_export.data.drawing import COLORS, SHAPES
 
 __all__ = ["HARD_WORDS", "WORDS", "word_tokenizer"]
 

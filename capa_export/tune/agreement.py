@@ -12,11 +12,11 @@ from torch import Tensor
 from capa_export.base.statistics import kl_divergence
 from capa_export.calibration import Calibration
 from capa_export.config.schedule import Method
+from capa_export.data.samples import Sample
 from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt
-from capa_export.samples import Sample
 from capa_export.selectors.selector import Chosen
 from capa_export.tune.candidates import linear_layers
 

@@ -9,9 +9,9 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import tracked
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method
+from capa_export.data.samples import Samples
 from capa_export.job import Job
 from capa_export.plan import PrefillFlops, flops
-from capa_export.samples import Samples
 
 __all__ = ["Costs", "Shape", "shapes"]
 

@@ -14,11 +14,11 @@ from capa_export.compare.bundles import compare
 from capa_export.compare.manifests import engines
 from capa_export.compare.schema import BundleComparison, Limits
 from capa_export.config.recipe import Recipe
+from capa_export.data.samples import samples_from
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.parity.record import write_records
 from capa_export.parity.subject import Subject
-from capa_export.samples import samples_from
 from tests.compare.conftest import Exported, note_validation, overwrite, rerecord
 
 Compared = Callable[..., BundleComparison]

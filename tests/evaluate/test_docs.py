@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.cli import main
-from capa_export.evaluate.questions import questions_from
+from capa_export.data.questions import questions_from
 from tests.conftest import noise
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs/evaluate.md").read_text(encoding="utf-8")

@@ -2,7 +2,13 @@
 
 import pytest
 
-from capa_export.evaluate.metrics import METRICS, chosen_option, normalised, says_yes, yes_no_figures
+from capa_export.data.metrics import (
+    METRICS,
+    chosen_option,
+    normalised,
+    says_yes,
+    yes_no_figures,
+)
 
 
 @pytest.mark.parametrize(

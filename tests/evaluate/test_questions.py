@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from capa_export.base.errors import CapaError
-from capa_export.evaluate.questions import Question, questions_from
-from capa_export.picture_sources import Encoded
+from capa_export.data.picture_sources import Encoded
+from capa_export.data.questions import Question, questions_from
 from tests.conftest import noise
 
 

@@ -15,9 +15,9 @@ from capa_export.base.errors import CapaError
 from capa_export.base.statistics import kl_divergence
 from capa_export.base.workers import Workers
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.conversation import conversations
+from capa_export.data.conversation import conversations
+from capa_export.data.questions import questions_from
 from capa_export.evaluate import answers as answers_module
-from capa_export.evaluate.questions import questions_from
 from capa_export.evaluate.results import ANSWERS
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import EVALUATION, evaluate

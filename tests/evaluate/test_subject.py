@@ -11,7 +11,7 @@ from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, Stage, load_recipe
 from capa_export.config.schedule import parse_method
-from capa_export.evaluate.questions import questions_from
+from capa_export.data.questions import questions_from
 from capa_export.evaluate.schema import Evaluation
 from capa_export.evaluate.stage import evaluate
 from capa_export.evaluate.subject import bundle_subject, code_files, methods_from, product

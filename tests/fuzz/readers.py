@@ -24,7 +24,8 @@ from capa_export.config.gates import with_gates
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe, recipe_of
 from capa_export.config.target import load_target
-from capa_export.conversation import read_messages
+from capa_export.data.conversation import read_messages
+from capa_export.data.samples import samples_from
 from capa_export.decoding import TokenChooser
 from capa_export.in_place import embedding_of
 from capa_export.job import Job
@@ -34,7 +35,6 @@ from capa_export.model.families.qwen25vl.video import _settings, _sizes
 from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.model.prompt import Prompter
 from capa_export.parity.schema import read_parity
-from capa_export.samples import samples_from
 
 __all__ = ["READERS", "Reader"]
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import kept_tokens, load_recipe
+from capa_export.data.scenes import samples
 from capa_export.decoding import greedy
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.genai.write import reason_against, write_genai
@@ -26,7 +27,6 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.selectors.selector import Chosen
-from capa_export.testbed.scenes import samples
 from tests.conftest import noise
 
 og = pytest.importorskip("onnxruntime_genai", reason="the onnxruntime it wants has no wheels for Python 3.10")

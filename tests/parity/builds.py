@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.data.samples import Sample, Samples
 from capa_export.export import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
-from capa_export.samples import Sample, Samples
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.models.making import randomized

@@ -14,6 +14,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.data.samples import Samples
 from capa_export.export import Source, copy_sidecars, write_onnx
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
@@ -21,7 +22,6 @@ from capa_export.onnx_model import OnnxModel
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import compare_onnx, compare_prompts
-from capa_export.samples import Samples
 from tests.conftest import noise
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, HARMLESS, Fault

@@ -14,6 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from capa_export.base.progress import silent
 from capa_export.base.shipped import shipped
 from capa_export.config.recipe import Prune, Stage, load_recipe
+from capa_export.data.samples import Conversation, Samples, samples_from
+from capa_export.data.scenes import samples
 from capa_export.export import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
@@ -24,10 +26,8 @@ from capa_export.parity.method import method_effect
 from capa_export.parity.report import Example
 from capa_export.parity.schema import Method, MethodError
 from capa_export.parity.subject import Subject
-from capa_export.samples import Conversation, Samples, samples_from
 from capa_export.selectors import capa
 from capa_export.testbed.dataset import write_dataset
-from capa_export.testbed.scenes import samples
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
 

@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.data.samples import samples_from
 from capa_export.export import Source, write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import Compared, compare_onnx
-from capa_export.samples import samples_from
 from capa_export.selectors.selector import load_selector, selectors
 from tests.conftest import noise
 from tests.parity.test_validate import failures

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.data.samples import Samples, samples_from
 from capa_export.export import Source, write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
@@ -27,7 +28,6 @@ from capa_export.parity.validate import (
     compare_prompts,
     replayed_oracle,
 )
-from capa_export.samples import Samples, samples_from
 from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}

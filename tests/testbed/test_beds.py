@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import load_recipe
+from capa_export.data.scenes import HARD_KINDS, samples
 from capa_export.model.prompt import Prompter
 from capa_export.testbed.batches import Batches, Lesson
 from capa_export.testbed.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
 from capa_export.testbed.curriculum import FURTHER
-from capa_export.testbed.scenes import HARD_KINDS, samples
 from capa_export.testbed.tokenizer import HARD_WORDS
 from capa_export.testbed.train import answer_logits
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capa_export.testbed.drawing import CELL, COLORS, SHAPES, Number, Scene, Sprite, render
-from capa_export.testbed.scenes import (
+from capa_export.data.drawing import CELL, COLORS, SHAPES, Number, Scene, Sprite, render
+from capa_export.data.scenes import (
     HARD_KINDS,
     KINDS,
     Split,

@@ -10,11 +10,11 @@ from capa_export.bundle.store import Bundle
 from capa_export.calibration import Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.config.schedule import parse_method
+from capa_export.data.samples import Sample
 from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
-from capa_export.samples import Sample
 from capa_export.selectors.selector import selectors
 from capa_export.tune.agreement import STEPS, Judge, Opened
 from tests.conftest import noise

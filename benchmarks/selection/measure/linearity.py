@@ -15,8 +15,8 @@ from benchmarks.selection.bed import Bed
 from benchmarks.selection.figures import Layer, Linearity
 from benchmarks.selection.measure.statistics import spread_of
 from capa_export.calibrate import watching_ffns
+from capa_export.data.questions import Question
 from capa_export.evaluate.eager_answers import EagerMethods
-from capa_export.evaluate.questions import Question
 from capa_export.model.eager import EagerPlan
 
 __all__ = ["measure", "prefills"]

@@ -10,8 +10,8 @@ from benchmarks.selection.measure.compare import compared
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method
+from capa_export.data.samples import samples_from
 from capa_export.job import Job
-from capa_export.samples import samples_from
 from capa_export.selectors.selector import load_selector
 from capa_export.testbed.dataset import write_dataset
 from capa_export.tune.candidates import Candidates, offered

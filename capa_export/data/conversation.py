@@ -11,9 +11,9 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeA
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem
+from capa_export.data.picture_files import PICTURE_SUFFIXES, open_picture, pictures_among, upright_rgb
+from capa_export.data.picture_sources import picture_bytes, picture_path
 from capa_export.model.prompt import Turn, Video
-from capa_export.picture_files import PICTURE_SUFFIXES, open_picture, pictures_among, upright_rgb
-from capa_export.picture_sources import picture_bytes, picture_path
 
 __all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
 

@@ -7,7 +7,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from capa_export.base.errors import CapaError
-from capa_export.evaluate.metrics import Metric
+from capa_export.data.metrics import Metric
 
 __all__ = ["BENCHMARKS", "PLAIN", "Benchmark", "benchmark_of"]
 

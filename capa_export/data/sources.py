@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import first_problem
-from capa_export.conversation import Message, Messages, files_of
-from capa_export.picture_files import PICTURE_SUFFIXES, pictures_among
+from capa_export.data.conversation import Message, Messages, files_of
+from capa_export.data.picture_files import PICTURE_SUFFIXES, pictures_among
 
 __all__ = ["EXAMPLES", "Line", "found", "read_line", "read_lines", "wrong_line"]
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.conversation import Message
-from capa_export.evaluate.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
-from capa_export.evaluate.folders import Table, is_dataset, open_folder
-from capa_export.evaluate.metrics import VQA_ANSWERS
+from capa_export.data.benchmarks import BENCHMARKS, PLAIN, Benchmark, benchmark_of
+from capa_export.data.conversation import Message
+from capa_export.data.folders import Table, is_dataset, open_folder
+from capa_export.data.metrics import VQA_ANSWERS
+from capa_export.data.picture_files import open_picture
+from capa_export.data.picture_sources import Encoded, picture_bytes
+from capa_export.data.sources import found, read_line, read_lines, wrong_line
 from capa_export.model.prompt import Turn
-from capa_export.picture_files import open_picture
-from capa_export.picture_sources import Encoded, picture_bytes
-from capa_export.sources import found, read_line, read_lines, wrong_line
 
 __all__ = ["Question", "Questions", "questions_from"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from capa_export.testbed.drawing import COLORS, SHAPES, Number, Scene, Sprite, render
+from capa_export.data.drawing import COLORS, SHAPES, Number, Scene, Sprite, render
 
 __all__ = [
     "HARD_KINDS",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
-from capa_export.picture_files import PICTURE_SUFFIXES
+from capa_export.data.picture_files import PICTURE_SUFFIXES
 
 __all__ = ["Table", "is_dataset", "open_folder"]
 

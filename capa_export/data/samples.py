@@ -14,13 +14,13 @@ from pydantic import StringConstraints
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import Settings
 from capa_export.config.recipe import Recipe
-from capa_export.conversation import Messages, files_of, turns_from
-from capa_export.evaluate.benchmarks import PLAIN
+from capa_export.data.benchmarks import PLAIN
+from capa_export.data.conversation import Messages, files_of, turns_from
+from capa_export.data.picture_files import open_picture
+from capa_export.data.picture_sources import file_bytes
+from capa_export.data.scenes import samples
+from capa_export.data.sources import found, read_line, read_lines, wrong_line
 from capa_export.model.prompt import Turn, Video
-from capa_export.picture_files import open_picture
-from capa_export.picture_sources import file_bytes
-from capa_export.sources import found, read_line, read_lines, wrong_line
-from capa_export.testbed.scenes import samples
 
 __all__ = ["Conversation", "Sample", "Samples", "samples_from"]
 
