@@ -19,7 +19,7 @@ from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memo
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.kernels.plugins.alias import ensure_parser_library
-from capa_export.lower import NATIVE
+from capa_export.passes.lower import NATIVE
 from capa_export.plan import kv_cache
 
 __all__ = ["Finding", "examine"]

@@ -21,9 +21,9 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.config.plugins import NO_PLUGINS, Plugins
 from capa_export.config.target import DimRange, ShapeRange, Target
-from capa_export.external_weights import MIN_WEIGHT_BYTES
 from capa_export.kernels.plugins.alias import ensure_parser_library
-from capa_export.prepare import prepare
+from capa_export.passes.external_weights import MIN_WEIGHT_BYTES
+from capa_export.passes.for_tensorrt import prepare
 
 __all__ = [
     "EngineReport",

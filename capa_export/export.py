@@ -30,10 +30,10 @@ from capa_export.bind import (
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import EMBEDDING_FILE, Shards
-from capa_export.islands import check_units, compute_in_fp32, parse_unit
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily, require_selection
+from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
 from capa_export.selectors.selector import Chosen
 from capa_export.sliced import Graphs
 

@@ -293,7 +293,7 @@ class Job:
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""
-        from capa_export.islands import check_units
+        from capa_export.passes.fp32_parts import check_units
 
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
         for stage in self.schedule:

@@ -26,8 +26,8 @@ from capa_export.engine import input_shapes, parse_layers, weight_copies, weight
 from capa_export.golden import write_golden
 from capa_export.job import ONNX, say
 from capa_export.kernels.plugins.alias import ensure_parser_library
-from capa_export.lower import NATIVE
-from capa_export.prepare import Prepared, prepare
+from capa_export.passes.for_tensorrt import Prepared, prepare
+from capa_export.passes.lower import NATIVE
 
 __all__ = ["build_kit", "write_kit"]
 

@@ -67,7 +67,7 @@ class OnnxModel(Model[KVCache]):
     def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         key = file, tuple(shapes.items())
         if key not in self._attention:
-            from capa_export.tiled import attention_bytes
+            from capa_export.passes.tile_attention import attention_bytes
 
             self._attention[key] = attention_bytes(self._without_weights(file), shapes)
         return self._attention[key]
@@ -95,9 +95,9 @@ class OnnxModel(Model[KVCache]):
         # Slow to import, and seldom needed to run a bundle.
         import onnx_ir as ir
 
+        from capa_export.passes.tile_attention import tile_attention
+        from capa_export.passes.widen_bf16 import widen, widen_lazily
         from capa_export.sliced import SlicedSession
-        from capa_export.tiled import tile_attention
-        from capa_export.widen import widen, widen_lazily
 
         changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
         if self.sliced:

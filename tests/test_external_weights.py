@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.external_weights import ExternalWeight, externalize_weights
+from capa_export.passes.external_weights import ExternalWeight, externalize_weights
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24]>

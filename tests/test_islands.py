@@ -19,13 +19,13 @@ from capa_export.engine import build_engine
 from capa_export.export import Source, write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.islands import check_units, compute_in_fp32, parse_unit
-from capa_export.lower import lower
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.prepare import prepare
+from capa_export.passes.for_tensorrt import prepare
+from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
+from capa_export.passes.lower import lower
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.test_lower import inputs, run

@@ -27,7 +27,7 @@ from capa_export.execution import BuiltEngines
 from capa_export.export import DENSE
 from capa_export.kernels.cuda import require_gpu
 from capa_export.kernels.plugins.native import build_library
-from capa_export.lower import NATIVE
+from capa_export.passes.lower import NATIVE
 
 __all__ = ["NATIVE_VARIANTS", "VARIANTS", "Variant", "cases", "target_for"]
 

@@ -266,7 +266,7 @@ class Recipe(Settings):
         if min_pixels is not None or max_pixels is not None:
             changed["pictures"] = self.pictures.with_options(min_pixels, max_pixels)
         if fp32_layers is not None:
-            from capa_export.islands import parse_unit
+            from capa_export.passes.fp32_parts import parse_unit
 
             for word in fp32_layers:
                 parse_unit(word)

@@ -19,7 +19,7 @@ from capa_export.graph.genai import (
 )
 from capa_export.graph.rotary import rotary_tables
 from capa_export.in_place import embedding_of
-from capa_export.islands import compute_in_fp32, parse_unit
+from capa_export.passes.fp32_parts import compute_in_fp32, parse_unit
 from capa_export.selectors.selector import Chosen, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.parity.cut import Cut
-from capa_export.widen import tensor_values
+from capa_export.passes.widen_bf16 import tensor_values
 
 __all__ = ["node_difference"]
 

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 
 from capa_export.calibration import FP16_MAX
 from capa_export.config.recipe import ranges
-from capa_export.islands import parse_unit
 from capa_export.parity import charts, figures
 from capa_export.parity.pictures import data_uri, fitted, overlay
 from capa_export.parity.schema import MethodError, ParityReport, Rate
+from capa_export.passes.fp32_parts import parse_unit
 
 __all__ = ["Example", "KeptMap", "write_report"]
 

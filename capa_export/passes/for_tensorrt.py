@@ -9,9 +9,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.external_weights import externalize_weights
 from capa_export.graph.functions import DOMAIN, PLUGIN
-from capa_export.lower import lower
+from capa_export.passes.external_weights import externalize_weights
+from capa_export.passes.lower import lower
 
 __all__ = ["Prepared", "prepare"]
 

@@ -1,0 +1,1 @@
+"""Graph passes: each changes one property of an ONNX graph, in place."""
