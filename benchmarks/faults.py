@@ -27,7 +27,7 @@ from rich.progress import track
 from capa_export.calibrate import calibrate
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.export import PRECISIONS, Source, copy_sidecars, write_onnx
+from capa_export.export.stage import PRECISIONS, Source, copy_sidecars, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids

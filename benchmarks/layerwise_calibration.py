@@ -23,7 +23,7 @@ from capa_export.base.shipped import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
 from capa_export.dry_run import calibration_bytes
-from capa_export.export import sidecars
+from capa_export.export.stage import sidecars
 from capa_export.job import Job
 
 if __name__ == "__main__":

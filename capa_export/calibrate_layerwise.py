@@ -18,7 +18,7 @@ from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibrate import Measurement, measuring
 from capa_export.calibration import Calibration
 from capa_export.data.samples import Samples
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.eager import EagerInputs
 from capa_export.model.prompt import Prompter
 from capa_export.model.streamed import DECODER, StoredWeights, hollow_model

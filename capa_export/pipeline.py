@@ -16,7 +16,7 @@ from capa_export.calibration import CALIBRATION, Calibration, summed
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.config.target import Target
 from capa_export.eager_memory import exceeds_memory, require_eager_memory
-from capa_export.in_place import Shards
+from capa_export.export.in_place import Shards
 from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.parity.against_golden import GOLDEN
@@ -279,8 +279,8 @@ def export(job: Job) -> None:
         ]
 
     def work(scratch: Path) -> dict[str, Any]:
-        from capa_export.export import copy_sidecars, write_onnx
-        from capa_export.genai.write import reason_against, write_genai
+        from capa_export.export.genai import reason_against, write_genai
+        from capa_export.export.stage import copy_sidecars, write_onnx
         from capa_export.model.processors.resolved import PROCESSORS, write_processors
 
         # Before anything is written.

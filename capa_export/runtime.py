@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from capa_export.in_place import embedding_of
+from capa_export.export.in_place import embedding_of
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.selectors.selector import TOWER_OUTPUTS
 

@@ -10,7 +10,7 @@ from capa_export.base.errors import CapaError
 from capa_export.calibrate import calibrate
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15, qwen25vl
 from capa_export.model.families.qwen25vl.dims import model_dims

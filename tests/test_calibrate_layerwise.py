@@ -23,7 +23,7 @@ from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
 from capa_export.dry_run import calibration_bytes, dry_run
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from capa_export.base.errors import CapaError
 from capa_export.decoding import TokenChooser, generate
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.families.qwen25vl import tower_inputs

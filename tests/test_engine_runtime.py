@@ -21,7 +21,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.decoding import greedy
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Prompt, Prompter, Turn
 from capa_export.onnx_model import OnnxModel

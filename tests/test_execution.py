@@ -16,7 +16,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import require_engines
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.kernels import cuda
 from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle
 

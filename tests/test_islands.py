@@ -16,7 +16,7 @@ from capa_export.config.plugins import Plugins
 from capa_export.config.target import load_target
 from capa_export.doctor import _graph
 from capa_export.engine import build_engine
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli import main
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from tests.models import FAMILIES

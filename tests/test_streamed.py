@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from capa_export.config.recipe import Prune
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import load_family

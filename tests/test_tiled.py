@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from capa_export import onnx_model
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.model.prompt import Prompter
 from capa_export.onnx_model import OnnxModel
 from capa_export.passes import tile_attention as tiled

@@ -24,7 +24,7 @@ from capa_export.config.target import Target, load_target, version_parts
 from capa_export.engine import build_engine
 from capa_export.engine_runtime import EngineModel
 from capa_export.execution import BuiltEngines
-from capa_export.export import DENSE
+from capa_export.export.stage import DENSE
 from capa_export.kernels.cuda import require_gpu
 from capa_export.kernels.plugins.native import build_library
 from capa_export.passes.lower import NATIVE

@@ -12,7 +12,7 @@ import numpy as np
 from capa_export.base.shipped import shipped_names
 from capa_export.config.recipe import Recipe, kept_tokens, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids

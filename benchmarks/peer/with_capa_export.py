@@ -8,7 +8,7 @@ from onnx_graphs import session
 from serve import Feed, Prefills, main, questions
 from subject import opened
 
-from capa_export.export import copy_sidecars, write_onnx
+from capa_export.export.stage import copy_sidecars, write_onnx
 
 
 def export(checkpoint: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import StoredTensor, canonical_name
 from capa_export.model.eager_attention import ATTENTION
 from capa_export.model.lockstep import Part

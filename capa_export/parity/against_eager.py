@@ -121,7 +121,7 @@ class AgainstEager(Validation):
 
     def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
         """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
-        from capa_export.export import graphs_in_fp32, write_onnx
+        from capa_export.export.stage import graphs_in_fp32, write_onnx
 
         source = self.job.source
         options: dict[str, Any] = {**self.job.pruning, "scales": self.scales}

@@ -103,7 +103,7 @@ def _plant_sinks(model: Any, checkpoint: Path, picture: Path) -> None:
     """
     from PIL import Image
 
-    from capa_export.export import Source
+    from capa_export.export.stage import Source
     from capa_export.model.checkpoint import open_checkpoint
 
     dims = Source.of(open_checkpoint(str(checkpoint)), qwen25vl).dims

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capa_export.bundle.store import Bundle
-from capa_export.export import check_tensors
+from capa_export.export.stage import check_tensors
 from capa_export.job import Job
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids

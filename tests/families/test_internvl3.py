@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
 from capa_export.config.recipe import load_recipe
-from capa_export.export import Source, check_tensors, write_onnx
+from capa_export.export.stage import Source, check_tensors, write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import load_family

@@ -13,7 +13,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.export import Source, check_tensors, copy_sidecars
+from capa_export.export.stage import Source, check_tensors, copy_sidecars
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
-from capa_export.export import Source, check_tensors, write_onnx
+from capa_export.export.stage import Source, check_tensors, write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint

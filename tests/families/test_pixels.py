@@ -10,7 +10,7 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.pixels import PixelBounds
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Picture, Prompter

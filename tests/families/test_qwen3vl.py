@@ -22,7 +22,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
-from capa_export.export import Source, check_tensors, write_onnx
+from capa_export.export.stage import Source, check_tensors, write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from capa_export.base.errors import CapaError
-from capa_export.bind import bind
 from capa_export.config.target import load_target
 from capa_export.engine import build_engine
-from capa_export.export import Source
+from capa_export.export.bind import bind
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import SelectionFamily, load_family, require_selection
 from capa_export.model.families.qwen25vl.dims import last_full_block

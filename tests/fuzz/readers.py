@@ -27,7 +27,7 @@ from capa_export.config.target import load_target
 from capa_export.data.conversation import read_messages
 from capa_export.data.samples import samples_from
 from capa_export.decoding import TokenChooser
-from capa_export.in_place import embedding_of
+from capa_export.export.in_place import embedding_of
 from capa_export.job import Job
 from capa_export.model.checkpoint import fetch_config, open_checkpoint, open_tensors
 from capa_export.model.families import load_family, qwen25vl

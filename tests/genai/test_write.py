@@ -18,8 +18,8 @@ from capa_export.base.errors import CapaError
 from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.data.scenes import samples
 from capa_export.decoding import greedy
-from capa_export.export import Source, copy_sidecars, write_onnx
-from capa_export.genai.write import reason_against, write_genai
+from capa_export.export.genai import reason_against, write_genai
+from capa_export.export.stage import Source, copy_sidecars, write_onnx
 from capa_export.graph.genai import row_size
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family

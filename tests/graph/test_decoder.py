@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import Prune, Stage
-from capa_export.export import Source, write_onnx
+from capa_export.export.stage import Source, write_onnx
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
@@ -198,7 +198,7 @@ def test_same_inputs_give_identical_bytes(source: Source, tmp_path: Path) -> Non
     """In processes with different hash seeds."""
     code = (
         "import sys; from pathlib import Path; from capa_export.model.checkpoint import open_checkpoint; "
-        "from capa_export.export import Source, write_onnx; from capa_export.model.families import load_family; "
+        "from capa_export.export.stage import Source, write_onnx; from capa_export.model.families import load_family; "
         "import numpy as np; source = Source.of(open_checkpoint(sys.argv[1]), load_family('qwen25vl')); "
         "write_onnx(source, 'fp16', Path(sys.argv[2]), prune_layers=(2,), scales={1: np.ones(64), 3: np.ones(64) / 3})"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import load_family

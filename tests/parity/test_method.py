@@ -16,7 +16,7 @@ from capa_export.base.shipped import shipped
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import Conversation, Samples, samples_from
 from capa_export.data.scenes import samples
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl

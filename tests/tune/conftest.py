@@ -4,7 +4,7 @@ import pytest
 
 from capa_export.calibration import Calibration, LayerSums
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.export import Source
+from capa_export.export.stage import Source
 from capa_export.selectors.selector import selectors
 from capa_export.tune.candidates import Candidates
 from capa_export.tune.costs import Costs, Shape

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.export import PRECISIONS, Source
+from capa_export.export.in_place import embedding_of
+from capa_export.export.stage import PRECISIONS, Source
 from capa_export.graph.genai import (
     TABLE,
     decoder_model,
@@ -18,7 +19,6 @@ from capa_export.graph.genai import (
     row_size,
 )
 from capa_export.graph.rotary import rotary_tables
-from capa_export.in_place import embedding_of
 from capa_export.passes.fp32_parts import compute_in_fp32, parse_unit
 from capa_export.selectors.selector import Chosen, load_selector
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from capa_export.base.disk import check_disk, disk_guard
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import replacing
-from capa_export.in_place import Shards
+from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
 
 __all__ = [

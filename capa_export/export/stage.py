@@ -17,7 +17,7 @@ from capa_export.base.dims import ModelDims
 from capa_export.base.disk import check_disk
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent
-from capa_export.bind import (
+from capa_export.export.bind import (
     EMBEDDING,
     HEAD,
     bind,
@@ -27,9 +27,9 @@ from capa_export.bind import (
     unused_tensors,
     write_embedding,
 )
+from capa_export.export.in_place import EMBEDDING_FILE, Shards
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.in_place import EMBEDDING_FILE, Shards
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily, require_selection

@@ -1,0 +1,1 @@
+"""The export stage: graphs with the weights of a checkpoint behind them."""
