@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from capa_export.calibrate import calibrate
+from capa_export.calibrate.measure import calibrate
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
 from capa_export.export.stage import PRECISIONS, Source, copy_sidecars, write_onnx

@@ -99,7 +99,7 @@ def calibrate(
     from capa_export.base.progress import progress
     from capa_export.base.workers import Workers
     from capa_export.bundle.store import Bundle
-    from capa_export.calibration import Calibration, merged
+    from capa_export.calibrate.sums import Calibration, merged
     from capa_export.config.recipe import FFN, load_recipe
     from capa_export.job import Job
 

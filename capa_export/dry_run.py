@@ -10,7 +10,7 @@ from capa_export.base.dims import ModelDims
 from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
-from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
 from capa_export.device_memory import (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.bundle.store import MANIFEST, Bundle
-from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.job import alpha_digest
 

@@ -7,12 +7,13 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capa_export.audit import audit
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import silent, tracked
 from capa_export.base.workers import chunks, in_order, spread
 from capa_export.bundle.store import Bundle
-from capa_export.calibration import CALIBRATION, Calibration, summed
+from capa_export.calibrate.audit import audit
+from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
+from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.config.target import Target
 from capa_export.eager_memory import exceeds_memory, require_eager_memory
@@ -23,7 +24,6 @@ from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import validate
 from capa_export.parity.validation import Wanted
-from capa_export.unfinished import UnfinishedSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -180,8 +180,8 @@ def _by_layer(job: Job, key: list[Any]) -> bool:
 
 def _measured(job: Job, samples: "Samples", unfinished: UnfinishedSums, *, by_layer: bool) -> Calibration:
     """Measure the samples, from where an interrupted run stopped."""
-    from capa_export.calibrate import calibrate as measure
-    from capa_export.calibrate_layerwise import calibrate_layerwise
+    from capa_export.calibrate.layerwise import calibrate_layerwise
+    from capa_export.calibrate.measure import calibrate as measure
 
     if unfinished.load() is not None:
         option = "--layer-by-layer" if by_layer else "--in-memory"
@@ -217,7 +217,7 @@ def _calibrate_spread(job: Job, samples: "Samples", unfinished: UnfinishedSums) 
 
 def _measurer(job: Job, checkpoint_digest: str) -> "Callable[[Sequence[Sample]], list[Calibration]]":
     """Of a worker process: opens the model, and measures each of the samples it is given."""
-    from capa_export.calibrate import measure
+    from capa_export.calibrate.measure import measure
 
     model, family, prompter = job.eager_model, job.family, job.prompter
     return lambda samples: [measure(model, family, prompter, sample, checkpoint_digest) for sample in samples]

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from capa_export.audit import audit
 from capa_export.base.errors import CapaError
-from capa_export.calibrate import calibrate
+from capa_export.calibrate.audit import audit
+from capa_export.calibrate.measure import calibrate
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import samples_from
 from capa_export.export.stage import Source, write_onnx

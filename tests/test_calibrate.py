@@ -14,8 +14,8 @@ from capa_export import eager_memory, pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle
-from capa_export.calibrate import _largest_product, calibrate
-from capa_export.calibration import Calibration, LayerSums, merged
+from capa_export.calibrate.measure import _largest_product, calibrate
+from capa_export.calibrate.sums import Calibration, LayerSums, merged
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
@@ -161,7 +161,7 @@ def test_ranges_are_those_of_the_model(model: Any, prompter: Prompter, pictures:
 
 @pytest.mark.parametrize("tile", [1 << 20, 40])
 def test_the_largest_score_is_found_in_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    monkeypatch.setattr("capa_export.calibrate._TILE", tile)
+    monkeypatch.setattr("capa_export.calibrate.measure._TILE", tile)
     torch.manual_seed(0)
     for spread in (0.0, 2.0):
         lengths = torch.exp(spread * torch.randn(6, 37, 1))

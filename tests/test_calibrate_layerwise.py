@@ -11,14 +11,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from capa_export import calibrate_layerwise as module
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped
 from capa_export.bundle.store import Bundle
-from capa_export.calibrate import calibrate
-from capa_export.calibrate_layerwise import calibrate_layerwise
-from capa_export.calibration import Calibration
+from capa_export.calibrate import layerwise as module
+from capa_export.calibrate.layerwise import calibrate_layerwise
+from capa_export.calibrate.measure import calibrate
+from capa_export.calibrate.sums import Calibration
+from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
@@ -28,7 +29,6 @@ from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
-from capa_export.unfinished import UnfinishedSums
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl
 

@@ -20,7 +20,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target

@@ -11,8 +11,8 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.bundle.store import MANIFEST, Bundle
-from capa_export.calibrate import Measurement
-from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.calibrate.measure import Measurement
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.cli import main
 from tests.conftest import noise
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.workers import Workers, in_order, spread
 from capa_export.bundle.store import Bundle
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question, Questions, questions_from

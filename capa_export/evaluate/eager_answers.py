@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from capa_export.base.statistics import kl_divergence
-from capa_export.calibrate import watching_ffns
-from capa_export.calibration import Calibration
+from capa_export.calibrate.measure import watching_ffns
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
 from capa_export.evaluate.answers import DENSE, Answer, Ask, asking, longest

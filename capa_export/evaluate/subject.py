@@ -13,7 +13,7 @@ from capa_export.base.progress import silent
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.bundled import require_memory
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, stage_text

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capa_export.calibrate import watching_ffns
-from capa_export.calibration import SINK_THRESHOLD, Calibration
+from capa_export.calibrate.measure import watching_ffns
+from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration
 from capa_export.explain.schema import Maps, Sinks
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best
 from capa_export.selectors.selector import CAPA, Chosen

@@ -11,8 +11,8 @@ import torch
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import tracked
 from capa_export.base.statistics import kl_divergence
-from capa_export.calibrate import measure
-from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.calibrate.measure import measure
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.data.picture_files import open_picture

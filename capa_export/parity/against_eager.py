@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import processor
-from capa_export.calibration import CALIBRATION
+from capa_export.calibrate.sums import CALIBRATION
 from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, Job, alpha_digest
 from capa_export.model.generation import eos_token_ids

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from capa_export.calibration import FP16_MAX
+from capa_export.calibrate.sums import FP16_MAX
 from capa_export.config.recipe import ranges
 from capa_export.parity import charts, figures
 from capa_export.parity.pictures import data_uri, fitted, overlay

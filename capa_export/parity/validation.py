@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from capa_export.base.progress import say
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.calibration import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, PARITY, REPORT, Job
 from capa_export.model.generation import eos_token_ids

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capa_export.base.statistics import kl_divergence
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.samples import Sample
 from capa_export.job import Job

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Recipe, Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.model.families import Family, require_selection

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capa_export.base.errors import CapaError
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.data.picture_files import open_picture
 from capa_export.explain.schema import Explained, Explanation
 from capa_export.explain.stage import explain

@@ -19,7 +19,7 @@ from capa_export.base.shipped import shipped
 from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import written
 from capa_export.bundle.store import MANIFEST, Bundle
-from capa_export.calibration import Calibration, LayerSums
+from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.gates import with_gates
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe, recipe_of

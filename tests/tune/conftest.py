@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.calibration import Calibration, LayerSums
+from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.export.stage import Source
 from capa_export.selectors.selector import selectors

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capa_export.bundle.store import Bundle
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.samples import Sample

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Prune, Recipe
 from capa_export.config.schedule import parse_method
 from capa_export.model.families import load_family

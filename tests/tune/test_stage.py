@@ -10,7 +10,7 @@ import pytest
 from capa_export import pipeline
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method

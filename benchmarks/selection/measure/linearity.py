@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from benchmarks.selection.bed import Bed
 from benchmarks.selection.figures import Layer, Linearity
 from benchmarks.selection.measure.statistics import spread_of
-from capa_export.calibrate import watching_ffns
+from capa_export.calibrate.measure import watching_ffns
 from capa_export.data.questions import Question
 from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.model.eager import EagerPlan

@@ -13,7 +13,7 @@ import torch
 from benchmarks.selection.bed import Bed
 from benchmarks.selection.figures import SinkDefinition, SinkLayer, Sinks
 from benchmarks.selection.measure.statistics import FEWEST, bimodality, split
-from capa_export.calibration import SINK_THRESHOLD
+from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.data.questions import Question
 from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.model.eager import EagerPlan

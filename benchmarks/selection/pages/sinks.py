@@ -7,7 +7,7 @@ from benchmarks.selection.figures import SinkDefinition, SinkLayer, Sinks
 from benchmarks.selection.measure.statistics import FEWEST, FLAT_COEFFICIENT, FLAT_SPLIT
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
 from benchmarks.selection.pages.words import table
-from capa_export.calibration import SINK_THRESHOLD
+from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.config.recipe import ranges
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]

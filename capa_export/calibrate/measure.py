@@ -18,12 +18,12 @@ from transformers import AttentionInterface
 
 from capa_export.base.errors import NotFiniteError
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.calibration import SINK_THRESHOLD, Calibration, LayerSums, summed
+from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration, LayerSums, summed
+from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompter
-from capa_export.unfinished import UnfinishedSums
 
 __all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from capa_export.base.disk import check_disk
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.calibrate import Measurement, measuring
-from capa_export.calibration import Calibration
+from capa_export.calibrate.measure import Measurement, measuring
+from capa_export.calibrate.sums import Calibration
+from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.data.samples import Samples
 from capa_export.export.stage import Source
 from capa_export.model.eager import EagerInputs
 from capa_export.model.prompt import Prompter
 from capa_export.model.streamed import DECODER, StoredWeights, hollow_model
-from capa_export.unfinished import UnfinishedSums
 
 __all__ = ["calibrate_layerwise"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capa_export.base.errors import CapaError
-from capa_export.calibration import Calibration
+from capa_export.calibrate.sums import Calibration
 
 __all__ = ["UnfinishedSums"]
 

@@ -1,0 +1,1 @@
+"""The calibration stage: which visual FFNs are linear, and how far activations reach."""
