@@ -20,7 +20,7 @@ from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.export.stage import DENSE, Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
-from capa_export.plan import flops
+from capa_export.plan.flops import flops
 
 _TEXT = 48
 

@@ -14,10 +14,10 @@ from capa_export.bundled import bundled_dims
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
-from capa_export.device_memory import Weights, WeightsWish, choose_weights
-from capa_export.dry_run import check_engine_disk, check_engine_memory
 from capa_export.engine import EngineReport, build_engine
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
+from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
+from capa_export.plan.plan import check_engine_disk, check_engine_memory
 
 __all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
 

@@ -8,12 +8,12 @@ from capa_export.base.machine import available_memory
 from capa_export.bundle.store import Bundle
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import recipe_of
-from capa_export.device_memory import onnx_runtime_bytes
 from capa_export.job import ONNX
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import load_family
 from capa_export.model.processors.resolved import PROCESSORS, read_processors
 from capa_export.model.prompt import Prompter
+from capa_export.plan.device_memory import onnx_runtime_bytes
 
 __all__ = ["bundled_bounds", "bundled_dims", "bundled_prompter", "require_memory"]
 

@@ -211,7 +211,7 @@ def plan(
 def _print_plan(
     recipe: "Recipe", checkpoint: str, out: Path | None, precision: str, *, as_json: bool, **options: Any
 ) -> None:
-    from capa_export.dry_run import dry_run
+    from capa_export.plan.plan import dry_run
 
     result = dry_run(recipe, checkpoint, out, precision, **options)
     if as_json:

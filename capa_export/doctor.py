@@ -15,12 +15,17 @@ from capa_export.base.errors import CapaError, how_to_install
 from capa_export.build_engines import GRAPHS
 from capa_export.bundle.store import Bundle
 from capa_export.config.target import Target, version_parts
-from capa_export.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
-from capa_export.plan import kv_cache
+from capa_export.plan.device_memory import (
+    ELEMENT_BYTES,
+    choose_weights,
+    device_memory,
+    devices_with_room,
+)
+from capa_export.plan.flops import kv_cache
 
 __all__ = ["Finding", "examine"]
 
@@ -203,7 +208,7 @@ def _constant(value: ir.Value | None) -> int | None:
 def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Finding]:
     """Room for the build here; and on the device for weights, contexts and the cache of the longest prompt."""
     from capa_export.bundled import bundled_dims
-    from capa_export.dry_run import check_engine_memory
+    from capa_export.plan.plan import check_engine_memory
 
     if target.engine is None:
         return

@@ -16,7 +16,6 @@ from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.config.target import Target
-from capa_export.eager_memory import exceeds_memory, require_eager_memory
 from capa_export.export.in_place import Shards
 from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
 from capa_export.model.generation import eos_token_ids, read_generation
@@ -24,6 +23,7 @@ from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import validate
 from capa_export.parity.validation import Wanted
+from capa_export.plan.eager_memory import exceeds_memory, require_eager_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ def _check_room(job: Job, target: Target) -> None:
 
     Settles where the engines' weights go.
     """
-    from capa_export.dry_run import room
+    from capa_export.plan.plan import room
 
     plan = room(
         job.recipe,

@@ -204,7 +204,7 @@ def bundle_table(folder: Path, manifest: dict[str, Any], num_unread: int = 0) ->
 
 def plan_table(plan: dict[str, Any]) -> None:
     """What a build would do."""
-    from capa_export.dry_run import UNKNOWN
+    from capa_export.plan.plan import UNKNOWN
 
     for stage in plan["stages"]:
         say(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")

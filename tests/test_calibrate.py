@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from capa_export import eager_memory, pipeline
+from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle
@@ -22,6 +22,7 @@ from capa_export.data.samples import Samples, samples_from
 from capa_export.job import Job
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.plan import eager_memory
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model
 

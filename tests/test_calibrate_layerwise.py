@@ -23,12 +23,12 @@ from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.dry_run import calibration_bytes, dry_run
 from capa_export.export.stage import Source
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
+from capa_export.plan.plan import calibration_bytes, dry_run
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl
 
@@ -252,7 +252,7 @@ def job(checkpoint: Path, pictures: Samples, tmp_path: Path) -> Job:
 def test_a_model_that_does_not_fit_is_streamed(
     job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.eager_memory.available_memory", lambda: 300_000_000)
+    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 300_000_000)
     calibration = pipeline.calibrate(job)
     said = "layer by layer: the model takes 0.5 GB in FP32, 0.3 GB are free"
     assert capsys.readouterr().err.count(said) == 1
@@ -269,7 +269,7 @@ def test_a_model_that_does_not_fit_is_streamed(
 def test_the_option_goes_before_the_memory(
     job: Job, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
 ) -> None:
-    monkeypatch.setattr("capa_export.eager_memory.available_memory", lambda: available)
+    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: available)
     by_layer: list[Calibration] = []
 
     def remember(*given: Any, **named: Any) -> Calibration:

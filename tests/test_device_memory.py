@@ -10,7 +10,8 @@ from capa_export.base.dims import ModelDims
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.config.target import load_target
-from capa_export.device_memory import (
+from capa_export.model.families import load_family
+from capa_export.plan.device_memory import (
     EMBEDDED_LIMIT,
     choose_weights,
     decoder_parameters,
@@ -18,8 +19,7 @@ from capa_export.device_memory import (
     devices_with_room,
     onnx_runtime_bytes,
 )
-from capa_export.model.families import load_family
-from capa_export.plan import kv_cache, parameters
+from capa_export.plan.flops import kv_cache, parameters
 
 RTX = load_target("rtx")
 
@@ -150,7 +150,7 @@ def test_a_plan_for_a_device(
     code: ExitCode,
     said: str,
 ) -> None:
-    monkeypatch.setattr("capa_export.dry_run.available_memory", lambda: 64_000_000_000)
+    monkeypatch.setattr("capa_export.plan.plan.available_memory", lambda: 64_000_000_000)
     assert main(["plan", "--model", "qwen25vl", "--checkpoint", str(checkpoint_7b), *options]) == code
     output = capsys.readouterr()
     assert said in output.err
@@ -172,8 +172,8 @@ def test_a_plan_counts_this_machine(
     checkpoint_7b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["plan", "--model", "qwen25vl", "--checkpoint", str(checkpoint_7b), "--json", "-o", str(tmp_path / "out")]
-    monkeypatch.setattr("capa_export.dry_run.available_memory", lambda: 9_000_000_000)
-    monkeypatch.setattr("capa_export.dry_run.free_bytes", lambda _: 10_000_000_000)
+    monkeypatch.setattr("capa_export.plan.plan.available_memory", lambda: 9_000_000_000)
+    monkeypatch.setattr("capa_export.plan.plan.free_bytes", lambda _: 10_000_000_000)
     assert main(command) == ExitCode.PREFLIGHT
     output = capsys.readouterr()
     validate, disk = json.loads(output.out)["refusals"]
@@ -185,6 +185,6 @@ def test_a_plan_counts_this_machine(
     assert (
         "or build with --weights external, which takes 16.6 GB" in json.loads(capsys.readouterr().out)["refusals"][-1]
     )
-    monkeypatch.setattr("capa_export.dry_run.available_memory", lambda: 1_600_000_000)
+    monkeypatch.setattr("capa_export.plan.plan.available_memory", lambda: 1_600_000_000)
     assert main(command) == ExitCode.PREFLIGHT
     assert "calibrate takes 1.7 GB" in json.loads(capsys.readouterr().out)["refusals"][0]

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from capa_export import build_engines as engine_stage
-from capa_export import dry_run, pipeline
+from capa_export import pipeline
 from capa_export.answer import answer
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
@@ -31,7 +31,8 @@ from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.generation import GenerationOptions, eos_token_ids
 from capa_export.model.prompt import Prompter
-from capa_export.plan import parameters
+from capa_export.plan import plan as dry_run
+from capa_export.plan.flops import parameters
 from tests.conftest import noise
 
 

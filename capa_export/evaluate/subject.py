@@ -17,10 +17,10 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, stage_text
-from capa_export.eager_memory import require_eager_memory
 from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.pipeline import calibrate, note_digests
+from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.selectors.selector import load_selector
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]

@@ -17,7 +17,6 @@ from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
-from capa_export.eager_memory import require_eager_memory
 from capa_export.evaluate.answers import DENSE, longest
 from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.evaluate.subject import check_fits, methods_from
@@ -27,6 +26,7 @@ from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
 from capa_export.model.eager import Prefill
 from capa_export.model.prompt import Prompt, Turn
+from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.selectors.selector import load_selector, selectors
 
 __all__ = ["explain"]

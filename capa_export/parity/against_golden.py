@@ -102,7 +102,7 @@ def _graphs_exceed_memory(job: Job) -> bool:
     """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
     from capa_export.base.machine import available_memory
     from capa_export.bundled import bundled_dims
-    from capa_export.device_memory import onnx_runtime_bytes
+    from capa_export.plan.device_memory import onnx_runtime_bytes
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer

@@ -103,8 +103,8 @@ class Validation:
         **found: Any,
     ) -> ParityReport:
         """Write `parity.json` and `report.html`."""
-        from capa_export.dry_run import dry_run
         from capa_export.parity.report import write_report
+        from capa_export.plan.plan import dry_run
 
         recipe, exported = self.recipe, self.exported
         errors = [error for one in compared for error in one.export_error]
@@ -205,7 +205,7 @@ def subject_of(
 def exceeds_memory(job: Job, precision: str) -> bool:
     """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
     from capa_export.base.machine import available_memory
-    from capa_export.dry_run import validation_bytes
+    from capa_export.plan.plan import validation_bytes
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer

@@ -11,7 +11,7 @@ from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method
 from capa_export.data.samples import Samples
 from capa_export.job import Job
-from capa_export.plan import PrefillFlops, flops
+from capa_export.plan.flops import PrefillFlops, flops
 
 __all__ = ["Costs", "Shape", "shapes"]
 

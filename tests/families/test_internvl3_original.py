@@ -19,7 +19,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
-from capa_export.plan import parameters
+from capa_export.plan.flops import parameters
 from tests.conftest import noise
 from tests.families.test_internvl3 import SIZES, VARIANTS, published
 from tests.models.internvl3 import QWEN3, original_config, random_model, save_model, save_original

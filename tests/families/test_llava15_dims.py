@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from capa_export.base.errors import CapaError
 from capa_export.model.families.llava15.dims import Vision, model_dims
-from capa_export.plan import parameters
+from capa_export.plan.flops import parameters
 
 PUBLISHED_VISION = {
     "hidden_size": 1024,

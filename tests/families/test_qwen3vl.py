@@ -32,7 +32,7 @@ from capa_export.model.families import qwen3vl
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Picture, Prompt, Prompter
 from capa_export.onnx_model import OnnxModel
-from capa_export.plan import flops, parameters
+from capa_export.plan.flops import flops, parameters
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise

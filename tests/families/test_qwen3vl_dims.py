@@ -10,7 +10,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from capa_export.base.errors import CapaError
 from capa_export.model.families.qwen3vl.dims import model_dims
-from capa_export.plan import flops, parameters
+from capa_export.plan.flops import flops, parameters
 
 # Hidden size, FFN size, layers, query heads, tied; of the tower: depth, hidden size, FFN size, DeepStack blocks.
 SIZES = {

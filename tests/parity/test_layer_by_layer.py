@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from capa_export import dry_run, pipeline
+from capa_export import pipeline
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
@@ -16,6 +16,7 @@ from capa_export.config.target import load_target
 from capa_export.job import Job
 from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.validation import Wanted
+from capa_export.plan import plan as dry_run
 from tests.conftest import noise
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from capa_export.base.dims import ModelDims
 from capa_export.config.target import Target
-from capa_export.plan import KVCache, Parameters, parameters
+from capa_export.plan.flops import KVCache, Parameters, parameters
 
 __all__ = [
     "CACHE_ROWS",

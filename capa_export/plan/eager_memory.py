@@ -3,8 +3,8 @@
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import say
-from capa_export.dry_run import calibration_bytes
 from capa_export.job import Job
+from capa_export.plan.plan import calibration_bytes
 
 __all__ = ["exceeds_memory", "require_eager_memory"]
 

@@ -13,7 +13,12 @@ from capa_export.base.machine import available_memory
 from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
-from capa_export.device_memory import (
+from capa_export.model.checkpoint import fetch_config
+from capa_export.model.families import load_family
+from capa_export.model.hub import full_source
+from capa_export.model.lockstep import TOGETHER_BYTES
+from capa_export.model.visual_tokens import visual_tokens
+from capa_export.plan.device_memory import (
     ELEMENT_BYTES,
     Weights,
     WeightsWish,
@@ -24,13 +29,15 @@ from capa_export.device_memory import (
     engine_weight_bytes,
     onnx_runtime_bytes,
 )
-from capa_export.finished import finished_stages
-from capa_export.model.checkpoint import fetch_config
-from capa_export.model.families import load_family
-from capa_export.model.hub import full_source
-from capa_export.model.lockstep import TOGETHER_BYTES
-from capa_export.model.visual_tokens import visual_tokens
-from capa_export.plan import KVCache, Parameters, decode_flops, flops, kv_cache, parameters
+from capa_export.plan.finished import finished_stages
+from capa_export.plan.flops import (
+    KVCache,
+    Parameters,
+    decode_flops,
+    flops,
+    kv_cache,
+    parameters,
+)
 
 __all__ = [
     "UNKNOWN",
