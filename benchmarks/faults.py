@@ -33,9 +33,9 @@ from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.parity.record import Records, write_records
-from capa_export.parity.schema import Check
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import Compared, compare_onnx, compare_prompts
+from capa_export.report.schema import Check
 from tests.parity.builds import build
 from tests.parity.faults import FAULTS, Fault
 

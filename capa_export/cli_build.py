@@ -160,7 +160,7 @@ def build(
         )
         parity = pipeline.build(job, device, wanted, auto_fp32=auto_fp32)
     if device.engine and not as_json:
-        from capa_export.tables import engine_table
+        from capa_export.report.terminal import engine_table
 
         engine_table(job.bundle.stage(f"engine/{device.name}")["result"])
     finish(job.bundle, parity, junit=junit, markdown=markdown, as_json=as_json)
@@ -217,7 +217,7 @@ def _print_plan(
     if as_json:
         print_json(result)
     else:
-        from capa_export.tables import plan_table
+        from capa_export.report.terminal import plan_table
 
         plan_table(result)
     if result["refusals"]:

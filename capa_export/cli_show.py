@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = False) -> None:
     """Show what a bundle holds and what made it; check its files."""
     from capa_export.bundle.store import Bundle
-    from capa_export.tables import bundle_table
+    from capa_export.report.terminal import bundle_table
 
     opened = Bundle.open(bundle, read_all=verify)
     manifest = opened.manifest
@@ -44,7 +44,7 @@ def doctor(
     from capa_export.bundle.store import Bundle
     from capa_export.config.target import load_target
     from capa_export.doctor import examine
-    from capa_export.tables import doctor_table
+    from capa_export.report.terminal import doctor_table
 
     device = load_target(target)
     if memory is not None and (bundle is None or device.engine is None):

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from capa_export.bundle.store import Bundle
     from capa_export.config.recipe import Recipe
     from capa_export.config.target import Target
-    from capa_export.parity.schema import ParityReport
+    from capa_export.report.schema import ParityReport
 
 __all__ = [
     "calibrate",
@@ -136,7 +136,7 @@ def calibrate(
     if as_json:
         print_json(summary)
     else:
-        from capa_export.tables import calibration_table
+        from capa_export.report.terminal import calibration_table
 
         calibration_table(summary)
 
@@ -211,7 +211,7 @@ def engine(
 ) -> None:
     """Build a bundle's TensorRT engines, or the kit that builds them on the device."""
     from capa_export.base.progress import progress
-    from capa_export.tables import engine_table
+    from capa_export.report.terminal import engine_table
 
     if on_device:
         if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
@@ -380,17 +380,17 @@ def finish(
 ) -> None:
     """Print the parity report, and write it in the forms that were asked for; an error where it failed."""
     if junit is not None:
-        from capa_export.parity.junit import write_junit
+        from capa_export.report.junit import write_junit
 
         write_junit(junit, parity, bundle.folder.name)
     if markdown is not None:
-        from capa_export.parity.markdown import write_markdown
+        from capa_export.report.markdown import write_markdown
 
         write_markdown(markdown, parity, bundle.manifest)
     if as_json:
         print_json(parity.model_dump(mode="json"))
     else:
-        from capa_export.tables import parity_table
+        from capa_export.report.terminal import parity_table
 
         parity_table(parity)
     if not parity.passed:

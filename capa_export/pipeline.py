@@ -20,10 +20,10 @@ from capa_export.export.in_place import Shards
 from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.parity.against_golden import GOLDEN
-from capa_export.parity.schema import ParityReport
 from capa_export.parity.stage import validate
 from capa_export.parity.validation import Wanted
 from capa_export.plan.eager_memory import exceeds_memory, require_eager_memory
+from capa_export.report.schema import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

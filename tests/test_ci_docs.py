@@ -14,7 +14,7 @@ import yaml
 from capa_export.base.toml import read_toml
 from capa_export.compare.schema import Limits
 from capa_export.config.gates import GateFile
-from capa_export.parity.schema import read_parity
+from capa_export.report.schema import read_parity
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from capa_export.base.errors import CapaError
 from capa_export.data.scenes import HARD_KINDS, KINDS
 from capa_export.evaluate.schema import Scored
 from capa_export.model.eager import Eager
-from capa_export.parity.schema import Difference, Rate
+from capa_export.report.schema import Difference, Rate
 from capa_export.selectors.selector import selectors
 from capa_export.tune import stage as tune_stage
 

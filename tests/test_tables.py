@@ -2,8 +2,8 @@
 
 import pytest
 
-from capa_export.parity.schema import MethodError
-from capa_export.tables import parity_table
+from capa_export.report.schema import MethodError
+from capa_export.report.terminal import parity_table
 from tests.parity.results import BISECTION, compared, method_error, parity_of, selected
 
 

@@ -6,7 +6,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import ArrayLike
 
-from capa_export.parity.schema import Difference, Rate
+from capa_export.report.schema import Difference, Rate
 
 __all__ = ["kl_divergence", "paired_bootstrap", "wilson"]
 

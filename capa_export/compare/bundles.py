@@ -14,7 +14,7 @@ from capa_export.compare.side_by_side import Question, Side, SideBySide
 from capa_export.data.samples import samples_from
 from capa_export.job import PARITY
 from capa_export.parity.against_golden import GOLDEN
-from capa_export.parity.schema import Check, ParityReport, Rate, read_parity
+from capa_export.report.schema import Check, ParityReport, Rate, read_parity
 
 __all__ = ["compare"]
 

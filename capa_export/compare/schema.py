@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from capa_export.base.toml import Settings
-from capa_export.parity.schema import Check, Difference, Figure, Rate
+from capa_export.report.schema import Check, Difference, Figure, Rate
 
 __all__ = [
     "Answers",

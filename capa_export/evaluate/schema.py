@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from capa_export.base.toml import Settings
-from capa_export.parity.schema import Difference, Figure, Rate
+from capa_export.report.schema import Difference, Figure, Rate
 
 __all__ = ["Evaluation", "Scored", "Skipped"]
 

@@ -2,9 +2,9 @@
 
 from capa_export.evaluate.answers import DENSE
 from capa_export.evaluate.schema import Evaluation
-from capa_export.parity.figures import decimals, percent
-from capa_export.parity.schema import Difference, Rate
-from capa_export.tables import columns, say, show
+from capa_export.report.schema import Difference, Rate
+from capa_export.report.terminal import columns, say, show
+from capa_export.report.words import decimals, percent
 
 __all__ = ["evaluation_table"]
 

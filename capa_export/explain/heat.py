@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from capa_export.parity.pictures import fitted
+from capa_export.report.pictures import fitted
 
 __all__ = ["Scale", "heat", "legend", "marked"]
 

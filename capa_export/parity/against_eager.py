@@ -12,7 +12,6 @@ from capa_export.calibrate.sums import CALIBRATION
 from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, Job, alpha_digest
 from capa_export.model.generation import eos_token_ids
-from capa_export.parity.schema import PROMPTS
 from capa_export.parity.validation import (
     Validation,
     Wanted,
@@ -23,6 +22,7 @@ from capa_export.parity.validation import (
     sidecar_files,
     subject_of,
 )
+from capa_export.report.schema import PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, Job, run_stage, tool_versions
-from capa_export.parity.schema import MethodError, ParityReport
 from capa_export.parity.validation import (
     Validation,
     Wanted,
@@ -19,6 +18,7 @@ from capa_export.parity.validation import (
     stored_calibration,
     subject_of,
 )
+from capa_export.report.schema import MethodError, ParityReport
 
 if TYPE_CHECKING:
     from capa_export.execution import BuiltEngines

@@ -15,8 +15,8 @@ from capa_export.model.prompt import Picture
 from capa_export.parity.cut import Cut, Opened, block_of
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
 from capa_export.parity.record import Record, Records
-from capa_export.parity.schema import Bisection, Probe
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
+from capa_export.report.schema import Bisection, Probe
 from capa_export.sliced import Graphs, layer_of
 
 __all__ = ["bisect"]

@@ -11,8 +11,8 @@ import numpy as np
 from capa_export.base.statistics import kl_divergence
 from capa_export.config.recipe import Bound, Gate
 from capa_export.parity.record import Noise, relative_error, relative_errors
-from capa_export.parity.schema import Check, ExportError, LayerError
 from capa_export.parity.trace import Trace
+from capa_export.report.schema import Check, ExportError, LayerError
 
 __all__ = ["Comparison", "bounded"]
 

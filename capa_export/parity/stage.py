@@ -7,8 +7,8 @@ from capa_export.config.gates import with_gates
 from capa_export.job import PARITY, REPORT, Job, run_stage, tool_versions
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden
-from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.validation import Wanted
+from capa_export.report.schema import ParityReport, read_parity
 
 __all__ = ["validate"]
 

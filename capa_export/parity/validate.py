@@ -22,10 +22,10 @@ from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
-from capa_export.parity.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
+from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.runtime import Model
 from capa_export.sliced import Graphs
 

@@ -11,14 +11,14 @@ from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.job import ONNX, PARITY, REPORT, Job
 from capa_export.model.generation import eos_token_ids
-from capa_export.parity.schema import MethodError, ParityReport, Stage, write_parity
+from capa_export.report.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
     from capa_export.data.samples import Samples
     from capa_export.execution import BuiltEngines
     from capa_export.parity.record import Records
-    from capa_export.parity.report import Example
     from capa_export.parity.validate import Compared
+    from capa_export.report.pages import Example
     from capa_export.sliced import Graphs
 
 __all__ = [
@@ -103,8 +103,8 @@ class Validation:
         **found: Any,
     ) -> ParityReport:
         """Write `parity.json` and `report.html`."""
-        from capa_export.parity.report import write_report
         from capa_export.plan.plan import dry_run
+        from capa_export.report.pages import write_report
 
         recipe, exported = self.recipe, self.exported
         errors = [error for one in compared for error in one.export_error]

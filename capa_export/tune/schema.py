@@ -3,7 +3,7 @@
 from typing import Literal
 
 from capa_export.base.toml import Settings
-from capa_export.parity.schema import Difference, Figure
+from capa_export.report.schema import Difference, Figure
 
 __all__ = ["Finalist", "Tuning"]
 

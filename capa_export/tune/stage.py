@@ -11,9 +11,9 @@ from capa_export.config.recipe import FFN, Recipe
 from capa_export.config.schedule import Method
 from capa_export.data.samples import samples_from
 from capa_export.job import Job
-from capa_export.parity.schema import Difference
 from capa_export.pipeline import calibrate
 from capa_export.plan.eager_memory import require_eager_memory
+from capa_export.report.schema import Difference
 from capa_export.tune.agreement import Agreement, Judge
 from capa_export.tune.candidates import Candidates, ffns, linear_layers, offered
 from capa_export.tune.costs import Costs, shapes

@@ -1,8 +1,8 @@
 """A tuning as a table for people, on stdout."""
 
 from capa_export.config.recipe import ranges
-from capa_export.parity.figures import percent
-from capa_export.tables import columns, say, show
+from capa_export.report.terminal import columns, say, show
+from capa_export.report.words import percent
 from capa_export.tune.schema import Tuning
 
 __all__ = ["tuning_table"]

@@ -34,7 +34,7 @@ from capa_export.model.families import load_family, qwen25vl
 from capa_export.model.families.qwen25vl.video import _settings, _sizes
 from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.model.prompt import Prompter
-from capa_export.parity.schema import read_parity
+from capa_export.report.schema import read_parity
 
 __all__ = ["READERS", "Reader"]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from capa_export.parity.schema import (
+from capa_export.report.schema import (
     Bisection,
     Check,
     Difference,

@@ -8,8 +8,8 @@ import pytest
 from capa_export.config.recipe import load_recipe
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.record import Noise
-from capa_export.parity.schema import Check, ExportError
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
+from capa_export.report.schema import Check, ExportError
 
 PARITY = load_recipe("qwen25vl").parity
 LOGITS = np.array([[3.0, 1.0, -2.0]], np.float32)

@@ -1,7 +1,7 @@
 """What a report says of a check, and of which stage it is."""
 
-from capa_export.parity.figures import by_stage, shown
-from capa_export.parity.schema import Check, Kept, Selection
+from capa_export.report.schema import Check, Kept, Selection
+from capa_export.report.words import by_stage, shown
 
 STEPS = ("kept-set IoU", "kept-set IoU of a prompt")
 AMOUNTS = ("kept-set IoU", "furthest flip", "scores, times the noise")

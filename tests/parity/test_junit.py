@@ -3,8 +3,8 @@
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from capa_export.parity.junit import write_junit
-from capa_export.parity.schema import MethodError, ParityReport
+from capa_export.report.junit import write_junit
+from capa_export.report.schema import MethodError, ParityReport
 from tests.parity.results import EVIL, compared, method_error, parity_of, selected
 
 

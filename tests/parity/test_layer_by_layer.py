@@ -14,9 +14,9 @@ from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.job import Job
-from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.validation import Wanted
 from capa_export.plan import plan as dry_run
+from capa_export.report.schema import ParityReport, read_parity
 from tests.conftest import noise
 
 

@@ -2,8 +2,8 @@
 
 import re
 
-from capa_export.parity.markdown import markdown
-from capa_export.parity.schema import MethodError
+from capa_export.report.markdown import markdown
+from capa_export.report.schema import MethodError
 from tests.parity.results import BISECTION, EVIL, MANIFEST, compared, parity_of, selected
 
 PLAIN = {**MANIFEST, "recipe": {"name": "tiny"}}

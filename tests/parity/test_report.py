@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capa_export.parity.report import Example, KeptMap, write_report
-from capa_export.parity.schema import Check, MethodError
+from capa_export.report.pages import Example, KeptMap, write_report
+from capa_export.report.schema import Check, MethodError
 from tests.parity.results import BISECTION, EVIL, MANIFEST, compared, export_stage, method_error, parity_of, selected
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.parity.schema import Check, ParityReport, read_parity, write_parity
+from capa_export.report.schema import Check, ParityReport, read_parity, write_parity
 from tests.parity.results import BISECTION, compared, parity_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,6 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_the_json_schema_is_current() -> None:
-    """`python -m capa_export.parity.schema > docs/parity.schema.json` writes it."""
+    """`python -m capa_export.report.schema > docs/parity.schema.json` writes it."""
     shipped = json.loads((ROOT / "docs" / "parity.schema.json").read_text(encoding="utf-8"))
     assert shipped == ParityReport.model_json_schema(mode="serialization")

@@ -18,8 +18,8 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.job import Job
 from capa_export.parity.against_golden import GOLDEN
-from capa_export.parity.schema import ParityReport, read_parity
 from capa_export.parity.validation import Wanted
+from capa_export.report.schema import ParityReport, read_parity
 from tests.conftest import noise, recorded
 from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder

@@ -16,7 +16,7 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.parity.schema import Difference
+from capa_export.report.schema import Difference
 from capa_export.tune.agreement import Agreement, Judge, Opened
 from capa_export.tune.costs import Costs, Shape
 from capa_export.tune.recipe_file import write_recipe

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.parity.schema import Difference
+from capa_export.report.schema import Difference
 from capa_export.tune.schema import Finalist, Tuning
 from capa_export.tune.table import tuning_table
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import parse_method
-from capa_export.parity.schema import Difference, Rate
+from capa_export.report.schema import Difference, Rate
 
 __all__ = [
     "better",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from capa_export.parity.schema import ExportError, LayerError
+from capa_export.report.schema import ExportError, LayerError
 
 __all__ = ["alpha", "error_curves", "linearity"]
 

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from capa_export.config.recipe import ranges, recipe_of
-from capa_export.parity.figures import by_stage, check_of, decimals, open_warnings, percent, shown
-from capa_export.parity.schema import Check, MethodError, ParityReport, Rate
+from capa_export.report.schema import Check, MethodError, ParityReport, Rate
+from capa_export.report.words import by_stage, check_of, decimals, open_warnings, percent, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,7 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from capa_export.parity.schema import Check, Difference, ExportError, Kept, ParityReport, Rate, Selection
+from capa_export.report.schema import (
+    Check,
+    Difference,
+    ExportError,
+    Kept,
+    ParityReport,
+    Rate,
+    Selection,
+)
 
 __all__ = [
     "Shown",

@@ -14,10 +14,11 @@ from PIL import Image, ImageOps
 
 from capa_export.calibrate.sums import FP16_MAX
 from capa_export.config.recipe import ranges
-from capa_export.parity import charts, figures
-from capa_export.parity.pictures import data_uri, fitted, overlay
-from capa_export.parity.schema import MethodError, ParityReport, Rate
 from capa_export.passes.fp32_parts import parse_unit
+from capa_export.report import charts
+from capa_export.report import words as figures
+from capa_export.report.pictures import data_uri, fitted, overlay
+from capa_export.report.schema import MethodError, ParityReport, Rate
 
 __all__ = ["Example", "KeptMap", "write_report"]
 

@@ -5,8 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capa_export.parity.figures import by_stage, check_of, decimals, difference, open_warnings, rate, shown
-from capa_export.parity.schema import Check, ParityReport
+from capa_export.report.schema import Check, ParityReport
+from capa_export.report.words import (
+    by_stage,
+    check_of,
+    decimals,
+    difference,
+    open_warnings,
+    rate,
+    shown,
+)
 
 __all__ = ["markdown", "write_markdown"]
 

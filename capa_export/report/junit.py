@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from capa_export.parity.figures import by_stage, open_warnings
-from capa_export.parity.schema import Check, ParityReport, Selection
+from capa_export.report.schema import Check, ParityReport, Selection
+from capa_export.report.words import by_stage, open_warnings
 
 __all__ = ["write_junit"]
 
