@@ -26,8 +26,8 @@ from capa_export.export.stage import DENSE, Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt
-from capa_export.onnx_model import OnnxModel
 from capa_export.plan.flops import flops, kv_cache
+from capa_export.run.onnx import OnnxModel
 
 _TEXT = 48
 _RECIPE = load_recipe("qwen25vl")

@@ -10,7 +10,6 @@ from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report
 from capa_export.bundle.confined import confined
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.bundled import bundled_dims
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
@@ -18,6 +17,7 @@ from capa_export.engine import EngineReport, build_engine
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
 from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
+from capa_export.run.bundled import bundled_dims
 
 __all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
 

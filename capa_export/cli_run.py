@@ -54,11 +54,11 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
-    from capa_export.answer import answer
     from capa_export.bundle.store import Bundle
-    from capa_export.bundled import bundled_bounds
     from capa_export.data.conversation import conversations
     from capa_export.model.generation import GenerationOptions
+    from capa_export.run.answer import answer
+    from capa_export.run.bundled import bundled_bounds
 
     def stream(text: str) -> None:
         print(text, end="", flush=True)

@@ -269,10 +269,10 @@ def validate(
     from capa_export import pipeline
     from capa_export.base.progress import progress
     from capa_export.bundle.store import Bundle
-    from capa_export.bundled import bundled_bounds
     from capa_export.job import Job
     from capa_export.parity.against_golden import GOLDEN
     from capa_export.parity.validation import Wanted
+    from capa_export.run.bundled import bundled_bounds
 
     opened = Bundle.open(bundle)
     check_places(junit, markdown)

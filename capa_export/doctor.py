@@ -207,8 +207,8 @@ def _constant(value: ir.Value | None) -> int | None:
 
 def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Finding]:
     """Room for the build here; and on the device for weights, contexts and the cache of the longest prompt."""
-    from capa_export.bundled import bundled_dims
     from capa_export.plan.plan import check_engine_memory
+    from capa_export.run.bundled import bundled_dims
 
     if target.engine is None:
         return
@@ -250,7 +250,7 @@ def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:
     """The longest prompt that the image processor makes of one picture, against the profile."""
     from PIL import Image
 
-    from capa_export.bundled import bundled_prompter
+    from capa_export.run.bundled import bundled_prompter
 
     if target.engine is None:
         return

@@ -10,7 +10,7 @@ import torch
 from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompt
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from capa_export.selectors.selector import Chosen
 
 __all__ = ["compare"]

@@ -12,12 +12,12 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
 from capa_export.build_engines import build_engines
 from capa_export.bundle.store import Bundle
-from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.cli import main
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
 from capa_export.job import Job
+from capa_export.run.bundled import bundled_bounds, bundled_prompter
 
 
 @pytest.fixture(scope="module")

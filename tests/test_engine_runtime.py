@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real
 
-from capa_export import engine_runtime
-from capa_export.answer import answer
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.decoding import greedy
-from capa_export.engine_runtime import EngineModel
-from capa_export.execution import require_engines
 from capa_export.export.stage import Source, write_onnx
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Prompt, Prompter, Turn
-from capa_export.onnx_model import OnnxModel
+from capa_export.run import engine_model as engine_runtime
+from capa_export.run.answer import answer
+from capa_export.run.decoding import greedy
+from capa_export.run.engine import require_engines
+from capa_export.run.engine_model import EngineModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise, recorded
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 

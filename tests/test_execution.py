@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export import execution
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.engine_runtime import EngineModel
-from capa_export.execution import require_engines
 from capa_export.export.stage import Source
 from capa_export.kernels import cuda
+from capa_export.run import engine as execution
+from capa_export.run.engine import require_engines
+from capa_export.run.engine_model import EngineModel
 from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle
 
 

@@ -24,7 +24,7 @@ from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint, open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 

@@ -18,7 +18,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import load_family, qwen25vl
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.models import qwen25vl as small_qwen25vl

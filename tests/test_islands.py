@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from capa_export import onnx_model
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped
 from capa_export.config.plugins import Plugins
@@ -22,10 +21,11 @@ from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
 from capa_export.passes.lower import lower
+from capa_export.run import onnx as onnx_model
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.test_lower import inputs, run

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from capa_export import build_engines as engine_stage
 from capa_export import pipeline
-from capa_export.answer import answer
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.build_engines import build_engines
 from capa_export.bundle.lock import LOCK
@@ -33,6 +32,7 @@ from capa_export.model.generation import GenerationOptions, eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.plan import plan as dry_run
 from capa_export.plan.flops import parameters
+from capa_export.run.answer import answer
 from tests.conftest import noise
 
 

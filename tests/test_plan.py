@@ -16,8 +16,8 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.export.stage import DENSE, Source, write_onnx
 from capa_export.model.families.qwen25vl.dims import model_dims, vision_flops
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.plan.flops import decode_flops, flops, kv_cache, parameters
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
 

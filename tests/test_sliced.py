@@ -10,7 +10,7 @@ from capa_export.export.stage import Source, graphs_in_fp32, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
 

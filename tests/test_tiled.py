@@ -8,11 +8,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from capa_export import onnx_model
 from capa_export.export.stage import Source, write_onnx
 from capa_export.model.prompt import Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.passes import tile_attention as tiled
+from capa_export.run import onnx as onnx_model
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 
 DTYPES = {"float": np.float32, "float16": np.float16}

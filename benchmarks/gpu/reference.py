@@ -14,11 +14,11 @@ from capa_export.export.in_place import embedding_of
 from capa_export.export.stage import DENSE, Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
-from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.selection import overlap
 from capa_export.parity.trace import Trace
-from capa_export.runtime import Model
+from capa_export.run.onnx import OnnxModel
+from capa_export.run.runtime import Model
 
 __all__ = ["PARITY_RATIO", "Graphs", "feed", "figures", "trace"]
 

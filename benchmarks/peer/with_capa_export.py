@@ -35,10 +35,10 @@ def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:
     """Greedily, through the bundle's graphs."""
     from PIL import Image
 
-    from capa_export.decoding import greedy
     from capa_export.model.generation import eos_token_ids
     from capa_export.model.prompt import Prompter
-    from capa_export.onnx_model import OnnxModel
+    from capa_export.run.decoding import greedy
+    from capa_export.run.onnx import OnnxModel
 
     recipe, source = opened(checkpoint)
     prompter = Prompter(checkpoint, checkpoint, source.family, source.dims)

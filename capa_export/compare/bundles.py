@@ -7,7 +7,6 @@ from pathlib import Path
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.bundle.store import Bundle
-from capa_export.bundled import require_memory
 from capa_export.compare.manifests import changes, engines, sizes
 from capa_export.compare.schema import Answers, BundleComparison, Limits, LogitChange, Timing
 from capa_export.compare.side_by_side import Question, Side, SideBySide
@@ -15,6 +14,7 @@ from capa_export.data.samples import samples_from
 from capa_export.job import PARITY
 from capa_export.parity.against_golden import GOLDEN
 from capa_export.report.schema import Check, ParityReport, Rate, read_parity
+from capa_export.run.bundled import require_memory
 
 __all__ = ["compare"]
 

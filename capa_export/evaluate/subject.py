@@ -12,7 +12,6 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import silent
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
-from capa_export.bundled import require_memory
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
@@ -21,6 +20,7 @@ from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.pipeline import calibrate, note_digests
 from capa_export.plan.eager_memory import require_eager_memory
+from capa_export.run.bundled import require_memory
 from capa_export.selectors.selector import load_selector
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]

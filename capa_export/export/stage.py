@@ -34,8 +34,8 @@ from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily, require_selection
 from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
+from capa_export.run.sliced import Graphs
 from capa_export.selectors.selector import Chosen
-from capa_export.sliced import Graphs
 
 __all__ = [
     "DENSE",

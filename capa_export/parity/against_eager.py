@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from capa_export.data.samples import Samples
-    from capa_export.execution import BuiltEngines
     from capa_export.parity.record import Records
     from capa_export.parity.validate import Compared
-    from capa_export.sliced import Graphs
+    from capa_export.run.engine import BuiltEngines
+    from capa_export.run.sliced import Graphs
 
 __all__ = ["AgainstEager"]
 
@@ -61,7 +61,6 @@ class AgainstEager(Validation):
         return [self.prompts.digest(), self.questions.digest(), self.job.prompt_settings, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        from capa_export.bundled import bundled_prompter
         from capa_export.parity.method import method_effect
         from capa_export.parity.record import write_records
         from capa_export.parity.validate import (
@@ -71,6 +70,7 @@ class AgainstEager(Validation):
             compare_prompts,
             replayed_oracle,
         )
+        from capa_export.run.bundled import bundled_prompter
 
         job, recipe, report = self.job, self.recipe, self.job.report
         sliced = exceeds_memory(job, self.precision)

@@ -21,7 +21,7 @@ from capa_export.parity.validation import (
 from capa_export.report.schema import MethodError, ParityReport
 
 if TYPE_CHECKING:
-    from capa_export.execution import BuiltEngines
+    from capa_export.run.engine import BuiltEngines
 
 __all__ = ["GOLDEN", "AgainstGolden", "store_golden"]
 
@@ -101,8 +101,8 @@ def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport)
 def _graphs_exceed_memory(job: Job) -> bool:
     """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
     from capa_export.base.machine import available_memory
-    from capa_export.bundled import bundled_dims
     from capa_export.plan.device_memory import onnx_runtime_bytes
+    from capa_export.run.bundled import bundled_dims
 
     if job.layer_by_layer is not None:
         return job.layer_by_layer

@@ -17,7 +17,7 @@ from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relativ
 from capa_export.parity.record import Record, Records
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.report.schema import Bisection, Probe
-from capa_export.sliced import Graphs, layer_of
+from capa_export.run.sliced import Graphs, layer_of
 
 __all__ = ["bisect"]
 

@@ -26,7 +26,7 @@ def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
     bundle = replace(job.bundle, read_all=True)
     built = None
     if wanted.engine is not None:
-        from capa_export.execution import require_engines
+        from capa_export.run.engine import require_engines
 
         built = require_engines(bundle, wanted.engine)
         bundle.verify(f"engine/{wanted.engine}")

@@ -13,7 +13,7 @@ from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import Family
 from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, Weights, grouped
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.sliced import Graphs
+from capa_export.run.sliced import Graphs
 
 __all__ = ["Subject"]
 

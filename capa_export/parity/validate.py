@@ -18,7 +18,6 @@ from capa_export.export.stage import DENSE
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.parity.comparison import Comparison
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
@@ -26,11 +25,12 @@ from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
-from capa_export.runtime import Model
-from capa_export.sliced import Graphs
+from capa_export.run.onnx import OnnxModel
+from capa_export.run.runtime import Model
+from capa_export.run.sliced import Graphs
 
 if TYPE_CHECKING:
-    from capa_export.engine_runtime import EngineModel
+    from capa_export.run.engine_model import EngineModel
 
 __all__ = [
     "Compared",

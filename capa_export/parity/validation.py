@@ -15,11 +15,11 @@ from capa_export.report.schema import MethodError, ParityReport, Stage, write_pa
 
 if TYPE_CHECKING:
     from capa_export.data.samples import Samples
-    from capa_export.execution import BuiltEngines
     from capa_export.parity.record import Records
     from capa_export.parity.validate import Compared
     from capa_export.report.pages import Example
-    from capa_export.sliced import Graphs
+    from capa_export.run.engine import BuiltEngines
+    from capa_export.run.sliced import Graphs
 
 __all__ = [
     "Validation",
@@ -84,7 +84,7 @@ class Validation:
 
     def engine_model(self) -> Any:
         """The bundle's engines on the GPU."""
-        from capa_export.engine_runtime import EngineModel
+        from capa_export.run.engine_model import EngineModel
 
         assert self.built is not None
         return EngineModel(self.built)

@@ -232,7 +232,7 @@ def test_a_failing_runtime_is_one_line(cli: Cli, bundle: Path, pictures: Path, m
     def fail(*_: object) -> None:
         raise MemoryError("Failed to allocate memory")
 
-    monkeypatch.setattr("capa_export.onnx_model.OnnxModel.prefill", fail)
+    monkeypatch.setattr("capa_export.run.onnx.OnnxModel.prefill", fail)
     ask = ("run", bundle, "--prompt", "x", "--image", pictures / "0.png")
     preflight(cli, "failed on a prompt of 64 visual tokens (Failed to allocate memory); use a smaller picture", *ask)
 
@@ -259,7 +259,7 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
 def test_a_bundle_that_memory_has_no_room_for_is_not_loaded(
     cli: Cli, bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.bundled.available_memory", lambda: 400 << 20)
+    monkeypatch.setattr("capa_export.run.bundled.available_memory", lambda: 400 << 20)
     monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("loads it all the same"))
     picture = min(pictures.glob("*.png"))
     rows = tmp_path / "rows.jsonl"

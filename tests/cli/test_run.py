@@ -10,8 +10,8 @@ from PIL import Image
 
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.bundled import bundled_bounds, bundled_prompter
 from capa_export.model.families import qwen25vl
+from capa_export.run.bundled import bundled_bounds, bundled_prompter
 from tests.cli.conftest import Cli, preflight
 from tests.conftest import noise, recorded
 
@@ -146,7 +146,7 @@ def test_conversations_calibrate(cli: Cli, recipe: Path, pictures: Path, tmp_pat
 def test_an_answer_ends_with_the_context(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of decoders whose rotary frequencies are others from a length on."""
     ask = ("run", bundle, "--prompt", "what color is the star ?", "--max-new-tokens", 8, "--json")
-    monkeypatch.setattr("capa_export.answer.eos_token_ids", lambda _folder: [])
+    monkeypatch.setattr("capa_export.run.answer.eos_token_ids", lambda _folder: [])
     unlimited = json.loads(cli(*ask)[1])
     assert unlimited["new_tokens"] == 8
     limits = [unlimited["prompt_tokens"] + 2, unlimited["prompt_tokens"] - 1]

@@ -21,8 +21,8 @@ from capa_export.job import load_family
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3
 from capa_export.model.prompt import Picture, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.plan.flops import parameters
+from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models.internvl3 import (

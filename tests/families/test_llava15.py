@@ -23,8 +23,8 @@ from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15
 from capa_export.model.prompt import Picture, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.plan.flops import parameters
+from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models.llava15 import PATCH, SIDE, TEMPLATE, build_image_processor, build_tokenizer, random_model, save_model

@@ -16,7 +16,7 @@ from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Picture, Prompter
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 
 GRIDS = [(1, 16, 16), (1, 10, 14), (1, 18, 22), (3, 8, 8), (1, 2, 2), (2, 6, 30), (1, 40, 4), (1, 2, 38)]

@@ -21,7 +21,7 @@ from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.families.qwen25vl.video import video as picture_from_video
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 
 QUESTION = "what color is the star ?"

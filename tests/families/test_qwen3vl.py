@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLProcessor
 
 from capa_export import pipeline
-from capa_export.answer import answer
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped
 from capa_export.bundle.store import Bundle
@@ -31,8 +30,9 @@ from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import qwen3vl
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Picture, Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.plan.flops import flops, parameters
+from capa_export.run.answer import answer
+from capa_export.run.onnx import OnnxModel
 from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise

@@ -26,7 +26,6 @@ from capa_export.config.recipe import load_recipe, recipe_of
 from capa_export.config.target import load_target
 from capa_export.data.conversation import read_messages
 from capa_export.data.samples import samples_from
-from capa_export.decoding import TokenChooser
 from capa_export.export.in_place import embedding_of
 from capa_export.job import Job
 from capa_export.model.checkpoint import fetch_config, open_checkpoint, open_tensors
@@ -35,6 +34,7 @@ from capa_export.model.families.qwen25vl.video import _settings, _sizes
 from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.model.prompt import Prompter
 from capa_export.report.schema import read_parity
+from capa_export.run.decoding import TokenChooser
 
 __all__ = ["READERS", "Reader"]
 

@@ -17,7 +17,6 @@ from PIL import Image
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.data.scenes import samples
-from capa_export.decoding import greedy
 from capa_export.export.genai import reason_against, write_genai
 from capa_export.export.stage import Source, copy_sidecars, write_onnx
 from capa_export.graph.genai import row_size
@@ -25,7 +24,8 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.decoding import greedy
+from capa_export.run.onnx import OnnxModel
 from capa_export.selectors.selector import Chosen
 from tests.conftest import noise
 

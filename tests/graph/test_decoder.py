@@ -18,8 +18,8 @@ from capa_export.export.stage import Source, write_onnx
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
-from capa_export.runtime import KVCache
+from capa_export.run.onnx import OnnxModel
+from capa_export.run.runtime import KVCache
 from tests.agreement import compare
 from tests.conftest import noise
 

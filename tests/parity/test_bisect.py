@@ -21,7 +21,7 @@ from capa_export.parity.bisect import bisect
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.report.schema import Bisection
-from capa_export.sliced import layer_of
+from capa_export.run.sliced import layer_of
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 from tests.parity.builds import asked

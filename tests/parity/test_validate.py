@@ -16,7 +16,6 @@ from capa_export.data.samples import Samples, samples_from
 from capa_export.export.stage import Source, write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
 from capa_export.parity.record import Records, write_records
 from capa_export.parity.subject import Subject
 from capa_export.parity.validate import (
@@ -28,6 +27,7 @@ from capa_export.parity.validate import (
     replayed_oracle,
 )
 from capa_export.report.schema import ExportError, Selection
+from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}

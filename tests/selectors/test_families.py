@@ -14,7 +14,7 @@ from capa_export.export.stage import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.onnx_model import OnnxModel
+from capa_export.run.onnx import OnnxModel
 from capa_export.selectors.selector import Chosen, load_selector, selectors
 from tests.agreement import compare
 from tests.conftest import noise

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.execution import BuiltEngines, Engine, Runtime, Weights
 from capa_export.job import say
 from capa_export.kernels.cuda import Buffer, Graph, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.plan.device_memory import CACHE_ROWS
-from capa_export.runtime import Model
+from capa_export.run.engine import BuiltEngines, Engine, Runtime, Weights
+from capa_export.run.runtime import Model
 
 __all__ = ["DeviceCache", "EngineModel"]
 

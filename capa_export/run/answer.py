@@ -12,10 +12,8 @@ import numpy as np
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import Bundle
-from capa_export.bundled import bundled_prompter, require_memory
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Prune, recipe_of
-from capa_export.decoding import TokenChooser, generate
 from capa_export.job import ONNX
 from capa_export.model.generation import (
     Generation,
@@ -24,11 +22,13 @@ from capa_export.model.generation import (
     read_generation,
 )
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
-from capa_export.onnx_model import OnnxModel
-from capa_export.runtime import Model, PrefillRun
+from capa_export.run.bundled import bundled_prompter, require_memory
+from capa_export.run.decoding import TokenChooser, generate
+from capa_export.run.onnx import OnnxModel
+from capa_export.run.runtime import Model, PrefillRun
 
 if TYPE_CHECKING:
-    from capa_export.execution import BuiltEngines
+    from capa_export.run.engine import BuiltEngines
 
 __all__ = ["answer", "runtime_errors"]
 
@@ -62,7 +62,7 @@ def answer(
     """
     built = None
     if engine is not None:
-        from capa_export.execution import require_engines
+        from capa_export.run.engine import require_engines
 
         # Before anything that takes time.
         built = require_engines(bundle, engine)
@@ -140,7 +140,7 @@ def _engine_model(
     built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune, limit: int, *, fixed: bool
 ) -> tuple[Model[Any], int]:
     """The engines, found to take the prompts, and the longest answer; theirs, if nobody fixed a longer one."""
-    from capa_export.engine_runtime import EngineModel
+    from capa_export.run.engine_model import EngineModel
 
     model, num_keep = EngineModel(built), [prune.num_keep(prompt.image_lengths) for prompt in prompts]
     limit = limit if fixed else min(limit, model.room(prompts, num_keep))

@@ -14,14 +14,14 @@ import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.runtime import PAST, PRESENT, KVCache, Model, past_of
+from capa_export.run.runtime import PAST, PRESENT, KVCache, Model, past_of
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from capa_export.sliced import Graphs
+    from capa_export.run.sliced import Graphs
 
 __all__ = ["OnnxModel"]
 
@@ -77,7 +77,7 @@ class OnnxModel(Model[KVCache]):
             return _proto(self.folder / file)
         import onnx_ir as ir
 
-        from capa_export.sliced import without_lazy_weights
+        from capa_export.run.sliced import without_lazy_weights
 
         return ir.to_proto(without_lazy_weights(self._graph(file)))
 
@@ -97,7 +97,7 @@ class OnnxModel(Model[KVCache]):
 
         from capa_export.passes.tile_attention import tile_attention
         from capa_export.passes.widen_bf16 import widen, widen_lazily
-        from capa_export.sliced import SlicedSession
+        from capa_export.run.sliced import SlicedSession
 
         changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
         if self.sliced:
@@ -216,7 +216,7 @@ class OnnxModel(Model[KVCache]):
             given: more inputs of each one's prefill.
             timing: times `prefill` and `decode`, each run of graphs that are not sliced.
         """
-        from capa_export.sliced import run_lanes
+        from capa_export.run.sliced import run_lanes
 
         # The last one is in tiles if any of them has to be.
         prefill = [self._prefill(prompt) for prompt in prompts][-1]

@@ -13,7 +13,7 @@ from capa_export.model.generation import Generation
 
 if TYPE_CHECKING:
     from capa_export.model.prompt import Prompt
-    from capa_export.runtime import Model, PrefillRun
+    from capa_export.run.runtime import Model, PrefillRun
 
 __all__ = ["Choose", "TokenChooser", "generate", "greedy"]
 

@@ -1,0 +1,1 @@
+"""The execution of a bundle, on ONNX Runtime and on the engines of a GPU."""
