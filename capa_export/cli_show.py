@@ -43,8 +43,8 @@ def doctor(
 
     from capa_export.bundle.store import Bundle
     from capa_export.config.target import load_target
-    from capa_export.doctor import examine
     from capa_export.report.terminal import doctor_table
+    from capa_export.trt.doctor import examine
 
     device = load_target(target)
     if memory is not None and (bundle is None or device.engine is None):

@@ -216,16 +216,16 @@ def engine(
     if on_device:
         if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
-        from capa_export.kit import build_kit
+        from capa_export.trt.kit import build_kit
 
         with progress() as report:
             result: dict[str, Any] = build_kit(bundle, tensorrt_include=tensorrt_include, report=report)
     else:
         if tensorrt_include is not None:
             raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
-        from capa_export.build_engines import build_engines
         from capa_export.bundle.store import Bundle
         from capa_export.config.target import load_target
+        from capa_export.trt.stage import build_engines
 
         device = load_target(target)
         with progress() as report:

@@ -40,7 +40,7 @@ def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: 
     Raises:
         CapaError: a stage failed; the stages before it are kept.
     """
-    from capa_export.build_engines import check_engines, check_runtime
+    from capa_export.trt.stage import check_engines, check_runtime
 
     if target.engine is not None:
         check_runtime(target)
@@ -83,7 +83,7 @@ def _check_room(job: Job, target: Target) -> None:
 
 def _build(job: Job, target: Target, wanted: Wanted | None, *, auto_fp32: bool) -> ParityReport:
     """The stages of a build that nothing stands in the way of."""
-    from capa_export.build_engines import build_engines
+    from capa_export.trt.stage import build_engines
 
     if job.in_place:
         with job.bundle.replacing() as scratch:

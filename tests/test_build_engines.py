@@ -10,7 +10,6 @@ from PIL import Image
 from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
-from capa_export.build_engines import build_engines
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.pixels import PixelBounds
@@ -18,6 +17,7 @@ from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
 from capa_export.job import Job
 from capa_export.run.bundled import bundled_bounds, bundled_prompter
+from capa_export.trt.stage import build_engines
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_pictures_are_as_large_as_the_engines_take(bundle: Bundle, tmp_path: Pat
 
 
 def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: Path) -> None:
-    from capa_export import kit
+    from capa_export.trt import kit
 
     copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     build_engines(copy, load_target("thor"), weights="embedded", report=silent, plugins="none")
@@ -149,7 +149,7 @@ def test_a_build_refuses_plugins_before_it_reads_a_weight(tmp_path: Path, capsys
 def test_a_golden_that_memory_cannot_compute_is_left_out(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from capa_export import kit
+    from capa_export.trt import kit
 
     monkeypatch.setattr(kit, "available_memory", lambda: 1000)
     kit.write_kit(bundle, load_target("orin"), tmp_path / "kit", plugins="none")

@@ -6,14 +6,15 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from capa_export import doctor, pipeline
+from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
-from capa_export.doctor import Finding, examine
 from capa_export.job import Job
+from capa_export.trt import doctor
+from capa_export.trt.doctor import Finding, examine
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_a_problem_is_exit_code_3(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "capa_export.doctor.examine", lambda *_: [Finding("build memory", "problem", "too little", "buy more")]
+        "capa_export.trt.doctor.examine", lambda *_: [Finding("build memory", "problem", "too little", "buy more")]
     )
     assert main(["doctor", str(bundle.folder)]) == 3
     output = capsys.readouterr()

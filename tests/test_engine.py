@@ -12,7 +12,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.target import DimRange, ShapeRange, Target, load_target
-from capa_export.engine import EngineReport, build_engine, parse_layers, weight_copies
+from capa_export.trt.engine import EngineReport, build_engine, parse_layers, weight_copies
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24, "capa": 1]>

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save, save_file
 
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.build_engines import build_engines
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
@@ -25,6 +24,7 @@ from capa_export.model.checkpoint import Checkpoint, open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.run.onnx import OnnxModel
+from capa_export.trt.stage import build_engines
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 

@@ -13,8 +13,6 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.shipped import shipped
 from capa_export.config.plugins import Plugins
 from capa_export.config.target import load_target
-from capa_export.doctor import _graph
-from capa_export.engine import build_engine
 from capa_export.export.stage import Source, write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
@@ -26,6 +24,8 @@ from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_un
 from capa_export.passes.lower import lower
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel
+from capa_export.trt.doctor import _graph
+from capa_export.trt.engine import build_engine
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.test_lower import inputs, run

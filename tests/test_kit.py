@@ -15,14 +15,15 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from capa_export import kit_builder, pipeline
+from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import Target, load_target
-from capa_export.engine import parse_layers, weight_copies
 from capa_export.job import Job
-from capa_export.kit import build_kit, write_kit
+from capa_export.trt import builder as kit_builder
+from capa_export.trt.engine import parse_layers, weight_copies
+from capa_export.trt.kit import build_kit, write_kit
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 
@@ -179,7 +180,7 @@ def test_nothing_is_left_of_a_kit_that_fails(
     def fail(*_: object) -> None:
         raise CapaError("no golden")
 
-    monkeypatch.setattr("capa_export.kit.write_golden", fail)
+    monkeypatch.setattr("capa_export.trt.kit.write_golden", fail)
     with pytest.raises(CapaError, match="no golden"):
         write_kit(bundle, orin, tmp_path / "kit", plugins="none")
     assert not list(tmp_path.iterdir())

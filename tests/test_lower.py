@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 
 from capa_export.config.target import load_target
-from capa_export.engine import build_engine
 from capa_export.export.stage import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.passes.lower import lower
+from capa_export.trt.engine import build_engine
 from tests.models import FAMILIES
 
 JETPACK_6 = (10, 3)

@@ -19,8 +19,8 @@ DATA = ("graphs", "engines")
 TINY = "capa_export/graphs/checkpoints/tiny-qwen25vl/"
 EXPECTED = {
     "capa_export/cli.py",
-    "capa_export/engine_worker.py",
-    "capa_export/kit_builder.py",
+    "capa_export/trt/worker.py",
+    "capa_export/trt/builder.py",
     *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "internvl35", "qwen3vl")),
     *(f"capa_export/graphs/tiny-{name}.toml" for name in ("qwen25vl", "llava15", "internvl3")),
     *(f"capa_export/graphs/checkpoints/tiny-{name}/model.safetensors" for name in ("llava15", "internvl3")),

@@ -13,10 +13,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from capa_export import build_engines as engine_stage
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.build_engines import build_engines
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.calibrate.sums import Calibration
@@ -33,6 +31,8 @@ from capa_export.model.prompt import Prompter
 from capa_export.plan import plan as dry_run
 from capa_export.plan.flops import parameters
 from capa_export.run.answer import answer
+from capa_export.trt import stage as engine_stage
+from capa_export.trt.stage import build_engines
 from tests.conftest import noise
 
 

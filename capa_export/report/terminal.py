@@ -14,7 +14,7 @@ from capa_export.report.words import by_stage, check_of, decimals, open_warnings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from capa_export.doctor import Finding
+    from capa_export.trt.doctor import Finding
 
 __all__ = ["bundle_table", "calibration_table", "doctor_table", "engine_table", "parity_table", "plan_table"]
 

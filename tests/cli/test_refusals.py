@@ -185,7 +185,7 @@ def test_what_fp16_cannot_hold_is_computed_in_fp32_or_refused(
 def test_a_target_without_its_builder_is_refused_first(
     cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.build_engines.find_spec", lambda _: None)
+    monkeypatch.setattr("capa_export.trt.stage.find_spec", lambda _: None)
     code, _, err = cli("build", "-m", recipe, "-o", tmp_path / "out")
     assert code == ExitCode.ENGINE and 'pip install ".[rtx]" in a checkout' in err and not (tmp_path / "out").exists()
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError
 from capa_export.config.target import load_target
-from capa_export.engine import build_engine
 from capa_export.export.bind import bind
 from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
@@ -25,6 +24,7 @@ from capa_export.model.families import SelectionFamily, load_family, require_sel
 from capa_export.model.families.qwen25vl.dims import last_full_block
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.passes.fp32_parts import compute_in_fp32, parse_unit
+from capa_export.trt.engine import build_engine
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen25vl
 

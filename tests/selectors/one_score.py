@@ -16,9 +16,9 @@ import torch
 from onnxscript import OpBuilder
 
 from capa_export.config.target import DimRange, ShapeRange, load_target
-from capa_export.engine import EngineReport, build_engine
 from capa_export.graph.build import Input, Output, build_model, call
 from capa_export.selectors.selector import Chosen, GraphView, TensorView, load_selector
+from capa_export.trt.engine import EngineReport, build_engine
 
 __all__ = ["Case", "build", "exact_rows", "graph_scores", "kept", "layout", "reference_scores", "same"]
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, how_to_install
-from capa_export.build_engines import GRAPHS
 from capa_export.bundle.store import Bundle
 from capa_export.config.target import Target, version_parts
 from capa_export.graph.functions import DOMAIN, PLUGIN
@@ -26,6 +25,7 @@ from capa_export.plan.device_memory import (
     devices_with_room,
 )
 from capa_export.plan.flops import kv_cache
+from capa_export.trt.stage import GRAPHS
 
 __all__ = ["Finding", "examine"]
 

@@ -1,7 +1,7 @@
 """Builds one TensorRT engine in a process of its own: `python engine_worker.py SPEC.json`.
 
 TensorRT may abort the process and keeps what it allocated; neither must reach the caller. The spec is what
-`capa_export.engine` writes; standard error is the log. But for Python plugins it needs the standard library and
+`capa_export.trt.engine` writes; standard error is the log. But for Python plugins it needs the standard library and
 TensorRT alone, so that a kit can carry it to a device where nothing else is installed.
 """
 

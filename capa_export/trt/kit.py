@@ -12,22 +12,22 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 import capa_export
-from capa_export import kit_builder
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, silent
-from capa_export.build_engines import GRAPHS, refuse_copies
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.config.plugins import PluginWish, choose_device_plugins
 from capa_export.config.target import Engine, Target, version_parts
-from capa_export.engine import input_shapes, parse_layers, weight_copies, weight_entries
-from capa_export.golden import write_golden
 from capa_export.job import ONNX, say
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.for_tensorrt import Prepared, prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
+from capa_export.trt import builder as kit_builder
+from capa_export.trt.engine import input_shapes, parse_layers, weight_copies, weight_entries
+from capa_export.trt.golden import write_golden
+from capa_export.trt.stage import GRAPHS, refuse_copies
 
 __all__ = ["build_kit", "write_kit"]
 

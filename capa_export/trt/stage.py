@@ -13,11 +13,11 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
-from capa_export.engine import EngineReport, build_engine
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
 from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
+from capa_export.trt.engine import EngineReport, build_engine
 
 __all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
 
@@ -127,7 +127,7 @@ def _build_here(
 
 
 def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report) -> dict[str, Any]:
-    from capa_export.kit import write_kit
+    from capa_export.trt.kit import write_kit
 
     bundle.verify("export")
     folder = f"engines/{target.name}"

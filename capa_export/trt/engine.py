@@ -239,7 +239,7 @@ def _run_worker(
     spec_path = _write_json(scratch / "spec.json", spec)
     with log.open("wb") as output:
         start = time.monotonic()
-        command = [sys.executable, "-m", "capa_export.engine_worker", str(spec_path)]
+        command = [sys.executable, "-m", "capa_export.trt.worker", str(spec_path)]
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(scratch)
         )

@@ -1,0 +1,1 @@
+"""The TensorRT engines: kits, the builder, and what would keep it from building."""
