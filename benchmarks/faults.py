@@ -32,8 +32,8 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
-from capa_export.parity.record import Records, write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import Compared, compare_onnx, compare_prompts
 from capa_export.report.schema import Check
 from tests.parity.builds import build

@@ -15,8 +15,8 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15, qwen25vl
 from capa_export.model.families.qwen25vl.dims import model_dims
 from capa_export.model.prompt import Prompter
-from capa_export.parity.record import write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import write_records
 from capa_export.parity.validate import compare_onnx
 from tests.conftest import noise
 from tests.models import llava15 as small_llava15

@@ -19,8 +19,8 @@ from capa_export.model.lockstep import finished, together
 from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.streamed import StoredWeights, hollow_model
-from capa_export.parity.record import tracing
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import tracing
 from capa_export.parity.trace import Trace, sampled_rows
 from capa_export.parity.validate import dense_logits
 from tests.conftest import noise

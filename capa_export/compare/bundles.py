@@ -106,7 +106,7 @@ def _questions(
     if images is None and samples is None:
         for folder in (side.bundle.folder for side in sides if GOLDEN in side.bundle.manifest["stages"]):
             # Torch comes with it.
-            from capa_export.parity.record import Records
+            from capa_export.parity.records import Records
 
             records = Records(folder / GOLDEN)
             name = f"golden samples of {folder}"

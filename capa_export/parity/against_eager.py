@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from capa_export.data.samples import Samples
-    from capa_export.parity.record import Records
+    from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.run.engine import BuiltEngines
     from capa_export.run.sliced import Graphs
@@ -62,7 +62,7 @@ class AgainstEager(Validation):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.parity.method import method_effect
-        from capa_export.parity.record import write_records
+        from capa_export.parity.records import write_records
         from capa_export.parity.validate import (
             compare_dense,
             compare_engine,

@@ -52,7 +52,7 @@ class AgainstGolden(Validation):
         return self.bundle.digest(GOLDEN)
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        from capa_export.parity.record import Records
+        from capa_export.parity.records import Records
         from capa_export.parity.validate import compare_engine, compare_onnx, compare_sidecars
 
         recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
@@ -85,7 +85,7 @@ def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport)
     key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.prompt_settings, method_error]
 
     def work(scratch: Path) -> dict[str, Any]:
-        from capa_export.parity.record import write_records
+        from capa_export.parity.records import write_records
 
         (scratch / GOLDEN).mkdir()
         sliced = exceeds_memory(job, exported["precision"])

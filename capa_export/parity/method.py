@@ -18,7 +18,7 @@ from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.prompt import Prompt
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
 from capa_export.report.pages import Example, KeptMap
 from capa_export.report.schema import Method, MethodError
 from capa_export.report.words import percent

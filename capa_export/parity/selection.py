@@ -11,7 +11,7 @@ import numpy as np
 
 from capa_export.config.recipe import Bound, Gate, Stage
 from capa_export.parity.comparison import bounded, worse
-from capa_export.parity.record import Noise, Record, score_errors
+from capa_export.parity.records import Noise, Record, score_errors
 from capa_export.parity.trace import Trace, overlap
 from capa_export.report.schema import Check, Kept, Selection
 from capa_export.selectors.selector import load_selector

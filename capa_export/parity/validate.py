@@ -19,10 +19,10 @@ from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.parity.comparison import Comparison
+from capa_export.parity.oracle import Subject
 from capa_export.parity.probe import ProbedModel
-from capa_export.parity.record import Noise, Record, Records, forced_plan, tracing
+from capa_export.parity.records import Noise, Record, Records, forced_plan, tracing
 from capa_export.parity.selection import Choice, agreeing
-from capa_export.parity.subject import Subject
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.run.onnx import OnnxModel

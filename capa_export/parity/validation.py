@@ -15,7 +15,7 @@ from capa_export.report.schema import MethodError, ParityReport, Stage, write_pa
 
 if TYPE_CHECKING:
     from capa_export.data.samples import Samples
-    from capa_export.parity.record import Records
+    from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.report.pages import Example
     from capa_export.run.engine import BuiltEngines
@@ -184,7 +184,7 @@ def subject_of(
     """What is validated, its weights in memory or streamed."""
     from capa_export.model.lockstep import RESIDENT
     from capa_export.model.streamed import StoredWeights, hollow_model
-    from capa_export.parity.subject import Subject
+    from capa_export.parity.oracle import Subject
 
     weights = StoredWeights(job.source, job.report) if sliced else None
     return Subject(

@@ -17,8 +17,8 @@ from capa_export.config.recipe import Recipe
 from capa_export.data.samples import samples_from
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
-from capa_export.parity.record import write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import write_records
 from tests.compare.conftest import Exported, note_validation, overwrite, rerecord
 
 Compared = Callable[..., BundleComparison]

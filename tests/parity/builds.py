@@ -16,8 +16,8 @@ from capa_export.export.stage import Source, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.parity.record import Records, write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import Records, write_records
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.models.making import randomized

@@ -18,8 +18,8 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.parity.bisect import bisect
-from capa_export.parity.record import Records, write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import Records, write_records
 from capa_export.report.schema import Bisection
 from capa_export.run.sliced import layer_of
 from tests.conftest import noise

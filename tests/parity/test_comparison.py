@@ -7,7 +7,7 @@ import pytest
 
 from capa_export.config.recipe import load_recipe
 from capa_export.parity.comparison import Comparison
-from capa_export.parity.record import Noise
+from capa_export.parity.records import Noise
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
 from capa_export.report.schema import Check, ExportError
 

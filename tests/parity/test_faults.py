@@ -18,8 +18,8 @@ from capa_export.data.samples import Samples
 from capa_export.export.stage import Source, copy_sidecars, write_onnx
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.parity.record import Records, write_records
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
+from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import compare_onnx, compare_prompts
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise

@@ -23,7 +23,7 @@ from capa_export.model.families import qwen25vl
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.parity.method import method_effect
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
 from capa_export.report.pages import Example
 from capa_export.report.schema import Method, MethodError
 from capa_export.selectors import capa

@@ -26,7 +26,7 @@ from capa_export.model.eager import Eager, EagerPlan, best, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.parity.subject import Subject
+from capa_export.parity.oracle import Subject
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.selectors.selector import load_selector
 
