@@ -26,9 +26,9 @@ def compare(
     from capa_export.base.progress import progress
     from capa_export.base.toml import read_toml
     from capa_export.bundle.store import Bundle
-    from capa_export.compare.bundles import compare as compare_bundles
-    from capa_export.compare.schema import Limits
     from capa_export.config.gates import GateFile
+    from capa_export.study.compare.bundles import compare as compare_bundles
+    from capa_export.study.compare.schema import Limits
 
     limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:
@@ -44,7 +44,7 @@ def compare(
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
-        from capa_export.compare.table import compare_table
+        from capa_export.study.compare.table import compare_table
 
         compare_table(found)
     if not found.passed:

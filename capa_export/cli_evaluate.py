@@ -98,10 +98,10 @@ def evaluate(
     from capa_export.cli_stages import recipe_and_checkpoint, with_options
     from capa_export.config.recipe import recipe_of
     from capa_export.data.questions import questions_from
-    from capa_export.evaluate.stage import MAX_SKIPPED
-    from capa_export.evaluate.stage import evaluate as ask
-    from capa_export.evaluate.subject import bundle_subject, eager_subject, methods_from, product
     from capa_export.job import Job
+    from capa_export.study.evaluate.stage import MAX_SKIPPED
+    from capa_export.study.evaluate.stage import evaluate as ask
+    from capa_export.study.evaluate.subject import bundle_subject, eager_subject, methods_from, product
 
     if bundle is None:
         opened = Bundle(out / "calibration")
@@ -153,7 +153,7 @@ def evaluate(
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
-        from capa_export.evaluate.table import evaluation_table
+        from capa_export.study.evaluate.table import evaluation_table
 
         evaluation_table(found)
     asked = found.questions + len(found.skipped)

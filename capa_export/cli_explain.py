@@ -54,10 +54,10 @@ def explain(
     if not page.parent.is_dir():
         raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
     from capa_export.base.progress import progress
-    from capa_export.explain.page import write_page
-    from capa_export.explain.stage import explain as explained
     from capa_export.job import Job
     from capa_export.run.bundled import bundled_bounds
+    from capa_export.study.explain.page import write_page
+    from capa_export.study.explain.stage import explain as explained
 
     with progress() as report:
         job = Job.of_bundle(

@@ -61,8 +61,8 @@ def tune(
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
-    from capa_export.tune.recipe_file import write_recipe
-    from capa_export.tune.stage import tune as find
+    from capa_export.study.tune.recipe_file import write_recipe
+    from capa_export.study.tune.stage import tune as find
 
     with progress() as report, TemporaryDirectory() as scratch:
         job = Job(
@@ -87,6 +87,6 @@ def tune(
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
-        from capa_export.tune.table import tuning_table
+        from capa_export.study.tune.table import tuning_table
 
         tuning_table(found)

@@ -14,10 +14,10 @@ from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question, Questions, questions_from
 from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, Split, samples
-from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.job import Job
 from capa_export.pipeline import calibrate
 from capa_export.plan.flops import flops
+from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
 from capa_export.testbed.dataset import write_dataset
 
 __all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "Bed", "open_bed", "questions_drawn"]

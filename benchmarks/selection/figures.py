@@ -7,8 +7,8 @@ from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import Settings, first_problem
-from capa_export.evaluate.schema import Scored
 from capa_export.report.schema import Difference
+from capa_export.study.evaluate.schema import Scored
 
 __all__ = [
     "About",

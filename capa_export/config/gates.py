@@ -6,8 +6,8 @@ from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml
-from capa_export.compare.schema import Limits
 from capa_export.config.recipe import Bound, Gate, Parity
+from capa_export.study.compare.schema import Limits
 
 __all__ = ["GateFile", "with_gates"]
 

@@ -69,7 +69,7 @@ def test_tune_takes_it(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: 
         asked.append(job)
         raise CapaError("that will do")
 
-    monkeypatch.setattr("capa_export.tune.stage.tune", stop)
+    monkeypatch.setattr("capa_export.study.tune.stage.tune", stop)
     preflight(cli, "that will do", "tune", checkpoint, "--budget", 0.9, "-o", tmp_path / "tuned.toml")
     assert [(job.recipe.name, job.checkpoint) for job in asked] == [("qwen25vl", str(checkpoint))]
 

@@ -10,15 +10,15 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.compare.bundles import compare
-from capa_export.compare.manifests import engines
-from capa_export.compare.schema import BundleComparison, Limits
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import samples_from
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import write_records
+from capa_export.study.compare.bundles import compare
+from capa_export.study.compare.manifests import engines
+from capa_export.study.compare.schema import BundleComparison, Limits
 from tests.compare.conftest import Exported, note_validation, overwrite, rerecord
 
 Compared = Callable[..., BundleComparison]

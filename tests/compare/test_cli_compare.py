@@ -8,7 +8,7 @@ import pytest
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
-from capa_export.compare.schema import BundleComparison
+from capa_export.study.compare.schema import BundleComparison
 from tests.compare.conftest import Exported, note_validation, rerecord
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe
-from capa_export.evaluate.results import ANSWERS
-from capa_export.evaluate.subject import Subject, eager_subject, methods_from
 from capa_export.job import Job
+from capa_export.study.evaluate.results import ANSWERS
+from capa_export.study.evaluate.subject import Subject, eager_subject, methods_from
 
 METHODS = ("capa@2:0.75", "attention@1:0.9/full")
 

@@ -11,8 +11,8 @@ from capa_export import pipeline
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.questions import questions_from
 from capa_export.data.scenes import samples
-from capa_export.evaluate.schema import Evaluation
-from capa_export.evaluate.stage import evaluate
+from capa_export.study.evaluate.schema import Evaluation
+from capa_export.study.evaluate.stage import evaluate
 from tests.conftest import noise
 from tests.evaluate.asking import job_of, subject_of
 

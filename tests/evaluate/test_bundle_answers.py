@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.evaluate.bundle_answers import _threads
+from capa_export.study.evaluate.bundle_answers import _threads
 
 
 @pytest.mark.parametrize(

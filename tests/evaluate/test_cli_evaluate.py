@@ -15,9 +15,9 @@ import torch
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.data.scenes import samples
-from capa_export.evaluate.results import ANSWERS
-from capa_export.evaluate.schema import Evaluation
-from capa_export.evaluate.stage import EVALUATION
+from capa_export.study.evaluate.results import ANSWERS
+from capa_export.study.evaluate.schema import Evaluation
+from capa_export.study.evaluate.stage import EVALUATION
 
 
 def test_rows_that_cannot_be_asked(

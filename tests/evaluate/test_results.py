@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.evaluate.answers import Answer
-from capa_export.evaluate.results import ANSWERS, Results
+from capa_export.study.evaluate.answers import Answer
+from capa_export.study.evaluate.results import ANSWERS, Results
 
 
 def opened(folder: Path) -> Results:

@@ -17,14 +17,14 @@ from capa_export.base.workers import Workers
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.conversation import conversations
 from capa_export.data.questions import questions_from
-from capa_export.evaluate import answers as answers_module
-from capa_export.evaluate.results import ANSWERS
-from capa_export.evaluate.schema import Evaluation
-from capa_export.evaluate.stage import EVALUATION, evaluate
-from capa_export.evaluate.subject import methods_from
 from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.selectors import attention
+from capa_export.study.evaluate import answers as answers_module
+from capa_export.study.evaluate.results import ANSWERS
+from capa_export.study.evaluate.schema import Evaluation
+from capa_export.study.evaluate.stage import EVALUATION, evaluate
+from capa_export.study.evaluate.subject import methods_from
 from tests.evaluate.asking import METHODS, job_of, rows_of, subject_of
 
 
@@ -105,7 +105,7 @@ def test_what_is_there_is_not_asked_again(
 
         return plain(note)
 
-    monkeypatch.setattr("capa_export.evaluate.eager_answers.asking", noted)
+    monkeypatch.setattr("capa_export.study.evaluate.eager_answers.asking", noted)
     found = run(["capa@2:0.75/full"])
     assert asked == [("q2", ["dense"]), ("q8", ["capa@2:0.75/full"])]
     assert sorted(first.splitlines()) == sorted((tmp_path / ANSWERS).read_text().splitlines())

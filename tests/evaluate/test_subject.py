@@ -12,10 +12,10 @@ from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, Stage, load_recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import questions_from
-from capa_export.evaluate.schema import Evaluation
-from capa_export.evaluate.stage import evaluate
-from capa_export.evaluate.subject import bundle_subject, code_files, methods_from, product
 from capa_export.job import Job
+from capa_export.study.evaluate.schema import Evaluation
+from capa_export.study.evaluate.stage import evaluate
+from capa_export.study.evaluate.subject import bundle_subject, code_files, methods_from, product
 from tests.evaluate.asking import job_of, rows_of, subject_of
 from tests.models import qwen3vl
 

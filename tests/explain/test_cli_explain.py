@@ -8,7 +8,7 @@ import pytest
 
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
-from capa_export.explain.schema import Explanation
+from capa_export.study.explain.schema import Explanation
 from tests.explain.conftest import QUESTION
 from tests.explain.test_page import Wellformed, text_of
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capa_export.explain.heat import Scale, heat, legend, marked
+from capa_export.study.explain.heat import Scale, heat, legend, marked
 
 
 def brightness(picture: Image.Image) -> np.ndarray:

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from capa_export.explain.page import write_page
-from capa_export.explain.schema import Explained, Explanation, Grid, LeftOut, Maps, Sinks, StageKept
-from capa_export.explain.surfaces import Surface
+from capa_export.study.explain.page import write_page
+from capa_export.study.explain.schema import (
+    Explained,
+    Explanation,
+    Grid,
+    LeftOut,
+    Maps,
+    Sinks,
+    StageKept,
+)
+from capa_export.study.explain.surfaces import Surface
 
 EVIL = '<script>alert("&")</script>'
 _VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -9,13 +9,13 @@ import torch
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.sums import Calibration
 from capa_export.data.picture_files import open_picture
-from capa_export.explain.schema import Explained, Explanation
-from capa_export.explain.stage import explain
 from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import Chosen, selectors
+from capa_export.study.explain.schema import Explained, Explanation
+from capa_export.study.explain.stage import explain
 from tests.explain.conftest import ANCHOR, DUMP, QUESTION, job_of, recipe_of
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from capa_export.explain.surfaces import surfaces_of
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.study.explain.surfaces import surfaces_of
 
 PROCESSOR = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
 EMPTY = np.zeros((1, 3, 4, 4), np.float32)

@@ -16,7 +16,7 @@ from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import selectors
-from capa_export.tune.agreement import STEPS, Judge, Opened
+from capa_export.study.tune.agreement import STEPS, Judge, Opened
 from tests.conftest import noise
 
 

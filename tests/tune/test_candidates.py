@@ -10,7 +10,7 @@ from capa_export.config.recipe import FFN, Prune, Recipe
 from capa_export.config.schedule import parse_method
 from capa_export.model.families import load_family
 from capa_export.selectors.selector import selectors
-from capa_export.tune.candidates import Candidates, ffns, linear_layers, offered
+from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
 
 
 def with_schedule(candidates: Candidates, *stages: dict[str, object]) -> Candidates:

@@ -7,7 +7,7 @@ from capa_export.config.schedule import parse_method
 from capa_export.export.stage import Source
 from capa_export.plan.flops import flops
 from capa_export.selectors.selector import Chosen
-from capa_export.tune.costs import Costs
+from capa_export.study.tune.costs import Costs
 
 
 def test_share_is_the_plans(costs: Costs, source: Source) -> None:

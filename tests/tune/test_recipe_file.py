@@ -7,7 +7,7 @@ import pytest
 from capa_export.base.errors import CapaError
 from capa_export.base.shipped import shipped_names
 from capa_export.config.recipe import Prune, load_recipe
-from capa_export.tune.recipe_file import recipe_text, write_recipe
+from capa_export.study.tune.recipe_file import recipe_text, write_recipe
 
 
 @pytest.mark.parametrize("name", shipped_names("graphs"))

@@ -6,9 +6,9 @@ import pytest
 
 from capa_export.base.progress import silent
 from capa_export.config.schedule import Method, parse_method
-from capa_export.tune.agreement import Agreement
-from capa_export.tune.candidates import Candidates
-from capa_export.tune.search import Found, Search, rungs
+from capa_export.study.tune.agreement import Agreement
+from capa_export.study.tune.candidates import Candidates
+from capa_export.study.tune.search import Found, Search, rungs
 
 ETAS = (0.5, 0.93, None)
 COUNT = 48

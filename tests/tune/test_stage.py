@@ -17,11 +17,11 @@ from capa_export.config.schedule import Method, parse_method
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.report.schema import Difference
-from capa_export.tune.agreement import Agreement, Judge, Opened
-from capa_export.tune.costs import Costs, Shape
-from capa_export.tune.recipe_file import write_recipe
-from capa_export.tune.schema import Finalist, Tuning
-from capa_export.tune.stage import _recipe, _verdict
+from capa_export.study.tune.agreement import Agreement, Judge, Opened
+from capa_export.study.tune.costs import Costs, Shape
+from capa_export.study.tune.recipe_file import write_recipe
+from capa_export.study.tune.schema import Finalist, Tuning
+from capa_export.study.tune.stage import _recipe, _verdict
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 

@@ -3,8 +3,8 @@
 import pytest
 
 from capa_export.report.schema import Difference
-from capa_export.tune.schema import Finalist, Tuning
-from capa_export.tune.table import tuning_table
+from capa_export.study.tune.schema import Finalist, Tuning
+from capa_export.study.tune.table import tuning_table
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:

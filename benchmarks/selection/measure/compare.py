@@ -9,9 +9,9 @@ from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method
 from capa_export.data.metrics import METRICS
-from capa_export.evaluate.results import Results
-from capa_export.evaluate.stage import evaluate
-from capa_export.evaluate.subject import Subject, eager_subject, methods_from, product
+from capa_export.study.evaluate.results import Results
+from capa_export.study.evaluate.stage import evaluate
+from capa_export.study.evaluate.subject import Subject, eager_subject, methods_from, product
 
 __all__ = ["at_own_places", "compared"]
 

@@ -9,7 +9,7 @@ from benchmarks.selection.figures import FFNs, Row
 from benchmarks.selection.measure.compare import compared
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
-from capa_export.evaluate.eager_answers import EagerMethods
+from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["ETAS", "measure", "prefills"]
 

@@ -15,9 +15,9 @@ from benchmarks.selection.figures import SinkDefinition, SinkLayer, Sinks
 from benchmarks.selection.measure.statistics import FEWEST, bimodality, split
 from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.data.questions import Question
-from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.model.eager import EagerPlan
 from capa_export.selectors.selector import Chosen
+from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["measure", "of_definition", "prefills"]
 

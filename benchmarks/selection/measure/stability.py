@@ -21,9 +21,9 @@ from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
-from capa_export.evaluate.answers import longest
-from capa_export.evaluate.eager_answers import EagerMethods
 from capa_export.model.eager import EagerInputs, EagerPlan, Prefill
+from capa_export.study.evaluate.answers import longest
+from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["by_query", "measure", "prefills"]
 

@@ -13,11 +13,11 @@ from capa_export.config.schedule import Method, parse_method
 from capa_export.data.samples import samples_from
 from capa_export.job import Job
 from capa_export.selectors.selector import load_selector
+from capa_export.study.tune.candidates import Candidates, offered
+from capa_export.study.tune.costs import Costs, shapes
+from capa_export.study.tune.search import FEWEST
+from capa_export.study.tune.stage import tune
 from capa_export.testbed.dataset import write_dataset
-from capa_export.tune.candidates import Candidates, offered
-from capa_export.tune.costs import Costs, shapes
-from capa_export.tune.search import FEWEST
-from capa_export.tune.stage import tune
 
 __all__ = ["measure", "prefills"]
 

@@ -14,11 +14,11 @@ from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.evaluate.answers import DENSE, Answer, Ask, asking, longest
 from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt
+from capa_export.study.evaluate.answers import DENSE, Answer, Ask, asking, longest
 
 __all__ = ["EagerAnswers", "EagerMethods"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration
-from capa_export.explain.schema import Maps, Sinks
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best
 from capa_export.selectors.selector import CAPA, Chosen
+from capa_export.study.explain.schema import Maps, Sinks
 
 __all__ = ["maps_of", "sinks_of"]
 

@@ -15,8 +15,8 @@ from statistics import fmean
 from capa_export.base.progress import Report, tracked
 from capa_export.config.schedule import Method
 from capa_export.job import say
-from capa_export.tune.agreement import Agreement, Opened
-from capa_export.tune.candidates import OTHER_MORE, Candidates
+from capa_export.study.tune.agreement import Agreement, Opened
+from capa_export.study.tune.candidates import OTHER_MORE, Candidates
 
 __all__ = ["FEWEST", "Found", "Search", "mean_kl", "rungs"]
 

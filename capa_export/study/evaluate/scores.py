@@ -7,9 +7,9 @@ from statistics import fmean
 from capa_export.base.statistics import paired_bootstrap, wilson
 from capa_export.data.metrics import METRICS, Metric, says_yes, yes_no_figures
 from capa_export.data.questions import Question
-from capa_export.evaluate.answers import DENSE, Answer
-from capa_export.evaluate.schema import Scored
 from capa_export.report.schema import Rate
+from capa_export.study.evaluate.answers import DENSE, Answer
+from capa_export.study.evaluate.schema import Scored
 
 __all__ = ["Answered", "scored"]
 

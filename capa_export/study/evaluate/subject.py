@@ -16,12 +16,12 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, stage_text
-from capa_export.evaluate.answers import DENSE, Ask
 from capa_export.job import Job, tool_versions
 from capa_export.pipeline import calibrate, note_digests
 from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.run.bundled import require_memory
 from capa_export.selectors.selector import load_selector
+from capa_export.study.evaluate.answers import DENSE, Ask
 
 __all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]
 
@@ -135,7 +135,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
     Raises:
         CapaError: a method does not fit the model, or the model this machine's memory, before anything is run.
     """
-    from capa_export.evaluate.eager_answers import EagerAnswers
+    from capa_export.study.evaluate.eager_answers import EagerAnswers
 
     for method in methods.values():
         check_fits(job, method)
@@ -202,7 +202,7 @@ def bundle_subject(
     Raises:
         CapaError: a method is none of them, a file of the bundle was changed, or this machine's memory is too small.
     """
-    from capa_export.evaluate.bundle_answers import BundleAnswers
+    from capa_export.study.evaluate.bundle_answers import BundleAnswers
 
     if workers is None or workers.ray is None:
         require_memory(bundle, copies=(workers and workers.count) or 1)

@@ -15,7 +15,6 @@ import numpy as np
 
 from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.bundle.store import Bundle
-from capa_export.compare.schema import Answers, KeptChange, LogitChange, Timing
 from capa_export.config.recipe import Recipe, recipe_of
 from capa_export.job import ONNX
 from capa_export.model.generation import eos_token_ids
@@ -24,6 +23,7 @@ from capa_export.run.bundled import bundled_prompter
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import KVCache, PrefillRun
+from capa_export.study.compare.schema import Answers, KeptChange, LogitChange, Timing
 
 __all__ = ["Question", "Side", "SideBySide"]
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import digest_of
-from capa_export.evaluate.answers import Answer
+from capa_export.study.evaluate.answers import Answer
 
 __all__ = ["ANSWERS", "Results"]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capa_export.bundle.store import Bundle
-from capa_export.compare.schema import Change, EngineChange, EngineFacts, Size
+from capa_export.study.compare.schema import Change, EngineChange, EngineFacts, Size
 
 __all__ = ["changes", "engines", "sizes"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from capa_export.compare.schema import BundleComparison
 from capa_export.report.terminal import columns, say, show
 from capa_export.report.words import difference, error, percent, rate
+from capa_export.study.compare.schema import BundleComparison
 
 __all__ = ["compare_table"]
 

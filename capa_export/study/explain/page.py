@@ -9,12 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from capa_export.base.files import write_whole
 from capa_export.config.recipe import ranges
-from capa_export.explain.heat import Scale, heat, legend, marked
-from capa_export.explain.schema import Explained, Explanation, Maps
-from capa_export.explain.surfaces import Surface
 from capa_export.report import pages as report
 from capa_export.report import words as figures
 from capa_export.report.pictures import data_uri, fitted, overlay
+from capa_export.study.explain.heat import Scale, heat, legend, marked
+from capa_export.study.explain.schema import Explained, Explanation, Maps
+from capa_export.study.explain.surfaces import Surface
 
 __all__ = ["write_page"]
 

@@ -14,11 +14,11 @@ from capa_export.job import Job
 from capa_export.pipeline import calibrate
 from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.report.schema import Difference
-from capa_export.tune.agreement import Agreement, Judge
-from capa_export.tune.candidates import Candidates, ffns, linear_layers, offered
-from capa_export.tune.costs import Costs, shapes
-from capa_export.tune.schema import Finalist, Tuning
-from capa_export.tune.search import FEWEST, Search, mean_kl, rungs
+from capa_export.study.tune.agreement import Agreement, Judge
+from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
+from capa_export.study.tune.costs import Costs, shapes
+from capa_export.study.tune.schema import Finalist, Tuning
+from capa_export.study.tune.search import FEWEST, Search, mean_kl, rungs
 
 __all__ = ["tune"]
 

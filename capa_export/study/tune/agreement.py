@@ -18,7 +18,7 @@ from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt
 from capa_export.selectors.selector import Chosen
-from capa_export.tune.candidates import linear_layers
+from capa_export.study.tune.candidates import linear_layers
 
 __all__ = ["STEPS", "Agreement", "Judge", "Opened"]
 

@@ -17,17 +17,17 @@ from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
-from capa_export.evaluate.answers import DENSE, longest
-from capa_export.evaluate.eager_answers import EagerAnswers, EagerMethods
-from capa_export.evaluate.subject import check_fits, methods_from
-from capa_export.explain.maps import maps_of, sinks_of
-from capa_export.explain.schema import Explained, Explanation, LeftOut, StageKept
-from capa_export.explain.surfaces import Surface, surfaces_of
 from capa_export.job import Job, alpha_digest
 from capa_export.model.eager import Prefill
 from capa_export.model.prompt import Prompt, Turn
 from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.selectors.selector import load_selector, selectors
+from capa_export.study.evaluate.answers import DENSE, longest
+from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
+from capa_export.study.evaluate.subject import check_fits, methods_from
+from capa_export.study.explain.maps import maps_of, sinks_of
+from capa_export.study.explain.schema import Explained, Explanation, LeftOut, StageKept
+from capa_export.study.explain.surfaces import Surface, surfaces_of
 
 __all__ = ["explain"]
 

@@ -3,7 +3,7 @@
 from capa_export.config.recipe import ranges
 from capa_export.report.terminal import columns, say, show
 from capa_export.report.words import percent
-from capa_export.tune.schema import Tuning
+from capa_export.study.tune.schema import Tuning
 
 __all__ = ["tuning_table"]
 

@@ -11,7 +11,6 @@ from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import recipe_of
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.evaluate.answers import Answer, Ask, asking, longest
 from capa_export.job import ONNX
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt
@@ -19,6 +18,7 @@ from capa_export.run.answer import runtime_errors
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
+from capa_export.study.evaluate.answers import Answer, Ask, asking, longest
 
 __all__ = ["BundleAnswers"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from capa_export.explain.schema import Grid
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.study.explain.schema import Grid
 
 __all__ = ["Surface", "surfaces_of"]
 

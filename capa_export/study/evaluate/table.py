@@ -1,10 +1,10 @@
 """An evaluation as tables for people, on stdout."""
 
-from capa_export.evaluate.answers import DENSE
-from capa_export.evaluate.schema import Evaluation
 from capa_export.report.schema import Difference, Rate
 from capa_export.report.terminal import columns, say, show
 from capa_export.report.words import decimals, percent
+from capa_export.study.evaluate.answers import DENSE
+from capa_export.study.evaluate.schema import Evaluation
 
 __all__ = ["evaluation_table"]
 

@@ -10,11 +10,11 @@ from capa_export.base.files import write_whole
 from capa_export.base.progress import Report, silent
 from capa_export.base.workers import Workers, chunks, spread
 from capa_export.data.questions import Question, Questions
-from capa_export.evaluate.answers import Answer, Asked
-from capa_export.evaluate.results import Results
-from capa_export.evaluate.schema import Evaluation, Skipped
-from capa_export.evaluate.scores import Answered, scored
-from capa_export.evaluate.subject import Subject
+from capa_export.study.evaluate.answers import Answer, Asked
+from capa_export.study.evaluate.results import Results
+from capa_export.study.evaluate.schema import Evaluation, Skipped
+from capa_export.study.evaluate.scores import Answered, scored
+from capa_export.study.evaluate.subject import Subject
 
 __all__ = ["EVALUATION", "MAX_SKIPPED", "evaluate"]
 

@@ -12,7 +12,7 @@ from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.model.families import Family, require_selection
 from capa_export.selectors.selector import Chosen, Place, load_selector
 from capa_export.selectors.selector import selectors as all_selectors
-from capa_export.tune.costs import Costs
+from capa_export.study.tune.costs import Costs
 
 __all__ = ["OTHER_MORE", "Candidates", "ffns", "linear_layers", "offered"]
 

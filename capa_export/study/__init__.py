@@ -1,0 +1,1 @@
+"""Studies of methods and bundles: evaluate, tune, explain and compare."""
