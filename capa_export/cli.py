@@ -11,15 +11,15 @@ import typer
 import capa_export
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.interrupts import Interruption, interruptible
-from capa_export.cli_build import build, plan
-from capa_export.cli_compare import compare
-from capa_export.cli_evaluate import evaluate
-from capa_export.cli_explain import explain
-from capa_export.cli_plugins import plugins
-from capa_export.cli_run import run
-from capa_export.cli_show import doctor, inspect, models, selectors, targets
-from capa_export.cli_stages import calibrate, engine, export, validate
-from capa_export.cli_tune import tune
+from capa_export.cli.build import build, plan
+from capa_export.cli.compare import compare
+from capa_export.cli.evaluate import evaluate
+from capa_export.cli.explain import explain
+from capa_export.cli.plugins import plugins
+from capa_export.cli.run import run
+from capa_export.cli.show import doctor, inspect, models, selectors, targets
+from capa_export.cli.stages import calibrate, engine, export, validate
+from capa_export.cli.tune import tune
 
 __all__ = ["app", "main"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from capa_export.cli_plugins import plugins
+from capa_export.cli.plugins import plugins
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, compile_kernels
 from capa_export.kernels.plugins.native import LIBRARY, write_sources

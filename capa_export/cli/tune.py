@@ -9,7 +9,7 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.quantities import parse_budget
-from capa_export.cli_options import (
+from capa_export.cli.options import (
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -53,7 +53,7 @@ def tune(
 
     from capa_export.base.progress import progress
     from capa_export.bundle.store import Bundle
-    from capa_export.cli_stages import check_places, recipe_and_checkpoint, with_options
+    from capa_export.cli.stages import check_places, recipe_and_checkpoint, with_options
     from capa_export.job import Job
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)

@@ -6,8 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from capa_export.cli_options import BundleArg, EngineOpt, JsonOpt, MaxPixelsOpt, MinPixelsOpt, TrustOpt, VerifyOpt
-from capa_export.cli_show import print_json
+from capa_export.cli.options import (
+    BundleArg,
+    EngineOpt,
+    JsonOpt,
+    MaxPixelsOpt,
+    MinPixelsOpt,
+    TrustOpt,
+    VerifyOpt,
+)
+from capa_export.cli.show import print_json
 
 __all__ = ["run"]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli_options import (
+from capa_export.cli.options import (
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -95,7 +95,7 @@ def evaluate(
     from capa_export.base.progress import progress
     from capa_export.base.workers import Workers
     from capa_export.bundle.store import Bundle
-    from capa_export.cli_stages import recipe_and_checkpoint, with_options
+    from capa_export.cli.stages import recipe_and_checkpoint, with_options
     from capa_export.config.recipe import recipe_of
     from capa_export.data.questions import questions_from
     from capa_export.job import Job

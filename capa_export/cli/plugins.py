@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli_options import JsonOpt
-from capa_export.cli_show import print_json
+from capa_export.cli.options import JsonOpt
+from capa_export.cli.show import print_json
 
 __all__ = ["plugins"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli_options import (
+from capa_export.cli.options import (
     BuildWeights,
     BuildWeightsOpt,
     CalibrationOpt,
@@ -42,8 +42,8 @@ from capa_export.cli_options import (
     TrustOpt,
     ValidationSamplesOpt,
 )
-from capa_export.cli_show import print_json
-from capa_export.cli_stages import check_places, finish, recipe_and_checkpoint, with_options
+from capa_export.cli.show import print_json
+from capa_export.cli.stages import check_places, finish, recipe_and_checkpoint, with_options
 
 if TYPE_CHECKING:
     from capa_export.config.recipe import Recipe

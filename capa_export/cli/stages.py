@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli_options import (
+from capa_export.cli.options import (
     BisectOpt,
     BundleArg,
     CalibrationOpt,
@@ -48,7 +48,7 @@ from capa_export.cli_options import (
     WeightsOpt,
     WorkersOpt,
 )
-from capa_export.cli_show import print_json
+from capa_export.cli.show import print_json
 
 if TYPE_CHECKING:
     from capa_export.bundle.store import Bundle

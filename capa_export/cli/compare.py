@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli_options import ImagesOpt, JsonOpt, TrustOpt
+from capa_export.cli.options import ImagesOpt, JsonOpt, TrustOpt
 
 __all__ = ["compare"]
 

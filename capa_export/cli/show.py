@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli_options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyOpt
+from capa_export.cli.options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyOpt
 
 __all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
 
