@@ -22,10 +22,11 @@ import numpy as np
 from capa_export.base.dims import DecoderDims
 from capa_export.base.machine import measured
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import DENSE, Source, write_onnx
+from capa_export.export.stage import DENSE, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt
+from capa_export.model.source import Source
 from capa_export.plan.flops import flops, kv_cache
 from capa_export.run.onnx import OnnxModel
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from capa_export import pipeline
 from capa_export.base.progress import progress
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
 from capa_export.export.stage import sidecars

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import capa_export
 from capa_export.base.errors import CapaError
-from capa_export.base.fingerprint import fingerprint
+from capa_export.base.files import fingerprint
 from capa_export.base.progress import Report, say, silent
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
@@ -138,8 +138,8 @@ class Job:
     @cached_property
     def source(self) -> Any:
         """The checkpoint, found to fit the recipe."""
-        from capa_export.export.stage import Source
         from capa_export.model.checkpoint import open_checkpoint
+        from capa_export.model.source import Source
 
         return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
 
@@ -293,7 +293,7 @@ class Job:
 
     def check_layers(self) -> None:
         """Refuse a schedule that does not fit the model, before anything is run."""
-        from capa_export.passes.fp32_parts import check_units
+        from capa_export.config.parts import check_units
 
         check_layers(self.recipe, self.source.dims.decoder.num_layers)
         for stage in self.schedule:

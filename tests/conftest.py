@@ -15,11 +15,11 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export.bundle.store import Bundle
-from capa_export.export.stage import Source
 from capa_export.kernels import cuda
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from tests.models.qwen25vl import random_model, save_model
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from capa_export.testbed.tiny_qwen25vl import build_tokenizer
+from benchmarks.tiny.tiny_qwen25vl import build_tokenizer
 
 __all__ = ["plant_in_decoder", "plant_in_tower"]
 

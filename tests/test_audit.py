@@ -10,11 +10,12 @@ from capa_export.calibrate.audit import audit
 from capa_export.calibrate.measure import calibrate
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15, qwen25vl
 from capa_export.model.families.qwen25vl.dims import model_dims
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import write_records
 from capa_export.parity.validate import compare_onnx

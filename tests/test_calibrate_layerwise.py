@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate import layerwise as module
 from capa_export.calibrate.layerwise import calibrate_layerwise
@@ -23,11 +23,11 @@ from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.export.stage import Source
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.plan.plan import calibration_bytes, dry_run
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl

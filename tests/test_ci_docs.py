@@ -12,9 +12,8 @@ import pytest
 import yaml
 
 from capa_export.base.toml import read_toml
-from capa_export.config.gates import GateFile
+from capa_export.config.gates import GateFile, Limits
 from capa_export.report.schema import read_parity
-from capa_export.study.compare.schema import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from capa_export.base.errors import CapaError
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.families.qwen25vl import tower_inputs
 from capa_export.model.generation import Generation
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise

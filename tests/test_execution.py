@@ -13,8 +13,8 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.export.stage import Source
 from capa_export.kernels import cuda
+from capa_export.model.source import Source
 from capa_export.run import engine as execution
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel

@@ -18,11 +18,12 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint, open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.stage import build_engines
 from tests.conftest import noise

@@ -10,17 +10,19 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
+from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
 from capa_export.config.target import load_target
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.passes.for_tensorrt import prepare
-from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
+from capa_export.passes.fp32_parts import compute_in_fp32
 from capa_export.passes.lower import lower
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel

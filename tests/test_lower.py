@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 
 from capa_export.config.target import load_target
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
+from capa_export.model.source import Source
 from capa_export.passes.lower import lower
 from capa_export.trt.engine import build_engine
 from tests.models import FAMILIES

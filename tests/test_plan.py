@@ -13,9 +13,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.export.stage import DENSE, Source, write_onnx
+from capa_export.export.stage import DENSE, write_onnx
 from capa_export.model.families.qwen25vl.dims import model_dims, vision_flops
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.plan.flops import decode_flops, flops, kv_cache, parameters
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise

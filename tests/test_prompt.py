@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli import main
-from capa_export.export.stage import Source
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from tests.models import FAMILIES
 
 MARKER = "ran.txt"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped_names
+from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import load_recipe
 from capa_export.model.families import load_family
 from capa_export.model.recipe_choice import find_recipe

@@ -21,9 +21,9 @@ from benchmarks.selection.pages import tuned as tuned_page
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from benchmarks.selection.pages.svg import COLOURS, Line, Panel, look_of, numbered, plot
 from capa_export.base.errors import CapaError
+from capa_export.base.statistics import Difference, Rate
 from capa_export.data.scenes import HARD_KINDS, KINDS
 from capa_export.model.eager import Eager
-from capa_export.report.schema import Difference, Rate
 from capa_export.selectors.selector import selectors
 from capa_export.study.evaluate.schema import Scored
 from capa_export.study.tune import stage as tune_stage

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny.beds import BEDS
+from benchmarks.tiny.evaluate import Asker
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.scenes import HARD_KINDS, KINDS, samples
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
-from capa_export.testbed.beds import BEDS
-from capa_export.testbed.evaluate import Asker
 
 ALL_KINDS = (*KINDS, *HARD_KINDS)
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export.export.stage import Source, graphs_in_fp32, write_onnx
+from capa_export.export.stage import graphs_in_fp32, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.base.fingerprint import file_digest
+from capa_export.base.files import file_digest
 from capa_export.bundle import stamps
 from capa_export.bundle.store import Bundle
 

@@ -11,13 +11,13 @@ import torch
 import transformers
 
 from capa_export.config.recipe import Prune
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import load_family
 from capa_export.model.lockstep import finished, together
 from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import tracing

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped, shipped_names
+from capa_export.base.toml import shipped, shipped_names
 from capa_export.config.target import DimRange, ShapeRange, Target, load_target, version_parts
 
 

@@ -12,10 +12,10 @@ from capa_export.base.errors import CapaError
 from capa_export.config.pixels import PixelBounds, stored_settings
 from capa_export.config.recipe import load_recipe, recipe_of
 from capa_export.config.target import load_target
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.plan import dry_run
 from tests.models import FAMILIES

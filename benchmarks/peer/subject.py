@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from capa_export.base.shipped import shipped_names
+from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import Recipe, kept_tokens, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 
 __all__ = ["opened", "write_feed", "write_questions"]
 

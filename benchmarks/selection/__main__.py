@@ -21,6 +21,7 @@ from benchmarks.selection.bed import SEED, Bed, open_bed
 from benchmarks.selection.figures import About, Record, read_record
 from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
+from benchmarks.tiny.beds import BEDS
 from capa_export.base.errors import CapaError
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress
@@ -28,7 +29,6 @@ from capa_export.base.toml import Settings
 from capa_export.bundle.store import digest_of, file_digest
 from capa_export.job import tool_versions
 from capa_export.selectors.selector import load_selector, selectors
-from capa_export.testbed.beds import BEDS
 
 _DOCS = Path(__file__).parents[2] / "docs" / "results"
 _QUESTIONS = 180
@@ -64,7 +64,7 @@ PARTS = {
 
 def minutes(part: str, chosen: Sequence[str], questions: int) -> float:
     """What a part takes of one core on one bed."""
-    inside = [name for name in chosen if load_selector(name).PLACE != "input"]
+    inside = [name for name in chosen if load_selector(name).place != "input"]
     prefills = PARTS[part].prefills(len(inside if part == "layer" else chosen))
     return PARTS[part].count(questions) * prefills * _SECONDS_A_PREFILL / 60
 

@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.tiny.dataset import write_dataset
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.workers import Workers, in_order, spread
 from capa_export.bundle.store import Bundle
@@ -18,7 +19,6 @@ from capa_export.job import Job
 from capa_export.pipeline import calibrate
 from capa_export.plan.flops import flops
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
-from capa_export.testbed.dataset import write_dataset
 
 __all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "Bed", "open_bed", "questions_drawn"]
 

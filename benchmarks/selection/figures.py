@@ -6,8 +6,8 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError
+from capa_export.base.statistics import Difference
 from capa_export.base.toml import Settings, first_problem
-from capa_export.report.schema import Difference
 from capa_export.study.evaluate.schema import Scored
 
 __all__ = [

@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what tells one file from another."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Generator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing", "write_whole"]
+__all__ = ["file_digest", "fingerprint", "replacing", "write_whole"]
 
 
 @contextmanager
@@ -34,3 +35,21 @@ def write_whole(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, int | str]:
+    """Size, time of the last change and SHA-256 of the header of a safetensors file; of another file, of all of it."""
+    status = path.stat()
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else status.st_size
+        header = hashlib.sha256(file.read(length)).hexdigest()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "header_sha256": header}

@@ -1,18 +1,49 @@
 """How sure a figure is: 95 % intervals of shares and of paired differences. And how far apart two predictions are."""
 
+import math
 from collections.abc import Sequence
 from math import sqrt
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from capa_export.report.schema import Difference, Rate
-
-__all__ = ["kl_divergence", "paired_bootstrap", "wilson"]
+__all__ = ["Difference", "Entry", "Figure", "Rate", "kl_divergence", "paired_bootstrap", "wilson"]
 
 _Z = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
 _RESAMPLES = 2000
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_finite)]
+"""A number; None where it came out as NaN or infinity."""
+
+
+class Entry(BaseModel):
+    """Base of what reports record: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Rate(Entry):
+    """A share of the questions with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(Entry):
+    """A mean of paired differences with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def wilson(hits: Sequence[bool]) -> Rate:

@@ -1,4 +1,4 @@
-"""Reads TOML into frozen models: unknown keys and wrong types are refused with the file and the key."""
+"""TOML files, shipped and of the user's own, read into frozen models that refuse unknown keys and wrong types."""
 
 import sys
 from collections.abc import Collection
@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Settings", "first_problem", "read_toml"]
+__all__ = ["Settings", "first_problem", "read_toml", "shipped", "shipped_names"]
 
 
 class Settings(BaseModel):
@@ -74,3 +74,15 @@ def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[Base
             return None
         model = field.annotation
     return model
+
+
+def shipped(folder: str) -> Path:
+    """Path of a shipped data folder: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def shipped_names(folder: str) -> list[str]:
+    """Names of the TOML files in a shipped folder, sorted, without their suffix."""
+    return sorted(path.stem for path in shipped(folder).glob("*.toml"))

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from capa_export.base.files import write_whole
-from capa_export.base.fingerprint import file_digest
+from capa_export.base.files import file_digest, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
-from capa_export.base.fingerprint import file_digest, fingerprint
+from capa_export.base.files import file_digest, fingerprint
 from capa_export.bundle.confined import confined, references
 from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import VERSION, digest_of, parsed, written

@@ -7,7 +7,7 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.sums import FP16_MAX
-from capa_export.passes.fp32_parts import Unit
+from capa_export.config.parts import Unit
 
 __all__ = ["audit"]
 

@@ -26,9 +26,8 @@ def compare(
     from capa_export.base.progress import progress
     from capa_export.base.toml import read_toml
     from capa_export.bundle.store import Bundle
-    from capa_export.config.gates import GateFile
+    from capa_export.config.gates import GateFile, Limits
     from capa_export.study.compare.bundles import compare as compare_bundles
-    from capa_export.study.compare.schema import Limits
 
     limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:

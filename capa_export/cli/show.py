@@ -43,7 +43,7 @@ def doctor(
 
     from capa_export.bundle.store import Bundle
     from capa_export.config.target import load_target
-    from capa_export.report.terminal import doctor_table
+    from capa_export.report.terminal import say
     from capa_export.trt.doctor import examine
 
     device = load_target(target)
@@ -53,7 +53,12 @@ def doctor(
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
-        doctor_table(found)
+        for finding in found:
+            say(
+                f"{finding.verdict:<9}{finding.check}: {finding.detail}", "bold" if finding.verdict == "problem" else ""
+            )
+            if finding.remedy:
+                say(f"{'':<9}{finding.remedy}")
     problems = [finding for finding in found if finding.verdict == "problem"]
     if problems:
         raise CapaError(f"{problems[0].check}: {problems[0].detail}")
@@ -68,7 +73,7 @@ _PLACES = {
 
 def models(as_json: JsonOpt = False) -> None:
     """List the shipped recipes, and the published checkpoints that each is for."""
-    from capa_export.base.shipped import shipped_names
+    from capa_export.base.toml import shipped_names
     from capa_export.config.recipe import load_recipe
 
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
@@ -85,7 +90,7 @@ def models(as_json: JsonOpt = False) -> None:
 
 def selectors(as_json: JsonOpt = False) -> None:
     """List what can choose the visual tokens, and where each acts."""
-    from capa_export.selectors.selector import Chosen, load_selector
+    from capa_export.selectors.selector import Chosen, load_selector, summary
     from capa_export.selectors.selector import selectors as names
 
     known = {name: load_selector(name) for name in names()}
@@ -94,13 +99,13 @@ def selectors(as_json: JsonOpt = False) -> None:
             [
                 {
                     "name": name,
-                    "place": one.PLACE,
-                    "layer": one.LAYER,
+                    "place": one.place,
+                    "layer": one.layer,
                     "least": Chosen(name).least,
-                    "reads": one.READS,
+                    "reads": one.reads,
                     "options": {
                         option: {**setting._asdict(), "most": None if setting.most == inf else setting.most}
-                        for option, setting in one.OPTIONS.items()
+                        for option, setting in one.options.items()
                     },
                 }
                 for name, one in known.items()
@@ -108,12 +113,12 @@ def selectors(as_json: JsonOpt = False) -> None:
         )
         return
     for name, one in known.items():
-        print(f"{name:<14}{_PLACES[one.PLACE]:<28}{(one.__doc__ or '').splitlines()[0]}")
+        print(f"{name:<14}{_PLACES[one.place]:<28}{summary(name)}")
 
 
 def targets(as_json: JsonOpt = False) -> None:
     """List the shipped targets."""
-    from capa_export.base.shipped import shipped_names
+    from capa_export.base.toml import shipped_names
     from capa_export.config.target import load_target
 
     known = [load_target(name) for name in shipped_names("engines")]

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped, shipped_names
-from capa_export.base.toml import Settings, first_problem, read_toml
+from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.pixels import PixelBounds
 from capa_export.selectors.selector import Chosen, Option, load_selector, selectors
 
@@ -61,7 +60,7 @@ class Stage(Settings):
         """A selector that was published with a layer acts there unless another is named."""
         if not isinstance(given, dict) or "layer" in given or given.get("selector") not in selectors():
             return given
-        layer = load_selector(given["selector"]).LAYER
+        layer = load_selector(given["selector"]).layer
         return given if layer is None else {**given, "layer": layer}
 
     @model_validator(mode="after")
@@ -70,16 +69,16 @@ class Stage(Settings):
             selector = load_selector(self.selector)
         except CapaError as error:
             raise ValueError(str(error)) from error
-        if unknown := [name for name in self.options if name not in selector.OPTIONS]:
-            known = ", ".join(selector.OPTIONS) or "none"
+        if unknown := [name for name in self.options if name not in selector.options]:
+            known = ", ".join(selector.options) or "none"
             raise ValueError(f"selector {self.selector} has no option {unknown[0]!r}; its options: {known}")
         for name, value in self.options.items():
-            if problem := selector.OPTIONS[name].problem(value):
+            if problem := selector.options[name].problem(value):
                 raise ValueError(f"selector {self.selector}: option {name}: {problem}")
-        if selector.PLACE == "input" and self.layer >= 0:
+        if selector.place == "input" and self.layer >= 0:
             raise ValueError(f"selector {self.selector} acts before the decoder and takes no layer")
-        if selector.PLACE != "input" and self.layer < (1 if selector.PLACE == "entry" else 0):
-            least = "1 or more, for the attention of the one before" if selector.PLACE == "entry" else "0 or more"
+        if selector.place != "input" and self.layer < (1 if selector.place == "entry" else 0):
+            least = "1 or more, for the attention of the one before" if selector.place == "entry" else "0 or more"
             raise ValueError(f"selector {self.selector} needs a layer of {least}")
         return self
 
@@ -266,7 +265,7 @@ class Recipe(Settings):
         if min_pixels is not None or max_pixels is not None:
             changed["pictures"] = self.pictures.with_options(min_pixels, max_pixels)
         if fp32_layers is not None:
-            from capa_export.passes.fp32_parts import parse_unit
+            from capa_export.config.parts import parse_unit
 
             for word in fp32_layers:
                 parse_unit(word)
@@ -285,10 +284,10 @@ def _changed(stage: Stage, ratio: float | None, layer: int | None, selector: str
     options = stage.options
     if selector is not None and selector != stage.selector:
         own, options = load_selector(selector), {}
-        if own.PLACE == "input":
+        if own.place == "input":
             stage = stage.model_copy(update={"layer": -1})
-        elif layer is None and (own.LAYER is not None or stage.layer < 0):
-            layer = own.LAYER
+        elif layer is None and (own.layer is not None or stage.layer < 0):
+            layer = own.layer
     given = {"ratio": ratio, "layer": layer, "selector": selector, "options": options}
     changed = {**stage.model_dump(), **{key: value for key, value in given.items() if value is not None}}
     try:

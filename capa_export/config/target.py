@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped, shipped_names
-from capa_export.base.toml import Settings, read_toml
+from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
 
 __all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target", "version_parts"]
 

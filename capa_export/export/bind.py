@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -20,21 +19,19 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import replacing
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
+from capa_export.model.source import EMBEDDING
 
 __all__ = [
     "Written",
     "bind",
     "bind_lazily",
     "check_shapes",
-    "tied",
     "unused_tensors",
     "write_embedding",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 _SAFETENSORS_DTYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32"}
 _WIDER = {ir.DataType.FLOAT16: "`--precision bf16` or `--precision fp32`", ir.DataType.BFLOAT16: "`--precision fp32`"}
 _PAGE = 4096
@@ -339,17 +336,6 @@ def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTenso
     names = {name for model in models for graph in model.graphs() for name in graph.initializers}
     used = {_place(tensor) for name, tensor in tensors.items() if name in names}
     return sorted(name for name, tensor in tensors.items() if _place(tensor) not in used)
-
-
-def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint with tied embeddings: of embedding and LM head, the one stored stands for both.
-
-    Where both are stored, each stands for itself, as in transformers.
-    """
-    for absent, stored in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
-        if absent not in tensors and stored in tensors:
-            return MappingProxyType({**tensors, absent: tensors[stored]})
-    return tensors
 
 
 def write_embedding(

@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.config.parts import parse_unit
 from capa_export.export.in_place import embedding_of
-from capa_export.export.stage import PRECISIONS, Source
+from capa_export.export.stage import PRECISIONS
 from capa_export.graph.genai import (
     TABLE,
     decoder_model,
@@ -19,7 +20,8 @@ from capa_export.graph.genai import (
     row_size,
 )
 from capa_export.graph.rotary import rotary_tables
-from capa_export.passes.fp32_parts import compute_in_fp32, parse_unit
+from capa_export.model.source import Source
+from capa_export.passes.fp32_parts import compute_in_fp32
 from capa_export.selectors.selector import Chosen, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
@@ -40,7 +42,7 @@ def reason_against(source: Source, selectors: Mapping[int, Chosen]) -> str | Non
         return f"layer {layers[0]} prunes, and its KV caches have one length"
     if source.dims.decoder.deepstack_layers:
         return "its vision features reach the decoder by one way, and this model adds some at later layers"
-    if any("visual_grid" in load_selector(chosen.name).READS for chosen in selectors.values()):
+    if any("visual_grid" in load_selector(chosen.name).reads for chosen in selectors.values()):
         return f"selector {selectors[-1].name} reads the grid of the pictures"
     return None
 

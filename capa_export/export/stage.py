@@ -13,34 +13,25 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.base.dims import ModelDims
 from capa_export.base.disk import check_disk
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent
-from capa_export.export.bind import (
-    EMBEDDING,
-    HEAD,
-    bind,
-    bind_lazily,
-    check_shapes,
-    tied,
-    unused_tensors,
-    write_embedding,
-)
+from capa_export.config.parts import check_units, parse_unit
+from capa_export.export.bind import bind, bind_lazily, check_shapes, unused_tensors, write_embedding
 from capa_export.export.in_place import EMBEDDING_FILE, Shards
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
-from capa_export.model.families import Family, LayoutFamily, require_selection
-from capa_export.passes.fp32_parts import check_units, compute_in_fp32, parse_unit
-from capa_export.run.sliced import Graphs
+from capa_export.model.families import require_selection
+from capa_export.model.source import EMBEDDING, HEAD, Source
+from capa_export.passes.fp32_parts import compute_in_fp32
 from capa_export.selectors.selector import Chosen
 
 __all__ = [
     "DENSE",
     "PRECISIONS",
-    "Source",
+    "Graphs",
     "check_tensors",
     "copy_sidecars",
     "graphs_in_fp32",
@@ -68,27 +59,12 @@ _VISUAL_SIDECARS = (
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint as its family reads it."""
+class Graphs:
+    """Graphs that were not written: their weights are lazy."""
 
-    checkpoint: Checkpoint
-    family: Family
-    dims: ModelDims[Any]
-    tensors: Mapping[str, StoredTensor]
-    """By the graph's names."""
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":
-        """Read the dimensions and name the tensors.
-
-        Raises:
-            CapaError: the checkpoint is another architecture, or lacks something.
-        """
-        if isinstance(family, LayoutFamily):
-            checkpoint = family.translated(checkpoint)
-        dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
-        tensors = checkpoint.renamed(family.RENAMES)
-        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.ties_missing_head else tensors)
+    models: Mapping[str, ir.Model]
+    """By the names that their files would have in an `onnx/` folder."""
+    embedding: StoredTensor
 
 
 def write_onnx(

@@ -11,10 +11,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
 
 import capa_export
-from capa_export.graph.functions import DOMAIN, FUNCTIONS, KEEP_TEXT, PLUGIN
+from capa_export.graph.functions import DOMAIN, FUNCTIONS, KEEP_TEXT, PLUGIN, parse_function
 from capa_export.graph.opset import IR_VERSION, OPSET
+from capa_export.selectors.selector import Function
 
-__all__ = ["Input", "Output", "build_model", "call", "score_node"]
+__all__ = ["Input", "Output", "SelectorNodes", "build_model", "call"]
 
 Output = tuple[str, ir.Value, tuple[int | str, ...]]
 """Name, value and shape of a graph output."""
@@ -49,21 +50,36 @@ def call(op: OpBuilder, name: str, *inputs: ir.Value, **attributes: Any) -> tupl
     return outputs
 
 
-def score_node(
-    op: OpBuilder, function: ir.Function, text_rows_X: ir.Value, *inputs: ir.Value, **attributes: Any
-) -> ir.Value:
-    """Add a node of domain `capa`, without a plugin, that gives each token an amount [T] FP32, and keep text above all.
+class SelectorNodes:
+    """Adds a selector's nodes, as `selectors.selector.NodeWriter` describes.
 
-    Returns:
-        The scores [T] FP32, +inf for text.
+    Args:
+        op: onnxscript's builder of the graph.
     """
-    amounts = op.call(function, *inputs, **attributes)
-    assert isinstance(amounts, ir.Value)
-    amounts.dtype = ir.DataType.FLOAT
-    scores = op.call(KEEP_TEXT, amounts, text_rows_X)
-    assert isinstance(scores, ir.Value)
-    scores.dtype = ir.DataType.FLOAT
-    return scores
+
+    def __init__(self, op: OpBuilder) -> None:
+        self._op = op
+
+    def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
+        return getattr(self._op, operator)
+
+    def capa(self, name: str, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
+        """Add an operator that has kernels."""
+        return call(self._op, name, *inputs, **attributes)
+
+    def apply(self, function: Function, *inputs: ir.Value, **attributes: Any) -> tuple[ir.Value, ...]:
+        """Add a function that has no plugin."""
+        outputs = self._op.call(parse_function(function.text), *inputs, **attributes)
+        return (outputs,) if isinstance(outputs, ir.Value) else tuple(outputs)
+
+    def scores(self, function: Function, text_rows_X: ir.Value, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Add a function that gives each token an amount, and keep text above all of them."""
+        (amounts,) = self.apply(function, *inputs, **attributes)
+        amounts.dtype = ir.DataType.FLOAT
+        scores = self._op.call(KEEP_TEXT, amounts, text_rows_X)
+        assert isinstance(scores, ir.Value)
+        scores.dtype = ir.DataType.FLOAT
+        return scores
 
 
 def build_model(

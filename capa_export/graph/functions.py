@@ -3,12 +3,14 @@
 T = prompt tokens, K = tokens kept, X = text tokens, D = hidden size, H = query heads, G = KV heads, d = head size.
 """
 
+from functools import cache
+
 import onnx
 import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
 
-__all__ = ["DOMAIN", "FUNCTIONS", "KEEP_TEXT", "PLUGIN", "function"]
+__all__ = ["DOMAIN", "FUNCTIONS", "KEEP_TEXT", "PLUGIN", "parse_function"]
 
 DOMAIN = "capa"
 
@@ -148,7 +150,8 @@ KeepText (amounts, text_positions) => (scores) {
 """
 
 
-def function(text: str) -> ir.Function:
+@cache
+def parse_function(text: str) -> ir.Function:
     """A function of domain `capa` from its text; lines that begin with # are comments."""
     body = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     header = f'<opset_import: ["": {OPSET}], domain: "{DOMAIN}">'
@@ -156,8 +159,8 @@ def function(text: str) -> ir.Function:
 
 
 FUNCTIONS: dict[str, ir.Function] = {
-    entry.name: entry for entry in map(function, (_CONTRIBUTION_SCORE, _TOPK_KEEP, _TOKEN_GATHER, _VISUAL_SCALE))
+    entry.name: entry for entry in map(parse_function, (_CONTRIBUTION_SCORE, _TOPK_KEEP, _TOKEN_GATHER, _VISUAL_SCALE))
 }
 """Those that have kernels."""
 
-KEEP_TEXT = function(_KEEP_TEXT)
+KEEP_TEXT = parse_function(_KEEP_TEXT)

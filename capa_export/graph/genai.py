@@ -73,7 +73,7 @@ class PromptRows(nn.Module):
             # As a runtime has it of a whole prompt: zero where text stands.
             num_tokens = op.Shape(token_ids_T)
             prompted: dict[str, ir.Value] = {}
-            for name in self.prune.selector.READS:
+            for name in self.prune.selector.reads:
                 of_visual = values[TOWER_OUTPUTS[name]]
                 prompted[name] = op.ScatterND(_zeros_like(op, of_visual, num_tokens), visual_rows_N1, of_visual)
             # Positions and marks go the way of the tables that are gathered along with the hidden states.

@@ -7,7 +7,7 @@ T = tokens, D = hidden size, H = query heads, G = KV heads, d = head size, F = F
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.graph.functions import function
+from capa_export.graph.functions import parse_function
 
 __all__ = [
     "GatedMLP",
@@ -21,7 +21,7 @@ __all__ = [
     "tokens_from_heads",
 ]
 
-_MEAN_ATTENTION = function("""
+_MEAN_ATTENTION = parse_function("""
 MeanAttention <scale> (query, key) => (weights) {
     query_BHQd = Cast <to = 1> (query)
     key_BHLd = Cast <to = 1> (key)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims
-from capa_export.graph.build import call
+from capa_export.graph.build import SelectorNodes, call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
 from capa_export.selectors.selector import TOKEN_AXIS, Chosen, GraphView, load_selector
 
@@ -54,12 +54,12 @@ class Prune(nn.Module):
             **({} if scorer is None else self._of_attention(op, *scorer)),
             **self._of_prompt(op, tokens, prompted),
         )
-        scores_T = self.selector.score(op, view, **self.chosen.values)
+        scores_T = self.selector.score(SelectorNodes(op), view, **self.chosen.values)
         num_rows = op.Add(num_keep, op.Shape(tokens.text_rows_X))
         (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=self.min_keep_per_image)
 
         cache = None
-        if self.selector.PLACE == "attention":
+        if self.selector.place == "attention":
             assert scorer is not None
             heads, _ = scorer
             hidden_KD, key, value, cos, sin = call(
@@ -105,5 +105,5 @@ class Prune(nn.Module):
         """What the selector reads of the prompt's, for the tokens that are left."""
         return {
             name: op.Gather(prompted[name], tokens.kept[-1], axis=TOKEN_AXIS[name]) if tokens.kept else prompted[name]
-            for name in self.selector.READS
+            for name in self.selector.reads
         }

@@ -369,7 +369,7 @@ def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[
         num_keep=keep,
         hidden=tokens.hidden[0].float(),
         **of_attention,
-        **{name: tokens.prompted[name].index_select(TOKEN_AXIS[name], tokens.positions) for name in selector.READS},
+        **{name: tokens.prompted[name].index_select(TOKEN_AXIS[name], tokens.positions) for name in selector.reads},
     )
     if plan.jitter:
         view = _jittered(view, plan.jitter)

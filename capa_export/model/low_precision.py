@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capa_export.passes.fp32_parts import Unit, parse_unit
+from capa_export.config.parts import Unit, parse_unit
 
 __all__ = ["HALF", "lowered"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped_names
+from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.model.checkpoint import fetch_config
 

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import StoredTensor, canonical_name
 from capa_export.model.eager_attention import ATTENTION
 from capa_export.model.lockstep import Part
+from capa_export.model.source import Source
 
 __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", "read_model"]
 

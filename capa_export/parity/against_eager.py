@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from capa_export.data.samples import Samples
+    from capa_export.export.stage import Graphs
     from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.run.engine import BuiltEngines
-    from capa_export.run.sliced import Graphs
 
 __all__ = ["AgainstEager"]
 

@@ -10,14 +10,15 @@ import onnx_ir as ir
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent, tracked
+from capa_export.config.parts import layer_of
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
+from capa_export.export.stage import Graphs
 from capa_export.model.prompt import Picture
 from capa_export.parity.cut import Cut, Opened, block_of
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
 from capa_export.parity.records import Record, Records
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.report.schema import Bisection, Probe
-from capa_export.run.sliced import Graphs, layer_of
 
 __all__ = ["bisect"]
 

@@ -12,9 +12,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.base.errors import CapaError
+from capa_export.config.parts import LAYER, layer_of
+from capa_export.export.stage import Graphs
 from capa_export.parity.probe import forced
 from capa_export.run.onnx import OnnxModel
-from capa_export.run.sliced import LAYER, Graphs, layer_of
 
 __all__ = ["Cut", "Opened", "Pair", "Place", "block_of"]
 

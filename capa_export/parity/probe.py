@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from capa_export.export.stage import Graphs
 from capa_export.parity.records import Record
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.run.onnx import OnnxModel
-from capa_export.run.sliced import Graphs
 
 __all__ = ["ProbedModel", "forced", "layer_outputs", "tapped"]
 

@@ -175,7 +175,7 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
         found = subject.eager.run(list(passes))
         oracles, tokens = [trace for trace, _ in found], [fed for _, fed in found]
         forced = [forced_plan(subject, prompt, trace.kept) for prompt, trace in zip(prompts, oracles, strict=True)]
-        if any(not load_selector(stage.selector).GRADED for stage in subject.prune.schedule):
+        if any(not load_selector(stage.selector).graded for stage in subject.prune.schedule):
             near = [replace(plan, jitter=_LAST_BITS) for plan in forced]
             again = subject.eager.run(list(map(partial(tracing, subject, subject.eager), prompts, near, repeat(1))))
             for prompt, plan, oracle, (trace, _) in zip(prompts, plans, oracles, again, strict=True):

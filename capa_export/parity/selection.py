@@ -127,7 +127,7 @@ class Choice:
 
     def _graded(self, stage: int) -> bool:
         """Whether the stage's scores are amounts, which compare."""
-        return load_selector(self.schedule[stage].selector).GRADED
+        return load_selector(self.schedule[stage].selector).graded
 
     def _least(self, stage: int) -> float:
         """Mean IoU below which near-ties and the precision's noise do not explain what a choice by steps keeps."""

@@ -14,7 +14,7 @@ import torch
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import Samples
-from capa_export.export.stage import DENSE
+from capa_export.export.stage import DENSE, Graphs
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
@@ -27,7 +27,6 @@ from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import Model
-from capa_export.run.sliced import Graphs
 
 if TYPE_CHECKING:
     from capa_export.run.engine_model import EngineModel

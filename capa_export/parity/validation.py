@@ -15,11 +15,11 @@ from capa_export.report.schema import MethodError, ParityReport, Stage, write_pa
 
 if TYPE_CHECKING:
     from capa_export.data.samples import Samples
+    from capa_export.export.stage import Graphs
     from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.report.pages import Example
     from capa_export.run.engine import BuiltEngines
-    from capa_export.run.sliced import Graphs
 
 __all__ = [
     "Validation",

@@ -12,13 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+from capa_export.base.statistics import Rate
 from capa_export.calibrate.sums import FP16_MAX
+from capa_export.config.parts import parse_unit
 from capa_export.config.recipe import ranges
-from capa_export.passes.fp32_parts import parse_unit
 from capa_export.report import charts
 from capa_export.report import words as figures
 from capa_export.report.pictures import data_uri, fitted, overlay
-from capa_export.report.schema import MethodError, ParityReport, Rate
+from capa_export.report.schema import MethodError, ParityReport
 
 __all__ = ["Example", "KeptMap", "write_report"]
 

@@ -4,21 +4,20 @@ Figures that are not finite are null. As a program, prints the JSON Schema that 
 """
 
 import json
-import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError
+from capa_export.base.statistics import Difference, Entry, Figure, Rate
 from capa_export.base.toml import first_problem
 
 __all__ = [
     "PROMPTS",
     "Bisection",
     "Check",
-    "Difference",
     "ExportError",
     "Kept",
     "LayerError",
@@ -26,29 +25,17 @@ __all__ = [
     "MethodError",
     "ParityReport",
     "Probe",
-    "Rate",
     "Selection",
     "read_parity",
     "write_parity",
 ]
 
 
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 PROMPTS = "prompts"
 """Artefact: what tokenizer and image processor make of the samples."""
 
-Figure = Annotated[float | None, BeforeValidator(_finite)]
-"""A number; None where it came out as NaN or infinity."""
 
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Check(_Entry):
+class Check(Entry):
     """One figure and what is asked of it."""
 
     name: str
@@ -65,7 +52,7 @@ class Check(_Entry):
     """One sentence where the bound is not met."""
 
 
-class LayerError(_Entry):
+class LayerError(Entry):
     """The hidden states that leave a decoder layer, all steps of all prompts that were replayed."""
 
     layer: int
@@ -79,7 +66,7 @@ class LayerError(_Entry):
     """Relative error of the eager model itself in this precision; 0 for FP32."""
 
 
-class ExportError(_Entry):
+class ExportError(Entry):
     """What the export cost: an artefact against a reference, with the same visual tokens kept on both sides."""
 
     artefact: str
@@ -96,7 +83,7 @@ class ExportError(_Entry):
     """Of prompts that were replayed; none for engines, whose inside cannot be seen."""
 
 
-class Kept(_Entry):
+class Kept(Entry):
     """The tokens that one stage of the schedule kept, of those that entered it on both sides."""
 
     layer: int
@@ -117,7 +104,7 @@ class Kept(_Entry):
     """Prompts on which another token was kept."""
 
 
-class Selection(_Entry):
+class Selection(Entry):
     """Whether an artefact keeps the reference's visual tokens."""
 
     artefact: str
@@ -127,23 +114,7 @@ class Selection(_Entry):
     checks: tuple[Check, ...]
 
 
-class Rate(_Entry):
-    """A share of the questions with its 95 % Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Difference(_Entry):
-    """A mean of paired differences with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Method(_Entry):
+class Method(Entry):
     """What one way of pruning does to the answers."""
 
     name: Literal["dense", "capa", "random"]
@@ -161,7 +132,7 @@ class Method(_Entry):
     """Mean index of the first token that differs, of the answers that have one."""
 
 
-class MethodError(_Entry):
+class MethodError(Entry):
     """What the method itself costs, in eager FP32: dense, CAPA, and random pruning at the same k."""
 
     questions: int
@@ -183,7 +154,7 @@ class MethodError(_Entry):
         return {"capa": self.pruned, "random": "random, same k"}.get(method, method)
 
 
-class Probe(_Entry):
+class Probe(Entry):
     """One place that a bisection looked at."""
 
     name: str
@@ -194,7 +165,7 @@ class Probe(_Entry):
     clean: bool
 
 
-class Bisection(_Entry):
+class Bisection(Entry):
     """Where an artefact leaves the oracle."""
 
     artefact: str
@@ -212,7 +183,7 @@ class Bisection(_Entry):
     probes: tuple[Probe, ...]
 
 
-class Stage(_Entry):
+class Stage(Entry):
     """One entry of the schedule."""
 
     layer: int
@@ -222,7 +193,7 @@ class Stage(_Entry):
     options: dict[str, float] = Field(default_factory=dict)
 
 
-class ParityReport(_Entry):
+class ParityReport(Entry):
     """All that validation found."""
 
     version: Literal[2] = 2

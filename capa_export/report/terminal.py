@@ -1,22 +1,18 @@
 """Results as tables for people, on stdout."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capa_export.base.statistics import Rate
 from capa_export.config.recipe import ranges, recipe_of
-from capa_export.report.schema import Check, MethodError, ParityReport, Rate
+from capa_export.report.schema import Check, MethodError, ParityReport
 from capa_export.report.words import by_stage, check_of, decimals, open_warnings, percent, shown
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from capa_export.trt.doctor import Finding
-
-__all__ = ["bundle_table", "calibration_table", "doctor_table", "engine_table", "parity_table", "plan_table"]
+__all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
 
 
 def _console() -> Console:
@@ -74,14 +70,6 @@ def calibration_table(summary: dict[str, Any]) -> None:
         f"({largest['of_fp16_max']:.1%} of FP16's range)"
     )
     say(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
-
-
-def doctor_table(found: "Sequence[Finding]") -> None:
-    """One line a look, and under it what would do."""
-    for finding in found:
-        say(f"{finding.verdict:<9}{finding.check}: {finding.detail}", "bold" if finding.verdict == "problem" else "")
-        if finding.remedy:
-            say(f"{'':<9}{finding.remedy}")
 
 
 def engine_table(result: dict[str, Any]) -> None:

@@ -3,15 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from capa_export.report.schema import (
-    Check,
-    Difference,
-    ExportError,
-    Kept,
-    ParityReport,
-    Rate,
-    Selection,
-)
+from capa_export.base.statistics import Difference, Rate
+from capa_export.report.schema import Check, ExportError, Kept, ParityReport, Selection
 
 __all__ = [
     "Shown",

@@ -3,7 +3,6 @@
 A slice is what precedes the layers, a layer of the decoder or a block of the tower, or what follows them.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,14 +15,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from capa_export.model.checkpoint import StoredTensor
+from capa_export.config.parts import layer_of
 
-__all__ = ["LAYER", "Entry", "Graphs", "SlicedSession", "layer_of", "run_lanes", "without_lazy_weights"]
+__all__ = ["Entry", "SlicedSession", "run_lanes", "without_lazy_weights"]
 
 Feed = Mapping[str, np.ndarray]
 
-LAYER = re.compile(r"(?:blocks|layers?)\.\d+")
-"""The part of a node's name that says which layer or block it stands in."""
 _TYPES = {
     ir.DataType.FLOAT: "tensor(float)",
     ir.DataType.FLOAT16: "tensor(float16)",
@@ -31,13 +28,6 @@ _TYPES = {
     ir.DataType.BOOL: "tensor(bool)",
 }
 _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
-
-
-def layer_of(node: str) -> str:
-    """`layers.3` of `model/layers.3/self_attn/Mul`, `visual.blocks.2` of a node of the tower; empty outside layers."""
-    parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
-    return "" if depth is None else ".".join(parts[: depth + 1]).removeprefix("model.")
 
 
 @dataclass(frozen=True)
@@ -66,15 +56,6 @@ class _Slice:
     """Made by earlier slices, or inputs of the graph."""
     leaves: tuple[ir.Value, ...]
     """Read by later slices, or outputs of the graph."""
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Graphs that were not written: their weights are lazy."""
-
-    models: Mapping[str, ir.Model]
-    """By the names that their files would have in an `onnx/` folder."""
-    embedding: StoredTensor
 
 
 class SlicedSession:

@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import GraphView, Option, Setting, Size, TensorView
-from capa_export.selectors.text import DESCENDING_RANK, TOKEN_KINDS, function, nodes, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Setting, Size, TensorView
+from capa_export.selectors.text import DESCENDING_RANK, TOKEN_KINDS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
 __all__ = ["OPTIONS", "choose", "chosen", "flops_of_choice"]
@@ -16,7 +15,7 @@ OPTIONS: dict[str, Setting] = {"balance": Setting(0.5, most=1), "chunks": Settin
 """Weight of magnitude against similarity, and steps to take: as many as tokens to keep make it plain MMR, and each is
 nodes of its own."""
 
-_SHARES = function("""
+_SHARES = Function("""
 Shares (magnitude, is_visual) => (share, none_chosen) {
     is_nan_T = IsNaN (magnitude)
     is_text_T = Not (is_visual)
@@ -33,7 +32,7 @@ Shares (magnitude, is_visual) => (share, none_chosen) {
 }
 """)
 
-_VALUES = function("""
+_VALUES = Function("""
 MarginalValues <balance> (share, similarity, is_visual, chosen) => (values, candidates) {
     zero = Constant <value_float = 0.0> ()
     first_axis = Constant <value_ints = [0]> ()
@@ -58,7 +57,7 @@ MarginalValues <balance> (share, similarity, is_visual, chosen) => (values, cand
 }
 """)
 
-_TAKE = function("""
+_TAKE = Function("""
 TakeChunk <steps_left> (ranks, num_keep, chosen) => (amounts) {
     # An equal part of what is left to choose, rounded up.
     zero = Constant <value_float = 0.0> ()
@@ -82,7 +81,7 @@ TakeChunk <steps_left> (ranks, num_keep, chosen) => (amounts) {
 
 
 def choose(
-    op: "OpBuilder",
+    op: NodeWriter,
     view: GraphView,
     magnitude_T: "ir.Value",
     similarity_TT: "ir.Value",
@@ -103,17 +102,17 @@ def choose(
     Returns:
         The scores of a selector that is not graded.
     """
-    is_visual_T, _ = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    share_T, chosen_T = nodes(op, _SHARES, magnitude_T, is_visual_T)
+    is_visual_T, _ = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    share_T, chosen_T = op.apply(_SHARES, magnitude_T, is_visual_T)
     weight = float(balance)
 
     def ranks(chosen_T: "ir.Value") -> "ir.Value":
-        values = nodes(op, _VALUES, share_T, similarity_TT, is_visual_T, chosen_T, balance=weight)
-        return nodes(op, DESCENDING_RANK, *values)[0]
+        values = op.apply(_VALUES, share_T, similarity_TT, is_visual_T, chosen_T, balance=weight)
+        return op.apply(DESCENDING_RANK, *values)[0]
 
     for steps_left in range(int(chunks), 1, -1):
-        (chosen_T,) = nodes(op, _TAKE, ranks(chosen_T), view.num_keep, chosen_T, steps_left=steps_left)
-    return score_node(op, _TAKE, view.text_rows_X, ranks(chosen_T), view.num_keep, chosen_T, steps_left=1)
+        (chosen_T,) = op.apply(_TAKE, ranks(chosen_T), view.num_keep, chosen_T, steps_left=steps_left)
+    return op.scores(_TAKE, view.text_rows_X, ranks(chosen_T), view.num_keep, chosen_T, steps_left=1)
 
 
 def chosen(view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balance: Option, chunks: Option) -> "Tensor":

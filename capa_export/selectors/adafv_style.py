@@ -7,41 +7,17 @@ mean of saliency and likeness is taken; and where both want the same tokens, the
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import (
-    DESCENDING_RANK,
-    RANK_SCORES,
-    TOKEN_KINDS,
-    UNIT_ROWS,
-    function,
-    nodes,
-    score_node,
-)
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
+from capa_export.selectors.text import DESCENDING_RANK, RANK_SCORES, TOKEN_KINDS, UNIT_ROWS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "input"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ("visual_saliency",)
-LEAST = 1
-OPTIONS: dict[str, Setting] = {"temperature": Setting(0.1, least=1e-6)}
-"""Of the softmax over cosines: near their own spread, so that likeness is neither flat nor all of one token."""
 
-_SHARES = function("""
+_SHARES = Function("""
 AdaptiveShares <temperature> (saliency, unit, is_usable, is_visual, is_question) => (visual, textual, mixture) {
     # Two distributions over the visual tokens, and their sum.
     zero = Constant <value_float = 0.0> ()
@@ -83,7 +59,7 @@ AdaptiveShares <temperature> (saliency, unit, is_usable, is_visual, is_question)
 }
 """)
 
-_UNION = function("""
+_UNION = Function("""
 AdaptiveUnion (visual, textual, visual_ranks, textual_ranks, mixture_ranks, num_keep) => (order) {
     # Mass of the best j of either, j = 0, 1, ...; with T_v of the one, num_keep - T_v of the other.
     zero = Constant <value_int = 0> ()
@@ -124,21 +100,20 @@ AdaptiveUnion (visual, textual, visual_ranks, textual_ranks, mixture_ranks, num_
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, temperature: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, temperature: Option) -> "ir.Value":
     """Ranks by the mixture, of the union of the most salient and the most like a question token."""
     assert view.visual_saliency is not None
-    is_visual, is_question = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    unit, is_usable = nodes(op, UNIT_ROWS, view.hidden_TD)
-    shares = nodes(
-        op,
+    is_visual, is_question = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    unit, is_usable = op.apply(UNIT_ROWS, view.hidden_TD)
+    shares = op.apply(
         _SHARES,
         *(view.visual_saliency, unit, is_usable, is_visual, is_question),
         temperature=float(temperature),
     )
-    visual_ranks, textual_ranks, mixture_ranks = (nodes(op, DESCENDING_RANK, share, is_visual)[0] for share in shares)
+    visual_ranks, textual_ranks, mixture_ranks = (op.apply(DESCENDING_RANK, share, is_visual)[0] for share in shares)
     visual, textual, _ = shares
-    (order,) = nodes(op, _UNION, visual, textual, visual_ranks, textual_ranks, mixture_ranks, view.num_keep)
-    return score_node(op, RANK_SCORES, view.text_rows_X, order, view.num_keep)
+    (order,) = op.apply(_UNION, visual, textual, visual_ranks, textual_ranks, mixture_ranks, view.num_keep)
+    return op.scores(RANK_SCORES, view.text_rows_X, order, view.num_keep)
 
 
 def reference(view: TensorView, *, temperature: Option) -> "Tensor":
@@ -175,3 +150,15 @@ def reference(view: TensorView, *, temperature: Option) -> "Tensor":
 def flops(size: Size) -> int:
     """The cosine of every two tokens."""
     return 2 * size.tokens**2 * size.dims.hidden_size
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="input",
+    graded=False,
+    reads=("visual_saliency",),
+    # Of the softmax over cosines: near their own spread, so that likeness is neither flat nor all of one token.
+    options={"temperature": Setting(0.1, least=1e-6)},
+)

@@ -2,24 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors.text import function, last_attention, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Selector, Size, TensorView
+from capa_export.selectors.text import last_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "attention"
-LAYER = None
-GRADED = True
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {}
 
-_FUNCTION = function("""
+_FUNCTION = Function("""
 MeanOverHeads (attention) => (amounts) {
     heads = Constant <value_ints = [0, 1, 2]> ()
     amounts = ReduceMean <keepdims = 0> (attention, heads)
@@ -27,9 +20,9 @@ MeanOverHeads (attention) => (amounts) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView) -> "ir.Value":
     """The mean over heads of softmax(q k)."""
-    return score_node(op, _FUNCTION, view.text_rows_X, last_attention(op, view))
+    return op.scores(_FUNCTION, view.text_rows_X, last_attention(op, view))
 
 
 def reference(view: TensorView) -> "Tensor":
@@ -41,3 +34,11 @@ def reference(view: TensorView) -> "Tensor":
 def flops(size: Size) -> int:
     """The last query's row of QK^T."""
     return 2 * size.tokens * size.dims.num_heads * size.dims.head_dim
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="attention",
+)

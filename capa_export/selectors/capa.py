@@ -2,30 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors.text import call
+from capa_export.selectors.selector import GraphView, NodeWriter, Selector, Size, TensorView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
-
-PLACE: Place = "attention"
-LAYER = None
-GRADED = True
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {}
+__all__ = ["SELECTOR"]
 
 
-def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView) -> "ir.Value":
     """|| sum_h A_h v W_O,h ||_2 of each token; the one score with kernels of its own."""
     assert view.query is not None and view.key is not None and view.value is not None
     assert view.output_weight is not None
-    (scores_T,) = call(
-        op,
+    (scores_T,) = op.capa(
         "ContributionScore",
         view.query,
         view.key,
@@ -53,3 +43,11 @@ def flops(size: Size) -> int:
     """The last query's row of QK^T, the weighting of V, and its projection, for every token that enters."""
     width = size.dims.num_heads * size.dims.head_dim
     return size.tokens * (2 * width + width + 2 * width * size.dims.hidden_size)
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="attention",
+)

@@ -3,33 +3,17 @@
 from typing import TYPE_CHECKING
 
 from capa_export.selectors import _mmr, capa
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import UNIT_ROWS, function, last_attention, nodes
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
+from capa_export.selectors.text import UNIT_ROWS, last_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "attention"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {**_mmr.OPTIONS, "hidden": Setting(0, 0, 1, whole=True)}
-"""As in `_mmr`, and whether hidden states rather than contributions say which tokens are alike."""
 
-_DIRECTION = function("""
+_DIRECTION = Function("""
 ContributionDirection (attention, value, output_weight) => (direction) {
     # concat_h(a_h * v_g(h)) W_O (CAPA, eq. 2), scaled, as squares of small ones would be zero.
     value_1GTd = Cast <to = 1> (value)
@@ -52,7 +36,7 @@ ContributionDirection (attention, value, output_weight) => (direction) {
 }
 """)
 
-_SIMILARITY = function("""
+_SIMILARITY = Function("""
 LikenessToRows (unit, is_usable) => (similarity) {
     # What points nowhere adds nothing to any choice.
     cosine_TT = Gemm <transB = 1> (unit, unit)
@@ -64,13 +48,13 @@ LikenessToRows (unit, is_usable) => (similarity) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, balance: Option, chunks: Option, hidden: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, balance: Option, chunks: Option, hidden: Option) -> "ir.Value":
     """Chunked MMR of CAPA's scores and the cosines between contributions, or hidden states."""
     assert view.value is not None and view.output_weight is not None
     features_TD = view.hidden_TD
     if not hidden:
-        (features_TD,) = nodes(op, _DIRECTION, last_attention(op, view), view.value, view.output_weight)
-    (similarity_TT,) = nodes(op, _SIMILARITY, *nodes(op, UNIT_ROWS, features_TD))
+        (features_TD,) = op.apply(_DIRECTION, last_attention(op, view), view.value, view.output_weight)
+    (similarity_TT,) = op.apply(_SIMILARITY, *op.apply(UNIT_ROWS, features_TD))
     return _mmr.choose(op, view, capa.score(op, view), similarity_TT, balance=balance, chunks=chunks)
 
 
@@ -96,3 +80,14 @@ def flops(size: Size) -> int:
     """CAPA's score, the contributions once more where they say what is alike, the cosines and the choice."""
     written = capa.flops(size) * (1 if size.options["hidden"] else 2)
     return written + 2 * size.tokens**2 * size.dims.hidden_size + _mmr.flops_of_choice(size)
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="attention",
+    graded=False,
+    # As in `_mmr`, and whether hidden states rather than contributions say which tokens are alike.
+    options={**_mmr.OPTIONS, "hidden": Setting(0, 0, 1, whole=True)},
+)

@@ -10,24 +10,17 @@ is left of such tokens, so they come last, by relevance.
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors.text import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Selector, Size, TensorView
+from capa_export.selectors.text import TOKEN_KINDS, UNIT_ROWS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "input"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {}
 
-_FUNCTION = function("""
+_FUNCTION = Function("""
 ConditionalDPP (unit, is_usable, is_visual, is_question, num_keep) => (amounts) {
     zero = Constant <value_float = 0.0> ()
     one = Constant <value_float = 1.0> ()
@@ -119,10 +112,10 @@ ConditionalDPP (unit, is_usable, is_visual, is_question, num_keep) => (amounts) 
 """)
 
 
-def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView) -> "ir.Value":
     """One row of the kernel's Cholesky factor a step."""
-    kinds = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    return score_node(op, _FUNCTION, view.text_rows_X, *nodes(op, UNIT_ROWS, view.hidden_TD), *kinds, view.num_keep)
+    kinds = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    return op.scores(_FUNCTION, view.text_rows_X, *op.apply(UNIT_ROWS, view.hidden_TD), *kinds, view.num_keep)
 
 
 def reference(view: TensorView) -> "Tensor":
@@ -158,3 +151,12 @@ def flops(size: Size) -> int:
     """The cosines, and a row of the Cholesky factor for each token kept."""
     cosines = 2 * size.tokens * size.tokens * size.dims.hidden_size
     return cosines + 2 * size.keep * size.keep * size.tokens
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="input",
+    graded=False,
+)

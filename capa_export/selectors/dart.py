@@ -2,46 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import (
-    DESCENDING_RANK,
-    RANK_SCORES,
-    TOKEN_KINDS,
-    UNIT_ROWS,
-    function,
-    nodes,
-    score_node,
-)
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
+from capa_export.selectors.text import DESCENDING_RANK, RANK_SCORES, TOKEN_KINDS, UNIT_ROWS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "input"
-"""The paper takes the keys of decoder layer 2; embeddings, as TensorRT Edge-LLM does, spare the layers before it."""
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ()
-LEAST = "visual_pivots"
-"""Which all stay."""
-OPTIONS: dict[str, Setting] = {
-    "visual_pivots": Setting(4, 1, 64, whole=True),
-    "text_pivots": Setting(4, 0, 64, whole=True),
-}
-"""Pivots of either kind: of text, at most as many as stand behind the first visual token. Each is nodes of its own."""
 
-_SIZES = function("""
+_SIZES = Function("""
 DartSizes (hidden, is_usable) => (sizes) {
     hidden_TD = Cast <to = 1> (hidden)
     last_axis = Constant <value_ints = [1]> ()
@@ -51,7 +22,7 @@ DartSizes (hidden, is_usable) => (sizes) {
 }
 """)
 
-_PIVOTS = function("""
+_PIVOTS = Function("""
 DartPivots <visual_pivots, text_pivots>
     (unit, is_usable, visual_ranks, question_ranks, is_visual, is_question, num_keep)
     => (unlikeness, quotas, places, order) {
@@ -111,7 +82,7 @@ DartPivots <visual_pivots, text_pivots>
 }
 """)
 
-_POOL = function("""
+_POOL = Function("""
 DartPool <pivot> (unlikeness, is_visual, order) => (amounts, pool) {
     first_axis = Constant <value_ints = [0]> ()
     index = Constant <value_int: int = @pivot> ()
@@ -121,7 +92,7 @@ DartPool <pivot> (unlikeness, is_visual, order) => (amounts, pool) {
 }
 """)
 
-_TAKE = function("""
+_TAKE = Function("""
 DartTake <pivot> (ranks, pool, quotas, places, order) => (next_order) {
     index = Constant <value_int: int = @pivot> ()
     quota = Gather <axis = 0> (quotas, index)
@@ -134,26 +105,25 @@ DartTake <pivot> (ranks, pool, quotas, places, order) => (next_order) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, visual_pivots: Option, text_pivots: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, visual_pivots: Option, text_pivots: Option) -> "ir.Value":
     """Ranks: the visual pivots by L1 norm, then what each pivot takes, least like it first."""
     num_visual, num_text = _counts(visual_pivots, text_pivots)
-    is_visual, is_question = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    unit, is_usable = nodes(op, UNIT_ROWS, view.hidden_TD)
-    (sizes,) = nodes(op, _SIZES, view.hidden_TD, is_usable)
-    (visual_ranks,) = nodes(op, DESCENDING_RANK, sizes, is_visual)
-    (question_ranks,) = nodes(op, DESCENDING_RANK, sizes, is_question)
-    unlikeness, quotas, places, order = nodes(
-        op,
+    is_visual, is_question = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    unit, is_usable = op.apply(UNIT_ROWS, view.hidden_TD)
+    (sizes,) = op.apply(_SIZES, view.hidden_TD, is_usable)
+    (visual_ranks,) = op.apply(DESCENDING_RANK, sizes, is_visual)
+    (question_ranks,) = op.apply(DESCENDING_RANK, sizes, is_question)
+    unlikeness, quotas, places, order = op.apply(
         _PIVOTS,
         *(unit, is_usable, visual_ranks, question_ranks, is_visual, is_question, view.num_keep),
         visual_pivots=num_visual,
         text_pivots=num_text,
     )
     for pivot in range(num_visual + num_text):
-        amounts, pool = nodes(op, _POOL, unlikeness, is_visual, order, pivot=pivot)
-        (ranks,) = nodes(op, DESCENDING_RANK, amounts, pool)
-        (order,) = nodes(op, _TAKE, ranks, pool, quotas, places, order, pivot=pivot)
-    return score_node(op, RANK_SCORES, view.text_rows_X, order, view.num_keep)
+        amounts, pool = op.apply(_POOL, unlikeness, is_visual, order, pivot=pivot)
+        (ranks,) = op.apply(DESCENDING_RANK, amounts, pool)
+        (order,) = op.apply(_TAKE, ranks, pool, quotas, places, order, pivot=pivot)
+    return op.scores(RANK_SCORES, view.text_rows_X, order, view.num_keep)
 
 
 def reference(view: TensorView, *, visual_pivots: Option, text_pivots: Option) -> "Tensor":
@@ -193,3 +163,19 @@ def flops(size: Size) -> int:
     """(2 + 4 P) T D + (2 + P) T^2 of P pivots: norms, pivots gathered by a product, cosines; ranks of them all."""
     num_pivots = sum(_counts(**size.options))
     return size.tokens * size.dims.hidden_size * (2 + 4 * num_pivots) + (2 + num_pivots) * size.tokens**2
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="input",
+    graded=False,
+    # Which all stay.
+    least="visual_pivots",
+    # Pivots of either kind: of text, at most as many as stand behind the first visual token. Each is nodes of its own.
+    options={
+        "visual_pivots": Setting(4, 1, 64, whole=True),
+        "text_pivots": Setting(4, 0, 64, whole=True),
+    },
+)

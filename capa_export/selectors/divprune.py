@@ -2,24 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import GraphView, Place, Prompted, Setting, Size, TensorView
-from capa_export.selectors.text import TOKEN_KINDS, UNIT_ROWS, function, nodes, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Selector, Size, TensorView
+from capa_export.selectors.text import TOKEN_KINDS, UNIT_ROWS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "input"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {}
 
-_FUNCTION = function("""
+_FUNCTION = Function("""
 FarthestPoints (unit, is_usable, is_visual, num_keep) => (amounts) {
     # Distance is 1 - cosine, so the farthest token is that whose highest cosine is lowest. One without a direction is
     # nobody's neighbour and comes last; what is taken, or text, never comes.
@@ -83,11 +76,11 @@ FarthestPoints (unit, is_usable, is_visual, num_keep) => (amounts) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView) -> "ir.Value":
     """Ranks by farthest-point steps, one after the other, over the cosines of the projected visual tokens."""
-    is_visual, _ = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    unit, is_usable = nodes(op, UNIT_ROWS, view.hidden_TD)
-    return score_node(op, _FUNCTION, view.text_rows_X, unit, is_usable, is_visual, view.num_keep)
+    is_visual, _ = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    unit, is_usable = op.apply(UNIT_ROWS, view.hidden_TD)
+    return op.scores(_FUNCTION, view.text_rows_X, unit, is_usable, is_visual, view.num_keep)
 
 
 def reference(view: TensorView) -> "Tensor":
@@ -115,3 +108,12 @@ def reference(view: TensorView) -> "Tensor":
 def flops(size: Size) -> int:
     """The cosine of every two tokens, and in each step the higher of two for each token."""
     return 2 * size.tokens**2 * size.dims.hidden_size + size.keep * size.tokens
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="input",
+    graded=False,
+)

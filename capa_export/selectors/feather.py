@@ -14,33 +14,17 @@ union where the number is the union's.
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import LAST_LOGITS, function, nodes, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
+from capa_export.selectors.text import LAST_LOGITS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "entry"
-LAYER = None
-GRADED = True
-READS: tuple[Prompted, ...] = ("visual_grid",)
-LEAST = 1
-OPTIONS: dict[str, Setting] = {"stride": Setting(3, 1, whole=True), "grid": Setting(1, 0, 1, whole=True)}
-"""Distance of the grid's rows and columns, and whether there is a grid."""
 
-_ATTENTION = function("""
+_ATTENTION = Function("""
 PlainAttentionScore (logits, text_rows) => (amounts) {
     # Text takes no share.
     num_tokens = Shape <start = 3, end = 4> (logits)
@@ -57,7 +41,7 @@ PlainAttentionScore (logits, text_rows) => (amounts) {
 }
 """)
 
-_GRID = function("""
+_GRID = Function("""
 GridFirst <stride> (attention, grid) => (amounts) {
     # Attention is at most 1. On the grid it is at least the smallest normal number, and a power of two, which keeps
     # relative leads exact, lifts that to 2: NaN stays NaN.
@@ -79,14 +63,14 @@ GridFirst <stride> (attention, grid) => (amounts) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, stride: Option, grid: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, stride: Option, grid: Option) -> "ir.Value":
     """The mean over heads of softmax(q k) over visual keys, q and k not rotated; 2^127 times that on the grid."""
     assert view.plain_query is not None and view.plain_key is not None and view.visual_grid is not None
-    (logits,) = nodes(op, LAST_LOGITS, view.plain_query, view.plain_key, scale=view.scale)
+    (logits,) = op.apply(LAST_LOGITS, view.plain_query, view.plain_key, scale=view.scale)
     if not grid:
-        return score_node(op, _ATTENTION, view.text_rows_X, logits, view.text_rows_X)
-    (attention_T,) = nodes(op, _ATTENTION, logits, view.text_rows_X)
-    return score_node(op, _GRID, view.text_rows_X, attention_T, view.visual_grid, stride=int(stride))
+        return op.scores(_ATTENTION, view.text_rows_X, logits, view.text_rows_X)
+    (attention_T,) = op.apply(_ATTENTION, logits, view.text_rows_X)
+    return op.scores(_GRID, view.text_rows_X, attention_T, view.visual_grid, stride=int(stride))
 
 
 def reference(view: TensorView, *, stride: Option, grid: Option) -> "Tensor":
@@ -111,3 +95,14 @@ def reference(view: TensorView, *, stride: Option, grid: Option) -> "Tensor":
 def flops(size: Size) -> int:
     """The last query's row of QK^T."""
     return 2 * size.tokens * size.dims.num_heads * size.dims.head_dim
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="entry",
+    reads=("visual_grid",),
+    # Distance of the grid's rows and columns, and whether there is a grid.
+    options={"stride": Setting(3, 1, whole=True), "grid": Setting(1, 0, 1, whole=True)},
+)

@@ -11,24 +11,17 @@ Keys, values and a query are a layer's, so it acts in the decoder; before it the
 from typing import TYPE_CHECKING
 
 from capa_export.selectors import _mmr
-from capa_export.selectors.selector import GraphView, Option, Place, Prompted, Size, TensorView
-from capa_export.selectors.text import function, last_attention, nodes
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Size, TensorView
+from capa_export.selectors.text import last_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "attention"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS = _mmr.OPTIONS
 
-_UPDATES = function("""
+_UPDATES = Function("""
 ImplicitUpdates <scale> (attention, key, value) => (magnitude, similarity) {
     key_1GTd = Cast <to = 1> (key)
     value_1GTd = Cast <to = 1> (value)
@@ -70,11 +63,11 @@ ImplicitUpdates <scale> (attention, key, value) => (magnitude, similarity) {
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, balance: Option, chunks: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, balance: Option, chunks: Option) -> "ir.Value":
     """Chunked MMR of the updates' magnitudes and duplication."""
     assert view.key is not None and view.value is not None
     attention = last_attention(op, view)
-    magnitude_T, similarity_TT = nodes(op, _UPDATES, attention, view.key, view.value, scale=view.scale)
+    magnitude_T, similarity_TT = op.apply(_UPDATES, attention, view.key, view.value, scale=view.scale)
     return _mmr.choose(op, view, magnitude_T, similarity_TT, balance=balance, chunks=chunks)
 
 
@@ -98,3 +91,13 @@ def flops(size: Size) -> int:
     row = 2 * size.tokens * size.dims.num_heads * size.dims.head_dim
     pairs = 4 * size.tokens * size.tokens * size.dims.num_kv_heads * size.dims.head_dim
     return row + pairs + _mmr.flops_of_choice(size)
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="attention",
+    graded=False,
+    options=_mmr.OPTIONS,
+)

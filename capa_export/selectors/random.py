@@ -6,30 +6,14 @@ picture to the next reaches a stage, and one that is rounded would make each pre
 
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import function, nodes, score_node
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "attention"
-LAYER = None
-GRADED = True
-READS: tuple[Prompted, ...] = ()
-LEAST = 1
-OPTIONS: dict[str, Setting] = {"seed": Setting(0, whole=True)}
 
 _PRIME = 46337
 """Products of two residues stay below 2^31, so that any integer type is exact; 3 does not divide _PRIME - 1, so that
@@ -37,7 +21,7 @@ cubes are a permutation of the residues. A prompt of more rows has ties, which g
 _CONSTANTS = (0, 25717, 13711, 42023, 7919, 31337)
 """One for each round, arbitrary and different."""
 
-_ROW = function(f"""
+_ROW = Function(f"""
 RandomRow (hidden) => (residue, num_tokens) {{
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -52,7 +36,7 @@ RandomRow (hidden) => (residue, num_tokens) {{
 }}
 """)
 
-_ROUND = function(f"""
+_ROUND = Function(f"""
 RandomRound <key> (residue, num_tokens) => (mixed) {{
     # (residue + key + T)^3 mod prime, reduced after each step.
     prime = Constant <value_int = {_PRIME}> ()
@@ -73,7 +57,7 @@ RandomRound <key> (residue, num_tokens) => (mixed) {{
 }}
 """)
 
-_AMOUNT = function("""
+_AMOUNT = Function("""
 RandomScore (residue) => (amounts) {
     amounts = Cast <to = 1> (residue)
 }
@@ -86,12 +70,12 @@ def _keys(seed: Option) -> list[int]:
     return [(digits[i % 2] + constant) % _PRIME for i, constant in enumerate(_CONSTANTS)]
 
 
-def score(op: "OpBuilder", view: GraphView, *, seed: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, seed: Option) -> "ir.Value":
     """Rounds of MiMC (2016/492), a block cipher of cubes, on the row within what enters the stage."""
-    residue_T, num_tokens = nodes(op, _ROW, view.hidden_TD)
+    residue_T, num_tokens = op.apply(_ROW, view.hidden_TD)
     for key in _keys(seed):
-        (residue_T,) = nodes(op, _ROUND, residue_T, num_tokens, key=key)
-    return score_node(op, _AMOUNT, view.text_rows_X, residue_T)
+        (residue_T,) = op.apply(_ROUND, residue_T, num_tokens, key=key)
+    return op.scores(_AMOUNT, view.text_rows_X, residue_T)
 
 
 def reference(view: TensorView, *, seed: Option) -> "Tensor":
@@ -108,3 +92,12 @@ def flops(size: Size) -> int:
     """None: it is integers, a few per token."""
     del size
     return 0
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="attention",
+    options={"seed": Setting(0, whole=True)},
+)

@@ -1,23 +1,23 @@
-"""One file per selector: which visual tokens stay, as nodes of the graph and as plain PyTorch beside them.
+"""What a selector is: which visual tokens stay, as nodes of the graph and as plain PyTorch beside them.
 
 T = tokens that enter a stage, N = visual ones among them, X = text tokens, D = hidden size, H = query heads, G = KV
 heads, d = head size, F = size of the vision tower's features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from math import inf
+from pathlib import Path
 from pkgutil import iter_modules
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from capa_export.base.errors import CapaError, ExitCode
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
     from capa_export.base.dims import DecoderDims
@@ -27,7 +27,9 @@ __all__ = [
     "TOKEN_AXIS",
     "TOWER_OUTPUTS",
     "Chosen",
+    "Function",
     "GraphView",
+    "NodeWriter",
     "Option",
     "Place",
     "Prompted",
@@ -38,6 +40,7 @@ __all__ = [
     "load_selector",
     "reads",
     "selectors",
+    "summary",
 ]
 
 Place = Literal["attention", "entry", "input"]
@@ -75,22 +78,22 @@ class Chosen(NamedTuple):
     @property
     def reads_tower(self) -> bool:
         """Whether it reads what the vision tower says of its tokens, beside their embeddings."""
-        return not TOWER_OUTPUTS.keys().isdisjoint(load_selector(self.name).READS)
+        return not TOWER_OUTPUTS.keys().isdisjoint(load_selector(self.name).reads)
 
     @property
     def values(self) -> dict[str, Option]:
         """Of all its options, the defaults included."""
-        own = load_selector(self.name).OPTIONS
+        own = load_selector(self.name).options
         return {**{name: setting.default for name, setting in own.items()}, **self.options}
 
     @property
     def place(self) -> Place:
-        return load_selector(self.name).PLACE
+        return load_selector(self.name).place
 
     @property
     def least(self) -> int:
         """Fewest visual tokens it can keep of more than that."""
-        fewest = load_selector(self.name).LEAST
+        fewest = load_selector(self.name).least
         return int(self.values[fewest]) if isinstance(fewest, str) else fewest
 
 
@@ -180,54 +183,89 @@ class Size:
     """Of the selector, all of them."""
 
 
-class Selector(Protocol):
-    """The names that a selector's module defines."""
+@dataclass(frozen=True)
+class Function:
+    """A function of domain `capa`, in ONNX's text; lines that begin with # are comments."""
 
-    PLACE: Place
-    LAYER: int | None
+    text: str
+
+
+class NodeWriter(Protocol):
+    """Adds nodes to a graph: an ONNX operator by its name, or a function of domain `capa`."""
+
+    def __getattr__(self, operator: str) -> "Callable[..., ir.Value]": ...
+
+    def capa(self, name: str, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
+        """Add one of the operators that have kernels, by its name; returns its outputs."""
+        ...
+
+    def apply(self, function: Function, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
+        """Add a function that has no plugin; returns its outputs, also where there is but one."""
+        ...
+
+    def scores(self, function: Function, text_rows_X: "ir.Value", *inputs: "ir.Value", **attributes: Any) -> "ir.Value":
+        """Add a function that gives each token an amount [T]; returns scores [T] FP32, +inf for text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector:
+    """How visual tokens are chosen, and what that takes."""
+
+    score: "Callable[..., ir.Value]"
+    """Adds nodes, from `NodeWriter`, `GraphView` and the options, that score every token: [T] FP32, +inf for text.
+
+    The highest `num_keep` visual tokens stay. A selector that is not graded gives the i-th chosen `num_keep - i` and
+    all others 0.
+    """
+    reference: "Callable[..., Tensor]"
+    """Computes the same [T] from `TensorView` and the options, in plain PyTorch that shares no code with the nodes;
+    what it gives to text does not count."""
+    flops: Callable[[Size], int]
+    """Of scoring, its leading terms; a multiplication and an addition are two, a comparison is one."""
+    place: Place
+    layer: int | None = None
     """Where it acts unless a layer is named; None for the recipe's own, and before the decoder."""
-    GRADED: bool
+    graded: bool = True
     """Whether scores are amounts, which compare; else they are ranks of a choice made step by step."""
-    READS: Sequence[Prompted]
-    LEAST: int | str
+    reads: Sequence[Prompted] = ()
+    least: int | str = 1
     """Fewest visual tokens it can keep of more than that, or the option that says how many."""
-    OPTIONS: Mapping[str, Setting]
+    options: Mapping[str, Setting] = field(default_factory=dict[str, Setting])
     """What a recipe may set."""
-
-    def score(self, op: "OpBuilder", view: GraphView, **options: Option) -> "ir.Value":
-        """Nodes that score every token: [T] FP32, +inf for text; the highest `num_keep` visual tokens stay.
-
-        A selector that is not graded gives the i-th chosen `num_keep - i` and all others 0.
-        """
-        ...
-
-    def reference(self, view: TensorView, **options: Option) -> "Tensor":
-        """The same [T] in plain PyTorch, sharing no code with the nodes; what it says of text does not count."""
-        ...
-
-    def flops(self, size: Size) -> int:
-        """Of scoring, its leading terms; a multiplication and an addition are two, a comparison is one."""
-        ...
 
 
 @cache
 def selectors() -> tuple[str, ...]:
     """Names of all selectors."""
-    names = (module.name for module in iter_modules(__path__))
+    names = {module.name for module in iter_modules([str(Path(__file__).parent)])} - {"selector", "text"}
     return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
 
 
 def load_selector(name: str) -> Selector:
-    """The selector's module.
+    """The selector of that name.
 
     Raises:
         CapaError: there is none of that name.
     """
+    return _module(name).SELECTOR
+
+
+def summary(name: str) -> str:
+    """One sentence on a selector: the first of its module.
+
+    Raises:
+        CapaError: there is none of that name.
+    """
+    return (_module(name).__doc__ or "").splitlines()[0]
+
+
+def _module(name: str) -> ModuleType:
     if name not in selectors():
         raise CapaError(f"unknown selector {name!r}; known selectors: {', '.join(selectors())}", ExitCode.USAGE)
-    return cast("Selector", import_module(f"{__name__}.{name.replace('-', '_')}"))
+    return import_module(f"{__package__}.{name.replace('-', '_')}")
 
 
 def reads(chosen: Iterable[Chosen]) -> tuple[Prompted, ...]:
     """What the prompt has to bring along for some selectors."""
-    return tuple(sorted({name for one in chosen for name in load_selector(one.name).READS}))
+    return tuple(sorted({name for one in chosen for name in load_selector(one.name).reads}))

@@ -1,17 +1,11 @@
-"""Nodes that selectors share. T = tokens, X = text tokens, D = width of a row; ranks are whole numbers in FP32.
+"""Functions that selectors share. T = tokens, X = text tokens, D = width of a row; ranks are whole numbers in FP32."""
 
-ONNX is imported where nodes are made: who only wants to know what a selector is called, or costs, need not wait for it.
-"""
+from typing import TYPE_CHECKING
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from capa_export.selectors.selector import Function, GraphView, NodeWriter
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
-
-    from capa_export.selectors.selector import GraphView
 
 __all__ = [
     "DESCENDING_RANK",
@@ -19,55 +13,10 @@ __all__ = [
     "RANK_SCORES",
     "TOKEN_KINDS",
     "UNIT_ROWS",
-    "call",
-    "function",
     "last_attention",
-    "nodes",
-    "score_node",
 ]
 
-
-@dataclass(frozen=True)
-class _Function:
-    """A function of domain `capa`, as text."""
-
-    text: str
-
-    @cached_property
-    def parsed(self) -> "ir.Function":
-        from capa_export.graph.functions import function
-
-        return function(self.text)
-
-
-function = _Function
-
-
-def call(op: "OpBuilder", name: str, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
-    """Add a node of domain `capa` that has kernels; see `graph.build.call`."""
-    from capa_export.graph import build
-
-    return build.call(op, name, *inputs, **attributes)
-
-
-def score_node(
-    op: "OpBuilder", function: _Function, text_rows_X: "ir.Value", *inputs: "ir.Value", **attributes: Any
-) -> "ir.Value":
-    """Add a node that gives each token an amount, and keep text above all; see `graph.build.score_node`."""
-    from capa_export.graph import build
-
-    return build.score_node(op, function.parsed, text_rows_X, *inputs, **attributes)
-
-
-def nodes(op: "OpBuilder", function: _Function, *inputs: "ir.Value", **attributes: Any) -> "tuple[ir.Value, ...]":
-    """Add a node of domain `capa`, without a plugin; all of its outputs, also where there is but one."""
-    import onnx_ir as ir
-
-    outputs = op.call(function.parsed, *inputs, **attributes)
-    return (outputs,) if isinstance(outputs, ir.Value) else tuple(outputs)
-
-
-TOKEN_KINDS = function("""
+TOKEN_KINDS = Function("""
 TokenKinds (hidden, text_rows) => (is_visual, is_question) {
     # Questions are the text behind the first visual token.
     num_tokens = Shape <start = 0, end = 1> (hidden)
@@ -87,7 +36,7 @@ TokenKinds (hidden, text_rows) => (is_visual, is_question) {
 """)
 """hidden [T, D] and text rows [X] -> which tokens are visual, and which are text behind them, [T] bool each."""
 
-UNIT_ROWS = function("""
+UNIT_ROWS = Function("""
 UnitRows (rows) => (unit, is_usable) {
     rows_TD = Cast <to = 1> (rows)
     last_axis = Constant <value_ints = [1]> ()
@@ -110,7 +59,7 @@ UnitRows (rows) => (unit, is_usable) {
 """)
 """[T, D] -> rows of length 1, FP32, and which of them have a direction at all [T] bool; zeros for the others."""
 
-LAST_LOGITS = function("""
+LAST_LOGITS = Function("""
 LastLogits <scale> (query, key) => (logits) {
     query_1H1d = Cast <to = 1> (query)
     key_1GTd = Cast <to = 1> (key)
@@ -129,14 +78,14 @@ LastLogits <scale> (query, key) => (logits) {
 """Query [1, H, 1, d] and keys [1, G, T, d] -> [1, G, H/G, T] FP32."""
 
 
-def last_attention(op: "OpBuilder", view: "GraphView") -> "ir.Value":
+def last_attention(op: NodeWriter, view: GraphView) -> "ir.Value":
     """What the last prompt token gives to each token, [1, G, H/G, T] FP32."""
     assert view.query is not None and view.key is not None
-    (logits,) = nodes(op, LAST_LOGITS, view.query, view.key, scale=view.scale)
+    (logits,) = op.apply(LAST_LOGITS, view.query, view.key, scale=view.scale)
     return op.Softmax(logits, axis=-1)
 
 
-DESCENDING_RANK = function("""
+DESCENDING_RANK = Function("""
 DescendingRank (amounts, candidates) => (ranks) {
     # By counting, so that any number of tokens will do and equals keep their order.
     lowest = Constant <value_float = -3.4028234e38> ()
@@ -166,7 +115,7 @@ DescendingRank (amounts, candidates) => (ranks) {
 """)
 """Amounts [T] FP32 and candidates [T] bool -> how many are ahead of each [T], NaN behind all other candidates."""
 
-RANK_SCORES = function("""
+RANK_SCORES = Function("""
 RankScores (ranks, num_keep) => (amounts) {
     limit = Cast <to = 1> (num_keep)
     left_T = Sub (limit, ranks)

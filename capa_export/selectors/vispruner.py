@@ -8,45 +8,22 @@ leaves stays in the order of its likeness.
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from capa_export.selectors.selector import (
-    GraphView,
-    Option,
-    Place,
-    Prompted,
-    Setting,
-    Size,
-    TensorView,
-)
-from capa_export.selectors.text import (
-    DESCENDING_RANK,
-    TOKEN_KINDS,
-    UNIT_ROWS,
-    function,
-    nodes,
-    score_node,
-)
+from capa_export.selectors.selector import Function, GraphView, NodeWriter, Option, Selector, Setting, Size, TensorView
+from capa_export.selectors.text import DESCENDING_RANK, TOKEN_KINDS, UNIT_ROWS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxscript import OpBuilder
     from torch import Tensor
 
-__all__ = ["GRADED", "LAYER", "LEAST", "OPTIONS", "PLACE", "READS", "flops", "reference", "score"]
+__all__ = ["SELECTOR"]
 
-PLACE: Place = "input"
-LAYER = None
-GRADED = False
-READS: tuple[Prompted, ...] = ("visual_saliency", "visual_features")
-LEAST = 1
-OPTIONS: dict[str, Setting] = {"important": Setting(0.5, most=1)}
-"""Share of the tokens that stay for their saliency, rounded down to whole tokens."""
 
 _PER_ROUND = 8
 """Most duplicates that a round removes."""
 _EXTRA_ROUNDS = 2
 """Rounds at the end may remove fewer, as one can take no more than every other token."""
 
-_FUNCTION = function("""
+_FUNCTION = Function("""
 RemoveDuplicates <numerator, denominator, per_round, extra_rounds>
     (ranks, unit, is_usable, is_visual, text_rows, num_keep) => (amounts) {
     # The list of those left is held as each token's position in it, -1 outside.
@@ -143,15 +120,14 @@ RemoveDuplicates <numerator, denominator, per_round, extra_rounds>
 """)
 
 
-def score(op: "OpBuilder", view: GraphView, *, important: Option) -> "ir.Value":
+def score(op: NodeWriter, view: GraphView, *, important: Option) -> "ir.Value":
     """Ranks by saliency, then by place in the list that is left."""
     assert view.visual_saliency is not None and view.visual_features is not None
     fraction = _fraction(important)
-    is_visual, _ = nodes(op, TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
-    (ranks,) = nodes(op, DESCENDING_RANK, view.visual_saliency, is_visual)
-    unit, is_usable = nodes(op, UNIT_ROWS, view.visual_features)
-    return score_node(
-        op,
+    is_visual, _ = op.apply(TOKEN_KINDS, view.hidden_TD, view.text_rows_X)
+    (ranks,) = op.apply(DESCENDING_RANK, view.visual_saliency, is_visual)
+    unit, is_usable = op.apply(UNIT_ROWS, view.visual_features)
+    return op.scores(
         _FUNCTION,
         view.text_rows_X,
         *(ranks, unit, is_usable, is_visual, view.text_rows_X, view.num_keep),
@@ -206,3 +182,15 @@ def flops(size: Size) -> int:
     """
     rounds = -(-(size.visual - size.keep) // _PER_ROUND) + _EXTRA_ROUNDS
     return size.tokens**2 * 2 * (size.dims.hidden_size + rounds)
+
+
+SELECTOR = Selector(
+    score=score,
+    reference=reference,
+    flops=flops,
+    place="input",
+    graded=False,
+    reads=("visual_saliency", "visual_features"),
+    # Share of the tokens that stay for their saliency, rounded down to whole tokens.
+    options={"important": Setting(0.5, most=1)},
+)

@@ -24,7 +24,7 @@ from capa_export.passes.for_tensorrt import Prepared, prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt import builder as kit_builder
+from capa_export.trt import builder
 from capa_export.trt.engine import input_shapes, parse_layers, weight_copies, weight_entries
 from capa_export.trt.golden import write_golden
 from capa_export.trt.stage import GRAPHS, refuse_copies
@@ -33,9 +33,9 @@ __all__ = ["build_kit", "write_kit"]
 
 _VERSION = 1
 _BUILDER = {
-    "kit_builder.py": "builder.py",
-    "engine_worker.py": "engine_worker.py",
-    "plugins/alias.py": "parser_library.py",
+    "trt/builder.py": "builder.py",
+    "trt/worker.py": "engine_worker.py",
+    "kernels/plugins/alias.py": "parser_library.py",
 }
 
 _SCRIPT = """#!/bin/sh
@@ -155,8 +155,8 @@ def write_kit(
             "files": digests,
         }
         text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1) + "\n"
-        (kit / kit_builder.KIT).write_text(text, encoding="utf-8")
-        digests[kit_builder.KIT] = file_digest(kit / kit_builder.KIT)
+        (kit / builder.KIT).write_text(text, encoding="utf-8")
+        digests[builder.KIT] = file_digest(kit / builder.KIT)
         kit.rename(folder)
     return digests
 
@@ -242,7 +242,7 @@ def _write_builder(
     kit: Path, target: str, settings: Engine, precision: str, weights: str, *, native: bool, golden: bool
 ) -> None:
     for source, name in _BUILDER.items():
-        shutil.copyfile(Path(__file__).parent / source, kit / name)
+        shutil.copyfile(Path(__file__).parents[1] / source, kit / name)
     script = kit / "build.sh"
     script.write_text(_SCRIPT, encoding="utf-8")
     script.chmod(0o755)
@@ -303,7 +303,7 @@ def build_kit(
     with tempfile.TemporaryDirectory() as links:
         environment = ensure_parser_library(Path(links)) if runtime == "tensorrt_rtx" else {}
         try:
-            built = kit_builder.build(
+            built = builder.build(
                 kit,
                 tensorrt_include=tensorrt_include,
                 runtime=runtime,
@@ -313,9 +313,9 @@ def build_kit(
                 environment=environment,
                 say=tell,
             )
-        except kit_builder.KitError as error:
+        except builder.KitError as error:
             raise CapaError(str(error), ExitCode.ENGINE) from error
-    manifest = json.loads((kit / kit_builder.KIT).read_text(encoding="utf-8"))
+    manifest = json.loads((kit / builder.KIT).read_text(encoding="utf-8"))
     engines = {
         name: _entry(manifest["engines"][name]["onnx"], result, (out or kit) / name, kit / f"{name}.weights.json")
         for name, result in built.items()

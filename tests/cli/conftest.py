@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import ExitCode
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.cli import main
 from tests.conftest import noise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.job import Job
 from tests.cli.conftest import Cli, preflight
 from tests.models import FAMILIES

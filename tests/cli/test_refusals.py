@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from capa_export.base.errors import ExitCode
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from tests.cli.conftest import Cli, preflight
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model

@@ -10,6 +10,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
+from capa_export.config.gates import Limits
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import samples_from
 from capa_export.model.families import qwen25vl
@@ -18,7 +19,7 @@ from capa_export.parity.oracle import Subject
 from capa_export.parity.records import write_records
 from capa_export.study.compare.bundles import compare
 from capa_export.study.compare.manifests import engines
-from capa_export.study.compare.schema import BundleComparison, Limits
+from capa_export.study.compare.schema import BundleComparison
 from tests.compare.conftest import Exported, note_validation, overwrite, rerecord
 
 Compared = Callable[..., BundleComparison]

@@ -103,8 +103,8 @@ def _plant_sinks(model: Any, checkpoint: Path, picture: Path) -> None:
     """
     from PIL import Image
 
-    from capa_export.export.stage import Source
     from capa_export.model.checkpoint import open_checkpoint
+    from capa_export.model.source import Source
 
     dims = Source.of(open_checkpoint(str(checkpoint)), qwen25vl).dims
     prompt = Prompter(checkpoint, checkpoint, qwen25vl, dims)(QUESTION, [Image.open(picture).convert("RGB")])

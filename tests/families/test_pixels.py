@@ -10,10 +10,10 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.pixels import PixelBounds
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Picture, Prompter
+from capa_export.model.source import Source
 from tests.models import FAMILIES
 
 SIZES = [(56, 56), (3, 3), (640, 480), (29, 500), (1000, 60), (646, 104), (560, 560), (5, 900), (257, 258), (2, 350)]

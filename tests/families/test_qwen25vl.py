@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from capa_export.base.errors import CapaError
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Picture, Prompter
+from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLProcessor
 
+from benchmarks.tiny.tiny_qwen25vl import build_tokenizer
 from capa_export import pipeline
 from capa_export.base.errors import CapaError
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
-from capa_export.export.stage import Source, check_tensors, write_onnx
+from capa_export.export.stage import check_tensors, write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job
@@ -30,10 +31,10 @@ from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import qwen3vl
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Picture, Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.plan.flops import flops, parameters
 from capa_export.run.answer import answer
 from capa_export.run.onnx import OnnxModel
-from capa_export.testbed.tiny_qwen25vl import build_tokenizer
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.graph.counting import graph_flops

@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 
 from capa_export.base.errors import CapaError
+from capa_export.config.parts import parse_unit
 from capa_export.config.target import load_target
 from capa_export.export.bind import bind
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import SelectionFamily, load_family, require_selection
 from capa_export.model.families.qwen25vl.dims import last_full_block
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
-from capa_export.passes.fp32_parts import compute_in_fp32, parse_unit
+from capa_export.model.source import Source
+from capa_export.passes.fp32_parts import compute_in_fp32
 from capa_export.trt.engine import build_engine
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen25vl

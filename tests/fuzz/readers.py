@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from transformers import AutoConfig
 
 from capa_export.base.progress import silent
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import written
 from capa_export.bundle.store import MANIFEST, Bundle

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import Prune, Stage
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import KVCache
 from tests.agreement import compare

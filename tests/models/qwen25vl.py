@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from capa_export.testbed.tiny_qwen25vl import build_image_processor, build_tokenizer
+from benchmarks.tiny.tiny_qwen25vl import build_image_processor, build_tokenizer
 from tests.models.making import randomized, saved
 
 __all__ = ["random_model", "save_model"]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from capa_export.testbed.tiny_qwen25vl import build_tokenizer
+from benchmarks.tiny.tiny_qwen25vl import build_tokenizer
 from tests.models.making import randomized, saved
 
 __all__ = ["build_image_processor", "random_model", "save_model"]

@@ -12,10 +12,11 @@ import numpy as np
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.data.samples import Sample, Samples
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter, Turn
+from capa_export.model.source import Source
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records
 from tests.conftest import noise

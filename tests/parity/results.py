@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from capa_export.base.statistics import Difference, Rate
 from capa_export.report.schema import (
     Bisection,
     Check,
-    Difference,
     ExportError,
     Kept,
     LayerError,
@@ -13,7 +13,6 @@ from capa_export.report.schema import (
     MethodError,
     ParityReport,
     Probe,
-    Rate,
     Selection,
     Stage,
 )

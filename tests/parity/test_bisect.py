@@ -12,16 +12,17 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from capa_export.config.parts import layer_of
 from capa_export.config.recipe import Prune, Stage
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter, Turn
+from capa_export.model.source import Source
 from capa_export.parity.bisect import bisect
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records
 from capa_export.report.schema import Bisection
-from capa_export.run.sliced import layer_of
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 from tests.parity.builds import asked

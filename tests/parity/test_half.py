@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import load_family
 from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.models.qwen25vl import random_model

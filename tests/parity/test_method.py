@@ -11,23 +11,23 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.tiny.dataset import write_dataset
 from capa_export.base.progress import silent
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import Conversation, Samples, samples_from
 from capa_export.data.scenes import samples
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.parity.method import method_effect
 from capa_export.parity.oracle import Subject
 from capa_export.report.pages import Example
 from capa_export.report.schema import Method, MethodError
 from capa_export.selectors import capa
-from capa_export.testbed.dataset import write_dataset
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
 

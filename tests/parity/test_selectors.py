@@ -10,9 +10,10 @@ import pytest
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.model.source import Source
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import Compared, compare_onnx
@@ -25,7 +26,7 @@ STEPS = 2
 
 
 def recipe(name: str) -> Recipe:
-    layer = {} if load_selector(name).PLACE == "input" else {"layer": 2}
+    layer = {} if load_selector(name).place == "input" else {"layer": 2}
     prune = Prune(schedule=(Stage(selector=name, ratio=0.6, **layer),))
     return load_recipe("qwen25vl").model_copy(update={"prune": prune})
 
@@ -83,7 +84,7 @@ def test_a_healthy_export_passes_and_the_worst_choice_does_not(
     (stage,) = compared["fp32"].selection[0].stages
     assert (stage.selector, stage.layer) == (name, subject.prune.schedule[0].layer)
     assert stage.iou_mean == 1
-    graded = load_selector(name).GRADED
+    graded = load_selector(name).graded
     assert (stage.margin_min is not None) == graded
     assert np.shape(records.noise.iou) == (1, 2)
     assert np.shape(records.noise.tie_iou) == ((0,) if graded else (1, 2))

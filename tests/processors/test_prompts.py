@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.export.stage import Source
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import VideoFamily, load_family
 from capa_export.model.processors.resolved import read_processors, write_processors
 from capa_export.model.prompt import Prompter, Turn, Video
+from capa_export.model.source import Source
 from tests.conftest import noise
 from tests.models import FAMILIES
 

@@ -16,7 +16,7 @@ import torch
 from onnxscript import OpBuilder
 
 from capa_export.config.target import DimRange, ShapeRange, load_target
-from capa_export.graph.build import Input, Output, build_model, call
+from capa_export.graph.build import Input, Output, SelectorNodes, build_model, call
 from capa_export.selectors.selector import Chosen, GraphView, TensorView, load_selector
 from capa_export.trt.engine import EngineReport, build_engine
 
@@ -92,7 +92,7 @@ def same(name: str, view: TensorView, **options: Any) -> torch.Tensor:
     """Assert that graph and reference keep the same rows, in the same order unless scores are amounts; return them."""
     ours, theirs = graph_scores(name, view, **options), reference_scores(name, view, **options)
     visual = view.is_visual
-    if load_selector(name).GRADED:
+    if load_selector(name).graded:
         torch.testing.assert_close(ours[visual], theirs[visual], rtol=1e-4, atol=1e-5)
     else:
         assert ours[visual].tolist() == theirs[visual].tolist()
@@ -148,7 +148,7 @@ def _model(name: str, specs: Specs, options: Sequence[tuple[str, Any]]) -> ir.Mo
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         view = GraphView(scale=0.25, **values)
-        scores_T = selector.score(op, view, **Chosen(name, dict(options)).values)
+        scores_T = selector.score(SelectorNodes(op), view, **Chosen(name, dict(options)).values)
         num_rows = op.Add(view.num_keep, op.Shape(view.text_rows_X))
         (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=0)
         return [("scores", scores_T, ("tokens",)), ("kept", kept_K, ("kept",))]

@@ -117,7 +117,7 @@ def test_what_gets_no_attention_at_all_comes_last() -> None:
 
 
 def test_is_not_graded() -> None:
-    assert not load_selector("capa-mmr").GRADED
+    assert not load_selector("capa-mmr").graded
 
 
 @pytest.mark.trt

@@ -10,10 +10,11 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import Stage, kept_tokens
-from capa_export.export.stage import Source, write_onnx
+from capa_export.export.stage import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from capa_export.selectors.selector import Chosen, load_selector, selectors
 from tests.agreement import compare
@@ -73,7 +74,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 def stage(name: str, ratio: float, layer: int = 2) -> Stage:
     """At a layer, unless the selector acts before the decoder."""
-    given = {} if load_selector(name).PLACE == "input" else {"layer": layer}
+    given = {} if load_selector(name).place == "input" else {"layer": layer}
     return Stage(selector=name, ratio=ratio, **given)
 
 

@@ -54,7 +54,7 @@ def test_a_recipe_is_refused_in_one_line(tmp_path: Any, schedule: str, reason: s
 
 @pytest.mark.parametrize("name", selectors())
 def test_defaults_are_within_their_own_limits(name: str) -> None:
-    for setting in load_selector(name).OPTIONS.values():
+    for setting in load_selector(name).options.values():
         assert setting.problem(setting.default) is None
 
 
@@ -118,5 +118,5 @@ def test_costs_follow_the_options() -> None:
 
 @pytest.mark.parametrize("name", ["adafv-style", "feather", "random", "vispruner"])
 def test_options_that_move_a_threshold_cost_nothing(name: str) -> None:
-    for option, setting in load_selector(name).OPTIONS.items():
+    for option, setting in load_selector(name).options.items():
         assert cost(name, **{option: setting.default + 1}) == cost(name)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny.batches import Batches, Lesson
+from benchmarks.tiny.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
+from benchmarks.tiny.curriculum import FURTHER
+from benchmarks.tiny.tokenizer import HARD_WORDS
+from benchmarks.tiny.train import answer_logits
 from capa_export.config.recipe import load_recipe
 from capa_export.data.scenes import HARD_KINDS, samples
 from capa_export.model.prompt import Prompter
-from capa_export.testbed.batches import Batches, Lesson
-from capa_export.testbed.beds import BEDS, NUM_VISUAL, Bed, family_of, load_bed
-from capa_export.testbed.curriculum import FURTHER
-from capa_export.testbed.tokenizer import HARD_WORDS
-from capa_export.testbed.train import answer_logits
 
 PROMPTS = {
     "tiny-qwen25vl": (

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
+from benchmarks.tiny import dataset
 from capa_export.data.conversation import Messages, turns_from
 from capa_export.data.scenes import HARD_KINDS, KINDS, samples
-from capa_export.testbed import dataset
 
 
 def test_it_holds_what_was_drawn(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tiny import distil
+from benchmarks.tiny.batches import Batches
+from benchmarks.tiny.beds import load_bed
+from benchmarks.tiny.curriculum import FURTHER
+from benchmarks.tiny.distil import Teacher, go_on_from
+from benchmarks.tiny.tokenizer import HARD_WORDS
+from benchmarks.tiny.train import Training, lesson_loss, train
 from capa_export.config.recipe import load_recipe
-from capa_export.testbed import distil
-from capa_export.testbed.batches import Batches
-from capa_export.testbed.beds import load_bed
-from capa_export.testbed.curriculum import FURTHER
-from capa_export.testbed.distil import Teacher, go_on_from
-from capa_export.testbed.tokenizer import HARD_WORDS
-from capa_export.testbed.train import Training, lesson_loss, train
 
 STUDENTS = ("tiny-llava15", "tiny-internvl3")
 

@@ -4,7 +4,7 @@ import pytest
 
 from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.export.stage import Source
+from capa_export.model.source import Source
 from capa_export.selectors.selector import selectors
 from capa_export.study.tune.candidates import Candidates
 from capa_export.study.tune.costs import Costs, Shape

@@ -4,7 +4,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.config.schedule import parse_method
-from capa_export.export.stage import Source
+from capa_export.model.source import Source
 from capa_export.plan.flops import flops
 from capa_export.selectors.selector import Chosen
 from capa_export.study.tune.costs import Costs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.base.shipped import shipped_names
+from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import Prune, load_recipe
 from capa_export.study.tune.recipe_file import recipe_text, write_recipe
 

@@ -9,6 +9,7 @@ import pytest
 
 from capa_export import pipeline
 from capa_export.base.errors import ExitCode
+from capa_export.base.statistics import Difference
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.sums import Calibration
 from capa_export.cli import main
@@ -16,7 +17,6 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.report.schema import Difference
 from capa_export.study.tune.agreement import Agreement, Judge, Opened
 from capa_export.study.tune.costs import Costs, Shape
 from capa_export.study.tune.recipe_file import write_recipe

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.report.schema import Difference
+from capa_export.base.statistics import Difference
 from capa_export.study.tune.schema import Finalist, Tuning
 from capa_export.study.tune.table import tuning_table
 

@@ -16,7 +16,7 @@ _REFERENCES = ("capa", "random")
 
 def inside(selectors: Sequence[str]) -> list[str]:
     """Those that act at a layer."""
-    return [name for name in selectors if load_selector(name).PLACE != "input"]
+    return [name for name in selectors if load_selector(name).place != "input"]
 
 
 def measure(bed: Bed, selectors: Sequence[str], count: int) -> Answers:

@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.selection.bed import Bed, questions_drawn
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
+from benchmarks.tiny.dataset import write_dataset
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method
@@ -17,7 +18,6 @@ from capa_export.study.tune.candidates import Candidates, offered
 from capa_export.study.tune.costs import Costs, shapes
 from capa_export.study.tune.search import FEWEST
 from capa_export.study.tune.stage import tune
-from capa_export.testbed.dataset import write_dataset
 
 __all__ = ["measure", "prefills"]
 
@@ -84,7 +84,7 @@ def _candidates(bed: Bed, job: Job, like: str, count: int) -> Candidates:
 def _at_home(bed: Bed, method: Method) -> bool:
     stage = method.stages[0]
     selector = load_selector(stage.selector)
-    return selector.PLACE == "input" or stage.layer == (bed.own_layer if selector.LAYER is None else selector.LAYER)
+    return selector.place == "input" or stage.layer == (bed.own_layer if selector.layer is None else selector.layer)
 
 
 def prefills(num_selectors: int) -> int:

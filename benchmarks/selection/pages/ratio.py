@@ -131,7 +131,7 @@ def plots(figures: Answers) -> str:
     """Inside the decoder, and before it beside capa."""
     rows = _rows(figures, "full")
     names, ratios = list(dict.fromkeys(name for name, _ in rows)), _ratios(rows)
-    before = [name for name in names if load_selector(name).PLACE == "input"]
+    before = [name for name in names if load_selector(name).place == "input"]
     groups = {
         "Selectors inside the decoder": [name for name in names if name not in before],
         "Selectors before the decoder, and capa": ["capa", *before],

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from benchmarks.selection.figures import Agreement, Drift, Stability
 from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, look_of, numbered, plot
 from benchmarks.selection.pages.words import better, grid, joined, table, worse
-from capa_export.report.schema import Difference
+from capa_export.base.statistics import Difference
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 

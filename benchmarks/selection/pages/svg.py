@@ -81,9 +81,9 @@ class Panel:
 
 def look_of(selector: str) -> Look:
     """Those before the decoder are dashed, and share colours with those inside it, which are not."""
-    if load_selector(selector).PLACE != "input":
+    if load_selector(selector).place != "input":
         return Look(COLOURS[_INSIDE.get(selector, "grey")], width=2.6 if selector == "capa" else 1.6)
-    before = [name for name in selectors() if load_selector(name).PLACE == "input"]
+    before = [name for name in selectors() if load_selector(name).place == "input"]
     return Look(COLOURS[_BEFORE[before.index(selector) % len(_BEFORE)]], dashed=True)
 
 

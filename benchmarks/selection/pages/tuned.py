@@ -84,7 +84,7 @@ def plots(figures: Contests) -> str:
     """Inside the decoder, and before it, with what `tune` finds in both."""
     assert figures.dense.score is not None
     listed = list(figures.contests[0].listed)
-    before = [name for name in listed if load_selector(name).PLACE == "input"]
+    before = [name for name in listed if load_selector(name).place == "input"]
     groups = {
         "Selectors inside the decoder": [name for name in listed if name not in before],
         "Selectors before the decoder": before,

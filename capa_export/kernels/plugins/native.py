@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
-from capa_export.base.shipped import shipped
+from capa_export.base.toml import shipped
 
 if TYPE_CHECKING:
     from capa_export.kernels.compile import CompiledKernel

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from capa_export.base.statistics import Difference, Figure, Rate
 from capa_export.base.toml import Settings
-from capa_export.report.schema import Difference, Figure, Rate
 
 __all__ = ["Evaluation", "Scored", "Skipped"]
 

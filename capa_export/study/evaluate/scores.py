@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from capa_export.base.statistics import paired_bootstrap, wilson
+from capa_export.base.statistics import Rate, paired_bootstrap, wilson
 from capa_export.data.metrics import METRICS, Metric, says_yes, yes_no_figures
 from capa_export.data.questions import Question
-from capa_export.report.schema import Rate
 from capa_export.study.evaluate.answers import DENSE, Answer
 from capa_export.study.evaluate.schema import Scored
 

@@ -115,13 +115,13 @@ def product(
         )
     else:
         names = list(selectors) or [own.selector]
-        if layers and all(load_selector(name).PLACE == "input" for name in names):
+        if layers and all(load_selector(name).place == "input" for name in names):
             raise CapaError(f"--layer: {', '.join(names)} acts before the decoder and takes none", ExitCode.USAGE)
         texts = list[str]()
         for name in names:
             selector = load_selector(name)
-            usual = own.layer if selector.LAYER is None or name == own.selector else selector.LAYER
-            places = [-1] if selector.PLACE == "input" else layers or [usual]
+            usual = own.layer if selector.layer is None or name == own.selector else selector.layer
+            places = [-1] if selector.place == "input" else layers or [usual]
             options = own.options if name == own.selector else {}
             for layer, ratio in itertools.product(places, ratios or [own.ratio]):
                 changes = {"selector": name, "layer": layer, "ratio": ratio, "options": options}

@@ -1,6 +1,6 @@
 """An evaluation as tables for people, on stdout."""
 
-from capa_export.report.schema import Difference, Rate
+from capa_export.base.statistics import Difference, Rate
 from capa_export.report.terminal import columns, say, show
 from capa_export.report.words import decimals, percent
 from capa_export.study.evaluate.answers import DENSE

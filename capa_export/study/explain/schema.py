@@ -5,8 +5,8 @@ N = visual tokens of the prompt.
 
 from typing import Literal
 
+from capa_export.base.statistics import Figure
 from capa_export.base.toml import Settings
-from capa_export.report.schema import Figure
 
 __all__ = ["Explained", "Explanation", "Grid", "LeftOut", "Maps", "Sinks", "StageKept"]
 

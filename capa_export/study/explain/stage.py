@@ -188,7 +188,7 @@ def _every_selector(own: Method, layer: int) -> list[Method]:
     for name in sorted(selectors(), key=lambda name: (name != "random", name)):
         # What acts where a layer begins is scored by the one before.
         places = {"attention": layer, "entry": max(layer, 1), "input": -1}
-        stage = Stage(layer=places[load_selector(name).PLACE], ratio=own.stages[-1].ratio, selector=name)
+        stage = Stage(layer=places[load_selector(name).place], ratio=own.stages[-1].ratio, selector=name)
         text = stage_text(stage)
         if (stage,) != own.stages:
             found.append(Method(text if own.ffn == "scale" else f"{text}/{own.ffn}", (stage,), own.ffn))

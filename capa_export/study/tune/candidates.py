@@ -138,7 +138,7 @@ class Candidates:
         depth = self.costs.dims.num_layers
         layers = sorted({*range(depth // 2 + 1), *self.recipe.prune.alternatives})
         for name in self.selectors:
-            place = load_selector(name).PLACE
+            place = load_selector(name).place
             if place == "input":
                 yield Stage(ratio=0, selector=name)
             else:
@@ -160,7 +160,7 @@ class Candidates:
         depth = self.costs.dims.num_layers
         layers = sorted({depth // part for part in _LATER})
         for name, layer in product(self.selectors, layers):
-            if load_selector(name).PLACE != "input" and 0 < layer < depth - 1:
+            if load_selector(name).place != "input" and 0 < layer < depth - 1:
                 yield Stage(layer=layer, ratio=0, selector=name)
 
     def _paired(self, first: Stage, second: Stage, eta: float | None, more: float) -> Method | None:

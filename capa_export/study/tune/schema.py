@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from capa_export.base.statistics import Difference, Figure
 from capa_export.base.toml import Settings
-from capa_export.report.schema import Difference, Figure
 
 __all__ = ["Finalist", "Tuning"]
 

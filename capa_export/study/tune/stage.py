@@ -6,14 +6,13 @@ from statistics import fmean
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.base.statistics import paired_bootstrap
+from capa_export.base.statistics import Difference, paired_bootstrap
 from capa_export.config.recipe import FFN, Recipe
 from capa_export.config.schedule import Method
 from capa_export.data.samples import samples_from
 from capa_export.job import Job
 from capa_export.pipeline import calibrate
 from capa_export.plan.eager_memory import require_eager_memory
-from capa_export.report.schema import Difference
 from capa_export.study.tune.agreement import Agreement, Judge
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
 from capa_export.study.tune.costs import Costs, shapes

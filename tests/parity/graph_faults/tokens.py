@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from capa_export.run.sliced import layer_of
+from capa_export.config.parts import layer_of
 from tests.parity.graph_faults.edit import Tape, input_of, mixed, node_called, nodes_of, replace, set_weight, weight_of
 
 __all__ = [

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from benchmarks.tiny.beds import BEDS, CELLS, Bed, family_of, load_bed
 from capa_export.data.drawing import render
 from capa_export.data.scenes import crowded_scene, draw, generator
-from capa_export.testbed.beds import BEDS, CELLS, Bed, family_of, load_bed
 
 __all__ = ["PICTURES", "Teacher", "go_on_from"]
 

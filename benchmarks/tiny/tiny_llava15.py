@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from benchmarks.tiny.beds import CELLS, normalized
+from benchmarks.tiny.decoder import damp, generation_config, text_config
+from benchmarks.tiny.tokenizer import word_tokenizer
+from benchmarks.tiny.tower import start_tower
 from capa_export.data.drawing import CELL
-from capa_export.testbed.beds import CELLS, normalized
-from capa_export.testbed.decoder import damp, generation_config, text_config
-from capa_export.testbed.tokenizer import word_tokenizer
-from capa_export.testbed.tower import start_tower
 
 __all__ = [
     "FAMILY",

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks.tiny.beds import CELLS, NUM_VISUAL, normalized
+from benchmarks.tiny.decoder import HIDDEN, damp, generation_config, rms_norm, rotate, text_config
+from benchmarks.tiny.tokenizer import word_tokenizer
 from capa_export.data.drawing import CELL
-from capa_export.testbed.beds import CELLS, NUM_VISUAL, normalized
-from capa_export.testbed.decoder import HIDDEN, damp, generation_config, rms_norm, rotate, text_config
-from capa_export.testbed.tokenizer import word_tokenizer
 
 __all__ = [
     "FAMILY",

@@ -1,4 +1,4 @@
-"""Writes held-out scenes as users have data: `python -m capa_export.testbed.dataset --out DIR`."""
+"""Writes held-out scenes as users have data: `python -m benchmarks.tiny.dataset --out DIR`."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Trains a test bed on drawn scenes: `python -m capa_export.testbed.train --model tiny-qwen25vl --out DIR`."""
+"""Trains a test bed on drawn scenes: `python -m benchmarks.tiny.train --model tiny-qwen25vl --out DIR`."""
 
 # Shapes: B rows, P pictures of all rows, N cells, T tokens of a packed row, H hidden width.
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capa_export.testbed.batches import Batch, Batches, Layout
-from capa_export.testbed.beds import BEDS, Bed, family_of, load_bed
-from capa_export.testbed.curriculum import BASIC, FURTHER, Stage
-from capa_export.testbed.decoder import packed_hidden
-from capa_export.testbed.distil import Teacher, go_on_from
-from capa_export.testbed.evaluate import evaluate
-from capa_export.testbed.parallel import average, join, num_processes, rank
+from benchmarks.tiny.batches import Batch, Batches, Layout
+from benchmarks.tiny.beds import BEDS, Bed, family_of, load_bed
+from benchmarks.tiny.curriculum import BASIC, FURTHER, Stage
+from benchmarks.tiny.decoder import packed_hidden
+from benchmarks.tiny.distil import Teacher, go_on_from
+from benchmarks.tiny.evaluate import evaluate
+from benchmarks.tiny.parallel import average, join, num_processes, rank
 
 __all__ = ["answer_logits", "lesson_loss", "main", "save_checkpoint", "train"]
 

@@ -49,7 +49,7 @@ class Bed(Protocol):
 
 def load_bed(name: str) -> Bed:
     """The module of a test bed in `BEDS`."""
-    return cast("Bed", import_module(f"capa_export.testbed.{name.replace('-', '_')}"))
+    return cast("Bed", import_module(f"benchmarks.tiny.{name.replace('-', '_')}"))
 
 
 def family_of(bed: Bed) -> Family:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from capa_export.testbed.batches import Lesson
+from benchmarks.tiny.batches import Lesson
 
 __all__ = ["BASIC", "FURTHER", "Stage"]
 

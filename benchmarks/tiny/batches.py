@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny.beds import CELLS, NUM_VISUAL, Bed, family_of
 from capa_export.data.drawing import CELL, COLORS, SHAPES, Scene, render
 from capa_export.data.scenes import ask, crowded_scene, draw, generator, questions
-from capa_export.testbed.beds import CELLS, NUM_VISUAL, Bed, family_of
 
 __all__ = ["Batch", "Batches", "Layout", "Lesson"]
 

@@ -1,1 +1,0 @@
-"""What onnxruntime-genai needs to run a bundle whose visual tokens are chosen before the decoder."""

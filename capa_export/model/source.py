@@ -1,0 +1,50 @@
+"""A checkpoint as its family reads it: dimensions, and every tensor by the name that the graphs give it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from capa_export.base.dims import ModelDims
+from capa_export.model.checkpoint import Checkpoint, StoredTensor
+from capa_export.model.families import Family, LayoutFamily
+
+__all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as its family reads it."""
+
+    checkpoint: Checkpoint
+    family: Family
+    dims: ModelDims[Any]
+    tensors: Mapping[str, StoredTensor]
+    """By the graph's names."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":
+        """Read the dimensions and name the tensors.
+
+        Raises:
+            CapaError: the checkpoint is another architecture, or lacks something.
+        """
+        if isinstance(family, LayoutFamily):
+            checkpoint = family.translated(checkpoint)
+        dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
+        tensors = checkpoint.renamed(family.RENAMES)
+        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.ties_missing_head else tensors)
+
+
+def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint with tied embeddings: of embedding and LM head, the one stored stands for both.
+
+    Where both are stored, each stands for itself, as in transformers.
+    """
+    for absent, stored in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        if absent not in tensors and stored in tensors:
+            return MappingProxyType({**tensors, absent: tensors[stored]})
+    return tensors
