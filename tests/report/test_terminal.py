@@ -1,0 +1,50 @@
+"""Parity as a table on the terminal."""
+
+import pytest
+
+from capa_export.report.schema import MethodError
+from capa_export.report.terminal import parity_table
+from tests.report.results import BISECTION, compared, method_error, parity_of, selected
+
+
+def words(line: str) -> list[str]:
+    """The cells of a row, which stand at least two spaces apart."""
+    return [cell for cell in line.split("  ") if cell]
+
+
+def test_verdict_then_a_row_per_artefact(capsys: pytest.CaptureFixture[str]) -> None:
+    parity_table(parity_of())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "parity: passed"
+    (row,) = (line for line in lines if line.startswith("fp16 ONNX  ") and "0/16" in line)
+    assert [cell.strip() for cell in words(row)] == ["fp16 ONNX", "2.5e-03", "1.0e-04", "0/16", "3/4"]
+    assert [cell.strip() for cell in words(lines[lines.index(row) + 4])] == [
+        "fp16 ONNX", "1", "0.9900", "0.9500", "2/4", "0.50%",
+    ]  # fmt: skip
+    (row,) = (line for line in lines if line.startswith("CAPA  "))
+    assert [cell.strip() for cell in words(row)] == [
+        "CAPA", "90.0% (85-94)", "92.0% (87-96)", "91.0% (86-95)", "0.0500",
+    ]  # fmt: skip
+    assert lines[-2:] == ["CAPA beats random pruning.", "No engine was run & none < was asked for."]
+
+
+def test_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+    row = compared("[bold]an artefact", failure="cosine [red] 0.2 below 0.999")
+    parity_table(parity_of(row, warnings=("few pictures",), bisection=BISECTION))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "parity: FAILED",
+        "  cosine [red] 0.2 below 0.999",
+        "  warning: few pictures",
+        f"  {BISECTION.sentence}",
+    ]
+    assert any(line.startswith("[bold]an artefact") for line in lines)
+
+
+def test_without_selection_questions_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    parity_table(parity_of(selection=(), method_error=MethodError(questions=0)))
+    shown = capsys.readouterr().out
+    assert "Selection" not in shown
+    assert "Method error" not in shown
+    parity_table(parity_of(selection=(selected(layers=(1, 4)),), method_error=method_error(known=False)))
+    assert "random, same k" in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""Which methods a model or a bundle can do, and that a bundle says what the model does."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import capa_export
+from capa_export import pipeline
+from capa_export.base.errors import CapaError
+from capa_export.bundle.store import Bundle
+from capa_export.config.recipe import Recipe, Stage, load_recipe
+from capa_export.config.schedule import parse_method
+from capa_export.data.questions import questions_from
+from capa_export.job import Job
+from capa_export.study.evaluate.schema import Evaluation
+from capa_export.study.evaluate.stage import evaluate
+from capa_export.study.evaluate.subject import bundle_subject, code_files, methods_from, product
+from tests.models import qwen3vl
+from tests.study.evaluate.asking import job_of, rows_of, subject_of
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("capa@9:0.5", "method capa@9:0.5: .*prune layer 9"),
+        ("capa@4:0.5", "the last one is too late"),
+        ("cap@2:0.5", "unknown selector 'cap'"),
+        ("capa@2:1.5", "ratio"),
+        ("capa:0.5", "needs a layer"),
+    ],
+)
+def test_a_method_that_does_not_fit(
+    method: str, problem: str, recipe: Recipe, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CapaError, match=problem):
+        subject_of(job_of(recipe, checkpoint, tmp_path), [method])
+    assert not list(tmp_path.iterdir()), "before anything is run"
+
+
+def test_a_model_that_exceeds_memory_is_refused_before_it_is_calibrated(
+    recipe: Recipe, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 1000)
+    with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
+        subject_of(job_of(recipe, checkpoint, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_selector_that_the_family_cannot_offer(tmp_path: Path) -> None:
+    folder = qwen3vl.save_model(tmp_path / "checkpoint", qwen3vl.random_model())
+    with pytest.raises(CapaError, match=r"method vispruner:0.5/full: selector vispruner needs the vision tower's"):
+        subject_of(job_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
+
+
+def test_product(recipe: Recipe) -> None:
+    assert product(recipe, [], [], [], []) == ["capa@2:0.75"]
+    assert product(recipe, [], [], [], ["full", "skip"]) == ["capa@2:0.75/full", "capa@2:0.75/skip"]
+    assert product(recipe, ["capa", "fastv"], [], [0.5, 0.9], []) == [
+        "capa@2:0.5",
+        "capa@2:0.9",
+        "fastv@2:0.5",
+        "fastv@2:0.9",
+    ]
+    assert product(recipe, ["attention"], [1, 3], [], []) == ["attention@1:0.75", "attention@3:0.75"]
+    data = recipe.model_dump()
+    data["prune"] = {"schedule": [{"layer": 1, "ratio": 0.5}, {"layer": 3, "ratio": 0.75}]}
+    staged = Recipe(**data)
+    assert product(staged, [], [], [], []) == ["capa@1:0.5+capa@3:0.75"]
+    with pytest.raises(CapaError, match="schedule of 2 stages"):
+        product(staged, ["fastv"], [], [], [])
+
+
+@pytest.fixture(scope="session")
+def bundle(recipe: Recipe, checkpoint: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle") / "out"
+    job = Job(
+        recipe=recipe, bundle=Bundle(folder), checkpoint=str(checkpoint), calibration=calibrated, precision="fp32"
+    )
+    pipeline.calibrate(job)
+    pipeline.export(job)
+    return job.bundle
+
+
+def test_a_bundle_says_what_the_model_does(
+    bundle: Bundle, questions: Path, alone: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    subject = bundle_subject(bundle, methods_from(["capa@2:0.75", "capa@2:0.25"]), 4)
+    found = evaluate(subject, questions_from(questions), tmp_path)
+    assert found.runs == "onnx"
+    assert "part of its graphs" in found.notes[0]
+
+    def texts(out: Path) -> list[tuple[str, str]]:
+        rows = [row for row in rows_of(out) if row["answer"]["method"] == "capa@2:0.75"]
+        return sorted((row["question"], row["answer"]["text"]) for row in rows)
+
+    assert texts(tmp_path) == texts(alone[0])
+    few, many = (method.kl for method in found.methods[1:])
+    assert few is not None and many is not None and few > many > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("capa@1:0.5", r"do capa@2:RATIO at any ratio, and no other"),
+        ("attention@2:0.5", r"do capa@2:RATIO at any ratio, and no other"),
+        ("capa@2:0.5/full", "leave out what comes after the slash"),
+        ("capa@2:0.5/eta=0.9", "leave out what comes after the slash"),
+    ],
+)
+def test_what_a_bundle_cannot_do(bundle: Bundle, method: str, problem: str) -> None:
+    with pytest.raises(CapaError, match=problem):
+        bundle_subject(bundle, methods_from([method]), 4)
+
+
+def test_the_recipes_own_selector_keeps_its_options_and_its_ratio_its_digits() -> None:
+    stage = Stage(layer=4, ratio=0.5, selector="capa-mmr", options={"balance": 0.7})
+    recipe = load_recipe("tiny-qwen25vl")
+    recipe = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"schedule": (stage,)})})
+    asked = product(recipe, [], [], [0.1234567890123], [])
+    assert asked == ["capa-mmr@4:0.1234567890123{balance=0.7}"]
+    assert parse_method(asked[0]).stages == (stage.model_copy(update={"ratio": 0.1234567890123}),)
+    assert product(recipe, ["capa"], [], [0.5], []) == ["capa@4:0.5"]
+
+
+def test_a_layer_for_selectors_that_have_none_is_refused() -> None:
+    with pytest.raises(CapaError, match="--layer: divprune acts before the decoder and takes none"):
+        product(load_recipe("tiny-qwen25vl"), ["divprune"], [3], [0.5], [])
+    both = product(load_recipe("tiny-qwen25vl"), ["divprune", "capa"], [3], [0.5], [])
+    assert both == ["divprune:0.5", "capa@3:0.5"]
+
+
+PACKAGE = Path(capa_export.__file__).parent
+NO_PART = {
+    "What is asked, and what a calibration has seen, have digests of their own.": (
+        "evaluate/questions.py",
+        "samples.py",
+    ),
+    "Graphs are files of a bundle, whose digest answers are kept under.": (
+        "bind.py",
+        "disk.py",
+        "graph/__init__.py",
+        "graph/build.py",
+        "graph/decoder.py",
+        "graph/functions.py",
+        "graph/layers.py",
+        "graph/opset.py",
+        "graph/rotary.py",
+        "islands.py",
+    ),
+    "Files are found, checked and recorded; what they hold has a digest.": (
+        "bundle.py",
+        "confined.py",
+        "fingerprint.py",
+        "hub.py",
+        "settings.py",
+        "shipped.py",
+        "unfinished.py",
+    ),
+    "What is said, and what there is room for.": (
+        "__init__.py",
+        "answer.py",
+        "device_memory.py",
+        "errors.py",
+        "measure.py",
+        "parity/schema.py",
+        "plugins/choice.py",
+        "progress.py",
+        "spread.py",
+        "visual_tokens.py",
+    ),
+}
+"""Why a change changes no answer -> modules that what answers does import."""
+
+
+def imported(file: Path) -> set[Path]:
+    """The files of the package that one of them imports at any time, types aside."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    typing = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unread = {child for node in typing for child in ast.walk(node)}
+    names = set[str]()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node not in unread:
+            names |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import) and node not in unread:
+            names |= {alias.name for alias in node.names}
+    stems = [PACKAGE.joinpath(*name.split(".")[1:]) for name in names if name.split(".")[0] == PACKAGE.name]
+    return {path for stem in stems for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file()}
+
+
+def test_a_change_of_what_answers_asks_again() -> None:
+    code, known = set(code_files()), {PACKAGE / name for names in NO_PART.values() for name in names}
+    assert {PACKAGE / "evaluate" / f"{kind}_answers.py" for kind in ("bundle", "eager")} <= code
+    read = {file for module in code for file in imported(module)}
+    assert sorted(str(file.relative_to(PACKAGE)) for file in read - code - known) == []
+    assert sorted(str(file.relative_to(PACKAGE)) for file in known - read) == [], "no longer imported"
+    assert not known & code
