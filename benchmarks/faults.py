@@ -27,11 +27,12 @@ from rich.progress import track
 from capa_export.calibrate.measure import calibrate
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.export.stage import PRECISIONS, copy_sidecars, write_onnx
+from capa_export.export.graphs import PRECISIONS, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
+from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records

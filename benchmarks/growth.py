@@ -22,7 +22,7 @@ import numpy as np
 from capa_export.base.dims import DecoderDims
 from capa_export.base.machine import measured
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import DENSE, write_onnx
+from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt

@@ -22,8 +22,8 @@ from capa_export.base.progress import progress
 from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import sidecars
 from capa_export.job import Job
+from capa_export.model.sidecars import sidecars
 from capa_export.plan.plan import calibration_bytes
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 from capa_export.config.recipe import kept_tokens, load_recipe
-from capa_export.export.stage import DENSE, write_onnx
+from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.source import Source

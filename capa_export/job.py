@@ -200,7 +200,7 @@ class Job:
     @cached_property
     def sidecar_digests(self) -> dict[str, str]:
         """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
-        from capa_export.export.stage import sidecars
+        from capa_export.model.sidecars import sidecars
 
         folder = self.source.checkpoint.sidecars
         parts = sidecars(folder, code=self.trust_remote_code)
@@ -286,7 +286,7 @@ class Job:
         Raises:
             CapaError: one of them is missing, or does not belong to the others.
         """
-        from capa_export.export.stage import check_tensors
+        from capa_export.model.tensors import check_tensors
 
         check_tensors(self.source)
         self.prompter.check()

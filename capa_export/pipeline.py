@@ -280,8 +280,9 @@ def export(job: Job) -> None:
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.export.genai import reason_against, write_genai
-        from capa_export.export.stage import copy_sidecars, write_onnx
+        from capa_export.export.graphs import write_onnx
         from capa_export.model.processors.resolved import PROCESSORS, write_processors
+        from capa_export.model.sidecars import copy_sidecars
 
         # Before anything is written.
         processors = job.prompter.tokenizer, job.prompter.image_processor

@@ -18,7 +18,8 @@ from cuda.bindings import driver as real
 
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import copy_sidecars, write_onnx
+from capa_export.export.graphs import write_onnx
+from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 
 __all__ = ["GRAPHS", "PRUNE_LAYER", "FakeDriver", "FakeTensorRT", "has_driver", "write_bundle"]

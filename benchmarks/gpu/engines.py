@@ -21,7 +21,7 @@ from capa_export.base.errors import CapaError
 from capa_export.config.plugins import PluginKind, Plugins
 from capa_export.config.recipe import kept_tokens
 from capa_export.config.target import Target, load_target, version_parts
-from capa_export.export.stage import DENSE
+from capa_export.export.graphs import DENSE
 from capa_export.kernels.cuda import require_gpu
 from capa_export.kernels.plugins.native import build_library
 from capa_export.passes.lower import NATIVE

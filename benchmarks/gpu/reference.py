@@ -10,8 +10,8 @@ import numpy as np
 from workload import NUM_VISUAL, checkpoint, embeddings, prompt
 
 from capa_export.config.recipe import kept_tokens, load_recipe
+from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.export.in_place import embedding_of
-from capa_export.export.stage import DENSE, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source

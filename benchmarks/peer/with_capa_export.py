@@ -8,7 +8,8 @@ from onnx_graphs import session
 from serve import Feed, Prefills, main, questions
 from subject import opened
 
-from capa_export.export.stage import copy_sidecars, write_onnx
+from capa_export.export.graphs import write_onnx
+from capa_export.model.sidecars import copy_sidecars
 
 
 def export(checkpoint: Path, out: Path) -> None:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -20,13 +18,12 @@ from capa_export.base.files import replacing
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
 from capa_export.model.source import EMBEDDING
+from capa_export.model.tensors import checked_shape, unbound
 
 __all__ = [
     "Written",
     "bind",
     "bind_lazily",
-    "check_shapes",
-    "unused_tensors",
     "write_embedding",
 ]
 
@@ -244,7 +241,7 @@ def _bound(
 ) -> Iterator[tuple[ir.Value, _Converted]]:
     """Initializers without a value, and what they are to hold."""
     sources = dict(tensors) | {name: _Given(name=name, array=array) for name, array in (extra or {}).items()}
-    waiting = [value for model in models for value in _unbound(model)]
+    waiting = [value for model in models for value in unbound(model)]
     if missing := [value.name for value in waiting if value.name not in sources]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CapaError(
@@ -254,11 +251,6 @@ def _bound(
     return ((value, _converted(value, sources[str(value.name)], dtype)) for value in waiting)
 
 
-def _unbound(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in model.graphs():
-        yield from (value for value in graph.initializers.values() if value.const_value is None)
-
-
 def _place(source: StoredTensor | _Given) -> tuple[object, ...]:
     """What tells one source from another; a tied head lies where the embedding lies."""
     return (source.path, source.offset) if isinstance(source, StoredTensor) else (source.name,)
@@ -266,40 +258,10 @@ def _place(source: StoredTensor | _Given) -> tuple[object, ...]:
 
 def _converted(value: ir.Value, source: StoredTensor | _Given, dtype: ir.DataType) -> _Converted:
     assert value.name is not None
-    shape = _checked_shape(value, source)
+    shape = checked_shape(value, source)
     target = dtype if value.dtype is None else value.dtype
     assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
     return _Converted(source, target, shape, value.name)
-
-
-def check_shapes(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor]) -> None:
-    """Hold the shapes of stored tensors against those of the initializers that they are for.
-
-    Raises:
-        CapaError: one is another, and no mere regrouping of its dimensions.
-    """
-    for model in models:
-        for value in _unbound(model):
-            assert value.name is not None
-            _checked_shape(value, tensors[value.name])
-
-
-def _checked_shape(value: ir.Value, source: StoredTensor | _Given) -> tuple[int, ...]:
-    """The shape of an initializer, which these weights have too."""
-    assert value.shape is not None
-    shape = tuple(value.shape.numpy())
-    if not _regroups(source.shape, shape):
-        raise CapaError(
-            f"{source.path}: tensor {source.name} has shape {list(source.shape)}, config.json implies {list(shape)}; "
-            "check that weights and config belong together"
-        )
-    return shape
-
-
-def _regroups(stored: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether one shape only merges neighbouring dimensions of the other; a transposed matrix does not."""
-    a, b = ({1, *accumulate(shape, mul)} for shape in (stored, wanted))
-    return math.prod(stored) == math.prod(wanted) and (a <= b or b <= a)
 
 
 def _write(
@@ -329,13 +291,6 @@ def _write(
     if progress:
         progress(tensors[-1].name or "", total, total)
     return external, digest.hexdigest()
-
-
-def unused_tensors(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Names in the checkpoint whose weights no graph reads, sorted."""
-    names = {name for model in models for graph in model.graphs() for name in graph.initializers}
-    used = {_place(tensor) for name, tensor in tensors.items() if name in names}
-    return sorted(name for name, tensor in tensors.items() if _place(tensor) not in used)
 
 
 def write_embedding(

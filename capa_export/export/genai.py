@@ -10,8 +10,8 @@ import onnx_ir as ir
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.parts import parse_unit
+from capa_export.export.graphs import PRECISIONS
 from capa_export.export.in_place import embedding_of
-from capa_export.export.stage import PRECISIONS
 from capa_export.graph.genai import (
     TABLE,
     decoder_model,

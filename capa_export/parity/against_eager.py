@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from capa_export.data.samples import Samples
-    from capa_export.export.stage import Graphs
+    from capa_export.export.graphs import Graphs
     from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.run.engine import BuiltEngines
@@ -121,7 +121,7 @@ class AgainstEager(Validation):
 
     def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
         """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
-        from capa_export.export.stage import graphs_in_fp32, write_onnx
+        from capa_export.export.graphs import graphs_in_fp32, write_onnx
 
         source = self.job.source
         options: dict[str, Any] = {**self.job.pruning, "scales": self.scales}

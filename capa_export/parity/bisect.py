@@ -11,8 +11,8 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.parts import layer_of
+from capa_export.export.graphs import Graphs
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
-from capa_export.export.stage import Graphs
 from capa_export.model.prompt import Picture
 from capa_export.parity.cut import Cut, Opened, block_of
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error

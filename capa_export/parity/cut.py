@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.base.errors import CapaError
 from capa_export.config.parts import LAYER, layer_of
-from capa_export.export.stage import Graphs
+from capa_export.export.graphs import Graphs
 from capa_export.parity.probe import forced
 from capa_export.run.onnx import OnnxModel
 

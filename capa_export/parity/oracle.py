@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from capa_export.config.recipe import Prune
-from capa_export.export.stage import Graphs
+from capa_export.export.graphs import Graphs
 from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import Family
 from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, Weights, grouped

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from capa_export.export.stage import Graphs
+from capa_export.export.graphs import Graphs
 from capa_export.parity.records import Record
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.run.onnx import OnnxModel

@@ -14,7 +14,7 @@ import torch
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import Samples
-from capa_export.export.stage import DENSE, Graphs
+from capa_export.export.graphs import DENSE, Graphs
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter

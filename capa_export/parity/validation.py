@@ -15,7 +15,7 @@ from capa_export.report.schema import MethodError, ParityReport, Stage, write_pa
 
 if TYPE_CHECKING:
     from capa_export.data.samples import Samples
-    from capa_export.export.stage import Graphs
+    from capa_export.export.graphs import Graphs
     from capa_export.parity.records import Records
     from capa_export.parity.validate import Compared
     from capa_export.report.pages import Example

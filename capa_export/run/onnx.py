@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from capa_export.export.stage import Graphs
+    from capa_export.export.graphs import Graphs
 
 __all__ = ["OnnxModel"]
 

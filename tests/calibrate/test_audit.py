@@ -10,7 +10,7 @@ from capa_export.calibrate.audit import audit
 from capa_export.calibrate.measure import calibrate
 from capa_export.config.recipe import Prune, Stage, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15, qwen25vl
 from capa_export.model.families.qwen25vl.dims import model_dims

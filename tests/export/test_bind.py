@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import file_digest
 from capa_export.export import bind as bind_module
-from capa_export.export.bind import bind, check_disk, unused_tensors, write_embedding
+from capa_export.export.bind import bind, check_disk, write_embedding
 from capa_export.model.checkpoint import StoredTensor, open_checkpoint
 from capa_export.model.source import tied
+from capa_export.model.tensors import unused_tensors
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 TORCH = {FLOAT: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}

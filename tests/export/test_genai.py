@@ -18,12 +18,13 @@ from capa_export.base.errors import CapaError
 from capa_export.config.recipe import kept_tokens, load_recipe
 from capa_export.data.scenes import samples
 from capa_export.export.genai import reason_against, write_genai
-from capa_export.export.stage import copy_sidecars, write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.genai import row_size
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel

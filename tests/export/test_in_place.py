@@ -18,7 +18,7 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint, open_checkpoint
 from capa_export.model.families import qwen25vl

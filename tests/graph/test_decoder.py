@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from capa_export.config.recipe import Prune, Stage
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter

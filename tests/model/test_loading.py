@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import check_tensors
 from capa_export.job import Job
 from capa_export.model.checkpoint import canonical_name, open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
+from capa_export.model.tensors import check_tensors
 from tests.models import FAMILIES
 
 Edit = Callable[[Path], object]

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from capa_export.base.errors import CapaError
-from capa_export.export.stage import copy_sidecars
 from capa_export.model.checkpoint import Checkpoint, fetch_config
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter, Turn
+from capa_export.model.sidecars import copy_sidecars
 from tests.conftest import noise
 from tests.models import FAMILIES
 

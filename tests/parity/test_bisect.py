@@ -14,7 +14,7 @@ import torch
 
 from capa_export.config.parts import layer_of
 from capa_export.config.recipe import Prune, Stage
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter, Turn

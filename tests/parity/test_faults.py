@@ -15,9 +15,10 @@ from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.data.samples import Samples
-from capa_export.export.stage import copy_sidecars, write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
+from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records

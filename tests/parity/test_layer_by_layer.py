@@ -64,7 +64,7 @@ def test_the_verdict_is_that_of_one_in_memory(
     whole = validated(other, checkpoint, pictures, layers=False, seed=1)
     # Neither the eager model nor a copy of the graphs is made.
     monkeypatch.setattr(Job, "eager_model", property(lambda _: pytest.fail("loaded")))
-    monkeypatch.setattr("capa_export.export.stage.write_onnx", lambda *_, **__: pytest.fail("written"))
+    monkeypatch.setattr("capa_export.export.graphs.write_onnx", lambda *_, **__: pytest.fail("written"))
     parts = validated(bundle, checkpoint, pictures, layers=True, seed=1)
     assert parts.passed, parts.failures
     assert any("layer by layer" in note for note in parts.notes)

@@ -10,7 +10,7 @@ import pytest
 
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.data.samples import samples_from
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source

@@ -14,7 +14,7 @@ from capa_export.base.toml import shipped
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
 from capa_export.config.target import load_target
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint

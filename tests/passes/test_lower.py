@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from capa_export.config.target import load_target
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.passes import tile_attention as tiled

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.export.stage import DENSE, write_onnx
+from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.model.families.qwen25vl.dims import model_dims, vision_flops
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from capa_export.base.errors import CapaError
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.families.qwen25vl import tower_inputs

@@ -16,7 +16,7 @@ from cuda.bindings import driver as real
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Prompt, Prompter, Turn
 from capa_export.model.source import Source

@@ -6,7 +6,7 @@ import pytest
 
 from capa_export.config.recipe import load_recipe
 from capa_export.data.scenes import samples
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export.export.stage import graphs_in_fp32, write_onnx
+from capa_export.export.graphs import graphs_in_fp32, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompt, Prompter

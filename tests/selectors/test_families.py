@@ -10,7 +10,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import Stage, kept_tokens
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family
 from capa_export.model.prompt import Prompt, Prompter

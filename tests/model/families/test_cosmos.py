@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from capa_export.bundle.store import Bundle
-from capa_export.export.stage import check_tensors
 from capa_export.job import Job
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.recipe_choice import find_recipe
+from capa_export.model.tensors import check_tensors
 from tests.conftest import noise
 from tests.models import FAMILIES
 

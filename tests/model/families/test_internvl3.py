@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import check_tensors, write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import load_family
@@ -22,6 +22,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3
 from capa_export.model.prompt import Picture, Prompter
 from capa_export.model.source import Source
+from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import parameters
 from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare

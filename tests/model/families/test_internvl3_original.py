@@ -13,13 +13,14 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import check_tensors, copy_sidecars
 from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
+from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
+from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import parameters
 from tests.conftest import noise
 from tests.model.families.test_internvl3 import SIZES, VARIANTS, published

@@ -17,13 +17,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
-from capa_export.export.stage import check_tensors, write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import llava15
 from capa_export.model.prompt import Picture, Prompter
 from capa_export.model.source import Source
+from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import parameters
 from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare

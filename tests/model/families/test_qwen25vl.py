@@ -10,7 +10,7 @@ import torch
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
 from capa_export.config.recipe import load_recipe
-from capa_export.export.stage import write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import fetch_config

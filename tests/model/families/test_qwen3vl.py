@@ -22,7 +22,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
-from capa_export.export.stage import check_tensors, write_onnx
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.job import Job
@@ -32,6 +32,7 @@ from capa_export.model.families import qwen3vl
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Picture, Prompt, Prompter
 from capa_export.model.source import Source
+from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import flops, parameters
 from capa_export.run.answer import answer
 from capa_export.run.onnx import OnnxModel

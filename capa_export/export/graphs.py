@@ -1,7 +1,5 @@
 """Writes the ONNX files of a bundle: graphs from the recipe, weights streamed from the checkpoint."""
 
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,17 +12,15 @@ import onnx
 import onnx_ir as ir
 
 from capa_export.base.disk import check_disk
-from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent
 from capa_export.config.parts import check_units, parse_unit
-from capa_export.export.bind import bind, bind_lazily, check_shapes, unused_tensors, write_embedding
+from capa_export.export.bind import bind, bind_lazily, write_embedding
 from capa_export.export.in_place import EMBEDDING_FILE, Shards
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.model.chat_template import TEMPLATE_FILES
-from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
+from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
-from capa_export.model.source import EMBEDDING, HEAD, Source
+from capa_export.model.source import EMBEDDING, Source
 from capa_export.passes.fp32_parts import compute_in_fp32
 from capa_export.selectors.selector import Chosen
 
@@ -32,10 +28,7 @@ __all__ = [
     "DENSE",
     "PRECISIONS",
     "Graphs",
-    "check_tensors",
-    "copy_sidecars",
     "graphs_in_fp32",
-    "sidecars",
     "write_onnx",
 ]
 
@@ -43,19 +36,6 @@ PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32":
 
 DENSE = "dense.onnx"
 """Prefill without FFN scales, written for validation only."""
-
-_BUFFERS = re.compile(
-    r"(?:^|\.)(?:(?:original_)?inv_freq|position_ids|(?:cos|sin)_cached|(?:causal|attn)_mask|masked_bias)$"
-)
-"""What models keep beside their weights and compute anew, so that no graph reads it."""
-_SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
-_TEXT_SIDECARS = (*TEMPLATE_FILES, "merges.txt", "vocab.json", "*.model")
-_VISUAL_SIDECARS = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -213,75 +193,3 @@ def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) 
         if chosen.reads_tower:
             return require_selection(source.family, chosen.name).vision_model(source.dims.vision, dtype, selection=True)
     return source.family.vision_model(source.dims.vision, dtype)
-
-
-def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
-    """Config, tokenizer and processor files of a checkpoint, by the part of the bundle that they belong to.
-
-    Args:
-        folder: of the checkpoint.
-        code: whether its own Python belongs to them.
-    """
-    own = ("*.py",) if code else ()
-    parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS, *own), "visual": (*_VISUAL_SIDECARS, *own)}
-    return {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
-
-
-def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
-    """Copy them, so that the bundle needs no checkpoint to run."""
-    for part, paths in sidecars(checkpoint.sidecars, code=code).items():
-        for path in paths:
-            place = folder / part / path.relative_to(checkpoint.sidecars)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-
-
-def check_tensors(source: Source) -> None:
-    """Hold the checkpoint's tensor names against the graphs', before any weight is read.
-
-    Raises:
-        CapaError: a tensor is missing or superfluous, or has another shape than `config.json` implies.
-    """
-    dims, dtype, folder = source.dims, ir.DataType.FLOAT, source.checkpoint.folder
-    decoder = decode_model(dims.decoder, dtype, rotary_tables(dims), prune_layers=())
-    models = [decoder, source.family.vision_model(dims.vision, dtype)]
-    wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
-    if missing := sorted((wanted | {EMBEDDING}) - set(source.tensors)):
-        raise CapaError(f"{folder}: tensor {_first(missing)} {_why_missing(missing, source)}")
-    check_shapes(models, source.tensors)
-    table, shape = source.tensors[EMBEDDING], (dims.decoder.vocab_size, dims.decoder.hidden_size)
-    if table.shape != shape:
-        raise CapaError(
-            f"{table.path}: the embedding table {table.name} has shape {list(table.shape)}, vocab_size and hidden_size "
-            f"in config.json make {list(shape)}; use the config.json that was saved with these weights"
-        )
-    # A family may know tensors that its checkpoints hold and no graph reads.
-    unread = [_BUFFERS, *map(re.compile, source.family.UNUSED)]
-    extra = [
-        name
-        for name in unused_tensors(models, source.tensors)
-        if name != EMBEDDING and not any(pattern.search(name) for pattern in unread)
-    ]
-    if extra:
-        raise CapaError(
-            f"{source.checkpoint.folder}: tensor {_first(extra)} has no place in {source.family.ARCHITECTURE}; "
-            "merge adapters into the weights and re-save with save_pretrained"
-        )
-
-
-def _why_missing(missing: Sequence[str], source: Source) -> str:
-    """What is the matter with the first of the tensors that a graph reads and a checkpoint does not have."""
-    checkpoint, rules = source.checkpoint, source.family.RENAMES
-    for stored, dtype in checkpoint.passed_over.items():
-        if canonical_name(stored, rules) == missing[0]:
-            return f"is {dtype}; only BF16, F16 and F32 weights are supported: use the checkpoint that is not quantized"
-    if missing == [HEAD]:
-        return (
-            "is missing, and tie_word_embeddings in config.json, as transformers reads it, does not put the embedding "
-            "table in its place; set it to true beside model_type if the model was trained so"
-        )
-    return "is missing; download the checkpoint again"
-
-
-def _first(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,39 @@
+"""The files beside a checkpoint's weights: config, tokenizer, chat template and image processor."""
+
+import shutil
+from pathlib import Path
+
+from capa_export.model.chat_template import TEMPLATE_FILES
+from capa_export.model.checkpoint import Checkpoint
+
+__all__ = ["copy_sidecars", "sidecars"]
+
+_SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+_TEXT_SIDECARS = (*TEMPLATE_FILES, "merges.txt", "vocab.json", "*.model")
+_VISUAL_SIDECARS = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
+    """Config, tokenizer and processor files of a checkpoint, by the part of the bundle that they belong to.
+
+    Args:
+        folder: of the checkpoint.
+        code: whether its own Python belongs to them.
+    """
+    own = ("*.py",) if code else ()
+    parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS, *own), "visual": (*_VISUAL_SIDECARS, *own)}
+    return {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
+
+
+def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
+    """Copy them, so that the bundle needs no checkpoint to run."""
+    for part, paths in sidecars(checkpoint.sidecars, code=code).items():
+        for path in paths:
+            place = folder / part / path.relative_to(checkpoint.sidecars)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
