@@ -1,3 +1,37 @@
 """Export vision-language models with CAPA pruning to ONNX and TensorRT."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capa_export.api.builds import build
+    from capa_export.api.bundle import Bundle, open  # noqa: A004 - capa_export.open reads as it should.
+    from capa_export.base.errors import CapaError
+    from capa_export.model.generation import GenerationOptions
+    from capa_export.report.schema import ParityReport
+    from capa_export.run.answer import VisionLanguageModel
+
 __version__ = "0.1.0"
+
+__all__ = ["Bundle", "CapaError", "GenerationOptions", "ParityReport", "VisionLanguageModel", "build", "open"]
+
+_HOMES = {
+    "Bundle": "api.bundle",
+    "CapaError": "base.errors",
+    "GenerationOptions": "model.generation",
+    "ParityReport": "report.schema",
+    "VisionLanguageModel": "run.answer",
+    "build": "api.builds",
+    "open": "api.bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `capa-export --help` need not wait for ONNX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -11,11 +11,11 @@ import pytest
 
 from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle.store import MANIFEST, Bundle
+from capa_export.bundle.store import MANIFEST, PARITY, REPORT, Bundle
 from capa_export.calibrate.sums import CALIBRATION
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.job import PARITY, REPORT, Job
+from capa_export.job import Job
 from tests.conftest import noise
 from tests.fake_driver import GRAPHS, FakeTensorRT
 

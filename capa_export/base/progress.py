@@ -1,5 +1,9 @@
-"""Progress with an estimate of the time left, on stderr: a bar on a terminal, a line now and then in a log."""
+"""What is said while work goes on, and progress with an estimate of the time left; commands show both on stderr.
 
+As a library, nothing is printed: what is said goes to the logger `capa_export`, and progress to who asks for it.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -7,7 +11,7 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TypeVar
 
-__all__ = ["Report", "progress", "say", "silent", "ticking", "tracked"]
+__all__ = ["Report", "progress", "say", "silent", "talk", "talks", "ticking", "tracked"]
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -17,9 +21,31 @@ T = TypeVar("T")
 _LOG_SECONDS = 10.0
 
 
+_LOGGER = logging.getLogger("capa_export")
+
+
+class _OnStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, which a progress bar replaces."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def talk() -> None:
+    """From now on show on stderr what is said, since stdout is data: for commands."""
+    if not talks():
+        _LOGGER.addHandler(_OnStderr())
+        _LOGGER.setLevel(logging.INFO)
+
+
+def talks() -> bool:
+    """Whether what is said is shown on stderr."""
+    return any(isinstance(handler, _OnStderr) for handler in _LOGGER.handlers)
+
+
 def say(line: str) -> None:
-    """Talk to the person: stderr, since stdout is data."""
-    print(line, file=sys.stderr, flush=True)
+    """Tell the person who waits."""
+    _LOGGER.info("%s", line)
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
@@ -57,7 +83,10 @@ def progress() -> Generator[Report]:
 
 @contextmanager
 def ticking(what: str) -> Generator[None]:
-    """Show on stderr that one long step is still running, and for how long, until the block ends."""
+    """Show on stderr that one long step is still running, and for how long, until the block ends; for commands."""
+    if not talks():
+        yield
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.progress import talk, talks
 
 __all__ = ["Workers", "chunks", "in_order", "spread"]
 
@@ -93,7 +94,7 @@ def _in_processes(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], count
     context = get_context("spawn")
     # The system closes `held` where this process dies, however it does.
     released, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(count, context, initializer=_start, initargs=(threads, released))
+    pool = ProcessPoolExecutor(count, context, initializer=_start, initargs=(threads, released, talks()))
     try:
         while True:
             for number, task in islice(remaining, _AHEAD * count - len(pending)):
@@ -115,9 +116,11 @@ def _in_processes(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], count
         released.close()
 
 
-def _start(threads: str, released: Any) -> None:
+def _start(threads: str, released: Any, talking: bool) -> None:  # noqa: FBT001 - an argument of a pool.
     """Make a worker process; torch, which reads the number of threads where it is loaded, is not loaded yet."""
     os.environ["OMP_NUM_THREADS"] = threads
+    if talking:
+        talk()
     # The driver's to handle: it ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_once, args=(released,), daemon=True).start()

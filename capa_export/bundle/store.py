@@ -14,14 +14,19 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.base.files import file_digest, fingerprint
+from capa_export.base.progress import say
 from capa_export.bundle.confined import confined, references
 from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import VERSION, digest_of, parsed, written
 from capa_export.bundle.stamps import Stamps
 
-__all__ = ["MANIFEST", "Bundle", "digest_of", "file_digest"]
+__all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "run_stage"]
 
 MANIFEST = "capa_manifest.json"
+ONNX = "onnx"
+"""Folder of the graphs."""
+PARITY = "parity.json"
+REPORT = "report.html"
 _PARTIAL = ".partial"
 _WEIGHTS = (".data", ".safetensors")
 """How the names of large files end."""
@@ -352,6 +357,22 @@ class Bundle:
             }
             self.record(name, digest(), files, outdates=outdates, result=result, **entries)
             return self.stage(name), True
+
+
+def run_stage(
+    bundle: Bundle,
+    name: str,
+    key: object,
+    outputs: Sequence[str],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    outdates: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run a stage of a bundle unless it is current, and say what it took; returns its result."""
+    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates)
+    took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 1e9:.2f} GB" if ran else "up to date"
+    say(f"{name:<14}{took}")
+    return record["result"]
 
 
 def _files(record: Mapping[str, Any]) -> list[str]:

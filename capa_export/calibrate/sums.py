@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.bundle.store import digest_of
 
-__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "summed"]
+__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "scales_digest", "summed"]
 
 CALIBRATION = "calibration.safetensors"
 FP16_MAX = 65504.0
@@ -254,3 +255,8 @@ def summed(
             keep(total)
     assert total is not None
     return replace(total, absmax=dict(sorted(total.absmax.items())))
+
+
+def scales_digest(scales: Mapping[int, np.ndarray]) -> str:
+    """One digest of the scale [D] of every layer that has one."""
+    return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})

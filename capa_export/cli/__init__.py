@@ -11,6 +11,7 @@ import typer
 import capa_export
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.interrupts import Interruption, interruptible
+from capa_export.base.progress import talk
 from capa_export.cli.build import build, plan
 from capa_export.cli.compare import compare
 from capa_export.cli.evaluate import evaluate
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A character that the terminal does not have is no reason to lose the rest of an answer.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    talk()
     with interruptible() as interruption:
         return _ended(arguments, interruption)
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -43,10 +43,7 @@ from capa_export.cli.options import (
     ValidationSamplesOpt,
 )
 from capa_export.cli.show import print_json
-from capa_export.cli.stages import check_places, finish, recipe_and_checkpoint, with_options
-
-if TYPE_CHECKING:
-    from capa_export.config.recipe import Recipe
+from capa_export.cli.stages import check_places, finish, one_checkpoint, words
 
 __all__ = ["build", "plan"]
 
@@ -89,81 +86,58 @@ def build(
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
-    from capa_export.config.target import load_target
+    from capa_export.api import builds
+    from capa_export.base.progress import progress
 
-    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-    device = load_target(target)
-    recipe = with_options(
-        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        target=device,
-    )
-    device.require_precision(precision.value)
-    if device.engine:
-        device.require_engine()
-    elif weights == BuildWeights.external:
-        raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
-    if not device.engine and (plugins != PluginWish.auto or plugin_library is not None):
-        raise CapaError(f"--plugins: target {device.name} has no engine to put them in", ExitCode.USAGE)
-    if calibration is not None and (samples is not None or layer_by_layer is not None):
-        option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
-        raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
-    wish = "external" if weights == BuildWeights.in_place else weights.value
+    asked: dict[str, Any] = {
+        "recipe": model,
+        "revision": revision,
+        "ratio": ratio,
+        "prune_layer": prune_layer,
+        "selector": selector,
+        "min_keep_per_image": min_keep_per_image,
+        "fp32_layers": words(fp32_layers),
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "ffn": ffn,
+        "calibration": calibration,
+        "precision": precision.value,
+        "target": target,
+        "weights": weights.value,
+        "memory": memory,
+        "layer_by_layer": layer_by_layer,
+    }
+    source = one_checkpoint(source, checkpoint)
     if dry_run:
-        _print_plan(
-            recipe,
-            checkpoint,
-            out,
-            precision.value,
-            ffn=ffn,
-            revision=revision,
-            calibration=calibration,
-            target=device,
-            weights=wish,
-            in_place=weights == BuildWeights.in_place,
-            memory=memory,
-            layer_by_layer=layer_by_layer,
-            as_json=as_json,
-        )
+        _print_plan(builds.plan(source, out=out, **asked), as_json=as_json)
         return
     if out is None:
         raise CapaError("build needs --out FOLDER; only --dry-run does without", ExitCode.USAGE)
-    from capa_export import pipeline
-    from capa_export.base.progress import progress
-    from capa_export.bundle.store import Bundle
-    from capa_export.job import Job
-    from capa_export.parity.validation import Wanted
-
     check_places(junit, markdown)
-    wanted = Wanted(samples=validation_samples, gate=gate, strict=strict, bisect=auto_fp32, store_golden=store_golden)
     with progress() as report:
-        job = Job(
-            recipe=recipe,
-            bundle=Bundle(out),
-            checkpoint=checkpoint,
-            revision=revision,
+        bundle = builds.build(
+            source,
+            out=out,
+            **asked,
             images=images,
             samples=samples,
-            layer_by_layer=layer_by_layer,
-            calibration=calibration,
-            precision=precision.value,
-            ffn=ffn,
-            weights=wish,
-            memory=memory,
-            in_place=weights == BuildWeights.in_place,
+            auto_fp32=auto_fp32,
             plugins=plugins.value,
             plugin_library=plugin_library,
+            validation_samples=validation_samples,
+            gate=gate,
+            strict=strict,
+            store_golden=store_golden,
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
-            report=report,
+            progress=report,
         )
-        parity = pipeline.build(job, device, wanted, auto_fp32=auto_fp32)
-    if device.engine and not as_json:
+    engine = next((name for name in bundle.manifest["stages"] if name == f"engine/{Path(target).stem}"), None)
+    if engine and not as_json:
         from capa_export.report.terminal import engine_table
 
-        engine_table(job.bundle.stage(f"engine/{device.name}")["result"])
-    finish(job.bundle, parity, junit=junit, markdown=markdown, as_json=as_json)
+        engine_table(bundle.manifest["stages"][engine]["result"])
+    finish(bundle, bundle.parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
 def plan(
@@ -208,17 +182,12 @@ def plan(
     )
 
 
-def _print_plan(
-    recipe: "Recipe", checkpoint: str, out: Path | None, precision: str, *, as_json: bool, **options: Any
-) -> None:
-    from capa_export.plan.plan import dry_run
-
-    result = dry_run(recipe, checkpoint, out, precision, **options)
+def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print_json(result)
+        print_json(plan)
     else:
         from capa_export.report.terminal import plan_table
 
-        plan_table(result)
-    if result["refusals"]:
-        raise CapaError(f"a build would be refused: {result['refusals'][0]}")
+        plan_table(plan)
+    if plan["refusals"]:
+        raise CapaError(f"a build would be refused: {plan['refusals'][0]}")

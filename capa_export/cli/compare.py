@@ -23,22 +23,12 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
+    from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
-    from capa_export.base.toml import read_toml
-    from capa_export.bundle.store import Bundle
-    from capa_export.config.gates import GateFile, Limits
-    from capa_export.study.compare.bundles import compare as compare_bundles
 
-    limits = Limits() if gate is None else read_toml(gate, GateFile).compare
     with progress() as report:
-        found = compare_bundles(
-            Bundle.open(reference),
-            Bundle.open(candidate),
-            images=images,
-            samples=samples,
-            limits=limits,
-            trust_remote_code=trust_remote_code,
-            report=report,
+        found = Bundle(reference).compare(
+            candidate, images=images, samples=samples, gate=gate, trust_remote_code=trust_remote_code, progress=report
         )
     if as_json:
         print(found.model_dump_json(indent=2))

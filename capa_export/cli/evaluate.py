@@ -20,6 +20,7 @@ from capa_export.cli.options import (
     TrustOpt,
     WorkersOpt,
 )
+from capa_export.cli.stages import one_checkpoint
 
 __all__ = ["evaluate"]
 
@@ -92,21 +93,28 @@ def evaluate(
         )
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
+    from capa_export.api import builds
     from capa_export.base.progress import progress
     from capa_export.base.workers import Workers
     from capa_export.bundle.store import Bundle
-    from capa_export.cli.stages import recipe_and_checkpoint, with_options
+    from capa_export.config.options import BuildOptions
     from capa_export.config.recipe import recipe_of
     from capa_export.data.questions import questions_from
-    from capa_export.job import Job
     from capa_export.study.evaluate.stage import MAX_SKIPPED
     from capa_export.study.evaluate.stage import evaluate as ask
     from capa_export.study.evaluate.subject import bundle_subject, eager_subject, methods_from, product
 
+    eager = None
     if bundle is None:
         opened = Bundle(out / "calibration")
-        recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-        recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
+        eager = builds.find_model(
+            *(one_checkpoint(source, checkpoint), model),
+            revision=revision,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            trust_remote_code=trust_remote_code,
+        )
+        recipe = eager.recipe
     else:
         opened = Bundle.open(bundle)
         recipe = recipe_of(opened.manifest, opened.folder)
@@ -128,20 +136,10 @@ def evaluate(
     )
     spread = Workers(count=workers, ray=ray)
     with progress() as report:
-        if checkpoint is not None:
-            job = Job(
-                recipe=recipe,
-                bundle=opened,
-                checkpoint=checkpoint,
-                revision=revision,
-                images=images,
-                calibration=calibration,
-                samples=samples,
-                workers=spread,
-                trust_remote_code=trust_remote_code,
-                report=report,
-            )
-            subject = eager_subject(job, methods, max_new_tokens)
+        if eager is not None:
+            eager.report = report
+            options = BuildOptions(images=images, calibration=calibration, samples=samples, workers=spread)
+            subject = eager_subject(eager, opened, options, methods, max_new_tokens)
         else:
             subject = bundle_subject(
                 *(opened, methods, max_new_tokens),

@@ -48,30 +48,28 @@ def explain(
     page = bundle / "explain.html" if out is None else out
     if page.is_dir():
         raise CapaError(f"--out {page}: is a folder; name the HTML file in it", ExitCode.USAGE)
-    from capa_export.bundle.store import Bundle
+    from capa_export.api.bundle import Bundle
+    from capa_export.base.progress import progress
 
-    opened = Bundle.open(bundle)
+    opened = Bundle(bundle)
     if not page.parent.is_dir():
         raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
-    from capa_export.base.progress import progress
-    from capa_export.job import Job
-    from capa_export.run.bundled import bundled_bounds
-    from capa_export.study.explain.page import write_page
-    from capa_export.study.explain.stage import explain as explained
-
     with progress() as report:
-        job = Job.of_bundle(
-            opened,
-            checkpoint=checkpoint,
-            revision=revision,
-            images=None,
-            bounds=bundled_bounds(opened, min_pixels, max_pixels),
-            trust_remote_code=trust_remote_code,
-            report=report,
-        )
-        found, surfaces = explained(job, image, prompt, method or [], layer=layer, max_new_tokens=max_new_tokens)
-    try:
-        write_page(page, found, surfaces)
-    except OSError as error:
-        raise CapaError(f"{page}: {error.strerror}; choose another --out") from error
+        try:
+            found = opened.explain(
+                prompt,
+                image,
+                page=page,
+                methods=method or [],
+                layer=layer,
+                checkpoint=checkpoint,
+                revision=revision,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                max_new_tokens=max_new_tokens,
+                trust_remote_code=trust_remote_code,
+                progress=report,
+            )
+        except OSError as error:
+            raise CapaError(f"{page}: {error.strerror}; choose another --out") from error
     print(found.model_dump_json(indent=2) if as_json else page)

@@ -62,11 +62,10 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Answer a question about pictures, from the bundle alone."""
-    from capa_export.bundle.store import Bundle
+    from capa_export.api.bundle import Bundle
     from capa_export.data.conversation import conversations
     from capa_export.model.generation import GenerationOptions
-    from capa_export.run.answer import answer
-    from capa_export.run.bundled import bundled_bounds
+    from capa_export.run.answer import finished
 
     def stream(text: str) -> None:
         print(text, end="", flush=True)
@@ -80,20 +79,18 @@ def run(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    opened = Bundle.open(bundle, read_all=verify)
+    opened = Bundle(bundle)
     asked = conversations(prompt, image or [], video, fps, messages or [])
     several = len(asked) > 1
-    told = None if as_json or several else stream
-    results = answer(
-        opened,
-        asked,
-        ratio=ratio,
-        options=options,
-        stream=told,
+    loaded = opened.load(
         engine=engine,
-        bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
+        verify=verify,
     )
+    told = None if as_json or several else stream
+    results = finished(loaded.answers(asked, ratio=ratio, options=options), told)
     if as_json:
         print_json(results if several else results[0])
         return

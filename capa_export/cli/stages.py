@@ -51,9 +51,7 @@ from capa_export.cli.options import (
 from capa_export.cli.show import print_json
 
 if TYPE_CHECKING:
-    from capa_export.bundle.store import Bundle
-    from capa_export.config.recipe import Recipe
-    from capa_export.config.target import Target
+    from capa_export.api.bundle import Bundle
     from capa_export.report.schema import ParityReport
 
 __all__ = [
@@ -62,9 +60,9 @@ __all__ = [
     "engine",
     "export",
     "finish",
-    "recipe_and_checkpoint",
+    "one_checkpoint",
     "validate",
-    "with_options",
+    "words",
 ]
 
 
@@ -95,50 +93,54 @@ def calibrate(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure which visual FFNs are linear, and their scales."""
-    from capa_export import pipeline
-    from capa_export.base.progress import progress
-    from capa_export.base.workers import Workers
-    from capa_export.bundle.store import Bundle
-    from capa_export.calibrate.sums import Calibration, merged
-    from capa_export.config.recipe import FFN, load_recipe
-    from capa_export.job import Job
-
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
             )
-        calibration = merged([Calibration.load(Path(part)) for part in parts])
-        pipeline.adopt_calibration(Bundle(out), calibration)
-        ffn = load_recipe(model).ffn if model else FFN()
+        summary = _merged([Path(part) for part in parts], out, model)
     else:
         if parts and len(parts) > 1:
             raise CapaError("calibrate takes one checkpoint; several calibrations are for --merge", ExitCode.USAGE)
-        recipe, checkpoint = recipe_and_checkpoint(parts[0] if parts else None, model, checkpoint, revision)
-        recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
+        from capa_export.api import builds
+        from capa_export.base.progress import progress
+
         with progress() as report:
-            job = Job(
-                recipe=recipe,
-                bundle=Bundle(out),
-                checkpoint=checkpoint,
+            summary = builds.calibrate(
+                one_checkpoint(parts[0] if parts else None, checkpoint),
+                out=out,
+                recipe=model,
                 revision=revision,
                 images=images,
                 samples=samples,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
                 layer_by_layer=layer_by_layer,
-                workers=Workers(count=workers, ray=ray),
+                workers=workers,
+                ray=ray,
                 trust_remote_code=trust_remote_code,
-                report=report,
+                progress=report,
             )
-            calibration = pipeline.calibrate(job)
-        ffn = recipe.ffn
-    summary = calibration.summary(ffn.eta, ffn.paper_layers)
     if as_json:
         print_json(summary)
     else:
         from capa_export.report.terminal import calibration_table
 
         calibration_table(summary)
+
+
+def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
+    """Put the sum of finished calibrations into a bundle; returns its summary."""
+    from capa_export.bundle.store import Bundle
+    from capa_export.calibrate.stage import adopt_calibration
+    from capa_export.calibrate.sums import Calibration, merged
+    from capa_export.config.recipe import FFN, load_recipe
+
+    calibration = merged([Calibration.load(part) for part in parts])
+    adopt_calibration(Bundle(out), calibration)
+    ffn = load_recipe(recipe).ffn if recipe else FFN()
+    return calibration.summary(ffn.eta, ffn.paper_layers)
 
 
 def export(
@@ -162,37 +164,32 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
-    from capa_export import pipeline
+    from capa_export.api import builds
     from capa_export.base.progress import progress
-    from capa_export.bundle.store import Bundle
-    from capa_export.job import Job
 
-    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-    recipe = with_options(
-        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    bundle = Bundle(out)
     with progress() as report:
-        job = Job(
-            recipe=recipe,
-            bundle=bundle,
-            checkpoint=checkpoint,
+        bundle = builds.export(
+            one_checkpoint(source, checkpoint),
+            out=out,
+            recipe=model,
             revision=revision,
+            ratio=ratio,
+            prune_layer=prune_layer,
+            selector=selector,
+            min_keep_per_image=min_keep_per_image,
+            ffn=ffn,
             calibration=calibration,
             precision=precision.value,
-            ffn=ffn,
+            fp32_layers=words(fp32_layers),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             in_place=weights == ExportWeights.in_place,
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
-            report=report,
+            progress=report,
         )
-        if calibration is not None:
-            pipeline.calibrate(job)
-        pipeline.export(job)
     if as_json:
-        print_json(bundle.stage("export"))
+        print_json(bundle.manifest["stages"]["export"])
 
 
 def engine(
@@ -223,19 +220,15 @@ def engine(
     else:
         if tensorrt_include is not None:
             raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
-        from capa_export.bundle.store import Bundle
-        from capa_export.config.target import load_target
-        from capa_export.trt.stage import build_engines
+        from capa_export.api.bundle import Bundle
 
-        device = load_target(target)
         with progress() as report:
-            result = build_engines(
-                Bundle.open(bundle),
-                device,
+            result = Bundle(bundle).build_engines(
+                target,
                 weights=weights.value,
-                report=report,
                 plugins=plugins.value,
                 plugin_library=plugin_library,
+                progress=report,
             )
     if as_json:
         print_json(result)
@@ -266,96 +259,46 @@ def validate(
     as_json: JsonOpt = False,
 ) -> None:
     """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
-    from capa_export import pipeline
+    from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
-    from capa_export.bundle.store import Bundle
-    from capa_export.job import Job
-    from capa_export.parity.against_golden import GOLDEN
-    from capa_export.parity.validation import Wanted
-    from capa_export.run.bundled import bundled_bounds
 
-    opened = Bundle.open(bundle)
+    opened = Bundle(bundle)
     check_places(junit, markdown)
-    given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)
-    live = bisect or store_golden or any(option is not None for option in given)
-    wanted = Wanted(
-        engine=engine,
-        golden=not live and GOLDEN in opened.manifest["stages"],
-        samples=samples,
-        seed=seed,
-        gate=gate,
-        strict=strict,
-        bisect=bisect,
-        store_golden=store_golden,
-    )
     with progress() as report:
-        job = Job.of_bundle(
-            opened,
+        parity = opened.validate(
             checkpoint=checkpoint,
             revision=revision,
             images=images,
+            samples=samples,
+            seed=seed,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             layer_by_layer=layer_by_layer,
-            bounds=bundled_bounds(opened, min_pixels, max_pixels, engine=engine),
+            gate=gate,
+            strict=strict,
+            bisect=bisect,
+            store_golden=store_golden,
+            engine=engine,
             trust_remote_code=trust_remote_code,
-            report=report,
+            progress=report,
         )
-        parity = pipeline.validate(job, wanted)
     finish(opened, parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
-def recipe_and_checkpoint(
-    source: str | None, model: str | None, checkpoint: str | None, revision: str | None = None
-) -> "tuple[Recipe, str]":
-    """The recipe that is named, or the checkpoint's own; the checkpoint that is given, or the recipe's own.
-
-    Args:
-        source: the command's argument.
-        model: `--model`.
-        checkpoint: `--checkpoint`.
-        revision: of a hub id.
+def one_checkpoint(source: str | None, checkpoint: str | None) -> str | None:
+    """The checkpoint that is given as the command's argument or as `--checkpoint`.
 
     Raises:
-        CapaError: neither is given, or the checkpoint twice, or no recipe is for it.
+        CapaError: both are given.
     """
     if source is not None and checkpoint is not None:
         raise CapaError(f"the checkpoint is given twice: {source}, and --checkpoint {checkpoint}", ExitCode.USAGE)
-    given = source or checkpoint
-    if model is not None:
-        from capa_export.config.recipe import load_recipe
-
-        recipe = load_recipe(model)
-        return recipe, given or recipe.checkpoint
-    if given is None:
-        raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
-    from capa_export.model.recipe_choice import find_recipe
-
-    return find_recipe(given, revision), given
+    return source or checkpoint
 
 
-def with_options(
-    recipe: "Recipe",
-    ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
-    min_keep_per_image: int | None = None,
-    fp32_layers: str | None = None,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    target: "Target | None" = None,
-) -> "Recipe":
-    """The recipe with the command line's choices, and what the target takes, in it."""
-    parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
-    changed = recipe.with_options(
-        ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
-        min_keep_per_image=min_keep_per_image,
-        fp32_layers=parts,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    return changed.model_copy(update={"pictures": changed.pictures.on_target(target)})
+def words(text: str | None) -> list[str] | None:
+    """The words between commas."""
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
 def check_places(*paths: Path | None) -> None:

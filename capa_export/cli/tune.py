@@ -21,6 +21,7 @@ from capa_export.cli.options import (
     SourceArg,
     TrustOpt,
 )
+from capa_export.cli.stages import check_places, one_checkpoint
 
 __all__ = ["tune"]
 
@@ -49,34 +50,29 @@ def tune(
     as_json: JsonOpt = False,
 ) -> None:
     """Find the schedule that agrees best with the dense model within a budget."""
-    from tempfile import TemporaryDirectory
-
-    from capa_export.base.progress import progress
-    from capa_export.bundle.store import Bundle
-    from capa_export.cli.stages import check_places, recipe_and_checkpoint, with_options
-    from capa_export.job import Job
-
-    recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
-    recipe = with_options(recipe, min_pixels=min_pixels, max_pixels=max_pixels)
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
+    from tempfile import TemporaryDirectory
+
+    from capa_export.api import builds
+    from capa_export.base.progress import progress
+    from capa_export.bundle.store import Bundle
+    from capa_export.config.options import BuildOptions
     from capa_export.study.tune.recipe_file import write_recipe
     from capa_export.study.tune.stage import tune as find
 
     with progress() as report, TemporaryDirectory() as scratch:
-        job = Job(
-            recipe=recipe,
-            bundle=Bundle(Path(scratch)),
-            checkpoint=checkpoint,
+        opened = builds.find_model(
+            *(one_checkpoint(source, checkpoint), model),
             revision=revision,
-            images=images,
-            calibration=calibration,
-            samples=samples,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             trust_remote_code=trust_remote_code,
-            report=report,
+            progress=report,
         )
-        tuned, found = find(job, budget, samples)
+        options = BuildOptions(images=images, calibration=calibration, samples=samples)
+        tuned, found = find(opened, Bundle(Path(scratch)), options, budget)
     best = next(row for row in found.finalists if row.method == found.chosen)
     figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
     write_recipe(

@@ -15,7 +15,7 @@ from capa_export.data.picture_files import PICTURE_SUFFIXES, open_picture, pictu
 from capa_export.data.picture_sources import picture_bytes, picture_path
 from capa_export.model.prompt import Turn, Video
 
-__all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from"]
+__all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "read_messages", "turns_from", "turns_of"]
 
 _FPS = 2.0
 """Frames a second that a model sees unless told otherwise: Qwen's own choice."""
@@ -130,6 +130,22 @@ def read_messages(path: Path) -> list[Turn]:
     except (OSError, ValueError, RecursionError) as error:
         raise CapaError(f"{path}: is no JSON file: {error}", ExitCode.USAGE) from error
     return turns_from(messages, path.parent)
+
+
+def turns_of(messages: object, folder: Path) -> list[Turn]:
+    """The conversation of parsed messages, in the format of transformers' chat templates, with its pictures opened.
+
+    Args:
+        messages: to be checked.
+        folder: that paths are relative to.
+
+    Raises:
+        CapaError: they are not in that format, or what they show does not load.
+    """
+    try:
+        return turns_from(TypeAdapter(Messages).validate_python(messages), folder)
+    except ValidationError as error:
+        raise CapaError(f"messages: {first_problem(error, Message)}", ExitCode.USAGE) from error
 
 
 def turns_from(messages: Sequence[Message], folder: Path) -> list[Turn]:

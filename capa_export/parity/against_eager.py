@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import processor
-from capa_export.calibrate.sums import CALIBRATION
+from capa_export.bundle.store import ONNX, Bundle
+from capa_export.calibrate.sums import CALIBRATION, scales_digest
+from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.job import ONNX, Job, alpha_digest
+from capa_export.export.stage import pruning
 from capa_export.model.generation import eos_token_ids
+from capa_export.model.model import Model
 from capa_export.parity.validation import (
     Validation,
-    Wanted,
-    exceeds_memory,
+    goes_by_layer,
     held_out,
     on_layers,
     scales_of,
@@ -41,24 +43,25 @@ class AgainstEager(Validation):
 
     oracle = "eager"
 
-    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
-        super().__init__(job, recipe, wanted, built)
-        recorded = self.bundle.manifest["checkpoint"]
-        if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
+    def __init__(
+        self, model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, built: "BuiltEngines | None"
+    ) -> None:
+        super().__init__(model, bundle, recipe, options, built)
+        model.remember_digests(bundle)
+        if not model.made(bundle):
             raise CapaError(
-                f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint"
+                f"{model.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint"
             )
         self.scales = scales_of(self.exported, self.calibration)
-        if self.exported["alpha"] != alpha_digest(self.scales):
-            path = self.bundle.folder / CALIBRATION
+        if self.exported["alpha"] != scales_digest(self.scales):
+            path = bundle.folder / CALIBRATION
             raise CapaError(f"{path}: changed since the export; run `capa-export export` again")
-        count, questions = recipe.parity.prompts, recipe.parity.accuracy_samples
-        self.prompts = held_out(job, recipe, wanted, count, repeat=True)
-        self.questions = held_out(job, recipe, wanted, questions, repeat=False)
+        self.prompts = held_out(recipe, options, recipe.parity.prompts, repeat=True)
+        self.questions = held_out(recipe, options, recipe.parity.accuracy_samples, repeat=False)
 
     def key(self) -> Any:
-        stop = eos_token_ids(self.job.source.checkpoint.sidecars)
-        return [self.prompts.digest(), self.questions.digest(), self.job.prompt_settings, stop]
+        stop = eos_token_ids(self.model.source.checkpoint.sidecars)
+        return [self.prompts.digest(), self.questions.digest(), self.model.prompt_settings, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.parity.method import method_effect
@@ -72,20 +75,20 @@ class AgainstEager(Validation):
         )
         from capa_export.run.bundled import bundled_prompter
 
-        job, recipe, report = self.job, self.recipe, self.job.report
-        sliced = exceeds_memory(job, self.precision)
-        seen: Any = {"bounds": recipe.pictures, "trust_remote_code": job.trust_remote_code}
+        model, recipe, report = self.model, self.recipe, self.model.report
+        sliced = goes_by_layer(model, self.options, self.precision)
+        seen: Any = {"bounds": recipe.pictures, "trust_remote_code": model.trust_remote_code}
         bundled = bundled_prompter(self.bundle, **seen)
         with TemporaryDirectory(dir=scratch) as folder:
             kept = Path(folder) / "records"
             kept.mkdir()
             twin = self._twin(Path(folder) / "twin", sliced=sliced)
-            subject = subject_of(job, recipe, self.exported, self.scales, twin, sliced=sliced)
+            subject = subject_of(model, self.bundle, recipe, self.scales, twin, sliced=sliced)
             # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
             fp32 = subject.onnx if self.precision == "fp32" else twin
             records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
             compared = [
-                compare_prompts(job.prompter, bundled, self.prompts, self._changed_sidecars()),
+                compare_prompts(model.prompter, bundled, self.prompts, self._changed_sidecars()),
                 dense := compare_dense(subject, records, recipe, report),
                 capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]
@@ -95,15 +98,15 @@ class AgainstEager(Validation):
                 expected = replayed_oracle(subject)
                 engines = (self.engine_model(), subject.onnx, self.precision)
                 compared.append(compare_engine(*engines, records, recipe, expected, report, sliced=sliced))
-            seed = self.wanted.seed or 0
+            seed = self.options.seed or 0
             steps = recipe.parity.steps
             effect, examples = method_effect(subject, self.questions, seed, steps, report)
             found = {
                 "bisection": self._bisection(compared, subject.onnx, twin, records, sliced=sliced),
                 "prompts_sha256": self.prompts.digest(),
             }
-            notes = on_layers(job, sliced=sliced)
-            if self.wanted.seed is not None and job.images is not None:
+            notes = on_layers(self.options, sliced=sliced)
+            if self.options.seed is not None and self.options.images is not None:
                 notes.append("Samples of another seed: calibration may have seen some of them.")
             few = _few_pictures(self.prompts)
             latency = None if sliced else _latency(dense, capa)
@@ -114,7 +117,7 @@ class AgainstEager(Validation):
 
     def _changed_sidecars(self) -> list[str]:
         """Copies of the checkpoint's tokenizer and processor files that are not what they were copied from."""
-        published = self.job.sidecar_digests
+        published = self.model.sidecar_digests
         copies = (name for name in sidecar_files(self.bundle) if name.startswith((f"{ONNX}/llm/", f"{ONNX}/visual/")))
         present = self.bundle.stage("export")["files"]
         return [name for name in copies if present[name] != published.get(Path(name).name, present[name])]
@@ -123,11 +126,11 @@ class AgainstEager(Validation):
         """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
         from capa_export.export.graphs import graphs_in_fp32, write_onnx
 
-        source = self.job.source
-        options: dict[str, Any] = {**self.job.pruning, "scales": self.scales}
+        source = self.model.source
+        options: dict[str, Any] = {**pruning(self.recipe.prune), "scales": self.scales}
         if sliced:
             return graphs_in_fp32(source, **options)
-        write_onnx(source, "fp32", folder, **options, dense=True, report=self.job.report)
+        write_onnx(source, "fp32", folder, **options, dense=True, report=self.model.report)
         return folder
 
     def _bisection(
@@ -142,14 +145,14 @@ class AgainstEager(Validation):
         """Where the first artefact that failed leaves the eager model, if that is asked for."""
         rows = [row for one in compared for row in (*one.export_error, *one.selection)]
         failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
-        if not self.wanted.bisect or not failed - {PROMPTS}:
+        if not self.options.bisect or not failed - {PROMPTS}:
             return None
         from capa_export.parity.bisect import bisect
 
         # What is wrong with the twin is wrong with the graphs themselves.
         of_twin = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
         folder, precision = (twin, "fp32") if of_twin else (onnx, self.precision)
-        return bisect(folder, precision, twin, records, self.job.report, sliced=sliced)
+        return bisect(folder, precision, twin, records, self.model.report, sliced=sliced)
 
 
 def _latency(dense: "Compared", capa: "Compared") -> dict[str, Any]:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError
+from capa_export.bundle.store import ONNX, Bundle, run_stage
+from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.job import ONNX, Job, run_stage, tool_versions
+from capa_export.job import tool_versions
+from capa_export.model.model import Model
 from capa_export.parity.validation import (
     Validation,
-    Wanted,
-    exceeds_memory,
+    goes_by_layer,
     held_out,
     on_layers,
     scales_of,
@@ -33,8 +35,10 @@ class AgainstGolden(Validation):
 
     oracle = "golden"
 
-    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
-        super().__init__(job, recipe, wanted, built)
+    def __init__(
+        self, model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, built: "BuiltEngines | None"
+    ) -> None:
+        super().__init__(model, bundle, recipe, options, built)
         replace(self.bundle, read_all=True).verify(GOLDEN)
         stored = self.bundle.stage(GOLDEN)["result"]
         pictures = recipe.pictures.model_dump(exclude_none=True)
@@ -55,42 +59,43 @@ class AgainstGolden(Validation):
         from capa_export.parity.records import Records
         from capa_export.parity.validate import compare_engine, compare_onnx, compare_sidecars
 
-        recipe, report, onnx = self.recipe, self.job.report, self.bundle.folder / ONNX
+        recipe, report, onnx = self.recipe, self.model.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
         records = Records(self.bundle.folder / GOLDEN)
-        sliced = _graphs_exceed_memory(self.job)
+        sliced = _graphs_go_by_layer(self.bundle, self.options)
         compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
             compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))
         compared.append(compare_sidecars(stored["sidecars"], sidecar_files(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
-        notes += on_layers(self.job, sliced=sliced)
+        notes += on_layers(self.options, sliced=sliced)
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
         return {"latency": stored["latency"]}
 
 
-def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport) -> None:
+def store_golden(
+    model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, parity: ParityReport
+) -> None:
     """Leave what the eager model makes of the first few prompts in the bundle."""
-    bundle = job.bundle
     exported = bundle.stage("export")["result"]
     scales = scales_of(exported, stored_calibration(bundle))
-    samples = held_out(job, recipe, replace(wanted, samples=None), wanted.store_golden, repeat=True)
+    samples = held_out(recipe, replace(options, samples=None), options.store_golden, repeat=True)
     steps = recipe.parity.steps
     prune, pictures = recipe.prune.model_dump(mode="json"), recipe.pictures.model_dump(exclude_none=True)
     sidecars = sidecar_files(bundle)
     method_error = parity.method_error.model_dump(mode="json")
     versions = tool_versions("torch", "transformers")
-    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, job.prompt_settings, method_error]
+    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, model.prompt_settings, method_error]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.parity.records import write_records
 
         (scratch / GOLDEN).mkdir()
-        sliced = exceeds_memory(job, exported["precision"])
-        subject = subject_of(job, recipe, exported, scales, bundle.folder / ONNX, sliced=sliced)
-        write_records(scratch / GOLDEN, subject, samples, steps, job.report)
+        sliced = goes_by_layer(model, options, exported["precision"])
+        subject = subject_of(model, bundle, recipe, scales, bundle.folder / ONNX, sliced=sliced)
+        write_records(scratch / GOLDEN, subject, samples, steps, model.report)
         latency = bundle.stage("validate")["result"]["latency"]
         seen = {"prune": prune, "pictures": pictures}
         return {"method_error": method_error, "latency": latency, "sidecars": sidecars, **seen}
@@ -98,13 +103,13 @@ def store_golden(job: Job, recipe: Recipe, wanted: Wanted, parity: ParityReport)
     run_stage(bundle, GOLDEN, key, [GOLDEN], work)
 
 
-def _graphs_exceed_memory(job: Job) -> bool:
+def _graphs_go_by_layer(bundle: Bundle, options: ValidationOptions) -> bool:
     """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
     from capa_export.base.machine import available_memory
     from capa_export.plan.device_memory import onnx_runtime_bytes
     from capa_export.run.bundled import bundled_dims
 
-    if job.layer_by_layer is not None:
-        return job.layer_by_layer
+    if options.layer_by_layer is not None:
+        return options.layer_by_layer
     # As they are and opened up, side by side.
-    return 2 * onnx_runtime_bytes(bundled_dims(job.bundle)) > available_memory()
+    return 2 * onnx_runtime_bytes(bundled_dims(bundle)) > available_memory()

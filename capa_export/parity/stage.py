@@ -3,18 +3,25 @@
 from dataclasses import replace
 
 from capa_export.base.progress import say
+from capa_export.bundle.store import PARITY, REPORT, Bundle, run_stage
 from capa_export.config.gates import with_gates
-from capa_export.job import PARITY, REPORT, Job, run_stage, tool_versions
+from capa_export.config.options import ValidationOptions
+from capa_export.job import tool_versions
+from capa_export.model.model import Model
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden
-from capa_export.parity.validation import Wanted
 from capa_export.report.schema import ParityReport, read_parity
 
 __all__ = ["validate"]
 
 
-def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
-    """Hold the bundle against the eager model, or against what that made of the golden samples.
+def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> ParityReport:
+    """Hold a bundle against the eager model, or against what that made of the golden samples.
+
+    Args:
+        bundle: exported.
+        model: what it was made from; with golden samples it is not opened, and its recipe alone counts.
+        options: of the validation.
 
     Returns:
         What is also in `parity.json`; the caller turns `passed` into an exit code.
@@ -22,29 +29,28 @@ def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
     Raises:
         CapaError: a file of the bundle was changed, or the checkpoint is another.
     """
-    wanted = wanted or Wanted()
-    bundle = replace(job.bundle, read_all=True)
+    bundle = replace(bundle, read_all=True)
     built = None
-    if wanted.engine is not None:
+    if options.engine is not None:
         from capa_export.run.engine import require_engines
 
-        built = require_engines(bundle, wanted.engine)
-        bundle.verify(f"engine/{wanted.engine}")
+        built = require_engines(bundle, options.engine)
+        bundle.verify(f"engine/{options.engine}")
     bundle.verify("export", *(["calibrate"] if "calibrate" in bundle.manifest["stages"] else []))
-    recipe = job.recipe.model_copy(update={"parity": with_gates(job.recipe.parity, wanted.gate)})
-    validation = (AgainstGolden if wanted.golden else AgainstEager)(job, recipe, wanted, built)
+    recipe = model.recipe.model_copy(update={"parity": with_gates(model.recipe.parity, options.gate)})
+    validation = (AgainstGolden if options.golden else AgainstEager)(model, bundle, recipe, options, built)
     key = [
         tool_versions("onnxruntime", "torch", "transformers"),
         bundle.digest("export"),
         recipe.model_dump(mode="json"),
-        [wanted.strict, wanted.seed, wanted.bisect],
+        [options.strict, options.seed, options.bisect],
         validation.key(),
-        *([] if built is None else [bundle.digest(f"engine/{wanted.engine}"), built.gpu.name]),
+        *([] if built is None else [bundle.digest(f"engine/{options.engine}"), built.gpu.name]),
     ]
     run_stage(bundle, "validate", key, [PARITY, REPORT], validation.run)
     parity = read_parity(bundle.folder / PARITY)
-    if wanted.store_golden and parity.passed:
-        store_golden(job, recipe, wanted, parity)
-    elif wanted.store_golden:
+    if options.store_golden and parity.passed:
+        store_golden(model, bundle, recipe, options, parity)
+    elif options.store_golden:
         say(f"{GOLDEN:<14}not stored: they would vouch for a bundle that failed")
     return parity

@@ -1,16 +1,16 @@
 """What every validation of a bundle shares: what is asked, the bundle's artefacts, and what is made of the figures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from capa_export.base.progress import say
-from capa_export.bundle.store import Bundle, file_digest
+from capa_export.bundle.store import ONNX, PARITY, REPORT, Bundle, file_digest
 from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.job import ONNX, PARITY, REPORT, Job
 from capa_export.model.generation import eos_token_ids
+from capa_export.model.memory import exceeds_memory, validation_bytes
+from capa_export.model.model import Model
 from capa_export.report.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Validation",
-    "Wanted",
-    "exceeds_memory",
+    "goes_by_layer",
     "held_out",
     "on_layers",
     "scales_of",
@@ -40,36 +39,15 @@ _ON_CPU = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """How a bundle is to be validated."""
-
-    engine: str | None = None
-    """Target whose engines are run on the GPU and held to the same gates."""
-    golden: bool = False
-    """Whether the stored samples stand for the eager model, so that no checkpoint is needed."""
-    samples: int | None = None
-    """Prompts compared and questions asked, in place of the recipe's numbers."""
-    seed: int | None = None
-    """Of other samples than the usual ones."""
-    gate: Path | None = None
-    """Bounds in place of the recipe's."""
-    strict: bool = False
-    """Whether warnings are failures."""
-    bisect: bool = False
-    """Whether to look for the place where an artefact that failed leaves the eager model."""
-    store_golden: int = 0
-    """Samples to leave in the bundle."""
-
-
 class Validation:
     """What both kinds of validation share: the bundle's artefacts, and what is made of the figures."""
 
     oracle: Literal["eager", "golden"]
 
-    def __init__(self, job: Job, recipe: Recipe, wanted: Wanted, built: "BuiltEngines | None") -> None:
-        self.job, self.recipe, self.wanted, self.built = job, recipe, wanted, built
-        self.bundle = job.bundle
+    def __init__(
+        self, model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, built: "BuiltEngines | None"
+    ) -> None:
+        self.model, self.bundle, self.recipe, self.options, self.built = model, bundle, recipe, options, built
         self.exported: dict[str, Any] = self.bundle.stage("export")["result"]
         self.precision: Literal["fp16", "bf16", "fp32"] = self.exported["precision"]
         self.calibration = stored_calibration(self.bundle)
@@ -113,7 +91,7 @@ class Validation:
         warnings = [*warnings, *dict.fromkeys(warning for one in compared for warning in one.warnings)]
         if method_error.beats_random is False:
             warnings = [*warnings, *method_error.words[:1]]
-        if self.wanted.strict:
+        if self.options.strict:
             failures += [f"--strict: {warning}" for warning in warnings]
         notes = [_ON_CPU[self.precision], *notes, *(note for one in compared for note in one.notes)]
         if self.built is None:
@@ -122,12 +100,12 @@ class Validation:
             passed=not failures,
             failures=tuple(failures),
             warnings=tuple(warnings),
-            strict=self.wanted.strict,
+            strict=self.options.strict,
             oracle=self.oracle,
             prompts=records.samples,
             num_prompts=len(records),
-            seed=self.wanted.seed or 0,
-            gates="" if self.wanted.gate is None else file_digest(self.wanted.gate),
+            seed=self.options.seed or 0,
+            gates="" if self.options.gate is None else file_digest(self.options.gate),
             schedule=tuple(Stage(**stage.model_dump()) for stage in recipe.prune.schedule),
             linear_layers=tuple(exported["linear_layers"]),
             fp32_layers=tuple(exported.get("fp32_layers", ())),
@@ -164,12 +142,12 @@ def scales_of(exported: dict[str, Any], calibration: Calibration | None) -> dict
     return {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
 
 
-def held_out(job: Job, recipe: Recipe, wanted: Wanted, count: int, *, repeat: bool) -> "Samples":
+def held_out(recipe: Recipe, options: ValidationOptions, count: int, *, repeat: bool) -> "Samples":
     """The samples that calibration does not see, as many as are asked for in place of `count`."""
     from capa_export.data.samples import samples_from
 
-    count = count if wanted.samples is None else wanted.samples
-    return samples_from(job.images, recipe, count, split="held_out", repeat=repeat, seed=wanted.seed)
+    count = count if options.samples is None else options.samples
+    return samples_from(options.images, recipe, count, split="held_out", repeat=repeat, seed=options.seed)
 
 
 def sidecar_files(bundle: Bundle) -> dict[str, str]:
@@ -179,46 +157,39 @@ def sidecar_files(bundle: Bundle) -> dict[str, str]:
 
 
 def subject_of(
-    job: Job, recipe: Recipe, exported: dict[str, Any], scales: Any, twin: "Path | Graphs", *, sliced: bool
+    model: Model, bundle: Bundle, recipe: Recipe, scales: Any, twin: "Path | Graphs", *, sliced: bool
 ) -> Any:
     """What is validated, its weights in memory or streamed."""
     from capa_export.model.lockstep import RESIDENT
     from capa_export.model.streamed import StoredWeights, hollow_model
     from capa_export.parity.oracle import Subject
 
-    weights = StoredWeights(job.source, job.report) if sliced else None
+    exported = bundle.stage("export")["result"]
+    weights = StoredWeights(model.source, model.report) if sliced else None
     return Subject(
-        model=job.eager_model if weights is None else hollow_model(job.source, weights),
+        model=model.eager if weights is None else hollow_model(model.source, weights),
         weights=weights or RESIDENT,
-        family=job.family,
-        prompter=job.prompter,
+        family=model.family,
+        prompter=model.prompter,
         prune=recipe.prune,
         scales=scales,
         precision=exported["precision"],
-        onnx=job.bundle.folder / ONNX,
+        onnx=bundle.folder / ONNX,
         fp32_onnx=twin,
-        eos_token_ids=eos_token_ids(job.source.checkpoint.sidecars),
+        eos_token_ids=eos_token_ids(model.source.checkpoint.sidecars),
         fp32_layers=exported.get("fp32_layers", ()),
     )
 
 
-def exceeds_memory(job: Job, precision: str) -> bool:
+def goes_by_layer(model: Model, options: ValidationOptions, precision: str) -> bool:
     """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
-    from capa_export.base.machine import available_memory
-    from capa_export.plan.plan import validation_bytes
-
-    if job.layer_by_layer is not None:
-        return job.layer_by_layer
-    needed, available = validation_bytes(job.source.checkpoint.num_parameters, precision), available_memory()
-    if exceeds := needed > available:
-        say(
-            f"{'':<14}layer by layer: eager models and graphs take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are "
-            "free; --in-memory tries all the same"
-        )
-    return exceeds
+    if options.layer_by_layer is not None:
+        return options.layer_by_layer
+    needed = validation_bytes(model.source.checkpoint.num_parameters, precision)
+    return exceeds_memory("eager models and graphs take {}", needed)
 
 
-def on_layers(job: Job, *, sliced: bool) -> list[str]:
+def on_layers(options: ValidationOptions, *, sliced: bool) -> list[str]:
     """What is to be said of a validation layer by layer."""
-    because = "as was asked" if job.layer_by_layer else "since the models exceed this machine's memory"
+    because = "as was asked" if options.layer_by_layer else "since the models exceed this machine's memory"
     return [f"Model and graphs ran layer by layer, each graph in slices, {because}."] if sliced else []

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.base.progress import say
+from capa_export.config.options import Weights, WeightsWish
 from capa_export.config.target import Target
+from capa_export.model.memory import LIBRARIES
 from capa_export.plan.flops import KVCache, Parameters, parameters
 
 __all__ = [
@@ -13,18 +16,14 @@ __all__ = [
     "ELEMENT_BYTES",
     "EMBEDDED_LIMIT",
     "DeviceMemory",
-    "Weights",
-    "WeightsWish",
     "choose_weights",
     "decoder_parameters",
     "device_memory",
     "devices_with_room",
     "engine_weight_bytes",
     "onnx_runtime_bytes",
+    "say_weights",
 ]
-
-Weights = Literal["embedded", "external"]
-WeightsWish = Literal["auto", "embedded", "external"]
 
 EMBEDDED_LIMIT = 1 << 30
 """Bytes of a decoder up to which prefill and decode hold it each, since it is copied with the engine and nothing else.
@@ -45,8 +44,6 @@ _CUDA = 500_000_000
 """CUDA's own context and the kernels of three engines."""
 _SYSTEM = 1_500_000_000
 """Where CPU and GPU share the memory: the system and this program."""
-_LIBRARIES = 500 << 20
-"""Python with ONNX Runtime."""
 _PER_ONNX_PARAMETER = 4.4
 """ONNX Runtime keeps FP32 copies on the CPU, of each graph; 4.2 was measured in FP16."""
 
@@ -84,7 +81,7 @@ def device_memory(
         CapaError: the target lacks a limit that the model's graphs need.
     """
     if target.engine is None:
-        held, least = _held(cache, step=1), _LIBRARIES
+        held, least = _held(cache, step=1), LIBRARIES
         return DeviceMemory(weights=onnx_runtime_bytes(dims) - least, kv_cache=held, contexts=0, runtime=least)
     width = ELEMENT_BYTES[precision]
     return DeviceMemory(
@@ -109,7 +106,7 @@ def decoder_parameters(total: Parameters) -> int:
 def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     """Peak of running a bundle's graphs in ONNX Runtime on the CPU; prefill and decode each hold the decoder."""
     total = parameters(dims)
-    return _LIBRARIES + int(_PER_ONNX_PARAMETER * (2 * decoder_parameters(total) + total.vision))
+    return LIBRARIES + int(_PER_ONNX_PARAMETER * (2 * decoder_parameters(total) + total.vision))
 
 
 def _held(cache: KVCache, *, step: int) -> int:
@@ -167,3 +164,9 @@ def choose_weights(
     if memory is not None and twice + _context_bytes(dims, width, target) + _CUDA > memory:
         return "external", f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
     return "embedded", f"a decoder of {decoder_parameters(total) * width / 1e9:.2g} GB is small enough to hold twice"
+
+
+def say_weights(asked: str, weights: str, because: str) -> None:
+    """Say where the engines' weights go and why, unless the user said it."""
+    if asked == "auto":
+        say(f"{'weights':<14}{weights}: {because}")

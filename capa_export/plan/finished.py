@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.bundle.store import MANIFEST, Bundle
-from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.recipe import Recipe
-from capa_export.job import alpha_digest
 
 __all__ = ["finished_stages"]
 
@@ -68,5 +67,5 @@ def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -
 def _alpha(recipe: Recipe, calibration: Path | None, *, ffn: bool) -> str | None:
     """Digest of the scales that an export would take, as its record has it; None where they are yet to be measured."""
     if not ffn:
-        return alpha_digest({})
-    return None if calibration is None else alpha_digest(Calibration.load(calibration).scales(recipe.ffn.eta))
+        return scales_digest({})
+    return None if calibration is None else scales_digest(Calibration.load(calibration).scales(recipe.ffn.eta))

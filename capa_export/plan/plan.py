@@ -11,17 +11,17 @@ from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.config.options import Weights, WeightsWish
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
+from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     ELEMENT_BYTES,
-    Weights,
-    WeightsWish,
     choose_weights,
     decoder_parameters,
     device_memory,
@@ -41,20 +41,17 @@ from capa_export.plan.flops import (
 
 __all__ = [
     "UNKNOWN",
-    "calibration_bytes",
     "check_engine_disk",
     "check_engine_memory",
     "dry_run",
     "layerwise_validation_bytes",
     "room",
-    "validation_bytes",
 ]
 
 UNKNOWN = "unknown until calibrated"
 """Where no calibration and no list of the paper says which layers are linear."""
 
 _TEXT_TOKENS = 48
-_LIBRARIES = 500 << 20
 """Resident before any weight is: Python with torch and transformers, or TensorRT."""
 _TENSORRT = 1100 << 20
 """Resident in the build of an engine whose weights are inputs; 1.05 GB was measured for a 7B."""
@@ -217,7 +214,7 @@ def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> di
     stages = {
         "calibrate": calibration_bytes(total.total),
         "calibrate layer by layer": calibration_bytes(0) + int(4 / dims.decoder.num_layers * total.total),
-        "export": _LIBRARIES,
+        "export": LIBRARIES,
         "validate": validation_bytes(total.total, precision),
         "validate layer by layer": layerwise_validation_bytes(dims),
         "run": onnx_runtime_bytes(dims),
@@ -360,23 +357,6 @@ def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Peak of the largest build; each engine has a process of its own."""
     embedded = max(decoder_parameters(total), total.vision) * width if weights == "embedded" else 0
     return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
-
-
-def calibration_bytes(num_parameters: int) -> int:
-    """Peak of a calibration with the whole eager model in memory, in FP32, and the shards mapped that it came from.
-
-    22.6 GB was measured for the 3.8 billion parameters of a Qwen2.5-VL-3B in bf16.
-    """
-    return _LIBRARIES + (4 + 2) * num_parameters
-
-
-def validation_bytes(num_parameters: int, precision: str) -> int:
-    """Peak of a validation with all models in memory.
-
-    The eager model and its half copy; prefill and decode in ONNX Runtime, which computes in FP32 whatever the graphs'
-    precision, as they are and opened up.
-    """
-    return _LIBRARIES + (4 + (0 if precision == "fp32" else 2) + 4 * 4) * num_parameters
 
 
 def layerwise_validation_bytes(dims: ModelDims[Any]) -> int:

@@ -2,19 +2,23 @@
 
 import re
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from secrets import randbits
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Prune, recipe_of
-from capa_export.job import ONNX
+from capa_export.data.conversation import turns_of
+from capa_export.data.picture_files import open_picture
 from capa_export.model.generation import (
     Generation,
     GenerationOptions,
@@ -27,10 +31,194 @@ from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import Model, PrefillRun
 
-if TYPE_CHECKING:
-    from capa_export.run.engine import BuiltEngines
+__all__ = ["VisionLanguageModel", "answer", "finished", "runtime_errors"]
 
-__all__ = ["answer", "runtime_errors"]
+
+class VisionLanguageModel:
+    """A bundle that is loaded once and asked as often as wished: graphs or engines, tokenizer and image processor.
+
+    Args:
+        bundle: with its `onnx` folder as it was built.
+        engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
+        bounds: of pictures, in place of the bundle's.
+        trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
+
+    Raises:
+        CapaError: a file of the bundle was changed, or its engines or this machine do not take it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        engine: str | None = None,
+        bounds: PixelBounds | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.bundle, self.bounds, self.trust_remote_code = bundle, bounds, trust_remote_code
+        self._built = None
+        if engine is not None:
+            from capa_export.run.engine import require_engines
+
+            self._built = require_engines(bundle, engine)
+        else:
+            require_memory(bundle)
+        bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
+        self.recipe = recipe_of(bundle.manifest, bundle.folder)
+        self._text = bundle.folder / ONNX / "llm"
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """The bundle's tokenizer, chat template and image processor."""
+        return bundled_prompter(self.bundle, bounds=self.bounds, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def runtime(self) -> Model[Any]:
+        """What runs the graphs, loaded when the first prompt is there."""
+        if self._built is None:
+            return OnnxModel(self.bundle.folder / ONNX)
+        from capa_export.run.engine_model import EngineModel
+
+        return EngineModel(self._built)
+
+    def stream(
+        self,
+        question: str,
+        images: "Sequence[str | Path | Image.Image]" = (),
+        *,
+        ratio: float | None = None,
+        options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
+    ) -> Iterator[str]:
+        """Answer a question about pictures; yields each new piece of the text.
+
+        Args:
+            question: asked behind the pictures.
+            images: files, or pictures that are open.
+            ratio: of visual tokens removed, in place of the bundle's.
+            options: of generation, in place of what the bundle says.
+
+        Raises:
+            CapaError: a picture does not load, or the model or this machine does not take the prompt.
+        """
+        shown = [image if isinstance(image, Image.Image) else open_picture(Path(image)) for image in images]
+        yield from filter(None, self.answers([[Turn("user", [*shown, question])]], ratio=ratio, options=options))
+
+    def answer(
+        self,
+        question: str,
+        images: "Sequence[str | Path | Image.Image]" = (),
+        *,
+        ratio: float | None = None,
+        options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
+    ) -> str:
+        """Answer a question about pictures, as `stream` does, in one piece."""
+        return "".join(self.stream(question, images, ratio=ratio, options=options))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        folder: str | Path = ".",
+        ratio: float | None = None,
+        options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
+    ) -> str:
+        """Go on with a conversation; returns the assistant's next turn.
+
+        Args:
+            messages: as chat templates take them; pictures by path, `file:` or `data:` URL.
+            folder: that paths are relative to.
+            ratio: of visual tokens removed, in place of the bundle's.
+            options: of generation, in place of what the bundle says.
+
+        Raises:
+            CapaError: the messages are not in that format, or what they show does not load.
+        """
+        turns = turns_of(messages, Path(folder))
+        return "".join(self.answers([turns], ratio=ratio, options=options))
+
+    def answers(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        *,
+        ratio: float | None = None,
+        options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
+    ) -> Generator[str, None, list[dict[str, Any]]]:
+        """Generate as `generation_config.json` says; several conversations are prefilled in turn and decoded together.
+
+        Args:
+            conversations: turns of each, the user's last.
+            ratio: of visual tokens removed, in place of the bundle's.
+            options: of generation, in place of what the bundle says.
+
+        Yields:
+            Each new piece of the first answer's text.
+
+        Returns:
+            Every answer with what it took.
+
+        Raises:
+            CapaError: an option contradicts the bundle, or the model or this machine does not take a conversation.
+        """
+        prune = self.recipe.with_options(ratio=ratio).prune
+        generation = read_generation(self._text).with_options(options)
+        prompter = self.prompter
+        prompts = [prompter.chat(turns) for turns in conversations]
+        for turns, prompt in zip(conversations, prompts, strict=True):
+            if prompt.num_visual:
+                say(_expected(turns, prompt, prune))
+        limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
+        if (context := prompter.dims.decoder.rope_limit) is not None:
+            # From there on the rotary frequencies would be others.
+            limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
+        model = self.runtime
+        limit = self._limit(prompts, prune, limit, fixed=options.max_new_tokens is not None)
+        stop = eos_token_ids(self._text)
+        seed = randbits(32) if generation.do_sample and options.seed is None else options.seed
+        choosers = _choosers(generation, prompts, stop, seed)
+        if generation.ignored:
+            say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
+        starts = [_started(model, prompt, prune) for prompt in prompts]
+
+        answers = [_Answer(prompter) for _ in prompts]
+        started = time.perf_counter()
+        runs = [run for run, _ in starts]
+        with runtime_errors(sum(prompt.num_visual for prompt in prompts)):
+            for tokens in generate(model, prompts, runs, choosers, stop, limit):
+                for said, token in zip(answers, tokens, strict=True):
+                    if token is not None:
+                        said.tokens.append(token)
+                yield answers[0].news()
+        seconds = time.perf_counter() - started
+        yield answers[0].news(last=True)
+        # Prefill gives the first token, and each step one more; the one that ends an answer is not among the tokens.
+        steps = min(max(len(said.tokens) for said in answers), limit - 1)
+        per_token = _milliseconds(seconds / steps) if steps else None
+        return [
+            {
+                "answer": prompter.decode(said.tokens),
+                "new_tokens": len(said.tokens),
+                "generation": {
+                    **generation.in_effect,
+                    **({"seed": seed} if generation.do_sample else {}),
+                    "max_new_tokens": limit,
+                    "eos_token_id": stop,
+                },
+                **facts,
+                "decode_ms_per_token": per_token,
+                **model.device,
+            }
+            for said, (_, facts) in zip(answers, starts, strict=True)
+        ]
+
+    def _limit(self, prompts: Sequence[Prompt], prune: Prune, limit: int, *, fixed: bool) -> int:
+        """The longest answer; on engines, which are found to take the prompts, theirs, if nobody fixed a longer one."""
+        if self._built is None:
+            return limit
+        model: Any = self.runtime
+        num_keep = [prune.num_keep(prompt.image_lengths) for prompt in prompts]
+        limit = limit if fixed else min(limit, model.room(prompts, num_keep))
+        model.check(prompts, num_keep, limit)
+        return limit
 
 
 def answer(
@@ -44,85 +232,26 @@ def answer(
     bounds: PixelBounds | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Generate as `generation_config.json` says; several conversations are prefilled in turn and decoded side by side.
-
-    Args:
-        bundle: with its `onnx` folder as it was built.
-        conversations: turns of each, the user's last.
-        ratio: of visual tokens removed, in place of the bundle's.
-        options: of generation, in place of what the bundle says.
-        stream: told each new piece of the first answer.
-        engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
-        bounds: of pictures, in place of the bundle's.
-        trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
+    """Load a bundle and ask it once; `stream` is told each new piece of the first answer.
 
     Raises:
-        CapaError: a file of the bundle was changed, an option contradicts it, the model does not take a conversation,
-            or its engines or this machine do not.
+        CapaError: as `VisionLanguageModel` and its `answers`.
     """
-    built = None
-    if engine is not None:
-        from capa_export.run.engine import require_engines
+    model = VisionLanguageModel(bundle, engine=engine, bounds=bounds, trust_remote_code=trust_remote_code)
+    return finished(model.answers(conversations, ratio=ratio, options=options), stream)
 
-        # Before anything that takes time.
-        built = require_engines(bundle, engine)
-    else:
-        require_memory(bundle)
-    bundle.verify("export", *([] if engine is None else [f"engine/{engine}"]))
-    prune = recipe_of(bundle.manifest, bundle.folder).with_options(ratio=ratio).prune
-    folder = bundle.folder / ONNX
-    generation = read_generation(folder / "llm").with_options(options)
-    prompter = bundled_prompter(bundle, bounds=bounds, trust_remote_code=trust_remote_code)
-    prompts = [prompter.chat(turns) for turns in conversations]
-    for turns, prompt in zip(conversations, prompts, strict=True):
-        if prompt.num_visual:
-            say(_expected(turns, prompt, prune))
-    limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
-    if (context := prompter.dims.decoder.rope_limit) is not None:
-        # From there on the rotary frequencies would be others.
-        limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
-    model: Model[Any] = OnnxModel(folder)
-    if built is not None:
-        model, limit = _engine_model(built, prompts, prune, limit, fixed=options.max_new_tokens is not None)
-    stop = eos_token_ids(folder / "llm")
-    seed = randbits(32) if generation.do_sample and options.seed is None else options.seed
-    choosers = _choosers(generation, prompts, stop, seed)
-    if generation.ignored:
-        say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
-    starts = [_started(model, prompt, prune) for prompt in prompts]
 
-    answers = [_Answer(prompter) for _ in prompts]
-    started = time.perf_counter()
-    runs = [run for run, _ in starts]
-    with runtime_errors(sum(prompt.num_visual for prompt in prompts)):
-        for tokens in generate(model, prompts, runs, choosers, stop, limit):
-            for said, token in zip(answers, tokens, strict=True):
-                if token is not None:
-                    said.tokens.append(token)
-            if stream:
-                stream(answers[0].news())
-    seconds = time.perf_counter() - started
-    if stream:
-        stream(answers[0].news(last=True))
-    # Prefill gives the first token, and each step one more; the one that ends an answer is not among the tokens.
-    steps = min(max(len(said.tokens) for said in answers), limit - 1)
-    per_token = _milliseconds(seconds / steps) if steps else None
-    return [
-        {
-            "answer": prompter.decode(said.tokens),
-            "new_tokens": len(said.tokens),
-            "generation": {
-                **generation.in_effect,
-                **({"seed": seed} if generation.do_sample else {}),
-                "max_new_tokens": limit,
-                "eos_token_id": stop,
-            },
-            **facts,
-            "decode_ms_per_token": per_token,
-            **model.device,
-        }
-        for said, (_, facts) in zip(answers, starts, strict=True)
-    ]
+def finished(
+    answers: Generator[str, None, list[dict[str, Any]]], stream: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run answers to their end; `stream` is told each new piece of the first."""
+    while True:
+        try:
+            piece = next(answers)
+        except StopIteration as end:
+            return end.value
+        if stream:
+            stream(piece)
 
 
 def _choosers(
@@ -134,18 +263,6 @@ def _choosers(
         TokenChooser(generation, prompt.input_ids.tolist(), stop, np.random.default_rng(stream))
         for prompt, stream in zip(prompts, streams, strict=True)
     ]
-
-
-def _engine_model(
-    built: "BuiltEngines", prompts: Sequence[Prompt], prune: Prune, limit: int, *, fixed: bool
-) -> tuple[Model[Any], int]:
-    """The engines, found to take the prompts, and the longest answer; theirs, if nobody fixed a longer one."""
-    from capa_export.run.engine_model import EngineModel
-
-    model, num_keep = EngineModel(built), [prune.num_keep(prompt.image_lengths) for prompt in prompts]
-    limit = limit if fixed else min(limit, model.room(prompts, num_keep))
-    model.check(prompts, num_keep, limit)
-    return model, limit
 
 
 def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:

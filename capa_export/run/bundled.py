@@ -5,10 +5,9 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import recipe_of
-from capa_export.job import ONNX
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import load_family
 from capa_export.model.processors.resolved import PROCESSORS, read_processors

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle.store import Bundle
+from capa_export.base.progress import say
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.graph.functions import DOMAIN
-from capa_export.job import ONNX, say
 from capa_export.kernels.cuda import Buffer, Gpu, Stream, require_gpu
 
 __all__ = ["BuiltEngines", "Engine", "Runtime", "Weights", "require_engines"]

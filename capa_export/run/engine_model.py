@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.job import say
+from capa_export.base.progress import say
 from capa_export.kernels.cuda import Buffer, Graph, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.plan.device_memory import CACHE_ROWS

@@ -12,18 +12,12 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, how_to_install
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.target import Target, version_parts
 from capa_export.graph.functions import DOMAIN, PLUGIN
-from capa_export.job import ONNX
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
-from capa_export.plan.device_memory import (
-    ELEMENT_BYTES,
-    choose_weights,
-    device_memory,
-    devices_with_room,
-)
+from capa_export.plan.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
 from capa_export.plan.flops import kv_cache
 from capa_export.trt.stage import GRAPHS
 

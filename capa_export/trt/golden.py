@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.recipe import recipe_of
-from capa_export.job import ONNX
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.onnx import OnnxModel
 

@@ -14,11 +14,10 @@ import onnx_ir as ir
 import capa_export
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
-from capa_export.base.progress import Report, silent
-from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
+from capa_export.base.progress import Report, say, silent
+from capa_export.bundle.store import MANIFEST, ONNX, Bundle, digest_of, file_digest
 from capa_export.config.plugins import PluginWish, choose_device_plugins
 from capa_export.config.target import Engine, Target, version_parts
-from capa_export.job import ONNX, say
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.for_tensorrt import Prepared, prepare
 from capa_export.passes.lower import NATIVE

@@ -6,15 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
-from capa_export.base.progress import Report
+from capa_export.base.progress import Report, say
 from capa_export.bundle.confined import confined
-from capa_export.bundle.store import Bundle, file_digest
+from capa_export.bundle.store import ONNX, Bundle, file_digest, run_stage
+from capa_export.config.options import BuildOptions, Weights, WeightsWish
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
-from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
-from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
+from capa_export.job import tool_versions
+from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.engine import EngineReport, build_engine
@@ -27,6 +29,8 @@ GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill
 
 def check_runtime(target: Target) -> None:
     """Refuse a target whose builder is not installed, before anything is run."""
+    if target.engine is None:
+        return
     engine = target.require_engine()
     runtime = engine.runtime
     if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
@@ -37,18 +41,19 @@ def check_runtime(target: Target) -> None:
         )
 
 
-def check_engines(job: Job, target: Target) -> None:
+def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -> None:
     """Refuse, before anything is run, engines that could not be built.
 
     Raises:
         CapaError: their plugins cannot be had.
     """
-    decoder = job.source.dims.decoder
-    _refuse_library(target, job.plugin_library)
-    if target.require_engine().built == "on-device":
-        choose_device_plugins(job.plugins, job.precision, decoder)
+    if target.engine is None:
         return
-    choose_plugins(job.plugins, job.precision, decoder, job.plugin_library)
+    _refuse_library(target, options.plugin_library)
+    if target.engine.built == "on-device":
+        choose_device_plugins(options.plugins, options.precision, decoder)
+    else:
+        choose_plugins(options.plugins, options.precision, decoder, options.plugin_library)
 
 
 def _refuse_library(target: Target, library: Path | None) -> None:

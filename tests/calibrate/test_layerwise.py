@@ -252,7 +252,7 @@ def job(checkpoint: Path, pictures: Samples, tmp_path: Path) -> Job:
 def test_a_model_that_does_not_fit_is_streamed(
     job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 300_000_000)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 300_000_000)
     calibration = pipeline.calibrate(job)
     said = "layer by layer: the model takes 0.5 GB in FP32, 0.3 GB are free"
     assert capsys.readouterr().err.count(said) == 1
@@ -269,7 +269,7 @@ def test_a_model_that_does_not_fit_is_streamed(
 def test_the_option_goes_before_the_memory(
     job: Job, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
 ) -> None:
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: available)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: available)
     by_layer: list[Calibration] = []
 
     def remember(*given: Any, **named: Any) -> Calibration:

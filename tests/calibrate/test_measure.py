@@ -20,9 +20,9 @@ from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
 from capa_export.job import Job
+from capa_export.model import memory
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
-from capa_export.plan import eager_memory
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model
 
@@ -230,7 +230,7 @@ def test_layers_one_at_a_time_are_not_spread(
 def test_more_workers_than_memory(
     checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager_memory, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     recipe = load_recipe("qwen25vl")
     workers = Workers(count=3)
     job = Job(recipe=recipe, bundle=Bundle(tmp_path), checkpoint=str(checkpoint), images=pictures, workers=workers)

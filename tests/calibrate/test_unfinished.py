@@ -102,7 +102,7 @@ def test_other_free_memory_drops_no_progress(
     free: int,
 ) -> None:
     assert killed(calibrate(tmp_path / "out", option), 3)[0] == -signal.SIGKILL
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: free)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: free)
     assert main(calibrate(tmp_path / "out")) == ExitCode.OK
     assert f"goes on where it was interrupted, as with {option}" in capsys.readouterr().err
     assert main(calibrate(tmp_path / "whole", option)) == ExitCode.OK
@@ -113,7 +113,7 @@ def test_a_mode_in_which_nothing_was_measured_is_not_taken_again(
     calibrate: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert killed(calibrate(tmp_path, "--in-memory"), 0)[0] == -signal.SIGKILL
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 0)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 0)
     assert main(calibrate(tmp_path)) == ExitCode.OK
     said = capsys.readouterr().err
     assert "layer by layer: the model takes" in said and "goes on" not in said

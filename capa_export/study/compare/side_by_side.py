@@ -14,9 +14,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.recipe import Recipe, recipe_of
-from capa_export.job import ONNX
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.run.bundled import bundled_prompter

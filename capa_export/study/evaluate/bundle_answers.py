@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capa_export.base.statistics import kl_divergence
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import recipe_of
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.job import ONNX
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt
 from capa_export.run.answer import runtime_errors

@@ -14,9 +14,9 @@ from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
 from capa_export.model.generation import eos_token_ids
+from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt
 from capa_export.study.evaluate.answers import DENSE, Answer, Ask, asking, longest
 
@@ -27,7 +27,7 @@ __all__ = ["EagerAnswers", "EagerMethods"]
 class EagerAnswers:
     """Opens the model where it is called, which gives what answers there."""
 
-    job: Job
+    model: Model
     methods: Mapping[str, Method]
     calibration: Calibration | None
     """None where no method puts a scale in a visual FFN's place."""
@@ -41,16 +41,16 @@ class EagerMethods:
     """The opened model, and what each method does with a prompt."""
 
     def __init__(self, given: EagerAnswers) -> None:
-        self.given, self.job = given, given.job
-        self.eager = Eager(self.job.eager_model)
-        self.stop = set(eos_token_ids(self.job.source.checkpoint.sidecars))
+        self.given, self.model = given, given.model
+        self.eager = Eager(self.model.eager)
+        self.stop = set(eos_token_ids(self.model.source.checkpoint.sidecars))
         chosen = [stage.chosen for method in given.methods.values() for stage in method.stages]
         # What all methods together read of a prompt.
         self.every = EagerPlan(keep=dict.fromkeys(range(len(chosen)), 0), selectors=dict(enumerate(chosen)))
 
     @torch.inference_mode()
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
-        prompt = self.job.prompter.chat(question.opened())
+        prompt = self.model.prompter.chat(question.opened())
         methods = {name: self.given.methods[name] for name in wanted}
         keeps = {name: self.num_keep(method, prompt) for name, method in methods.items()}
         inputs = self.inputs(prompt)
@@ -62,7 +62,7 @@ class EagerMethods:
 
     def inputs(self, prompt: Prompt) -> EagerInputs:
         """What the decoder and the selectors of all methods read."""
-        return inputs_for(self.every, self.job.family, self.job.eager_model, prompt)
+        return inputs_for(self.every, self.model.family, self.model.eager, prompt)
 
     def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[Prefill, dict[int, float]]:
         """The prefill of all tokens, and how linear each layer is for them."""
@@ -78,7 +78,7 @@ class EagerMethods:
         Raises:
             CapaError: fewer than a selector can choose.
         """
-        prune = method.prune(self.job.recipe.prune.min_keep_per_image)
+        prune = method.prune(self.model.recipe.prune.min_keep_per_image)
         if prune is None:
             return {}
         counts = prune.num_keep(prompt.image_lengths)
@@ -90,7 +90,7 @@ class EagerMethods:
             keep=keep,
             scales=self._scales(method, cosines),
             selectors={stage.layer: stage.chosen for stage in method.stages},
-            min_keep_per_image=self.job.recipe.prune.min_keep_per_image,
+            min_keep_per_image=self.model.recipe.prune.min_keep_per_image,
         )
 
     def _scales(self, method: Method, cosines: Mapping[int, float]) -> dict[int, Tensor]:
@@ -98,7 +98,7 @@ class EagerMethods:
         calibration = self.given.calibration
         if method.ffn == "full" or calibration is None:
             return {}
-        eta = method.ffn_settings(self.job.recipe.ffn).eta
+        eta = method.ffn_settings(self.model.recipe.ffn).eta
         if method.ffn == "per-image":
             linear = [layer for layer, cosine in cosines.items() if cosine > eta]
         else:
@@ -109,10 +109,10 @@ class EagerMethods:
     def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: Prefill) -> Answer:
         run = dense if name == DENSE else self.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
         first_V = run.logits
-        tokens = self.greedy(run, longest(self.job.prompter, prompt, self.given.max_new_tokens))
+        tokens = self.greedy(run, longest(self.model.prompter, prompt, self.given.max_new_tokens))
         return Answer(
             method=name,
-            text=self.job.prompter.decode(tokens).strip(),
+            text=self.model.prompter.decode(tokens).strip(),
             tokens=len(tokens),
             kept=list(plan.keep.values())[-1] if plan.keep else prompt.num_visual,
             visual=prompt.num_visual,

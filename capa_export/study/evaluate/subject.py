@@ -2,23 +2,23 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import capa_export
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.progress import silent
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
+from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
+from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, stage_text
-from capa_export.job import Job, tool_versions
-from capa_export.pipeline import calibrate, note_digests
-from capa_export.plan.eager_memory import require_eager_memory
+from capa_export.job import tool_versions
+from capa_export.model.memory import require_eager_memory
+from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
 from capa_export.selectors.selector import load_selector
 from capa_export.study.evaluate.answers import DENSE, Ask
@@ -129,8 +129,10 @@ def product(
     return [f"{text}/{ffn}" if ffn else text for text in texts for ffn in ffns or [""]]
 
 
-def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) -> Subject:
-    """The Hugging Face model; where a method replaces visual FFNs, it is calibrated into the job's bundle first.
+def eager_subject(
+    model: Model, bundle: Bundle, options: BuildOptions, methods: Mapping[str, Method], max_new_tokens: int
+) -> Subject:
+    """The Hugging Face model; where a method replaces visual FFNs, it is calibrated into a folder first.
 
     Raises:
         CapaError: a method does not fit the model, or the model this machine's memory, before anything is run.
@@ -138,50 +140,51 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
     from capa_export.study.evaluate.eager_answers import EagerAnswers
 
     for method in methods.values():
-        check_fits(job, method)
-    require_eager_memory(job)
-    job.check_files()
-    calibration = calibrate(job) if any(method.ffn != "full" for method in methods.values()) else None
-    note_digests(job)
+        check_fits(model, method)
+    require_eager_memory(model, options.workers)
+    model.check_files()
+    calibration = (
+        calibrate(model, bundle, options) if any(method.ffn != "full" for method in methods.values()) else None
+    )
+    model.record_digests(bundle)
     # Each worker opens it again.
-    opened = job if job.workers.here else replace(job, checkpoint=job.checkpoint_source, report=silent)
+    opened = model if options.workers.here else model.unopened()
 
     def key(method: Method) -> str:
-        prune = method.prune(job.recipe.prune.min_keep_per_image)
+        prune = method.prune(model.recipe.prune.min_keep_per_image)
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
-            ffn += [method.ffn_settings(job.recipe.ffn).eta, calibration.digest()]
-        return _key(prune and prune.model_dump(), ffn, max_new_tokens, job.recipe.pictures)
+            ffn += [method.ffn_settings(model.recipe.ffn).eta, calibration.digest()]
+        return _key(prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
 
     return Subject(
-        source=job.checkpoint_source,
-        model=digest_of([job.checkpoint_digest, job.sidecar_digests]),
+        source=model.checkpoint_source,
+        model=digest_of([model.digest, model.sidecar_digests]),
         runs="eager fp32",
         keys={name: key(method) for name, method in methods.items()},
-        prepare=EagerAnswers(job=opened, methods=methods, calibration=calibration, max_new_tokens=max_new_tokens),
+        prepare=EagerAnswers(model=opened, methods=methods, calibration=calibration, max_new_tokens=max_new_tokens),
         max_new_tokens=max_new_tokens,
-        notes=_of_ffns(job, calibration),
+        notes=_of_ffns(model, calibration),
     )
 
 
-def _of_ffns(job: Job, calibration: Calibration | None) -> tuple[str, ...]:
+def _of_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
     if calibration is None:
         return ()
-    eta = job.recipe.ffn.eta
+    eta = model.recipe.ffn.eta
     return (f"visual FFNs are linear (cosine > {eta:g}) in layers {ranges(calibration.linear_layers(eta))}",)
 
 
-def check_fits(job: Job, method: Method) -> None:
-    """Refuse a method that the job's model cannot do.
+def check_fits(model: Model, method: Method) -> None:
+    """Refuse a method that the model's model cannot do.
 
     Raises:
         CapaError: a layer that the decoder does not have, or a selector that the family does not offer.
     """
-    prune = method.prune(job.recipe.prune.min_keep_per_image)
+    prune = method.prune(model.recipe.prune.min_keep_per_image)
     if prune is None:
         return
-    asked = copy(job)
-    asked.recipe = job.recipe.model_copy(update={"prune": prune})
+    asked = model.with_recipe(model.recipe.model_copy(update={"prune": prune}))
     try:
         asked.check_layers()
     except CapaError as error:

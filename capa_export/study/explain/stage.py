@@ -11,16 +11,17 @@ import torch
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import tracked
 from capa_export.base.statistics import kl_divergence
+from capa_export.bundle.store import Bundle
 from capa_export.calibrate.measure import measure
-from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
-from capa_export.job import Job, alpha_digest
 from capa_export.model.eager import Prefill
+from capa_export.model.memory import require_eager_memory
+from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt, Turn
-from capa_export.plan.eager_memory import require_eager_memory
 from capa_export.selectors.selector import load_selector, selectors
 from capa_export.study.evaluate.answers import DENSE, longest
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
@@ -37,7 +38,8 @@ _LAYER = 2
 
 @torch.inference_mode()
 def explain(
-    job: Job,
+    model: Model,
+    bundle: Bundle,
     pictures: Sequence[Path],
     question: str,
     methods: Sequence[str] = (),
@@ -48,7 +50,8 @@ def explain(
     """What each method keeps of a prompt and answers, in eager FP32, and where the tokens lie.
 
     Args:
-        job: of the bundle.
+        bundle: whose schedule is explained.
+        model: that it was made from.
         pictures: files, in the order in which they are shown.
         question: asked behind them.
         methods: as `parse_method` reads them, beside dense and the bundle's own; all selectors where there is none.
@@ -62,21 +65,23 @@ def explain(
     """
     images = [open_picture(path) for path in pictures]
     named = methods_from(methods) if methods else None
-    require_eager_memory(job)
-    linear, calibration = _calibrated(job)
-    layer = _layer(job, layer)
-    own = _own(job, linear, calibration)
-    prompt = job.prompter.chat(turns := [Turn("user", [*images, question])])
-    others, left_out = _others(job, own, named, layer, prompt, calibration)
+    require_eager_memory(model)
+    linear, calibration = _calibrated(model, bundle)
+    layer = _layer(model, layer)
+    own = _own(model, linear, calibration)
+    prompt = model.prompter.chat(turns := [Turn("user", [*images, question])])
+    others, left_out = _others(model, bundle, own, named, layer, prompt, calibration)
     chosen = {DENSE: parse_method(DENSE), own.name: own, **others}
 
-    runs = EagerMethods(EagerAnswers(job=job, methods=chosen, calibration=calibration, max_new_tokens=max_new_tokens))
+    runs = EagerMethods(
+        EagerAnswers(model=model, methods=chosen, calibration=calibration, max_new_tokens=max_new_tokens)
+    )
     inputs, is_visual = runs.inputs(prompt), torch.from_numpy(prompt.is_visual)
     dense, cosines = runs.dense(prompt, inputs)
     plans = {name: runs.plan(method, runs.num_keep(method, prompt), cosines) for name, method in chosen.items()}
     if calibration is None:
         where = "this prompt alone, since the bundle has no calibration"
-        calibration = measure(job.eager_model, job.family, job.prompter, Sample(turns), "")
+        calibration = measure(model.eager, model.family, model.prompter, Sample(turns), "")
     else:
         where = f"{calibration.samples} calibration {'sample' if calibration.samples == 1 else 'samples'}"
     plan = plans[own.name]
@@ -89,19 +94,19 @@ def explain(
         num_keep=plan.keep.get(layer, list(plan.keep.values())[-1]),
         channels=calibration.sink_channels,
     )
-    limit = longest(job.prompter, prompt, max_new_tokens)
+    limit = longest(model.prompter, prompt, max_new_tokens)
 
     def answered(name: str) -> tuple[Prefill, list[int]]:
         run = dense if name == DENSE else runs.eager.prefill(inputs, is_visual, plans[name])
         return run, runs.greedy(run, limit)
 
-    found = {name: answered(name) for name in tracked(chosen, "explain", len(chosen), job.report)}
+    found = {name: answered(name) for name in tracked(chosen, "explain", len(chosen), model.report)}
     kept = {name: _kept(prompt, run) for name, (run, _) in found.items()}
     explained = tuple(
         Explained(
             method=name,
             own=name == own.name,
-            answer=job.prompter.decode(tokens).strip(),
+            answer=model.prompter.decode(tokens).strip(),
             same_answer=tokens == found[DENSE][1],
             stages=tuple(
                 StageKept(where=stage.where, selector=stage.selector, kept=plans[name].keep[stage.layer])
@@ -113,10 +118,10 @@ def explain(
         )
         for name, (run, tokens) in found.items()
     )
-    surfaces = surfaces_of(prompt, images, job.prompter.image_processor)
+    surfaces = surfaces_of(prompt, images, model.prompter.image_processor)
     return Explanation(
-        bundle=str(job.bundle.folder),
-        model=job.checkpoint_source,
+        bundle=str(bundle.folder),
+        model=model.checkpoint_source,
         question=question,
         pictures=tuple(path.name for path in pictures),
         visual_tokens=prompt.num_visual,
@@ -130,40 +135,43 @@ def explain(
     ), surfaces
 
 
-def _calibrated(job: Job) -> tuple[tuple[int, ...], Calibration | None]:
+def _calibrated(model: Model, bundle: Bundle) -> tuple[tuple[int, ...], Calibration | None]:
     """Layers whose visual FFNs the bundle replaces, and its calibration, both found to belong to the checkpoint."""
-    recorded = job.bundle.manifest["checkpoint"]
-    if recorded.get("files") != job.fingerprints and recorded["sha256"] != job.digests:
-        raise CapaError(f"{job.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint")
-    exported = job.bundle.stage("export")["result"]
-    path = job.bundle.folder / CALIBRATION
-    calibration = Calibration.load(job.bundle.folder) if path.exists() else None
+    model.remember_digests(bundle)
+    if not model.made(bundle):
+        raise CapaError(
+            f"{model.checkpoint}: is not the checkpoint this bundle was made from; pass it with --checkpoint"
+        )
+    exported = bundle.stage("export")["result"]
+    path = bundle.folder / CALIBRATION
+    calibration = Calibration.load(bundle.folder) if path.exists() else None
     layers = calibration.layers if calibration else []
     scales = {layer: layers[layer].alpha for layer in exported["linear_layers"]} if layers else {}
-    if exported["alpha"] != alpha_digest(scales):
+    if exported["alpha"] != scales_digest(scales):
         raise CapaError(f"{path}: missing or changed since the export; run `capa-export export` again")
     return tuple(exported["linear_layers"]), calibration
 
 
-def _layer(job: Job, asked: int | None) -> int:
-    last = job.source.dims.decoder.num_layers - 2
+def _layer(model: Model, asked: int | None) -> int:
+    last = model.source.dims.decoder.num_layers - 2
     if asked is None:
-        return next((stage.layer for stage in job.schedule if stage.layer >= 0), min(_LAYER, last))
+        return next((stage.layer for stage in model.schedule if stage.layer >= 0), min(_LAYER, last))
     if asked > last:
         raise CapaError(f"--layer {asked}: what is dropped at layers 0 to {last} makes a difference", ExitCode.USAGE)
     return asked
 
 
-def _own(job: Job, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
+def _own(model: Model, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
     """The bundle's own; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
-    stages = "+".join(stage_text(stage) for stage in job.schedule)
-    if calibration is not None and calibration.linear_layers(job.recipe.ffn.eta) == linear:
-        return Method(stages, job.schedule, "scale")
-    return Method(f"{stages}/full", job.schedule, "full")
+    stages = "+".join(stage_text(stage) for stage in model.schedule)
+    if calibration is not None and calibration.linear_layers(model.recipe.ffn.eta) == linear:
+        return Method(stages, model.schedule, "scale")
+    return Method(f"{stages}/full", model.schedule, "full")
 
 
 def _others(
-    job: Job,
+    model: Model,
+    bundle: Bundle,
     own: Method,
     named: Mapping[str, Method] | None,
     layer: int,
@@ -173,11 +181,11 @@ def _others(
     """The methods named, beside dense and the bundle's own; without a name every selector that can be run."""
     if named is not None:
         for method in named.values():
-            _check(job, method, prompt, calibration)
+            _check(model, bundle, method, prompt, calibration)
         same = (own.stages, own.ffn, own.eta)
         return {key: one for key, one in named.items() if (one.stages, one.ffn, one.eta) != same}, []
     every = {method.name: method for method in _every_selector(own, layer)}
-    refused = {name: _refusal(job, method, prompt, calibration) for name, method in every.items()}
+    refused = {name: _refusal(model, bundle, method, prompt, calibration) for name, method in every.items()}
     left_out = [LeftOut(method=name, reason=reason) for name, reason in refused.items() if reason]
     return {name: method for name, method in every.items() if not refused[name]}, left_out
 
@@ -195,25 +203,25 @@ def _every_selector(own: Method, layer: int) -> list[Method]:
     return found
 
 
-def _refusal(job: Job, method: Method, prompt: Prompt, calibration: Calibration | None) -> str:
+def _refusal(model: Model, bundle: Bundle, method: Method, prompt: Prompt, calibration: Calibration | None) -> str:
     """Why a method cannot be run, if so."""
     try:
-        _check(job, method, prompt, calibration)
+        _check(model, bundle, method, prompt, calibration)
     except CapaError as error:
         return str(error).removeprefix(f"method {method.name}: ")
     return ""
 
 
-def _check(job: Job, method: Method, prompt: Prompt, calibration: Calibration | None) -> None:
+def _check(model: Model, bundle: Bundle, method: Method, prompt: Prompt, calibration: Calibration | None) -> None:
     """Refuse a method that cannot be run, before the model is loaded."""
-    check_fits(job, method)
+    check_fits(model, method)
     if method.ffn != "full" and calibration is None:
         raise CapaError(
-            f"method {method.name}: {job.bundle.folder} has no calibration to replace visual FFNs from; "
+            f"method {method.name}: {bundle.folder} has no calibration to replace visual FFNs from; "
             f"write {method.name.partition('/')[0]}/full",
             ExitCode.USAGE,
         )
-    if prune := method.prune(job.recipe.prune.min_keep_per_image):
+    if prune := method.prune(model.recipe.prune.min_keep_per_image):
         try:
             prune.num_keep(prompt.image_lengths)
         except CapaError as error:

@@ -13,9 +13,9 @@ from capa_export.base.statistics import kl_divergence
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.samples import Sample
-from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.generation import eos_token_ids
+from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt
 from capa_export.selectors.selector import Chosen
 from capa_export.study.tune.candidates import linear_layers
@@ -49,10 +49,10 @@ class Opened(NamedTuple):
 class Judge:
     """The model, dense and pruned."""
 
-    def __init__(self, job: Job, calibration: Calibration, selectors: Sequence[str]) -> None:
-        self.job, self.calibration = job, calibration
-        self.eager = Eager(job.eager_model)
-        self.stop = set(eos_token_ids(job.source.checkpoint.sidecars))
+    def __init__(self, model: Model, calibration: Calibration, selectors: Sequence[str]) -> None:
+        self.model, self.calibration = model, calibration
+        self.eager = Eager(model.eager)
+        self.stop = set(eos_token_ids(model.source.checkpoint.sidecars))
         # What all of them together read of a prompt.
         chosen = dict(enumerate(Chosen(name) for name in selectors))
         self.every = EagerPlan(keep=dict.fromkeys(chosen, 0), selectors=chosen)
@@ -60,8 +60,8 @@ class Judge:
     @torch.inference_mode()
     def opened(self, sample: Sample) -> Opened:
         """Run dense; the end of its answer is a token too."""
-        prompt = self.job.prompter.chat(sample.turns)
-        inputs = inputs_for(self.every, self.job.family, self.job.eager_model, prompt)
+        prompt = self.model.prompter.chat(sample.turns)
+        inputs = inputs_for(self.every, self.model.family, self.model.eager, prompt)
         run = self.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), EagerPlan())
         logits, answer = [run.logits], [int(run.logits.argmax())]
         while len(answer) < STEPS and answer[-1] not in self.stop:
@@ -82,7 +82,7 @@ class Judge:
         return Agreement(sum(kl) / len(kl), sum(hits) / len(hits))
 
     def _plan(self, method: Method, sample: Opened) -> EagerPlan:
-        min_keep = self.job.recipe.prune.min_keep_per_image
+        min_keep = self.model.recipe.prune.min_keep_per_image
         prune = method.prune(min_keep)
         assert prune is not None
         kept = prune.num_keep(sample.prompt.image_lengths)
@@ -90,7 +90,7 @@ class Judge:
             keep={stage.layer: count for stage, count in zip(method.stages, kept, strict=True)},
             scales={
                 layer: torch.from_numpy(self.calibration.layers[layer].alpha).float()
-                for layer in linear_layers(method, self.job.recipe, self.calibration)
+                for layer in linear_layers(method, self.model.recipe, self.calibration)
             },
             selectors=prune.selectors,
             min_keep_per_image=min_keep,

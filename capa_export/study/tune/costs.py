@@ -10,7 +10,7 @@ from capa_export.base.progress import tracked
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method
 from capa_export.data.samples import Samples
-from capa_export.job import Job
+from capa_export.model.model import Model
 from capa_export.plan.flops import PrefillFlops, flops
 
 __all__ = ["Costs", "Shape", "shapes"]
@@ -25,10 +25,10 @@ class Shape(NamedTuple):
     """All other tokens."""
 
 
-def shapes(job: Job, samples: Samples) -> Iterator[Shape]:
+def shapes(model: Model, samples: Samples) -> Iterator[Shape]:
     """Of the prompts that the samples make."""
-    for sample in tracked(samples, "tune: prompts", samples.count, job.report):
-        prompt = job.prompter.chat(sample.turns)
+    for sample in tracked(samples, "tune: prompts", samples.count, model.report):
+        prompt = model.prompter.chat(sample.turns)
         yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
 
 

@@ -12,9 +12,8 @@ from itertools import islice
 from math import isnan
 from statistics import fmean
 
-from capa_export.base.progress import Report, tracked
+from capa_export.base.progress import Report, say, tracked
 from capa_export.config.schedule import Method
-from capa_export.job import say
 from capa_export.study.tune.agreement import Agreement, Opened
 from capa_export.study.tune.candidates import OTHER_MORE, Candidates
 

@@ -7,12 +7,14 @@ import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.base.statistics import Difference, paired_bootstrap
+from capa_export.bundle.store import Bundle
+from capa_export.calibrate.stage import calibrate
+from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import FFN, Recipe
 from capa_export.config.schedule import Method
 from capa_export.data.samples import samples_from
-from capa_export.job import Job
-from capa_export.pipeline import calibrate
-from capa_export.plan.eager_memory import require_eager_memory
+from capa_export.model.memory import require_eager_memory
+from capa_export.model.model import Model
 from capa_export.study.tune.agreement import Agreement, Judge
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
 from capa_export.study.tune.costs import Costs, shapes
@@ -21,35 +23,37 @@ from capa_export.study.tune.search import FEWEST, Search, mean_kl, rungs
 
 __all__ = ["tune"]
 
+_SAMPLES = 128
 _FULL = 0.999999
 """An eta that no layer exceeds where none is to be linear; one that does would lose nothing by it."""
 
 
-def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
+def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> tuple[Recipe, Tuning]:
     """Find the recipe's best schedule on the samples that it calibrates on.
 
     Args:
-        job: calibrated into its bundle on the way, on the same samples, unless it brings a calibration.
+        model: with the recipe.
+        bundle: takes the calibration.
+        options: pictures, samples at most, and a calibration where there is one; else one is run on the same samples.
         budget: fraction of dense's FLOPs in the decoder's prefill, below 1, or FLOPs a prompt.
-        count: samples at most.
 
     Raises:
         CapaError: no schedule meets the budget, there are too few samples, the calibration is another model's, the
             model gives no numbers, or this machine's memory is too small for it.
     """
-    samples = samples_from(job.images, job.recipe, count, split="train")
+    samples = samples_from(options.images, model.recipe, options.samples or _SAMPLES, split="train")
     if samples.count < FEWEST:
         raise CapaError(f"{samples.name}: too few to tell schedules apart; give {FEWEST} or more")
-    job.check_layers()
-    require_eager_memory(job)
-    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
+    model.check_layers()
+    require_eager_memory(model)
+    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, shapes(model, samples))
     share = costs.share_of(budget)
-    calibration = calibrate(job)
-    selectors, left_out = offered(job.family)
-    candidates = Candidates(job.recipe, selectors, calibration, costs, share)
+    calibration = calibrate(model, bundle, options)
+    selectors, left_out = offered(model.family)
+    candidates = Candidates(model.recipe, selectors, calibration, costs, share)
     own, earlier = candidates.own()
-    judge = Judge(job, calibration, selectors)
-    search = Search(candidates, ffns(job.recipe.ffn, calibration), judge.agreement, job.report)
+    judge = Judge(model, calibration, selectors)
+    search = Search(candidates, ffns(model.recipe.ffn, calibration), judge.agreement, model.report)
     found = search.run(own, map(judge.opened, samples), samples.count)
 
     # The best of several is tested, so that each gets its share of what chance may do.
@@ -59,7 +63,7 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         method = found.methods[name]
         return Finalist(
             method=name,
-            linear_layers=linear_layers(method, job.recipe, calibration),
+            linear_layers=linear_layers(method, model.recipe, calibration),
             flops=candidates.share(method),
             kl=mean_kl(agreements),
             top1=fmean(agreement.top1 for agreement in agreements),
@@ -70,13 +74,13 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
     best = finalists[0]
     if best.kl is None:
         raise CapaError(
-            f"{job.checkpoint}: its logits are no numbers, with all tokens or with any schedule; check its files"
+            f"{model.checkpoint}: its logits are no numbers, with all tokens or with any schedule; check its files"
         )
     broken = own is not None and not np.isfinite([agreement.kl for agreement in found.finalists[own.name]]).all()
     proven = own is None or (best.gain is not None and best.gain.low > 0) or broken
     chosen = found.methods[best.method] if proven or own is None else own
     tuning = Tuning(
-        model=job.checkpoint_source,
+        model=model.checkpoint_source,
         budget=share,
         dense_flops=costs.dense / samples.count,
         text=costs.text,
@@ -89,7 +93,7 @@ def tune(job: Job, budget: float, count: int) -> tuple[Recipe, Tuning]:
         left_out=left_out,
         verdict=_verdict(best, own, earlier, broken=broken),
     )
-    return _recipe(job, chosen), tuning
+    return _recipe(model, chosen), tuning
 
 
 def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str, level: float) -> Difference | None:
@@ -116,9 +120,9 @@ def _verdict(best: Finalist, own: Method | None, earlier: int, *, broken: bool) 
     return f"{best.method} agrees better with dense than {its}"
 
 
-def _recipe(job: Job, chosen: Method) -> Recipe:
+def _recipe(model: Model, chosen: Method) -> Recipe:
     """The recipe with the chosen method in it, and a checkpoint that is found from anywhere."""
-    recipe = job.recipe
+    recipe = model.recipe
     ffn: FFN = recipe.ffn.model_copy(update={"eta": _FULL if chosen.ffn == "full" else chosen.eta})
     prune = recipe.prune.model_copy(update={"schedule": chosen.stages})
-    return recipe.model_copy(update={"prune": prune, "ffn": ffn, "checkpoint": job.checkpoint_source})
+    return recipe.model_copy(update={"prune": prune, "ffn": ffn, "checkpoint": model.checkpoint_source})

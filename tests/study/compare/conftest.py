@@ -9,9 +9,9 @@ import pytest
 
 from capa_export import pipeline
 from capa_export.base.statistics import wilson
-from capa_export.bundle.store import Bundle, file_digest
+from capa_export.bundle.store import PARITY, Bundle, file_digest
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.job import PARITY, Job
+from capa_export.job import Job
 from capa_export.report.schema import Method, MethodError, ParityReport, write_parity
 from tests.conftest import noise
 

@@ -41,7 +41,7 @@ def test_a_method_that_does_not_fit(
 def test_a_model_that_exceeds_memory_is_refused_before_it_is_calibrated(
     recipe: Recipe, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
         subject_of(job_of(recipe, checkpoint, tmp_path))
     assert not list(tmp_path.iterdir())

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
 def test_a_model_that_exceeds_memory_is_not_loaded(
     bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
         explain(unopened(bundle), [pictures / "tall.png"], QUESTION)
 

@@ -150,7 +150,7 @@ def test_bad_input(
 def test_a_model_that_exceeds_memory(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capa_export.plan.eager_memory.available_memory", lambda: 1000)
+    monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     assert main([*arguments, "--budget", "0.6", "--out", str(tmp_path / "x.toml")]) == ExitCode.PREFLIGHT
     said = capsys.readouterr().err
     assert "the model takes 0.5 GB in FP32, 0.0 GB are free" in said

@@ -1,0 +1,420 @@
+"""The way from a checkpoint to a bundle, as a whole and stage by stage."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from capa_export.api.bundle import AnyPath, Bundle, path_of
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import Report, silent
+from capa_export.base.workers import Workers
+from capa_export.bundle import store
+from capa_export.config.options import BuildOptions, ValidationOptions, WeightsWish
+from capa_export.config.plugins import PluginWish
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.target import Precision, Target, load_target
+from capa_export.model.model import Model
+from capa_export.model.recipe_choice import find_recipe
+from capa_export.plan.plan import dry_run
+
+__all__ = ["build", "calibrate", "export", "find_model", "plan"]
+
+Weights = WeightsWish | Literal["in-place"]
+
+
+def find_model(
+    checkpoint: str | None,
+    recipe: str | None = None,
+    *,
+    revision: str | None = None,
+    ratio: float | None = None,
+    prune_layer: int | None = None,
+    selector: str | None = None,
+    min_keep_per_image: int | None = None,
+    fp32_layers: Sequence[str] | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    target: Target | None = None,
+    trust_remote_code: bool = False,
+    progress: Report = silent,
+) -> Model:
+    """The checkpoint with a recipe, what is asked in place of the recipe's, and what a target takes.
+
+    Args:
+        checkpoint: local folder or hub id; None for the recipe's own.
+        recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
+        revision: of a hub id.
+        ratio: fraction of visual tokens removed.
+        prune_layer: behind whose attention tokens are dropped.
+        selector: what chooses the tokens.
+        min_keep_per_image: visual tokens that each image keeps at least.
+        fp32_layers: parts in FP32.
+        min_pixels: least area that a picture is resized to.
+        max_pixels: largest area.
+        target: whose engines limit the pictures.
+        trust_remote_code: whether the checkpoint's own Python may run.
+        progress: told how far the work is.
+
+    Raises:
+        CapaError: neither is given, no recipe is for the checkpoint, or an option is out of range.
+    """
+    if recipe is None and checkpoint is None:
+        raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
+    chosen: Recipe = load_recipe(recipe) if recipe is not None else find_recipe(checkpoint or "", revision)
+    changed = chosen.with_options(
+        ratio=ratio,
+        prune_layer=prune_layer,
+        selector=selector,
+        min_keep_per_image=min_keep_per_image,
+        fp32_layers=fp32_layers,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    return Model(
+        recipe=changed.model_copy(update={"pictures": changed.pictures.on_target(target)}),
+        checkpoint=checkpoint or chosen.checkpoint,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        report=progress,
+    )
+
+
+def calibrate(
+    checkpoint: str | None = None,
+    *,
+    out: AnyPath,
+    recipe: str | None = None,
+    revision: str | None = None,
+    images: AnyPath | None = None,
+    samples: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    layer_by_layer: bool | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Report = silent,
+) -> dict[str, Any]:
+    """Measure which visual FFNs are linear, and their scales, into a bundle's folder; returns what was found.
+
+    Args:
+        checkpoint: local folder or hub id; None for the recipe's own.
+        out: the bundle's folder.
+        recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
+        revision: of a hub id.
+        images: pictures and questions; the recipe's scenes where there are none.
+        samples: prompts, in place of the recipe's number.
+        min_pixels: least area that a picture is resized to.
+        max_pixels: largest area.
+        layer_by_layer: whether to hold one layer's weights in memory; None where the model does not fit.
+        workers: processes that share the samples.
+        ray: address of a cluster that does.
+        trust_remote_code: whether the checkpoint's own Python may run.
+        progress: told how far the work is.
+
+    Raises:
+        CapaError: the model or a sample does not load, or this machine has no room for the model.
+    """
+    from capa_export.calibrate.stage import calibrate as measure
+
+    model = find_model(
+        *(checkpoint, recipe),
+        revision=revision,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    options = BuildOptions(
+        images=path_of(images),
+        samples=samples,
+        layer_by_layer=layer_by_layer,
+        workers=Workers(count=workers, ray=ray),
+    )
+    ffn = model.recipe.ffn
+    return measure(model, store.Bundle(Path(out)), options).summary(ffn.eta, ffn.paper_layers)
+
+
+def export(
+    checkpoint: str | None = None,
+    *,
+    out: AnyPath,
+    recipe: str | None = None,
+    revision: str | None = None,
+    ratio: float | None = None,
+    prune_layer: int | None = None,
+    selector: str | None = None,
+    min_keep_per_image: int | None = None,
+    ffn: bool = True,
+    calibration: AnyPath | None = None,
+    precision: Precision = "fp16",
+    fp32_layers: Sequence[str] | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    in_place: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] = (),
+    progress: Report = silent,
+) -> Bundle:
+    """Write the ONNX files of a bundle that is calibrated, or whose FFNs stay as they are.
+
+    Args:
+        checkpoint: as `build`, like all that is not told here.
+        out: the bundle's folder.
+        recipe: a name or a path.
+        revision: of a hub id.
+        ratio: fraction of visual tokens removed.
+        prune_layer: behind whose attention tokens are dropped.
+        selector: what chooses the tokens.
+        min_keep_per_image: visual tokens that each image keeps at least.
+        ffn: whether linear FFNs of visual tokens become a scale.
+        calibration: a finished one, in place of the one in `out`.
+        precision: of weights and activations.
+        fp32_layers: parts in FP32.
+        min_pixels: least area that a picture is resized to.
+        max_pixels: largest area.
+        in_place: whether the ONNX files read the checkpoint's own shards instead of a copy.
+        trust_remote_code: whether the checkpoint's own Python may run.
+        command: a command line, for the manifest.
+        progress: told how far the work is.
+
+    Raises:
+        CapaError: an option or a file does not fit the model, or the disk has no room for the weights.
+    """
+    model = find_model(
+        *(checkpoint, recipe),
+        revision=revision,
+        ratio=ratio,
+        prune_layer=prune_layer,
+        selector=selector,
+        min_keep_per_image=min_keep_per_image,
+        fp32_layers=fp32_layers,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    from capa_export.calibrate.stage import calibrate as measure
+    from capa_export.export.stage import export as write_graphs
+
+    options = BuildOptions(
+        calibration=path_of(calibration), precision=precision, ffn=ffn, in_place=in_place, command=command
+    )
+    bundle = store.Bundle(Path(out))
+    if calibration is not None:
+        measure(model, bundle, options)
+    write_graphs(model, bundle, options)
+    return Bundle(out)
+
+
+def build(
+    checkpoint: str | None = None,
+    *,
+    out: AnyPath,
+    recipe: str | None = None,
+    revision: str | None = None,
+    ratio: float | None = None,
+    prune_layer: int | None = None,
+    selector: str | None = None,
+    min_keep_per_image: int | None = None,
+    ffn: bool = True,
+    images: AnyPath | None = None,
+    samples: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    layer_by_layer: bool | None = None,
+    calibration: AnyPath | None = None,
+    precision: Precision = "fp16",
+    fp32_layers: Sequence[str] | None = None,
+    auto_fp32: bool = False,
+    target: str = "rtx",
+    weights: Weights = "auto",
+    memory: int | None = None,
+    plugins: PluginWish = "auto",
+    plugin_library: AnyPath | None = None,
+    validation_samples: int | None = None,
+    gate: AnyPath | None = None,
+    strict: bool = False,
+    store_golden: int = 0,
+    trust_remote_code: bool = False,
+    command: Sequence[str] = (),
+    progress: Report = silent,
+) -> Bundle:
+    """Take a checkpoint all the way to a validated bundle; stages that are current are not run again.
+
+    Args:
+        checkpoint: local folder or hub id; None for the recipe's own.
+        out: the bundle's folder.
+        recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
+        revision: of a hub id.
+        ratio: fraction of visual tokens removed, in place of the recipe's.
+        prune_layer: behind whose attention tokens are dropped.
+        selector: what chooses the tokens.
+        min_keep_per_image: visual tokens that each image keeps at least.
+        ffn: whether linear FFNs of visual tokens become a scale.
+        images: pictures and questions of calibration and validation; the recipe's scenes where there are none.
+        samples: prompts of the calibration, in place of the recipe's number.
+        min_pixels: least area that a picture is resized to.
+        max_pixels: largest area; what the target takes by default.
+        layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
+        calibration: a finished one, a file or a bundle, in place of a run.
+        precision: of weights and activations.
+        fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
+        auto_fp32: whether to put in FP32 what the bisection of a failure finds, and to validate again.
+        target: the device, a name that `capa-export targets` lists or the path of a .toml.
+        weights: where engines find theirs, and with `in-place` the ONNX files, too: in the checkpoint's own shards.
+        memory: bytes of the device, where one of the target's is meant.
+        plugins: what computes the CAPA nodes of engines.
+        plugin_library: the library of native plugins.
+        validation_samples: prompts to compare and questions to ask, in place of the recipe's numbers.
+        gate: TOML file with bounds in place of the recipe's.
+        strict: whether warnings are failures.
+        store_golden: samples to leave in the bundle, to validate without a checkpoint.
+        trust_remote_code: whether the checkpoint's own Python may run.
+        command: a command line, for the manifest.
+        progress: told how far the work is.
+
+    Returns:
+        The bundle. Gates that do not hold raise nothing: `parity.passed` says so.
+
+    Raises:
+        CapaError: something stands in the way of a stage, which is found before the first where it can be; or a stage
+            failed, and those before it are kept.
+    """
+    device = load_target(target)
+    model = find_model(
+        *(checkpoint, recipe),
+        revision=revision,
+        ratio=ratio,
+        prune_layer=prune_layer,
+        selector=selector,
+        min_keep_per_image=min_keep_per_image,
+        fp32_layers=fp32_layers,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        target=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    _check_device(device, precision, weights, plugins, plugin_library)
+    if calibration is not None and (samples is not None or layer_by_layer is not None):
+        option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
+        raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
+    options = BuildOptions(
+        images=path_of(images),
+        samples=samples,
+        calibration=path_of(calibration),
+        layer_by_layer=layer_by_layer,
+        precision=precision,
+        ffn=ffn,
+        weights="external" if weights == "in-place" else weights,
+        memory=memory,
+        plugins=plugins,
+        plugin_library=path_of(plugin_library),
+        in_place=weights == "in-place",
+        auto_fp32=auto_fp32,
+        command=command,
+    )
+    validation = ValidationOptions(
+        images=options.images,
+        layer_by_layer=layer_by_layer,
+        samples=validation_samples,
+        gate=path_of(gate),
+        strict=strict,
+        bisect=auto_fp32,
+        store_golden=store_golden,
+    )
+    from capa_export import pipeline
+
+    pipeline.build(model, store.Bundle(Path(out)), device, options, validation)
+    return Bundle(out)
+
+
+def plan(
+    checkpoint: str | None = None,
+    *,
+    out: AnyPath | None = None,
+    recipe: str | None = None,
+    revision: str | None = None,
+    ratio: float | None = None,
+    prune_layer: int | None = None,
+    selector: str | None = None,
+    min_keep_per_image: int | None = None,
+    ffn: bool = True,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    layer_by_layer: bool | None = None,
+    calibration: AnyPath | None = None,
+    precision: Precision = "fp16",
+    fp32_layers: Sequence[str] | None = None,
+    target: str = "rtx",
+    weights: Weights = "auto",
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """Say what a build would do, from `config.json` alone: FLOPs, sizes, memory, and what would end it (`refusals`).
+
+    Args:
+        checkpoint: as `build`, like all the others.
+        out: the bundle's folder, whose calibration says which layers are linear.
+        recipe: a name or a path.
+        revision: of a hub id.
+        ratio: fraction of visual tokens removed.
+        prune_layer: behind whose attention tokens are dropped.
+        selector: what chooses the tokens.
+        min_keep_per_image: visual tokens that each image keeps at least.
+        ffn: whether linear FFNs of visual tokens become a scale.
+        min_pixels: least area that a picture is resized to.
+        max_pixels: largest area.
+        layer_by_layer: whether to hold one layer's weights in memory.
+        calibration: a finished one.
+        precision: of weights and activations.
+        fp32_layers: parts in FP32.
+        target: the device.
+        weights: where engines find theirs.
+        memory: bytes of the device.
+
+    Raises:
+        CapaError: the config cannot be read, or an option does not fit the model.
+    """
+    device = load_target(target)
+    model = find_model(
+        *(checkpoint, recipe),
+        revision=revision,
+        ratio=ratio,
+        prune_layer=prune_layer,
+        selector=selector,
+        min_keep_per_image=min_keep_per_image,
+        fp32_layers=fp32_layers,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        target=device,
+    )
+    _check_device(device, precision, weights)
+    return dry_run(
+        *(model.recipe, model.checkpoint, path_of(out), precision),
+        ffn=ffn,
+        revision=revision,
+        calibration=path_of(calibration),
+        target=device,
+        weights="external" if weights == "in-place" else weights,
+        in_place=weights == "in-place",
+        memory=memory,
+        layer_by_layer=layer_by_layer,
+    )
+
+
+def _check_device(
+    device: Target,
+    precision: Precision,
+    weights: Weights,
+    plugins: PluginWish = "auto",
+    plugin_library: AnyPath | None = None,
+) -> None:
+    """Refuse options that a target's engines, or the lack of any, cannot take."""
+    device.require_precision(precision)
+    if device.engine:
+        device.require_engine()
+    elif weights == "external":
+        raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
+    elif plugins != "auto" or plugin_library is not None:
+        raise CapaError(f"--plugins: target {device.name} has no engine to put them in", ExitCode.USAGE)

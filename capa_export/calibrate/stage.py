@@ -1,0 +1,153 @@
+"""The calibration stage: measures the dense model, or takes what was measured elsewhere."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import say, tracked
+from capa_export.base.workers import chunks, in_order, spread
+from capa_export.bundle.store import Bundle, run_stage
+from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
+from capa_export.calibrate.unfinished import UnfinishedSums
+from capa_export.config.options import BuildOptions
+from capa_export.config.recipe import Recipe, ranges
+from capa_export.data.samples import Sample, Samples, samples_from
+from capa_export.job import tool_versions
+from capa_export.model.memory import calibration_bytes, exceeds_memory, require_eager_memory
+from capa_export.model.model import Model
+
+__all__ = ["adopt_calibration", "calibrate", "check_owner"]
+
+_SAMPLES_A_TASK = 4
+
+
+def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
+    """Measure the dense model into a bundle, or read what an earlier run measured.
+
+    Raises:
+        CapaError: the model does not load or does not fit, a sample cannot be asked, or a calibration that is given
+            is of another model.
+    """
+    model.check_files()
+    _check_workers(model, options)
+    model.check_pictures()
+    model.remember_digests(bundle)
+    if options.calibration is not None:
+        calibration = Calibration.load(options.calibration)
+        check_owner(calibration, model, options.calibration)
+        with bundle.claimed():
+            adopt_calibration(bundle, calibration)
+            model.record_digests(bundle)
+        _say_linear(calibration, model.recipe)
+        return calibration
+
+    recipe = model.recipe
+    samples = samples_from(options.images, recipe, options.samples or recipe.calibration.samples, split="train")
+    key = [tool_versions("torch", "transformers"), model.digest, model.prompt_settings, samples.digest()]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        by_layer = _goes_by_layer(model, bundle, options, key)
+        with bundle.unfinished("calibrate", [key, by_layer]) as folder:
+            calibration = _measured(model, samples, options, UnfinishedSums(folder), by_layer=by_layer)
+        calibration.save(scratch / CALIBRATION)
+        return calibration.summary(recipe.ffn.eta, recipe.ffn.paper_layers)
+
+    with bundle.claimed():
+        run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+        model.record_digests(bundle)
+        calibration = Calibration.load(bundle.folder)
+    _say_linear(calibration, recipe)
+    return calibration
+
+
+def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
+    """Put a calibration made elsewhere into a bundle."""
+
+    def work(scratch: Path) -> dict[str, Any]:
+        calibration.save(scratch / CALIBRATION)
+        return {"samples": calibration.samples, "adopted": True}
+
+    key = ["adopted", calibration.digest()]
+    run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+
+
+def check_owner(calibration: Calibration, model: Model, path: Path) -> None:
+    """Refuse a calibration whose alpha belongs to other weights.
+
+    Raises:
+        CapaError: it was measured on another checkpoint.
+    """
+    if calibration.checkpoint_digest != model.digest:
+        raise CapaError(f"{path}: measured on another checkpoint than {model.checkpoint}; calibrate this one")
+
+
+def _check_workers(model: Model, options: BuildOptions) -> None:
+    """Refuse workers that this machine's memory, or another option, does not allow."""
+    if options.workers.here:
+        return
+    if options.layer_by_layer:
+        raise CapaError("--layer-by-layer runs in one process: drop it, or --workers and --ray", ExitCode.USAGE)
+    require_eager_memory(model, options.workers)
+
+
+def _goes_by_layer(model: Model, bundle: Bundle, options: BuildOptions, key: list[Any]) -> bool:
+    """Whether to go layer by layer: as is asked, as an interrupted run did, or where the model does not fit."""
+    if options.layer_by_layer is not None:
+        return options.layer_by_layer
+    if not options.workers.here:
+        return False
+    for by_layer in (False, True):
+        folder = bundle.interrupted("calibrate", [key, by_layer])
+        if folder is not None and UnfinishedSums(folder).load() is not None:
+            return by_layer
+    return exceeds_memory("the model takes {} in FP32", calibration_bytes(model.source.checkpoint.num_parameters))
+
+
+def _measured(
+    model: Model, samples: Samples, options: BuildOptions, unfinished: UnfinishedSums, *, by_layer: bool
+) -> Calibration:
+    """Measure the samples, from where an interrupted run stopped."""
+    from capa_export.calibrate.layerwise import calibrate_layerwise
+    from capa_export.calibrate.measure import calibrate as measure
+
+    if unfinished.load() is not None:
+        option = "--layer-by-layer" if by_layer else "--in-memory"
+        say(f"{'':<14}goes on where it was interrupted, as with {option}")
+    if not options.workers.here:
+        return _measured_by_workers(model, samples, options, unfinished)
+    about: Any = {"checkpoint_digest": model.digest, "unfinished": unfinished, "report": model.report}
+    if by_layer:
+        return calibrate_layerwise(model.source, model.prompter, samples, **about)
+    calibration = measure(model.eager, model.family, model.prompter, samples, **about)
+    # The stages to come need the memory more than validation needs the second that loading takes.
+    model.forget_eager()
+    return calibration
+
+
+def _measured_by_workers(
+    model: Model, samples: Samples, options: BuildOptions, unfinished: UnfinishedSums
+) -> Calibration:
+    """What one process would measure, to the last bit where each has as many threads."""
+    before = unfinished.load()
+    done = before.samples if before else 0
+    tasks = chunks(islice(samples, done, None), _SAMPLES_A_TASK)
+    results = in_order(spread(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
+    measured = tracked(chain.from_iterable(results), "calibrate", samples.count - done, model.report)
+    return summed(measured, before, unfinished.keep)
+
+
+def _measurer(model: Model, checkpoint_digest: str) -> Callable[[Sequence[Sample]], list[Calibration]]:
+    """Open the model in a worker process; what is returned measures each of the samples it is given."""
+    from capa_export.calibrate.measure import measure
+
+    eager, family, prompter = model.eager, model.family, model.prompter
+    return lambda samples: [measure(eager, family, prompter, sample, checkpoint_digest) for sample in samples]
+
+
+def _say_linear(calibration: Calibration, recipe: Recipe) -> None:
+    linear = calibration.linear_layers(recipe.ffn.eta)
+    paper = f"; the paper lists {ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
+    say(f"{'':<14}visual FFNs linear (cosine > {recipe.ffn.eta:g}) in layers {ranges(linear)}{paper}")

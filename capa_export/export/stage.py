@@ -1,0 +1,173 @@
+"""The export stage: writes the graphs of a recipe and streams the weights into them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capa_export.base.progress import say
+from capa_export.bundle.store import ONNX, Bundle, run_stage
+from capa_export.calibrate.audit import audit
+from capa_export.calibrate.stage import check_owner
+from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
+from capa_export.config.options import BuildOptions
+from capa_export.config.recipe import Prune
+from capa_export.job import tool_versions
+from capa_export.model.generation import eos_token_ids, read_generation
+from capa_export.model.model import Model
+
+__all__ = ["check_wishes", "export", "pruning"]
+
+
+def check_wishes(model: Model) -> None:
+    """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse.
+
+    Raises:
+        CapaError: there are some.
+    """
+    model.check_layers()
+    model.check_pictures()
+    read_generation(model.source.checkpoint.sidecars).check()
+
+
+def pruning(prune: Prune) -> dict[str, Any]:
+    """What the graphs need to know of the pruning, as arguments of `write_onnx`."""
+    return {
+        "prune_layers": tuple(stage.layer for stage in prune.schedule),
+        "selectors": prune.selectors,
+        "min_keep_per_image": prune.min_keep_per_image,
+    }
+
+
+def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
+    """Write the ONNX files of a bundle, which has a calibration unless FFNs stay as they are.
+
+    Raises:
+        CapaError: an option or a file does not fit the model, or the disk or a dtype is too small for the weights.
+    """
+    check_wishes(model)
+    model.check_files()
+    model.remember_digests(bundle)
+    calibration, scales = _calibrated(model, bundle, options)
+    alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
+
+    def digests() -> dict[str, str]:
+        # A calibration needed them; weights in place are too many bytes to read for anything less.
+        unread = options.in_place and calibration is None and not model.remember_digests(bundle)
+        return {} if unread else model.digests
+
+    def key() -> list[Any]:
+        return [
+            tool_versions("onnxscript", "onnx-ir"),
+            ["in place", model.fingerprints] if options.in_place else model.digest,
+            options.precision,
+            pruning(model.recipe.prune),
+            model.sidecar_digests,
+            alpha,
+            fp32_layers,
+        ]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        files, facts = _write(model, options, scratch / ONNX, scales, fp32_layers)
+        known = digests()
+        linked = {f"{ONNX}/{file}": known.get(entry["shard"]) for file, entry in files.items() if "shard" in entry}
+        sha256 = {f"{ONNX}/{file}": entry["sha256"] for file, entry in files.items() if "sha256" in entry}
+        made = {"files": files, "linear_layers": sorted(scales), "alpha": alpha, "fp32_layers": fp32_layers, **facts}
+        return {**made, "linked": linked, "sha256": sha256}
+
+    with bundle.claimed():
+        run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"])
+        _say_kept(model, calibration)
+        bundle.update(
+            tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+            command=list(options.command),
+            recipe=model.recipe.model_dump(mode="json"),
+            checkpoint={
+                "source": model.checkpoint_source,
+                "revision": model.revision,
+                "files": model.fingerprints,
+                "sha256": digests(),
+            },
+            calibration_samples=calibration.samples if calibration else 0,
+        )
+        if digests():
+            model.record_digests(bundle)
+
+
+def _calibrated(model: Model, bundle: Bundle, options: BuildOptions) -> tuple[Calibration | None, Mapping[int, Any]]:
+    """The bundle's calibration, and alpha [D] of every layer whose visual FFNs become a scale."""
+    path = bundle.folder / CALIBRATION
+    if not (options.ffn or path.exists()):
+        return None, {}
+    calibration = Calibration.load(bundle.folder)
+    check_owner(calibration, model, path)
+    return calibration, calibration.scales(model.recipe.ffn.eta) if options.ffn else {}
+
+
+def _fp32_layers(model: Model, options: BuildOptions, calibration: Calibration | None) -> list[str]:
+    """The recipe's parts in FP32, and those that the calibration asks for."""
+    if options.precision == "fp32":
+        return []
+    asked: tuple[str, ...] = ()
+    if calibration is not None:
+        asked, findings = audit(calibration.absmax, options.precision, model.source.dims)
+        for finding in findings:
+            say(f"audit         {finding}")
+    elif options.precision == "fp16":
+        say("audit         no calibration, so whether FP16 holds every activation is not known")
+    return sorted({*model.recipe.fp32_layers, *asked})
+
+
+def _write(
+    model: Model, options: BuildOptions, folder: Path, scales: Mapping[int, Any], fp32_layers: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write graphs, weights and the files beside them; returns an entry a file, and what else is to be recorded."""
+    from capa_export.export.genai import reason_against, write_genai
+    from capa_export.export.graphs import write_onnx
+    from capa_export.model.processors.resolved import PROCESSORS, write_processors
+    from capa_export.model.sidecars import copy_sidecars
+
+    # Before anything is written.
+    processors = model.prompter.tokenizer, model.prompter.image_processor
+    if not options.in_place:
+        model.hash_meanwhile()
+    source, prune = model.source, model.recipe.prune
+    files = write_onnx(
+        *(source, options.precision, folder),
+        **pruning(prune),
+        scales=scales,
+        fp32_layers=fp32_layers,
+        in_place=options.in_place,
+        report=model.report,
+    )
+    copy_sidecars(source.checkpoint, folder, code=model.trust_remote_code)
+    needs_transformers = write_processors(*processors, folder / PROCESSORS)
+    not_genai = reason_against(source, prune.selectors)
+    if not_genai is None:
+        files |= write_genai(
+            *(source, options.precision, folder),
+            selectors=prune.selectors,
+            linear_layers=sorted(scales),
+            eos_token_ids=eos_token_ids(folder / "llm"),
+            min_keep_per_image=prune.min_keep_per_image,
+            fp32_layers=fp32_layers,
+        )
+    return files, {
+        "precision": options.precision,
+        "not_for_genai": not_genai,
+        "needs_transformers": needs_transformers,
+        "searched_for_nan": not options.in_place,
+    }
+
+
+def _say_kept(model: Model, calibration: Calibration | None) -> None:
+    """Say what stays of the picture that plans are made for, and of the prompts that a calibration has seen."""
+    prune, (width, height) = model.recipe.prune, model.recipe.picture
+    mean = round(calibration.mean_visual_tokens) if calibration is not None else None
+    picture = prune.num_keep([model.visual_tokens])
+    prompts = prune.num_keep([mean]) if mean else picture
+    for stage, kept, of_mean in zip(prune.schedule, picture, prompts, strict=True):
+        by = "" if stage.selector == "capa" else f" by {stage.selector}"
+        of_picture = f"kept {kept} of {model.visual_tokens} visual tokens of a picture of {width} x {height}"
+        say(f"{'':<14}ratio {stage.ratio:g} {stage.where}{by}: {of_picture}")
+        if mean:
+            say(f"{'':<14}and {of_mean} of {mean}, the mean of the calibration's prompts")

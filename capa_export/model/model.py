@@ -1,0 +1,258 @@
+"""A published checkpoint opened with a recipe: weights, prompts and the eager model, each when it is first used."""
+
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from threading import Thread
+from typing import Any
+
+from capa_export.base.errors import CapaError
+from capa_export.base.files import file_digest, fingerprint
+from capa_export.base.progress import Report, silent
+from capa_export.bundle.store import Bundle, digest_of
+from capa_export.config.parts import check_units
+from capa_export.config.pixels import PixelBounds
+from capa_export.config.recipe import Recipe, Stage, check_layers, recipe_of
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import Family, load_family, require_selection
+from capa_export.model.hub import full_source
+from capa_export.model.sidecars import sidecars
+from capa_export.model.source import Source
+from capa_export.model.visual_tokens import visual_tokens
+
+__all__ = ["Model", "recorded_model"]
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A checkpoint and the recipe it is opened with; no bundle belongs to it."""
+
+    recipe: Recipe
+    checkpoint: str
+    """Local folder or hub id."""
+    revision: str | None = None
+    """Of a hub id."""
+    trust_remote_code: bool = False
+    """Whether the checkpoint's own Python may run, for its tokenizer and image processor."""
+    report: Report = field(default=silent)
+    _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
+
+    def with_recipe(self, recipe: Recipe) -> "Model":
+        """The same opened checkpoint under another recipe, which sees pictures alike."""
+        model = copy(self)
+        model.recipe = recipe
+        return model
+
+    def unopened(self) -> "Model":
+        """The same model for another process, which opens it anew and reports nothing."""
+        return replace(self, checkpoint=self.checkpoint_source, report=silent)
+
+    @cached_property
+    def family(self) -> Family:
+        """The module of the model's family."""
+        return load_family(self.recipe.family)
+
+    @cached_property
+    def source(self) -> Source:
+        """The checkpoint, found to fit the recipe."""
+        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
+
+    @property
+    def checkpoint_source(self) -> str:
+        """The checkpoint as it is found from any folder: an absolute path or a hub id."""
+        return full_source(self.checkpoint)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, int | str]]:
+        """Size, time and header digest of the checkpoint's files, whose weights are not read."""
+        checkpoint = self.source.checkpoint
+        return {path.relative_to(checkpoint.folder).as_posix(): fingerprint(path) for path in checkpoint.files}
+
+    def remember_digests(self, bundle: Bundle) -> bool:
+        """Take the digests that a bundle recorded, if the files are still the same; returns whether they are known."""
+        hashed = bundle.manifest.get("hashed", {})
+        if "digests" not in vars(self) and hashed.get("files") == self.fingerprints:
+            vars(self)["digests"] = hashed["sha256"]
+        return "digests" in vars(self)
+
+    def record_digests(self, bundle: Bundle) -> None:
+        """Spare the next command on a bundle reading the whole checkpoint."""
+        self.remember_digests(bundle)
+        with bundle.claimed():
+            known = {"source": self.checkpoint_source, "revision": self.revision}
+            bundle.update(hashed={**known, "files": self.fingerprints, "sha256": self.digests})
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files."""
+        if self._hashing is not None:
+            return self._hashing.result()
+
+        def progress(_name: str, done: int, total: int) -> None:
+            self.report("hash checkpoint (MB)", done >> 20, total >> 20)
+
+        return self.source.checkpoint.sha256(progress)
+
+    def hash_meanwhile(self) -> None:
+        """Take the digests beside other work that reads the checkpoint; who asks for them then waits.
+
+        A thread of its own, and not a pool's, since those would keep a failed command from ending.
+        """
+        if "digests" in vars(self):
+            return
+        hashing: Future[dict[str, str]] = Future()
+        checkpoint = self.source.checkpoint
+
+        def work() -> None:
+            try:
+                hashing.set_result(checkpoint.sha256())
+            except OSError as error:
+                hashing.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
+        self._hashing = hashing
+
+    @property
+    def digest(self) -> str:
+        """One digest of config and weights."""
+        return digest_of(self.digests)
+
+    def made(self, bundle: Bundle) -> bool:
+        """Whether this is the checkpoint that a bundle was exported from."""
+        recorded = bundle.manifest["checkpoint"]
+        return recorded.get("files") == self.fingerprints or recorded["sha256"] == self.digests
+
+    @cached_property
+    def sidecar_digests(self) -> dict[str, str]:
+        """SHA-256 of tokenizer, chat template and processor files, on which prompts depend."""
+        folder = self.source.checkpoint.sidecars
+        parts = sidecars(folder, code=self.trust_remote_code)
+        paths = {path for part in parts.values() for path in part}
+        return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(paths)}
+
+    @property
+    def prompt_settings(self) -> list[Any]:
+        """All that a prompt depends on beside what is asked."""
+        return [self.sidecar_digests, self.recipe.pictures.model_dump(exclude_none=True)]
+
+    @cached_property
+    def eager(self) -> Any:
+        """The Hugging Face model, dense, in FP32."""
+        import torch
+        import transformers
+
+        from capa_export.model.eager_attention import ATTENTION
+
+        transformers.utils.logging.disable_progress_bar()
+        architecture = getattr(transformers, self.family.ARCHITECTURE)
+        folder = self.source.checkpoint.folder
+        if self.source.checkpoint.translation is not None:
+            from capa_export.model.streamed import read_model
+
+            return read_model(self.source)
+        try:
+            # Whatever attention the config asks for, from kernels that may not be here to none that there is.
+            return architecture.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation=ATTENTION,
+            ).eval()
+        except (ImportError, OSError, ValueError) as error:
+            raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+
+    def forget_eager(self) -> None:
+        """Give the eager model's memory back; whoever asks for it loads it anew."""
+        vars(self).pop("eager", None)
+
+    @cached_property
+    def prompter(self) -> Any:
+        """The checkpoint's tokenizer, chat template and image processor."""
+        from capa_export.model.prompt import Prompter
+
+        folder = self.source.checkpoint.sidecars
+        return Prompter(
+            *(folder, folder, self.family, self.source.dims),
+            bounds=self.recipe.pictures,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The recipe's stages of pruning."""
+        return self.recipe.prune.schedule
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the picture that plans are made for."""
+        return visual_tokens(self.recipe, str(self.source.checkpoint.sidecars), self.source.dims)
+
+    def check_pictures(self) -> None:
+        """Refuse bounds of pictures that the model cannot keep.
+
+        Raises:
+            CapaError: there are some.
+        """
+        _ = self.visual_tokens
+
+    def check_files(self) -> None:
+        """Hold weights, config, tokenizer, chat template and image processor against each other before any work.
+
+        Raises:
+            CapaError: one of them is missing, or does not belong to the others.
+        """
+        from capa_export.model.tensors import check_tensors
+
+        check_tensors(self.source)
+        self.prompter.check()
+
+    def check_layers(self) -> None:
+        """Refuse a schedule, or parts in FP32, that do not fit the model.
+
+        Raises:
+            CapaError: the decoder has no such layer, or the family does not offer a selector.
+        """
+        check_layers(self.recipe, self.source.dims.decoder.num_layers)
+        for stage in self.schedule:
+            if stage.chosen.reads_tower:
+                require_selection(self.family, stage.selector)
+        check_units(self.recipe.fp32_layers, self.source.dims)
+
+
+def recorded_model(
+    bundle: Bundle,
+    *,
+    checkpoint: str | None = None,
+    revision: str | None = None,
+    bounds: PixelBounds | None = None,
+    trust_remote_code: bool = False,
+    report: Report = silent,
+) -> Model:
+    """The model that a bundle was exported from, as its manifest names it.
+
+    Args:
+        bundle: exported.
+        checkpoint: in place of the recorded one, which may have moved.
+        revision: of `checkpoint`.
+        bounds: of pictures, in place of the recorded ones.
+        trust_remote_code: whether the checkpoint's own Python may run.
+        report: progress.
+
+    Raises:
+        CapaError: nothing was exported, or the manifest is damaged.
+    """
+    bundle.stage("export")
+    manifest = bundle.manifest
+    recorded = manifest.get("checkpoint")
+    if recorded is None:
+        raise CapaError(f"{bundle.folder}: the export was interrupted; `capa-export export` finishes it")
+    recipe = recipe_of(manifest, bundle.folder)
+    return Model(
+        recipe=recipe if bounds is None else recipe.model_copy(update={"pictures": bounds}),
+        checkpoint=checkpoint or recorded["source"],
+        revision=revision or (None if checkpoint else recorded["revision"]),
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
