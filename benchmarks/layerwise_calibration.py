@@ -17,14 +17,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from capa_export import pipeline
 from capa_export.base.progress import progress
 from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
+from capa_export.calibrate.stage import calibrate
+from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import load_recipe
-from capa_export.job import Job
+from capa_export.model.memory import calibration_bytes
+from capa_export.model.model import Model
 from capa_export.model.sidecars import sidecars
-from capa_export.plan.plan import calibration_bytes
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,12 +45,12 @@ if __name__ == "__main__":
             pixels = np.random.default_rng(index).integers(0, 255, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(f"{scratch}/{index}.png")
         bundle = Bundle(Path(scratch) / "out")
-        options = {"images": Path(scratch), "samples": pictures, "layer_by_layer": True, "report": report}
-        job = Job(recipe=load_recipe("qwen25vl"), bundle=bundle, checkpoint=str(folder), **options)
-        calibration, stage = pipeline.calibrate(job), bundle.stage("calibrate")
+        options = BuildOptions(images=Path(scratch), samples=pictures, layer_by_layer=True)
+        model = Model(recipe=load_recipe("qwen25vl"), checkpoint=str(folder), report=report)
+        calibration, stage = calibrate(model, bundle, options), bundle.stage("calibrate")
     assert all(np.isfinite(layer.alpha).all() for layer in calibration.layers)
     threads, load = os.environ.get("OMP_NUM_THREADS", os.cpu_count()), os.getloadavg()[0]
-    checkpoint = job.source.checkpoint
+    checkpoint = model.source.checkpoint
     result = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{platform.machine()}, {threads} thread(s), load {load:.1f} on {os.cpu_count()} cores, "

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from capa_export.base.progress import talk
 from capa_export.bundle.store import Bundle
 from capa_export.kernels import cuda
 from capa_export.model.checkpoint import open_checkpoint
@@ -24,6 +25,10 @@ from tests.models.qwen25vl import random_model, save_model
 
 if TYPE_CHECKING:
     from tests.fake_driver import FakeDriver, FakeTensorRT
+
+
+# What stages say, tests read on stderr.
+talk()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,9 +27,9 @@ def block(section: str, language: str) -> str:
     return found[1]
 
 
-def steps(job: list[dict[str, Any]]) -> dict[str, list[str]]:
+def steps(building: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Name of a step -> its commands."""
-    return {step["name"]: step["run"].splitlines() for step in job if "run" in step}
+    return {step["name"]: step["run"].splitlines() for step in building if "run" in step}
 
 
 GITHUB = yaml.safe_load(block("GitHub Actions", "yaml"))

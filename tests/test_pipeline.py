@@ -22,7 +22,6 @@ from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
-from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
@@ -33,6 +32,7 @@ from capa_export.plan.flops import parameters
 from capa_export.run.answer import answer
 from capa_export.trt import stage as engine_stage
 from capa_export.trt.stage import build_engines
+from tests.building import Building
 from tests.conftest import noise
 
 
@@ -55,16 +55,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(recipe: Recipe, checkpoint: Path, pictures: Path, tmp_path: Path) -> Job:
+def building(recipe: Recipe, checkpoint: Path, pictures: Path, tmp_path: Path) -> Building:
     """On a checkpoint of its own, which a test may change."""
     own = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    return Job(recipe=recipe, bundle=Bundle(tmp_path / "out"), checkpoint=str(own), images=pictures)
-
-
-def again(job: Job, **changes: Any) -> Job:
-    """The same request, with nothing opened yet."""
-    names = ("recipe", "bundle", "checkpoint", "images", "precision", "ffn")
-    return Job(**{**{name: getattr(job, name) for name in names}, **changes})
+    return Building.of(recipe, Bundle(tmp_path / "out"), own, images=pictures)
 
 
 def ran(capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -80,29 +74,29 @@ def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_graph_that_went_wrong_fails_whatever_its_precision(job: Job, precision: Any) -> None:
-    job = again(job, precision=precision)
-    assert pipeline.build(job, load_target("onnx")).passed
-    path = job.bundle.folder / "onnx/llm/prefill.onnx"
+def test_a_graph_that_went_wrong_fails_whatever_its_precision(building: Building, precision: Any) -> None:
+    building = building.again(precision=precision)
+    assert building.build().passed
+    path = building.bundle.folder / "onnx/llm/prefill.onnx"
     model = ir.load(path)
     for node in model.graph:
         if node.op_type == "RMSNormalization":
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.3)
     ir.save(model, path)
-    stages = job.bundle.manifest["stages"]
+    stages = building.bundle.manifest["stages"]
     stages["export"]["files"]["onnx/llm/prefill.onnx"] = file_digest(path)
-    job.bundle.update(stages=stages)
-    assert not pipeline.validate(again(job)).passed
+    building.bundle.update(stages=stages)
+    assert not building.again().validate().passed
 
 
-def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.build(job, load_target("onnx"))
+def test_what_prompts_depend_on_runs_everything_again(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
+    building.build()
     assert ran(capsys) == {"calibrate", "export", "validate"}
-    pipeline.build(again(job), load_target("onnx"))
+    building.again().build()
     assert ran(capsys) == set()
-    processor = Path(job.checkpoint) / "preprocessor_config.json"
+    processor = Path(building.checkpoint) / "preprocessor_config.json"
     processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
-    pipeline.build(again(job), load_target("onnx"))
+    building.again().build()
     assert ran(capsys) == {"calibrate", "export", "validate"}
 
 
@@ -116,65 +110,65 @@ def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.C
     ids=str,
 )
 def test_a_broken_generation_config_is_refused_before_anything_runs(
-    job: Job, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], problem: str
+    building: Building, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], problem: str
 ) -> None:
-    (Path(job.checkpoint) / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
-    for refused in (lambda: pipeline.build(job, load_target("onnx")), lambda: pipeline.export(job)):
+    (Path(building.checkpoint) / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
+    for refused in (building.build, building.export):
         with pytest.raises(CapaError, match=rf"generation_config\.json: {problem}"):
             refused()
     assert ran(capsys) == set()
 
 
-def test_a_setting_out_of_range_that_has_no_effect_is_none_of_ours(job: Job) -> None:
+def test_a_setting_out_of_range_that_has_no_effect_is_none_of_ours(building: Building) -> None:
     settings = {"eos_token_id": 1, "do_sample": False, "top_p": 7}
-    (Path(job.checkpoint) / "generation_config.json").write_text(json.dumps(settings))
-    pipeline.export(again(job, ffn=False))
+    (Path(building.checkpoint) / "generation_config.json").write_text(json.dumps(settings))
+    building.again(ffn=False).export()
 
 
-def test_a_new_export_outdates_engines_and_parity(job: Job) -> None:
-    pipeline.build(job, load_target("rtx"))
-    assert set(job.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}
-    pipeline.export(again(job, precision="fp32"))
-    assert set(job.bundle.manifest["stages"]) == {"calibrate", "export"}
-    assert not (job.bundle.folder / "parity.json").exists()
-    assert not list(job.bundle.folder.rglob("*.engine"))
+def test_a_new_export_outdates_engines_and_parity(building: Building) -> None:
+    building.build("rtx")
+    assert set(building.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}
+    building.again(precision="fp32").export()
+    assert set(building.bundle.manifest["stages"]) == {"calibrate", "export"}
+    assert not (building.bundle.folder / "parity.json").exists()
+    assert not list(building.bundle.folder.rglob("*.engine"))
 
 
-def test_parity_is_never_measured_with_another_alpha(job: Job, pictures: Path, tmp_path: Path) -> None:
-    pipeline.calibrate(job)
-    pipeline.export(job)
+def test_parity_is_never_measured_with_another_alpha(building: Building, pictures: Path, tmp_path: Path) -> None:
+    building.calibrate()
+    building.export()
     (tmp_path / "one").mkdir()
     shutil.copy(pictures / "0.png", tmp_path / "one")
-    pipeline.calibrate(again(job, images=tmp_path / "one"))
+    building.again(images=tmp_path / "one").calibrate()
     with pytest.raises(CapaError, match="changed since the export"):
-        pipeline.validate(again(job))
+        building.again().validate()
 
 
-def test_a_foreign_calibration_does_not_replace_the_good_one(job: Job, tmp_path: Path) -> None:
-    pipeline.calibrate(job)
-    good = (job.bundle.folder / "calibration.safetensors").read_bytes()
-    foreign = replace(Calibration.load(job.bundle.folder), checkpoint_digest="another")
+def test_a_foreign_calibration_does_not_replace_the_good_one(building: Building, tmp_path: Path) -> None:
+    building.calibrate()
+    good = (building.bundle.folder / "calibration.safetensors").read_bytes()
+    foreign = replace(Calibration.load(building.bundle.folder), checkpoint_digest="another")
     foreign.save(tmp_path / "foreign.safetensors")
     with pytest.raises(CapaError, match=r"foreign\.safetensors: measured on another checkpoint"):
-        pipeline.calibrate(again(job, calibration=tmp_path / "foreign.safetensors"))
-    assert (job.bundle.folder / "calibration.safetensors").read_bytes() == good
+        building.again(calibration=tmp_path / "foreign.safetensors").calibrate()
+    assert (building.bundle.folder / "calibration.safetensors").read_bytes() == good
 
 
-def test_a_head_is_only_tied_where_the_config_says_so(job: Job) -> None:
-    change(Path(job.checkpoint), lambda tensors: tensors.pop("lm_head.weight"))
+def test_a_head_is_only_tied_where_the_config_says_so(building: Building) -> None:
+    change(Path(building.checkpoint), lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CapaError, match=r"tensor lm_head\.weight is missing"):
-        pipeline.export(again(job, ffn=False))
+        building.again(ffn=False).export()
 
 
-def test_a_superfluous_tensor_is_refused_without_calibration_too(job: Job) -> None:
-    change(Path(job.checkpoint), lambda tensors: tensors.update({"lora_A": np.ones(2, np.float32)}))
+def test_a_superfluous_tensor_is_refused_without_calibration_too(building: Building) -> None:
+    change(Path(building.checkpoint), lambda tensors: tensors.update({"lora_A": np.ones(2, np.float32)}))
     with pytest.raises(CapaError, match="tensor lora_A has no place"):
-        pipeline.export(again(job, ffn=False))
+        building.again(ffn=False).export()
 
 
-def test_an_engine_that_copies_weights_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.calibrate(job)
-    pipeline.export(job)
+def test_an_engine_that_copies_weights_is_refused(building: Building, monkeypatch: pytest.MonkeyPatch) -> None:
+    building.calibrate()
+    building.export()
     build = engine_stage.build_engine
 
     def copying(*arguments: Any, **options: Any) -> Any:
@@ -182,17 +176,19 @@ def test_an_engine_that_copies_weights_is_refused(job: Job, monkeypatch: pytest.
 
     monkeypatch.setattr(engine_stage, "build_engine", copying)
     with pytest.raises(CapaError, match="would copy weights at every run") as raised:
-        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
     assert raised.value.code == ExitCode.ENGINE
-    assert not (job.bundle.folder / "engines").exists()
+    assert not (building.bundle.folder / "engines").exists()
 
 
-def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompter: Prompter, pictures: Path) -> None:
-    job = again(job, precision="fp32", ffn=False)
-    pipeline.calibrate(job)
-    pipeline.export(job)
+def test_the_bundle_says_what_the_eager_model_says(
+    building: Building, model: Any, prompter: Prompter, pictures: Path
+) -> None:
+    building = building.again(precision="fp32", ffn=False)
+    building.calibrate()
+    building.export()
     [result] = answer(
-        job.bundle,
+        building.bundle,
         conversations("what color is the star ?", [pictures / "1.png"]),
         options=GenerationOptions(max_new_tokens=8),
     )
@@ -201,7 +197,7 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     eager = Eager(model)
     run = eager.prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), EagerPlan(keep={2: 9}))
     tokens, logits = [], run.logits
-    eos = eos_token_ids(job.bundle.folder / "onnx" / "llm")
+    eos = eos_token_ids(building.bundle.folder / "onnx" / "llm")
     while len(tokens) < 8 and (token := int(logits.argmax())) not in eos:
         tokens.append(token)
         logits = eager.step(run, token, run.next_position + len(tokens) - 1)
@@ -210,30 +206,32 @@ def test_the_bundle_says_what_the_eager_model_says(job: Job, model: Any, prompte
     assert result["stages"] == [{"layer": 2, "where": "after layer 2", "kept": 9, "visual": 35}]
 
 
-def test_the_digests_that_are_taken_meanwhile_are_those_of_the_files(job: Job) -> None:
-    export = again(job, ffn=False)
-    pipeline.export(export)
-    folder, manifest = Path(job.checkpoint), job.bundle.manifest
+def test_the_digests_that_are_taken_meanwhile_are_those_of_the_files(building: Building) -> None:
+    export = building.again(ffn=False)
+    export.export()
+    folder, manifest = Path(building.checkpoint), building.bundle.manifest
     expected = {path.name: file_digest(path) for path in (folder / "config.json", *folder.glob("*.safetensors"))}
-    assert manifest["checkpoint"]["sha256"] == export.digests == expected
+    assert manifest["checkpoint"]["sha256"] == export.model.digests == expected
     written = manifest["stages"]["export"]["files"]
-    assert {file: file_digest(job.bundle.folder / file) for file in written} == written
-    job.bundle.verify("export")
+    assert {file: file_digest(building.bundle.folder / file) for file in written} == written
+    building.bundle.verify("export")
 
 
-def test_a_checkpoint_that_did_not_change_is_hashed_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.export(again(job, ffn=False))
+def test_a_checkpoint_that_did_not_change_is_hashed_once(building: Building, monkeypatch: pytest.MonkeyPatch) -> None:
+    building.again(ffn=False).export()
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "sha256", lambda *_: pytest.fail("reads the weights"))
-        pipeline.export(again(job, ffn=False, precision="fp32"))
-    change(Path(job.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
-    job.bundle.verify("export")
-    known = job.bundle.manifest["checkpoint"]["sha256"]
-    pipeline.export(again(job, ffn=False, precision="fp32"))
-    assert job.bundle.manifest["checkpoint"]["sha256"] != known
+        building.again(ffn=False, precision="fp32").export()
+    change(Path(building.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
+    building.bundle.verify("export")
+    known = building.bundle.manifest["checkpoint"]["sha256"]
+    building.again(ffn=False, precision="fp32").export()
+    assert building.bundle.manifest["checkpoint"]["sha256"] != known
 
 
-def test_each_stage_by_itself_keeps_others_out_until_its_last_note(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_by_itself_keeps_others_out_until_its_last_note(
+    building: Building, monkeypatch: pytest.MonkeyPatch
+) -> None:
     update, held = Bundle.update, list[bool]()
 
     def noted(bundle: Bundle, **entries: Any) -> None:
@@ -241,32 +239,32 @@ def test_each_stage_by_itself_keeps_others_out_until_its_last_note(job: Job, mon
         update(bundle, **entries)
 
     monkeypatch.setattr(Bundle, "update", noted)
-    for stage in (pipeline.calibrate, pipeline.export):
-        stage(job)
+    for stage in (building.calibrate, building.export):
+        stage()
         assert len(held) > 1 and all(held)
-        assert not (job.bundle.folder / LOCK).exists()
+        assert not (building.bundle.folder / LOCK).exists()
         held.clear()
 
 
 def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
-    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    building: Building, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_run, "available_memory", lambda: 1100 << 20)
     reason = r"take 1\.2 GB of memory to build, 1\.2 GB are available; build with --weights external"
     with pytest.raises(CapaError, match=reason) as raised:
-        pipeline.build(again(job, ffn=False), load_target("rtx"))
+        building.again(ffn=False).build("rtx")
     assert raised.value.code == ExitCode.PREFLIGHT
-    assert not job.bundle.folder.exists()
-    pipeline.export(again(job, ffn=False))
+    assert not building.bundle.folder.exists()
+    building.again(ffn=False).export()
     with pytest.raises(CapaError, match=reason):
-        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
-    assert "engine/rtx" not in job.bundle.manifest["stages"]
-    build_engines(job.bundle, load_target("rtx"), weights="external", report=job.report)
+        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+    assert "engine/rtx" not in building.bundle.manifest["stages"]
+    build_engines(building.bundle, load_target("rtx"), weights="external", report=building.model.report)
     monkeypatch.setattr(Bundle, "verify", lambda *_, weights=True: weights and pytest.fail("reads all files first"))
     with pytest.raises(CapaError, match=reason):
-        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
-    assert job.bundle.stage("engine/rtx")["result"]["weights"] == "external"
-    plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
+        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+    assert building.bundle.stage("engine/rtx")["result"]["weights"] == "external"
+    plan = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--prune-layer", "2"]
     capsys.readouterr()
     assert main(plan) == ExitCode.PREFLIGHT
     output = capsys.readouterr()
@@ -274,69 +272,80 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     assert "a build would be refused: engines with embedded weights take 1.2 GB" in output.err
 
 
-def refusals(job: Job, **changes: Any) -> list[str]:
-    """Of a plan of the job on a machine with all the memory and none of the disk."""
-    options: dict[str, Any] = {"ffn": job.ffn, "target": load_target("onnx"), "layer_by_layer": True, **changes}
-    recipe, checkpoint = options.pop("recipe", job.recipe), options.pop("checkpoint", job.checkpoint)
-    precision = options.pop("precision", job.precision)
-    return dry_run.dry_run(recipe, checkpoint, job.bundle.folder, precision, **options)["refusals"]
+def refusals(building: Building, **changes: Any) -> list[str]:
+    """Of a plan of the building on a machine with all the memory and none of the disk."""
+    options: dict[str, Any] = {
+        "ffn": building.options.ffn,
+        "target": load_target("onnx"),
+        "layer_by_layer": True,
+        **changes,
+    }
+    recipe, checkpoint = options.pop("recipe", building.recipe), options.pop("checkpoint", building.checkpoint)
+    precision = options.pop("precision", building.options.precision)
+    return dry_run.dry_run(recipe, checkpoint, building.bundle.folder, precision, **options)["refusals"]
 
 
 @pytest.mark.parametrize("ffn", [True, False])
-def test_only_what_would_not_run_again_takes_no_disk(job: Job, tmp_path: Path, monkeypatch: Any, *, ffn: bool) -> None:
-    made = again(job, ffn=ffn)
-    pipeline.calibrate(made)
-    pipeline.export(made)
+def test_only_what_would_not_run_again_takes_no_disk(
+    building: Building, tmp_path: Path, monkeypatch: Any, *, ffn: bool
+) -> None:
+    made = building.again(ffn=ffn)
+    made.calibrate()
+    made.export()
     monkeypatch.setattr(dry_run, "available_memory", lambda: 1 << 60)
     monkeypatch.setattr(dry_run, "free_bytes", lambda _: 0)
     assert refusals(made) == []
-    fewer = job.recipe.model_copy(update={"ffn": job.recipe.ffn.model_copy(update={"eta": 0.999})})
-    other = shutil.copytree(job.checkpoint, tmp_path / "other")
+    fewer = building.recipe.model_copy(update={"ffn": building.recipe.ffn.model_copy(update={"eta": 0.999})})
+    other = shutil.copytree(building.checkpoint, tmp_path / "other")
     for changes in (
         {"precision": "fp32"},
         {"ffn": not ffn},
         {"checkpoint": str(other)},
-        {"recipe": job.recipe.with_options(ratio=0.5)},
-        {"recipe": job.recipe.with_options(fp32_layers=("0.mlp",))},
+        {"recipe": building.recipe.with_options(ratio=0.5)},
+        {"recipe": building.recipe.with_options(fp32_layers=("0.mlp",))},
         *([{"recipe": fewer}] if ffn else []),
     ):
         assert "ONNX files and engines take 0.0 GB" in "".join(refusals(made, **changes)), changes
-    target = load_target("onnx")
-    monkeypatch.setattr(pipeline, "_build", lambda *_, **__: None)
-    pipeline.build(again(made, layer_by_layer=True), target)
-    change(Path(job.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_validated", lambda *_: None)
+    made.again(layer_by_layer=True).build()
+    change(Path(building.checkpoint), lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
     with pytest.raises(CapaError, match="ONNX files and engines take"):
-        pipeline.build(again(made, layer_by_layer=True), target)
+        made.again(layer_by_layer=True).build()
 
 
-def test_engines_of_another_kind_take_disk(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.export(again(job, ffn=False))
+def test_engines_of_another_kind_take_disk(building: Building, monkeypatch: pytest.MonkeyPatch) -> None:
+    building.again(ffn=False).export()
     monkeypatch.setattr(dry_run, "available_memory", lambda: 1 << 60)
     monkeypatch.setattr(dry_run, "free_bytes", lambda _: 0)
     plan: dict[str, Any] = {"ffn": False, "target": load_target("rtx")}
-    assert refusals(job, **plan, weights="external") == []
-    assert "or build with --weights external, which takes 0.0 GB" in "".join(refusals(job, **plan, weights="embedded"))
+    assert refusals(building, **plan, weights="external") == []
+    assert "or build with --weights external, which takes 0.0 GB" in "".join(
+        refusals(building, **plan, weights="embedded")
+    )
 
 
-def test_the_copy_that_a_validation_in_memory_writes_takes_disk(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.export(again(job, ffn=False))
-    memory, copy = 1 << 60, 4 * parameters(job.source.dims).total
+def test_the_copy_that_a_validation_in_memory_writes_takes_disk(
+    building: Building, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building.again(ffn=False).export()
+    memory, copy = 1 << 60, 4 * parameters(building.model.source.dims).total
     monkeypatch.setattr(dry_run, "available_memory", lambda: memory)
     monkeypatch.setattr(dry_run, "free_bytes", lambda _: copy - 1)
     for layer_by_layer in (None, False):
-        (refusal,) = refusals(job, ffn=False, layer_by_layer=layer_by_layer)
+        (refusal,) = refusals(building, ffn=False, layer_by_layer=layer_by_layer)
         assert "engines, and their copy in FP32 while they are validated, take" in refusal
         assert "or pass --layer-by-layer, which takes 0.0 GB" in refusal
-    assert refusals(job, ffn=False, layer_by_layer=True) == []
+    assert refusals(building, ffn=False, layer_by_layer=True) == []
     monkeypatch.setattr(dry_run, "free_bytes", lambda _: copy)
-    assert refusals(job, ffn=False) == []
+    assert refusals(building, ffn=False) == []
 
 
-def test_engines_that_the_disk_cannot_hold_are_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.export(again(job, ffn=False))
-    usage = shutil.disk_usage(job.bundle.folder)._replace(free=100_000)
+def test_engines_that_the_disk_cannot_hold_are_refused(building: Building, monkeypatch: pytest.MonkeyPatch) -> None:
+    building.again(ffn=False).export()
+    usage = shutil.disk_usage(building.bundle.folder)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapaError, match="bytes are needed, 100000 are free") as raised:
-        build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
+        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
     assert raised.value.code == ExitCode.PREFLIGHT
-    assert not (job.bundle.folder / "engines").exists()
+    assert not (building.bundle.folder / "engines").exists()

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import MANIFEST, PARITY, REPORT, Bundle
 from capa_export.calibrate.sums import CALIBRATION
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.job import Job
+from tests.building import Building
 from tests.conftest import noise
 from tests.fake_driver import GRAPHS, FakeTensorRT
 
@@ -40,9 +39,9 @@ def built(recipe: Recipe, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     (folder / "pictures").mkdir()
     noise(140, 196).save(folder / "pictures/0.png")
     bundle = Bundle(folder / "bundle")
-    job = Job(recipe=recipe, bundle=bundle, checkpoint=str(checkpoint), images=folder / "pictures")
-    pipeline.calibrate(job)
-    pipeline.export(job)
+    building = Building.of(recipe, bundle, checkpoint, images=folder / "pictures")
+    building.calibrate()
+    building.export()
     content = np.random.default_rng(0)
     stages = {
         "engine/rtx": [f"engines/rtx/{name}.{end}" for name in GRAPHS.values() for end in ("engine", "log")],

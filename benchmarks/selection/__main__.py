@@ -77,7 +77,7 @@ def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tupl
             tool_versions("torch", "transformers"),
             [file_digest(path) for path in sorted((Path(__file__).parent / "measure").glob("*.py"))],
             [file_digest(Path(__file__).with_name(name)) for name in ("bed.py", "figures.py")],
-            [bed.job.checkpoint_digest, bed.job.prompt_settings, bed.job.samples],
+            [bed.model.digest, bed.model.prompt_settings, bed.options.samples],
             [question.digest() for question in bed.read(count)],
             list(chosen),
         ]
@@ -117,7 +117,7 @@ def publish(docs: Path, bed: Bed, part: str, figures: dict[str, Any], count: int
         date=datetime.now(timezone.utc).date().isoformat(),
         device=_device(),
         versions={"capa-export": version("capa-export"), **{name: version(name) for name in _PACKAGES}},
-        checkpoint=bed.job.checkpoint_digest[:12],
+        checkpoint=bed.model.digest[:12],
         questions=count,
         seed=SEED,
     )

@@ -10,13 +10,14 @@ from benchmarks.tiny.dataset import write_dataset
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.workers import Workers, in_order, spread
 from capa_export.bundle.store import Bundle
+from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
+from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question, Questions, questions_from
 from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, Split, samples
-from capa_export.job import Job
-from capa_export.pipeline import calibrate
+from capa_export.model.model import Model
 from capa_export.plan.flops import flops
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
 
@@ -39,23 +40,26 @@ class Bed:
     name: str
     folder: Path
     """Of answers, calibration and figures."""
-    job: Job
+    model: Model
+    store: Bundle
+    """Takes the calibration."""
+    options: BuildOptions
     questions: Questions
     """Each number of them holds the smaller ones."""
 
     @cached_property
     def calibration(self) -> Calibration:
         """On the stream that was trained on; made once."""
-        return calibrate(self.job)
+        return calibrate(self.model, self.store, self.options)
 
     @property
     def layers(self) -> int:
-        return self.job.source.dims.decoder.num_layers
+        return self.model.source.dims.decoder.num_layers
 
     @property
     def own_layer(self) -> int:
         """Of the recipe's first stage inside the decoder."""
-        return next((stage.layer for stage in self.job.recipe.prune.schedule if stage.layer >= 0), 2)
+        return next((stage.layer for stage in self.model.recipe.prune.schedule if stage.layer >= 0), 2)
 
     def first(self, count: int) -> Questions:
         return replace(self.questions, rows=self.questions.rows[:count])
@@ -66,10 +70,10 @@ class Bed:
     def flops(self, method: Method, linear: Sequence[int]) -> float:
         """Prefill of one picture with its question, as a share of dense; `linear` layers take a scale."""
         prompt = self._prompt
-        prune = method.prune(self.job.recipe.prune.min_keep_per_image)
+        prune = method.prune(self.model.recipe.prune.min_keep_per_image)
         keep = [] if prune is None else prune.num_keep(prompt.image_lengths)
         counted = flops(
-            self.job.source.dims.decoder,
+            self.model.source.dims.decoder,
             num_visual=prompt.num_visual,
             num_text=len(prompt.input_ids) - prompt.num_visual,
             schedule=[(stage.layer, count) for stage, count in zip(method.stages, keep, strict=True)],
@@ -80,7 +84,7 @@ class Bed:
 
     @cached_property
     def _prompt(self) -> Any:
-        return self.job.prompter.chat(self.questions.read(self.questions.rows[0]).opened())
+        return self.model.prompter.chat(self.questions.read(self.questions.rows[0]).opened())
 
     def each(
         self,
@@ -90,17 +94,17 @@ class Bed:
         methods: Mapping[str, Method] | None = None,
     ) -> Iterator[T]:
         """What is measured on each of the first questions, in their order, by the workers; `measure` is pickled."""
-        job = self.job
-        apart = job if job.workers.here else replace(job, checkpoint=job.checkpoint_source, report=silent)
+        workers = self.options.workers
+        apart = self.model if workers.here else self.model.unopened()
         prepare = partial(_measurer, apart, dict(methods or {}), measure)
-        found = in_order(spread(prepare, self.read(count), job.workers))
-        return tracked(found, f"{self.name} {what}", count, job.report)
+        found = in_order(spread(prepare, self.read(count), workers))
+        return tracked(found, f"{self.name} {what}", count, self.model.report)
 
 
 def _measurer(
-    job: Job, methods: Mapping[str, Method], measure: Callable[[EagerMethods, Question], T]
+    model: Model, methods: Mapping[str, Method], measure: Callable[[EagerMethods, Question], T]
 ) -> Callable[[Question], T]:
-    given = EagerAnswers(job=job, methods=methods, calibration=None, max_new_tokens=MAX_NEW_TOKENS)
+    given = EagerAnswers(model=model, methods=methods, calibration=None, max_new_tokens=MAX_NEW_TOKENS)
     return partial(measure, EagerMethods(given))
 
 
@@ -128,13 +132,14 @@ def open_bed(
         CapaError: there is no recipe of that name.
     """
     recipe = load_recipe(name)
-    job = Job(
-        recipe=recipe,
-        bundle=Bundle(out / name / "calibration"),
-        checkpoint=recipe.checkpoint,
-        samples=samples_calibrated,
-        workers=Workers(count=workers),
-        report=report,
-    )
+    options = BuildOptions(samples=samples_calibrated, workers=Workers(count=workers))
+    model = Model(recipe=recipe, checkpoint=recipe.checkpoint, report=report)
     data = write_dataset(out / name / "questions", questions_drawn(count))
-    return Bed(name=name, folder=out / name, job=job, questions=questions_from(data))
+    return Bed(
+        name=name,
+        folder=out / name,
+        model=model,
+        store=Bundle(out / name / "calibration"),
+        options=options,
+        questions=questions_from(data),
+    )

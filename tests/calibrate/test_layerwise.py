@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
@@ -23,12 +21,13 @@ from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
+from capa_export.model.memory import calibration_bytes
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
-from capa_export.plan.plan import calibration_bytes, dry_run
+from capa_export.plan.plan import dry_run
+from tests.building import Building
 from tests.conftest import noise
 from tests.models import FAMILIES, internvl3, qwen25vl
 
@@ -244,30 +243,30 @@ def test_progress_counts_every_sample_of_every_layer(checkpoint: Path, pictures:
 
 
 @pytest.fixture
-def job(checkpoint: Path, pictures: Samples, tmp_path: Path) -> Job:
-    options: Any = {"checkpoint": str(checkpoint), "images": pictures.files[0].parent}
-    return Job(recipe=load_recipe("qwen25vl"), bundle=Bundle(tmp_path / "out"), **options)
+def building(checkpoint: Path, pictures: Samples, tmp_path: Path) -> Building:
+    images = pictures.files[0].parent
+    return Building.of(load_recipe("qwen25vl"), Bundle(tmp_path / "out"), checkpoint, images=images)
 
 
 def test_a_model_that_does_not_fit_is_streamed(
-    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    building: Building, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 300_000_000)
-    calibration = pipeline.calibrate(job)
+    calibration = building.calibrate()
     said = "layer by layer: the model takes 0.5 GB in FP32, 0.3 GB are free"
     assert capsys.readouterr().err.count(said) == 1
-    assert "eager_model" not in vars(job)
-    assert not list(job.bundle.folder.glob(".partial"))
+    assert "eager" not in vars(building.model)
+    assert not list(building.bundle.folder.glob(".partial"))
     # The result is the same, so that it stays current.
-    pipeline.calibrate(replace(job, layer_by_layer=False))
+    building.again(layer_by_layer=False).calibrate()
     assert "up to date" in capsys.readouterr().err
-    shutil.rmtree(job.bundle.folder)
-    assert pipeline.calibrate(replace(job, layer_by_layer=False)).digest() == calibration.digest()
+    shutil.rmtree(building.bundle.folder)
+    assert building.again(layer_by_layer=False).calibrate().digest() == calibration.digest()
 
 
 @pytest.mark.parametrize(("asked", "available"), [(None, 1 << 40), (False, 0), (True, 1 << 40)])
 def test_the_option_goes_before_the_memory(
-    job: Job, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
+    building: Building, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, available: int
 ) -> None:
     monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: available)
     by_layer: list[Calibration] = []
@@ -277,10 +276,10 @@ def test_the_option_goes_before_the_memory(
         return by_layer[0]
 
     monkeypatch.setattr(module, "calibrate_layerwise", remember)
-    job = replace(job, layer_by_layer=asked, samples=1)
-    pipeline.calibrate(job)
+    building = building.again(layer_by_layer=asked, samples=1)
+    building.calibrate()
     # The eager model is gone again: the stages to come need the memory.
-    assert bool(by_layer) == bool(asked) and "eager_model" not in vars(job)
+    assert bool(by_layer) == bool(asked) and "eager" not in vars(building.model)
 
 
 def test_the_options_of_the_command_line(checkpoint: Path, pictures: Samples, tmp_path: Path, capsys: Any) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle
@@ -19,10 +18,10 @@ from capa_export.calibrate.sums import Calibration, LayerSums, merged
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.job import Job
 from capa_export.model import memory
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model
 
@@ -233,6 +232,6 @@ def test_more_workers_than_memory(
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     recipe = load_recipe("qwen25vl")
     workers = Workers(count=3)
-    job = Job(recipe=recipe, bundle=Bundle(tmp_path), checkpoint=str(checkpoint), images=pictures, workers=workers)
+    building = Building.of(recipe, Bundle(tmp_path), checkpoint, images=pictures, workers=workers)
     with pytest.raises(CapaError, match=r"--workers 3: so many copies of the model take .* use fewer"):
-        pipeline.calibrate(job)
+        building.calibrate()

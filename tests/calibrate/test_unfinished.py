@@ -22,11 +22,11 @@ PARTS = {"--in-memory": 1, "--layer-by-layer": 1 + LAYERS + 1}
 
 RUN = """
 import os, signal, sys
-from capa_export import calibrate
+from capa_export.calibrate import measure
 from capa_export.cli import main
 
 steps, last = 0, int(sys.argv[1])
-add = calibrate.Measurement.add
+add = measure.Measurement.add
 
 def counted(*arguments):
     global steps
@@ -35,7 +35,7 @@ def counted(*arguments):
     add(*arguments)
     steps += 1
 
-calibrate.Measurement.add = counted
+measure.Measurement.add = counted
 code = main(sys.argv[2:])
 print(steps)
 sys.exit(code)

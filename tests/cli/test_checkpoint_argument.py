@@ -7,7 +7,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped
-from capa_export.job import Job
+from tests.building import Building
 from tests.cli.conftest import Cli, preflight
 from tests.models import FAMILIES
 from tests.models.internvl3 import QWEN3, save_original
@@ -63,15 +63,15 @@ def test_every_stage_takes_it(cli: Cli, checkpoint: Path, pictures: Path, tmp_pa
 
 
 def test_tune_takes_it(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Job] = []
+    asked: list[Building] = []
 
-    def stop(job: Job, *_: object) -> None:
-        asked.append(job)
+    def stop(building: Building, *_: object) -> None:
+        asked.append(building)
         raise CapaError("that will do")
 
     monkeypatch.setattr("capa_export.study.tune.stage.tune", stop)
     preflight(cli, "that will do", "tune", checkpoint, "--budget", 0.9, "-o", tmp_path / "tuned.toml")
-    assert [(job.recipe.name, job.checkpoint) for job in asked] == [("qwen25vl", str(checkpoint))]
+    assert [(building.recipe.name, building.checkpoint) for building in asked] == [("qwen25vl", str(checkpoint))]
 
 
 def test_a_recipe_goes_with_it(cli: Cli, recipe: Path, checkpoint: Path) -> None:

@@ -12,20 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.export.graphs import write_onnx
-from capa_export.job import Job
 from capa_export.model.checkpoint import Checkpoint, open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.stage import build_engines
+from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 
@@ -127,10 +126,10 @@ def test_another_precision_is_refused(stored: str, asked: str, tmp_path: Path) -
     assert not list(tmp_path.glob("out/**/*.*"))
 
 
-def test_a_build_refuses_another_precision_before_it_calibrates(job: Job) -> None:
+def test_a_build_refuses_another_precision_before_it_calibrates(building: Building) -> None:
     with pytest.raises(CapaError, match="its weights are fp32"):
-        pipeline.build(again(job, precision="fp16"), load_target("onnx"))
-    assert not job.bundle.folder.exists()
+        building.again(precision="fp16").build()
+    assert not building.bundle.folder.exists()
 
 
 def test_a_weight_that_starts_at_an_odd_byte_is_refused(tmp_path: Path) -> None:
@@ -154,31 +153,20 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def job(recipe: Recipe, tmp_path: Path) -> Job:
+def building(recipe: Recipe, tmp_path: Path) -> Building:
     """An FP32 checkpoint in place, on pictures of its own."""
     (tmp_path / "pictures").mkdir()
     for index, size in enumerate(((224, 224), (140, 196))):
         noise(*size, index).save(tmp_path / "pictures" / f"{index}.png")
     checkpoint = checkpoint_of(tmp_path / "checkpoint", "fp32")
-    return Job(
-        recipe=recipe,
-        bundle=Bundle(tmp_path / "out"),
-        checkpoint=str(checkpoint),
-        images=tmp_path / "pictures",
-        precision="fp32",
-        in_place=True,
+    return Building.of(
+        recipe, Bundle(tmp_path / "out"), checkpoint, images=tmp_path / "pictures", precision="fp32", in_place=True
     )
-
-
-def again(job: Job, **changes: Any) -> Job:
-    """The same request, with nothing opened yet."""
-    names = ("recipe", "bundle", "checkpoint", "images", "precision", "in_place", "ffn")
-    return Job(**{**{name: getattr(job, name) for name in names}, **changes})
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
 def test_another_disk_is_refused_and_nothing_left(
-    job: Job, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    building: Building, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(tmp_path / "checkpoint")
 
@@ -189,40 +177,40 @@ def test_another_disk_is_refused_and_nothing_left(
     with pytest.raises(
         CapaError, match=r"cannot be linked into .*choose an --out on the same disk, or leave"
     ) as raised:
-        pipeline.export(again(job, ffn=False))
+        building.again(ffn=False).export()
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
     assert state(tmp_path / "checkpoint") == before
 
 
-def test_a_hub_cache_is_linked_behind_its_symbolic_links(job: Job, tmp_path: Path) -> None:
+def test_a_hub_cache_is_linked_behind_its_symbolic_links(building: Building, tmp_path: Path) -> None:
     blobs = tmp_path / "checkpoint"
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
-    pipeline.export(again(job, checkpoint=str(snapshot), ffn=False))
+    building.again(checkpoint=str(snapshot), ffn=False).export()
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     prompter = Prompter(blobs, blobs, qwen25vl, source_of(blobs).dims)
     assert np.isfinite(answers(tmp_path / "out" / "onnx", prompter)[0]).all()
 
 
 def test_whatever_becomes_of_the_bundle_the_checkpoint_stays(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    building: Building, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     before = state(checkpoint)
-    first = again(job, ffn=False)
-    pipeline.export(first)
+    first = building.again(ffn=False)
+    first.export()
     for options in ({"precision": "fp32", "in_place": False}, {}, {"precision": "fp16", "in_place": False}, {}):
-        pipeline.export(again(job, ffn=False, **options))
+        building.again(ffn=False, **options).export()
         assert state(checkpoint) == before
     (tmp_path / "out/onnx/llm/config.json").write_text("changed")
-    pipeline.export(again(job, ffn=False))
+    building.again(ffn=False).export()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_stage", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("capa_export.export.stage.run_stage", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pipeline.export(again(job, ffn=False))
+            building.again(ffn=False).export()
     assert state(checkpoint) == before
     shutil.rmtree(tmp_path / "out")
     assert state(checkpoint) == before
@@ -236,43 +224,47 @@ def said(bundle: Bundle, picture: Path, capsys: pytest.CaptureFixture[str]) -> s
     return json.loads(capsys.readouterr().out)["answer"]
 
 
-def test_a_whole_build_in_place(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_build_in_place(building: Building, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, picture = state(tmp_path / "checkpoint"), tmp_path / "pictures" / "1.png"
-    assert pipeline.build(job, load_target("onnx")).passed
+    assert building.build().passed
     Bundle.open(tmp_path / "out").verify("calibrate", "export", "validate")
-    assert job.bundle.stage("export")["result"]["searched_for_nan"] is False
-    copied = again(job, in_place=False, bundle=Bundle(tmp_path / "copied"))
-    pipeline.calibrate(copied)
-    pipeline.export(copied)
+    assert building.bundle.stage("export")["result"]["searched_for_nan"] is False
+    copied = building.again(in_place=False, bundle=Bundle(tmp_path / "copied"))
+    copied.calibrate()
+    copied.export()
     assert copied.bundle.stage("export")["result"]["searched_for_nan"] is True
-    both = [said(bundle, picture, capsys) for bundle in (job.bundle, copied.bundle)]
+    both = [said(bundle, picture, capsys) for bundle in (building.bundle, copied.bundle)]
     assert both[0] == both[1] != ""
     assert state(tmp_path / "checkpoint") == before
 
 
-def test_after_calibration_the_checkpoint_is_not_read_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.calibrate(job)
+def test_after_calibration_the_checkpoint_is_not_read_again(
+    building: Building, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building.calibrate()
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(Checkpoint, "sha256", fail)
-    pipeline.export(again(job))
-    stage = job.bundle.stage("export")
+    building.again().export()
+    stage = building.bundle.stage("export")
     assert all(link["sha256"] for link in stage["linked"].values())
     assert not set(stage["linked"]) & set(stage["files"])
-    job.bundle.verify("export")
+    building.bundle.verify("export")
 
 
-def test_without_calibration_nothing_but_headers_is_read(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_calibration_nothing_but_headers_is_read(building: Building, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "sha256", lambda *_: pytest.fail("reads the weights"))
-    pipeline.export(again(job, ffn=False))
-    assert all(link["sha256"] is None for link in job.bundle.stage("export")["linked"].values())
-    pipeline.validate(Job.of_bundle(job.bundle, checkpoint=None, revision=None, images=job.images, report=job.report))
+    building.again(ffn=False).export()
+    assert all(link["sha256"] is None for link in building.bundle.stage("export")["linked"].values())
+    Building.recorded(building.bundle, images=building.options.images).validate()
 
 
-def test_a_changed_checkpoint_is_noticed(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.export(again(job, ffn=False))
+def test_a_changed_checkpoint_is_noticed(
+    building: Building, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building.again(ffn=False).export()
     shard = min((tmp_path / "checkpoint").glob("*.safetensors"))
     tensors = load_file(shard)
     name = next(iter(tensors))
@@ -281,22 +273,22 @@ def test_a_changed_checkpoint_is_noticed(job: Job, tmp_path: Path, capsys: pytes
     with shard.open("r+b") as file:
         file.write(saved)
     with pytest.raises(CapaError, match=r"changed since it was built \(size, time or header differ.*cp -a"):
-        job.bundle.verify("export")
+        building.bundle.verify("export")
     capsys.readouterr()
-    pipeline.export(again(job, ffn=False))
+    building.again(ffn=False).export()
     assert "up to date" not in capsys.readouterr().err
-    job.bundle.verify("export")
+    building.bundle.verify("export")
 
 
-def test_a_copied_bundle_is_known_by_its_times_or_its_digests(job: Job, tmp_path: Path) -> None:
-    pipeline.export(again(job, ffn=False))
+def test_a_copied_bundle_is_known_by_its_times_or_its_digests(building: Building, tmp_path: Path) -> None:
+    building.again(ffn=False).export()
     shutil.copytree(tmp_path / "out", tmp_path / "with times")
     Bundle.open(tmp_path / "with times").verify("export")
     without = shutil.copytree(tmp_path / "out", tmp_path / "without", copy_function=shutil.copyfile)
     with pytest.raises(CapaError, match="copy the bundle again, with its times"):
         Bundle.open(without).verify("export")
-    pipeline.calibrate(again(job))
-    pipeline.export(again(job))
+    building.again().calibrate()
+    building.again().export()
     digested = shutil.copytree(tmp_path / "out", tmp_path / "digested", copy_function=shutil.copyfile)
     Bundle.open(digested).verify("export")
     link = min(digested.glob("onnx/llm/weights/*"))
@@ -308,21 +300,21 @@ def test_a_copied_bundle_is_known_by_its_times_or_its_digests(job: Job, tmp_path
 
 
 @pytest.mark.parametrize("weights", ["embedded", "external"])
-def test_engines_are_built_from_the_shards(job: Job, tmp_path: Path, weights: Any) -> None:
+def test_engines_are_built_from_the_shards(building: Building, tmp_path: Path, weights: Any) -> None:
     before = state(tmp_path / "checkpoint")
-    job = again(job, ffn=False)
-    pipeline.export(job)
+    building = building.again(ffn=False)
+    building.export()
     rtx = load_target("rtx")
     one_gpu = rtx.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
     target = rtx.model_copy(update={"engine": one_gpu})
-    engines = build_engines(job.bundle, target, weights=weights, report=job.report)["engines"]
+    engines = build_engines(building.bundle, target, weights=weights, report=building.model.report)["engines"]
     assert set(engines) == {"visual/visual", "llm/prefill", "llm/decode"}
     assert all(engine["weight_copies"] == 0 for engine in engines.values())
     assert state(tmp_path / "checkpoint") == before
 
 
-def test_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--no-ffn", "--prune-layer", "2"]
+def test_the_command_line(building: Building, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--no-ffn", "--prune-layer", "2"]
     command += ["--weights", "in-place", "--out", str(tmp_path / "out")]
     assert main(command) == ExitCode.PREFLIGHT
     assert "its weights are fp32" in capsys.readouterr().err
@@ -333,8 +325,8 @@ def test_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "every file is as it was built" in capsys.readouterr().out
 
 
-def test_the_plan_counts_no_bytes(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2", "--json"]
+def test_the_plan_counts_no_bytes(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--prune-layer", "2", "--json"]
     capsys.readouterr()
     assert main([*command, "--weights", "in-place"]) == ExitCode.OK
     plan = json.loads(capsys.readouterr().out)

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.numpy import save
 from transformers import AutoConfig
 
-from capa_export.base.progress import silent
 from capa_export.base.toml import shipped
 from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import written
@@ -27,7 +26,6 @@ from capa_export.config.target import load_target
 from capa_export.data.conversation import read_messages
 from capa_export.data.samples import samples_from
 from capa_export.export.in_place import embedding_of
-from capa_export.job import Job
 from capa_export.model.checkpoint import fetch_config, open_checkpoint, open_tensors
 from capa_export.model.families import load_family, qwen25vl
 from capa_export.model.families.qwen25vl.video import _settings, _sizes
@@ -35,6 +33,7 @@ from capa_export.model.generation import GenerationOptions, eos_token_ids, read_
 from capa_export.model.prompt import Prompter
 from capa_export.report.schema import read_parity
 from capa_export.run.decoding import TokenChooser
+from tests.building import Building
 
 __all__ = ["READERS", "Reader"]
 
@@ -72,7 +71,7 @@ def _signed_manifest(path: Path) -> None:
     except (ValueError, TypeError, RecursionError):
         return
     bundle = Bundle.open(path.parent)
-    Job.of_bundle(bundle, checkpoint=None, revision=None, images=None, report=silent)
+    Building.recorded(bundle)
     for stage in bundle.manifest["stages"]:
         bundle.is_current(stage, "key")
         bundle.verify(stage)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.job import Job
 from capa_export.model.checkpoint import canonical_name, open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
 from capa_export.model.tensors import check_tensors
+from tests.building import Building
 from tests.models import FAMILIES
 
 Edit = Callable[[Path], object]
@@ -55,21 +55,23 @@ def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def _job(folder: Path, family: str) -> Job:
-    return Job(recipe=load_recipe(family), bundle=Bundle(folder.with_name("bundle")), checkpoint=str(folder))
+def _building(folder: Path, family: str) -> Building:
+    return Building.of(load_recipe(family), Bundle(folder.with_name("bundle")), folder)
 
 
 def _compare(folder: Path, family: str) -> None:
     """Hold every parameter of the eager model against the tensor that its graph reads."""
-    job = _job(folder, family)
-    job.check_files()
-    model = job.eager_model
+    building = _building(folder, family)
+    building.model.check_files()
+    model = building.model.eager
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        stored = job.source.tensors[canonical_name(name, job.family.RENAMES)]
+        stored = building.model.source.tensors[canonical_name(name, building.model.family.RENAMES)]
         flat = np.concatenate([chunk.copy() for chunk in stored.chunks()])
         np.testing.assert_array_equal(flat.reshape(parameter.shape), parameter.detach().numpy(), err_msg=name)
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
-    assert hollow_model(job.source, StoredWeights(job.source)).config._attn_implementation == "sdpa"
+    assert (
+        hollow_model(building.model.source, StoredWeights(building.model.source)).config._attn_implementation == "sdpa"
+    )
 
 
 def _other(folder: Path, family: str, **options: Any) -> Path:
@@ -185,7 +187,7 @@ def test_ties(copy: Callable[[str], Path], family: str, stored: str, *, root: bo
         stored
     ]
     with pytest.raises(CapaError, match=missing):
-        _job(folder, family).check_files()
+        _building(folder, family).model.check_files()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,11 +216,11 @@ def test_a_table_of_another_size_is_refused(copy: Callable[[str], Path], family:
     with pytest.raises(
         CapaError, match=r"the embedding table .* has shape .*vocab_size and hidden_size in config.json make"
     ):
-        _job(folder, family).check_files()
+        _building(folder, family).model.check_files()
 
 
 def test_a_tensor_of_another_shape_is_refused_before_any_work(copy: Callable[[str], Path]) -> None:
     folder = copy("qwen25vl")
     _weights(folder, lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 65)}))
     with pytest.raises(CapaError, match=r"has shape \[96, 65\], config.json implies \[96, 64\]"):
-        _job(folder, "qwen25vl").check_files()
+        _building(folder, "qwen25vl").model.check_files()

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError
-from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
 from capa_export.data.samples import Samples
 from capa_export.export.graphs import write_onnx
-from capa_export.job import Job
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
@@ -24,6 +21,7 @@ from capa_export.parity.oracle import Subject
 from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import compare_onnx, compare_prompts
 from capa_export.run.onnx import OnnxModel
+from tests.building import Building
 from tests.conftest import noise
 from tests.parity.builds import asked
 from tests.parity.faults import FAULTS, HARMLESS, Fault
@@ -130,9 +128,9 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     parity = RECIPE.parity.model_copy(update={"prompts": 2, "steps": 3, "accuracy_samples": 2})
     recipe = RECIPE.model_copy(update={"parity": parity})
     folder = tmp_path_factory.mktemp("bundle")
-    job = Job(recipe=recipe, bundle=Bundle(folder), checkpoint=str(checkpoint), images=pictures)
-    pipeline.calibrate(job)
-    pipeline.export(job)
+    building = Building.of(recipe, Bundle(folder), checkpoint, images=pictures)
+    building.calibrate()
+    building.export()
     return folder, pictures
 
 
@@ -146,12 +144,12 @@ def test_a_bundle_is_refused_by_its_hashes_and_fails_where_they_agree(
 ) -> None:
     folder = shutil.copytree(bundle[0], tmp_path / "bundle")
     faulty = Bundle(folder)
-    job = Job.of_bundle(faulty, checkpoint=None, revision=None, images=bundle[1], report=silent)
+    building = Building.recorded(faulty, images=bundle[1])
     fault.into(folder / "onnx")
     with pytest.raises(CapaError, match=f"onnx/{fault.file}: missing or changed"):
-        pipeline.validate(job)
+        building.validate()
     stages = faulty.manifest["stages"]
     stages["export"]["files"][f"onnx/{fault.file}"] = file_digest(folder / "onnx" / fault.file)
     faulty.update(stages=stages)
-    parity = pipeline.validate(job)
+    parity = building.validate()
     assert not parity.passed and parity.failures

@@ -7,16 +7,14 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.config.target import load_target
-from capa_export.job import Job
-from capa_export.parity.validation import Wanted
+from capa_export.model.model import Model
 from capa_export.plan import plan as dry_run
 from capa_export.report.schema import ParityReport, read_parity
+from tests.building import Building
 from tests.conftest import noise
 
 
@@ -35,8 +33,8 @@ def built(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
     data["ffn"] = {"eta": 0.5}
     data["parity"] |= {"prompts": 3, "steps": 3, "accuracy_samples": 3}
     folder = tmp_path_factory.mktemp("built") / "bundle"
-    job = Job(recipe=Recipe(**data), bundle=Bundle(folder), checkpoint=str(checkpoint), images=pictures)
-    assert pipeline.build(job, load_target("onnx"), Wanted(store_golden=2)).passed
+    building = Building.of(Recipe(**data), Bundle(folder), checkpoint, images=pictures)
+    assert building.build(store_golden=2).passed
     return folder
 
 
@@ -46,15 +44,8 @@ def bundle(built: Path, tmp_path: Path) -> Bundle:
 
 
 def validated(bundle: Bundle, checkpoint: Path, pictures: Path, *, layers: bool | None, **wanted: Any) -> ParityReport:
-    job = Job.of_bundle(
-        bundle,
-        checkpoint=str(checkpoint),
-        revision=None,
-        images=pictures,
-        layer_by_layer=layers,
-        report=lambda *_: None,
-    )
-    return pipeline.validate(job, Wanted(**wanted))
+    building = Building.recorded(bundle, checkpoint=checkpoint, images=pictures, layer_by_layer=layers)
+    return building.validate(**wanted)
 
 
 def test_the_verdict_is_that_of_one_in_memory(
@@ -63,7 +54,7 @@ def test_the_verdict_is_that_of_one_in_memory(
     other = Bundle(shutil.copytree(bundle.folder, bundle.folder.with_name("other")))
     whole = validated(other, checkpoint, pictures, layers=False, seed=1)
     # Neither the eager model nor a copy of the graphs is made.
-    monkeypatch.setattr(Job, "eager_model", property(lambda _: pytest.fail("loaded")))
+    monkeypatch.setattr(Model, "eager", property(lambda _: pytest.fail("loaded")))
     monkeypatch.setattr("capa_export.export.graphs.write_onnx", lambda *_, **__: pytest.fail("written"))
     parts = validated(bundle, checkpoint, pictures, layers=True, seed=1)
     assert parts.passed, parts.failures

@@ -10,16 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.config.target import load_target
-from capa_export.job import Job
 from capa_export.parity.against_golden import GOLDEN
-from capa_export.parity.validation import Wanted
 from capa_export.report.schema import ParityReport, read_parity
+from tests.building import Building
 from tests.conftest import noise, recorded
 from tests.models.qwen25vl import random_model, save_model
 from tests.planted import plant_in_decoder
@@ -42,8 +39,8 @@ def built(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
     data["parity"] |= {"prompts": 3, "steps": 3, "accuracy_samples": 2}
     folder = tmp_path_factory.mktemp("stage")
     own = shutil.copytree(checkpoint, folder / "checkpoint")
-    job = Job(recipe=Recipe(**data), bundle=Bundle(folder / "bundle"), checkpoint=str(own), images=pictures)
-    parity = pipeline.build(job, load_target("onnx"), Wanted(store_golden=2))
+    building = Building.of(Recipe(**data), Bundle(folder / "bundle"), own, images=pictures)
+    parity = building.build(store_golden=2)
     assert parity.passed, parity.failures
     shutil.rmtree(own)
     return folder / "bundle"
@@ -58,8 +55,8 @@ def validated(
     bundle: Bundle, pictures: Path | None = None, checkpoint: Path | None = None, **wanted: Any
 ) -> ParityReport:
     given = None if checkpoint is None else str(checkpoint)
-    job = Job.of_bundle(bundle, checkpoint=given, revision=None, images=pictures, report=lambda *_: None)
-    return pipeline.validate(job, Wanted(**wanted))
+    building = Building.recorded(bundle, checkpoint=given, images=pictures)
+    return building.validate(**wanted)
 
 
 def plant(bundle: Bundle, file: str, change: Callable[[ir.Model], None]) -> None:
@@ -157,9 +154,7 @@ def test_warnings_are_failures_where_strict(bundle: Bundle, pictures: Path, chec
 
 
 def test_golden_samples_go_with_the_export(bundle: Bundle, pictures: Path, checkpoint: Path) -> None:
-    job = Job.of_bundle(bundle, checkpoint=str(checkpoint), revision=None, images=pictures, report=lambda *_: None)
-    job.precision = "bf16"
-    pipeline.export(job)
+    Building.recorded(bundle, checkpoint=checkpoint, images=pictures, precision="bf16").export()
     assert GOLDEN not in bundle.manifest["stages"] and not (bundle.folder / GOLDEN).exists()
 
 
@@ -181,11 +176,9 @@ def test_what_leaves_fp16_is_computed_in_fp32_where_that_is_asked(
     other numbers than it did before: that may come out larger, on whatever processor.
     """
     decoder = ("residual", *map(str, range(5)))
-    recipe = Job.of_bundle(
-        bundle, checkpoint=None, revision=None, images=pictures, report=lambda *_: None
-    ).recipe.with_options(fp32_layers=decoder)
-    job = Job(recipe=recipe, bundle=Bundle(tmp_path / "wide"), checkpoint=str(checkpoint), images=pictures)
-    parity = pipeline.build(job, load_target("onnx"))
+    recipe = Building.recorded(bundle, images=pictures).recipe.with_options(fp32_layers=decoder)
+    building = Building.of(recipe, Bundle(tmp_path / "wide"), checkpoint, images=pictures)
+    parity = building.build()
     assert parity.passed and set(parity.fp32_layers) == set(decoder)
     plain = read_parity(bundle.folder / "parity.json")
 
@@ -206,16 +199,15 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("massive"), model)
 
 
-def massive_job(bundle: Bundle, massive: Path, pictures: Path, out: Path) -> Job:
-    job = Job.of_bundle(bundle, checkpoint=str(massive), revision=None, images=pictures, report=lambda *_: None)
-    job.bundle = Bundle(out)
-    return job
+def massive_building(bundle: Bundle, massive: Path, pictures: Path, out: Path) -> Building:
+    building = Building.recorded(bundle, checkpoint=massive, images=pictures)
+    return building.again(bundle=Bundle(out))
 
 
 def test_massive_activations_come_out_right(
     bundle: Bundle, massive: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parity = pipeline.build(massive_job(bundle, massive, pictures, tmp_path / "out"), load_target("onnx"))
+    parity = massive_building(bundle, massive, pictures, tmp_path / "out").build()
     assert parity.passed, parity.failures
     assert parity.fp32_layers == ("1.mlp", "residual")
     said = r"audit +1\.mlp in FP32: model\.language_model\.layers\.1\.mlp\S* reaches \S+, \d+% of the largest FP16"
@@ -231,17 +223,17 @@ def test_what_an_audit_missed_is_found_by_bisection(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Calibration pictures may be tamer than what comes; `--auto-fp32` does what the bisection proposes."""
-    monkeypatch.setattr(pipeline, "audit", lambda *_: ((), ()))
-    job = massive_job(bundle, massive, pictures, tmp_path / "out")
-    failed = pipeline.build(job, load_target("onnx"), Wanted(bisect=True))
+    monkeypatch.setattr("capa_export.export.stage.audit", lambda *_: ((), ()))
+    building = massive_building(bundle, massive, pictures, tmp_path / "out")
+    failed = building.build(bisect=True)
     assert not failed.passed and failed.bisection is not None
     assert failed.bisection.fp32_layers == ("1.mlp", "residual")
     capsys.readouterr()
-    job = massive_job(bundle, massive, pictures, tmp_path / "out")
-    parity = pipeline.build(job, load_target("onnx"), Wanted(bisect=True), auto_fp32=True)
+    building = massive_building(bundle, massive, pictures, tmp_path / "out")
+    parity = building.again(auto_fp32=True).build(bisect=True)
     assert parity.passed and parity.fp32_layers == ("1.mlp", "residual")
     assert "1.mlp, residual in FP32: failed, relative error inf -> passed" in capsys.readouterr().err
-    assert job.bundle.manifest["recipe"]["fp32_layers"] == ["1.mlp", "residual"]
+    assert building.bundle.manifest["recipe"]["fp32_layers"] == ["1.mlp", "residual"]
 
 
 def test_golden_samples_of_another_size_of_pictures_are_refused(bundle: Bundle) -> None:

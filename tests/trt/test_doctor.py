@@ -6,23 +6,22 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
-from capa_export.job import Job
 from capa_export.trt import doctor
 from capa_export.trt.doctor import Finding, examine
+from tests.building import Building
 
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     recipe = load_recipe("tiny-qwen25vl")
-    job = Job(recipe=recipe, bundle=Bundle(tmp_path_factory.mktemp("bundle")), checkpoint=str(checkpoint), ffn=False)
-    pipeline.export(job)
-    return job.bundle
+    building = Building.of(recipe, Bundle(tmp_path_factory.mktemp("bundle")), checkpoint, ffn=False)
+    building.export()
+    return building.bundle
 
 
 def found(findings: list[Finding], check: str) -> Finding:

@@ -15,15 +15,14 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
-from capa_export import pipeline
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import Target, load_target
-from capa_export.job import Job
 from capa_export.trt import builder as kit_builder
 from capa_export.trt.engine import parse_layers, weight_copies
 from capa_export.trt.kit import build_kit, write_kit
+from tests.building import Building
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 
@@ -32,7 +31,7 @@ ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """FP16, not calibrated."""
     made = Bundle(tmp_path_factory.mktemp("bundle") / "out")
-    pipeline.export(Job(recipe=load_recipe("tiny-qwen25vl"), bundle=made, checkpoint=str(checkpoint), ffn=False))
+    Building.of(load_recipe("tiny-qwen25vl"), made, checkpoint, ffn=False).export()
     return made
 
 
@@ -57,7 +56,7 @@ def kit(bundle: Bundle, orin: Target) -> Path:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of the shipped checkpoint: heads for which there are kernels, and weights large enough to be inputs."""
     recipe, made = load_recipe("tiny-qwen25vl"), Bundle(tmp_path_factory.mktemp("wide") / "out")
-    pipeline.export(Job(recipe=recipe, bundle=made, checkpoint=recipe.checkpoint, ffn=False))
+    Building.of(recipe, made, recipe.checkpoint, ffn=False).export()
     return made
 
 

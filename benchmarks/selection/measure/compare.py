@@ -21,7 +21,7 @@ Pairs = Mapping[str, Mapping[str, str]]
 
 def at_own_places(bed: Bed, selectors: Sequence[str], ratios: Sequence[float], ffn: str) -> list[str]:
     """Every selector where it acts by itself, at every ratio."""
-    recipe = bed.job.recipe
+    recipe = bed.model.recipe
     own = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
     return product(recipe.model_copy(update={"prune": own}), selectors, [], ratios, [ffn])
 
@@ -35,8 +35,8 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
     methods = methods_from(list(dict.fromkeys(texts)))
     if any(method.ffn != "full" for method in methods.values()):
         bed.calibration  # noqa: B018 - made before the workers, as all methods share it.
-    subject, questions = eager_subject(bed.job, methods, MAX_NEW_TOKENS), bed.first(count)
-    found = evaluate(subject, questions, bed.folder, workers=bed.job.workers, report=bed.job.report)
+    subject, questions = eager_subject(bed.model, bed.store, bed.options, methods, MAX_NEW_TOKENS), bed.first(count)
+    found = evaluate(subject, questions, bed.folder, workers=bed.options.workers, report=bed.model.report)
     if found.skipped:
         first = found.skipped[0]
         raise CapaError(f"{bed.name}: {len(found.skipped)} questions cannot be asked; row {first.row}: {first.reason}")
@@ -57,7 +57,7 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
 def _linear(bed: Bed, method: Method) -> Sequence[int]:
     if method.ffn == "full":
         return ()
-    return bed.calibration.linear_layers(method.ffn_settings(bed.job.recipe.ffn).eta)
+    return bed.calibration.linear_layers(method.ffn_settings(bed.model.recipe.ffn).eta)
 
 
 def _scores(bed: Bed, subject: Subject, count: int) -> tuple[list[str], dict[str, list[float]]]:

@@ -31,7 +31,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> FFNs:
         for ffn in _FFNS
     }
     rows = compared(bed, [*texts, *sweep.values()], count, pairs)
-    eta = bed.job.recipe.ffn.eta
+    eta = bed.model.recipe.ffn.eta
     cosines_QL = np.stack(list(bed.each(_cosines, count, "linear layers by picture")))
     linear_QL = cosines_QL > eta
     return FFNs(
@@ -45,7 +45,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> FFNs:
 
 def _cosines(opened: EagerMethods, question: Question) -> np.ndarray:
     """[L], as the method `per-image` sees them."""
-    prompt = opened.job.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.opened())
     _, cosines = opened.dense(prompt, opened.inputs(prompt))
     return np.array([cosines[layer] for layer in sorted(cosines)])
 

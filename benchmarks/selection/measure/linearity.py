@@ -35,7 +35,7 @@ class _Seen(NamedTuple):
 
 def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
     """On questions that calibration has not seen."""
-    calibration, eta = bed.calibration, bed.job.recipe.ffn.eta
+    calibration, eta = bed.calibration, bed.model.recipe.ffn.eta
     alphas_LD = np.stack([layer.alpha for layer in calibration.layers]).astype(np.float32)
     seen = list(bed.each(partial(_seen, alphas_LD=alphas_LD), count, "linearity"))
     visual_LV = np.concatenate([one.visual_LV for one in seen], axis=1)
@@ -61,7 +61,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question, alphas_LD: np.ndarray) -> _Seen:
-    prompt = opened.job.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.opened())
     is_visual = torch.from_numpy(prompt.is_visual)
     ffns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with watching_ffns(opened.eager.text.layers, ffns):

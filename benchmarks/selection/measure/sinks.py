@@ -41,7 +41,7 @@ class _Seen(NamedTuple):
 
 def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Sinks:
     """By three definitions: the paper's, the same for this width, and by attention."""
-    size = bed.job.source.dims.decoder.hidden_size
+    size = bed.model.source.dims.decoder.hidden_size
     seen = list(bed.each(_seen, count, "sinks"))
     phi_LN = np.concatenate([one.phi for one in seen], axis=1)
     level_LN = np.concatenate([_level(one.contribution) for one in seen], axis=1)
@@ -99,7 +99,7 @@ def _of_layer(is_N: np.ndarray, level_N: np.ndarray) -> SinkLayer:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question) -> _Seen:
-    prompt = opened.job.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.opened())
     is_visual = torch.from_numpy(prompt.is_visual)
     inputs = opened.inputs(prompt)
     entering: list[torch.Tensor] = [inputs.embeds[0]]

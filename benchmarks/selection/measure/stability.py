@@ -85,10 +85,10 @@ def _drift(text: str, drift: Mapping[str, Sequence[Sequence[float]]]) -> Drift:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question) -> _Seen:
-    prompt = opened.job.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.opened())
     is_visual, inputs = torch.from_numpy(prompt.is_visual), opened.inputs(prompt)
     dense = partial(opened.eager.prefill, inputs, is_visual)
-    answer = opened.greedy(dense(EagerPlan()), longest(opened.job.prompter, prompt, opened.given.max_new_tokens))
+    answer = opened.greedy(dense(EagerPlan()), longest(opened.model.prompter, prompt, opened.given.max_new_tokens))
     scores = by_query(opened.eager.text, inputs, is_visual, answer)
     agreement = {
         (score, layer, step): _agreement(own, first)

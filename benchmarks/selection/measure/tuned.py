@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.selection.bed import Bed, questions_drawn
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.bundle.store import Bundle
+from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method
 from capa_export.data.samples import samples_from
-from capa_export.job import Job
+from capa_export.model.model import Model
 from capa_export.selectors.selector import load_selector
 from capa_export.study.tune.candidates import Candidates, offered
 from capa_export.study.tune.costs import Costs, shapes
@@ -32,8 +32,9 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     samples = max(FEWEST, count)
     scenes = write_dataset(bed.folder / "scenes", questions_drawn(samples, split="train"))
     bed.calibration  # noqa: B018 - made before it is taken over.
-    job = _job(bed, scenes)
-    contests = [_contest(bed, job, like.format(layer=bed.own_layer), samples) for like in LIKE]
+    model = _model(bed)
+    options = BuildOptions(images=scenes, calibration=bed.store.folder, samples=samples)
+    contests = [_contest(bed, model, options, like.format(layer=bed.own_layer)) for like in LIKE]
     texts: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     for contest in contests:
@@ -43,22 +44,15 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     return Contests(layers=bed.layers, rows=compared(bed, texts, count, pairs), contests=tuple(contests))
 
 
-def _job(bed: Bed, scenes: Path) -> Job:
-    recipe = bed.job.recipe
+def _model(bed: Bed) -> Model:
+    recipe = bed.model.recipe
     prune = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
-    return replace(
-        bed.job,
-        recipe=recipe.model_copy(update={"prune": prune}),
-        bundle=Bundle(bed.folder / "tuning"),
-        images=scenes,
-        calibration=bed.job.bundle.folder,
-        samples=None,
-    )
+    return bed.model.with_recipe(recipe.model_copy(update={"prune": prune}))
 
 
-def _contest(bed: Bed, job: Job, like: str, count: int) -> Contest:
-    candidates = _candidates(bed, job, like, count)
-    _, found = tune(job, candidates.budget, count)
+def _contest(bed: Bed, model: Model, options: BuildOptions, like: str) -> Contest:
+    candidates = _candidates(bed, model, options, like)
+    _, found = tune(model, Bundle(bed.folder / "tuning"), options, candidates.budget)
     best, *others = (finalist.method for finalist in found.finalists)
     return Contest(
         like=like,
@@ -73,11 +67,11 @@ def _contest(bed: Bed, job: Job, like: str, count: int) -> Contest:
     )
 
 
-def _candidates(bed: Bed, job: Job, like: str, count: int) -> Candidates:
+def _candidates(bed: Bed, model: Model, options: BuildOptions, like: str) -> Candidates:
     """All that costs what a method does."""
-    samples = samples_from(job.images, job.recipe, count, split="train")
-    costs = Costs(job.source.dims.decoder, job.recipe.prune.min_keep_per_image, shapes(job, samples))
-    candidates = Candidates(job.recipe, offered(job.family)[0], bed.calibration, costs, budget=1.0)
+    samples = samples_from(options.images, model.recipe, options.samples or 0, split="train")
+    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, shapes(model, samples))
+    candidates = Candidates(model.recipe, offered(model.family)[0], bed.calibration, costs, budget=1.0)
     return replace(candidates, budget=candidates.share(parse_method(like)))
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from capa_export.bundle.store import Bundle
-from capa_export.job import Job
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.recipe_choice import find_recipe
 from capa_export.model.tensors import check_tensors
+from tests.building import Building
 from tests.conftest import noise
 from tests.models import FAMILIES
 
@@ -83,19 +83,19 @@ def test_it_is_read_as_its_architecture(name: str, tmp_path: Path) -> None:
     plain = FAMILIES[family].save_model(tmp_path / "qwen", FAMILIES[family].random_model())
     recipe = find_recipe(str(folder))
     assert recipe.family == family and any(name in published for published in recipe.published)
-    jobs = [Job(recipe=recipe, bundle=Bundle(tmp_path / "out"), checkpoint=str(one)) for one in (folder, plain)]
-    cosmos, qwen = jobs
+    buildings = [Building.of(recipe, Bundle(tmp_path / "out"), one) for one in (folder, plain)]
+    cosmos, qwen = buildings
     assert cosmos.source.dims == qwen.source.dims
     check_tensors(cosmos.source)
-    prompts = [job.prompter(QUESTION, [noise(140, 196), noise(84, 84, 1)]) for job in jobs]
+    prompts = [building.model.prompter(QUESTION, [noise(140, 196), noise(84, 84, 1)]) for building in buildings]
     np.testing.assert_array_equal(prompts[0].input_ids, prompts[1].input_ids)
     for theirs, ours in zip(prompts[1].pictures, prompts[0].pictures, strict=True):
         np.testing.assert_array_equal(ours.patches, theirs.patches)
     logits: list[torch.Tensor] = []
-    for job, prompt in zip(jobs, prompts, strict=True):
+    for building, prompt in zip(buildings, prompts, strict=True):
         with torch.no_grad():
-            embeds, position_ids, *_ = load_family(family).eager_inputs(job.eager_model, prompt)
-            text = job.eager_model.model.language_model(inputs_embeds=embeds, position_ids=position_ids)
+            embeds, position_ids, *_ = load_family(family).eager_inputs(building.model.eager, prompt)
+            text = building.model.eager.model.language_model(inputs_embeds=embeds, position_ids=position_ids)
         logits.append(text.last_hidden_state)
     assert torch.equal(*logits)
 

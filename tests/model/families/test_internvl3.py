@@ -17,9 +17,8 @@ from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.job import load_family
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.families import internvl3
+from capa_export.model.families import internvl3, load_family
 from capa_export.model.prompt import Picture, Prompter
 from capa_export.model.source import Source
 from capa_export.model.tensors import check_tensors

@@ -13,7 +13,6 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
-from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import internvl3
 from capa_export.model.generation import eos_token_ids
@@ -22,6 +21,7 @@ from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import parameters
+from tests.building import Building
 from tests.conftest import noise
 from tests.model.families.test_internvl3 import SIZES, VARIANTS, published
 from tests.models.internvl3 import QWEN3, original_config, random_model, save_model, save_original
@@ -45,8 +45,8 @@ def opened(folder: Path) -> Source:
     return Source.of(open_checkpoint(str(folder)), internvl3)
 
 
-def job_of(folder: Path, out: Path) -> Job:
-    return Job(recipe=load_recipe("internvl3"), bundle=Bundle(out), checkpoint=str(folder))
+def building_of(folder: Path, out: Path) -> Building:
+    return Building.of(load_recipe("internvl3"), Bundle(out), folder)
 
 
 def content(source: Source) -> dict[str, list[bytes]]:
@@ -78,11 +78,11 @@ def test_prompts_and_eager_logits_are_the_twins(twins: tuple[Path, Path], tmp_pa
     logits: list[torch.Tensor] = []
     prompts: list[Any] = []
     for folder in twins:
-        job = job_of(folder, tmp_path / folder.name)
-        prompts.append(job.prompter("what color is the star ?", pictures))
+        building = building_of(folder, tmp_path / folder.name)
+        prompts.append(building.model.prompter("what color is the star ?", pictures))
         with torch.no_grad():
-            embeds, position_ids = internvl3.eager_inputs(job.eager_model, prompts[-1])
-            logits.append(job.eager_model(inputs_embeds=embeds, position_ids=position_ids).logits)
+            embeds, position_ids = internvl3.eager_inputs(building.model.eager, prompts[-1])
+            logits.append(building.model.eager(inputs_embeds=embeds, position_ids=position_ids).logits)
     hf, original = prompts
     np.testing.assert_array_equal(original.input_ids, hf.input_ids)
     for theirs, ours in zip(hf.pictures, original.pictures, strict=True):
@@ -103,7 +103,7 @@ def test_a_bundle_reads_it_as_its_twin(twins: tuple[Path, Path], tmp_path: Path)
 
 def test_tiles_are_as_many_as_its_config_says(tmp_path: Path) -> None:
     folder = save_original(tmp_path / "original", random_model(), max_dynamic_patch=4)
-    prompt = job_of(folder, tmp_path / "out").prompter("what color is the star ?", [noise(224, 112)])
+    prompt = building_of(folder, tmp_path / "out").model.prompter("what color is the star ?", [noise(224, 112)])
     # Two tiles and the thumbnail; twelve would allow eight.
     assert len(prompt.pictures[0].patches) == 3
 

@@ -15,17 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLProcessor
 
 from benchmarks.tiny.tiny_qwen25vl import build_tokenizer
-from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
-from capa_export.job import Job
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import qwen3vl
@@ -37,6 +34,7 @@ from capa_export.plan.flops import flops, parameters
 from capa_export.run.answer import answer
 from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare
+from tests.building import Building
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
 from tests.models.qwen3vl import build_image_processor, random_model, save_model
@@ -387,19 +385,18 @@ def test_a_bundle_is_built_with_its_engines_and_answers(
     pictures.mkdir()
     for index, size in enumerate(((224, 224), (160, 96))):
         noise(*size, index).save(pictures / f"{index}.png")
-    job = Job(
-        recipe=recipe,
-        bundle=Bundle(tmp_path / "out"),
-        checkpoint=str(checkpoint),
-        images=pictures,
-        precision=precision,
-        weights=weights,
+    building = Building.of(
+        recipe, Bundle(tmp_path / "out"), checkpoint, images=pictures, precision=precision, weights=weights
     )
-    report = pipeline.build(job, load_target("rtx"))
+    report = building.build("rtx")
     assert report.passed, report.failures
-    assert set(job.bundle.stage("engine/rtx")["result"]["engines"]) == {"visual/visual", "llm/prefill", "llm/decode"}
+    assert set(building.bundle.stage("engine/rtx")["result"]["engines"]) == {
+        "visual/visual",
+        "llm/prefill",
+        "llm/decode",
+    }
     [said] = answer(
-        job.bundle,
+        building.bundle,
         conversations("what color is the star ?", [pictures / "1.png"]),
         options=GenerationOptions(max_new_tokens=3),
     )

@@ -7,12 +7,11 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.statistics import wilson
 from capa_export.bundle.store import PARITY, Bundle, file_digest
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.job import Job
 from capa_export.report.schema import Method, MethodError, ParityReport, write_parity
+from tests.building import Building
 from tests.conftest import noise
 
 Exported = Callable[..., Bundle]
@@ -36,7 +35,7 @@ def exported(recipe: Recipe, checkpoint: Path, tmp_path_factory: pytest.TempPath
         chosen = chosen.with_options(**options)  # pyright: ignore[reportArgumentType]
         bundle = Bundle(tmp_path_factory.mktemp("bundle") / "out")
         weights = chosen.checkpoint if name else str(source)
-        pipeline.export(Job(recipe=chosen, bundle=bundle, checkpoint=weights, ffn=False, precision=precision))
+        Building.of(chosen, bundle, weights, ffn=False, precision=precision).export()
         note_validation(bundle)
         return bundle
 

@@ -7,14 +7,13 @@ from typing import Any
 import datasets
 import pytest
 
-from capa_export import pipeline
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.questions import questions_from
 from capa_export.data.scenes import samples
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import evaluate
 from tests.conftest import noise
-from tests.study.evaluate.asking import job_of, subject_of
+from tests.study.evaluate.asking import building_of, subject_of
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +61,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibrated(recipe: Recipe, checkpoint: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a calibration in it."""
     out = tmp_path_factory.mktemp("calibrated")
-    pipeline.calibrate(job_of(recipe, checkpoint, out, images=questions.parent, samples=3))
+    building_of(recipe, checkpoint, out, images=questions.parent, samples=3).calibrate()
     return out / "calibration"
 
 
@@ -72,5 +71,5 @@ def alone(
 ) -> tuple[Path, Evaluation]:
     """What one process finds."""
     out = tmp_path_factory.mktemp("alone")
-    subject = subject_of(job_of(recipe, checkpoint, out, calibration=calibrated))
+    subject = subject_of(building_of(recipe, checkpoint, out, calibration=calibrated))
     return out, evaluate(subject, questions_from(questions), out)

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 
 import capa_export
-from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, Stage, load_recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import questions_from
-from capa_export.job import Job
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import evaluate
 from capa_export.study.evaluate.subject import bundle_subject, code_files, methods_from, product
+from tests.building import Building
 from tests.models import qwen3vl
-from tests.study.evaluate.asking import job_of, rows_of, subject_of
+from tests.study.evaluate.asking import building_of, rows_of, subject_of
 
 
 @pytest.mark.parametrize(
@@ -34,7 +33,7 @@ def test_a_method_that_does_not_fit(
     method: str, problem: str, recipe: Recipe, checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CapaError, match=problem):
-        subject_of(job_of(recipe, checkpoint, tmp_path), [method])
+        subject_of(building_of(recipe, checkpoint, tmp_path), [method])
     assert not list(tmp_path.iterdir()), "before anything is run"
 
 
@@ -43,14 +42,14 @@ def test_a_model_that_exceeds_memory_is_refused_before_it_is_calibrated(
 ) -> None:
     monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
-        subject_of(job_of(recipe, checkpoint, tmp_path))
+        subject_of(building_of(recipe, checkpoint, tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_selector_that_the_family_cannot_offer(tmp_path: Path) -> None:
     folder = qwen3vl.save_model(tmp_path / "checkpoint", qwen3vl.random_model())
     with pytest.raises(CapaError, match=r"method vispruner:0.5/full: selector vispruner needs the vision tower's"):
-        subject_of(job_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
+        subject_of(building_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
 
 
 def test_product(recipe: Recipe) -> None:
@@ -74,12 +73,10 @@ def test_product(recipe: Recipe) -> None:
 @pytest.fixture(scope="session")
 def bundle(recipe: Recipe, checkpoint: Path, calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("bundle") / "out"
-    job = Job(
-        recipe=recipe, bundle=Bundle(folder), checkpoint=str(checkpoint), calibration=calibrated, precision="fp32"
-    )
-    pipeline.calibrate(job)
-    pipeline.export(job)
-    return job.bundle
+    building = Building.of(recipe, Bundle(folder), checkpoint, calibration=calibrated, precision="fp32")
+    building.calibrate()
+    building.export()
+    return building.bundle
 
 
 def test_a_bundle_says_what_the_model_does(

@@ -1,6 +1,7 @@
 """A small bundle to explain, and one whose model has sinks."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,13 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from capa_export import pipeline
-from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
+from capa_export.study.explain.stage import explain
+from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 
@@ -35,17 +35,19 @@ def recipe_of(*, eta: float = 0.5, **prune: Any) -> Recipe:
 
 def build(folder: Path, checkpoint: Path, pictures: Path, recipe: Recipe, *, ffn: bool = True) -> Path:
     """All of a bundle that explaining needs."""
-    made = Job(
-        recipe=recipe, bundle=Bundle(folder), checkpoint=str(checkpoint), images=pictures, precision="fp32", ffn=ffn
-    )
+    made = Building.of(recipe, Bundle(folder), checkpoint, images=pictures, precision="fp32", ffn=ffn)
     if ffn:
-        pipeline.calibrate(made)
-    pipeline.export(made)
+        made.calibrate()
+    made.export()
     return folder
 
 
-def job_of(bundle: Path) -> Job:
-    return Job.of_bundle(Bundle.open(bundle), checkpoint=None, revision=None, images=None, report=silent)
+def building_of(bundle: Path) -> Building:
+    return Building.recorded(Bundle.open(bundle))
+
+
+def explained(building: Building, pictures: Sequence[Path], *rest: Any, **options: Any) -> Any:
+    return explain(building.model, building.bundle, pictures, *rest, **options)
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,18 @@ import torch
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.sums import Calibration
 from capa_export.data.picture_files import open_picture
-from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import Chosen, selectors
 from capa_export.study.explain.schema import Explained, Explanation
-from capa_export.study.explain.stage import explain
-from tests.study.explain.conftest import ANCHOR, DUMP, QUESTION, job_of, recipe_of
+from tests.building import Building
+from tests.study.explain.conftest import ANCHOR, DUMP, QUESTION, building_of, explained, recipe_of
 
 
 @pytest.fixture(scope="module")
 def found(bundle: Path, pictures: Path) -> Explanation:
-    return explain(job_of(bundle), [pictures / "one" / "wide.png"], QUESTION, max_new_tokens=4)[0]
+    return explained(building_of(bundle), [pictures / "one" / "wide.png"], QUESTION, max_new_tokens=4)[0]
 
 
 def method_of(found: Explanation, name: str) -> Explained:
@@ -48,8 +47,8 @@ def test_every_selector_has_its_turn_at_the_ratio_and_layer_of_the_bundle(found:
 def test_the_numbers_are_those_of_the_eager_run(
     found: Explanation, bundle: Path, pictures: Path, name: str, chosen: str
 ) -> None:
-    job = job_of(bundle)
-    prompt = job.prompter.chat([Turn("user", [open_picture(pictures / "one" / "wide.png"), QUESTION])])
+    building = building_of(bundle)
+    prompt = building.model.prompter.chat([Turn("user", [open_picture(pictures / "one" / "wide.png"), QUESTION])])
     is_visual, first = torch.from_numpy(prompt.is_visual), int(np.flatnonzero(prompt.is_visual)[0])
     calibration = Calibration.load(bundle)
     linear = calibration.linear_layers(0.5)
@@ -57,7 +56,7 @@ def test_the_numbers_are_those_of_the_eager_run(
     assert linear, "or this would not see that scales are left out"
     scales = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
     plan = EagerPlan({2: 5}, scales, {2: Chosen(chosen)}, min_keep_per_image=1)
-    eager, inputs = Eager(job.eager_model), inputs_for(plan, qwen25vl, job.eager_model, prompt)
+    eager, inputs = Eager(building.model.eager), inputs_for(plan, qwen25vl, building.model.eager, prompt)
     run, dense = (eager.prefill(inputs, is_visual, each) for each in (plan, EagerPlan()))
     p, q = (each.logits.double().softmax(-1) for each in (dense, run))
     kept = [int(row) - first for row in run.kept[2] if is_visual[row]]
@@ -72,7 +71,7 @@ def test_the_numbers_are_those_of_the_eager_run(
     own = method_of(found, "capa@2:0.75").kept
     shared = len(set(kept) & set(own))
     assert method.iou == shared / (10 - shared)
-    assert method.answer == job.prompter.decode(answer).strip()
+    assert method.answer == building.model.prompter.decode(answer).strip()
     assert method.same_answer == (method.answer == method_of(found, "dense").answer)
 
 
@@ -93,7 +92,7 @@ def test_a_model_without_sinks_says_how_they_were_looked_for(found: Explanation)
 
 def test_sinks_are_told_apart_by_what_capa_drops(sink_bundle: Path, pictures: Path) -> None:
     methods = ["attention@2:0.75"]
-    found, _ = explain(job_of(sink_bundle), [pictures / "one" / "wide.png"], QUESTION, methods, max_new_tokens=2)
+    found, _ = explained(building_of(sink_bundle), [pictures / "one" / "wide.png"], QUESTION, methods, max_new_tokens=2)
     assert found.sinks.channels == (5, 9)
     assert found.sinks.dumps == (DUMP,)
     assert found.sinks.anchors == (ANCHOR,)
@@ -106,7 +105,7 @@ def test_sinks_are_told_apart_by_what_capa_drops(sink_bundle: Path, pictures: Pa
 
 def test_without_a_calibration_and_with_several_pictures(plain_bundle: Path, pictures: Path) -> None:
     shown = [pictures / "one" / "wide.png", pictures / "tall.png"]
-    found, surfaces = explain(job_of(plain_bundle), shown, QUESTION, max_new_tokens=2)
+    found, surfaces = explained(building_of(plain_bundle), shown, QUESTION, max_new_tokens=2)
     assert found.visual_tokens == 26 == len(found.maps.contribution)
     assert [(grid.picture, grid.first, grid.rows, grid.cols) for grid in found.grids] == [(0, 0, 4, 5), (1, 20, 3, 2)]
     assert [surface.image.size for surface in surfaces] == [(140, 112), (56, 84)]
@@ -124,32 +123,32 @@ def test_what_a_family_cannot_do_is_left_out_unless_it_is_asked_for(
     def refuse(_family: object, selector: str) -> None:
         raise CapaError(f"selector {selector} needs the vision tower's attention")
 
-    monkeypatch.setattr("capa_export.job.require_selection", refuse)
+    monkeypatch.setattr("capa_export.model.model.require_selection", refuse)
     shown = [pictures / "one" / "wide.png"]
-    found, _ = explain(job_of(bundle), shown, QUESTION, max_new_tokens=1)
+    found, _ = explained(building_of(bundle), shown, QUESTION, max_new_tokens=1)
     left_out = {entry.method: entry.reason for entry in found.left_out}
     assert set(left_out) == {"vispruner:0.75", "adafv-style:0.75"}
     assert left_out["vispruner:0.75"] == "selector vispruner needs the vision tower's attention"
     with pytest.raises(CapaError, match=r"method vispruner:0\.5: selector vispruner needs"):
-        explain(unopened(bundle), shown, QUESTION, ["vispruner:0.5"])
+        explained(unopened(bundle), shown, QUESTION, ["vispruner:0.5"])
 
 
 def test_too_few_tokens_for_a_selector(bundle: Path, pictures: Path) -> None:
     """DART keeps its four pivots."""
     shown = [pictures / "tall.png"]
-    found, _ = explain(job_of(bundle), shown, QUESTION, max_new_tokens=1)
+    found, _ = explained(building_of(bundle), shown, QUESTION, max_new_tokens=1)
     (left_out,) = found.left_out
     assert left_out.method == "dart:0.75"
     assert "chooses 4 tokens or more" in left_out.reason
     with pytest.raises(CapaError, match=r"method dart:0\.75: selector dart chooses 4 tokens or more"):
-        explain(unopened(bundle), shown, QUESTION, ["dart:0.75"])
+        explained(unopened(bundle), shown, QUESTION, ["dart:0.75"])
 
 
 def test_a_schedule_of_several_stages(bundle: Path, pictures: Path) -> None:
-    job = job_of(bundle)
+    building = building_of(bundle)
     stages = [{"layer": 1, "ratio": 0.5}, {"layer": 3, "ratio": 0.75, "selector": "attention"}]
-    job.recipe = recipe_of(schedule=stages)
-    found, _ = explain(job, [pictures / "one" / "wide.png"], QUESTION, ["dense"], max_new_tokens=1)
+    building.recipe = recipe_of(schedule=stages)
+    found, _ = explained(building, [pictures / "one" / "wide.png"], QUESTION, ["dense"], max_new_tokens=1)
     own = method_of(found, "capa@1:0.5+attention@3:0.75")
     assert own.own
     assert [(stage.where, stage.selector, stage.kept) for stage in own.stages] == [
@@ -160,11 +159,11 @@ def test_a_schedule_of_several_stages(bundle: Path, pictures: Path) -> None:
     assert set(own.kept) < set(found.maps.kept), "layer 1 is where CAPA chose for the stage behind"
 
 
-def unopened(bundle: Path) -> Job:
-    """A job whose model must not be loaded."""
-    job = job_of(bundle)
-    vars(job)["eager_model"] = None
-    return job
+def unopened(bundle: Path) -> Building:
+    """A building whose model must not be loaded."""
+    building = building_of(bundle)
+    vars(building.model)["eager"] = None
+    return building
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
     bundle: Path, pictures: Path, methods: list[str], layer: int | None, message: str
 ) -> None:
     with pytest.raises(CapaError, match=message):
-        explain(unopened(bundle), [pictures / "one" / "wide.png"], QUESTION, methods, layer=layer)
+        explained(unopened(bundle), [pictures / "one" / "wide.png"], QUESTION, methods, layer=layer)
 
 
 def test_a_model_that_exceeds_memory_is_not_loaded(
@@ -187,15 +186,15 @@ def test_a_model_that_exceeds_memory_is_not_loaded(
 ) -> None:
     monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
-        explain(unopened(bundle), [pictures / "tall.png"], QUESTION)
+        explained(unopened(bundle), [pictures / "tall.png"], QUESTION)
 
 
 def test_scales_need_a_calibration(plain_bundle: Path, pictures: Path) -> None:
     with pytest.raises(CapaError, match=r"has no calibration to replace visual FFNs from; write capa@2:0.5/full"):
-        explain(unopened(plain_bundle), [pictures / "tall.png"], QUESTION, ["capa@2:0.5"])
+        explained(unopened(plain_bundle), [pictures / "tall.png"], QUESTION, ["capa@2:0.5"])
 
 
 def test_the_bundles_own_is_shown_once(bundle: Path, pictures: Path) -> None:
     methods = ["capa@2:0.75", "capa@2:0.75/full", "dense"]
-    found, _ = explain(job_of(bundle), [pictures / "tall.png"], QUESTION, methods, max_new_tokens=1)
+    found, _ = explained(building_of(bundle), [pictures / "tall.png"], QUESTION, methods, max_new_tokens=1)
     assert [method.method for method in found.methods] == ["dense", "capa@2:0.75", "capa@2:0.75/full"]

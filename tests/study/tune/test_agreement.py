@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.bundle.store import Bundle
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import Recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.samples import Sample
-from capa_export.job import Job
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
+from capa_export.model.model import Model
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import selectors
 from capa_export.study.tune.agreement import STEPS, Judge, Opened
@@ -21,11 +20,8 @@ from tests.conftest import noise
 
 
 @pytest.fixture(scope="module")
-def judge(
-    recipe: Recipe, calibration: Calibration, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Judge:
-    job = Job(recipe=recipe, bundle=Bundle(tmp_path_factory.mktemp("bundle")), checkpoint=str(checkpoint))
-    return Judge(job, calibration, selectors())
+def judge(recipe: Recipe, calibration: Calibration, checkpoint: Path) -> Judge:
+    return Judge(Model(recipe=recipe, checkpoint=str(checkpoint)), calibration, selectors())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from capa_export import pipeline
 from capa_export.base.errors import ExitCode
 from capa_export.base.statistics import Difference
 from capa_export.bundle.store import Bundle
@@ -15,13 +14,14 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method
-from capa_export.job import Job
+from capa_export.model.model import Model
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.study.tune.agreement import Agreement, Judge, Opened
 from capa_export.study.tune.costs import Costs, Shape
 from capa_export.study.tune.recipe_file import write_recipe
 from capa_export.study.tune.schema import Finalist, Tuning
 from capa_export.study.tune.stage import _recipe, _verdict
+from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 
@@ -47,7 +47,7 @@ def recipe_file(recipe: Recipe, checkpoint: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def calibrated(recipe: Recipe, checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = Bundle(tmp_path_factory.mktemp("calibrated"))
-    pipeline.calibrate(Job(recipe=recipe, bundle=bundle, checkpoint=str(checkpoint), images=images, samples=3))
+    Building.of(recipe, bundle, checkpoint, images=images, samples=3).calibrate()
     return bundle.folder
 
 
@@ -193,9 +193,8 @@ def test_what_is_no_number_is_not_chosen(
         assert "are no numbers" in tuning.verdict and "KL 1 nats" in out.read_text()
 
 
-def test_full_ffns_are_an_eta_that_no_layer_exceeds(recipe: Recipe, checkpoint: Path, tmp_path: Path) -> None:
-    job = Job(recipe=recipe, bundle=Bundle(tmp_path), checkpoint=str(checkpoint))
-    written = _recipe(job, parse_method("divprune:0.5+capa@2:0.9/full"))
+def test_full_ffns_are_an_eta_that_no_layer_exceeds(recipe: Recipe, checkpoint: Path) -> None:
+    written = _recipe(Model(recipe=recipe, checkpoint=str(checkpoint)), parse_method("divprune:0.5+capa@2:0.9/full"))
     assert written.ffn.eta == 0.999999
     assert [stage.where for stage in written.prune.schedule] == ["before the decoder", "after layer 2"]
 
