@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
-import capa_export
 from capa_export.base.errors import CapaError
 from capa_export.base.files import fingerprint
 from capa_export.base.progress import Report, say, silent
@@ -31,7 +29,6 @@ __all__ = [
     "run_stage",
     "say",
     "say_weights",
-    "tool_versions",
 ]
 
 ONNX = "onnx"
@@ -305,23 +302,3 @@ class Job:
 def alpha_digest(scales: Mapping[int, Any]) -> str:
     """Of the scale [D] of every layer that has one."""
     return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})
-
-
-@cache
-def _code_digest() -> str:
-    """Of this package's own source: a version number does not change while one works on it."""
-    package = Path(capa_export.__file__).parent
-    return digest_of({str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*.py"))})
-
-
-def tool_versions(*packages: str) -> dict[str, str]:
-    """Versions that a stage's result depends on."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    own = {"capa-export": capa_export.__version__, "code": _code_digest()}
-    return {**own, **{package: installed(package) for package in packages}}

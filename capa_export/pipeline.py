@@ -7,6 +7,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import capa_export
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import silent, tracked
 from capa_export.base.workers import chunks, in_order, spread
@@ -17,7 +19,7 @@ from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.config.target import Target
 from capa_export.export.in_place import Shards
-from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights, tool_versions
+from capa_export.job import ONNX, Job, alpha_digest, run_stage, say, say_weights
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.parity.against_golden import GOLDEN
 from capa_export.parity.stage import validate
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["adopt_calibration", "build", "calibrate", "export", "note_digests", "validate"]
 
 _SAMPLES_A_TASK = 4
+_CALIBRATION_CODE = ("capa_export.calibrate.layerwise", "capa_export.calibrate.measure", "capa_export.job")
+_PACKAGES = ("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers")
+_EXPORT_CODE = (
+    "capa_export.export.genai",
+    "capa_export.export.stage",
+    "capa_export.model.generation",
+    "capa_export.model.processors.resolved",
+)
 
 
 def build(job: Job, target: Target, wanted: Wanted | None = None, *, auto_fp32: bool = False) -> ParityReport:
@@ -147,8 +157,8 @@ def calibrate(job: Job) -> Calibration:
 
     count = job.samples or job.recipe.calibration.samples
     samples = samples_from(job.images, job.recipe, count, split="train")
-    versions = tool_versions("torch", "transformers")
-    key = [versions, job.checkpoint_digest, job.prompt_settings, samples.digest()]
+    made_by = versions("torch", "transformers", code_of=_CALIBRATION_CODE)
+    key = [made_by, job.checkpoint_digest, job.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
         by_layer = _by_layer(job, key)
@@ -269,7 +279,7 @@ def export(job: Job) -> None:
 
     def key() -> list[Any]:
         return [
-            tool_versions("onnxscript", "onnx-ir"),
+            versions("onnxscript", "onnx-ir", code_of=_EXPORT_CODE),
             ["in place", job.fingerprints] if job.in_place else job.checkpoint_digest,
             job.precision,
             job.pruning,
@@ -329,7 +339,7 @@ def export(job: Job) -> None:
         run_stage(job.bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", GOLDEN])
         _say_kept(job, calibration)
         job.bundle.update(
-            tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+            tool={"capa-export": capa_export.__version__, **versions(*_PACKAGES, code_of=_EXPORT_CODE)},
             command=list(job.command),
             recipe=job.recipe.model_dump(mode="json"),
             checkpoint={

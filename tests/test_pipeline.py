@@ -14,6 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from capa_export import pipeline
+from capa_export.base import code
+from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import Bundle, file_digest
@@ -104,6 +106,25 @@ def test_what_prompts_depend_on_runs_everything_again(job: Job, capsys: pytest.C
     processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
     pipeline.build(again(job), load_target("onnx"))
     assert ran(capsys) == {"calibrate", "export", "validate"}
+
+
+def test_changed_code_runs_again_what_it_made(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = set[str]()
+    monkeypatch.setattr(
+        code, "digest_code", lambda *names: digest_code(*names) + str(sorted(changed.intersection(names)))
+    )
+    pipeline.build(job, load_target("onnx"))
+    ran(capsys)
+    for module, stages in {
+        "capa_export.parity.against_eager": {"validate"},
+        "capa_export.export.stage": {"export", "validate"},
+        "capa_export.calibrate.measure": {"calibrate", "validate"},
+    }.items():
+        changed.add(module)
+        pipeline.build(again(job), load_target("onnx"))
+        assert ran(capsys) == stages
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from capa_export.base.code import versions
 from capa_export.base.progress import say
 from capa_export.config.gates import with_gates
-from capa_export.job import PARITY, REPORT, Job, run_stage, tool_versions
+from capa_export.job import PARITY, REPORT, Job, run_stage
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden
 from capa_export.parity.validation import Wanted
@@ -34,7 +35,7 @@ def validate(job: Job, wanted: Wanted | None = None) -> ParityReport:
     recipe = job.recipe.model_copy(update={"parity": with_gates(job.recipe.parity, wanted.gate)})
     validation = (AgainstGolden if wanted.golden else AgainstEager)(job, recipe, wanted, built)
     key = [
-        tool_versions("onnxruntime", "torch", "transformers"),
+        versions("onnxruntime", "torch", "transformers", code_of=[type(validation).__module__]),
         bundle.digest("export"),
         recipe.model_dump(mode="json"),
         [wanted.strict, wanted.seed, wanted.bisect],
