@@ -14,6 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from capa_export import pipeline
+from capa_export.base import code
+from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import Bundle, file_digest
@@ -98,6 +100,25 @@ def test_what_prompts_depend_on_runs_everything_again(building: Building, capsys
     processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
     building.again().build()
     assert ran(capsys) == {"calibrate", "export", "validate"}
+
+
+def test_changed_code_runs_again_what_it_made(
+    building: Building, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = set[str]()
+    monkeypatch.setattr(
+        code, "digest_code", lambda *names: digest_code(*names) + str(sorted(changed.intersection(names)))
+    )
+    building.build()
+    ran(capsys)
+    for module, stages in {
+        "capa_export.parity.against_eager": {"validate"},
+        "capa_export.export.graphs": {"export", "validate"},
+        "capa_export.calibrate.measure": {"calibrate", "validate"},
+    }.items():
+        changed.add(module)
+        building.again().build()
+        assert ran(capsys) == stages
 
 
 @pytest.mark.parametrize(

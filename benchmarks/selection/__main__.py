@@ -22,12 +22,12 @@ from benchmarks.selection.figures import About, Record, read_record
 from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from benchmarks.tiny.beds import BEDS
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress
 from capa_export.base.toml import Settings
-from capa_export.bundle.store import digest_of, file_digest
-from capa_export.job import tool_versions
+from capa_export.bundle.store import digest_of
 from capa_export.selectors.selector import load_selector, selectors
 
 _DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -74,9 +74,7 @@ def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tupl
     count = PARTS[part].count(questions)
     key = digest_of(
         [
-            tool_versions("torch", "transformers"),
-            [file_digest(path) for path in sorted((Path(__file__).parent / "measure").glob("*.py"))],
-            [file_digest(Path(__file__).with_name(name)) for name in ("bed.py", "figures.py")],
+            versions("torch", "transformers", code_of=[PARTS[part].measure.__module__]),
             [bed.model.digest, bed.model.prompt_settings, bed.options.samples],
             [question.digest() for question in bed.read(count)],
             list(chosen),

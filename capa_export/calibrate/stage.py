@@ -6,6 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say, tracked
 from capa_export.base.workers import chunks, in_order, spread
@@ -15,12 +16,13 @@ from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.data.samples import Sample, Samples, samples_from
-from capa_export.job import tool_versions
 from capa_export.model.memory import calibration_bytes, exceeds_memory, require_eager_memory
 from capa_export.model.model import Model
 
 __all__ = ["adopt_calibration", "calibrate", "check_owner"]
 
+_CODE = ("capa_export.calibrate.layerwise", "capa_export.calibrate.measure", "capa_export.model.prompt")
+"""The modules that measure."""
 _SAMPLES_A_TASK = 4
 
 
@@ -46,7 +48,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
 
     recipe = model.recipe
     samples = samples_from(options.images, recipe, options.samples or recipe.calibration.samples, split="train")
-    key = [tool_versions("torch", "transformers"), model.digest, model.prompt_settings, samples.digest()]
+    key = [versions("torch", "transformers", code_of=_CODE), model.digest, model.prompt_settings, samples.digest()]
 
     def work(scratch: Path) -> dict[str, Any]:
         by_layer = _goes_by_layer(model, bundle, options, key)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import capa_export
+from capa_export.base.code import versions
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
@@ -11,11 +13,19 @@ from capa_export.calibrate.stage import check_owner
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Prune
-from capa_export.job import tool_versions
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.model.model import Model
 
 __all__ = ["check_wishes", "export", "pruning"]
+
+_PACKAGES = ("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers")
+_CODE = (
+    "capa_export.export.genai",
+    "capa_export.export.graphs",
+    "capa_export.model.generation",
+    "capa_export.model.processors.resolved",
+)
+"""The modules that write."""
 
 
 def check_wishes(model: Model) -> None:
@@ -57,7 +67,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
     def key() -> list[Any]:
         return [
-            tool_versions("onnxscript", "onnx-ir"),
+            versions("onnxscript", "onnx-ir", code_of=_CODE),
             ["in place", model.fingerprints] if options.in_place else model.digest,
             options.precision,
             pruning(model.recipe.prune),
@@ -78,7 +88,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"])
         _say_kept(model, calibration)
         bundle.update(
-            tool=tool_versions("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers"),
+            tool={"capa-export": capa_export.__version__, **versions(*_PACKAGES, code_of=_CODE)},
             command=list(options.command),
             recipe=model.recipe.model_dump(mode="json"),
             checkpoint={

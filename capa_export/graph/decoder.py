@@ -17,13 +17,11 @@ from capa_export.base.dims import DecoderDims
 from capa_export.graph.build import Input, build_model, call
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
 from capa_export.graph.prune import Prune
+from capa_export.graph.rotary import RotaryTables
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
 from capa_export.selectors.selector import CAPA, Chosen, Place, reads
 
-__all__ = ["RotaryTables", "decode_model", "prefill_model"]
-
-RotaryTables = Callable[[OpBuilder, ir.Value, ir.DataType], tuple[ir.Value, ir.Value]]
-"""A family's position encoding: position ids [axes, T] -> cos and sin [1, T, d/2] in the given dtype."""
+__all__ = ["decode_model", "prefill_model"]
 
 _END = 2**31 - 1
 """A slice end past any length."""

@@ -1,6 +1,6 @@
 """Rotary position tables, computed in the graph from position ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,11 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from capa_export.base.dims import ModelDims
-from capa_export.graph.decoder import RotaryTables
 
-__all__ = ["rotary_frequencies", "rotary_tables"]
+__all__ = ["RotaryTables", "rotary_frequencies", "rotary_tables"]
+
+RotaryTables = Callable[[OpBuilder, ir.Value, ir.DataType], tuple[ir.Value, ir.Value]]
+"""A family's position encoding: position ids [axes, T] -> cos and sin [1, T, d/2] in the given dtype."""
 
 
 def rotary_tables(dims: ModelDims[Any]) -> RotaryTables:

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import ptx_get_version
 from triton.compiler import ASTSource
 
+from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
 from capa_export.config.plugins import HEAD_SIZES
@@ -218,11 +219,8 @@ def _numbers(constants: Mapping[str, Count]) -> dict[str, int]:
 
 
 def _digest_of_sources() -> str:
-    """Of all that decides what a job compiles to, besides the job."""
-    digest = sha256(triton.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """What decides what a job compiles to, besides the job: Triton, and the kernels' code and this module's."""
+    return f"{triton.__version__} {digest_code(__name__)}"
 
 
 def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None) -> None:

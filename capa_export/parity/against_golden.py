@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.job import tool_versions
 from capa_export.model.model import Model
 from capa_export.parity.validation import (
     Validation,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GOLDEN", "AgainstGolden", "store_golden"]
 
 GOLDEN = "golden"
+_GOLDEN_CODE = ("capa_export.parity.records", "capa_export.parity.validation")
 
 
 class AgainstGolden(Validation):
@@ -86,8 +87,8 @@ def store_golden(
     prune, pictures = recipe.prune.model_dump(mode="json"), recipe.pictures.model_dump(exclude_none=True)
     sidecars = sidecar_files(bundle)
     method_error = parity.method_error.model_dump(mode="json")
-    versions = tool_versions("torch", "transformers")
-    key = [versions, bundle.digest("export"), samples.digest(), steps, prune, model.prompt_settings, method_error]
+    made_by = versions("torch", "transformers", code_of=_GOLDEN_CODE)
+    key = [made_by, bundle.digest("export"), samples.digest(), steps, prune, model.prompt_settings, method_error]
 
     def work(scratch: Path) -> dict[str, Any]:
         from capa_export.parity.records import write_records

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from capa_export.base.code import versions
 from capa_export.base.progress import say
 from capa_export.bundle.store import PARITY, REPORT, Bundle, run_stage
 from capa_export.config.gates import with_gates
 from capa_export.config.options import ValidationOptions
-from capa_export.job import tool_versions
 from capa_export.model.model import Model
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden
@@ -40,7 +40,7 @@ def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> Parity
     recipe = model.recipe.model_copy(update={"parity": with_gates(model.recipe.parity, options.gate)})
     validation = (AgainstGolden if options.golden else AgainstEager)(model, bundle, recipe, options, built)
     key = [
-        tool_versions("onnxruntime", "torch", "transformers"),
+        versions("onnxruntime", "torch", "transformers", code_of=[type(validation).__module__]),
         bundle.digest("export"),
         recipe.model_dump(mode="json"),
         [options.strict, options.seed, options.bisect],

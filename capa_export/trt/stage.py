@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from capa_export.base.code import versions
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report, say
@@ -15,7 +16,6 @@ from capa_export.config.options import BuildOptions, Weights, WeightsWish
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
-from capa_export.job import tool_versions
 from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
@@ -25,6 +25,8 @@ __all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_
 
 GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 """Engine of each graph."""
+_ENGINE_CODE = ("capa_export.trt.engine",)
+_KIT_CODE = ("capa_export.trt.kit",)
 
 
 def check_runtime(target: Target) -> None:
@@ -113,7 +115,8 @@ def _build_here(
     bundle.verify("export")
     folder = f"engines/{target.name}"
     record = {"kind": chosen.kind, "library_sha256": file_digest(chosen.library) if chosen.library else None}
-    key = [tool_versions("tensorrt-rtx"), target.model_dump(mode="json"), weights, bundle.digest("export"), record]
+    made_by = versions("tensorrt-rtx", code_of=_ENGINE_CODE)
+    key = [made_by, target.model_dump(mode="json"), weights, bundle.digest("export"), record]
 
     def work(scratch: Path) -> dict[str, Any]:
         _check_room(bundle, weights)
@@ -132,12 +135,14 @@ def _build_here(
 
 
 def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report) -> dict[str, Any]:
+    from capa_export.kernels.plugins.native import digest_sources
     from capa_export.trt.kit import write_kit
 
     bundle.verify("export")
     folder = f"engines/{target.name}"
     settings = target.model_dump(mode="json")
-    key = [tool_versions("triton"), settings, weights, bundle.digest("export"), plugins, find_spec("triton") is None]
+    made_by = [versions("triton", code_of=_KIT_CODE), digest_sources()]
+    key = [made_by, settings, weights, bundle.digest("export"), plugins, find_spec("triton") is None]
 
     def work(scratch: Path) -> dict[str, Any]:
         digests = write_kit(bundle, target, scratch / folder, weights=weights, plugins=plugins, report=report)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from capa_export.base import code
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle
@@ -48,7 +49,9 @@ def test_the_nodes_become_plugins_and_the_manifest_says_so(bundle: Bundle, rtx: 
     assert bundle.stage("engine/rtx")["result"] == made
 
 
-def test_a_device_gets_a_kit(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_gets_a_kit(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none", "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["kit"] == "engines/orin"
@@ -59,6 +62,10 @@ def test_a_device_gets_a_kit(bundle: Bundle, capsys: pytest.CaptureFixture[str])
     output = capsys.readouterr()
     assert "engine/orin   up to date" in output.err
     assert output.out == "kit: engines/orin in the bundle; copy that folder to the device and run its build.sh there\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(code, "digest_code", lambda *names: f"other {names}")
+        assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none"]) == 0
+        assert "up to date" not in capsys.readouterr().err
     # This machine is no Jetson.
     assert main(["engine", str(kit), "--on-device"]) == 5
     output = capsys.readouterr()

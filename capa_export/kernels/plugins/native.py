@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.files import file_digest
 from capa_export.base.toml import shipped
 
 if TYPE_CHECKING:
     from capa_export.kernels.compile import CompiledKernel
 
-__all__ = ["ARCHITECTURES", "LIBRARY", "PluginLibrary", "build_library", "find_headers", "write_sources"]
+__all__ = [
+    "ARCHITECTURES",
+    "LIBRARY",
+    "PluginLibrary",
+    "build_library",
+    "digest_sources",
+    "find_headers",
+    "write_sources",
+]
 
 LIBRARY = "libcapa_plugins.so"
 
@@ -152,6 +161,12 @@ def _compiler(arch: str, cxx: str | None) -> str:
         package = "g++" if native else f"g++-{arch.replace('_', '-')}-linux-gnu"
         raise CapaError(f"no compiler {compiler}: apt install {package}, or pass --cxx COMPILER", ExitCode.ENGINE)
     return compiler
+
+
+def digest_sources() -> dict[str, str]:
+    """SHA-256 of the library's own sources, by name."""
+    folder = shipped("engines") / "plugins"
+    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write_sources(folder: Path, compute_capabilities: Sequence[str], *, progress: Progress | None = None) -> None:

@@ -3,68 +3,25 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import capa_export
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.workers import Workers
-from capa_export.bundle.store import Bundle, digest_of, file_digest
+from capa_export.bundle.store import Bundle, digest_of
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, stage_text
-from capa_export.job import tool_versions
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
 from capa_export.selectors.selector import load_selector
 from capa_export.study.evaluate.answers import DENSE, Ask
 
-__all__ = ["Subject", "bundle_subject", "check_fits", "code_files", "eager_subject", "methods_from", "product"]
-
-_PACKAGE = Path(capa_export.__file__).parent
-_CODE = (
-    "bundled.py",
-    "calibrate.py",
-    "calibration.py",
-    "chat_template.py",
-    "checkpoint.py",
-    "conversation.py",
-    "decoding.py",
-    "dims.py",
-    "eager.py",
-    "eager_attention.py",
-    "evaluate/answers.py",
-    "evaluate/bundle_answers.py",
-    "evaluate/eager_answers.py",
-    "export.py",
-    "families",
-    "generation.py",
-    "in_place.py",
-    "job.py",
-    "lockstep.py",
-    "methods.py",
-    "onnx_model.py",
-    "parity/statistics.py",
-    "picture_files.py",
-    "picture_sizes.py",
-    "picture_sources.py",
-    "pixels.py",
-    "processors",
-    "prompt.py",
-    "recipe.py",
-    "runtime.py",
-    "selectors",
-    "sliced.py",
-    "streamed.py",
-    "target.py",
-    "tiled.py",
-    "widen.py",
-)
-"""What decides how a question is answered: where one of these changes, all is asked again."""
+__all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +112,7 @@ def eager_subject(
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
             ffn += [method.ffn_settings(model.recipe.ffn).eta, calibration.digest()]
-        return _key(prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
+        return _key(EagerAnswers, prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
 
     return Subject(
         source=model.checkpoint_source,
@@ -237,7 +194,9 @@ def bundle_subject(
         model=bundle.digest("export"),
         runs="onnx",
         keys={
-            name: _key([stage.ratio for stage in method.stages], [], max_new_tokens, bounds, "onnxruntime")
+            name: _key(
+                BundleAnswers, [stage.ratio for stage in method.stages], [], max_new_tokens, bounds, "onnxruntime"
+            )
             for name, method in methods.items()
         },
         prepare=BundleAnswers(
@@ -252,17 +211,9 @@ def bundle_subject(
     )
 
 
-def _key(prune: object, ffn: object, max_new_tokens: int, bounds: PixelBounds, *packages: str) -> str:
-    versions = tool_versions("numpy", "pillow", "tokenizers", "torch", "transformers", *packages)
-    seen = bounds.model_dump(exclude_none=True)
-    return digest_of([prune, ffn, max_new_tokens, seen, {**versions, "code": _code_digest()}])
-
-
-def code_files() -> list[Path]:
-    """The modules that decide how a question is answered."""
-    roots = [_PACKAGE / name for name in _CODE]
-    return sorted(path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py")))
-
-
-def _code_digest() -> str:
-    return digest_of({str(path.relative_to(_PACKAGE)): file_digest(path) for path in code_files()})
+def _key(answers: type, prune: object, ffn: object, max_new_tokens: int, bounds: PixelBounds, *packages: str) -> str:
+    """The digest of what a method does, and of the code that answers: the module of `answers`."""
+    made_by = versions(
+        "numpy", "pillow", "tokenizers", "torch", "transformers", *packages, code_of=[answers.__module__]
+    )
+    return digest_of([prune, ffn, max_new_tokens, bounds.model_dump(exclude_none=True), made_by])

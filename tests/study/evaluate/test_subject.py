@@ -1,19 +1,21 @@
 """Which methods a model or a bundle can do, and that a bundle says what the model does."""
 
-import ast
 from pathlib import Path
 
 import pytest
 
-import capa_export
+from capa_export.base import code
+from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, Stage, load_recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import questions_from
+from capa_export.study.evaluate.bundle_answers import BundleAnswers
+from capa_export.study.evaluate.eager_answers import EagerAnswers
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import evaluate
-from capa_export.study.evaluate.subject import bundle_subject, code_files, methods_from, product
+from capa_export.study.evaluate.subject import bundle_subject, methods_from, product
 from tests.building import Building
 from tests.models import qwen3vl
 from tests.study.evaluate.asking import building_of, rows_of, subject_of
@@ -127,68 +129,22 @@ def test_a_layer_for_selectors_that_have_none_is_refused() -> None:
     assert both == ["divprune:0.5", "capa@3:0.5"]
 
 
-PACKAGE = Path(capa_export.__file__).parent
-NO_PART = {
-    "What is asked, and what a calibration has seen, have digests of their own.": (
-        "evaluate/questions.py",
-        "samples.py",
-    ),
-    "Graphs are files of a bundle, whose digest answers are kept under.": (
-        "bind.py",
-        "disk.py",
-        "graph/__init__.py",
-        "graph/build.py",
-        "graph/decoder.py",
-        "graph/functions.py",
-        "graph/layers.py",
-        "graph/opset.py",
-        "graph/rotary.py",
-        "islands.py",
-    ),
-    "Files are found, checked and recorded; what they hold has a digest.": (
-        "bundle.py",
-        "confined.py",
-        "fingerprint.py",
-        "hub.py",
-        "settings.py",
-        "shipped.py",
-        "unfinished.py",
-    ),
-    "What is said, and what there is room for.": (
-        "__init__.py",
-        "answer.py",
-        "device_memory.py",
-        "errors.py",
-        "measure.py",
-        "parity/schema.py",
-        "plugins/choice.py",
-        "progress.py",
-        "spread.py",
-        "visual_tokens.py",
-    ),
-}
-"""Why a change changes no answer -> modules that what answers does import."""
+def test_a_change_of_what_answers_asks_again(
+    recipe: Recipe, checkpoint: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> list[dict[str, str]]:
+        building, methods = building_of(recipe, checkpoint, tmp_path), ["capa@2:0.75/full"]
+        both = subject_of(building, methods), bundle_subject(bundle, methods_from(["capa@2:0.75"]), 4)
+        return [dict(subject.keys) for subject in both]
 
-
-def imported(file: Path) -> set[Path]:
-    """The files of the package that one of them imports at any time, types aside."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    typing = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    unread = {child for node in typing for child in ast.walk(node)}
-    names = set[str]()
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node not in unread:
-            names |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import) and node not in unread:
-            names |= {alias.name for alias in node.names}
-    stems = [PACKAGE.joinpath(*name.split(".")[1:]) for name in names if name.split(".")[0] == PACKAGE.name]
-    return {path for stem in stems for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file()}
-
-
-def test_a_change_of_what_answers_asks_again() -> None:
-    code, known = set(code_files()), {PACKAGE / name for names in NO_PART.values() for name in names}
-    assert {PACKAGE / "evaluate" / f"{kind}_answers.py" for kind in ("bundle", "eager")} <= code
-    read = {file for module in code for file in imported(module)}
-    assert sorted(str(file.relative_to(PACKAGE)) for file in read - code - known) == []
-    assert sorted(str(file.relative_to(PACKAGE)) for file in known - read) == [], "no longer imported"
-    assert not known & code
+    eager, onnx = keys()
+    assert keys() == [eager, onnx]
+    module = BundleAnswers.__module__
+    monkeypatch.setattr(code, "digest_code", lambda *names: "other" if names == (module,) else digest_code(*names))
+    same, other = keys()
+    assert same == eager
+    assert all(other[method] != key for method, key in onnx.items())
+    module = EagerAnswers.__module__
+    other, same = keys()
+    assert same == onnx
+    assert all(other[method] != key for method, key in eager.items())
