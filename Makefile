@@ -21,6 +21,7 @@ coverage: .venv/dev.stamp
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 
 format: .venv/dev.stamp
