@@ -27,7 +27,7 @@ from capa_export.kernels.plugins.native import build_library
 from capa_export.passes.lower import NATIVE
 from capa_export.run.engine import BuiltEngines
 from capa_export.run.engine_model import EngineModel
-from capa_export.trt.engine import build_engine
+from capa_export.trt.stage import build_graphs
 
 __all__ = ["NATIVE_VARIANTS", "VARIANTS", "Variant", "cases", "target_for"]
 
@@ -139,24 +139,15 @@ def _plugins(kind: PluginKind, capability: str, work: Path) -> Plugins:
 
 def _build(onnx: Path, folder: Path, target: Target, variant: Variant, plugins: Plugins) -> dict[str, Any]:
     """The engines of a variant; those without CAPA nodes are links to a first variant's with the same weights."""
-    keep = target.require_engine().values["num_keep"].repeated(1)
     costs: dict[str, Any] = {}
-    for name, file in variant.files.items():
-        is_prefill = name == "llm/prefill"
-        home = folder if is_prefill else folder.with_name(variant.weights)
-        engine = home / f"{name}.engine"
-        if not engine.exists():
-            report = build_engine(
-                onnx / file,
-                engine,
-                dims={},
-                shape_inputs={"num_keep": keep} if is_prefill else {},
-                target=target,
-                weights=variant.weights,
-                plugins=plugins if is_prefill else Plugins("none"),
-            )
-            costs[f"{name}_s"], costs[f"{name}_MB"] = report.seconds, report.bytes / 1e6
-        for source in engine.parent.glob(f"{engine.stem}.*"):
+    for home, names in (folder, ["llm/prefill"]), (folder.with_name(variant.weights), ["visual/visual", "llm/decode"]):
+        if not all((home / f"{name}.engine").exists() for name in names):
+            shutil.rmtree(home, ignore_errors=True)
+            graphs = {variant.files[name]: name for name in names}
+            built = build_graphs(onnx, graphs, home, target, weights=variant.weights, plugins=plugins)
+            for name, engine in built.items():
+                costs[f"{name}_s"], costs[f"{name}_MB"] = engine["seconds"], engine["bytes"] / 1e6
+        for source in (source for name in names for source in home.glob(f"{name}.*")):
             place = folder / source.relative_to(home)
             place.parent.mkdir(parents=True, exist_ok=True)
             if not place.exists():

@@ -213,7 +213,7 @@ def engine(
     if on_device:
         if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
-        from capa_export.trt.kit import build_kit
+        from capa_export.trt.stage import build_kit
 
         with progress() as report:
             result: dict[str, Any] = build_kit(bundle, tensorrt_include=tensorrt_include, report=report)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
 
-__all__ = ["DimRange", "Engine", "Precision", "ShapeRange", "Target", "load_target", "version_parts"]
+__all__ = ["DimRange", "Engine", "Precision", "Target", "load_target", "version_parts"]
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
@@ -27,25 +27,6 @@ class DimRange(Settings):
     def _ordered(self) -> "DimRange":
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"must be min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
-        return self
-
-    def repeated(self, count: int) -> "ShapeRange":
-        """The range of an input of `count` values, each within this one."""
-        return ShapeRange(min=(self.min,) * count, opt=(self.opt,) * count, max=(self.max,) * count)
-
-
-class ShapeRange(Settings):
-    """What the values of a shape tensor input may be, element by element."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ShapeRange":
-        same_length = len(self.min) == len(self.opt) == len(self.max)
-        if not same_length or any(not 0 <= a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
-            raise ValueError(f"must be min <= opt <= max in every element, not {self.min}, {self.opt}, {self.max}")
         return self
 
 

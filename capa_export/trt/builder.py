@@ -1,6 +1,6 @@
-"""Builds the engines of a kit on its device: `python3 builder.py` in the kit, where this file has that name.
+"""Builds the engines of a kit: where it was written, or on its device as `python3 builder.py` in the kit.
 
-It needs the standard library and the device's own TensorRT, and no GPU code of its own.
+It needs the standard library and TensorRT, and no GPU code of its own.
 """
 
 import argparse
@@ -11,17 +11,22 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KIT", "KitError", "build", "main"]
+__all__ = ["FAILED", "KIT", "VERSION", "WORKER", "KitError", "build", "build_engines", "main", "read_kit"]
 
 KIT = "kit.json"
+VERSION = 2
+"""Of what `kit.json` says."""
+WORKER = "engine_worker.py"
+"""File of a kit that builds one engine."""
 FAILED = 5
 """Exit code of whatever keeps an engine from being built."""
 _HEADER = "NvInferVersion.h"
@@ -49,13 +54,14 @@ def main() -> int:
     given = vars(parser.parse_args())
     try:
         with tempfile.TemporaryDirectory() as links:
-            environment: Mapping[str, str] = {}
+            environment: Mapping[str, str] = os.environ
             if given["runtime"] == "tensorrt_rtx":
                 # Beside this file in a kit, which is to stay as it is.
                 sys.dont_write_bytecode = True
                 finder = importlib.import_module("parser_library")
-                environment = finder.ensure_parser_library(Path(links))
-            build(Path(__file__).resolve().parent, **given, environment=environment)
+                environment = {**os.environ, **finder.ensure_parser_library(Path(links))}
+            for _ in build(Path(__file__).resolve().parent, **given, environment=environment):
+                pass
     except KitError as error:
         _say(f"error: {error}")
         return FAILED
@@ -79,9 +85,9 @@ def build(
     compute_capability: str | None = None,
     lowered: bool = False,
     out: Path | None = None,
-    environment: Mapping[str, str] = {},
+    environment: Mapping[str, str] = os.environ,
     say: Say = _say,
-) -> dict[str, dict[str, Any]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Check device, TensorRT and files, compile the plugins, and build every engine.
 
     Args:
@@ -92,16 +98,16 @@ def build(
         compute_capability: GPU to build for in a trial.
         lowered: whether a trial takes the graphs for older TensorRT.
         out: where the engines of a trial go; those of the device go into the kit.
-        environment: variables to add for the building processes.
+        environment: variables of the building processes.
         say: told what is being done.
 
-    Returns:
-        By engine: its `seconds` and `bytes`, and what the building process says.
+    Yields:
+        As `build_engines` does.
 
     Raises:
         KitError: this is not the device, a file or TensorRT is missing or another, or TensorRT refused.
     """
-    spec = _read(kit)
+    spec = read_kit(kit)
     trial = (runtime, compute_capability, out)
     if any(trial) and not all(trial):
         raise KitError("a trial needs --runtime, --compute-capability and --out, all three")
@@ -110,8 +116,7 @@ def build(
     module = runtime or spec["runtime"]
     if not runtime:
         _check_device(spec)
-    env = {**os.environ, **environment}
-    version = _version(module, env)
+    version = _version(module, environment)
     if not runtime:
         _check_version(spec, version)
         lowered = _numbers(version) < _numbers(spec["lowered_below"])
@@ -121,42 +126,142 @@ def build(
         include = _headers(tensorrt_include, None if runtime else version)
     if check:
         say(f"this is {spec['target']}, with {module} {version}")
-        return {}
+        return
+    spec |= {
+        "runtime": module,
+        # TensorRT builds for the GPU that it finds.
+        "compute_capabilities": [compute_capability] if compute_capability else [],
+        "version_min": version,
+        "version_below": f"{_numbers(version)[0] + 1}",
+    }
     folder = (out or kit).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         library = _compile(kit, include, Path(scratch), say) if include else None
-        result = {
-            name: _build_engine(
-                kit,
-                folder,
-                Path(scratch),
-                name,
-                {
-                    "runtime": module,
-                    "compute_capabilities": [compute_capability] if compute_capability else [],
-                    "version_min": version,
-                    "version_below": f"{_numbers(version)[0] + 1}",
-                    "plugins": {
-                        "kind": spec["plugins"],
-                        "library": library and str(library),
-                        "count": engine["plugins"],
-                    },
-                    "shapes": engine["shapes"],
-                    "shape_inputs": engine["shape_inputs"],
-                },
-                engine["lowered" if lowered else "onnx"],
-                env,
-                say,
-            )
-            for name, engine in spec["engines"].items()
-        }
+        yield from build_engines(
+            *(kit, spec, folder),
+            worker=[str(kit / WORKER)],
+            library=library,
+            lowered=lowered,
+            environment=environment,
+            say=say,
+        )
         if library:
             library.replace(folder / library.name)
-    return result
 
 
-def _read(kit: Path) -> dict[str, Any]:
+def build_engines(
+    kit: Path,
+    spec: Mapping[str, Any],
+    folder: Path,
+    *,
+    worker: Sequence[str],
+    library: Path | None = None,
+    lowered: bool = False,
+    environment: Mapping[str, str] = os.environ,
+    logs: Mapping[str, Path] = {},
+    say: Say = _say,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Build every engine of a kit, each in a process of its own.
+
+    Args:
+        kit: the folder.
+        spec: what its `kit.json` says.
+        folder: gets `NAME.engine`, `NAME.log` and, in TensorRT's own words, `NAME.layers.txt`.
+        worker: arguments of Python that start the building process.
+        library: of the plugins, where they are native.
+        lowered: whether to take the graphs for older TensorRT.
+        environment: variables of the building processes.
+        logs: by engine where its log lies until the engine is whole, if that is elsewhere.
+        say: told what is being done.
+
+    Yields:
+        An engine's name; and its `onnx`, `seconds`, `bytes` and what the building process says, when it is whole.
+
+    Raises:
+        KitError: TensorRT refused or crashed; the log stays.
+    """
+    common = {key: spec[key] for key in ("runtime", "compute_capabilities", "version_min", "version_below")}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        for name, engine in spec["engines"].items():
+            onnx, path = engine["lowered" if lowered else "onnx"], folder / f"{name}.engine"
+            say(f"building {name}.engine from {onnx}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log, start = logs.get(name, path.with_suffix(".log")), time.monotonic()
+            files = {part: str(Path(scratch, part)) for part in ("plan", "layers", "result")}
+            task = {
+                **common,
+                **files,
+                "onnx": str(kit / onnx),
+                "beside": str(Path(engine.get("source", kit / onnx)).resolve()),
+                "plugins": {
+                    "kind": spec["plugins"],
+                    "library": library and str(library),
+                    "count": engine["plugins"],
+                },
+                "shapes": engine["shapes"],
+                "shape_inputs": engine["shape_inputs"],
+            }
+            try:
+                result = _run(worker, task, Path(scratch, "task.json"), environment, log, spec["install"])
+            except KitError as error:
+                raise KitError(f"{engine.get('source', name)}: {error}; log: {log}") from error
+            Path(files["layers"]).replace(path.with_suffix(".layers.txt"))
+            log.replace(path.with_suffix(".log"))
+            # The plan comes last: where it is, the rest is.
+            Path(files["plan"]).replace(path)
+            seconds = round(time.monotonic() - start, 3)
+            yield name, {**result, "onnx": engine["onnx"], "seconds": seconds, "bytes": path.stat().st_size}
+
+
+def _run(
+    worker: Sequence[str], task: Mapping[str, Any], file: Path, environment: Mapping[str, str], log: Path, install: str
+) -> dict[str, Any]:
+    """Build one engine in a process of its own; returns what that says."""
+    result = Path(task["result"])
+    result.unlink(missing_ok=True)
+    file.write_text(json.dumps(task), encoding="utf-8")
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *worker, str(file)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            child.wait()
+        finally:
+            # Reached with a live child when the user interrupts.
+            child.kill()
+            child.wait()
+    if not result.exists():
+        raise KitError(_crash(child.returncode, log, install))
+    said = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in said:
+        raise KitError(said["error"])
+    return said
+
+
+def _crash(returncode: int, log: Path, install: str) -> str:
+    """Why the building process ended without a word."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    last = next((line for line in reversed(lines) if line), "it said nothing")
+    if missing := re.match(r"(?:ModuleNotFound|Import)Error: .*\b(tensorrt\w*)", last):
+        return f"{missing[1]} is not installed ({last}): {install}"
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        cause = ", most likely for want of memory" if -returncode == getattr(signal, "SIGKILL", None) else ""
+        return f"the building process died of {name}{cause}: {last}"
+    return f"the building process ended with status {returncode}: {last}"
+
+
+def read_kit(kit: Path) -> dict[str, Any]:
+    """What the `kit.json` of a kit says.
+
+    Raises:
+        KitError: there is none, or it is damaged, or of another version.
+    """
     try:
         spec = json.loads((kit / KIT).read_text(encoding="utf-8"))
         digest = spec.pop("digest")
@@ -166,6 +271,8 @@ def _read(kit: Path) -> dict[str, Any]:
         raise KitError(f"{kit}: no kit ({KIT}: {error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError(f"{kit / KIT}: damaged: copy the kit again") from error
+    if spec["version"] != VERSION:
+        raise KitError(f"{kit}: written by {spec['tool']}, another version: build it with its own build.sh")
     return spec
 
 
@@ -174,11 +281,11 @@ def _check_device(spec: Mapping[str, Any]) -> None:
     cpu, wanted = platform.machine(), spec["cpu"]
     if wanted and cpu != wanted:
         raise KitError(f"this machine is {cpu}, the kit is for {spec['target']}, which is {wanted}: copy it there")
-    capability = _compute_capability()
-    if capability != spec["compute_capability"]:
+    capability, (wanted,) = _compute_capability(), spec["compute_capabilities"]
+    if capability != wanted:
         raise KitError(
             f"the GPU here has compute capability {capability}, the kit is for {spec['target']}, which has "
-            f"{spec['compute_capability']}: make one with build --target for this device"
+            f"{wanted}: make one with build --target for this device"
         )
 
 
@@ -263,35 +370,6 @@ def _compile(kit: Path, include: Path, scratch: Path, say: Say) -> Path:
         first = next((line for line in lines if "error" in line), lines[-1])
         raise KitError(f"the plugins do not compile: {first}")
     return library
-
-
-def _build_engine(
-    kit: Path, folder: Path, scratch: Path, name: str, spec: dict[str, Any], onnx: str, env: Mapping[str, str], say: Say
-) -> dict[str, Any]:
-    """Build one engine in a process of its own; the plan takes its place when it is whole."""
-    say(f"building {name}.engine from {onnx}")
-    engine = folder / f"{name}.engine"
-    engine.parent.mkdir(parents=True, exist_ok=True)
-    log = engine.with_suffix(".log")
-    files = {part: str(scratch / part) for part in ("plan", "layers", "result")}
-    spec = {**spec, **files, "onnx": str(kit / onnx), "beside": str(kit / onnx)}
-    (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    start = time.monotonic()
-    with log.open("wb") as output:
-        command = [sys.executable, str(kit / "engine_worker.py"), str(scratch / "spec.json")]
-        run = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
-    result_path = Path(files["result"])
-    if not result_path.exists():
-        # Killed, or TensorRT aborted.
-        raise KitError(f"{name}: the building process ended with status {run.returncode}; log: {log}")
-    result = json.loads(result_path.read_text(encoding="utf-8"))
-    result_path.unlink()
-    if "error" in result:
-        raise KitError(f"{name}: {result['error']}; log: {log}")
-    Path(files["layers"]).replace(engine.with_suffix(".layers.txt"))
-    # The plan comes last: where it is, the rest is.
-    Path(files["plan"]).replace(engine)
-    return {**result, "seconds": round(time.monotonic() - start, 3), "bytes": engine.stat().st_size}
 
 
 if __name__ == "__main__":

@@ -1,40 +1,44 @@
-"""A kit: all that builds a bundle's engines on the device itself, with nothing but its own TensorRT and compiler."""
+"""Writes kits: graphs as TensorRT reads them, and what a builder needs to know of them."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
 import capa_export
-from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, say, silent
-from capa_export.bundle.store import MANIFEST, ONNX, Bundle, digest_of, file_digest
-from capa_export.config.plugins import PluginWish, choose_device_plugins
-from capa_export.config.target import Engine, Target, version_parts
-from capa_export.kernels.plugins.alias import ensure_parser_library
-from capa_export.passes.for_tensorrt import Prepared, prepare
+from capa_export.bundle.store import ONNX, Bundle, digest_of, file_digest
+from capa_export.config.options import Weights
+from capa_export.config.plugins import PluginKind, PluginWish, choose_device_plugins
+from capa_export.config.target import DimRange, Engine, Target, version_parts
+from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt import builder
-from capa_export.trt.engine import input_shapes, parse_layers, weight_copies, weight_entries
+from capa_export.trt.builder import KIT, VERSION, WORKER
 from capa_export.trt.golden import write_golden
-from capa_export.trt.stage import GRAPHS, refuse_copies
 
-__all__ = ["build_kit", "write_kit"]
+__all__ = ["GRAPHS", "write_graphs", "write_kit"]
 
-_VERSION = 1
+GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
+"""Engine of each graph."""
+
 _BUILDER = {
     "trt/builder.py": "builder.py",
-    "trt/worker.py": "engine_worker.py",
+    "trt/worker.py": WORKER,
     "kernels/plugins/alias.py": "parser_library.py",
+}
+_INSTALL = {
+    "tensorrt-rtx": how_to_install("rtx"),
+    "tensorrt": "it comes with JetPack, as python3-libnvinfer, or with pip install tensorrt",
 }
 
 _SCRIPT = """#!/bin/sh
@@ -83,12 +87,50 @@ are stored in FP32.
 """
 
 
+def write_graphs(
+    onnx: Path,
+    graphs: Mapping[str, str],
+    kit: Path,
+    target: Target,
+    *,
+    weights: Weights,
+    plugins: PluginKind,
+    home: Path | None = None,
+) -> None:
+    """Write a kit that is built where it lies; its graphs find their weights where the shipped ones do.
+
+    Args:
+        onnx: folder of the graphs.
+        graphs: name of the engine of each graph.
+        kit: the folder, which must not exist yet.
+        target: the device; supplies the limits of every dimension.
+        weights: whether the large weights are in the engines, or inputs of the networks.
+        plugins: what computes the CAPA nodes.
+        home: where the engines will be used, if the kit moves: what `NAME.weights.json` is relative to.
+
+    Raises:
+        CapaError: the target is not possible, or a graph is damaged, lacks its weights or takes no plugins.
+    """
+    target.require_engine()
+    kit.mkdir(parents=True)
+    engines: dict[str, Any] = {}
+    for graph, name in graphs.items():
+        source, place = onnx / graph, kit / graph
+        limits = _limits(source, target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        prepared = prepare(source, place, external_weights=weights == "external", plugins=plugins != "none")
+        if weights == "external":
+            _write_weights(kit / f"{name}.weights.json", source, (home or kit) / name, prepared.weights)
+        engines[name] = {"onnx": graph, "source": str(source), "plugins": prepared.num_plugins, **limits}
+    _write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={})
+
+
 def write_kit(
     bundle: Bundle,
     target: Target,
     folder: Path,
     *,
-    weights: Literal["embedded", "external"] = "embedded",
+    weights: Weights = "embedded",
     plugins: PluginWish = "auto",
     report: Report = silent,
 ) -> dict[str, str]:
@@ -121,7 +163,7 @@ def write_kit(
         kit = Path(scratch) / "kit"
         kit.mkdir()
         report("kit: graphs", 0, 3)
-        known = _write_graphs(bundle, kit)
+        known = _link_weights(bundle, kit)
         engines = {
             name: _engine(bundle, target, kit, onnx, name, weights=weights, native=native)
             for onnx, name in GRAPHS.items()
@@ -140,22 +182,18 @@ def write_kit(
         _write_builder(kit, target.name, settings, precision, weights, native=native, golden=has_golden)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}
-        manifest = {
-            "version": _VERSION,
-            "tool": f"capa-export {capa_export.__version__}",
-            "target": target.name,
-            "precision": precision,
-            "weights": weights,
-            "plugins": "native" if native else "none",
-            "compute_capability": settings.compute_capabilities[0],
-            "lowered_below": ".".join(map(str, NATIVE)),
-            **settings.model_dump(include={"runtime", "version_min", "version_below", "jetpack", "cpu"}),
-            "engines": engines,
-            "files": digests,
-        }
-        text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1) + "\n"
-        (kit / builder.KIT).write_text(text, encoding="utf-8")
-        digests[builder.KIT] = file_digest(kit / builder.KIT)
+        _write_manifest(
+            kit,
+            target,
+            precision=precision,
+            weights=weights,
+            plugins="native" if native else "none",
+            lowered_below=".".join(map(str, NATIVE)),
+            **settings.model_dump(include={"jetpack", "cpu"}),
+            engines=engines,
+            files=digests,
+        )
+        digests[KIT] = file_digest(kit / KIT)
         kit.rename(folder)
     return digests
 
@@ -164,7 +202,7 @@ def _names(files: list[Path], kit: Path) -> list[str]:
     return [path.relative_to(kit).as_posix() for path in files]
 
 
-def _write_graphs(bundle: Bundle, kit: Path) -> dict[str, str]:
+def _link_weights(bundle: Bundle, kit: Path) -> dict[str, str]:
     """Link the weights into the kit; returns the SHA-256 of those where the bundle has it."""
     export = bundle.stage("export")
     links = {name: entry["sha256"] for name, entry in export.get("linked", {}).items()}
@@ -200,35 +238,83 @@ def _engine(
     onnx: str,
     name: str,
     *,
-    weights: Literal["embedded", "external"],
+    weights: Weights,
     native: bool,
 ) -> dict[str, Any]:
     """Write the graph for newer and for older TensorRT; returns what the builder has to know."""
-    settings = target.require_engine()
     source, place = bundle.folder / ONNX / onnx, kit / ONNX / onnx
-    stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
-    values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
     options: dict[str, Any] = {"external_weights": weights == "external", "plugins": native}
     prepared = prepare(source, place, **options)
     lowered = place.with_suffix(".lowered.onnx")
-    older = prepare(source, lowered, **options, version=version_parts(settings.version_min))
+    older = prepare(source, lowered, **options, version=version_parts(target.require_engine().version_min))
     assert older == prepared, "the same weights serve both"
     if weights == "external":
-        _write_weights(kit, place, name, prepared)
+        _write_weights(kit / f"{name}.weights.json", place, kit / name, prepared.weights)
     return {
         "onnx": f"{ONNX}/{onnx}",
         "lowered": lowered.relative_to(kit).as_posix(),
         "plugins": prepared.num_plugins,
-        "shapes": input_shapes(source, {}, values, target),
-        "shape_inputs": {key: [limits.min, limits.opt, limits.max] for key, limits in values.items()},
+        **_limits(source, target),
     }
 
 
-def _write_weights(kit: Path, onnx: Path, name: str, prepared: Prepared) -> None:
-    path = kit / f"{name}.weights.json"
+def _limits(onnx: Path, target: Target) -> dict[str, dict[str, list[list[int]]]]:
+    """Smallest, usual and largest shape of every input, and the same of the values of those which are sizes.
+
+    Raises:
+        CapaError: the graph cannot be read, its weights are missing, or the target has no limits for a dimension.
+    """
+    try:
+        graph = ir.load(onnx).graph
+    except Exception as error:
+        raise CapaError(f"{onnx}: cannot be read as ONNX: {error}", ExitCode.ENGINE) from error
+    for value in graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
+            raise CapaError(f"{onnx}: its weights are missing: {value.const_value.path}", ExitCode.ENGINE)
+
+    def limits(size: int | ir.SymbolicDim) -> DimRange:
+        return DimRange(min=size, opt=size, max=size) if isinstance(size, int) else target.dim(str(size.value))
+
+    shapes = {str(value.name): value.shape or ir.Shape(()) for value in graph.inputs}
+    values = target.require_engine().values
+    return {
+        "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
+        "shape_inputs": {
+            name: _ends([values[name]] * prod(shape.numpy())) for name, shape in shapes.items() if name in values
+        },
+    }
+
+
+def _ends(ranges: Sequence[DimRange]) -> list[list[int]]:
+    return [[one.min for one in ranges], [one.opt for one in ranges], [one.max for one in ranges]]
+
+
+def _write_weights(path: Path, onnx: Path, engine: Path, weights: Sequence[Mapping[str, Any]]) -> None:
+    """Write where a runtime finds the bytes of every weight input; files are relative to the folder of the engine."""
+    entries: dict[str, dict[str, Any]] = {}
+    for weight in weights:
+        entry = dict(weight)
+        data = (onnx.parent / entry.pop("location")).resolve()
+        name = entry.pop("name")
+        entries[name] = {"file": Path(os.path.relpath(data, engine.parent.resolve())).as_posix(), **entry}
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = weight_entries(onnx, path.parent, prepared.weights)
     path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_manifest(kit: Path, target: Target, **said: Any) -> None:
+    """Write `kit.json`, which holds a digest of itself."""
+    settings = target.require_engine()
+    manifest = {
+        "version": VERSION,
+        "tool": f"capa-export {capa_export.__version__}",
+        "target": target.name,
+        "runtime": settings.runtime.replace("-", "_"),
+        "install": _INSTALL[settings.runtime],
+        **settings.model_dump(include={"compute_capabilities", "version_min", "version_below"}, mode="json"),
+        **said,
+    }
+    text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1) + "\n"
+    (kit / KIT).write_text(text, encoding="utf-8")
 
 
 def _write_plugins(folder: Path, settings: Engine) -> None:
@@ -263,110 +349,3 @@ def _write_builder(
         ),
     )
     (kit / "README.md").write_text(readme, encoding="utf-8")
-
-
-def build_kit(
-    kit: Path,
-    *,
-    tensorrt_include: Path | None = None,
-    runtime: str | None = None,
-    compute_capability: str | None = None,
-    lowered: bool = False,
-    out: Path | None = None,
-    report: Report = silent,
-) -> dict[str, Any]:
-    """Build the engines of a kit as its own `build.sh` does, and look through them for copies of weights.
-
-    Args:
-        kit: the folder.
-        tensorrt_include: folder of TensorRT's headers; None looks where packages put them.
-        runtime: in a trial, the module to build with; the device is then not looked at.
-        compute_capability: in a trial, the GPU to build for.
-        lowered: in a trial, whether to take the graphs for older TensorRT.
-        out: in a trial, where the engines go.
-        report: progress.
-
-    Returns:
-        What the manifest of a bundle says of engines built here: where weights are, and what each engine took.
-
-    Raises:
-        CapaError: this is not the device, a file or TensorRT is missing or another, or TensorRT refused.
-    """
-    done = 0
-
-    def tell(line: str) -> None:
-        nonlocal done
-        report(line, done, done + 1)
-        done += 1
-
-    with tempfile.TemporaryDirectory() as links:
-        environment = ensure_parser_library(Path(links)) if runtime == "tensorrt_rtx" else {}
-        try:
-            built = builder.build(
-                kit,
-                tensorrt_include=tensorrt_include,
-                runtime=runtime,
-                compute_capability=compute_capability,
-                lowered=lowered,
-                out=out,
-                environment=environment,
-                say=tell,
-            )
-        except builder.KitError as error:
-            raise CapaError(str(error), ExitCode.ENGINE) from error
-    manifest = json.loads((kit / builder.KIT).read_text(encoding="utf-8"))
-    engines = {
-        name: _entry(manifest["engines"][name]["onnx"], result, (out or kit) / name, kit / f"{name}.weights.json")
-        for name, result in built.items()
-    }
-    result = {
-        "runtime": (runtime or manifest["runtime"]).replace("_", "-"),
-        "compute_capabilities": [compute_capability or manifest["compute_capability"]],
-        "weights": manifest["weights"],
-        "plugins": {"kind": manifest["plugins"]},
-        "engines": engines,
-    }
-    if out is None:
-        _note(kit, result)
-    return result
-
-
-def _note(kit: Path, result: dict[str, Any]) -> None:
-    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
-    folder = kit.resolve().parents[1]
-    if not (folder / MANIFEST).is_file():
-        return
-    bundle = Bundle.open(folder)
-    stages, stage = bundle.manifest["stages"], f"engine/{kit.resolve().name}"
-    if "kit" in stages.get(stage, {}).get("result", {}):
-        built = [kit / f"{name}.engine" for name in result["engines"]]
-        stages[stage]["result"] |= result
-        stages[stage]["files"] |= {
-            f"{stages[stage]['result']['kit']}/{path.relative_to(kit).as_posix()}": file_digest(path) for path in built
-        }
-        bundle.update(stages=stages)
-
-
-def _entry(onnx: str, result: dict[str, Any], engine: Path, weights: Path) -> dict[str, Any]:
-    """Turn what TensorRT said of an engine's layers into a table; returns what there is to say of the engine."""
-    text = engine.with_suffix(".layers.txt")
-    layers = parse_layers(text.read_text(encoding="utf-8"))
-    text.unlink()
-    table = json.dumps([asdict(layer) for layer in layers], indent=1) + "\n"
-    engine.with_suffix(".layers.json").write_text(table, encoding="utf-8")
-    inputs = set(json.loads(weights.read_text(encoding="utf-8"))) if weights.exists() else set[str]()
-    copies = weight_copies(layers, inputs)
-    refuse_copies(str(engine), [layer.name for layer in copies])
-    types = Counter(layer.type for layer in layers)
-    return {
-        "onnx": onnx,
-        "bytes": result["bytes"],
-        "seconds": result["seconds"],
-        "peak_memory_bytes": result["peak_rss_bytes"],
-        "layers": len(layers),
-        "layers_by_type": dict(sorted(types.items())),
-        "custom_layers": types["custom_layer"],
-        "weight_copies": len(copies),
-        "runtime": result["version"],
-        "warnings": result["warnings"],
-    }

@@ -1,31 +1,36 @@
-"""The engine stage: a bundle's three engines, or the kit that builds them on the device."""
+"""The engine stage: a bundle's three engines, or the kit that builds them on the device, and its build there."""
 
+import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from capa_export.base.code import versions
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
-from capa_export.base.progress import Report, say
+from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.confined import confined
-from capa_export.bundle.store import ONNX, Bundle, file_digest, run_stage
+from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, run_stage
 from capa_export.config.options import BuildOptions, Weights, WeightsWish
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
+from capa_export.config.plugins import NO_PLUGINS, Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
+from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.engine import EngineReport, build_engine
+from capa_export.trt import builder
+from capa_export.trt.kit import GRAPHS, write_graphs, write_kit
+from capa_export.trt.layers import read_engine
 
-__all__ = ["GRAPHS", "build_engines", "check_engines", "check_runtime", "refuse_copies"]
+__all__ = ["build_engines", "build_graphs", "build_kit", "check_engines", "check_runtime"]
 
-GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
-"""Engine of each graph."""
-_ENGINE_CODE = ("capa_export.trt.engine",)
+_ENGINE_CODE = ("capa_export.trt.builder", "capa_export.trt.layers", "capa_export.trt.kit", "capa_export.trt.worker")
 _KIT_CODE = ("capa_export.trt.kit",)
 
 
@@ -120,10 +125,22 @@ def _build_here(
 
     def work(scratch: Path) -> dict[str, Any]:
         _check_room(bundle, weights)
-        engines: dict[str, Any] = {}
-        for done, (onnx, name) in enumerate(GRAPHS.items()):
-            report(f"engines for {target.name}", done, len(GRAPHS))
-            engines[name] = _entry(onnx, _build(bundle, target, scratch / folder, onnx, name, weights, chosen))
+        built = count()
+        # Outside the scratch folder, since it must outlive a failed build.
+        logs = {
+            name: confined(bundle.folder, f"{name.replace('/', '-')}.{target.name}.log") for name in GRAPHS.values()
+        }
+        engines = build_graphs(
+            bundle.folder / ONNX,
+            GRAPHS,
+            scratch / folder,
+            target,
+            weights=weights,
+            plugins=chosen,
+            home=bundle.folder / folder,
+            logs=logs,
+            say=lambda _: report(f"engines for {target.name}", next(built), len(GRAPHS)),
+        )
         settings = target.require_engine().model_dump(include={"runtime", "compute_capabilities"}, mode="json")
         seen = _largest_pictures(target)
         return {**settings, "weights": weights, "plugins": record, "pictures": seen, "engines": engines}
@@ -136,7 +153,6 @@ def _build_here(
 
 def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report) -> dict[str, Any]:
     from capa_export.kernels.plugins.native import digest_sources
-    from capa_export.trt.kit import write_kit
 
     bundle.verify("export")
     folder = f"engines/{target.name}"
@@ -158,64 +174,150 @@ def _largest_pictures(target: Target) -> dict[str, int]:
     return PixelBounds().on_target(target).model_dump(exclude_none=True)
 
 
-def _build(
-    bundle: Bundle,
-    target: Target,
+def build_graphs(
+    onnx: Path,
+    graphs: Mapping[str, str],
     folder: Path,
-    onnx: str,
-    name: str,
+    target: Target,
+    *,
     weights: Weights,
-    plugins: Plugins,
-) -> EngineReport:
-    values = target.require_engine().values
-    stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
-    # Outside the scratch folder, since it must outlive a failed build.
-    log = confined(bundle.folder, f"{name.replace('/', '-')}.{target.name}.log")
+    plugins: Plugins = NO_PLUGINS,
+    home: Path | None = None,
+    logs: Mapping[str, Path] = {},
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Build the engines of graphs by way of a kit; its graphs go, its engines stay.
+
+    Args:
+        onnx: folder of the graphs.
+        graphs: name of the engine of each graph.
+        folder: the kit, which must not exist yet. Of every engine it gets `NAME.engine`, `NAME.layers.json`,
+            `NAME.log` and, with external weights, `NAME.weights.json`.
+        target: the device; supplies the limits of every dimension.
+        weights: whether the large weights are in the engines, or inputs of the networks.
+        plugins: what computes the CAPA nodes.
+        home: where the engines will be used, if the caller moves them: what `NAME.weights.json` is relative to.
+        logs: by engine where its log lies until the engine is whole, if that is elsewhere.
+        say: told what is being done.
+
+    Returns:
+        By engine what the manifest says of it.
+
+    Raises:
+        CapaError: the target is not possible, a graph is damaged, or TensorRT refused or crashed.
+    """
+    write_graphs(onnx, graphs, folder, target, weights=weights, plugins=plugins.kind, home=home)
     try:
-        built = build_engine(
-            bundle.folder / ONNX / onnx,
-            folder / f"{name}.engine",
-            dims={},
-            shape_inputs={"num_keep": values["num_keep"].repeated(stages)} if name == "llm/prefill" else {},
-            target=target,
-            weights=weights,
-            plugins=plugins,
-            home=(bundle.folder / "engines" / target.name / name).parent,
-            log=log,
-        )
+        with _environment() as environment:
+            built = builder.build_engines(
+                folder,
+                builder.read_kit(folder),
+                folder,
+                worker=["-m", "capa_export.trt.worker"],
+                library=plugins.library,
+                environment=environment,
+                logs=logs,
+                say=say,
+            )
+            engines = _read(built, folder, folder)
     except KeyboardInterrupt:
-        log.unlink(missing_ok=True)
+        for log in logs.values():
+            log.unlink(missing_ok=True)
         raise
-    built.log.replace((folder / name).with_suffix(".log"))
-    refuse_copies(onnx, built.weight_copies)
-    return built
+    for name in (builder.KIT, *graphs):
+        (folder / name).unlink()
+    return engines
 
 
-def refuse_copies(what: str, copies: Sequence[str]) -> None:
-    """Raise where an engine has layers that copy weights."""
-    if copies:
-        raise CapaError(
-            f"{what}: the engine would copy weights at every run ({copies[0]}); "
-            "this is a defect of the graph, please report it",
-            ExitCode.ENGINE,
+def build_kit(
+    kit: Path,
+    *,
+    tensorrt_include: Path | None = None,
+    runtime: str | None = None,
+    compute_capability: str | None = None,
+    lowered: bool = False,
+    out: Path | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Build the engines of a kit as its own `build.sh` does, and look through them for copies of weights.
+
+    Args:
+        kit: the folder.
+        tensorrt_include: folder of TensorRT's headers; None looks where packages put them.
+        runtime: in a trial, the module to build with; the device is then not looked at.
+        compute_capability: in a trial, the GPU to build for.
+        lowered: in a trial, whether to take the graphs for older TensorRT.
+        out: in a trial, where the engines go.
+        report: progress.
+
+    Returns:
+        What the manifest of a bundle says of engines built here: where weights are, and what each engine took.
+
+    Raises:
+        CapaError: this is not the device, a file or TensorRT is missing or another, or TensorRT refused.
+    """
+    done = count()
+
+    def tell(line: str) -> None:
+        step = next(done)
+        report(line, step, step + 1)
+
+    with _environment() as environment:
+        built = builder.build(
+            kit,
+            tensorrt_include=tensorrt_include,
+            runtime=runtime,
+            compute_capability=compute_capability,
+            lowered=lowered,
+            out=out,
+            environment=environment,
+            say=tell,
         )
-
-
-def _entry(onnx: str, built: EngineReport) -> Mapping[str, Any]:
-    """What the manifest says of an engine."""
-    return {
-        "onnx": onnx,
-        "bytes": built.bytes,
-        "seconds": round(built.seconds, 3),
-        "peak_memory_bytes": built.peak_rss_bytes,
-        "layers": built.num_layers,
-        "layers_by_type": built.num_layers_by_type,
-        "custom_layers": built.num_custom_layers,
-        "weight_copies": len(built.weight_copies),
-        "activation_bytes": built.activation_bytes,
-        "runtime": built.runtime_version,
-        "warnings": list(built.warnings),
+        engines = _read(built, kit, out or kit)
+    spec = builder.read_kit(kit)
+    result = {
+        "runtime": (runtime or spec["runtime"]).replace("_", "-"),
+        "compute_capabilities": [compute_capability] if compute_capability else spec["compute_capabilities"],
+        "weights": spec["weights"],
+        "plugins": {"kind": spec["plugins"]},
+        "engines": engines,
     }
+    if out is None:
+        _note(kit, result)
+    return result
+
+
+@contextmanager
+def _environment() -> Generator[Mapping[str, str]]:
+    """Variables of the building processes."""
+    # Kernels run for real there, even where this process interprets them.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with TemporaryDirectory() as links:
+        yield inherited | ensure_parser_library(Path(links))
+
+
+def _read(built: Iterable[tuple[str, dict[str, Any]]], kit: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the engines that a builder leaves in a folder; each is read when it is whole."""
+    try:
+        return {name: read_engine(folder / name, said, kit / f"{name}.weights.json") for name, said in built}
+    except builder.KitError as error:
+        raise CapaError(str(error), ExitCode.ENGINE) from error
+
+
+def _note(kit: Path, result: dict[str, Any]) -> None:
+    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
+    folder = kit.resolve().parents[1]
+    if not (folder / MANIFEST).is_file():
+        return
+    bundle = Bundle.open(folder)
+    stages, stage = bundle.manifest["stages"], f"engine/{kit.resolve().name}"
+    if "kit" in stages.get(stage, {}).get("result", {}):
+        built = [kit / f"{name}.engine" for name in result["engines"]]
+        stages[stage]["result"] |= result
+        stages[stage]["files"] |= {
+            f"{stages[stage]['result']['kit']}/{path.relative_to(kit).as_posix()}": file_digest(path) for path in built
+        }
+        bundle.update(stages=stages)
 
 
 def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:

@@ -1,8 +1,8 @@
-"""Builds one TensorRT engine in a process of its own: `python engine_worker.py SPEC.json`.
+"""Builds one TensorRT engine in a process of its own: `python -m capa_export.trt.worker SPEC.json`.
 
-TensorRT may abort the process and keeps what it allocated; neither must reach the caller. The spec is what
-`capa_export.trt.engine` writes; standard error is the log. But for Python plugins it needs the standard library and
-TensorRT alone, so that a kit can carry it to a device where nothing else is installed.
+TensorRT may abort the process and keeps what it allocated; neither must reach the caller. The spec is what the builder
+of kits writes; standard error is the log. But for Python plugins it needs the standard library and TensorRT alone, so
+that a kit can carry it to a device where nothing else is installed.
 """
 
 # The bindings carry no types.

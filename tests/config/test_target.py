@@ -6,7 +6,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped, shipped_names
-from capa_export.config.target import DimRange, ShapeRange, Target, load_target, version_parts
+from capa_export.config.target import Target, load_target, version_parts
 
 
 def test_every_shipped_target_loads() -> None:
@@ -116,15 +116,3 @@ def test_a_precision_the_target_does_not_list_is_refused() -> None:
     target.require_precision("fp16")
     with pytest.raises(CapaError, match="target t does not take bf16; it takes fp16"):
         target.require_precision("bf16")
-
-
-def test_a_shape_input_repeats_its_range() -> None:
-    limits = DimRange(min=0, opt=2, max=5).repeated(2)
-    assert limits == ShapeRange(min=(0, 0), opt=(2, 2), max=(5, 5))
-
-
-@pytest.mark.parametrize("values", [((0, 3), (1, 2), (2, 4)), ((0,), (1, 1), (2, 2))])
-def test_a_shape_range_must_rise_in_every_element(values: tuple[tuple[int, ...], ...]) -> None:
-    low, usual, high = values
-    with pytest.raises(ValueError, match="must be min <= opt <= max"):
-        ShapeRange(min=low, opt=usual, max=high)

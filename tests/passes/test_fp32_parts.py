@@ -13,7 +13,6 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
-from capa_export.config.target import load_target
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import prefill_model
 from capa_export.graph.rotary import rotary_tables
@@ -27,10 +26,11 @@ from capa_export.passes.lower import lower
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.doctor import _graph
-from capa_export.trt.engine import build_engine
+from capa_export.trt.stage import build_graphs
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.passes.test_lower import inputs, run
+from tests.targets import one_gpu
 
 GRAPHS = ("llm/prefill", "llm/decode", "visual/model")
 RESIDUAL = ("residual", "visual.residual")
@@ -261,19 +261,11 @@ def test_tensorrt_builds_it(tmp_path: Path, units: tuple[str, ...], plugins: Any
     family = load_family("qwen25vl")
     of = Source.of(open_checkpoint(str(shipped("graphs") / "checkpoints/tiny-qwen25vl")), family)
     write_onnx(of, "fp16", tmp_path, prune_layers=(2,), scales={5: np.ones(192)}, fp32_layers=units)
-    target = load_target("rtx")
-    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
-    for graph in GRAPHS:
-        path = tmp_path / f"{graph}.onnx"
-        report = build_engine(
-            path,
-            tmp_path / "out" / f"{path.stem}.engine",
-            dims={},
-            shape_inputs={"num_keep": engine.values["num_keep"].repeated(1)} if graph == "llm/prefill" else {},
-            target=target.model_copy(update={"engine": engine}),
-            weights="external",
-            plugins=Plugins(plugins),
-        )
-        nodes = [node for node in ir.load(path).graph if "plugin_version" in node.attributes]
-        assert report.num_custom_layers == (0 if plugins == "none" else len(nodes))
-        assert report.weight_copies == ()
+    graphs = {f"{graph}.onnx": graph for graph in GRAPHS}
+    built = build_graphs(
+        tmp_path, graphs, tmp_path / "engines", one_gpu(), weights="external", plugins=Plugins(plugins)
+    )
+    for file, name in graphs.items():
+        nodes = [node for node in ir.load(tmp_path / file).graph if "plugin_version" in node.attributes]
+        assert built[name]["custom_layers"] == (0 if plugins == "none" else len(nodes))
+        assert built[name]["weight_copies"] == 0

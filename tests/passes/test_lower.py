@@ -11,14 +11,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from capa_export.config.target import load_target
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
 from capa_export.passes.lower import lower
-from capa_export.trt.engine import build_engine
+from capa_export.trt.stage import build_graphs
 from tests.models import FAMILIES
+from tests.targets import one_gpu
 
 JETPACK_6 = (10, 3)
 GRAPHS = ("llm/prefill", "llm/decode", "visual/model")
@@ -239,17 +239,7 @@ def test_norms_of_large_values_do_not_overflow(dtype: type, tmp_path: Path) -> N
 def test_builds_with_every_attention_in_one_kernel(graphs: Graphs, family: str, graph: str, tmp_path: Path) -> None:
     path = graphs(family, "fp16") / f"{graph}.onnx"
     num_attentions = sum(node.op_type == "Attention" for node in ir.load(path).graph)
-    target = load_target("rtx")
-    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
-    stages = 2 if family == "qwen25vl" else 1
-    values = {"num_keep": engine.values["num_keep"].repeated(stages)} if graph == "llm/prefill" else {}
-    report = build_engine(
-        lowered(path),
-        tmp_path / "lowered.engine",
-        dims={},
-        shape_inputs=values,
-        target=target.model_copy(update={"engine": engine}),
-        weights="embedded",
-    )
-    assert report.weight_copies == ()
-    assert report.layers.read_text(encoding="utf-8").count("mha_v") >= num_attentions
+    older, out = lowered(path), tmp_path / "engines"
+    built = build_graphs(older.parent, {older.name: "lowered"}, out, one_gpu(), weights="embedded")["lowered"]
+    assert built["weight_copies"] == 0
+    assert (out / "lowered.layers.json").read_text(encoding="utf-8").count("mha_v") >= num_attentions

@@ -15,10 +15,11 @@ import onnxruntime
 import torch
 from onnxscript import OpBuilder
 
-from capa_export.config.target import DimRange, ShapeRange, load_target
+from capa_export.config.target import DimRange
 from capa_export.graph.build import Input, Output, SelectorNodes, build_model, call
 from capa_export.selectors.selector import Chosen, GraphView, TensorView, load_selector
-from capa_export.trt.engine import EngineReport, build_engine
+from capa_export.trt.stage import build_graphs
+from tests.targets import one_gpu
 
 __all__ = ["Case", "build", "exact_rows", "graph_scores", "kept", "layout", "reference_scores", "same"]
 
@@ -103,20 +104,14 @@ def same(name: str, view: TensorView, **options: Any) -> torch.Tensor:
     return kept(theirs, view)
 
 
-def build(name: str, view: TensorView, folder: Path, **options: Any) -> EngineReport:
+def build(name: str, view: TensorView, folder: Path, **options: Any) -> dict[str, Any]:
     """A TensorRT-RTX engine with any number of tokens, num_keep being the value of an input."""
-    onnx = folder / f"{name}.onnx"
-    ir.save(_model(name, _specs(view), tuple(sorted(options.items()))), onnx)
-    target = load_target("rtx")
-    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
-    return build_engine(
-        onnx,
-        folder / f"{name}.engine",
+    ir.save(_model(name, _specs(view), tuple(sorted(options.items()))), folder / f"{name}.onnx")
+    target = one_gpu(
         dims={"tokens": DimRange(min=2, opt=640, max=4096), "text": DimRange(min=1, opt=64, max=1024)},
-        shape_inputs={"num_keep": ShapeRange(min=(1,), opt=(144,), max=(3072,))},
-        target=target.model_copy(update={"engine": engine}),
-        weights="embedded",
+        values={"num_keep": DimRange(min=1, opt=144, max=3072)},
     )
+    return build_graphs(folder, {f"{name}.onnx": name}, folder / "engines", target, weights="embedded")[name]
 
 
 def _specs(view: TensorView) -> Specs:

@@ -123,4 +123,4 @@ def test_is_not_graded() -> None:
 @pytest.mark.trt
 @pytest.mark.parametrize("hidden", [0, 1])
 def test_builds(tmp_path: Path, hidden: int) -> None:
-    assert build("capa-mmr", decoder_view(layout(1, 8, 2), 4), tmp_path, hidden=hidden).num_layers > 0
+    assert build("capa-mmr", decoder_view(layout(1, 8, 2), 4), tmp_path, hidden=hidden)["layers"] > 0

@@ -120,4 +120,4 @@ def test_text_that_is_nan_spoils_nothing() -> None:
 
 @pytest.mark.trt
 def test_builds(tmp_path: Path) -> None:
-    assert build("cdpruner", view(layout(1, 8, 2), 4), tmp_path).num_layers > 0
+    assert build("cdpruner", view(layout(1, 8, 2), 4), tmp_path)["layers"] > 0

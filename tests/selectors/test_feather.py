@@ -101,4 +101,4 @@ def test_equal_attention_keeps_the_lowest_rows() -> None:
 
 @pytest.mark.trt
 def test_builds(tmp_path: Path) -> None:
-    assert build("feather", view(layout(1, 8, 2), 4), tmp_path).num_layers > 0
+    assert build("feather", view(layout(1, 8, 2), 4), tmp_path)["layers"] > 0

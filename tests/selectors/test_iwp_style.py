@@ -113,4 +113,4 @@ def test_nan_never_wins() -> None:
 
 @pytest.mark.trt
 def test_builds(tmp_path: Path) -> None:
-    assert build("iwp-style", decoder_view(layout(1, 8, 2), 4), tmp_path).num_layers > 0
+    assert build("iwp-style", decoder_view(layout(1, 8, 2), 4), tmp_path)["layers"] > 0

@@ -71,4 +71,4 @@ def test_shares_of_the_range_are_even() -> None:
 
 @pytest.mark.trt
 def test_builds(tmp_path: Path) -> None:
-    assert build("random", view(layout(1, 8, 2), 4), tmp_path).num_layers > 0
+    assert build("random", view(layout(1, 8, 2), 4), tmp_path)["layers"] > 0

@@ -136,5 +136,5 @@ def test_the_fraction_is_rounded_down_as_written() -> None:
 
 @pytest.mark.trt
 def test_an_engine_is_built(tmp_path: Path) -> None:
-    report = build("vispruner", _view((2, 12, 3), 5), tmp_path)
-    assert [warning for warning in report.warnings if "hidden_TD" not in warning] == []
+    built = build("vispruner", _view((2, 12, 3), 5), tmp_path)
+    assert [warning for warning in built["warnings"] if "hidden_TD" not in warning] == []

@@ -20,8 +20,9 @@ from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import Target, load_target
 from capa_export.trt import builder as kit_builder
-from capa_export.trt.engine import parse_layers, weight_copies
-from capa_export.trt.kit import build_kit, write_kit
+from capa_export.trt.kit import write_kit
+from capa_export.trt.layers import parse_layers, weight_copies
+from capa_export.trt.stage import build_kit
 from tests.building import Building
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
@@ -83,7 +84,7 @@ def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
     assert files >= {"README.md", "build.sh", "builder.py", "engine_worker.py", "onnx/llm/model.onnx.data"}
     assert os.access(kit / "build.sh", os.X_OK)
     assert spec["engines"].keys() == set(ENGINES)
-    assert (spec["target"], spec["compute_capability"], spec["cpu"]) == ("orin", "8.7", "aarch64")
+    assert (spec["target"], spec["compute_capabilities"], spec["cpu"]) == ("orin", ["8.7"], "aarch64")
     assert (spec["plugins"], spec["precision"], spec["weights"]) == ("none", "fp16", "embedded")
     assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [3136]]}
     assert spec["engines"]["llm/decode"]["shapes"]["inputs_embeds"] == [[1, 1, 64]] * 3
@@ -288,6 +289,14 @@ def test_a_damaged_manifest_is_refused(device: Device, text: str | None) -> None
     changed = json.dumps({**described(device.kit), "version_min": "9.0"})
     (device.kit / kit_builder.KIT).write_text(changed if text is None else text)
     assert device.run() == (5, f"error: {device.kit / kit_builder.KIT}: damaged: copy the kit again")
+
+
+def test_a_kit_of_another_version_is_refused(device: Device) -> None:
+    describe(device.kit, {**described(device.kit), "version": 1})
+    code, error = device.run()
+    assert code == 5
+    assert error.startswith(f"error: {device.kit}: written by capa-export ")
+    assert error.endswith(", another version: build it with its own build.sh")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The engine stage: what a bundle gets for a target, with and without plugins, and what is refused beforehand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
 from capa_export.run.bundled import bundled_bounds, bundled_prompter
+from capa_export.trt import kit, stage
 from capa_export.trt.stage import build_engines
 from tests.building import Building
+from tests.targets import one_gpu
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def rtx() -> Target:
     """For one GPU, which builds faster."""
-    target = load_target("rtx")
-    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
-    return target.model_copy(update={"engine": engine})
+    return one_gpu()
 
 
 @pytest.mark.trt
@@ -47,6 +48,25 @@ def test_the_nodes_become_plugins_and_the_manifest_says_so(bundle: Bundle, rtx: 
     assert made["engines"]["llm/prefill"]["layers"] < plain["engines"]["llm/prefill"]["layers"]
     assert made["engines"]["llm/decode"]["custom_layers"] == 0
     assert bundle.stage("engine/rtx")["result"] == made
+    folder = bundle.folder / "engines" / "rtx"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {f"{name}.{kind}" for name in made["engines"] for kind in ("engine", "layers.json", "log")}
+
+
+def test_a_failed_build_leaves_its_log_alone(
+    bundle: Bundle, rtx: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    before = set(copy.folder.rglob("*"))
+    (tmp_path / "tensorrt_rtx.py").write_text("raise RuntimeError('surprise')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+    with pytest.raises(CapaError, match=r"ended with status 1: RuntimeError: surprise; log: ") as caught:
+        build_engines(copy, rtx, weights="external", report=silent, plugins="none")
+    log = copy.folder / "visual-visual.rtx.log"
+    assert str(caught.value).startswith(f"{copy.folder / 'onnx/visual/model.onnx'}: ")
+    assert str(caught.value).endswith(f"; log: {log}")
+    assert set(copy.folder.rglob("*")) - before == {log}
+    assert "surprise" in log.read_text(encoding="utf-8")
 
 
 def test_a_device_gets_a_kit(
@@ -55,8 +75,8 @@ def test_a_device_gets_a_kit(
     assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none", "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["kit"] == "engines/orin"
-    kit = bundle.folder / "engines/orin"
-    assert (kit / "build.sh").exists()
+    folder = bundle.folder / "engines/orin"
+    assert (folder / "build.sh").exists()
     bundle.verify("engine/orin")
     assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none"]) == 0
     output = capsys.readouterr()
@@ -67,7 +87,7 @@ def test_a_device_gets_a_kit(
         assert main(["engine", str(bundle.folder), "--target", "orin", "--plugins", "none"]) == 0
         assert "up to date" not in capsys.readouterr().err
     # This machine is no Jetson.
-    assert main(["engine", str(kit), "--on-device"]) == 5
+    assert main(["engine", str(folder), "--on-device"]) == 5
     output = capsys.readouterr()
     [line] = [line for line in output.err.splitlines() if line.startswith("error")]
     assert "the kit is for orin" in line or "run this on the device" in line
@@ -94,14 +114,12 @@ def test_pictures_are_as_large_as_the_engines_take(bundle: Bundle, tmp_path: Pat
 
 
 def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: Path) -> None:
-    from capa_export.trt import kit
-
     copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     build_engines(copy, load_target("thor"), weights="embedded", report=silent, plugins="none")
     folder = copy.folder / "engines/thor"
     (folder / "llm").mkdir(exist_ok=True)
     (folder / "llm/decode.engine").write_bytes(b"plan")
-    kit._note(folder, {"runtime": "tensorrt", "engines": {"llm/decode": {"runtime": "10.13"}}})
+    stage._note(folder, {"runtime": "tensorrt", "engines": {"llm/decode": {"runtime": "10.13"}}})
     result = copy.stage("engine/thor")["result"]
     assert (result["kit"], result["runtime"], set(result["engines"])) == ("engines/thor", "tensorrt", {"llm/decode"})
     copy.verify("engine/thor")
@@ -110,7 +128,7 @@ def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: 
         copy.verify("engine/thor")
     # A kit alone, as it lies on a device, has nobody to tell.
     alone = shutil.copytree(folder, tmp_path / "alone" / "engines" / "thor")
-    kit._note(alone, {"engines": {}})
+    stage._note(alone, {"engines": {}})
 
 
 def test_a_library_that_the_device_could_not_load(
@@ -155,8 +173,6 @@ def test_a_build_refuses_plugins_before_it_reads_a_weight(tmp_path: Path, capsys
 def test_a_golden_that_memory_cannot_compute_is_left_out(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from capa_export.trt import kit
-
     monkeypatch.setattr(kit, "available_memory", lambda: 1000)
     kit.write_kit(bundle, load_target("orin"), tmp_path / "kit", plugins="none")
     assert "no golden: running the graphs takes" in capsys.readouterr().err

@@ -46,7 +46,7 @@ class Log(trt.ILogger):
 
 log = Log()
 if spec["register"]:
-    from capa_export.plugins.python_plugins import register
+    from capa_export.kernels.plugins.python_plugins import register
 
     register(trt)
     gc.collect()
@@ -121,7 +121,7 @@ def test_every_node_becomes_one_plugin_layer(dtype: str, tmp_path: Path) -> None
 
 _FIELDS_STAY = """
 import numpy as np, tensorrt_rtx as trt
-from capa_export.plugins.python_plugins import register
+from capa_export.kernels.plugins.python_plugins import register
 register(trt)
 creator = trt.get_plugin_registry().get_creator("ContributionScore", "1", "capa")
 scale = np.array([0.0883883], np.float32)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from capa_export.base.errors import CapaError
 from capa_export.config.parts import parse_unit
-from capa_export.config.target import load_target
 from capa_export.export.bind import bind
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import SelectionFamily, load_family, require_selection
@@ -25,9 +24,10 @@ from capa_export.model.families.qwen25vl.dims import last_full_block
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.model.source import Source
 from capa_export.passes.fp32_parts import compute_in_fp32
-from capa_export.trt.engine import build_engine
+from capa_export.trt.stage import build_graphs
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen25vl
+from tests.targets import one_gpu
 
 QUESTION = "what color is the star ?"
 
@@ -255,17 +255,9 @@ def test_it_adds_nodes_and_no_weights(make: Make, module: ModuleType) -> None:
 @ALL
 def test_tensorrt_builds_it(make: Make, module: ModuleType) -> None:
     subject = make(module)
-    target = load_target("rtx")
-    engine = target.require_engine().model_copy(update={"compute_capabilities": ("8.6",)})
-    report = build_engine(
-        subject.graph("fp16"),
-        subject.folder / "visual.engine",
-        dims={},
-        shape_inputs={},
-        target=target.model_copy(update={"engine": engine}),
-        weights="embedded",
-    )
-    layers = json.loads(report.layers.read_text(encoding="utf-8"))
+    graph, out = subject.graph("fp16"), subject.folder / "engines"
+    build_graphs(graph.parent, {graph.name: "visual"}, out, one_gpu(), weights="embedded")
+    layers = json.loads((out / "visual.layers.json").read_text(encoding="utf-8"))
     outputs = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["outputs"]}
     assert outputs.items() >= {"image_features": "Half", "saliency": "Float", "tower_features": "Half"}.items()
 
