@@ -8,6 +8,8 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
+    OUTPUT,
+    VALIDATION,
     BuildWeights,
     BuildWeightsOpt,
     CalibrationOpt,
@@ -54,7 +56,10 @@ __all__ = ["build", "plan"]
 def build(
     source: SourceArg = None,
     model: ModelOpt = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.", rich_help_panel=OUTPUT),
+    ] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     ratio: RatioOpt = None,
@@ -71,7 +76,12 @@ def build(
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
     auto_fp32: Annotated[
-        bool, typer.Option("--auto-fp32", help="Where the gates fail, do what --bisect proposes, and validate again.")
+        bool,
+        typer.Option(
+            "--auto-fp32",
+            help="Where the gates fail, do what --bisect proposes, and validate again.",
+            rich_help_panel=VALIDATION,
+        ),
     ] = False,
     target: TargetOpt = "rtx",
     weights: BuildWeightsOpt = BuildWeights.auto,
@@ -85,7 +95,9 @@ def build(
     junit: JunitOpt = None,
     markdown: MarkdownOpt = None,
     trust_remote_code: TrustOpt = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
@@ -179,14 +191,17 @@ def plan(
     max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Bundle whose calibration says which layers are linear.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     target: TargetOpt = "rtx",
     weights: BuildWeightsOpt = BuildWeights.auto,
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what a build would do, as `build --dry-run` (exit code 3: it would be refused)."""
+    """Say what a build would do, as `build --dry-run`. Exit code 3: it would be refused."""
     build(
         source=source,
         model=model,

@@ -38,7 +38,7 @@ def doctor(
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say beforehand what would fail late: tools, GPU, a bundle's graphs, profile, memory (exit code 3: a problem)."""
+    """Say beforehand what would fail late. Tools, GPU, a bundle's graphs, profile, memory; exit code 3: a problem."""
     from dataclasses import asdict
 
     from capa_export.bundle.store import Bundle
@@ -72,7 +72,7 @@ _PLACES = {
 
 
 def models(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes, and the published checkpoints that each is for."""
+    """List the shipped recipes, and the checkpoints each is for."""
     from capa_export.base.toml import shipped_names
     from capa_export.config.recipe import load_recipe
 

@@ -8,6 +8,9 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
+    CALIBRATION,
+    ENGINE,
+    VALIDATION,
     BisectOpt,
     BundleArg,
     CalibrationOpt,
@@ -82,7 +85,10 @@ def calibrate(
     ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
+        bool,
+        typer.Option(
+            "--merge", help="Add up finished calibrations instead of running one.", rich_help_panel=CALIBRATION
+        ),
     ] = False,
     parts: Annotated[
         list[str] | None,
@@ -202,14 +208,22 @@ def engine(
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
-        bool, typer.Option("--on-device", help="Build the engines of a kit, on its device, as its build.sh does.")
+        bool,
+        typer.Option(
+            "--on-device",
+            help="Build the engines of a kit, on its device, as its build.sh does.",
+            rich_help_panel=ENGINE,
+        ),
     ] = False,
     tensorrt_include: Annotated[
-        Path | None, typer.Option(help="With --on-device: folder of TensorRT's headers [default: the usual places].")
+        Path | None,
+        typer.Option(
+            help="With --on-device: folder of TensorRT's headers [default: the usual places].", rich_help_panel=ENGINE
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Build a bundle's TensorRT engines, or the kit that builds them on the device."""
+    """Build a bundle's TensorRT engines, or a kit that builds them. A kit is for the device itself to run."""
     from capa_export.base.progress import progress
     from capa_export.report.terminal import engine_table
 
@@ -249,9 +263,16 @@ def validate(
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts to compare and questions to ask [default: the recipe's numbers].",
+            rich_help_panel=VALIDATION,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw other samples than the usual ones.", rich_help_panel=VALIDATION)
+    ] = None,
     layer_by_layer: LayerByLayerOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -265,7 +286,7 @@ def validate(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
+    """Hold a bundle against the eager model, or its golden samples. Exit code 6: they differ."""
     from capa_export import pipeline
     from capa_export.base.progress import progress
     from capa_export.bundle.store import Bundle
