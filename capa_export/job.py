@@ -17,7 +17,8 @@ from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import PluginWish
-from capa_export.config.recipe import Recipe, Stage, check_layers, recipe_of
+from capa_export.config.recipe import Recipe, check_layers, recipe_of
+from capa_export.config.schedule import Stage
 from capa_export.model.families import Family, load_family, require_selection
 from capa_export.model.hub import full_source
 from capa_export.plan.device_memory import WeightsWish

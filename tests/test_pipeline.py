@@ -266,7 +266,7 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     with pytest.raises(CapaError, match=reason):
         build_engines(job.bundle, load_target("rtx"), weights="embedded", report=job.report)
     assert job.bundle.stage("engine/rtx")["result"]["weights"] == "external"
-    plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2"]
+    plan = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--schedule", "capa@2:0.75"]
     capsys.readouterr()
     assert main(plan) == ExitCode.PREFLIGHT
     output = capsys.readouterr()

@@ -36,6 +36,7 @@ from capa_export.cli.options import (
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
+    ScheduleOpt,
     SelectorOpt,
     SourceArg,
     StoreGoldenOpt,
@@ -45,7 +46,7 @@ from capa_export.cli.options import (
     ValidationSamplesOpt,
 )
 from capa_export.cli.show import print_json
-from capa_export.cli.stages import check_places, finish, recipe_and_checkpoint, with_options
+from capa_export.cli.stages import check_places, finish, recipe_and_checkpoint, with_options, with_schedule
 
 if TYPE_CHECKING:
     from capa_export.config.recipe import Recipe
@@ -62,11 +63,12 @@ def build(
     ] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -105,8 +107,9 @@ def build(
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
     device = load_target(target)
+    recipe, scaled = with_schedule(recipe, schedule, ratio, prune_layer, selector, ffn)
     recipe = with_options(
-        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
+        *(recipe, min_keep_per_image, fp32_layers),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         target=device,
@@ -128,7 +131,7 @@ def build(
             checkpoint,
             out,
             precision.value,
-            ffn=ffn,
+            ffn=scaled,
             revision=revision,
             calibration=calibration,
             target=device,
@@ -160,7 +163,7 @@ def build(
             layer_by_layer=layer_by_layer,
             calibration=calibration,
             precision=precision.value,
-            ffn=ffn,
+            ffn=scaled,
             weights=wish,
             memory=memory,
             in_place=weights == BuildWeights.in_place,
@@ -182,11 +185,12 @@ def plan(
     source: SourceArg = None,
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = Precision.fp16,
@@ -207,6 +211,7 @@ def plan(
         model=model,
         out=out,
         checkpoint=checkpoint,
+        schedule=schedule,
         ratio=ratio,
         prune_layer=prune_layer,
         selector=selector,

@@ -10,14 +10,15 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "build": (
             "capa-export build -m tiny-qwen25vl -t onnx -o out/tiny",
             "capa-export build Qwen/Qwen2.5-VL-7B-Instruct --images photos -o out/7b",
-            "capa-export build ./checkpoint --images photos --ratio 0.9 --dry-run",
+            "capa-export build ./checkpoint --images photos --ratio 0.9 -t onnx -o out/7b",
+            "capa-export build ./checkpoint --schedule divprune:0.5+capa@4:0.9 --dry-run",
         ),
         "calibrate": (
             "capa-export calibrate ./checkpoint --images photos -o out/7b",
             "capa-export calibrate --merge out/a out/b -o out/7b",
         ),
         "export": (
-            "capa-export export ./checkpoint -o out/7b",
+            "capa-export export ./checkpoint --schedule capa@3:0.75/full -o out/7b",
             "capa-export export ./checkpoint --calibration out/a -o out/b",
         ),
         "engine": (
@@ -50,7 +51,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "inspect": ("capa-export inspect out/7b --verify",),
         "plan": (
-            "capa-export plan Qwen/Qwen2.5-VL-7B-Instruct",
+            "capa-export plan Qwen/Qwen2.5-VL-7B-Instruct --schedule capa@3:0.75",
             "capa-export plan ./checkpoint --ratio 0.9 -t orin --memory 8GB",
         ),
         "doctor": ("capa-export doctor -t rtx", "capa-export doctor out/7b -t orin --memory 8GB"),

@@ -54,6 +54,7 @@ __all__ = [
     "RayOpt",
     "RevisionOpt",
     "SamplesOpt",
+    "ScheduleOpt",
     "SelectorOpt",
     "SourceArg",
     "StoreGoldenOpt",
@@ -150,23 +151,24 @@ RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of 
 RatioOpt = Annotated[
     float | None,
     typer.Option(
-        help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].", rich_help_panel=PRUNING
-    ),
-]
-LayerOpt = Annotated[
-    int | None,
-    typer.Option(
-        help="Layer after whose attention tokens are dropped [default: the recipe's].", rich_help_panel=PRUNING
-    ),
-]
-SelectorOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--selector",
-        help="What chooses the tokens; `selectors` lists them [default: the recipe's].",
+        help="Fraction of visual tokens removed, 0 <= r < 1, where the recipe's schedule has one stage "
+        "[default: the recipe's].",
         rich_help_panel=PRUNING,
     ),
 ]
+ScheduleOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="What drops visual tokens, at which layer, and the fraction removed, as capa@3:0.75, divprune:0.9 or "
+        "divprune:0.5+capa@4:0.9; /full keeps linear visual FFNs, /eta=0.97 is another threshold for their scale "
+        "[default: the recipe's].",
+        rich_help_panel=PRUNING,
+    ),
+]
+# What --schedule replaces: to be removed with the next version.
+LayerOpt = Annotated[int | None, typer.Option("--prune-layer", hidden=True)]
+SelectorOpt = Annotated[str | None, typer.Option("--selector", hidden=True)]
+FfnOpt = Annotated[bool | None, typer.Option("--ffn/--no-ffn", hidden=True)]
 MinKeepOpt = Annotated[
     int | None,
     typer.Option(
@@ -186,10 +188,6 @@ MaxPixelsOpt = Annotated[
         help="Largest area that a picture or frame is resized to [default: what the target takes, or the bundle's].",
         rich_help_panel=PICTURES,
     ),
-]
-FfnOpt = Annotated[
-    bool,
-    typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.", rich_help_panel=PRUNING),
 ]
 ImagesOpt = Annotated[
     Path | None,

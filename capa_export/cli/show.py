@@ -75,17 +75,17 @@ def models(as_json: JsonOpt = False) -> None:
     """List the shipped recipes, and the checkpoints each is for."""
     from capa_export.base.toml import shipped_names
     from capa_export.config.recipe import load_recipe
+    from capa_export.config.schedule import schedule_text
 
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
     if as_json:
         print_json([recipe.model_dump(mode="json") for recipe in recipes])
         return
     for recipe in recipes:
-        stages = ", ".join(stage.where for stage in recipe.prune.schedule)
-        others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
+        others = f" (or at {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
         where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
         takes = f"; takes {', '.join(recipe.published)}" if recipe.published else ""
-        print(f"{recipe.name:<16}{where:<32}prunes {stages}{others}{takes}")
+        print(f"{recipe.name:<16}{where:<32}prunes {schedule_text(recipe.prune.schedule)}{others}{takes}")
 
 
 def selectors(as_json: JsonOpt = False) -> None:

@@ -1,5 +1,6 @@
 """The commands that run one stage each."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import say
 from capa_export.cli.options import (
     CALIBRATION,
     ENGINE,
@@ -41,6 +43,7 @@ from capa_export.cli.options import (
     RayOpt,
     RevisionOpt,
     SamplesOpt,
+    ScheduleOpt,
     SelectorOpt,
     SourceArg,
     StoreGoldenOpt,
@@ -68,6 +71,7 @@ __all__ = [
     "recipe_and_checkpoint",
     "validate",
     "with_options",
+    "with_schedule",
 ]
 
 
@@ -153,11 +157,12 @@ def export(
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
@@ -174,8 +179,9 @@ def export(
     from capa_export.job import Job
 
     recipe, checkpoint = recipe_and_checkpoint(source, model, checkpoint, revision)
+    recipe, scaled = with_schedule(recipe, schedule, ratio, prune_layer, selector, ffn)
     recipe = with_options(
-        *(recipe, ratio, prune_layer, selector, min_keep_per_image, fp32_layers),
+        *(recipe, min_keep_per_image, fp32_layers),
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
@@ -188,7 +194,7 @@ def export(
             revision=revision,
             calibration=calibration,
             precision=precision.value,
-            ffn=ffn,
+            ffn=scaled,
             in_place=weights == ExportWeights.in_place,
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
@@ -353,11 +359,40 @@ def recipe_and_checkpoint(
     return find_recipe(given, revision), given
 
 
+def with_schedule(
+    recipe: "Recipe",
+    schedule: str | None,
+    ratio: float | None,
+    prune_layer: int | None,
+    selector: str | None,
+    ffn: bool | None,
+) -> "tuple[Recipe, bool]":
+    """The recipe with the command line's schedule in it, and whether linear visual FFNs become a scale.
+
+    For the options that `--schedule` replaces, stderr says what to write instead.
+
+    Raises:
+        CapaError: the schedule reads otherwise than one does, or comes with an option that it replaces.
+    """
+    from capa_export.config.schedule import parse_schedule, schedule_text
+
+    values = {"--ratio": ratio, "--prune-layer": prune_layer, "--selector": selector}
+    given = [f"{option} {value}" for option, value in values.items() if value is not None]
+    given += [] if ffn is None else ["--ffn" if ffn else "--no-ffn"]
+    if schedule is not None:
+        if given:
+            raise CapaError(f"--schedule {schedule} says it all: drop {' '.join(given)}", ExitCode.USAGE)
+        method = parse_schedule(schedule)
+        return recipe.with_options(schedule=method), method.ffn == "scale"
+    recipe = recipe.with_options(ratio=ratio, prune_layer=prune_layer, selector=selector)
+    if (prune_layer, selector, ffn) != (None, None, None):
+        text = schedule_text(recipe.prune.schedule) + ("/full" if ffn is False else "")
+        say(f"{' '.join(given)} is --schedule {shlex.quote(text)} from the next version on")
+    return recipe, ffn is not False
+
+
 def with_options(
     recipe: "Recipe",
-    ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
     min_keep_per_image: int | None = None,
     fp32_layers: str | None = None,
     *,
@@ -368,9 +403,6 @@ def with_options(
     """The recipe with the command line's choices, and what the target takes, in it."""
     parts = None if fp32_layers is None else [part.strip() for part in fp32_layers.split(",") if part.strip()]
     changed = recipe.with_options(
-        ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=parts,
         min_pixels=min_pixels,

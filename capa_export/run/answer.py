@@ -13,7 +13,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import Bundle
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.recipe import Prune, recipe_of
+from capa_export.config.recipe import recipe_of
+from capa_export.config.schedule import Prune
 from capa_export.job import ONNX
 from capa_export.model.generation import (
     Generation,

@@ -322,7 +322,7 @@ def test_engines_are_built_from_the_shards(job: Job, tmp_path: Path, weights: An
 
 
 def test_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--no-ffn", "--prune-layer", "2"]
+    command = ["export", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--schedule", "capa@2:0.75/full"]
     command += ["--weights", "in-place", "--out", str(tmp_path / "out")]
     assert main(command) == ExitCode.PREFLIGHT
     assert "its weights are fp32" in capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_the_command_line(job: Job, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_plan_counts_no_bytes(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--prune-layer", "2", "--json"]
+    command = ["plan", "--model", "qwen25vl", "--checkpoint", job.checkpoint, "--schedule", "capa@2:0.75", "--json"]
     capsys.readouterr()
     assert main([*command, "--weights", "in-place"]) == ExitCode.OK
     plan = json.loads(capsys.readouterr().out)

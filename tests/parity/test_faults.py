@@ -13,7 +13,8 @@ from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Samples
 from capa_export.export.stage import copy_sidecars, write_onnx
 from capa_export.job import Job

@@ -9,8 +9,7 @@ from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.bundle.store import Bundle
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method, parse_method
+from capa_export.config.schedule import Method, Stage, parse_method
 from capa_export.data.samples import samples_from
 from capa_export.job import Job
 from capa_export.selectors.selector import load_selector

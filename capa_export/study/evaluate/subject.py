@@ -15,7 +15,7 @@ from capa_export.bundle.store import Bundle, digest_of, file_digest
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
-from capa_export.config.schedule import Method, parse_method, stage_text
+from capa_export.config.schedule import Method, parse_method, schedule_text, stage_text
 from capa_export.job import Job, tool_versions
 from capa_export.pipeline import calibrate, note_digests
 from capa_export.plan.eager_memory import require_eager_memory
@@ -106,7 +106,7 @@ def product(
     """
     own, *later = recipe.prune.schedule
     if not (selectors or layers or ratios):
-        texts = ["+".join(stage_text(stage) for stage in (own, *later))]
+        texts = [schedule_text(recipe.prune.schedule)]
     elif later:
         raise CapaError(
             f"{recipe.name}: has a schedule of {1 + len(later)} stages; name methods with --method instead of "
@@ -150,7 +150,7 @@ def eager_subject(job: Job, methods: Mapping[str, Method], max_new_tokens: int) 
         prune = method.prune(job.recipe.prune.min_keep_per_image)
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
-            ffn += [method.ffn_settings(job.recipe.ffn).eta, calibration.digest()]
+            ffn += [method.eta or job.recipe.ffn.eta, calibration.digest()]
         return _key(prune and prune.model_dump(), ffn, max_new_tokens, job.recipe.pictures)
 
     return Subject(

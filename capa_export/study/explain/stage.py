@@ -13,8 +13,7 @@ from capa_export.base.progress import tracked
 from capa_export.base.statistics import kl_divergence
 from capa_export.calibrate.measure import measure
 from capa_export.calibrate.sums import CALIBRATION, Calibration
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method, parse_method, stage_text
+from capa_export.config.schedule import Method, Stage, parse_method, schedule_text, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
 from capa_export.job import Job, alpha_digest
@@ -156,7 +155,7 @@ def _layer(job: Job, asked: int | None) -> int:
 
 def _own(job: Job, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
     """The bundle's own; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
-    stages = "+".join(stage_text(stage) for stage in job.schedule)
+    stages = schedule_text(job.schedule)
     if calibration is not None and calibration.linear_layers(job.recipe.ffn.eta) == linear:
         return Method(stages, job.schedule, "scale")
     return Method(f"{stages}/full", job.schedule, "full")

@@ -9,8 +9,8 @@ import capa_export
 from capa_export import pipeline
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
-from capa_export.config.recipe import Recipe, Stage, load_recipe
-from capa_export.config.schedule import parse_method
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Stage, parse_method
 from capa_export.data.questions import questions_from
 from capa_export.job import Job
 from capa_export.study.evaluate.schema import Evaluation
