@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnxruntime
 
-from capa_export.config.recipe import kept_tokens, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import kept_tokens
 from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl

@@ -279,7 +279,7 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     with pytest.raises(CapaError, match=reason):
         build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
     assert building.bundle.stage("engine/rtx")["result"]["weights"] == "external"
-    plan = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--prune-layer", "2"]
+    plan = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--schedule", "capa@2:0.75"]
     capsys.readouterr()
     assert main(plan) == ExitCode.PREFLIGHT
     output = capsys.readouterr()

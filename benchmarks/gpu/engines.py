@@ -19,7 +19,7 @@ from workload import NUM_VISUAL, prompt
 
 from capa_export.base.errors import CapaError
 from capa_export.config.plugins import PluginKind, Plugins
-from capa_export.config.recipe import kept_tokens
+from capa_export.config.schedule import kept_tokens
 from capa_export.config.target import Target, load_target, version_parts
 from capa_export.export.graphs import DENSE
 from capa_export.kernels.cuda import require_gpu

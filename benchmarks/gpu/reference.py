@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from workload import NUM_VISUAL, checkpoint, embeddings, prompt
 
-from capa_export.config.recipe import kept_tokens, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import kept_tokens
 from capa_export.export.graphs import DENSE, write_onnx
 from capa_export.export.in_place import embedding_of
 from capa_export.model.checkpoint import open_checkpoint

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from capa_export.base.toml import shipped_names
-from capa_export.config.recipe import Recipe, kept_tokens, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import kept_tokens
 from capa_export.data.samples import samples_from
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family

@@ -12,6 +12,7 @@ from capa_export.bundle import store
 from capa_export.config.options import BuildOptions, ValidationOptions, WeightsWish
 from capa_export.config.plugins import PluginWish
 from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import parse_schedule
 from capa_export.config.target import Precision, Target, load_target
 from capa_export.model.model import Model
 from capa_export.model.recipe_choice import find_recipe
@@ -22,14 +23,26 @@ __all__ = ["build", "calibrate", "export", "find_model", "plan"]
 Weights = WeightsWish | Literal["in-place"]
 
 
+def find_recipe_of(checkpoint: str | None, recipe: str | None, revision: str | None = None) -> Recipe:
+    """The recipe that is named, or the one that is for the checkpoint.
+
+    Raises:
+        CapaError: neither is given, or no recipe is for the checkpoint.
+    """
+    if recipe is not None:
+        return load_recipe(recipe)
+    if checkpoint is None:
+        raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
+    return find_recipe(checkpoint, revision)
+
+
 def find_model(
     checkpoint: str | None,
     recipe: str | None = None,
     *,
     revision: str | None = None,
+    schedule: str | None = None,
     ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
     min_keep_per_image: int | None = None,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
@@ -44,9 +57,8 @@ def find_model(
         checkpoint: local folder or hub id; None for the recipe's own.
         recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
         revision: of a hub id.
+        schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
-        prune_layer: behind whose attention tokens are dropped.
-        selector: what chooses the tokens.
         min_keep_per_image: visual tokens that each image keeps at least.
         fp32_layers: parts in FP32.
         min_pixels: least area that a picture is resized to.
@@ -58,13 +70,10 @@ def find_model(
     Raises:
         CapaError: neither is given, no recipe is for the checkpoint, or an option is out of range.
     """
-    if recipe is None and checkpoint is None:
-        raise CapaError("name a checkpoint, a folder or a hub id, or a recipe with --model", ExitCode.USAGE)
-    chosen: Recipe = load_recipe(recipe) if recipe is not None else find_recipe(checkpoint or "", revision)
+    chosen = find_recipe_of(checkpoint, recipe, revision)
     changed = chosen.with_options(
+        schedule=None if schedule is None else parse_schedule(schedule),
         ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
@@ -141,11 +150,9 @@ def export(
     out: AnyPath,
     recipe: str | None = None,
     revision: str | None = None,
+    schedule: str | None = None,
     ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
     min_keep_per_image: int | None = None,
-    ffn: bool = True,
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     fp32_layers: Sequence[str] | None = None,
@@ -163,11 +170,9 @@ def export(
         out: the bundle's folder.
         recipe: a name or a path.
         revision: of a hub id.
+        schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
-        prune_layer: behind whose attention tokens are dropped.
-        selector: what chooses the tokens.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn: whether linear FFNs of visual tokens become a scale.
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.
         fp32_layers: parts in FP32.
@@ -184,9 +189,8 @@ def export(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        schedule=schedule,
         ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
@@ -198,7 +202,7 @@ def export(
     from capa_export.export.stage import export as write_graphs
 
     options = BuildOptions(
-        calibration=path_of(calibration), precision=precision, ffn=ffn, in_place=in_place, command=command
+        calibration=path_of(calibration), precision=precision, ffn=_scales(schedule), in_place=in_place, command=command
     )
     bundle = store.Bundle(Path(out))
     if calibration is not None:
@@ -213,11 +217,9 @@ def build(
     out: AnyPath,
     recipe: str | None = None,
     revision: str | None = None,
+    schedule: str | None = None,
     ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
     min_keep_per_image: int | None = None,
-    ffn: bool = True,
     images: AnyPath | None = None,
     samples: int | None = None,
     min_pixels: int | None = None,
@@ -247,11 +249,9 @@ def build(
         out: the bundle's folder.
         recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
         revision: of a hub id.
+        schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed, in place of the recipe's.
-        prune_layer: behind whose attention tokens are dropped.
-        selector: what chooses the tokens.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn: whether linear FFNs of visual tokens become a scale.
         images: pictures and questions of calibration and validation; the recipe's scenes where there are none.
         samples: prompts of the calibration, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -285,9 +285,8 @@ def build(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        schedule=schedule,
         ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
@@ -306,7 +305,7 @@ def build(
         calibration=path_of(calibration),
         layer_by_layer=layer_by_layer,
         precision=precision,
-        ffn=ffn,
+        ffn=_scales(schedule),
         weights="external" if weights == "in-place" else weights,
         memory=memory,
         plugins=plugins,
@@ -336,11 +335,9 @@ def plan(
     out: AnyPath | None = None,
     recipe: str | None = None,
     revision: str | None = None,
+    schedule: str | None = None,
     ratio: float | None = None,
-    prune_layer: int | None = None,
-    selector: str | None = None,
     min_keep_per_image: int | None = None,
-    ffn: bool = True,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     layer_by_layer: bool | None = None,
@@ -358,11 +355,9 @@ def plan(
         out: the bundle's folder, whose calibration says which layers are linear.
         recipe: a name or a path.
         revision: of a hub id.
+        schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
-        prune_layer: behind whose attention tokens are dropped.
-        selector: what chooses the tokens.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn: whether linear FFNs of visual tokens become a scale.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         layer_by_layer: whether to hold one layer's weights in memory.
@@ -380,9 +375,8 @@ def plan(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        schedule=schedule,
         ratio=ratio,
-        prune_layer=prune_layer,
-        selector=selector,
         min_keep_per_image=min_keep_per_image,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
@@ -392,7 +386,7 @@ def plan(
     _check_device(device, precision, weights)
     return dry_run(
         *(model.recipe, model.checkpoint, path_of(out), precision),
-        ffn=ffn,
+        ffn=_scales(schedule),
         revision=revision,
         calibration=path_of(calibration),
         target=device,
@@ -401,6 +395,11 @@ def plan(
         memory=memory,
         layer_by_layer=layer_by_layer,
     )
+
+
+def _scales(schedule: str | None) -> bool:
+    """Whether linear FFNs of visual tokens become a scale."""
+    return schedule is None or parse_schedule(schedule).ffn == "scale"
 
 
 def _check_device(

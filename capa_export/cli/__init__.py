@@ -13,8 +13,10 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.interrupts import Interruption, interruptible
 from capa_export.base.progress import talk
 from capa_export.cli.build import build, plan
+from capa_export.cli.command import Command
 from capa_export.cli.compare import compare
 from capa_export.cli.evaluate import evaluate
+from capa_export.cli.examples import epilog
 from capa_export.cli.explain import explain
 from capa_export.cli.plugins import plugins
 from capa_export.cli.run import run
@@ -29,9 +31,9 @@ app = typer.Typer(
     help="Export vision-language models, pruned with CAPA, to ONNX and TensorRT.",
     epilog="Exit codes: 0 ok, 2 usage, 3 preflight, 4 export, 5 engine, 6 parity, 130 or 143 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 160},
 )
 
 
@@ -49,7 +51,7 @@ for _command in (
     *(build, calibrate, export, engine, validate, compare, evaluate, explain, tune, run),
     *(inspect, plan, doctor, models, selectors, targets),
 ):
-    app.command()(_command)
+    app.command(cls=Command, epilog=epilog(_command.__name__))(_command)
 app.add_typer(plugins, name="plugins")
 
 

@@ -8,6 +8,8 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
+    OUTPUT,
+    VALIDATION,
     BuildWeights,
     BuildWeightsOpt,
     CalibrationOpt,
@@ -34,6 +36,7 @@ from capa_export.cli.options import (
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
+    ScheduleOpt,
     SelectorOpt,
     SourceArg,
     StoreGoldenOpt,
@@ -43,7 +46,7 @@ from capa_export.cli.options import (
     ValidationSamplesOpt,
 )
 from capa_export.cli.show import print_json
-from capa_export.cli.stages import check_places, finish, one_checkpoint, words
+from capa_export.cli.stages import check_places, finish, one_checkpoint, with_schedule, words
 
 __all__ = ["build", "plan"]
 
@@ -51,14 +54,18 @@ __all__ = ["build", "plan"]
 def build(
     source: SourceArg = None,
     model: ModelOpt = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Bundle folder; not needed with --dry-run.", rich_help_panel=OUTPUT),
+    ] = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -68,7 +75,12 @@ def build(
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
     auto_fp32: Annotated[
-        bool, typer.Option("--auto-fp32", help="Where the gates fail, do what --bisect proposes, and validate again.")
+        bool,
+        typer.Option(
+            "--auto-fp32",
+            help="Where the gates fail, do what --bisect proposes, and validate again.",
+            rich_help_panel=VALIDATION,
+        ),
     ] = False,
     target: TargetOpt = "rtx",
     weights: BuildWeightsOpt = BuildWeights.auto,
@@ -82,24 +94,26 @@ def build(
     junit: JunitOpt = None,
     markdown: MarkdownOpt = None,
     trust_remote_code: TrustOpt = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: FLOPs, sizes, memory.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Checkpoint in, validated bundle out: all stages in order."""
     from capa_export.api import builds
     from capa_export.base.progress import progress
 
+    source = one_checkpoint(source, checkpoint)
+    schedule, ratio = with_schedule(source, model, revision, schedule, ratio, prune_layer, selector, ffn)
     asked: dict[str, Any] = {
         "recipe": model,
         "revision": revision,
+        "schedule": schedule,
         "ratio": ratio,
-        "prune_layer": prune_layer,
-        "selector": selector,
         "min_keep_per_image": min_keep_per_image,
         "fp32_layers": words(fp32_layers),
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
-        "ffn": ffn,
         "calibration": calibration,
         "precision": precision.value,
         "target": target,
@@ -107,7 +121,6 @@ def build(
         "memory": memory,
         "layer_by_layer": layer_by_layer,
     }
-    source = one_checkpoint(source, checkpoint)
     if dry_run:
         _print_plan(builds.plan(source, out=out, **asked), as_json=as_json)
         return
@@ -144,28 +157,33 @@ def plan(
     source: SourceArg = None,
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Bundle whose calibration says which layers are linear.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     target: TargetOpt = "rtx",
     weights: BuildWeightsOpt = BuildWeights.auto,
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what a build would do, as `build --dry-run` (exit code 3: it would be refused)."""
+    """Say what a build would do, as `build --dry-run`. Exit code 3: it would be refused."""
     build(
         source=source,
         model=model,
         out=out,
         checkpoint=checkpoint,
+        schedule=schedule,
         ratio=ratio,
         prune_layer=prune_layer,
         selector=selector,

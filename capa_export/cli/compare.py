@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli.options import ImagesOpt, JsonOpt, TrustOpt
+from capa_export.cli.options import VALIDATION, ImagesOpt, JsonOpt, TrustOpt
 
 __all__ = ["compare"]
 
@@ -16,13 +16,21 @@ def compare(
     candidate: Annotated[Path, typer.Argument(help="Bundle folder: what is to take its place.")],
     images: ImagesOpt = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="How many to ask about [default: a bundle's golden samples, or else 8].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many to ask about [default: a bundle's golden samples, or else 8].",
+            rich_help_panel=VALIDATION,
+        ),
     ] = None,
-    gate: Annotated[Path | None, typer.Option(help="TOML file with a table [compare]: what may be lost.")] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with a table [compare]: what may be lost.", rich_help_panel=VALIDATION),
+    ] = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what changed between two bundles: recipe, kept tokens, logits, answers, speed (exit code 6: a regression)."""
+    """Say what changed between two bundles. Recipe, kept tokens, logits, answers, speed; exit code 6: a regression."""
     from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
 

@@ -7,6 +7,10 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
+    GENERATION,
+    OUTPUT,
+    PRUNING,
+    QUESTIONS,
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -33,9 +37,15 @@ def evaluate(
             "-d",
             help="A .jsonl file of pictures, questions and answers, the folder of a dataset, or pictures alone, as "
             "--images takes them: answers are then only held against the dense model's.",
+            rich_help_panel=QUESTIONS,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the answers; what is there is not asked again.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for the answers; what is there is not asked again.", rich_help_panel=OUTPUT
+        ),
+    ],
     source: Annotated[
         str | None,
         typer.Argument(
@@ -51,28 +61,47 @@ def evaluate(
         typer.Option(
             help="As capa@2:0.75, divprune:0.9/full or divprune:0.5+capa@4:0.9: selector, layer, fraction removed, and "
             "what becomes of linear visual FFNs (scale, full, skip, per-image, eta=0.97); may be given several times "
-            "[default: the recipe's]."
+            "[default: the recipe's].",
+            rich_help_panel=PRUNING,
         ),
     ] = None,
-    selector: Annotated[list[str] | None, typer.Option(help="With each --layer, --ratio and --ffn: a method.")] = None,
+    selector: Annotated[
+        list[str] | None, typer.Option(help="With each --layer, --ratio and --ffn: a method.", rich_help_panel=PRUNING)
+    ] = None,
     layer: Annotated[
-        list[int] | None, typer.Option(help="May be given several times [default: the selector's].")
+        list[int] | None,
+        typer.Option(help="May be given several times [default: the selector's].", rich_help_panel=PRUNING),
     ] = None,
     ratio: Annotated[
-        list[float] | None, typer.Option(help="May be given several times [default: the recipe's].")
+        list[float] | None,
+        typer.Option(help="May be given several times [default: the recipe's].", rich_help_panel=PRUNING),
     ] = None,
-    ffn: Annotated[list[str] | None, typer.Option(help="May be given several times [default: scale].")] = None,
+    ffn: Annotated[
+        list[str] | None, typer.Option(help="May be given several times [default: scale].", rich_help_panel=PRUNING)
+    ] = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="mmbench, vqav2, textvqa, gqa, pope or plain [default: told by the dataset's columns]."),
+        typer.Option(
+            help="mmbench, vqav2, textvqa, gqa, pope or plain [default: told by the dataset's columns].",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Part of the dataset, where it has several.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of the dataset, where it has several.", rich_help_panel=QUESTIONS)
+    ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="Said behind every question [default: the benchmark's usual one].")
+        str | None,
+        typer.Option(
+            help="Said behind every question [default: the benchmark's usual one].", rich_help_panel=QUESTIONS
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows, drawn at random [default: all].")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the rows drawn, and of the intervals.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Rows, drawn at random [default: all].", rich_help_panel=QUESTIONS)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the rows drawn, and of the intervals.", rich_help_panel=QUESTIONS)
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=GENERATION)] = 32,
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
@@ -83,7 +112,7 @@ def evaluate(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compare methods with the dense model on questions whose answers are known."""
+    """Compare methods with the dense model on questions."""
     bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
     if bundle is not None and any((model, checkpoint, revision, calibration, images, samples)):
         raise CapaError(

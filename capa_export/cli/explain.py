@@ -7,6 +7,10 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
+    GENERATION,
+    OUTPUT,
+    PRUNING,
+    QUESTIONS,
     BundleArg,
     CheckpointOpt,
     JsonOpt,
@@ -21,30 +25,35 @@ __all__ = ["explain"]
 
 def explain(
     bundle: BundleArg,
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")],
+    prompt: Annotated[str, typer.Option(help="The question.", rich_help_panel=QUESTIONS)],
+    image: Annotated[
+        list[Path], typer.Option(help="A picture; may be given several times.", rich_help_panel=QUESTIONS)
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="HTML file [default: explain.html in BUNDLE].")
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file [default: explain.html in BUNDLE].", rich_help_panel=OUTPUT),
     ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
             help="As `evaluate` takes it, beside dense and the bundle's own; may be given several times [default: "
-            "every selector at the bundle's ratio]."
+            "every selector at the bundle's ratio].",
+            rich_help_panel=PRUNING,
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Layer that is looked at [default: the bundle's first].")
+        int | None,
+        typer.Option(min=0, help="Layer that is looked at [default: the bundle's first].", rich_help_panel=PRUNING),
     ] = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=GENERATION)] = 64,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Draw what each selector keeps of a picture, what CAPA sees in it, and the answers, as an HTML page."""
+    """Draw what each selector keeps of a picture, as an HTML page. It shows what CAPA sees, and the answers, too."""
     page = bundle / "explain.html" if out is None else out
     if page.is_dir():
         raise CapaError(f"--out {page}: is a folder; name the HTML file in it", ExitCode.USAGE)

@@ -9,6 +9,18 @@ import typer
 from capa_export.base.quantities import parse_bytes
 
 __all__ = [
+    "CALIBRATION",
+    "ENGINE",
+    "GENERATION",
+    "MACHINE",
+    "MODEL",
+    "OUTPUT",
+    "PANELS",
+    "PICTURES",
+    "PRECISION",
+    "PRUNING",
+    "QUESTIONS",
+    "VALIDATION",
     "BisectOpt",
     "BuildWeights",
     "BuildWeightsOpt",
@@ -42,6 +54,7 @@ __all__ = [
     "RayOpt",
     "RevisionOpt",
     "SamplesOpt",
+    "ScheduleOpt",
     "SelectorOpt",
     "SourceArg",
     "StoreGoldenOpt",
@@ -54,6 +67,23 @@ __all__ = [
     "WeightsOpt",
     "WorkersOpt",
 ]
+
+MODEL = "Model"
+PICTURES = "Pictures"
+QUESTIONS = "Questions"
+PRUNING = "Pruning"
+CALIBRATION = "Calibration"
+PRECISION = "Precision"
+ENGINE = "Engine"
+VALIDATION = "Validation"
+GENERATION = "Generation"
+MACHINE = "This machine"
+OUTPUT = "Output"
+PANELS = (
+    *(MODEL, PICTURES, QUESTIONS, PRUNING, CALIBRATION, PRECISION, ENGINE),
+    *(VALIDATION, GENERATION, MACHINE, OUTPUT),
+)
+"""Headings that `--help` groups options under, in its order."""
 
 
 class Precision(str, Enum):
@@ -104,48 +134,79 @@ SourceArg = Annotated[
 ModelOpt = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Recipe: a name from `models`, or the path of a .toml [default: the checkpoint's]."
+        "--model",
+        "-m",
+        help="Recipe: a name from `models`, or the path of a .toml [default: the checkpoint's].",
+        rich_help_panel=MODEL,
     ),
 ]
 CheckpointOpt = Annotated[
-    str | None, typer.Option(help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].")
-]
-RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-RatioOpt = Annotated[
-    float | None, typer.Option(help="Fraction of visual tokens removed, 0 <= r < 1 [default: the recipe's].")
-]
-LayerOpt = Annotated[
-    int | None, typer.Option(help="Layer after whose attention tokens are dropped [default: the recipe's].")
-]
-SelectorOpt = Annotated[
     str | None,
-    typer.Option("--selector", help="What chooses the tokens; `selectors` lists them [default: the recipe's]."),
+    typer.Option(
+        help="Local folder or hub id [default: the recipe's; for a bundle, the one it came from].",
+        rich_help_panel=MODEL,
+    ),
 ]
+RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL)]
+RatioOpt = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of visual tokens removed, 0 <= r < 1, where the recipe's schedule has one stage "
+        "[default: the recipe's].",
+        rich_help_panel=PRUNING,
+    ),
+]
+ScheduleOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="What drops visual tokens, at which layer, and the fraction removed, as capa@3:0.75, divprune:0.9 or "
+        "divprune:0.5+capa@4:0.9; /full keeps linear visual FFNs, /eta=0.97 is another threshold for their scale "
+        "[default: the recipe's].",
+        rich_help_panel=PRUNING,
+    ),
+]
+# What --schedule replaces: to be removed with the next version.
+LayerOpt = Annotated[int | None, typer.Option("--prune-layer", hidden=True)]
+SelectorOpt = Annotated[str | None, typer.Option("--selector", hidden=True)]
+FfnOpt = Annotated[bool | None, typer.Option("--ffn/--no-ffn", hidden=True)]
 MinKeepOpt = Annotated[
-    int | None, typer.Option(min=0, help="Visual tokens that each image keeps at least [default: the recipe's].")
+    int | None,
+    typer.Option(
+        min=0, help="Visual tokens that each image keeps at least [default: the recipe's].", rich_help_panel=PRUNING
+    ),
 ]
 MinPixelsOpt = Annotated[
-    int | None, typer.Option(help="Least area that a picture or frame is resized to [default: the image processor's].")
+    int | None,
+    typer.Option(
+        help="Least area that a picture or frame is resized to [default: the image processor's].",
+        rich_help_panel=PICTURES,
+    ),
 ]
 MaxPixelsOpt = Annotated[
     int | None,
     typer.Option(
-        help="Largest area that a picture or frame is resized to [default: what the target takes, or the bundle's]."
+        help="Largest area that a picture or frame is resized to [default: what the target takes, or the bundle's].",
+        rich_help_panel=PICTURES,
     ),
 ]
-FfnOpt = Annotated[bool, typer.Option("--ffn/--no-ffn", help="Replace linear FFNs of visual tokens by a scale.")]
 ImagesOpt = Annotated[
     Path | None,
     typer.Option(
         help="Folder of pictures, a picture, a quoted pattern, or .jsonl of conversations or of picture, question and "
-        "answer [default: the recipe's built-in scenes, if any]."
+        "answer [default: the recipe's built-in scenes, if any].",
+        rich_help_panel=PICTURES,
     ),
 ]
-SamplesOpt = Annotated[int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].")]
+SamplesOpt = Annotated[
+    int | None, typer.Option(min=1, help="Calibration samples [default: the recipe's].", rich_help_panel=CALIBRATION)
+]
 ValidationSamplesOpt = Annotated[
     int | None,
     typer.Option(
-        "--validation-samples", min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers]."
+        "--validation-samples",
+        min=1,
+        help="Prompts to compare and questions to ask [default: the recipe's numbers].",
+        rich_help_panel=VALIDATION,
     ),
 ]
 LayerByLayerOpt = Annotated[
@@ -153,22 +214,36 @@ LayerByLayerOpt = Annotated[
     typer.Option(
         "--layer-by-layer/--in-memory",
         help="Hold one layer's weights in memory at a time [default: where the FP32 models do not fit].",
+        rich_help_panel=MACHINE,
     ),
 ]
 CalibrationOpt = Annotated[
-    Path | None, typer.Option(help="Finished calibration, a file or a bundle, instead of a run.")
+    Path | None,
+    typer.Option(help="Finished calibration, a file or a bundle, instead of a run.", rich_help_panel=CALIBRATION),
 ]
-PrecisionOpt = Annotated[Precision, typer.Option(help="Precision of weights and activations.")]
+PrecisionOpt = Annotated[
+    Precision, typer.Option(help="Precision of weights and activations.", rich_help_panel=PRECISION)
+]
 TargetOpt = Annotated[
-    str, typer.Option("--target", "-t", help="Device: a name from `targets`, or the path of a .toml.")
+    str,
+    typer.Option(
+        "--target", "-t", help="Device: a name from `targets`, or the path of a .toml.", rich_help_panel=ENGINE
+    ),
 ]
 _AUTO = "auto takes embedded where the decoder has at most 1 GiB"
-WeightsOpt = Annotated[Weights, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.")]
+WeightsOpt = Annotated[
+    Weights, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.", rich_help_panel=ENGINE)
+]
 _IN_PLACE = "the checkpoint's own files, hard-linked where --precision is theirs: not read, so not searched for NaN"
-ExportWeightsOpt = Annotated[ExportWeights, typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.")]
+ExportWeightsOpt = Annotated[
+    ExportWeights, typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.", rich_help_panel=PRECISION)
+]
 BuildWeightsOpt = Annotated[
     BuildWeights,
-    typer.Option(help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}; {_AUTO}."),
+    typer.Option(
+        help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}; {_AUTO}.",
+        rich_help_panel=ENGINE,
+    ),
 ]
 MemoryOpt = Annotated[
     int | None,
@@ -176,48 +251,87 @@ MemoryOpt = Annotated[
         parser=parse_bytes,
         metavar="SIZE",
         help="Memory of the device that runs the bundle, as 8GB: what it has no room for is refused.",
+        rich_help_panel=ENGINE,
     ),
 ]
 PluginsOpt = Annotated[
     PluginWish,
     typer.Option(
         help="What computes the CAPA nodes in engines: kernels launched from Python, kernels in a library, or "
-        "TensorRT's own layers; auto takes the library if one is given, or else Python where Triton is installed."
+        "TensorRT's own layers; auto takes the library if one is given, or else Python where Triton is installed.",
+        rich_help_panel=ENGINE,
     ),
 ]
-PluginLibraryOpt = Annotated[Path | None, typer.Option(help="What `capa-export plugins build` wrote.")]
+PluginLibraryOpt = Annotated[
+    Path | None, typer.Option(help="What `capa-export plugins build` wrote.", rich_help_panel=ENGINE)
+]
 EngineOpt = Annotated[
-    str | None, typer.Option(help="Run this target's engines on the GPU [default: ONNX Runtime on the CPU].")
+    str | None,
+    typer.Option(
+        help="Run this target's engines on the GPU [default: ONNX Runtime on the CPU].", rich_help_panel=ENGINE
+    ),
 ]
 Fp32LayersOpt = Annotated[
     str | None,
     typer.Option(
         "--fp32-layers",
         help="Parts in FP32, as 3,5.mlp,residual,visual.31; the audit adds its own [default: the recipe's].",
+        rich_help_panel=PRECISION,
     ),
 ]
-GateOpt = Annotated[Path | None, typer.Option("--gate", help="TOML with bounds in place of the recipe's.")]
-StrictOpt = Annotated[bool, typer.Option("--strict", help="Warnings are failures too.")]
+GateOpt = Annotated[
+    Path | None, typer.Option("--gate", help="TOML with bounds in place of the recipe's.", rich_help_panel=VALIDATION)
+]
+StrictOpt = Annotated[bool, typer.Option("--strict", help="Warnings are failures too.", rich_help_panel=VALIDATION)]
 BisectOpt = Annotated[
-    bool, typer.Option("--bisect", help="Where the gates fail, find the layer, block and operator at fault.")
+    bool,
+    typer.Option(
+        "--bisect",
+        help="Where the gates fail, find the layer, block and operator at fault.",
+        rich_help_panel=VALIDATION,
+    ),
 ]
 StoreGoldenOpt = Annotated[
-    int, typer.Option("--store-golden", min=0, help="Samples to leave in the bundle, to validate without a checkpoint.")
+    int,
+    typer.Option(
+        "--store-golden",
+        min=0,
+        help="Samples to leave in the bundle, to validate without a checkpoint.",
+        rich_help_panel=VALIDATION,
+    ),
 ]
-JunitOpt = Annotated[Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.")]
-MarkdownOpt = Annotated[Path | None, typer.Option("--markdown", help="Write a summary for a pull request.")]
+JunitOpt = Annotated[
+    Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.", rich_help_panel=OUTPUT)
+]
+MarkdownOpt = Annotated[
+    Path | None, typer.Option("--markdown", help="Write a summary for a pull request.", rich_help_panel=OUTPUT)
+]
 TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the checkpoint's own Python run, for its processors.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let the checkpoint's own Python run, for its processors.", rich_help_panel=MODEL
+    ),
 ]
 WorkersOpt = Annotated[
-    int | None, typer.Option(min=1, help="Processes that share the samples; each holds the model [default: 1].")
+    int | None,
+    typer.Option(
+        min=1, help="Processes that share the samples; each holds the model [default: 1].", rich_help_panel=MACHINE
+    ),
 ]
 RayOpt = Annotated[
-    str | None, typer.Option(help="Share the samples over the Ray cluster at this address, --workers at a time.")
+    str | None,
+    typer.Option(
+        help="Share the samples over the Ray cluster at this address, --workers at a time.", rich_help_panel=MACHINE
+    ),
 ]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Bundle folder.", rich_help_panel=OUTPUT)]
 BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
 VerifyOpt = Annotated[
-    bool, typer.Option("--verify", help="Read every file of the bundle, also what has not changed since it was read.")
+    bool,
+    typer.Option(
+        "--verify",
+        help="Read every file of the bundle, also what has not changed since it was read.",
+        rich_help_panel=VALIDATION,
+    ),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)]

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from capa_export.cli.options import JsonOpt
+from capa_export.cli.command import Command
+from capa_export.cli.examples import epilog
+from capa_export.cli.options import ENGINE, OUTPUT, JsonOpt
 from capa_export.cli.show import print_json
 
 __all__ = ["plugins"]
@@ -20,22 +22,37 @@ def _group() -> None:  # pyright: ignore[reportUnusedFunction]  # It keeps `buil
     pass
 
 
-@plugins.command()
+@plugins.command(cls=Command, epilog=epilog("plugins build"))
 def build(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Library (.so) to write, or folder to put it in [default: this one].")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Library (.so) to write, or folder to put it in [default: this one].",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = Path(),
     tensorrt_include: Annotated[
-        Path | None, typer.Option(help="Folder of TensorRT's headers, 10.3 to 11 [default: where packages put them].")
+        Path | None,
+        typer.Option(
+            help="Folder of TensorRT's headers, 10.3 to 11 [default: where packages put them].", rich_help_panel=ENGINE
+        ),
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="CPU: x86_64 or aarch64 [default: this machine's].")] = None,
-    cxx: Annotated[str | None, typer.Option(help="C++ compiler [default: g++ for the CPU].")] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="CPU: x86_64 or aarch64 [default: this machine's].", rich_help_panel=ENGINE)
+    ] = None,
+    cxx: Annotated[
+        str | None, typer.Option(help="C++ compiler [default: g++ for the CPU].", rich_help_panel=ENGINE)
+    ] = None,
     compute_capabilities: Annotated[
-        str | None, typer.Option(help="GPUs to hold kernels for, such as 8.7,11.0 [default: all].")
+        str | None,
+        typer.Option(help="GPUs to hold kernels for, such as 8.7,11.0 [default: all].", rich_help_panel=ENGINE),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compile the kernels and the plugin library around them; no GPU and no CUDA toolkit is needed."""
+    """Compile the kernels and the plugin library around them. No GPU and no CUDA toolkit is needed."""
     from capa_export.base.progress import progress
     from capa_export.kernels.compile import COMPUTE_CAPABILITIES
     from capa_export.kernels.plugins.native import build_library

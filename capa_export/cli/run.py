@@ -7,6 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from capa_export.cli.options import (
+    GENERATION,
+    PRUNING,
+    QUESTIONS,
     BundleArg,
     EngineOpt,
     JsonOpt,
@@ -22,39 +25,67 @@ __all__ = ["run"]
 
 def run(
     bundle: BundleArg,
-    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", rich_help_panel=QUESTIONS)] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture; may be given several times, or not at all.")
+        list[Path] | None,
+        typer.Option(help="A picture; may be given several times, or not at all.", rich_help_panel=QUESTIONS),
     ] = None,
-    video: Annotated[Path | None, typer.Option(help="A video: a file, or a folder of frames.")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="A video: a file, or a folder of frames.", rich_help_panel=QUESTIONS)
+    ] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames a second to take from a file; those of a folder [default: 2].")
+        float | None,
+        typer.Option(
+            help="Frames a second to take from a file; those of a folder [default: 2].", rich_help_panel=QUESTIONS
+        ),
     ] = None,
     messages: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A conversation in JSON, as chat templates take it, in place of all these; several are one batch."
+            help="A conversation in JSON, as chat templates take it, in place of all these; several are one batch.",
+            rich_help_panel=QUESTIONS,
         ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction of visual tokens removed [default: the bundle's].")
+        float | None,
+        typer.Option(help="Fraction of visual tokens removed [default: the bundle's].", rich_help_panel=PRUNING),
     ] = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     greedy: Annotated[
-        bool, typer.Option("--greedy", help="Take the likeliest token, whatever generation_config.json says.")
+        bool,
+        typer.Option(
+            "--greedy",
+            help="Take the likeliest token, whatever generation_config.json says.",
+            rich_help_panel=GENERATION,
+        ),
     ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Sample at this temperature [default: as generation_config.json says].")
+        float | None,
+        typer.Option(
+            help="Sample at this temperature [default: as generation_config.json says].", rich_help_panel=GENERATION
+        ),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this share.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this share.", rich_help_panel=GENERATION)
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from so many of the likeliest tokens; 0: all.", rich_help_panel=GENERATION),
+    ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: say again less of what was said [default: generation_config.json's].")
+        float | None,
+        typer.Option(
+            help="Above 1: say again less of what was said [default: generation_config.json's].",
+            rich_help_panel=GENERATION,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is sampled: the same seed, the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of what is sampled: the same seed, the same answer.", rich_help_panel=GENERATION)
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer [default: generation_config.json's, or 64].")
+        int | None,
+        typer.Option(help="Longest answer [default: generation_config.json's, or 64].", rich_help_panel=GENERATION),
     ] = None,
     engine: EngineOpt = None,
     verify: VerifyOpt = False,

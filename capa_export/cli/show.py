@@ -38,7 +38,7 @@ def doctor(
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say beforehand what would fail late: tools, GPU, a bundle's graphs, profile, memory (exit code 3: a problem)."""
+    """Say beforehand what would fail late. Tools, GPU, a bundle's graphs, profile, memory; exit code 3: a problem."""
     from dataclasses import asdict
 
     from capa_export.bundle.store import Bundle
@@ -72,20 +72,20 @@ _PLACES = {
 
 
 def models(as_json: JsonOpt = False) -> None:
-    """List the shipped recipes, and the published checkpoints that each is for."""
+    """List the shipped recipes, and the checkpoints each is for."""
     from capa_export.base.toml import shipped_names
     from capa_export.config.recipe import load_recipe
+    from capa_export.config.schedule import schedule_text
 
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
     if as_json:
         print_json([recipe.model_dump(mode="json") for recipe in recipes])
         return
     for recipe in recipes:
-        stages = ", ".join(stage.where for stage in recipe.prune.schedule)
-        others = f" (or {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
+        others = f" (or at {', '.join(map(str, recipe.prune.alternatives))})" if recipe.prune.alternatives else ""
         where = "shipped with capa-export" if Path(recipe.checkpoint).is_dir() else recipe.checkpoint
         takes = f"; takes {', '.join(recipe.published)}" if recipe.published else ""
-        print(f"{recipe.name:<16}{where:<32}prunes {stages}{others}{takes}")
+        print(f"{recipe.name:<16}{where:<32}prunes {schedule_text(recipe.prune.schedule)}{others}{takes}")
 
 
 def selectors(as_json: JsonOpt = False) -> None:

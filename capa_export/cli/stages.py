@@ -1,5 +1,6 @@
 """The commands that run one stage each."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import say
 from capa_export.cli.options import (
+    CALIBRATION,
+    ENGINE,
+    VALIDATION,
     BisectOpt,
     BundleArg,
     CalibrationOpt,
@@ -38,6 +43,7 @@ from capa_export.cli.options import (
     RayOpt,
     RevisionOpt,
     SamplesOpt,
+    ScheduleOpt,
     SelectorOpt,
     SourceArg,
     StoreGoldenOpt,
@@ -62,6 +68,7 @@ __all__ = [
     "finish",
     "one_checkpoint",
     "validate",
+    "with_schedule",
     "words",
 ]
 
@@ -80,7 +87,10 @@ def calibrate(
     ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add up finished calibrations instead of running one.")
+        bool,
+        typer.Option(
+            "--merge", help="Add up finished calibrations instead of running one.", rich_help_panel=CALIBRATION
+        ),
     ] = False,
     parts: Annotated[
         list[str] | None,
@@ -149,11 +159,12 @@ def export(
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
+    schedule: ScheduleOpt = None,
     ratio: RatioOpt = None,
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
-    ffn: FfnOpt = True,
+    ffn: FfnOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = Precision.fp16,
     fp32_layers: Fp32LayersOpt = None,
@@ -167,17 +178,17 @@ def export(
     from capa_export.api import builds
     from capa_export.base.progress import progress
 
+    source = one_checkpoint(source, checkpoint)
+    schedule, ratio = with_schedule(source, model, revision, schedule, ratio, prune_layer, selector, ffn)
     with progress() as report:
         bundle = builds.export(
-            one_checkpoint(source, checkpoint),
+            source,
             out=out,
             recipe=model,
             revision=revision,
+            schedule=schedule,
             ratio=ratio,
-            prune_layer=prune_layer,
-            selector=selector,
             min_keep_per_image=min_keep_per_image,
-            ffn=ffn,
             calibration=calibration,
             precision=precision.value,
             fp32_layers=words(fp32_layers),
@@ -199,14 +210,22 @@ def engine(
     plugins: PluginsOpt = PluginWish.auto,
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
-        bool, typer.Option("--on-device", help="Build the engines of a kit, on its device, as its build.sh does.")
+        bool,
+        typer.Option(
+            "--on-device",
+            help="Build the engines of a kit, on its device, as its build.sh does.",
+            rich_help_panel=ENGINE,
+        ),
     ] = False,
     tensorrt_include: Annotated[
-        Path | None, typer.Option(help="With --on-device: folder of TensorRT's headers [default: the usual places].")
+        Path | None,
+        typer.Option(
+            help="With --on-device: folder of TensorRT's headers [default: the usual places].", rich_help_panel=ENGINE
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Build a bundle's TensorRT engines, or the kit that builds them on the device."""
+    """Build a bundle's TensorRT engines, or a kit that builds them. A kit is for the device itself to run."""
     from capa_export.base.progress import progress
     from capa_export.report.terminal import engine_table
 
@@ -242,9 +261,16 @@ def validate(
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Prompts to compare and questions to ask [default: the recipe's numbers].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts to compare and questions to ask [default: the recipe's numbers].",
+            rich_help_panel=VALIDATION,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw other samples than the usual ones.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw other samples than the usual ones.", rich_help_panel=VALIDATION)
+    ] = None,
     layer_by_layer: LayerByLayerOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -258,7 +284,7 @@ def validate(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Hold a bundle against the eager model, or its golden samples if it has some (exit code 6: parity)."""
+    """Hold a bundle against the eager model, or its golden samples. Exit code 6: they differ."""
     from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
 
@@ -294,6 +320,40 @@ def one_checkpoint(source: str | None, checkpoint: str | None) -> str | None:
     if source is not None and checkpoint is not None:
         raise CapaError(f"the checkpoint is given twice: {source}, and --checkpoint {checkpoint}", ExitCode.USAGE)
     return source or checkpoint
+
+
+def with_schedule(
+    source: str | None,
+    model: str | None,
+    revision: str | None,
+    schedule: str | None,
+    ratio: float | None,
+    prune_layer: int | None,
+    selector: str | None,
+    ffn: bool | None,
+) -> tuple[str | None, float | None]:
+    """The schedule and the ratio that are asked for.
+
+    For the options that `--schedule` replaces, stderr says what to write instead.
+
+    Raises:
+        CapaError: the schedule comes with an option that it replaces, or an option is out of range.
+    """
+    values = {"--ratio": ratio, "--prune-layer": prune_layer, "--selector": selector}
+    given = [f"{option} {value}" for option, value in values.items() if value is not None]
+    given += [] if ffn is None else ["--ffn" if ffn else "--no-ffn"]
+    if schedule is not None and given:
+        raise CapaError(f"--schedule {schedule} says it all: drop {' '.join(given)}", ExitCode.USAGE)
+    if (prune_layer, selector, ffn) == (None, None, None):
+        return schedule, ratio
+    from capa_export.api.builds import find_recipe_of
+    from capa_export.config.schedule import schedule_text
+
+    recipe = find_recipe_of(source, model, revision)
+    recipe = recipe.with_options(ratio=ratio, prune_layer=prune_layer, selector=selector)
+    text = schedule_text(recipe.prune.schedule) + ("/full" if ffn is False else "")
+    say(f"{' '.join(given)} is --schedule {shlex.quote(text)} from the next version on")
+    return text, None
 
 
 def words(text: str | None) -> list[str] | None:

@@ -10,6 +10,9 @@ import typer
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.quantities import parse_budget
 from capa_export.cli.options import (
+    CALIBRATION,
+    OUTPUT,
+    PRUNING,
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -34,22 +37,27 @@ def tune(
             metavar="NUMBER",
             help="FLOPs of the decoder's prefill, text included: a fraction of dense, as 0.25 or 25%, or of a "
             "prompt, as 2.5e12.",
+            rich_help_panel=PRUNING,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe that is written, a .toml file.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The recipe that is written, a .toml file.", rich_help_panel=OUTPUT)
+    ],
     source: SourceArg = None,
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     images: ImagesOpt = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples to tune on.")] = 128,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Calibration samples to tune on.", rich_help_panel=CALIBRATION)
+    ] = 128,
     calibration: CalibrationOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Find the schedule that agrees best with the dense model within a budget."""
+    """Find the schedule closest to dense within a budget of FLOPs."""
     if out.suffix != ".toml":
         raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)

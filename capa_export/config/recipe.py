@@ -1,8 +1,6 @@
 """A recipe: what one model becomes. Read from `graphs/<name>.toml` or from the user's own file."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,125 +9,18 @@ from pydantic import Field, ValidationError, model_validator
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.pixels import PixelBounds
-from capa_export.selectors.selector import Chosen, Option, load_selector, selectors
+from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
     "FFN",
     "Bound",
     "Gate",
-    "Prune",
     "Recipe",
-    "Stage",
     "check_layers",
-    "kept_tokens",
     "load_recipe",
     "ranges",
     "recipe_of",
 ]
-
-
-_WHERE = {"attention": "after", "entry": "before"}
-
-
-class Stage(Settings):
-    """One entry of the pruning schedule."""
-
-    layer: int = Field(default=-1, ge=-1)
-    """0-based decoder layer, the first whose KV cache is without the dropped tokens; -1 before the decoder, which is
-    for selectors that act there."""
-    ratio: float = Field(ge=0, lt=1)
-    """Fraction of the prompt's visual tokens that are gone after this stage."""
-    selector: str = "capa"
-    """What chooses the tokens: a module of `capa_export.selectors.selector`."""
-    options: dict[str, Option] = Field(default_factory=dict)
-    """Of the selector, in place of its own."""
-
-    @property
-    def chosen(self) -> Chosen:
-        return Chosen(self.selector, self.options)
-
-    @property
-    def where(self) -> str:
-        """For people: `after layer 2`, `before layer 2`, `before the decoder`."""
-        place = self.chosen.place
-        return "before the decoder" if place == "input" else f"{_WHERE[place]} layer {self.layer}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_layer(cls, given: Any) -> Any:
-        """A selector that was published with a layer acts there unless another is named."""
-        if not isinstance(given, dict) or "layer" in given or given.get("selector") not in selectors():
-            return given
-        layer = load_selector(given["selector"]).layer
-        return given if layer is None else {**given, "layer": layer}
-
-    @model_validator(mode="after")
-    def _fits_selector(self) -> "Stage":
-        try:
-            selector = load_selector(self.selector)
-        except CapaError as error:
-            raise ValueError(str(error)) from error
-        if unknown := [name for name in self.options if name not in selector.options]:
-            known = ", ".join(selector.options) or "none"
-            raise ValueError(f"selector {self.selector} has no option {unknown[0]!r}; its options: {known}")
-        for name, value in self.options.items():
-            if problem := selector.options[name].problem(value):
-                raise ValueError(f"selector {self.selector}: option {name}: {problem}")
-        if selector.place == "input" and self.layer >= 0:
-            raise ValueError(f"selector {self.selector} acts before the decoder and takes no layer")
-        if selector.place != "input" and self.layer < (1 if selector.place == "entry" else 0):
-            least = "1 or more, for the attention of the one before" if selector.place == "entry" else "0 or more"
-            raise ValueError(f"selector {self.selector} needs a layer of {least}")
-        return self
-
-
-class Prune(Settings):
-    """Where visual tokens are dropped."""
-
-    schedule: tuple[Stage, ...] = Field(min_length=1)
-    alternatives: tuple[int, ...] = ()
-    """Other layers that were published for this model, selectable with `--prune-layer`."""
-    min_keep_per_image: int = Field(default=1, ge=0)
-    """Visual tokens that each image keeps at every stage, so that one cannot starve another."""
-
-    def num_keep(self, images: Sequence[int]) -> list[int]:
-        """Visual tokens kept at each stage, of images of so many visual tokens each.
-
-        Raises:
-            CapaError: fewer than a selector can choose.
-        """
-        least = sum(min(self.min_keep_per_image, count) for count in images)
-        entering, kept = sum(images), list[int]()
-        for stage in self.schedule:
-            leaving = max(least, kept_tokens(sum(images), stage.ratio))
-            fewest = stage.chosen.least
-            if leaving < min(entering, fewest):
-                raise CapaError(
-                    f"selector {stage.selector} chooses {fewest} tokens or more, and ratio {stage.ratio:g} leaves "
-                    f"{leaving} of {sum(images)}; use a smaller ratio or larger pictures"
-                )
-            kept.append(leaving)
-            entering = leaving
-        return kept
-
-    @property
-    def selectors(self) -> dict[int, Chosen]:
-        """Layer -> what chooses there."""
-        return {stage.layer: stage.chosen for stage in self.schedule}
-
-    @model_validator(mode="after")
-    def _stages_in_order(self) -> "Prune":
-        layers = [stage.layer for stage in self.schedule]
-        ratios = [stage.ratio for stage in self.schedule]
-        if layers != sorted(set(layers)) or ratios != sorted(ratios):
-            raise ValueError("layers must rise and ratios must not fall from one stage to the next")
-        for before, stage in pairwise(self.schedule):
-            if (before.chosen.place, stage.chosen.place) == ("attention", "entry") and before.layer == stage.layer - 1:
-                raise ValueError(
-                    f"selector {stage.selector} at layer {stage.layer} reads the attention of layer {before.layer}, "
-                    "which a stage prunes; leave a layer between them"
-                )
-        return self
 
 
 class FFN(Settings):
@@ -231,6 +122,7 @@ class Recipe(Settings):
     def with_options(
         self,
         *,
+        schedule: Method | None = None,
         ratio: float | None = None,
         prune_layer: int | None = None,
         selector: str | None = None,
@@ -250,18 +142,16 @@ class Recipe(Settings):
             raise CapaError(f"--prune-layer {prune_layer}: decoder layers count from 0", ExitCode.USAGE)
         if min_keep_per_image is not None and min_keep_per_image < 0:
             raise CapaError(f"--min-keep-per-image {min_keep_per_image}: must not be negative", ExitCode.USAGE)
-        schedule = self.prune.schedule
-        if any(given is not None for given in (ratio, prune_layer, selector)) and len(schedule) > 1:
-            raise CapaError(
-                f"{self.name}: --ratio, --prune-layer and --selector need a schedule of one stage, this recipe has "
-                f"{len(schedule)}; edit prune.schedule in a recipe of your own and pass it with --model",
-                ExitCode.USAGE,
-            )
-        assert schedule
-        prune: dict[str, Any] = {"schedule": (_changed(schedule[0], ratio, prune_layer, selector), *schedule[1:])}
+        prune, changed = self.prune, dict[str, Any]()
+        if schedule is not None:
+            prune = prune.model_copy(update={"schedule": schedule.stages})
+            if schedule.eta is not None:
+                changed["ffn"] = self.ffn.model_copy(update={"eta": schedule.eta})
+        if any(given is not None for given in (ratio, prune_layer, selector)):
+            prune = prune.with_stage(ratio, prune_layer, selector)
         if min_keep_per_image is not None:
-            prune["min_keep_per_image"] = min_keep_per_image
-        changed: dict[str, Any] = {"prune": self.prune.model_copy(update=prune)}
+            prune = prune.model_copy(update={"min_keep_per_image": min_keep_per_image})
+        changed["prune"] = prune
         if min_pixels is not None or max_pixels is not None:
             changed["pictures"] = self.pictures.with_options(min_pixels, max_pixels)
         if fp32_layers is not None:
@@ -279,29 +169,6 @@ class Recipe(Settings):
         return Recipe.model_validate({**values, **({"pictures": pictures} if pictures else {})})
 
 
-def _changed(stage: Stage, ratio: float | None, layer: int | None, selector: str | None) -> Stage:
-    """A stage with the command line's choices; another selector acts where it acts by itself."""
-    options = stage.options
-    if selector is not None and selector != stage.selector:
-        own, options = load_selector(selector), {}
-        if own.place == "input":
-            stage = stage.model_copy(update={"layer": -1})
-        elif layer is None and (own.layer is not None or stage.layer < 0):
-            layer = own.layer
-    given = {"ratio": ratio, "layer": layer, "selector": selector, "options": options}
-    changed = {**stage.model_dump(), **{key: value for key, value in given.items() if value is not None}}
-    try:
-        return Stage.model_validate(changed)
-    except ValidationError as error:
-        raise CapaError(f"{first_problem(error, Stage)}; see --selector and --prune-layer", ExitCode.USAGE) from error
-
-
-def kept_tokens(num_visual: int, ratio: float) -> int:
-    """Visual tokens that survive: ceil(n * (1 - ratio)), at least 1, and 0 of 0."""
-    # Rounding first keeps ceil(100 * (1 - 0.9)) at 10: 1 - 0.9 is a little more than 0.1 in binary.
-    return min(num_visual, max(1, ceil(round(num_visual * (1 - ratio), 9))))
-
-
 def check_layers(recipe: Recipe, num_layers: int) -> None:
     """Refuse a schedule that does not fit a decoder of `num_layers`, before anything is run.
 
@@ -310,9 +177,10 @@ def check_layers(recipe: Recipe, num_layers: int) -> None:
     """
     for stage in recipe.prune.schedule:
         if stage.layer >= num_layers - 1:
+            earlier = stage.model_copy(update={"layer": num_layers - 2})
             raise CapaError(
                 f"{recipe.name}: prune layer {stage.layer}, but this checkpoint's decoder has layers 0 to "
-                f"{num_layers - 1} and the last one is too late; choose a smaller --prune-layer"
+                f"{num_layers - 1} and the last one is too late; write an earlier one, as {stage_text(earlier)}"
             )
 
 

@@ -12,7 +12,7 @@ from capa_export.calibrate.audit import audit
 from capa_export.calibrate.stage import check_owner
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
-from capa_export.config.recipe import Prune
+from capa_export.config.schedule import Prune
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.model.model import Model
 

@@ -13,7 +13,8 @@ from capa_export.base.progress import Report, silent
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.config.parts import check_units
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.recipe import Recipe, Stage, check_layers, recipe_of
+from capa_export.config.recipe import Recipe, check_layers, recipe_of
+from capa_export.config.schedule import Stage
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family, require_selection
 from capa_export.model.hub import full_source

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from capa_export.config.recipe import Prune
+from capa_export.config.schedule import Prune
 from capa_export.export.graphs import Graphs
 from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import Family

@@ -375,7 +375,7 @@ def _linear_layers(
     recipe: Recipe, calibration: Path | None, num_layers: int, *, ffn: bool
 ) -> tuple[tuple[int, ...], str]:
     if not ffn:
-        return (), "--no-ffn"
+        return (), "/full"
     if calibration is not None:
         return Calibration.load(calibration).linear_layers(recipe.ffn.eta), "calibration"
     if not recipe.ffn.paper_layers:

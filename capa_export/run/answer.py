@@ -16,7 +16,8 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.recipe import Prune, recipe_of
+from capa_export.config.recipe import recipe_of
+from capa_export.config.schedule import Prune
 from capa_export.data.conversation import turns_of
 from capa_export.data.picture_files import open_picture
 from capa_export.model.generation import (

@@ -8,7 +8,8 @@ import pytest
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.audit import audit
 from capa_export.calibrate.measure import calibrate
-from capa_export.config.recipe import Prune, Stage, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import samples_from
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint

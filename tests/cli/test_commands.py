@@ -167,7 +167,7 @@ def test_a_dry_run_takes_the_calibration_it_is_given(cli: Cli, recipe: Path, bun
         ]
     )
     assert "unknown until calibrated" in cli("plan", "-m", "tiny-qwen25vl")[1]
-    code, _, err = cli(*command, "--prune-layer", 4)
+    code, _, err = cli(*command, "--schedule", "capa@4:0.75")
     assert code == ExitCode.PREFLIGHT and "the last one is too late" in err
 
 

@@ -13,7 +13,7 @@ SCRIPT = """
 import sys
 from itertools import groupby
 from capa_export.cli import main
-from capa_export.prompt import Prompter
+from capa_export.model.prompt import Prompter
 Prompter.decode = lambda self, token_ids: "yes, a caf\\u00e9 \\u2603"
 commands = [list(words) for between, words in groupby(sys.argv[1:], "+".__eq__) if not between]
 print("codes", *map(main, commands), flush=True)

@@ -23,6 +23,30 @@ USAGE = {
     "ratio of one": (["build", "-m", "qwen25vl", "-o", "x", "--ratio", "1"], "--ratio 1: the fraction of visual"),
     "negative ratio": (["plan", "-m", "qwen25vl", "--ratio", "-0.1"], "--ratio -0.1"),
     "negative layer": (["plan", "-m", "qwen25vl", "--prune-layer", "-1"], "--prune-layer -1"),
+    "schedule of no stage": (
+        ["plan", "-m", "qwen25vl", "--schedule", "dense"],
+        "write one, as capa@2:0.75, or capa@2:0 to drop nothing",
+    ),
+    "schedule without a colon": (
+        ["plan", "-m", "qwen25vl", "--schedule", "capa@3"],
+        "--schedule 'capa@3': 'capa@3' is no stage; write selector@layer:ratio, as capa@2:0.75",
+    ),
+    "schedule that no graph has": (
+        ["plan", "-m", "qwen25vl", "--schedule", "capa@3:0.75/skip"],
+        "skip is for `evaluate`; write capa@3:0.75, capa@3:0.75/full or capa@3:0.75/eta=0.97",
+    ),
+    "schedule and ratio": (
+        ["build", "-m", "qwen25vl", "-o", "x", "--schedule", "capa@3:0.75", "--ratio", "0.5", "--no-ffn"],
+        "--schedule capa@3:0.75 says it all: drop --ratio 0.5 --no-ffn",
+    ),
+    "schedule and layer": (
+        ["export", "-m", "qwen25vl", "-o", "x", "--schedule", "capa@3:0.75", "--prune-layer", "3"],
+        "says it all: drop --prune-layer 3",
+    ),
+    "schedule and selector": (
+        ["plan", "-m", "qwen25vl", "--schedule", "capa@3:0.75", "--selector", "fastv"],
+        "says it all: drop --selector fastv",
+    ),
     "merge of nothing": (["calibrate", "--merge", "-o", "x"], "--merge takes calibrations"),
     "calibrate nothing": (["calibrate", "-o", "x"], "name a checkpoint"),
     "build to nowhere": (["build", "-m", "qwen25vl"], "build needs --out"),
@@ -90,7 +114,7 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, recipe: Path, pictures: Pat
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     preflight(cli, "model_type is 'llava', this recipe is for", "build", *options, other)
-    preflight(cli, "layers 0 to 4", "build", *options, checkpoint, "--prune-layer", 4)
+    preflight(cli, "layers 0 to 4", "build", *options, checkpoint, "--schedule", "capa@4:0.75")
     assert not (tmp_path / "out" / "onnx").exists()
 
 

@@ -50,6 +50,22 @@ def test_a_list_needs_no_onnx(command: list[str]) -> None:
     assert said and imported.isdisjoint({*HEAVY.split(), "onnx", "onnxruntime"})
 
 
+def test_help_needs_next_to_nothing() -> None:
+    """Rich, which typer would draw panels with, takes a quarter of a second to import."""
+    script = """
+import sys
+from typer.main import get_command
+from capa_export.cli import app, main
+for name in get_command(app).commands:
+    assert main([name, "--help"]) == 0
+print(*sorted({name.split(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert done.stdout.count("Usage: capa-export") == 17
+    assert imported.isdisjoint({*HEAVY.split(), "onnx", "onnxruntime", "numpy", "rich"})
+
+
 def test_a_bundle_is_inspected_without_torch(bundle: Path) -> None:
     said, imported = run_without(HEAVY, "inspect", bundle, "--json")
     assert said and imported.isdisjoint(HEAVY.split())

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from capa_export.base.errors import CapaError
-from capa_export.config.recipe import kept_tokens, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import kept_tokens
 from capa_export.data.scenes import samples
 from capa_export.export.genai import reason_against, write_genai
 from capa_export.export.graphs import write_onnx

@@ -314,7 +314,7 @@ def test_engines_are_built_from_the_shards(building: Building, tmp_path: Path, w
 
 
 def test_the_command_line(building: Building, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--no-ffn", "--prune-layer", "2"]
+    command = ["export", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--schedule", "capa@2:0.75/full"]
     command += ["--weights", "in-place", "--out", str(tmp_path / "out")]
     assert main(command) == ExitCode.PREFLIGHT
     assert "its weights are fp32" in capsys.readouterr().err
@@ -326,7 +326,16 @@ def test_the_command_line(building: Building, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_plan_counts_no_bytes(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--prune-layer", "2", "--json"]
+    command = [
+        "plan",
+        "--model",
+        "qwen25vl",
+        "--checkpoint",
+        building.checkpoint,
+        "--schedule",
+        "capa@2:0.75",
+        "--json",
+    ]
     capsys.readouterr()
     assert main([*command, "--weights", "in-place"]) == ExitCode.OK
     plan = json.loads(capsys.readouterr().out)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capa_export.config.recipe import Prune, Stage
+from capa_export.config.schedule import Prune, Stage
 from capa_export.export.graphs import write_onnx
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl

@@ -209,8 +209,8 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_is_writte
             "onnx",
             "--out",
             str(out),
-            "--prune-layer",
-            "2",
+            "--schedule",
+            "capa@2:0.75",
         ]
     )
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

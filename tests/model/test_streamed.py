@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from capa_export.config.recipe import Prune
+from capa_export.config.schedule import Prune
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import load_family

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Sample, Samples
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint

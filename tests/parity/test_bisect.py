@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from capa_export.config.parts import layer_of
-from capa_export.config.recipe import Prune, Stage
+from capa_export.config.schedule import Prune, Stage
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl

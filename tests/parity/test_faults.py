@@ -11,7 +11,8 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle, file_digest
-from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Samples
 from capa_export.export.graphs import write_onnx
 from capa_export.model.prompt import Prompter, Turn

@@ -14,7 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.base.progress import silent
 from capa_export.base.toml import shipped
-from capa_export.config.recipe import Prune, Stage, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Conversation, Samples, samples_from
 from capa_export.data.scenes import samples
 from capa_export.model.checkpoint import open_checkpoint

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from capa_export.config.recipe import Prune, Recipe, Stage, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Samples, samples_from
 from capa_export.export.graphs import write_onnx
 from capa_export.model.families import qwen25vl

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.config.recipe import Stage, kept_tokens
+from capa_export.config.schedule import Stage, kept_tokens
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.config.recipe import Prune, Stage, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Prune, Stage
 from capa_export.selectors.selector import Chosen, Option, Size, load_selector, selectors
 
 RECIPE = """family = "qwen25vl"
@@ -80,10 +81,10 @@ def test_the_command_line_puts_another_in_its_place(given: dict[str, Any], layer
 
 
 def test_a_layer_for_one_that_has_none_is_refused() -> None:
-    with pytest.raises(CapaError, match="divprune acts before the decoder and takes no layer; see --selector"):
+    with pytest.raises(CapaError, match=r"divprune acts before the decoder and takes no layer; write selector@layer"):
         load_recipe("qwen25vl").with_options(selector="divprune", prune_layer=3)
     before = load_recipe("qwen25vl").with_options(selector="divprune")
-    with pytest.raises(CapaError, match="selector capa needs a layer of 0 or more; see --selector and --prune-layer"):
+    with pytest.raises(CapaError, match=r"selector capa needs a layer of 0 or more; write selector@layer:ratio, as"):
         before.with_options(selector="capa")
 
 

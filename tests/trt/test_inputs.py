@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capa_export.base.errors import CapaError
-from capa_export.config.recipe import Prune, Stage
+from capa_export.config.schedule import Prune, Stage
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan

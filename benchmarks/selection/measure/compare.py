@@ -6,8 +6,7 @@ from benchmarks.selection.bed import MAX_NEW_TOKENS, Bed
 from benchmarks.selection.figures import Against, Row
 from capa_export.base.errors import CapaError
 from capa_export.base.statistics import paired_bootstrap
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method
+from capa_export.config.schedule import Method, Stage
 from capa_export.data.metrics import METRICS
 from capa_export.study.evaluate.results import Results
 from capa_export.study.evaluate.stage import evaluate
@@ -57,7 +56,7 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
 def _linear(bed: Bed, method: Method) -> Sequence[int]:
     if method.ffn == "full":
         return ()
-    return bed.calibration.linear_layers(method.ffn_settings(bed.model.recipe.ffn).eta)
+    return bed.calibration.linear_layers((method.eta or bed.model.recipe.ffn.eta))
 
 
 def _scores(bed: Bed, subject: Subject, count: int) -> tuple[list[str], dict[str, list[float]]]:

@@ -9,8 +9,7 @@ from benchmarks.selection.measure.compare import compared
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.bundle.store import Bundle
 from capa_export.config.options import BuildOptions
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method, parse_method
+from capa_export.config.schedule import Method, Stage, parse_method
 from capa_export.data.samples import samples_from
 from capa_export.model.model import Model
 from capa_export.selectors.selector import load_selector

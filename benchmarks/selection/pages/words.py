@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from capa_export.base.statistics import Difference, Rate
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import parse_method
+from capa_export.config.schedule import Stage, parse_method
 
 __all__ = [
     "better",

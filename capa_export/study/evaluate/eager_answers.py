@@ -98,7 +98,7 @@ class EagerMethods:
         calibration = self.given.calibration
         if method.ffn == "full" or calibration is None:
             return {}
-        eta = method.ffn_settings(self.model.recipe.ffn).eta
+        eta = method.eta or self.model.recipe.ffn.eta
         if method.ffn == "per-image":
             linear = [layer for layer, cosine in cosines.items() if cosine > eta]
         else:

@@ -14,7 +14,7 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
-from capa_export.config.schedule import Method, parse_method, stage_text
+from capa_export.config.schedule import Method, parse_method, schedule_text, stage_text
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
@@ -63,7 +63,7 @@ def product(
     """
     own, *later = recipe.prune.schedule
     if not (selectors or layers or ratios):
-        texts = ["+".join(stage_text(stage) for stage in (own, *later))]
+        texts = [schedule_text(recipe.prune.schedule)]
     elif later:
         raise CapaError(
             f"{recipe.name}: has a schedule of {1 + len(later)} stages; name methods with --method instead of "
@@ -111,7 +111,7 @@ def eager_subject(
         prune = method.prune(model.recipe.prune.min_keep_per_image)
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
-            ffn += [method.ffn_settings(model.recipe.ffn).eta, calibration.digest()]
+            ffn += [(method.eta or model.recipe.ffn.eta), calibration.digest()]
         return _key(EagerAnswers, prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
 
     return Subject(

@@ -14,8 +14,7 @@ from capa_export.base.statistics import kl_divergence
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.measure import measure
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method, parse_method, stage_text
+from capa_export.config.schedule import Method, Stage, parse_method, schedule_text, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
 from capa_export.model.eager import Prefill
@@ -163,7 +162,7 @@ def _layer(model: Model, asked: int | None) -> int:
 
 def _own(model: Model, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
     """The bundle's own; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
-    stages = "+".join(stage_text(stage) for stage in model.schedule)
+    stages = schedule_text(model.schedule)
     if calibration is not None and calibration.linear_layers(model.recipe.ffn.eta) == linear:
         return Method(stages, model.schedule, "scale")
     return Method(f"{stages}/full", model.schedule, "full")

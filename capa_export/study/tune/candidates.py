@@ -7,8 +7,8 @@ from itertools import product
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.calibrate.sums import Calibration
-from capa_export.config.recipe import FFN, Recipe, Stage
-from capa_export.config.schedule import Method, parse_method, stage_text
+from capa_export.config.recipe import FFN, Recipe
+from capa_export.config.schedule import Method, Stage, parse_method, stage_text
 from capa_export.model.families import Family, require_selection
 from capa_export.selectors.selector import Chosen, Place, load_selector
 from capa_export.selectors.selector import selectors as all_selectors
@@ -51,7 +51,7 @@ def ffns(ffn: FFN, calibration: Calibration) -> list[float | None]:
 
 def linear_layers(method: Method, recipe: Recipe, calibration: Calibration) -> tuple[int, ...]:
     """Layers in which a scale stands for the FFN of visual tokens."""
-    return calibration.linear_layers(method.ffn_settings(recipe.ffn).eta) if method.ffn == "scale" else ()
+    return calibration.linear_layers(method.eta or recipe.ffn.eta) if method.ffn == "scale" else ()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import tracked
-from capa_export.config.recipe import Stage
-from capa_export.config.schedule import Method
+from capa_export.config.schedule import Method, Stage
 from capa_export.data.samples import Samples
 from capa_export.model.model import Model
 from capa_export.plan.flops import PrefillFlops, flops

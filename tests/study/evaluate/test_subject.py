@@ -8,8 +8,8 @@ from capa_export.base import code
 from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
-from capa_export.config.recipe import Recipe, Stage, load_recipe
-from capa_export.config.schedule import parse_method
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import Stage, parse_method
 from capa_export.data.questions import questions_from
 from capa_export.study.evaluate.bundle_answers import BundleAnswers
 from capa_export.study.evaluate.eager_answers import EagerAnswers

@@ -6,8 +6,8 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.sums import Calibration
-from capa_export.config.recipe import FFN, Prune, Recipe
-from capa_export.config.schedule import parse_method
+from capa_export.config.recipe import FFN, Recipe
+from capa_export.config.schedule import Prune, parse_method
 from capa_export.model.families import load_family
 from capa_export.selectors.selector import selectors
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered

@@ -6,7 +6,8 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped_names
-from capa_export.config.recipe import Prune, load_recipe
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Prune
 from capa_export.study.tune.recipe_file import recipe_text, write_recipe
 
 
