@@ -56,7 +56,7 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
 def _linear(bed: Bed, method: Method) -> Sequence[int]:
     if method.ffn == "full":
         return ()
-    return bed.calibration.linear_layers((method.eta or bed.model.recipe.ffn.eta))
+    return bed.calibration.linear_layers(method.eta or bed.model.recipe.ffn.eta)
 
 
 def _scores(bed: Bed, subject: Subject, count: int) -> tuple[list[str], dict[str, list[float]]]:
