@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export.config.recipe import Bound, Stage, load_recipe
+from capa_export.config.gates import Bound
+from capa_export.config.recipe import Stage, load_recipe
 from capa_export.parity.records import Noise
 from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.trace import Trace
