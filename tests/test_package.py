@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 DATA = ("graphs", "engines")
 TINY = "capa_export/graphs/checkpoints/tiny-qwen25vl/"
 EXPECTED = {
-    "capa_export/cli.py",
+    "capa_export/cli/__init__.py",
     "capa_export/trt/worker.py",
     "capa_export/trt/builder.py",
     *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "internvl35", "qwen3vl")),
@@ -114,7 +114,7 @@ def test_the_sdist_holds_what_a_build_and_the_tests_need(tmp_path: Path) -> None
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {"cli.py", "pyproject.toml", "LICENSE", "graphs/tiny-qwen25vl.toml", "engines/rtx.toml"}
-    assert names >= expected | {"tests/test_package.py", "capa_export/cli.py"}
+    assert names >= expected | {"tests/test_package.py", "capa_export/cli/__init__.py"}
     assert not [name for name in names if name.startswith(("out/", ".venv/", "dist/"))]
 
 

@@ -10,14 +10,15 @@ import onnx_ir as ir
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.config.parts import layer_of
+from capa_export.config.parts import block_of, layer_of
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
 from capa_export.export.stage import Graphs
 from capa_export.model.prompt import Picture
-from capa_export.parity.cut import Cut, Opened, block_of
+from capa_export.parity.cut import Cut, Opened
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
 from capa_export.parity.records import Record, Records
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
+from capa_export.passes.fp32_parts import unit_of
 from capa_export.report.schema import Bisection, Probe
 
 __all__ = ["bisect"]
@@ -257,7 +258,7 @@ class _Search:
     def _in_fp32(self, run: Run, node: ir.Node, nodes: Iterable[ir.Node], why: str) -> Bisection:
         """Name the parts that these nodes are in."""
         layer = layer_of(str(node.name))
-        units = tuple(dict.fromkeys(unit for one in nodes if (unit := _unit(one, run.cuts[1]))))
+        units = tuple(dict.fromkeys(str(unit) for one in nodes if (unit := unit_of(one))))
         if not units:
             return self.found(run.file, f"{why}; use --precision fp32", node, layer)
         remedy = f"compute it in FP32: --fp32-layers {','.join(units)}"
@@ -322,25 +323,6 @@ def _place(node: str, layer: str) -> str:
     path = node.split("/")
     inner = path[path.index(block) + 1 :] if block in path else path[-1:]
     return f"{'.'.join(part for part in (layer, block) if part)} ({'/'.join(inner)})"
-
-
-_STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "VisualScale")
-
-
-def _unit(node: ir.Node, cut: Cut) -> str:
-    """What `--fp32-layers` calls the part of the model that a node is in; empty where it has no name."""
-    layer, block = layer_of(str(node.name)), block_of(str(node.name))
-    tower = cut.model.graph.name == "visual"
-    before = "visual." if tower else ""
-    if not layer or block in ("residual", "visual_scale") or node.op_type == "TokenGather":
-        return f"{before}residual" if node.op_type in _STREAM else ""
-    index = layer.rpartition(".")[2]
-    # A branch begins with its norm; what has been added to the stream is behind the attention.
-    path = [one for one in cut.model.graph if layer_of(str(one.name)) == layer]
-    added = next(at for at, one in enumerate(path) if one.op_type == "Add" and block_of(str(one.name)) == "residual")
-    if path.index(node) > added and block != "prune":
-        return f"{before}{index}.mlp"
-    return f"{before}{index}.{'attn' if tower else 'self_attn'}"
 
 
 def _table(graphs: Path | Graphs) -> np.ndarray:

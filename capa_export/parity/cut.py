@@ -12,26 +12,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.base.errors import CapaError
-from capa_export.config.parts import LAYER, layer_of
+from capa_export.config.parts import layer_of
 from capa_export.export.stage import Graphs
 from capa_export.parity.probe import forced
 from capa_export.run.onnx import OnnxModel
 
-__all__ = ["Cut", "Opened", "Pair", "Place", "block_of"]
-
-_ROOTS = {"model", "visual", "vision_tower"}
-
-
-def block_of(node: str) -> str:
-    """`self_attn` of `model/layers.3/self_attn/Mul`; what stands in a layer itself is `residual` or `visual_scale`."""
-    parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
-    if depth is None:
-        inner = parts[parts[0] in _ROOTS : -1]
-        return inner[0] if inner else ""
-    if len(parts) > depth + 2:
-        return parts[depth + 1]
-    return "visual_scale" if parts[-1].startswith("VisualScale") else "residual"
+__all__ = ["Cut", "Opened", "Pair", "Place"]
 
 
 @dataclass(frozen=True)

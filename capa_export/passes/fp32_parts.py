@@ -1,17 +1,15 @@
 """Puts parts of a graph in FP32, where half precision would overflow; what surrounds them keeps its dtype."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from capa_export.config.parts import Branch, Unit
+from capa_export.config.parts import Branch, Unit, address_of
 from capa_export.graph.functions import DOMAIN, PLUGIN
 
-__all__ = ["compute_in_fp32"]
+__all__ = ["compute_in_fp32", "unit_of"]
 
-_BLOCK = re.compile(r"(?:^|.*/)(?:layers?|blocks)\.(?P<index>\d+)/(?P<path>.+)")
 _STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "Transpose", "VisualScale")
 """Operators whose first output is the residual stream if one of their inputs is."""
 
@@ -66,6 +64,21 @@ def compute_in_fp32(model: ir.Model, units: Sequence[Unit]) -> bool:
     return changed
 
 
+def unit_of(node: ir.Node) -> Unit | None:
+    """The unit to put in FP32 for the sake of a node of a graph without FP32 parts; None where there is none."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    tower = graph.name == "visual"
+    if address := address_of(node.name or ""):
+        branch = dict(_branches(_blocks(graph)[address.index]))[node]
+        # What a stage makes of a score is as good as the score.
+        if branch is None and address.path.startswith("prune") and node.op_type != "TokenGather":
+            branch = "attention"
+        if branch is not None:
+            return Unit(tower, address.index, branch)
+    return Unit(tower) if node.op_type in _STREAM else None
+
+
 def _is_weight(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is None
 
@@ -89,10 +102,7 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, made: dict[ir.Va
 
 def _members(graph: ir.Graph, units: Sequence[Unit]) -> set[ir.Node]:
     """The nodes of the units."""
-    blocks: defaultdict[int, list[tuple[ir.Node, str]]] = defaultdict(list)
-    for node in graph:
-        if found := _BLOCK.fullmatch(node.name or ""):
-            blocks[int(found["index"])].append((node, found["path"]))
+    blocks = _blocks(graph)
     members: set[ir.Node] = set()
     for unit in units:
         if unit.index is None:
@@ -101,6 +111,15 @@ def _members(graph: ir.Graph, units: Sequence[Unit]) -> set[ir.Node]:
             members |= {node for node, branch in _branches(blocks[unit.index]) if unit.branch in (None, branch)}
     # A cast is where an island ends.
     return {node for node in members if node.op_type != "Cast"}
+
+
+def _blocks(graph: ir.Graph) -> Mapping[int, Sequence[tuple[ir.Node, str]]]:
+    """The nodes of each layer, with their names in it."""
+    blocks: defaultdict[int, list[tuple[ir.Node, str]]] = defaultdict(list)
+    for node in graph:
+        if address := address_of(node.name or ""):
+            blocks[address.index].append((node, address.path))
+    return blocks
 
 
 def _branches(block: Sequence[tuple[ir.Node, str]]) -> Iterator[tuple[ir.Node, Branch | None]]:

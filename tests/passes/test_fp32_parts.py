@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
@@ -22,7 +22,7 @@ from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.passes.for_tensorrt import prepare
-from capa_export.passes.fp32_parts import compute_in_fp32
+from capa_export.passes.fp32_parts import compute_in_fp32, unit_of
 from capa_export.passes.lower import lower
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel
@@ -72,20 +72,6 @@ def graphs(source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFac
         return made[key]
 
     return write
-
-
-@pytest.mark.parametrize("word", [*RESIDUAL, *BRANCHES, *LAYERS])
-def test_units_are_written_as_they_are_read(word: str) -> None:
-    assert str(parse_unit(word)) == word
-
-
-@pytest.mark.parametrize(
-    "word", ["", "mlp", "3.", "3.attn", "-1", "visual", "visual.1.self_attn", "3.mlp.up_proj", "03 "]
-)
-def test_what_is_no_unit_is_refused(word: str) -> None:
-    with pytest.raises(CapaError, match=rf"^--fp32-layers {word}: no such part of a model; its parts are N, ") as error:
-        parse_unit(word)
-    assert error.value.code == ExitCode.USAGE
 
 
 def test_layers_that_a_model_does_not_have_are_refused(source: Callable[[str], Source]) -> None:
@@ -167,6 +153,26 @@ def test_computes_what_the_fp32_graph_computes(graphs: Graphs, family: str, grap
 def signature(path: Path) -> list[tuple[object, ...]]:
     graph = ir.load(path).graph
     return [(value.name, value.dtype, str(value.shape)) for value in (*graph.inputs, *graph.outputs)]
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_unit_of_a_node_puts_it_in_fp32(graphs: Graphs, family: str, graph: str) -> None:
+    nodes = ir.load(graphs(family) / f"{graph}.onnx").graph
+    units = {str(node.name): unit for node in nodes if (unit := unit_of(node)) is not None}
+    assert {unit.branch for unit in units.values()} == {None, "attention", "mlp"}
+    for unit in set(units.values()):
+        model = ir.load(graphs(family) / f"{graph}.onnx")
+        compute_in_fp32(model, [unit])
+        halves = [
+            str(node.name)
+            for node in model.graph
+            if node.op_type != "Cast" and any(value.dtype == HALF for value in node.outputs)
+        ]
+        # DeepStack features are on their way to the stream.
+        left = [name for name in halves if units.get(name) == unit and not name.endswith("prune/Gather")]
+        # The stream begins behind what embeds patches and tokens.
+        assert not [name for name in left if unit.index is not None or "layer" in name or "block" in name]
 
 
 def test_weights_are_those_of_the_checkpoint_and_shared(graphs: Graphs, source: Callable[[str], Source]) -> None:
