@@ -26,7 +26,7 @@ from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_nam
 from capa_export.model.families import require_selection
 from capa_export.model.source import EMBEDDING, HEAD, Source
 from capa_export.passes.fp32_parts import compute_in_fp32
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
 
 __all__ = [
     "DENSE",
@@ -181,7 +181,7 @@ def _graphs(
     check_units(fp32_layers, source.dims)
     decoder, rotary = source.dims.decoder, rotary_tables(source.dims)
     tower = _tower(source, dtype, selectors)
-    features = next((value for value in tower.graph.outputs if value.name == "tower_features"), None)
+    features = next((value for value in tower.graph.outputs if value.name == TOWER_OUTPUTS["visual_features"]), None)
     pruning: Any = {
         "prune_layers": prune_layers,
         "selectors": selectors,

@@ -13,6 +13,19 @@ from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.parts import block_of, layer_of
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
 from capa_export.export.stage import Graphs
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    DEEPSTACK_FEATURES,
+    IMAGE_FEATURES,
+    INPUTS_EMBEDS,
+    LOGITS,
+    NUM_KEEP,
+    PAST_LENGTHS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    TEXT_POSITIONS,
+    past_of,
+)
 from capa_export.model.prompt import Picture
 from capa_export.parity.cut import Cut, Opened
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
@@ -117,7 +130,7 @@ class _Search:
         for picture, end in zip(prompt.pictures, ends, strict=True):
             rows = slice(end - picture.num_tokens, end)
             features = self._expected(*(_seen(trace.features)[rows] for trace in traces))
-            yield self._run(_VISUAL, _pixels(picture), {"image_features": features}, limit=features.limit)
+            yield self._run(_VISUAL, _pixels(picture), {IMAGE_FEATURES: features}, limit=features.limit)
         entering = [np.arange(len(prompt.input_ids)), *oracle.kept]
         positions = {len(rows): rows for rows in entering}
         visual = [prompt.is_visual[rows] for rows in entering]
@@ -136,19 +149,19 @@ class _Search:
             scores=scores,
         )
         yield prefill
-        past = _past(prefill.twin(prefill.cuts[1].outputs))
+        past = past_of(prefill.twin(prefill.cuts[1].outputs))
         lengths = np.array([[len(rows)] for rows in entering], np.int64)
         for step, token in enumerate(record.tokens):
             feed = {
-                "inputs_embeds": self.tables[1][[[token]]],
-                "position_ids": np.full((len(prompt.position_ids), 1, 1), prompt.next_position + step),
-                "past_lengths": lengths + step,
+                INPUTS_EMBEDS: self.tables[1][[[token]]],
+                POSITION_IDS: np.full((len(prompt.position_ids), 1, 1), prompt.next_position + step),
+                PAST_LENGTHS: lengths + step,
                 **past,
             }
             hidden = self._hidden(traces, slice(num_rows + step, num_rows + step + 1))
             decode = self._run(_DECODE, feed, self._logits(traces, step + 1), bounds=hidden)
             yield decode
-            past = _past(decode.twin(decode.cuts[1].outputs))
+            past = past_of(decode.twin(decode.cuts[1].outputs))
 
     def _run(self, file: str, feed: Mapping[str, np.ndarray], outputs: Mapping[str, Expected], **more: Any) -> Run:
         if file not in self._cuts:
@@ -160,21 +173,23 @@ class _Search:
         prompt = record.prompt
         embeds = self.tables[1][prompt.input_ids].astype(np.float32)
         feed = {
-            "inputs_embeds": embeds[None],
-            "position_ids": prompt.position_ids,
-            "text_positions": prompt.text_positions,
-            "num_keep": np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
+            INPUTS_EMBEDS: embeds[None],
+            POSITION_IDS: prompt.position_ids,
+            TEXT_POSITIONS: prompt.text_positions,
+            NUM_KEEP: np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
         }
         if not prompt.pictures:
             return feed
         embeds[prompt.is_visual] = _seen(record.oracle.features)
         inputs = {value.name: value for value in self.graphs[1].graph(_PREFILL).graph.inputs}
-        if "deepstack_embeds" in inputs:
-            name = "deepstack_features"
-            seen = [self.graphs[1].values(_VISUAL, [name], _pixels(picture))[name] for picture in prompt.pictures]
+        if DEEPSTACK_EMBEDS in inputs:
+            seen = [
+                self.graphs[1].values(_VISUAL, [DEEPSTACK_FEATURES], _pixels(picture))[DEEPSTACK_FEATURES]
+                for picture in prompt.pictures
+            ]
             deepstack_LND = np.concatenate(seen, axis=1)
-            feed["deepstack_embeds"] = np.zeros((len(deepstack_LND), *embeds.shape), np.float32)
-            feed["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+            feed[DEEPSTACK_EMBEDS] = np.zeros((len(deepstack_LND), *embeds.shape), np.float32)
+            feed[DEEPSTACK_EMBEDS][:, prompt.is_visual] = deepstack_LND
         return feed
 
     def _expected(self, wanted: np.ndarray, rounded: np.ndarray) -> Expected:
@@ -182,7 +197,7 @@ class _Search:
         return Expected(wanted, self.limits.over(relative_error(rounded, wanted)))
 
     def _logits(self, traces: Sequence[Trace], step: int) -> dict[str, Expected]:
-        return {"logits": self._expected(*(trace.logits[step : step + 1] for trace in traces))}
+        return {LOGITS: self._expected(*(trace.logits[step : step + 1] for trace in traces))}
 
     def _hidden(self, traces: Sequence[Trace], rows: slice) -> dict[int, Expected]:
         """Per bound behind a layer what should be there."""
@@ -342,7 +357,7 @@ def _is_finite(half: Trace, oracle: Trace) -> bool:
 
 
 def _pixels(picture: Picture) -> dict[str, np.ndarray]:
-    return {"pixel_values": picture.patches}
+    return {PIXEL_VALUES: picture.patches}
 
 
 def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -352,11 +367,3 @@ def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: n
     states = HiddenStates(rows, 1)
     states.add_prefill(hidden_TD, positions[len(hidden_TD)])
     return states.stacked()[0]
-
-
-def _past(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        f"past_key_values.{name.removeprefix('present.')}": value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }

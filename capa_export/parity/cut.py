@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from capa_export.base.errors import CapaError
 from capa_export.config.parts import layer_of
 from capa_export.export.stage import Graphs
+from capa_export.graph.contract import present_names
 from capa_export.parity.probe import forced
 from capa_export.run.onnx import OnnxModel
 
@@ -87,7 +88,7 @@ class Cut:
             kept = [
                 node for node in self.model.graph if node.op_type == "TopKKeep" and layer_of(str(node.name)) == layer
             ]
-            cached = [name for name in self.outputs if name.startswith(f"present.{index}.")]
+            cached = [name for name in present_names(index) if name in self.outputs]
             groups[index + 1] += [Place("made", str(node.name)) for node in kept]
             groups[index + 1] += [Place("output", name) for name in cached]
         known = {place.name for group in groups for place in group if place.kind == "output"}

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, how_to_install
 from capa_export.bundle.store import Bundle
 from capa_export.config.target import Target, version_parts
+from capa_export.graph.contract import PIXEL_VALUES
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.job import ONNX
 from capa_export.kernels.plugins.alias import ensure_parser_library
@@ -256,7 +257,7 @@ def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:
         return
     prompter = bundled_prompter(bundle)
     graph = ir.load(bundle.folder / ONNX / "visual" / "model.onnx").graph
-    (pixels,) = (value for value in graph.inputs if value.name == "pixel_values")
+    (pixels,) = (value for value in graph.inputs if value.name == PIXEL_VALUES)
     for what, size in _PICTURES.items():
         try:
             prompt = prompter("?", [Image.new("RGB", size)])

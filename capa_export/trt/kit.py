@@ -18,6 +18,7 @@ from capa_export.base.progress import Report, silent
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.config.plugins import PluginWish, choose_device_plugins
 from capa_export.config.target import Engine, Target, version_parts
+from capa_export.graph.contract import NUM_KEEP
 from capa_export.job import ONNX, say
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.for_tensorrt import Prepared, prepare
@@ -208,7 +209,7 @@ def _engine(
     settings = target.require_engine()
     source, place = bundle.folder / ONNX / onnx, kit / ONNX / onnx
     stages = len(bundle.manifest["recipe"]["prune"]["schedule"])
-    values = {"num_keep": settings.values["num_keep"].repeated(stages)} if name == "llm/prefill" else {}
+    values = {NUM_KEEP: settings.values[NUM_KEEP].repeated(stages)} if name == "llm/prefill" else {}
     options: dict[str, Any] = {"external_weights": weights == "external", "plugins": native}
     prepared = prepare(source, place, **options)
     lowered = place.with_suffix(".lowered.onnx")

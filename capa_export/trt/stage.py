@@ -13,6 +13,7 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
+from capa_export.graph.contract import NUM_KEEP
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
 from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
@@ -166,7 +167,7 @@ def _build(
             bundle.folder / ONNX / onnx,
             folder / f"{name}.engine",
             dims={},
-            shape_inputs={"num_keep": values["num_keep"].repeated(stages)} if name == "llm/prefill" else {},
+            shape_inputs={NUM_KEEP: values[NUM_KEEP].repeated(stages)} if name == "llm/prefill" else {},
             target=target,
             weights=weights,
             plugins=plugins,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, mean_attention, tokens_from_heads
 from capa_export.graph.rotary import rotary_frequencies
 from capa_export.model.families.qwen25vl.dims import Vision as Dims
@@ -261,12 +262,12 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        features = Vision(dims, dtype)(op, values["pixel_values"], seen if selection else None)
-        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        features = Vision(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
+        outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         for paid in seen:
             by_unit = op.Reshape(paid, [-1, dims.spatial_merge_size**2])
             outputs.append(("saliency", op.ReduceMean(by_unit, [1], keepdims=0), ("tokens",)))
             outputs.append(("tower_features", op.Identity(features), ("tokens", dims.out_hidden_size)))
         return outputs
 
-    return build_model("visual", [Input("pixel_values", dtype, shape)], trace)
+    return build_model("visual", [Input(PIXEL_VALUES, dtype, shape)], trace)
