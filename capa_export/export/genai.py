@@ -22,7 +22,7 @@ from capa_export.graph.genai import (
 )
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.source import Source
-from capa_export.passes.fp32_parts import compute_in_fp32
+from capa_export.passes.fp32_parts import FP32PartsPass
 from capa_export.selectors.selector import Chosen, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
@@ -82,7 +82,7 @@ def write_genai(
     dtype, dims = PRECISIONS[precision], source.dims
     decoder = decoder_model(dims.decoder, dtype, rotary_tables(dims), linear_layers=linear_layers)
     if dtype != ir.DataType.FLOAT:
-        compute_in_fp32(decoder, [parse_unit(word) for word in fp32_layers])
+        FP32PartsPass([parse_unit(word) for word in fp32_layers])(decoder)
     chosen = selectors.get(-1)
     tower = ir.load(folder / "visual" / "model.onnx")
     _move(tower, folder)

@@ -25,7 +25,7 @@ from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import require_selection
 from capa_export.model.source import EMBEDDING, HEAD, Source
-from capa_export.passes.fp32_parts import compute_in_fp32
+from capa_export.passes.fp32_parts import FP32PartsPass
 from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
 
 __all__ = [
@@ -196,9 +196,9 @@ def _graphs(
         llm[DENSE] = prefill_model(decoder, dtype, rotary, linear_layers=(), **pruning)
     parts = {"llm": llm, "visual": {"model.onnx": tower}}
     if dtype != ir.DataType.FLOAT:
-        units = [parse_unit(word) for word in fp32_layers]
+        widen = FP32PartsPass([parse_unit(word) for word in fp32_layers])
         for model in (model for models in parts.values() for model in models.values()):
-            compute_in_fp32(model, units)
+            widen(model)
     return parts
 
 

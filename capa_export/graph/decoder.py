@@ -331,7 +331,7 @@ def prefill_model(
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
         last, cache, kept = stack(op, **values)
         outputs = [(LOGITS, _logits(op, head, last), (1, dims.vocab_size))]
-        outputs += [(kept_name(i), value, (f"kept_{i}",)) for i, value in enumerate(kept)]
+        outputs += [(kept_name(i), value, (cache_length("sequence", i + 1),)) for i, value in enumerate(kept)]
         return outputs + _cache_outputs(
             dims, cache, 1, lambda layer: cache_length("sequence", stages_before(layer, prune_layers))
         )

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from capa_export.config.parts import Branch, Unit, address_of
 from capa_export.graph.functions import DOMAIN, PLUGIN
 
-__all__ = ["compute_in_fp32", "unit_of"]
+__all__ = ["FP32PartsPass", "unit_of"]
 
 _STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "Transpose", "VisualScale")
 """Operators whose first output is the residual stream if one of their inputs is."""
@@ -17,51 +17,56 @@ _CHOOSE = ("TopKKeep", "TokenGather", "KeepText")
 """Nodes of a stage that are no score."""
 
 
-def compute_in_fp32(model: ir.Model, units: Sequence[Unit]) -> bool:
-    """Put the units that are this graph's in FP32, in place; inputs and outputs of the graph keep their dtypes.
+class FP32PartsPass(ir.passes.InPlacePass):
+    """Puts the units that are this graph's in FP32.
 
     Weights that only they read become FP32 and are then bound as such. CAPA nodes among them lose the attributes that
     make TensorRT take a plugin, since plugins take half precision alone.
 
-    Args:
-        model: a graph without its weights, in half precision.
-        units: of the model; those of the decoder do nothing to a vision tower, and the other way round.
+    Requires a graph in half precision, without its weights and named as `build_model` names it. Ensures that inputs and
+    outputs of the graph keep their dtypes.
 
-    Returns:
-        Whether anything changed; nothing does a second time.
+    Args:
+        units: of the model; those of the decoder do nothing to a vision tower, and the other way round.
     """
-    graph = model.graph
-    dtype = graph.inputs[0].dtype
-    assert dtype is not None
-    members = _members(graph, [unit for unit in units if unit.tower == (graph.name == "visual")])
-    for node in members:
-        if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
-            for name in PLUGIN.keys() & node.attributes.keys():
-                del node.attributes[name]
-    leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
-    for value in leaving:
-        value.dtype = ir.DataType.FLOAT
-    casts: dict[ir.Value, ir.Value] = {}
-    changed = bool(leaving)
-    for node in list(graph):
-        for index, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            if node in members and value.dtype == dtype:
-                if _is_weight(value) and all(use.node in members for use in value.uses()):
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
-                else:
-                    node.replace_input_with(index, _cast(graph, value, ir.DataType.FLOAT, casts))
-                changed = True
-            elif node not in members and value in leaving:
-                node.replace_input_with(index, _cast(graph, value, dtype, casts))
-    for index, value in enumerate(graph.outputs):
-        if value in leaving:
-            producer, cast = value.producer(), _cast(graph, value, dtype, casts)
-            assert producer is not None
-            cast.name, value.name = value.name, f"{producer.name}/output_{value.index()}"
-            graph.outputs[index] = cast
-    return changed
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__()
+        self.units = units
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        dtype = graph.inputs[0].dtype
+        assert dtype is not None
+        members = _members(graph, [unit for unit in self.units if unit.tower == (graph.name == "visual")])
+        for node in members:
+            if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
+                for name in PLUGIN.keys() & node.attributes.keys():
+                    del node.attributes[name]
+        leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
+        for value in leaving:
+            value.dtype = ir.DataType.FLOAT
+        casts: dict[ir.Value, ir.Value] = {}
+        changed = bool(leaving)
+        for node in list(graph):
+            for index, value in enumerate(node.inputs):
+                if value is None:
+                    continue
+                if node in members and value.dtype == dtype:
+                    if _is_weight(value) and all(use.node in members for use in value.uses()):
+                        value.type = ir.TensorType(ir.DataType.FLOAT)
+                    else:
+                        node.replace_input_with(index, _cast(graph, value, ir.DataType.FLOAT, casts))
+                    changed = True
+                elif node not in members and value in leaving:
+                    node.replace_input_with(index, _cast(graph, value, dtype, casts))
+        for index, value in enumerate(graph.outputs):
+            if value in leaving:
+                producer, cast = value.producer(), _cast(graph, value, dtype, casts)
+                assert producer is not None
+                cast.name, value.name = value.name, f"{producer.name}/output_{value.index()}"
+                graph.outputs[index] = cast
+        return ir.passes.PassResult(model, modified=changed)
 
 
 def unit_of(node: ir.Node) -> Unit | None:

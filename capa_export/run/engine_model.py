@@ -132,7 +132,10 @@ class EngineModel(Model[DeviceCache]):
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Prefill's outputs; the keys and values stay on the device."""
         num_text = len(prompt.text_positions)
-        sizes = {f"kept_{stage}": int(count) + num_text for stage, count in enumerate(feed[NUM_KEEP])}
+        sizes = {
+            cache_length("sequence", stage): int(count) + num_text
+            for stage, count in enumerate(feed[NUM_KEEP], start=1)
+        }
         outputs = self._prefill.run(feed, sizes, self._stream)
         return {
             name: buffer if is_present(name) else self._download(self._prefill, name, buffer, sizes)

@@ -80,7 +80,7 @@ class OnnxModel(Model[KVCache]):
     def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         key = file, tuple(shapes.items())
         if key not in self._attention:
-            from capa_export.passes.tile_attention import attention_bytes
+            from capa_export.passes.attention_bytes import attention_bytes
 
             self._attention[key] = attention_bytes(self._without_weights(file), shapes)
         return self._attention[key]
@@ -108,14 +108,14 @@ class OnnxModel(Model[KVCache]):
         # Slow to import, and seldom needed to run a bundle.
         import onnx_ir as ir
 
-        from capa_export.passes.tile_attention import tile_attention
-        from capa_export.passes.widen_bf16 import widen, widen_lazily
+        from capa_export.passes.tile_attention import TileAttentionPass
+        from capa_export.passes.widen_bf16 import WidenBF16Pass, widen
         from capa_export.run.sliced import SlicedSession
 
-        changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
+        changes = [*([TileAttentionPass()] if in_tiles else []), *self._changes(file)]
         if self.sliced:
             model = self._graph(file)
-            for change in [*([widen_lazily] if bfloat16 else []), *changes]:
+            for change in [*([WidenBF16Pass()] if bfloat16 else []), *changes]:
                 change(model)
             return SlicedSession(model, partial(self._connected, path))
         if bfloat16:
@@ -149,7 +149,7 @@ class OnnxModel(Model[KVCache]):
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
-    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], None]]:  # noqa: ARG002
+    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], object]]:  # noqa: ARG002
         """What to do to a graph before it is run; nothing, unless one wants to look inside."""
         return ()
 

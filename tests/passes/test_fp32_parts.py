@@ -22,8 +22,8 @@ from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.passes.for_tensorrt import prepare
-from capa_export.passes.fp32_parts import compute_in_fp32, unit_of
-from capa_export.passes.lower import lower
+from capa_export.passes.fp32_parts import FP32PartsPass, unit_of
+from capa_export.passes.lower import LowerPass
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.doctor import _graph
@@ -163,7 +163,7 @@ def test_the_unit_of_a_node_puts_it_in_fp32(graphs: Graphs, family: str, graph: 
     assert {unit.branch for unit in units.values()} == {None, "attention", "mlp"}
     for unit in set(units.values()):
         model = ir.load(graphs(family) / f"{graph}.onnx")
-        compute_in_fp32(model, [unit])
+        FP32PartsPass([unit])(model)
         halves = [
             str(node.name)
             for node in model.graph
@@ -192,10 +192,10 @@ def test_a_second_run_changes_nothing(source: Callable[[str], Source]) -> None:
     options: Any = {"prune_layers": (2,), "linear_layers": (3,)}
     half = prefill_model(dims.decoder, HALF, rotary_tables(dims), **options)
     for words in (["visual.1"], ["2", "residual", "3.mlp", "visual.residual"]):
-        units = [parse_unit(word) for word in words]
-        assert compute_in_fp32(half, units) == (len(words) > 1)
+        widen = FP32PartsPass([parse_unit(word) for word in words])
+        assert widen(half).modified == (len(words) > 1)
         text = ir.to_onnx_text(half, exclude_initializers=True)
-        assert not compute_in_fp32(half, units)
+        assert not widen(half).modified
         assert ir.to_onnx_text(half, exclude_initializers=True) == text
 
 
@@ -229,7 +229,7 @@ def test_nodes_in_an_island_ask_for_no_plugin(
 def test_older_operators_compute_the_same(graphs: Graphs, graph: str, units: tuple[str, ...]) -> None:
     path = graphs("qwen25vl", units) / f"{graph}.onnx"
     model = ir.load(path)
-    assert lower(model, (10, 3))
+    assert LowerPass((10, 3))(model).modified
     ir.save(model, path.with_name(f"lowered-{path.name}"))
     feed = inputs(path)
     expected, actual = run(path, feed), run(path.with_name(f"lowered-{path.name}"), feed)
