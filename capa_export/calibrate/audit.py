@@ -5,7 +5,7 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
-from capa_export.calibrate.sums import FP16_MAX
+from capa_export.base.precision import FP16_MAX
 from capa_export.config.parts import Unit, address_of, branch_of, measured_unit
 
 __all__ = ["audit"]

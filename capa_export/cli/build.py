@@ -8,7 +8,6 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import (
-    BuildWeights,
     BuildWeightsOpt,
     CalibrationOpt,
     CheckpointOpt,
@@ -28,8 +27,6 @@ from capa_export.cli.options import (
     ModelOpt,
     PluginLibraryOpt,
     PluginsOpt,
-    PluginWish,
-    Precision,
     PrecisionOpt,
     RatioOpt,
     RevisionOpt,
@@ -68,15 +65,15 @@ def build(
     max_pixels: MaxPixelsOpt = None,
     layer_by_layer: LayerByLayerOpt = None,
     calibration: CalibrationOpt = None,
-    precision: PrecisionOpt = Precision.fp16,
+    precision: PrecisionOpt = "fp16",
     fp32_layers: Fp32LayersOpt = None,
     auto_fp32: Annotated[
         bool, typer.Option("--auto-fp32", help="Where the gates fail, do what --bisect proposes, and validate again.")
     ] = False,
     target: TargetOpt = "rtx",
-    weights: BuildWeightsOpt = BuildWeights.auto,
+    weights: BuildWeightsOpt = "auto",
     memory: MemoryOpt = None,
-    plugins: PluginsOpt = PluginWish.auto,
+    plugins: PluginsOpt = "auto",
     plugin_library: PluginLibraryOpt = None,
     validation_samples: ValidationSamplesOpt = None,
     gate: GateOpt = None,
@@ -99,29 +96,29 @@ def build(
         max_pixels=max_pixels,
         target=device,
     )
-    device.require_precision(precision.value)
+    device.require_precision(precision)
     if device.engine:
         device.require_engine()
-    elif weights == BuildWeights.external:
+    elif weights == "external":
         raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
-    if not device.engine and (plugins != PluginWish.auto or plugin_library is not None):
+    if not device.engine and (plugins != "auto" or plugin_library is not None):
         raise CapaError(f"--plugins: target {device.name} has no engine to put them in", ExitCode.USAGE)
     if calibration is not None and (samples is not None or layer_by_layer is not None):
         option = "--samples" if samples is not None else "--layer-by-layer or --in-memory"
         raise CapaError(f"--calibration stands in place of a run: {option} has no effect with it", ExitCode.USAGE)
-    wish = "external" if weights == BuildWeights.in_place else weights.value
+    wish = "external" if weights == "in-place" else weights
     if dry_run:
         _print_plan(
             recipe,
             checkpoint,
             out,
-            precision.value,
+            precision,
             ffn=ffn,
             revision=revision,
             calibration=calibration,
             target=device,
             weights=wish,
-            in_place=weights == BuildWeights.in_place,
+            in_place=weights == "in-place",
             memory=memory,
             layer_by_layer=layer_by_layer,
             as_json=as_json,
@@ -147,12 +144,12 @@ def build(
             samples=samples,
             layer_by_layer=layer_by_layer,
             calibration=calibration,
-            precision=precision.value,
+            precision=precision,
             ffn=ffn,
             weights=wish,
             memory=memory,
-            in_place=weights == BuildWeights.in_place,
-            plugins=plugins.value,
+            in_place=weights == "in-place",
+            plugins=plugins,
             plugin_library=plugin_library,
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
@@ -177,12 +174,12 @@ def plan(
     ffn: FfnOpt = True,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
-    precision: PrecisionOpt = Precision.fp16,
+    precision: PrecisionOpt = "fp16",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Bundle whose calibration says which layers are linear.")
     ] = None,
     target: TargetOpt = "rtx",
-    weights: BuildWeightsOpt = BuildWeights.auto,
+    weights: BuildWeightsOpt = "auto",
     memory: MemoryOpt = None,
     as_json: JsonOpt = False,
 ) -> None:

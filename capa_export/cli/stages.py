@@ -13,7 +13,6 @@ from capa_export.cli.options import (
     CalibrationOpt,
     CheckpointOpt,
     EngineOpt,
-    ExportWeights,
     ExportWeightsOpt,
     FfnOpt,
     Fp32LayersOpt,
@@ -31,8 +30,6 @@ from capa_export.cli.options import (
     OutOpt,
     PluginLibraryOpt,
     PluginsOpt,
-    PluginWish,
-    Precision,
     PrecisionOpt,
     RatioOpt,
     RayOpt,
@@ -44,7 +41,6 @@ from capa_export.cli.options import (
     StrictOpt,
     TargetOpt,
     TrustOpt,
-    Weights,
     WeightsOpt,
     WorkersOpt,
 )
@@ -153,11 +149,11 @@ def export(
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = True,
     calibration: CalibrationOpt = None,
-    precision: PrecisionOpt = Precision.fp16,
+    precision: PrecisionOpt = "fp16",
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
-    weights: ExportWeightsOpt = ExportWeights.copied,
+    weights: ExportWeightsOpt = "copied",
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -181,9 +177,9 @@ def export(
             checkpoint=checkpoint,
             revision=revision,
             calibration=calibration,
-            precision=precision.value,
+            precision=precision,
             ffn=ffn,
-            in_place=weights == ExportWeights.in_place,
+            in_place=weights == "in-place",
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
             report=report,
@@ -198,8 +194,8 @@ def export(
 def engine(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder; with --on-device, a kit.")],
     target: TargetOpt = "rtx",
-    weights: WeightsOpt = Weights.auto,
-    plugins: PluginsOpt = PluginWish.auto,
+    weights: WeightsOpt = "auto",
+    plugins: PluginsOpt = "auto",
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
         bool, typer.Option("--on-device", help="Build the engines of a kit, on its device, as its build.sh does.")
@@ -214,7 +210,7 @@ def engine(
     from capa_export.report.terminal import engine_table
 
     if on_device:
-        if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
+        if (target, weights, plugins, plugin_library) != ("rtx", "auto", "auto", None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
         from capa_export.trt.kit import build_kit
 
@@ -232,9 +228,9 @@ def engine(
             result = build_engines(
                 Bundle.open(bundle),
                 device,
-                weights=weights.value,
+                weights=weights,
                 report=report,
-                plugins=plugins.value,
+                plugins=plugins,
                 plugin_library=plugin_library,
             )
     if as_json:

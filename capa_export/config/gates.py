@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import FORMATS
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped
 
 __all__ = ["Bound", "Gate", "GateFile", "Limits", "Parity", "with_gates"]
@@ -112,7 +113,7 @@ def with_gates(parity: Parity, path: Path | None) -> Parity:
         return parity
     given = read_toml(path, GateFile)
     changed: dict[str, Gate] = {}
-    for precision in ("fp32", "fp16", "bf16"):
+    for precision in FORMATS:
         gate: Gate = getattr(parity, precision)
         try:
             changed[precision] = Gate.model_validate({**dict(gate), **getattr(given, precision)})

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from capa_export.base.disk import check_disk
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FORMATS
 from capa_export.base.progress import Report, silent
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.export.bind import bind, bind_lazily, check_shapes, unused_tensors, write_embedding
@@ -39,7 +40,7 @@ __all__ = [
     "write_onnx",
 ]
 
-PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
+PRECISIONS = {name: ir.DataType[form.onnx] for name, form in FORMATS.items()}
 
 DENSE = "dense.onnx"
 """Prefill without FFN scales, written for validation only."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims
+from capa_export.base.precision import FP16_MAX
 from capa_export.graph.build import END, Input, build_model, call
 from capa_export.graph.contract import (
     DEEPSTACK_EMBEDS,
@@ -269,7 +270,7 @@ def _append_mask(
     later_SL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(last_seen_S, [1]))
     padding_B = op.Reshape(op.Sub(num_past, lengths_B), [-1, 1, 1, 1])
     hidden_B1SL = op.Or(later_SL, op.Less(key_L, padding_B))
-    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-65504.0, 0.0))
+    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-FP16_MAX, 0.0))
     return op.Where(hidden_B1SL, lowest, none)
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims, ModelDims
+from capa_export.base.precision import FP16_MAX
 from capa_export.graph.build import END, Input, Output, build_model
 from capa_export.graph.contract import IMAGE_FEATURES, INPUTS_EMBEDS, LOGITS, PIXEL_VALUES, past_names, present_names
 from capa_export.graph.decoder import Layer, RotaryTables, Stack
@@ -266,7 +267,7 @@ def _causal(op: OpBuilder, num_past: ir.Value, num_new: ir.Value, dtype: ir.Data
     row_S = op.Add(op.Range(zero, op.Squeeze(num_new, [0]), one), num_past)
     key_L = op.Range(zero, op.Squeeze(op.Add(num_past, num_new), [0]), one)
     later_SL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(row_S, [1]))
-    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-65504.0, 0.0))
+    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-FP16_MAX, 0.0))
     return op.Where(later_SL, lowest, none)
 
 

@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from capa_export.base.precision import FORMATS
 from capa_export.config.parts import Branch, Unit, address_of, branch_of, in_tower, parse_unit
 
 __all__ = ["HALF", "lowered"]
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF: dict[str, torch.dtype] = {name: getattr(torch, FORMATS[name].array) for name in ("fp16", "bf16")}
 
 _FEW_ROWS = 8
 

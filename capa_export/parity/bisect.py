@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FP16_MAX
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.parts import block_of, layer_of
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
@@ -38,7 +39,7 @@ __all__ = ["bisect"]
 
 _VISUAL, _PREFILL, _DECODE = "visual/model.onnx", "llm/prefill.onnx", "llm/decode.onnx"
 _EMBEDDING = f"llm/{EMBEDDING_FILE}"
-_LARGEST = {"fp16": 65504.0}
+_LARGEST = {"fp16": FP16_MAX}
 _AGAIN = "the file was changed: run `capa-export export` again"
 
 

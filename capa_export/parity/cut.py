@@ -16,7 +16,7 @@ from capa_export.config.parts import layer_of
 from capa_export.export.stage import Graphs
 from capa_export.graph.contract import present_names
 from capa_export.parity.probe import forced
-from capa_export.run.onnx import OnnxModel
+from capa_export.run.onnx import NUMPY_TYPES, OnnxModel
 
 __all__ = ["Cut", "Opened", "Pair", "Place"]
 
@@ -216,7 +216,9 @@ class Opened(OnnxModel):
         rows = dict(zip(self._rows, kept_rows, strict=False))
         everything = {**feed, **rows, **{_given(name): array for name, array in given.items()}}
         try:
-            inputs = {entry.name: everything[entry.name].astype(_NUMPY[entry.type]) for entry in session.get_inputs()}
+            inputs = {
+                entry.name: everything[entry.name].astype(NUMPY_TYPES[entry.type]) for entry in session.get_inputs()
+            }
             return dict(zip(wanted, session.run(wanted, inputs), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(
@@ -240,14 +242,6 @@ class Opened(OnnxModel):
                 user.replace_input_with(index, stand_in)
         graph.outputs[:] = [values[name] for name in names]
         RemoveUnusedNodesPass()(model)
-
-
-_NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
 
 
 def _given(name: str) -> str:

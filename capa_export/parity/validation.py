@@ -14,6 +14,7 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.report.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
+    from capa_export.base.precision import Precision
     from capa_export.data.samples import Samples
     from capa_export.export.stage import Graphs
     from capa_export.parity.records import Records
@@ -71,7 +72,7 @@ class Validation:
         self.job, self.recipe, self.wanted, self.built = job, recipe, wanted, built
         self.bundle = job.bundle
         self.exported: dict[str, Any] = self.bundle.stage("export")["result"]
-        self.precision: Literal["fp16", "bf16", "fp32"] = self.exported["precision"]
+        self.precision: Precision = self.exported["precision"]
         self.calibration = stored_calibration(self.bundle)
 
     def key(self) -> Any:

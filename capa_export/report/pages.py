@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+from capa_export.base.precision import FP16_MAX
 from capa_export.base.statistics import Rate
-from capa_export.calibrate.sums import FP16_MAX
 from capa_export.config.parts import measured_unit, parse_unit
 from capa_export.config.recipe import ranges
 from capa_export.report import charts

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxModel"]
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+"""By ONNX Runtime's names of what its CPU provider computes with."""
 _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
 
@@ -176,11 +182,11 @@ class OnnxModel(Model[KVCache]):
     @cached_property
     def dtype(self) -> type[np.floating[Any]]:
         name = self._decode.get_inputs()[0].type
-        if name not in _DTYPES:
+        if name not in NUMPY_TYPES:
             raise CapaError(
                 f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
             )
-        return _DTYPES[name]
+        return NUMPY_TYPES[name]
 
     @cached_property
     def _axes(self) -> int:
@@ -202,7 +208,7 @@ class OnnxModel(Model[KVCache]):
         """What prefill's session takes of the inputs."""
         # Where no picture is shown, the tower has said nothing.
         empty = {
-            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
+            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], NUMPY_TYPES[entry.type])
             for entry in session.get_inputs()
             if entry.name in TOWER_OUTPUTS and entry.name not in feed
         }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, how_to_install
+from capa_export.base.precision import FORMATS
 from capa_export.bundle.store import Bundle
 from capa_export.config.target import Target, version_parts
 from capa_export.graph.contract import PIXEL_VALUES
@@ -20,7 +21,6 @@ from capa_export.job import ONNX
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import (
-    ELEMENT_BYTES,
     choose_weights,
     device_memory,
     devices_with_room,
@@ -223,7 +223,7 @@ def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Find
             yield Finding("build memory", "problem", str(error))
         else:
             yield Finding("build memory", "ok", f"enough for engines with {weights} weights")
-    longest, width = target.dim("sequence").max, ELEMENT_BYTES[precision]
+    longest, width = target.dim("sequence").max, FORMATS[precision].num_bytes
     cache = kv_cache(dims.decoder, num_visual=0, num_text=longest, schedule=[], element_bytes=width)
     held = device_memory(dims, precision, weights, target, cache, _contexts(built))
     parts = {"weights": held.weights, "activations": held.contexts, f"cache of {longest} tokens": held.kv_cache}

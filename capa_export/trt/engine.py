@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.config.plugins import NO_PLUGINS, Plugins
 from capa_export.config.target import DimRange, ShapeRange, Target
+from capa_export.config.weights import Weights
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.external_weights import MIN_WEIGHT_BYTES
 from capa_export.passes.for_tensorrt import prepare
@@ -108,7 +109,7 @@ def build_engine(
     dims: Mapping[str, DimRange],
     shape_inputs: Mapping[str, ShapeRange],
     target: Target,
-    weights: Literal["embedded", "external"],
+    weights: Weights,
     plugins: Plugins = NO_PLUGINS,
     progress: Progress | None = None,
     home: Path | None = None,

@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -18,6 +18,7 @@ from capa_export.base.progress import Report, silent
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of, file_digest
 from capa_export.config.plugins import PluginWish, choose_device_plugins
 from capa_export.config.target import Engine, Target, version_parts
+from capa_export.config.weights import Weights
 from capa_export.graph.contract import NUM_KEEP
 from capa_export.job import ONNX, say
 from capa_export.kernels.plugins.alias import ensure_parser_library
@@ -90,7 +91,7 @@ def write_kit(
     target: Target,
     folder: Path,
     *,
-    weights: Literal["embedded", "external"] = "embedded",
+    weights: Weights = "embedded",
     plugins: PluginWish = "auto",
     report: Report = silent,
 ) -> dict[str, str]:
@@ -202,7 +203,7 @@ def _engine(
     onnx: str,
     name: str,
     *,
-    weights: Literal["embedded", "external"],
+    weights: Weights,
     native: bool,
 ) -> dict[str, Any]:
     """Write the graph for newer and for older TensorRT; returns what the builder has to know."""

@@ -13,9 +13,10 @@ from capa_export.bundle.store import Bundle, file_digest
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
+from capa_export.config.weights import Weights, WeightsWish
 from capa_export.graph.contract import NUM_KEEP
 from capa_export.job import ONNX, Job, run_stage, say, say_weights, tool_versions
-from capa_export.plan.device_memory import Weights, WeightsWish, choose_weights
+from capa_export.plan.device_memory import choose_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.engine import EngineReport, build_engine

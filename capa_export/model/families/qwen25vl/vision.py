@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from capa_export.base.precision import FP16_MAX
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, mean_attention, tokens_from_heads
@@ -212,7 +213,7 @@ class Vision(nn.Module):
         ones = op.Expand(op.Constant(value_floats=[1.0]), op.Concat(op.Shape(angles, start=0, end=1), [1], axis=0))
         is_patch = op.Reshape(windows.split(op, ones, 1), [-1, 1, 1, length])
         # One row per query: ONNX Runtime does not broadcast the mask over them.
-        mask = op.Expand(op.Cast(op.Mul(op.Sub(is_patch, 1.0), 65504.0), to=self.dtype), [1, 1, length, 1])
+        mask = op.Expand(op.Cast(op.Mul(op.Sub(is_patch, 1.0), FP16_MAX), to=self.dtype), [1, 1, length, 1])
         return (
             Layout(table("Cos", by_window=False), table("Sin", by_window=False), None),
             Layout(table("Cos", by_window=True), table("Sin", by_window=True), mask),
