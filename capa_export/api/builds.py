@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 from capa_export.api.bundle import AnyPath, Bundle, path_of
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import Precision
 from capa_export.base.progress import Report, silent
 from capa_export.base.workers import Workers
 from capa_export.bundle import store
-from capa_export.config.options import BuildOptions, ValidationOptions, WeightsWish
+from capa_export.config.options import BuildOptions, ValidationOptions
 from capa_export.config.plugins import PluginWish
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import parse_schedule
-from capa_export.config.target import Precision, Target, load_target
+from capa_export.config.target import Target, load_target
+from capa_export.config.weights import WeightsWish
 from capa_export.model.model import Model
 from capa_export.model.recipe_choice import find_recipe
 from capa_export.plan.plan import dry_run

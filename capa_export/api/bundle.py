@@ -8,9 +8,9 @@ from capa_export.base.progress import Report, silent
 from capa_export.base.toml import read_toml
 from capa_export.bundle import store
 from capa_export.config.gates import GateFile, Limits
-from capa_export.config.options import WeightsWish
 from capa_export.config.plugins import PluginWish
 from capa_export.config.target import load_target
+from capa_export.config.weights import WeightsWish
 from capa_export.model.model import recorded_model
 from capa_export.report.schema import ParityReport, read_parity
 from capa_export.run.bundled import bundled_bounds

@@ -16,6 +16,9 @@ else:
 
 __all__ = ["Settings", "first_problem", "read_toml", "shipped", "shipped_names"]
 
+_GATES = "gates"
+"""Shipped beside the recipes and read by them."""
+
 
 class Settings(BaseModel):
     """Base of everything read from a TOML file: immutable, no unknown keys."""
@@ -84,5 +87,5 @@ def shipped(folder: str) -> Path:
 
 
 def shipped_names(folder: str) -> list[str]:
-    """Names of the TOML files in a shipped folder, sorted, without their suffix."""
-    return sorted(path.stem for path in shipped(folder).glob("*.toml"))
+    """Names of the recipes or targets in a shipped folder, sorted."""
+    return sorted(path.stem for path in shipped(folder).glob("*.toml") if path.stem != _GATES)

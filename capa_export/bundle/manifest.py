@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from capa_export.base.precision import Precision
 from capa_export.base.toml import first_problem
 from capa_export.bundle.confined import is_name
 
@@ -52,7 +53,7 @@ class _Plugins(_Entry):
 
 
 class _Result(_Entry):
-    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    precision: Precision = "fp16"
     linear_layers: list[int] = []
     alpha: str = ""
     weights: str = ""

@@ -1,21 +1,17 @@
 """Which parts of a model FP16 cannot hold, as calibration measured them, before anything is built."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
-from capa_export.calibrate.sums import FP16_MAX
-from capa_export.config.parts import Unit
+from capa_export.base.precision import FP16_MAX
+from capa_export.config.parts import Unit, address_of, branch_of, measured_unit
 
 __all__ = ["audit"]
 
 _LIMIT = FP16_MAX / 4
 """Other pictures reach further than those of the calibration."""
-
-_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.(?P<index>\d+)(?:\.(?P<path>.+))?")
-_FIRST_NORMS = ("input_layernorm", "norm1", "layer_norm1", "layernorm_before")
 
 
 def audit(absmax: Mapping[str, float], precision: str, dims: ModelDims[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -45,30 +41,20 @@ def audit(absmax: Mapping[str, float], precision: str, dims: ModelDims[Any]) -> 
 
 def _unit(name: str, largest: float, dims: ModelDims[Any]) -> Unit | None:
     """The part that has to be in FP32 for this value; None where the graph does not compute it."""
-    tower = "language_model" not in name
-    found = _BLOCK.fullmatch(name)
-    if found is None:
+    unit, address = measured_unit(name), address_of(name)
+    if unit is None or address is None:
         if name.endswith(".input"):
             # What comes before it is watched as well.
             return None
         raise _refusal(name, largest, "what stands behind the last layer is not among the parts that can be in FP32")
-    index, path = int(found["index"]), found["path"] or ""
-    part, _, what = path.partition(".")
-    if index >= (dims.vision.num_blocks if tower else dims.decoder.num_layers):
+    if address.index >= (dims.vision.num_blocks if unit.tower else dims.decoder.num_layers):
         return None
-    if "norm" in part:
-        first = part in _FIRST_NORMS
-        if not what:
-            return Unit(tower, index, "attention" if first else "mlp")
-        if first and index == 0:
-            entering = "patches are embedded in it" if tower else "the embeddings, of text and of pictures, are in it"
-            raise _refusal(name, largest, entering)
-        return Unit(tower)
-    if not part:
-        return Unit(tower)
-    if what in ("key", "value") and not tower:
+    if unit.index is None and address.index == 0 and branch_of(address.path) == "attention":
+        entering = "patches are embedded in it" if unit.tower else "the embeddings, of text and of pictures, are in it"
+        raise _refusal(name, largest, entering)
+    if not unit.tower and address.path.endswith((".key", ".value")):
         raise _refusal(name, largest, "the KV cache is in it")
-    return Unit(tower, index, "mlp" if part == "mlp" else "attention")
+    return unit
 
 
 def _share(largest: float) -> str:

@@ -3,7 +3,6 @@
 T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers; H = query heads, G = KV heads, d = head size.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from capa_export.base.errors import NotFiniteError
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration, LayerSums, summed
 from capa_export.calibrate.unfinished import UnfinishedSums
+from capa_export.config.parts import ATTENTION, address_of, in_tower
 from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs
 from capa_export.model.families import Family
@@ -27,8 +27,6 @@ from capa_export.model.prompt import Prompter
 
 __all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 
-_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.\d+(?:\.(?P<path>.+))?")
-_ATTENTION = ("self_attn", "attn", "attention")
 _SDPA = "sdpa"
 """The attention that models are loaded with."""
 _TILE = 1 << 20
@@ -206,7 +204,7 @@ def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
         handles.append(module.register_forward_hook(output_of(name)))
         if _is_leaf(module):
             handles.append(module.register_forward_pre_hook(input_of(name)))
-        if name.endswith(_ATTENTION):
+        if name.endswith(ATTENTION):
             attentions[module] = name
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
@@ -231,13 +229,12 @@ def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Blocks, attentions and FFNs; norms and projections in them and behind them, but for those of attentions."""
     begun: set[bool] = set()
     for name, module in model.named_modules():
-        side = "language_model" in name
-        found = _BLOCK.fullmatch(name)
-        path = "" if found is None else found["path"] or ""
-        if found is not None:
-            begun.add(side)
-        projected = _is_leaf(module) and not path.startswith(_ATTENTION) and not name.startswith("lm_head")
-        if side in begun and (projected or (found is not None and path in ("", "mlp", *_ATTENTION))):
+        tower, address = in_tower(name), address_of(name)
+        path = "" if address is None else address.path
+        if address is not None:
+            begun.add(tower)
+        projected = _is_leaf(module) and not path.startswith(ATTENTION) and not name.startswith("lm_head")
+        if tower in begun and (projected or (address is not None and path in ("", "mlp", *ATTENTION))):
             yield name, module
 
 

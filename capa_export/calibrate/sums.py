@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import FP16_MAX
 from capa_export.bundle.store import digest_of
 
-__all__ = ["CALIBRATION", "FP16_MAX", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "scales_digest", "summed"]
+__all__ = ["CALIBRATION", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "scales_digest", "summed"]
 
 CALIBRATION = "calibration.safetensors"
-FP16_MAX = 65504.0
 SINK_THRESHOLD = 20.0
 """phi above which a token is an attention sink (VisAttnSink, arXiv 2503.03321; CAPA uses the same)."""
 

@@ -1,12 +1,14 @@
 """The options that several commands share, each declared once."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from capa_export.base.precision import Precision
 from capa_export.base.quantities import parse_bytes
+from capa_export.config.plugins import PluginWish
+from capa_export.config.weights import WeightsWish
 
 __all__ = [
     "CALIBRATION",
@@ -22,13 +24,11 @@ __all__ = [
     "QUESTIONS",
     "VALIDATION",
     "BisectOpt",
-    "BuildWeights",
     "BuildWeightsOpt",
     "BundleArg",
     "CalibrationOpt",
     "CheckpointOpt",
     "EngineOpt",
-    "ExportWeights",
     "ExportWeightsOpt",
     "FfnOpt",
     "Fp32LayersOpt",
@@ -46,9 +46,7 @@ __all__ = [
     "ModelOpt",
     "OutOpt",
     "PluginLibraryOpt",
-    "PluginWish",
     "PluginsOpt",
-    "Precision",
     "PrecisionOpt",
     "RatioOpt",
     "RayOpt",
@@ -63,7 +61,6 @@ __all__ = [
     "TrustOpt",
     "ValidationSamplesOpt",
     "VerifyOpt",
-    "Weights",
     "WeightsOpt",
     "WorkersOpt",
 ]
@@ -84,47 +81,6 @@ PANELS = (
     *(VALIDATION, GENERATION, MACHINE, OUTPUT),
 )
 """Headings that `--help` groups options under, in its order."""
-
-
-class Precision(str, Enum):
-    """Of weights and activations."""
-
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Weights(str, Enum):
-    """Where an engine finds its weights."""
-
-    auto = "auto"
-    embedded = "embedded"
-    external = "external"
-
-
-class PluginWish(str, Enum):
-    """What computes the CAPA nodes of an engine."""
-
-    auto = "auto"
-    python = "python"
-    native = "native"
-    none = "none"
-
-
-class ExportWeights(str, Enum):
-    """Where the ONNX files find their weights."""
-
-    copied = "copied"
-    in_place = "in-place"
-
-
-class BuildWeights(str, Enum):
-    """Where engines and ONNX files find their weights."""
-
-    auto = "auto"
-    embedded = "embedded"
-    external = "external"
-    in_place = "in-place"
 
 
 SourceArg = Annotated[
@@ -232,14 +188,15 @@ TargetOpt = Annotated[
 ]
 _AUTO = "auto takes embedded where the decoder has at most 1 GiB"
 WeightsOpt = Annotated[
-    Weights, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.", rich_help_panel=ENGINE)
+    WeightsWish, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.", rich_help_panel=ENGINE)
 ]
 _IN_PLACE = "the checkpoint's own files, hard-linked where --precision is theirs: not read, so not searched for NaN"
 ExportWeightsOpt = Annotated[
-    ExportWeights, typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.", rich_help_panel=PRECISION)
+    Literal["copied", "in-place"],
+    typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.", rich_help_panel=PRECISION),
 ]
 BuildWeightsOpt = Annotated[
-    BuildWeights,
+    Literal["auto", "embedded", "external", "in-place"],
     typer.Option(
         help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}; {_AUTO}.",
         rich_help_panel=ENGINE,

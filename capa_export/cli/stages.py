@@ -18,7 +18,6 @@ from capa_export.cli.options import (
     CalibrationOpt,
     CheckpointOpt,
     EngineOpt,
-    ExportWeights,
     ExportWeightsOpt,
     FfnOpt,
     Fp32LayersOpt,
@@ -36,8 +35,6 @@ from capa_export.cli.options import (
     OutOpt,
     PluginLibraryOpt,
     PluginsOpt,
-    PluginWish,
-    Precision,
     PrecisionOpt,
     RatioOpt,
     RayOpt,
@@ -50,7 +47,6 @@ from capa_export.cli.options import (
     StrictOpt,
     TargetOpt,
     TrustOpt,
-    Weights,
     WeightsOpt,
     WorkersOpt,
 )
@@ -166,11 +162,11 @@ def export(
     min_keep_per_image: MinKeepOpt = None,
     ffn: FfnOpt = None,
     calibration: CalibrationOpt = None,
-    precision: PrecisionOpt = Precision.fp16,
+    precision: PrecisionOpt = "fp16",
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
-    weights: ExportWeightsOpt = ExportWeights.copied,
+    weights: ExportWeightsOpt = "copied",
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -190,11 +186,11 @@ def export(
             ratio=ratio,
             min_keep_per_image=min_keep_per_image,
             calibration=calibration,
-            precision=precision.value,
+            precision=precision,
             fp32_layers=words(fp32_layers),
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            in_place=weights == ExportWeights.in_place,
+            in_place=weights == "in-place",
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
             progress=report,
@@ -206,8 +202,8 @@ def export(
 def engine(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder; with --on-device, a kit.")],
     target: TargetOpt = "rtx",
-    weights: WeightsOpt = Weights.auto,
-    plugins: PluginsOpt = PluginWish.auto,
+    weights: WeightsOpt = "auto",
+    plugins: PluginsOpt = "auto",
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
         bool,
@@ -230,7 +226,7 @@ def engine(
     from capa_export.report.terminal import engine_table
 
     if on_device:
-        if (target, weights, plugins, plugin_library) != ("rtx", Weights.auto, PluginWish.auto, None):
+        if (target, weights, plugins, plugin_library) != ("rtx", "auto", "auto", None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
         from capa_export.trt.stage import build_kit
 
@@ -244,8 +240,8 @@ def engine(
         with progress() as report:
             result = Bundle(bundle).build_engines(
                 target,
-                weights=weights.value,
-                plugins=plugins.value,
+                weights=weights,
+                plugins=plugins,
                 plugin_library=plugin_library,
                 progress=report,
             )

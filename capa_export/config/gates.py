@@ -1,14 +1,57 @@
-"""Gates of the user's own, in place of the recipe's: `--gate FILE`."""
+"""Gates: what artefacts must meet, as `graphs/gates.toml`, a recipe or `--gate FILE` says it."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.toml import Settings, first_problem, read_toml
-from capa_export.config.recipe import Bound, Gate, Parity
+from capa_export.base.precision import FORMATS
+from capa_export.base.toml import Settings, first_problem, read_toml, shipped
 
-__all__ = ["GateFile", "Limits", "with_gates"]
+__all__ = ["Bound", "Gate", "GateFile", "Limits", "Parity", "with_gates"]
+
+
+class Bound(Settings):
+    """A limit, and the measurement it rests on; a bare number is a limit alone."""
+
+    limit: float = Field(allow_inf_nan=False)
+    healthy: float | None = None
+    """Worst figure of healthy exports in `benchmarks/results`, by `benchmarks/faults.py`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        return {"limit": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
+
+
+class Gate(Settings):
+    """What one precision's artefacts must meet against the oracle: at every step, on the worst prompt."""
+
+    relative_error: Bound | None = None
+    """Largest |logit difference| over the largest |logit|."""
+    cosine: Bound
+    """Smallest cosine of the logits."""
+    norm_ratio: Bound
+    """Largest | |logits| / |reference's| - 1 |."""
+    kl: Bound | None = None
+    """Largest KL(reference || artefact) of the next token, in nats."""
+    hidden_cosine: Bound
+    """Smallest cosine of a hidden state that leaves a layer."""
+    hidden_norm_ratio: Bound
+    """Largest | |hidden state| / |reference's| - 1 |."""
+    noise_ratio: Bound | None = None
+    """Largest difference of logits, and of a layer's hidden states, in units of what the eager model itself shows in
+    this precision."""
+    typical_noise_ratio: Bound | None = None
+    """The same of the logits, as the geometric mean over all steps: an error that is small, and everywhere."""
+    flip_distance: Bound
+    """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
+    flip_noise_ratio: Bound | None = None
+    """The same, in units of the noise of the scores; the larger of the two counts."""
+    same_tokens: bool = False
+    """Whether every greedy token must be the same."""
 
 
 class Limits(Settings):
@@ -29,13 +72,35 @@ class Limits(Settings):
 
 
 class GateFile(Settings):
-    """A table per precision, each with the bounds that are other than the recipe's, and one for `compare`."""
+    """A table of bounds per precision, and one for `compare`: `graphs/gates.toml`, or the file of `--gate`."""
 
     fp32: dict[str, Bound | bool] = Field(default_factory=dict)
     fp16: dict[str, Bound | bool] = Field(default_factory=dict)
     bf16: dict[str, Bound | bool] = Field(default_factory=dict)
     compare: Limits = Limits()
     """What `capa-export compare` lets a candidate lose."""
+
+
+class Parity(Settings):
+    """How the artefacts are validated; a precision without a gate of its own has that of `graphs/gates.toml`."""
+
+    prompts: int = Field(default=32, ge=1)
+    steps: int = Field(default=16, ge=2)
+    """Tokens compared per prompt: what prefill says, and what decode says after each that it is fed."""
+    accuracy_samples: int = Field(default=200, ge=0)
+    """Questions with known answers on which dense, CAPA and random pruning are compared."""
+    fp32: Gate = Field(default_factory=lambda: _shipped_gate("fp32"))
+    fp16: Gate = Field(default_factory=lambda: _shipped_gate("fp16"))
+    bf16: Gate = Field(default_factory=lambda: _shipped_gate("bf16"))
+
+
+@cache
+def _shipped_gates() -> GateFile:
+    return read_toml(shipped("graphs") / "gates.toml", GateFile)
+
+
+def _shipped_gate(precision: str) -> Gate:
+    return Gate.model_validate(getattr(_shipped_gates(), precision))
 
 
 def with_gates(parity: Parity, path: Path | None) -> Parity:
@@ -48,7 +113,7 @@ def with_gates(parity: Parity, path: Path | None) -> Parity:
         return parity
     given = read_toml(path, GateFile)
     changed: dict[str, Gate] = {}
-    for precision in ("fp32", "fp16", "bf16"):
+    for precision in FORMATS:
         gate: Gate = getattr(parity, precision)
         try:
             changed[precision] = Gate.model_validate({**dict(gate), **getattr(given, precision)})

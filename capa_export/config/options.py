@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from capa_export.base.precision import Precision
 from capa_export.base.workers import Workers
 from capa_export.config.plugins import PluginWish
-from capa_export.config.target import Precision
+from capa_export.config.weights import WeightsWish
 
-__all__ = ["BuildOptions", "ValidationOptions", "Weights", "WeightsWish"]
-
-Weights = Literal["embedded", "external"]
-"""Where engines find their weights: each in itself, or all in one block that they share."""
-WeightsWish = Literal["auto", "embedded", "external"]
+__all__ = ["BuildOptions", "ValidationOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)

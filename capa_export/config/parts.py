@@ -1,4 +1,4 @@
-"""The parts of a model, as options name them and as nodes of its graphs are named."""
+"""The parts of a model, as options, its modules and the nodes of its graphs name them."""
 
 import re
 from collections.abc import Iterable
@@ -8,10 +8,27 @@ from typing import Any, Literal
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
 
-__all__ = ["LAYER", "Branch", "Unit", "check_units", "layer_of", "parse_unit"]
+__all__ = [
+    "ATTENTION",
+    "Address",
+    "Branch",
+    "Unit",
+    "address_of",
+    "block_of",
+    "branch_of",
+    "check_units",
+    "in_tower",
+    "layer_of",
+    "measured_unit",
+    "parse_unit",
+]
 
-LAYER = re.compile(r"(?:blocks|layers?)\.\d+")
-"""The part of a node's name that says which layer or block it stands in."""
+ATTENTION = ("self_attn", "attn", "attention")
+"""What the modules of layers call their attention."""
+_FIRST_NORMS = ("input_layernorm", "norm1", "layer_norm1", "layernorm_before")
+"""What they call the norm before it."""
+_ROOTS = {"model", "visual", "vision_tower"}
+_ADDRESS = re.compile(r"(?P<scope>(?:.*?[./])?)(?P<layer>(?:blocks|layers?)\.(?P<index>\d+))(?:[./](?P<path>.+))?")
 _WORD = re.compile(
     r"(?:(?P<layer>\d+)(?:\.(?P<branch>self_attn|mlp))?|(?P<tower>visual)\.(?:(?P<block>\d+)(?:\.(?P<part>attn|mlp))?"
     r"|residual)|residual)"
@@ -30,6 +47,10 @@ class Unit:
     """Of the layer; None for the residual stream, from the first layer to whatever reads it behind the last."""
     branch: Branch | None = None
     """Attention or FFN, each with the norm before it; None for the whole layer."""
+
+    def covers(self, other: "Unit") -> bool:
+        """Whether all of the other unit is in this one."""
+        return (self.tower, self.index) == (other.tower, other.index) and self.branch in (None, other.branch)
 
     def __str__(self) -> str:
         """As `parse_unit` reads it."""
@@ -73,8 +94,68 @@ def check_units(words: Iterable[str], dims: ModelDims[Any]) -> None:
             raise CapaError(f"--fp32-layers {word}: this model's {what} has layers 0 to {count - 1}", ExitCode.USAGE)
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a module, or a node of a graph, stands in the layers of a model."""
+
+    layer: str
+    """`layers.3`, or `visual.blocks.2` for a node of the tower."""
+    index: int
+    """Of the layer."""
+    path: str
+    """Its name in the layer; empty for the layer itself."""
+
+
+def address_of(name: str) -> Address | None:
+    """The address of `model.language_model.layers.3.mlp` or `model/layers.3/mlp/Mul`; None outside layers."""
+    found = _ADDRESS.fullmatch(name)
+    if found is None:
+        return None
+    layer = f"{found['scope']}{found['layer']}".replace("/", ".").removeprefix("model.")
+    return Address(layer, int(found["index"]), found["path"] or "")
+
+
 def layer_of(node: str) -> str:
     """`layers.3` of `model/layers.3/self_attn/Mul`, `visual.blocks.2` of a node of the tower; empty outside layers."""
-    parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
-    return "" if depth is None else ".".join(parts[: depth + 1]).removeprefix("model.")
+    address = address_of(node)
+    return "" if address is None else address.layer
+
+
+def block_of(node: str) -> str:
+    """`self_attn` of `model/layers.3/self_attn/Mul`; what stands in a layer itself is `residual` or `visual_scale`."""
+    address = address_of(node)
+    if address is None:
+        parts = node.split("/")
+        inner = parts[parts[0] in _ROOTS : -1]
+        return inner[0] if inner else ""
+    first, below, _ = address.path.partition("/")
+    if below:
+        return first
+    return "visual_scale" if first.startswith("VisualScale") else "residual"
+
+
+def branch_of(path: str) -> Branch | None:
+    """The branch of a module, by its path in the layer; None for the layer itself."""
+    part = path.partition(".")[0]
+    if part in ATTENTION or part in _FIRST_NORMS:
+        return "attention"
+    return "mlp" if part == "mlp" or "norm" in part else None
+
+
+def in_tower(module: str) -> bool:
+    """Whether a module belongs to the vision tower and not to the decoder, by its name in the model."""
+    return "language_model" not in module
+
+
+def measured_unit(name: str) -> Unit | None:
+    """The unit that computes a value, as a calibration names it; None outside layers.
+
+    What leaves a layer or enters a norm is the residual stream.
+    """
+    address = address_of(name)
+    if address is None:
+        return None
+    part, _, what = address.path.partition(".")
+    if not part or ("norm" in part and what):
+        return Unit(in_tower(name))
+    return Unit(in_tower(name), address.index, branch_of(part))

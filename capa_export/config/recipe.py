@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
+from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
     "FFN",
-    "Bound",
-    "Gate",
     "Recipe",
     "check_layers",
     "load_recipe",
@@ -40,60 +39,6 @@ class Calibration(Settings):
     """Question asked of every picture of a folder."""
 
 
-class Bound(Settings):
-    """A limit, and the measurement it rests on; a bare number is a limit alone."""
-
-    limit: float = Field(allow_inf_nan=False)
-    healthy: float | None = None
-    """Worst figure of healthy exports in `benchmarks/results`, by `benchmarks/faults.py`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, given: Any) -> Any:
-        return {"limit": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
-
-
-class Gate(Settings):
-    """What one precision's artefacts must meet against the oracle: at every step, on the worst prompt."""
-
-    relative_error: Bound | None = None
-    """Largest |logit difference| over the largest |logit|."""
-    cosine: Bound
-    """Smallest cosine of the logits."""
-    norm_ratio: Bound
-    """Largest | |logits| / |reference's| - 1 |."""
-    kl: Bound | None = None
-    """Largest KL(reference || artefact) of the next token, in nats."""
-    hidden_cosine: Bound
-    """Smallest cosine of a hidden state that leaves a layer."""
-    hidden_norm_ratio: Bound
-    """Largest | |hidden state| / |reference's| - 1 |."""
-    noise_ratio: Bound | None = None
-    """Largest difference of logits, and of a layer's hidden states, in units of what the eager model itself shows in
-    this precision."""
-    typical_noise_ratio: Bound | None = None
-    """The same of the logits, as the geometric mean over all steps: an error that is small, and everywhere."""
-    flip_distance: Bound
-    """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
-    flip_noise_ratio: Bound | None = None
-    """The same, in units of the noise of the scores; the larger of the two counts."""
-    same_tokens: bool = False
-    """Whether every greedy token must be the same."""
-
-
-class Parity(Settings):
-    """How the artefacts are validated."""
-
-    prompts: int = Field(default=32, ge=1)
-    steps: int = Field(default=16, ge=2)
-    """Tokens compared per prompt: what prefill says, and what decode says after each that it is fed."""
-    accuracy_samples: int = Field(default=200, ge=0)
-    """Questions with known answers on which dense, CAPA and random pruning are compared."""
-    fp32: Gate
-    fp16: Gate
-    bf16: Gate
-
-
 class Recipe(Settings):
     """All that a build needs to know about a model, besides the checkpoint itself."""
 
@@ -117,7 +62,7 @@ class Recipe(Settings):
     fp32_layers: tuple[str, ...] = ()
     """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
     calibration: Calibration = Calibration()
-    parity: Parity
+    parity: Parity = Field(default_factory=Parity)
 
     def with_options(
         self,

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import Precision
 from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
 
-__all__ = ["DimRange", "Engine", "Precision", "Target", "load_target", "version_parts"]
+__all__ = ["DimRange", "Engine", "Target", "load_target", "version_parts"]
 
-Precision = Literal["fp16", "bf16", "fp32"]
 Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 

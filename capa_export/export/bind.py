@@ -15,6 +15,7 @@ import onnx_ir as ir
 from capa_export.base.disk import check_disk, disk_guard
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import replacing
+from capa_export.base.precision import FORMATS
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
 from capa_export.model.source import EMBEDDING
@@ -29,7 +30,7 @@ __all__ = [
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_SAFETENSORS_DTYPES = {ir.DataType.BFLOAT16: "BF16", ir.DataType.FLOAT16: "F16", ir.DataType.FLOAT: "F32"}
+_SAFETENSORS_DTYPES = {ir.DataType[form.onnx]: form.safetensors for form in FORMATS.values()}
 _WIDER = {ir.DataType.FLOAT16: "`--precision bf16` or `--precision fp32`", ir.DataType.BFLOAT16: "`--precision fp32`"}
 _PAGE = 4096
 

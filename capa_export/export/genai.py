@@ -12,6 +12,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.parts import parse_unit
 from capa_export.export.graphs import PRECISIONS
 from capa_export.export.in_place import embedding_of
+from capa_export.graph.contract import INPUTS_EMBEDS, LOGITS, PIXEL_VALUES, past_names, present_names
 from capa_export.graph.genai import (
     TABLE,
     decoder_model,
@@ -21,7 +22,7 @@ from capa_export.graph.genai import (
 )
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.source import Source
-from capa_export.passes.fp32_parts import compute_in_fp32
+from capa_export.passes.fp32_parts import FP32PartsPass
 from capa_export.selectors.selector import Chosen, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
@@ -81,7 +82,7 @@ def write_genai(
     dtype, dims = PRECISIONS[precision], source.dims
     decoder = decoder_model(dims.decoder, dtype, rotary_tables(dims), linear_layers=linear_layers)
     if dtype != ir.DataType.FLOAT:
-        compute_in_fp32(decoder, [parse_unit(word) for word in fp32_layers])
+        FP32PartsPass([parse_unit(word) for word in fp32_layers])(decoder)
     chosen = selectors.get(-1)
     tower = ir.load(folder / "visual" / "model.onnx")
     _move(tower, folder)
@@ -146,6 +147,7 @@ def _context_length(config: Mapping[str, Any]) -> int:
 
 def _config(dims: DecoderDims, eos_token_ids: Sequence[int], context_length: int) -> dict[str, Any]:
     """What onnxruntime-genai reads first."""
+    (past_key, past_value), (present_key, present_value) = past_names("%d"), present_names("%d")
     model = {
         # The plainest of its vision-language types: it runs the graphs one after the other, and adds nothing.
         "type": "phi3v",
@@ -157,13 +159,13 @@ def _config(dims: DecoderDims, eos_token_ids: Sequence[int], context_length: int
         "tokenizer_dir": "llm",
         "vision": {
             "filename": _PROMPT,
-            "inputs": {"pixel_values": "pixel_values"},
+            "inputs": {"pixel_values": PIXEL_VALUES},
             "outputs": {"image_features": "prompt_embeds"},
         },
         "embedding": {
             "filename": _EMBEDDING,
             "inputs": {"input_ids": "input_ids", "image_features": "prompt_embeds"},
-            "outputs": {"inputs_embeds": "inputs_embeds"},
+            "outputs": {"inputs_embeds": INPUTS_EMBEDS},
         },
         "decoder": {
             "filename": _DECODER,
@@ -174,14 +176,14 @@ def _config(dims: DecoderDims, eos_token_ids: Sequence[int], context_length: int
             "num_hidden_layers": dims.num_layers + 1,
             "head_size": dims.head_dim,
             "inputs": {
-                "inputs_embeds": "inputs_embeds",
-                "past_key_names": "past_key_values.%d.key",
-                "past_value_names": "past_key_values.%d.value",
+                "inputs_embeds": INPUTS_EMBEDS,
+                "past_key_names": past_key,
+                "past_value_names": past_value,
             },
             "outputs": {
-                "logits": "logits",
-                "present_key_names": "present.%d.key",
-                "present_value_names": "present.%d.value",
+                "logits": LOGITS,
+                "present_key_names": present_key,
+                "present_value_names": present_value,
             },
         },
     }

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from capa_export.base.disk import check_disk
+from capa_export.base.precision import FORMATS
 from capa_export.base.progress import Report, silent
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.export.bind import bind, bind_lazily, write_embedding
@@ -21,8 +22,8 @@ from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
 from capa_export.model.source import EMBEDDING, Source
-from capa_export.passes.fp32_parts import compute_in_fp32
-from capa_export.selectors.selector import Chosen
+from capa_export.passes.fp32_parts import FP32PartsPass
+from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
 
 __all__ = [
     "DENSE",
@@ -32,7 +33,7 @@ __all__ = [
     "write_onnx",
 ]
 
-PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
+PRECISIONS = {name: ir.DataType[form.onnx] for name, form in FORMATS.items()}
 
 DENSE = "dense.onnx"
 """Prefill without FFN scales, written for validation only."""
@@ -161,7 +162,7 @@ def _graphs(
     check_units(fp32_layers, source.dims)
     decoder, rotary = source.dims.decoder, rotary_tables(source.dims)
     tower = _tower(source, dtype, selectors)
-    features = next((value for value in tower.graph.outputs if value.name == "tower_features"), None)
+    features = next((value for value in tower.graph.outputs if value.name == TOWER_OUTPUTS["visual_features"]), None)
     pruning: Any = {
         "prune_layers": prune_layers,
         "selectors": selectors,
@@ -176,9 +177,9 @@ def _graphs(
         llm[DENSE] = prefill_model(decoder, dtype, rotary, linear_layers=(), **pruning)
     parts = {"llm": llm, "visual": {"model.onnx": tower}}
     if dtype != ir.DataType.FLOAT:
-        units = [parse_unit(word) for word in fp32_layers]
+        widen = FP32PartsPass([parse_unit(word) for word in fp32_layers])
         for model in (model for models in parts.values() for model in models.values()):
-            compute_in_fp32(model, units)
+            widen(model)
     return parts
 
 

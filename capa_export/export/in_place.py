@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import FORMATS
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, open_tensors
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["EMBEDDING_FILE", "Shards", "embedding_of"]
 
 _WEIGHTS = "weights"
 EMBEDDING_FILE, _POINTER = "embedding.safetensors", "embedding.json"
-_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_NAMES = {form.array: name for name, form in FORMATS.items()}
 
 
 class Shards:

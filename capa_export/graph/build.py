@@ -15,7 +15,10 @@ from capa_export.graph.functions import DOMAIN, FUNCTIONS, KEEP_TEXT, PLUGIN, pa
 from capa_export.graph.opset import IR_VERSION, OPSET
 from capa_export.selectors.selector import Function
 
-__all__ = ["Input", "Output", "SelectorNodes", "build_model", "call"]
+__all__ = ["END", "Input", "Output", "SelectorNodes", "build_model", "call"]
+
+END = 2**31 - 1
+"""A slice end past any length."""
 
 Output = tuple[str, ir.Value, tuple[int | str, ...]]
 """Name, value and shape of a graph output."""

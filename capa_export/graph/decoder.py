@@ -14,7 +14,21 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims
-from capa_export.graph.build import Input, build_model, call
+from capa_export.base.precision import FP16_MAX
+from capa_export.graph.build import END, Input, build_model, call
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    NUM_KEEP,
+    PAST_LENGTHS,
+    POSITION_IDS,
+    TEXT_POSITIONS,
+    cache_length,
+    kept_name,
+    past_names,
+    present_names,
+)
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads_from_tokens, tokens_from_heads
 from capa_export.graph.prune import Prune
 from capa_export.graph.rotary import RotaryTables
@@ -22,9 +36,6 @@ from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
 from capa_export.selectors.selector import CAPA, Chosen, Place, reads
 
 __all__ = ["decode_model", "prefill_model"]
-
-_END = 2**31 - 1
-"""A slice end past any length."""
 
 
 class Attention(nn.Module):
@@ -202,7 +213,7 @@ class Prefill(Stack):
                 features_TD, *later = tokens.deepstack
                 tokens = replace(tokens, hidden_TD=op.Add(tokens.hidden_TD, features_TD), deepstack=tuple(later))
             cache.append(key_value)
-        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [_END], [0])), cache, tokens.kept
+        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [END], [0])), cache, tokens.kept
 
 
 class Decode(Stack):
@@ -242,7 +253,7 @@ class Decode(Stack):
             tokens, grown, _ = layer(op, tokens, past=key_value, mask=masks[stage])
             cache.append(grown)
         hidden_BSD = op.Reshape(tokens.hidden_TD, op.Concat(batch, num_new, [dims.hidden_size], axis=0))
-        last_BD = op.Reshape(op.Slice(hidden_BSD, [-1], [_END], [1]), [-1, dims.hidden_size])
+        last_BD = op.Reshape(op.Slice(hidden_BSD, [-1], [END], [1]), [-1, dims.hidden_size])
         return self.norm(op, last_BD), cache
 
 
@@ -257,7 +268,7 @@ def _append_mask(
     later_SL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(last_seen_S, [1]))
     padding_B = op.Reshape(op.Sub(num_past, lengths_B), [-1, 1, 1, 1])
     hidden_B1SL = op.Or(later_SL, op.Less(key_L, padding_B))
-    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-65504.0, 0.0))
+    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-FP16_MAX, 0.0))
     return op.Where(hidden_B1SL, lowest, none)
 
 
@@ -301,14 +312,14 @@ def prefill_model(
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
-        Input("inputs_embeds", dtype, (1, "sequence", dims.hidden_size)),
-        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "sequence")),
-        Input("text_positions", ir.DataType.INT64, ("text",)),
+        Input(INPUTS_EMBEDS, dtype, (1, "sequence", dims.hidden_size)),
+        Input(POSITION_IDS, ir.DataType.INT64, (dims.position_axes, "sequence")),
+        Input(TEXT_POSITIONS, ir.DataType.INT64, ("text",)),
     ]
     if prune_layers:
-        inputs.append(Input("num_keep", ir.DataType.INT64, (len(prune_layers),)))
+        inputs.append(Input(NUM_KEEP, ir.DataType.INT64, (len(prune_layers),)))
     if dims.deepstack_layers:
-        inputs.append(Input("deepstack_embeds", dtype, (dims.deepstack_layers, "sequence", dims.hidden_size)))
+        inputs.append(Input(DEEPSTACK_EMBEDS, dtype, (dims.deepstack_layers, "sequence", dims.hidden_size)))
     shapes = {
         "visual_saliency": (ir.DataType.FLOAT, ("sequence",)),
         "visual_features": (dtype, ("sequence", feature_size)),
@@ -318,10 +329,10 @@ def prefill_model(
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
         last, cache, kept = stack(op, **values)
-        outputs = [("logits", _logits(op, head, last), (1, dims.vocab_size))]
-        outputs += [(f"kept_positions.{i}", value, (f"kept_{i}",)) for i, value in enumerate(kept)]
+        outputs = [(LOGITS, _logits(op, head, last), (1, dims.vocab_size))]
+        outputs += [(kept_name(i), value, (cache_length("sequence", i + 1),)) for i, value in enumerate(kept)]
         return outputs + _cache_outputs(
-            dims, cache, 1, lambda layer: cache_length(layer, prune_layers, "sequence", "kept")
+            dims, cache, 1, lambda layer: cache_length("sequence", stages_before(layer, prune_layers))
         )
 
     return build_model("prefill", inputs, trace)
@@ -340,23 +351,23 @@ def decode_model(
     head = Linear(dims.hidden_size, dims.vocab_size, dtype)
     head._set_name("lm_head")  # pyright: ignore[reportPrivateUsage]  # There is no public setter.
     inputs = [
-        Input("inputs_embeds", dtype, ("batch", "step", dims.hidden_size)),
-        Input("position_ids", ir.DataType.INT64, (dims.position_axes, "batch", "step")),
-        Input("past_lengths", ir.DataType.INT64, (1 + len(prune_layers), "batch")),
+        Input(INPUTS_EMBEDS, dtype, ("batch", "step", dims.hidden_size)),
+        Input(POSITION_IDS, ir.DataType.INT64, (dims.position_axes, "batch", "step")),
+        Input(PAST_LENGTHS, ir.DataType.INT64, (1 + len(prune_layers), "batch")),
     ]
     layers = range(dims.num_layers)
     for layer in layers:
-        length = cache_length(layer, prune_layers, "past", "past_kept")
+        length = cache_length("past", stages_before(layer, prune_layers))
         shape = ("batch", dims.num_kv_heads, length, dims.head_dim)
-        inputs += [Input(f"past_key_values.{layer}.{part}", dtype, shape) for part in ("key", "value")]
+        inputs += [Input(name, dtype, shape) for name in past_names(layer)]
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
-        fresh = [values[name] for name in ("inputs_embeds", "position_ids", "past_lengths")]
-        past = [(values[f"past_key_values.{i}.key"], values[f"past_key_values.{i}.value"]) for i in layers]
+        fresh = [values[name] for name in (INPUTS_EMBEDS, POSITION_IDS, PAST_LENGTHS)]
+        past = [(values[key], values[value]) for key, value in map(past_names, layers)]
         last, cache = stack(op, *fresh, past, [stages_before(i, prune_layers) for i in layers])
-        outputs = [("logits", _logits(op, head, last), ("batch", dims.vocab_size))]
+        outputs = [(LOGITS, _logits(op, head, last), ("batch", dims.vocab_size))]
         return outputs + _cache_outputs(
-            dims, cache, "batch", lambda layer: cache_length(layer, prune_layers, "total", "total_kept")
+            dims, cache, "batch", lambda layer: cache_length("total", stages_before(layer, prune_layers))
         )
 
     return build_model("decode", inputs, trace)
@@ -367,17 +378,11 @@ def stages_before(layer: int, prune_layers: Sequence[int]) -> int:
     return sum(prune_layer <= layer for prune_layer in prune_layers)
 
 
-def cache_length(layer: int, prune_layers: Sequence[int], full: str, kept: str) -> str:
-    """Name of the dimension that holds a layer's KV length: `full` before the first stage, then `kept_<stage>`."""
-    stage = stages_before(layer, prune_layers)
-    return f"{kept}_{stage - 1}" if stage else full
-
-
 def _cache_outputs(
     dims: DecoderDims, cache: Sequence[KeyValue], batch: int | str, length: Callable[[int], str]
 ) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
     return [
-        (f"present.{layer}.{part}", value, (batch, dims.num_kv_heads, length(layer), dims.head_dim))
+        (name, value, (batch, dims.num_kv_heads, length(layer), dims.head_dim))
         for layer, key_value in enumerate(cache)
-        for part, value in zip(("key", "value"), key_value, strict=True)
+        for name, value in zip(present_names(layer), key_value, strict=True)
     ]

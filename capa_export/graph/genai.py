@@ -17,7 +17,9 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims, ModelDims
-from capa_export.graph.build import Input, Output, build_model
+from capa_export.base.precision import FP16_MAX
+from capa_export.graph.build import END, Input, Output, build_model
+from capa_export.graph.contract import IMAGE_FEATURES, INPUTS_EMBEDS, LOGITS, PIXEL_VALUES, past_names, present_names
 from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear
 from capa_export.graph.prune import Prune
@@ -29,7 +31,6 @@ __all__ = ["TABLE", "decoder_model", "embedding_model", "prompt_model", "row_siz
 TABLE = "embed_tokens.weight"
 """Initializer that holds the token embedding [V, D]."""
 
-_END = 2**31 - 1
 _BASE = 256.0
 """Steps are cached as two digits, each of which every dtype of a cache holds exactly."""
 _PIXELS = "pixels"
@@ -61,12 +62,12 @@ class PromptRows(nn.Module):
 
     def forward(self, op: OpBuilder, embeds_TD: ir.Value, values: dict[str, ir.Value]) -> ir.Value:
         """[S, R] FP32, from the embeddings of all tokens as if they were text, and the inputs."""
-        token_ids_T, pixel_values = values["prompt_ids"], values["pixel_values"]
+        token_ids_T, pixel_values = values["prompt_ids"], values[PIXEL_VALUES]
         is_visual_T = op.Equal(token_ids_T, op.Constant(value_int=self.dims.image_token_id))
         visual_rows_N1 = op.Transpose(op.NonZero(is_visual_T))
         text_rows_X = op.Squeeze(op.NonZero(op.Not(is_visual_T)), [0])
 
-        hidden_TD = op.ScatterND(embeds_TD, visual_rows_N1, values["image_features"])
+        hidden_TD = op.ScatterND(embeds_TD, visual_rows_N1, values[IMAGE_FEATURES])
         position_TA = op.Cast(self._positions(op, is_visual_T, pixel_values), to=ir.DataType.FLOAT)
         visual_T1 = op.Unsqueeze(op.Cast(is_visual_T, to=ir.DataType.FLOAT), [1])
         if self.prune is not None:
@@ -142,7 +143,7 @@ def prompt_model(
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         embeds_SR = rows(op, table(op, values["prompt_ids"]), values)
-        return [("prompt_embeds", embeds_SR, ("rows", size)), (_PIXELS, op.Cast(values["pixel_values"], to=dtype), ())]
+        return [("prompt_embeds", embeds_SR, ("rows", size)), (_PIXELS, op.Cast(values[PIXEL_VALUES], to=dtype), ())]
 
     model = build_model("prompt", [*inputs, *seen], trace)
     _take_in(tower, model)
@@ -193,12 +194,12 @@ def embedding_model(dims: DecoderDims, dtype: ir.DataType) -> ir.Model:
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         prompt_SR = values["prompt_embeds"]
-        new_ids = op.Slice(op.Squeeze(values["input_ids"], [0]), op.Shape(prompt_SR, start=0, end=1), [_END], [0])
+        new_ids = op.Slice(op.Squeeze(values["input_ids"], [0]), op.Shape(prompt_SR, start=0, end=1), [END], [0])
         new_TD = op.Cast(table(op, new_ids), to=ir.DataType.FLOAT)
         rows = op.Concat(op.Shape(new_ids), op.Constant(value_ints=[marks.size]), axis=0)
         new_TR = op.Concat(new_TD, op.Expand(op.Constant(value=ir.tensor(marks)), rows), axis=1)
         embeds_1TR = op.Unsqueeze(op.Concat(prompt_SR, new_TR, axis=0), [0])
-        return [("inputs_embeds", embeds_1TR, (1, "sequence", size))]
+        return [(INPUTS_EMBEDS, embeds_1TR, (1, "sequence", size))]
 
     return build_model("embedding", inputs, trace)
 
@@ -211,7 +212,7 @@ class Rows(Stack):
     ) -> tuple[ir.Value, list[KeyValue], KeyValue]:
         """Normed hidden state of the last row [1, D], the grown cache, and the grown cache of steps."""
         dims = self.dims
-        ends = [dims.hidden_size, dims.hidden_size + dims.position_axes, _END]
+        ends = [dims.hidden_size, dims.hidden_size + dims.position_axes, END]
         hidden, step_SA, visual = (
             op.Slice(rows_SR, [start], [end], [1]) for start, end in zip([0, *ends], ends, strict=False)
         )
@@ -239,7 +240,7 @@ class Rows(Stack):
             assert isinstance(layer, Layer)
             tokens, grown, _ = layer(op, tokens, past=key_value, mask=mask)
             cache.append(grown)
-        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [_END], [0])), cache, steps
+        return self.norm(op, op.Slice(tokens.hidden_TD, [-1], [END], [0])), cache, steps
 
 
 class Decoder(nn.Module):
@@ -266,7 +267,7 @@ def _causal(op: OpBuilder, num_past: ir.Value, num_new: ir.Value, dtype: ir.Data
     row_S = op.Add(op.Range(zero, op.Squeeze(num_new, [0]), one), num_past)
     key_L = op.Range(zero, op.Squeeze(op.Add(num_past, num_new), [0]), one)
     later_SL = op.Greater(op.Unsqueeze(key_L, [0]), op.Unsqueeze(row_S, [1]))
-    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-65504.0, 0.0))
+    lowest, none = (op.Cast(op.Constant(value_float=value), to=dtype) for value in (-FP16_MAX, 0.0))
     return op.Where(later_SL, lowest, none)
 
 
@@ -281,26 +282,20 @@ def decoder_model(
     decoder = Decoder(dims, dtype, rotary, linear_layers)
     shapes = [(dims.num_kv_heads, dims.head_dim)] * dims.num_layers + [(1, dims.position_axes)]
 
-    def named(prefix: str, layer: int) -> tuple[str, str]:
-        return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
-
     inputs = [
         Input(name, dtype, (1, heads, "past", size))
         for layer, (heads, size) in enumerate(shapes)
-        for name in named("past_key_values", layer)
+        for name in past_names(layer)
     ]
-    inputs.append(Input("inputs_embeds", ir.DataType.FLOAT, (1, "sequence", row_size(dims))))
+    inputs.append(Input(INPUTS_EMBEDS, ir.DataType.FLOAT, (1, "sequence", row_size(dims))))
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        *past, past_steps = (
-            (values[key], values[value])
-            for key, value in (named("past_key_values", layer) for layer in range(len(shapes)))
-        )
-        logits, cache, steps = decoder(op, op.Squeeze(values["inputs_embeds"], [0]), past, past_steps)
-        outputs: list[Output] = [("logits", logits, (1, 1, dims.vocab_size))]
+        *past, past_steps = ((values[key], values[value]) for key, value in map(past_names, range(len(shapes))))
+        logits, cache, steps = decoder(op, op.Squeeze(values[INPUTS_EMBEDS], [0]), past, past_steps)
+        outputs: list[Output] = [(LOGITS, logits, (1, 1, dims.vocab_size))]
         for layer, (key_value, (heads, size)) in enumerate(zip([*cache, steps], shapes, strict=True)):
-            names = named("present", layer)
-            outputs += [(name, part, (1, heads, "total", size)) for name, part in zip(names, key_value, strict=True)]
+            parts = zip(present_names(layer), key_value, strict=True)
+            outputs += [(name, part, (1, heads, "total", size)) for name, part in parts]
         return outputs
 
     return build_model("decoder", inputs, trace)

@@ -9,14 +9,11 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.base.dims import DecoderDims
-from capa_export.graph.build import SelectorNodes, call
+from capa_export.graph.build import END, SelectorNodes, call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
 from capa_export.selectors.selector import TOKEN_AXIS, Chosen, GraphView, load_selector
 
 __all__ = ["Prune"]
-
-_END = 2**31 - 1
-"""A slice end past any length."""
 
 
 class Prune(nn.Module):
@@ -93,10 +90,10 @@ class Prune(nn.Module):
     def _of_attention(self, op: OpBuilder, heads: Heads, output_weight: ir.Value) -> dict[str, ir.Value]:
         """What the selector may read of an attention; the queries are those of the last token alone."""
         return {
-            "query": op.Slice(heads.query, [-1], [_END], [2]),
+            "query": op.Slice(heads.query, [-1], [END], [2]),
             "key": heads.key,
             "value": heads.value,
-            "plain_query": op.Slice(heads.plain_query, [-1], [_END], [2]),
+            "plain_query": op.Slice(heads.plain_query, [-1], [END], [2]),
             "plain_key": heads.plain_key,
             "output_weight": output_weight,
         }

@@ -31,13 +31,13 @@ from triton.compiler import ASTSource
 from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
+from capa_export.base.precision import HalfPrecision
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
 
 __all__ = [
     "COMPUTE_CAPABILITIES",
     "CompiledKernel",
-    "HalfDtype",
     "compile_kernels",
     "has_half",
     "variant_name",
@@ -45,8 +45,6 @@ __all__ = [
 
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
 """From 9.0 on, an image runs on this very compute capability only."""
-
-HalfDtype = Literal["fp16", "bf16"]
 
 _ATTRIBUTES: Mapping[type, str] = {int: "i32", float: "fp32"}
 _POLL_SECONDS = 0.1
@@ -101,7 +99,7 @@ class _Job:
         return sha256(json.dumps([sources, asdict(self)]).encode()).hexdigest()[:32]
 
 
-def variant_name(launch: Launch, dtype: HalfDtype | None, sizes: Mapping[str, int]) -> str:
+def variant_name(launch: Launch, dtype: HalfPrecision | None, sizes: Mapping[str, int]) -> str:
     """`<kernel>[.<dtype>][.<size>...]`, of what the kernel is compiled for.
 
     Args:
@@ -123,7 +121,7 @@ def compile_kernels(
     operators: Sequence[Operator],
     compute_capabilities: Sequence[str],
     *,
-    dtypes: Sequence[HalfDtype] = ("fp16", "bf16"),
+    dtypes: Sequence[HalfPrecision] = ("fp16", "bf16"),
     head_sizes: Sequence[int] = HEAD_SIZES,
     ptx: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -187,7 +185,7 @@ def _pointers(operator: Operator) -> dict[str, str]:
     return {name: buffer.dtype for name, buffer in buffers.items()}
 
 
-def _job(operator: Operator, launch: Launch, dtype: HalfDtype, capability: str) -> _Job:
+def _job(operator: Operator, launch: Launch, dtype: HalfPrecision, capability: str) -> _Job:
     pointers = _pointers(operator)
     dtypes = {"half": dtype, "fp32": "fp32", "int32": "i32", "int64": "i64"}
     signature: dict[str, str] = {}

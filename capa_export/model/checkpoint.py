@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FORMATS
 from capa_export.bundle.confined import is_name
 from capa_export.model.hub import find_folder, refetch
 
@@ -40,7 +41,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 CHUNK_ELEMENTS = 1 << 20
 """Elements read at once: small enough to stay in cache while they are converted."""
 
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+# NumPy itself has no bfloat16.
+_DTYPES = {form.safetensors: np.dtype(getattr(ml_dtypes, form.array, form.array)) for form in FORMATS.values()}
 _FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer*", "*.model")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"

@@ -3,7 +3,6 @@
 Shares no code with the graphs' islands.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, cast
@@ -11,16 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capa_export.config.parts import Unit, parse_unit
+from capa_export.base.precision import FORMATS
+from capa_export.config.parts import Branch, Unit, address_of, branch_of, in_tower, parse_unit
 
 __all__ = ["HALF", "lowered"]
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF: dict[str, torch.dtype] = {name: getattr(torch, FORMATS[name].array) for name in ("fp16", "bf16")}
 
 _FEW_ROWS = 8
-
-_BLOCK = re.compile(r".*\.(?:layers?|blocks)\.(\d+)")
-_ATTENTION = ("self_attn", "attn", "attention")
 
 
 def lowered(model: Any, dtype: torch.dtype, fp32_layers: Sequence[str] = ()) -> Any:
@@ -72,9 +69,10 @@ def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower
     residual = any(unit.index is None for unit in units)
     blocks: list[nn.Module] = []
     for name, module in model.named_modules():
-        if name.startswith("lm_head") or ("language_model" in name) == tower:
+        if name.startswith("lm_head") or in_tower(name) != tower:
             continue
-        if _BLOCK.fullmatch(name):
+        address = address_of(name)
+        if address is not None and not address.path:
             branches = _branches(module)
             of_block = [unit for unit in units if unit.index == len(blocks)]
             for branch, parts in branches.items():
@@ -91,7 +89,7 @@ def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower
                 module.register_forward_pre_hook(_entering(stream))
                 module.register_forward_hook(_leaving(stream))
             blocks.append(module)
-        elif residual and blocks and not _BLOCK.match(name) and dict(module.named_parameters(recurse=False)):
+        elif residual and blocks and address is None and dict(module.named_parameters(recurse=False)):
             # Behind the blocks: whatever is given the stream computes in FP32, and what comes after it does not.
             yield module
             module.register_forward_pre_hook(_follow)
@@ -100,12 +98,13 @@ def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower
         model.get_input_embeddings().register_forward_hook(_leaving(torch.float32))
 
 
-def _branches(block: nn.Module) -> dict[str, list[nn.Module]]:
+def _branches(block: nn.Module) -> dict[Branch, list[nn.Module]]:
     """Attention and FFN, each with the norm before it in front."""
-    children = dict(block.named_children())
-    first, second = (child for name, child in children.items() if "norm" in name)
-    attention = next(children[name] for name in _ATTENTION if name in children)
-    return {"attention": [first, attention], "mlp": [second, children["mlp"]]}
+    branches: dict[Branch, list[nn.Module]] = {"attention": [], "mlp": []}
+    for name, child in sorted(block.named_children(), key=lambda named: "norm" not in named[0]):
+        if branch := branch_of(name):
+            branches[branch].append(child)
+    return branches
 
 
 def _take(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FORMATS
 from capa_export.base.progress import Report, silent
 from capa_export.model.checkpoint import StoredTensor, canonical_name
 from capa_export.model.eager_attention import ATTENTION
@@ -22,7 +23,9 @@ __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", 
 
 DECODER, HEAD = "model.language_model.", "lm_head."
 """Prefixes of the parameters of the decoder and of the head."""
-_DTYPES = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
+_DTYPES: dict[ir.DataType, torch.dtype] = {
+    ir.DataType[form.onnx]: getattr(torch, form.array) for form in FORMATS.values()
+}
 
 
 class EmbeddingRows(nn.Module):

@@ -9,22 +9,37 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FP16_MAX
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.config.parts import layer_of
+from capa_export.config.parts import block_of, layer_of
 from capa_export.export.graphs import Graphs
 from capa_export.export.in_place import EMBEDDING_FILE, embedding_of
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    DEEPSTACK_FEATURES,
+    IMAGE_FEATURES,
+    INPUTS_EMBEDS,
+    LOGITS,
+    NUM_KEEP,
+    PAST_LENGTHS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    TEXT_POSITIONS,
+    past_of,
+)
 from capa_export.model.prompt import Picture
-from capa_export.parity.cut import Cut, Opened, block_of
+from capa_export.parity.cut import Cut, Opened
 from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
 from capa_export.parity.records import Record, Records
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
+from capa_export.passes.fp32_parts import unit_of
 from capa_export.report.schema import Bisection, Probe
 
 __all__ = ["bisect"]
 
 _VISUAL, _PREFILL, _DECODE = "visual/model.onnx", "llm/prefill.onnx", "llm/decode.onnx"
 _EMBEDDING = f"llm/{EMBEDDING_FILE}"
-_LARGEST = {"fp16": 65504.0}
+_LARGEST = {"fp16": FP16_MAX}
 _AGAIN = "the file was changed: run `capa-export export` again"
 
 
@@ -116,7 +131,7 @@ class _Search:
         for picture, end in zip(prompt.pictures, ends, strict=True):
             rows = slice(end - picture.num_tokens, end)
             features = self._expected(*(_seen(trace.features)[rows] for trace in traces))
-            yield self._run(_VISUAL, _pixels(picture), {"image_features": features}, limit=features.limit)
+            yield self._run(_VISUAL, _pixels(picture), {IMAGE_FEATURES: features}, limit=features.limit)
         entering = [np.arange(len(prompt.input_ids)), *oracle.kept]
         positions = {len(rows): rows for rows in entering}
         visual = [prompt.is_visual[rows] for rows in entering]
@@ -135,19 +150,19 @@ class _Search:
             scores=scores,
         )
         yield prefill
-        past = _past(prefill.twin(prefill.cuts[1].outputs))
+        past = past_of(prefill.twin(prefill.cuts[1].outputs))
         lengths = np.array([[len(rows)] for rows in entering], np.int64)
         for step, token in enumerate(record.tokens):
             feed = {
-                "inputs_embeds": self.tables[1][[[token]]],
-                "position_ids": np.full((len(prompt.position_ids), 1, 1), prompt.next_position + step),
-                "past_lengths": lengths + step,
+                INPUTS_EMBEDS: self.tables[1][[[token]]],
+                POSITION_IDS: np.full((len(prompt.position_ids), 1, 1), prompt.next_position + step),
+                PAST_LENGTHS: lengths + step,
                 **past,
             }
             hidden = self._hidden(traces, slice(num_rows + step, num_rows + step + 1))
             decode = self._run(_DECODE, feed, self._logits(traces, step + 1), bounds=hidden)
             yield decode
-            past = _past(decode.twin(decode.cuts[1].outputs))
+            past = past_of(decode.twin(decode.cuts[1].outputs))
 
     def _run(self, file: str, feed: Mapping[str, np.ndarray], outputs: Mapping[str, Expected], **more: Any) -> Run:
         if file not in self._cuts:
@@ -159,21 +174,23 @@ class _Search:
         prompt = record.prompt
         embeds = self.tables[1][prompt.input_ids].astype(np.float32)
         feed = {
-            "inputs_embeds": embeds[None],
-            "position_ids": prompt.position_ids,
-            "text_positions": prompt.text_positions,
-            "num_keep": np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
+            INPUTS_EMBEDS: embeds[None],
+            POSITION_IDS: prompt.position_ids,
+            TEXT_POSITIONS: prompt.text_positions,
+            NUM_KEEP: np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
         }
         if not prompt.pictures:
             return feed
         embeds[prompt.is_visual] = _seen(record.oracle.features)
         inputs = {value.name: value for value in self.graphs[1].graph(_PREFILL).graph.inputs}
-        if "deepstack_embeds" in inputs:
-            name = "deepstack_features"
-            seen = [self.graphs[1].values(_VISUAL, [name], _pixels(picture))[name] for picture in prompt.pictures]
+        if DEEPSTACK_EMBEDS in inputs:
+            seen = [
+                self.graphs[1].values(_VISUAL, [DEEPSTACK_FEATURES], _pixels(picture))[DEEPSTACK_FEATURES]
+                for picture in prompt.pictures
+            ]
             deepstack_LND = np.concatenate(seen, axis=1)
-            feed["deepstack_embeds"] = np.zeros((len(deepstack_LND), *embeds.shape), np.float32)
-            feed["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+            feed[DEEPSTACK_EMBEDS] = np.zeros((len(deepstack_LND), *embeds.shape), np.float32)
+            feed[DEEPSTACK_EMBEDS][:, prompt.is_visual] = deepstack_LND
         return feed
 
     def _expected(self, wanted: np.ndarray, rounded: np.ndarray) -> Expected:
@@ -181,7 +198,7 @@ class _Search:
         return Expected(wanted, self.limits.over(relative_error(rounded, wanted)))
 
     def _logits(self, traces: Sequence[Trace], step: int) -> dict[str, Expected]:
-        return {"logits": self._expected(*(trace.logits[step : step + 1] for trace in traces))}
+        return {LOGITS: self._expected(*(trace.logits[step : step + 1] for trace in traces))}
 
     def _hidden(self, traces: Sequence[Trace], rows: slice) -> dict[int, Expected]:
         """Per bound behind a layer what should be there."""
@@ -257,7 +274,7 @@ class _Search:
     def _in_fp32(self, run: Run, node: ir.Node, nodes: Iterable[ir.Node], why: str) -> Bisection:
         """Name the parts that these nodes are in."""
         layer = layer_of(str(node.name))
-        units = tuple(dict.fromkeys(unit for one in nodes if (unit := _unit(one, run.cuts[1]))))
+        units = tuple(dict.fromkeys(str(unit) for one in nodes if (unit := unit_of(one))))
         if not units:
             return self.found(run.file, f"{why}; use --precision fp32", node, layer)
         remedy = f"compute it in FP32: --fp32-layers {','.join(units)}"
@@ -324,25 +341,6 @@ def _place(node: str, layer: str) -> str:
     return f"{'.'.join(part for part in (layer, block) if part)} ({'/'.join(inner)})"
 
 
-_STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "VisualScale")
-
-
-def _unit(node: ir.Node, cut: Cut) -> str:
-    """What `--fp32-layers` calls the part of the model that a node is in; empty where it has no name."""
-    layer, block = layer_of(str(node.name)), block_of(str(node.name))
-    tower = cut.model.graph.name == "visual"
-    before = "visual." if tower else ""
-    if not layer or block in ("residual", "visual_scale") or node.op_type == "TokenGather":
-        return f"{before}residual" if node.op_type in _STREAM else ""
-    index = layer.rpartition(".")[2]
-    # A branch begins with its norm; what has been added to the stream is behind the attention.
-    path = [one for one in cut.model.graph if layer_of(str(one.name)) == layer]
-    added = next(at for at, one in enumerate(path) if one.op_type == "Add" and block_of(str(one.name)) == "residual")
-    if path.index(node) > added and block != "prune":
-        return f"{before}{index}.mlp"
-    return f"{before}{index}.{'attn' if tower else 'self_attn'}"
-
-
 def _table(graphs: Path | Graphs) -> np.ndarray:
     """The token embeddings, [V, D]."""
     tensor = graphs.embedding if isinstance(graphs, Graphs) else embedding_of(graphs / "llm")
@@ -360,7 +358,7 @@ def _is_finite(half: Trace, oracle: Trace) -> bool:
 
 
 def _pixels(picture: Picture) -> dict[str, np.ndarray]:
-    return {"pixel_values": picture.patches}
+    return {PIXEL_VALUES: picture.patches}
 
 
 def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -370,11 +368,3 @@ def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: n
     states = HiddenStates(rows, 1)
     states.add_prefill(hidden_TD, positions[len(hidden_TD)])
     return states.stacked()[0]
-
-
-def _past(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        f"past_key_values.{name.removeprefix('present.')}": value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }

@@ -9,7 +9,7 @@ from math import inf, isfinite, sqrt
 import numpy as np
 
 from capa_export.base.statistics import kl_divergence
-from capa_export.config.recipe import Bound, Gate
+from capa_export.config.gates import Bound, Gate
 from capa_export.parity.records import Noise, relative_error, relative_errors
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import Check, ExportError, LayerError

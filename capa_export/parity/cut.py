@@ -12,26 +12,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from capa_export.base.errors import CapaError
-from capa_export.config.parts import LAYER, layer_of
+from capa_export.config.parts import layer_of
 from capa_export.export.graphs import Graphs
+from capa_export.graph.contract import present_names
 from capa_export.parity.probe import forced
-from capa_export.run.onnx import OnnxModel
+from capa_export.run.onnx import NUMPY_TYPES, OnnxModel
 
-__all__ = ["Cut", "Opened", "Pair", "Place", "block_of"]
-
-_ROOTS = {"model", "visual", "vision_tower"}
-
-
-def block_of(node: str) -> str:
-    """`self_attn` of `model/layers.3/self_attn/Mul`; what stands in a layer itself is `residual` or `visual_scale`."""
-    parts = node.split("/")
-    depth = next((depth for depth, part in enumerate(parts) if LAYER.fullmatch(part)), None)
-    if depth is None:
-        inner = parts[parts[0] in _ROOTS : -1]
-        return inner[0] if inner else ""
-    if len(parts) > depth + 2:
-        return parts[depth + 1]
-    return "visual_scale" if parts[-1].startswith("VisualScale") else "residual"
+__all__ = ["Cut", "Opened", "Pair", "Place"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class Cut:
             kept = [
                 node for node in self.model.graph if node.op_type == "TopKKeep" and layer_of(str(node.name)) == layer
             ]
-            cached = [name for name in self.outputs if name.startswith(f"present.{index}.")]
+            cached = [name for name in present_names(index) if name in self.outputs]
             groups[index + 1] += [Place("made", str(node.name)) for node in kept]
             groups[index + 1] += [Place("output", name) for name in cached]
         known = {place.name for group in groups for place in group if place.kind == "output"}
@@ -229,7 +216,9 @@ class Opened(OnnxModel):
         rows = dict(zip(self._rows, kept_rows, strict=False))
         everything = {**feed, **rows, **{_given(name): array for name, array in given.items()}}
         try:
-            inputs = {entry.name: everything[entry.name].astype(_NUMPY[entry.type]) for entry in session.get_inputs()}
+            inputs = {
+                entry.name: everything[entry.name].astype(NUMPY_TYPES[entry.type]) for entry in session.get_inputs()
+            }
             return dict(zip(wanted, session.run(wanted, inputs), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(
@@ -253,14 +242,6 @@ class Opened(OnnxModel):
                 user.replace_input_with(index, stand_in)
         graph.outputs[:] = [values[name] for name in names]
         RemoveUnusedNodesPass()(model)
-
-
-_NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
 
 
 def _given(name: str) -> str:

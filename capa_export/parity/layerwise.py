@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError
+from capa_export.base.precision import FORMATS
 from capa_export.parity.cut import Cut, Opened, Pair
 from capa_export.parity.difference import node_difference
 
@@ -30,8 +31,8 @@ class Limits:
     @classmethod
     def of(cls, precision: str) -> "Limits":
         """Multiples of the rounding error: of FP32 many, which tell other kernels from other graphs."""
-        epsilon = {"fp16": 2.0**-10, "bf16": 2.0**-7}.get(precision)
-        return cls(1e-4, 1e-4, 1e-4) if epsilon is None else cls(epsilon, 32 * epsilon, 16 * epsilon)
+        epsilon = FORMATS[precision].epsilon
+        return cls(1e-4, 1e-4, 1e-4) if precision == "fp32" else cls(epsilon, 32 * epsilon, 16 * epsilon)
 
     def over(self, noise: float) -> float:
         """Three times what the eager model shows in this precision, within reason."""

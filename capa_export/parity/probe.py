@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from capa_export.export.graphs import Graphs
+from capa_export.graph.contract import INPUTS_EMBEDS, LOGITS
 from capa_export.parity.records import Record
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.run.onnx import OnnxModel
@@ -128,6 +129,6 @@ class ProbedModel(OnnxModel):
         for step in steps:
             for layer, name in enumerate(decode):
                 states.add_step(layer, step[name][0])
-        features = embeds["inputs_embeds"][0, prompt.is_visual].astype(np.float32) if prompt.pictures else None
-        logits = np.stack([outputs["logits"][0] for outputs in found])
+        features = embeds[INPUTS_EMBEDS][0, prompt.is_visual].astype(np.float32) if prompt.pictures else None
+        logits = np.stack([outputs[LOGITS][0] for outputs in found])
         return Trace(logits, [*kept], [filled[name] for name in self._scores], states.stacked(), features), chosen

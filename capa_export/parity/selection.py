@@ -9,7 +9,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from capa_export.config.recipe import Bound, Gate
+from capa_export.config.gates import Bound, Gate
 from capa_export.config.schedule import Stage
 from capa_export.parity.comparison import bounded, worse
 from capa_export.parity.records import Noise, Record, score_errors

@@ -15,6 +15,7 @@ from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import Samples
 from capa_export.export.graphs import DENSE, Graphs
+from capa_export.graph.contract import LOGITS, kept_name
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
@@ -318,8 +319,8 @@ def _traces(
     found = model.follow(prompts, num_keep, [record.tokens for record in records], embeds, timing=clock.timing)
     return [
         Trace(
-            np.stack([outputs["logits"][0] for outputs in own]),
-            [own[0][f"kept_positions.{stage}"] for stage in range(len(num_keep[0]))],
+            np.stack([outputs[LOGITS][0] for outputs in own]),
+            [own[0][kept_name(stage)] for stage in range(len(num_keep[0]))],
         )
         for own in found
     ]

@@ -14,6 +14,7 @@ from capa_export.model.model import Model
 from capa_export.report.schema import MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
+    from capa_export.base.precision import Precision
     from capa_export.data.samples import Samples
     from capa_export.export.graphs import Graphs
     from capa_export.parity.records import Records
@@ -49,7 +50,7 @@ class Validation:
     ) -> None:
         self.model, self.bundle, self.recipe, self.options, self.built = model, bundle, recipe, options, built
         self.exported: dict[str, Any] = self.bundle.stage("export")["result"]
-        self.precision: Literal["fp16", "bf16", "fp32"] = self.exported["precision"]
+        self.precision: Precision = self.exported["precision"]
         self.calibration = stored_calibration(self.bundle)
 
     def key(self) -> Any:

@@ -10,12 +10,13 @@ from onnx_ir.passes.common import InlinePass
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.graph.functions import DOMAIN, PLUGIN
-from capa_export.passes.external_weights import externalize_weights
-from capa_export.passes.lower import lower
+from capa_export.passes.external_weights import ExternalWeightsPass, movable_weights
+from capa_export.passes.lower import NATIVE, LowerPass
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["DecomposableAttentionPass", "InlineBodiesPass", "Prepared", "prepare"]
 
 _INLINED = "capa.inlined"
+_DECOMPOSABLE = "TRT_decomposable"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,37 +45,74 @@ def prepare(
         CapaError: plugins are asked for in a precision that they do not take.
     """
     model = ir.load(onnx)
-    # Those in an FP32 island have no plugin.
-    nodes = [node for node in model.graph if node.domain == DOMAIN and PLUGIN.keys() <= node.attributes.keys()]
-    if plugins and nodes and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
+    num_plugins = sum(map(_takes_plugin, model.graph))
+    if plugins and num_plugins and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
         raise CapaError(
             f"{onnx}: is FP32, and the plugins take fp16 and bf16: build with --plugins none", ExitCode.ENGINE
         )
-    if version is not None and lower(model, version):
-        if plugins:
-            # Before 10.7, TensorRT takes a body even where there is a plugin.
-            _inline_others(model, nodes)
-            model.functions.clear()
-        else:
-            # Before 10.8, a value of the graph that has the name of a function's input stands in for it.
-            InlinePass()(model)
-    weights = externalize_weights(model) if external_weights else []
-    for node in model.graph.all_nodes():
-        if node.op_type == "Attention":
-            # Without it, attention with no fused kernel (FP32) fails; where there is one, it is used all the same.
-            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
+    passes: list[ir.passes.PassBase] = [DecomposableAttentionPass()]
+    if version is not None and version < NATIVE:
+        passes = [LowerPass(version), InlineBodiesPass(plugins=plugins), *passes]
+    ir.passes.Sequential(*passes)(model)
+    weights = movable_weights(model) if external_weights else []
+    if external_weights:
+        ExternalWeightsPass()(model)
     out.write_bytes(ir.to_proto(model).SerializeToString())
-    return Prepared(weights=[asdict(weight) for weight in weights], num_plugins=len(nodes) if plugins else 0)
+    return Prepared(weights=[asdict(weight) for weight in weights], num_plugins=num_plugins if plugins else 0)
 
 
-def _inline_others(model: ir.Model, plugins: Sequence[ir.Node]) -> None:
-    """Put their bodies in the places of the CAPA nodes that are no plugins."""
+class InlineBodiesPass(ir.passes.InPlacePass):
+    """Puts the bodies of functions in the places of the nodes that call them, but for those that become plugin layers.
+
+    TensorRT before 10.7 takes a body even where there is a plugin, and before 10.8 a value of the graph that has the
+    name of a function's input stands in for it.
+
+    Requires that a plugin is there for every CAPA node with the attributes of one, if plugins are asked for. Ensures
+    that the model has no functions.
+
+    Args:
+        plugins: whether CAPA nodes with the attributes of plugins stay.
+    """
+
+    def __init__(self, *, plugins: bool) -> None:
+        super().__init__()
+        self.plugins = plugins
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = bool(model.functions)
+        if self.plugins:
+            _separate_bodies(model)
+        InlinePass((lambda function: function.domain == _INLINED) if self.plugins else None)(model)
+        model.functions.clear()
+        return ir.passes.PassResult(model, modified=modified)
+
+
+class DecomposableAttentionPass(ir.passes.InPlacePass):
+    """Lets TensorRT decompose Attention, without which it fails where there is no fused kernel (FP32).
+
+    Where there is one, it is used all the same. Ensures that every Attention node has the attribute.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        attentions = [node for node in model.graph.all_nodes() if node.op_type == "Attention"]
+        nodes = [node for node in attentions if _DECOMPOSABLE not in node.attributes]
+        for node in nodes:
+            node.attributes.add(ir.AttrInt64(_DECOMPOSABLE, 1))
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+def _takes_plugin(node: ir.Node) -> bool:
+    # Those in an FP32 island have no plugin.
+    return node.domain == DOMAIN and PLUGIN.keys() <= node.attributes.keys()
+
+
+def _separate_bodies(model: ir.Model) -> None:
+    """Let the CAPA nodes that are no plugins call copies of their functions, to be told apart by their domain."""
     for node in model.graph:
-        if node.domain == DOMAIN and node not in plugins:
+        if node.domain == DOMAIN and not _takes_plugin(node):
             function = model.functions[node.op_identifier()]
             node.domain = _INLINED
             body = ir.Function(
                 _INLINED, function.name, graph=function.graph.clone(), attributes=function.attributes.values()
             )
             model.functions[body.identifier()] = body
-    InlinePass(lambda function: function.domain == _INLINED)(model)

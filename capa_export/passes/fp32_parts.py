@@ -1,17 +1,15 @@
 """Puts parts of a graph in FP32, where half precision would overflow; what surrounds them keeps its dtype."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from capa_export.config.parts import Branch, Unit
+from capa_export.config.parts import Branch, Unit, address_of
 from capa_export.graph.functions import DOMAIN, PLUGIN
 
-__all__ = ["compute_in_fp32"]
+__all__ = ["FP32PartsPass", "unit_of"]
 
-_BLOCK = re.compile(r"(?:^|.*/)(?:layers?|blocks)\.(?P<index>\d+)/(?P<path>.+)")
 _STREAM = ("Add", "Gather", "Reshape", "Slice", "Squeeze", "TokenGather", "Transpose", "VisualScale")
 """Operators whose first output is the residual stream if one of their inputs is."""
 
@@ -19,51 +17,71 @@ _CHOOSE = ("TopKKeep", "TokenGather", "KeepText")
 """Nodes of a stage that are no score."""
 
 
-def compute_in_fp32(model: ir.Model, units: Sequence[Unit]) -> bool:
-    """Put the units that are this graph's in FP32, in place; inputs and outputs of the graph keep their dtypes.
+class FP32PartsPass(ir.passes.InPlacePass):
+    """Puts the units that are this graph's in FP32.
 
     Weights that only they read become FP32 and are then bound as such. CAPA nodes among them lose the attributes that
     make TensorRT take a plugin, since plugins take half precision alone.
 
-    Args:
-        model: a graph without its weights, in half precision.
-        units: of the model; those of the decoder do nothing to a vision tower, and the other way round.
+    Requires a graph in half precision, without its weights and named as `build_model` names it. Ensures that inputs and
+    outputs of the graph keep their dtypes.
 
-    Returns:
-        Whether anything changed; nothing does a second time.
+    Args:
+        units: of the model; those of the decoder do nothing to a vision tower, and the other way round.
     """
-    graph = model.graph
-    dtype = graph.inputs[0].dtype
-    assert dtype is not None
-    members = _members(graph, [unit for unit in units if unit.tower == (graph.name == "visual")])
-    for node in members:
-        if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
-            for name in PLUGIN.keys() & node.attributes.keys():
-                del node.attributes[name]
-    leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
-    for value in leaving:
-        value.dtype = ir.DataType.FLOAT
-    casts: dict[ir.Value, ir.Value] = {}
-    changed = bool(leaving)
-    for node in list(graph):
-        for index, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            if node in members and value.dtype == dtype:
-                if _is_weight(value) and all(use.node in members for use in value.uses()):
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
-                else:
-                    node.replace_input_with(index, _cast(graph, value, ir.DataType.FLOAT, casts))
-                changed = True
-            elif node not in members and value in leaving:
-                node.replace_input_with(index, _cast(graph, value, dtype, casts))
-    for index, value in enumerate(graph.outputs):
-        if value in leaving:
-            producer, cast = value.producer(), _cast(graph, value, dtype, casts)
-            assert producer is not None
-            cast.name, value.name = value.name, f"{producer.name}/output_{value.index()}"
-            graph.outputs[index] = cast
-    return changed
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__()
+        self.units = units
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        dtype = graph.inputs[0].dtype
+        assert dtype is not None
+        members = _members(graph, [unit for unit in self.units if unit.tower == (graph.name == "visual")])
+        for node in members:
+            if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
+                for name in PLUGIN.keys() & node.attributes.keys():
+                    del node.attributes[name]
+        leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
+        for value in leaving:
+            value.dtype = ir.DataType.FLOAT
+        casts: dict[ir.Value, ir.Value] = {}
+        changed = bool(leaving)
+        for node in list(graph):
+            for index, value in enumerate(node.inputs):
+                if value is None:
+                    continue
+                if node in members and value.dtype == dtype:
+                    if _is_weight(value) and all(use.node in members for use in value.uses()):
+                        value.type = ir.TensorType(ir.DataType.FLOAT)
+                    else:
+                        node.replace_input_with(index, _cast(graph, value, ir.DataType.FLOAT, casts))
+                    changed = True
+                elif node not in members and value in leaving:
+                    node.replace_input_with(index, _cast(graph, value, dtype, casts))
+        for index, value in enumerate(graph.outputs):
+            if value in leaving:
+                producer, cast = value.producer(), _cast(graph, value, dtype, casts)
+                assert producer is not None
+                cast.name, value.name = value.name, f"{producer.name}/output_{value.index()}"
+                graph.outputs[index] = cast
+        return ir.passes.PassResult(model, modified=changed)
+
+
+def unit_of(node: ir.Node) -> Unit | None:
+    """The unit to put in FP32 for the sake of a node of a graph without FP32 parts; None where there is none."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    tower = graph.name == "visual"
+    if address := address_of(node.name or ""):
+        branch = dict(_branches(_blocks(graph)[address.index]))[node]
+        # What a stage makes of a score is as good as the score.
+        if branch is None and address.path.startswith("prune") and node.op_type != "TokenGather":
+            branch = "attention"
+        if branch is not None:
+            return Unit(tower, address.index, branch)
+    return Unit(tower) if node.op_type in _STREAM else None
 
 
 def _is_weight(value: ir.Value) -> bool:
@@ -89,10 +107,7 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, made: dict[ir.Va
 
 def _members(graph: ir.Graph, units: Sequence[Unit]) -> set[ir.Node]:
     """The nodes of the units."""
-    blocks: defaultdict[int, list[tuple[ir.Node, str]]] = defaultdict(list)
-    for node in graph:
-        if found := _BLOCK.fullmatch(node.name or ""):
-            blocks[int(found["index"])].append((node, found["path"]))
+    blocks = _blocks(graph)
     members: set[ir.Node] = set()
     for unit in units:
         if unit.index is None:
@@ -101,6 +116,15 @@ def _members(graph: ir.Graph, units: Sequence[Unit]) -> set[ir.Node]:
             members |= {node for node, branch in _branches(blocks[unit.index]) if unit.branch in (None, branch)}
     # A cast is where an island ends.
     return {node for node in members if node.op_type != "Cast"}
+
+
+def _blocks(graph: ir.Graph) -> Mapping[int, Sequence[tuple[ir.Node, str]]]:
+    """The nodes of each layer, with their names in it."""
+    blocks: defaultdict[int, list[tuple[ir.Node, str]]] = defaultdict(list)
+    for node in graph:
+        if address := address_of(node.name or ""):
+            blocks[address.index].append((node, address.path))
+    return blocks
 
 
 def _branches(block: Sequence[tuple[ir.Node, str]]) -> Iterator[tuple[ir.Node, Branch | None]]:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-__all__ = ["NATIVE", "lower"]
+__all__ = ["NATIVE", "LowerPass"]
 
 NATIVE = (10, 15)
 """First TensorRT that imports all of them: RotaryEmbedding and RMSNormalization; Attention came in 10.14."""
@@ -117,30 +117,39 @@ CumSum (x, axis) => (y) {
 """
 
 
-def lower(model: ir.Model, version: tuple[int, ...]) -> bool:
-    """Replace, in place, what the ONNX parser of TensorRT `version` does not know by what 10.3 knows.
+class LowerPass(ir.passes.InPlacePass):
+    """Replaces what the ONNX parser of an older TensorRT does not know by what that of 10.3 knows.
 
     Norms and softmax stay in FP32. A node's replacement has its name as a scope, and its outputs keep their names.
 
-    Returns:
-        Whether anything changed; nothing does from TensorRT 10.15 on, nor a second time.
+    Requires operators as our graphs use them. Ensures that none is left that 10.3 does not know, unless the version
+    knows all of them, and then that nothing has changed.
+
+    Args:
+        version: of TensorRT.
     """
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    nodes = [node for graph in graphs for node in graph if node.domain == "" and node.op_type in _UNKNOWN]
-    if version >= NATIVE or not nodes:
-        return False
-    # For the numbers of heads.
-    ShapeInferencePass()(model)
-    given = [{output.name for node in graph for output in node.outputs} for graph in graphs]
-    for graph in graphs:
-        graph.opset_imports[""] = _OPSET
-    model.ir_version = _IR_VERSION
-    for node in nodes:
-        _call(node, model)
-    InlinePass(lambda function: function.domain == _DOMAIN)(model)
-    for graph, names in zip(graphs, given, strict=True):
-        _name(graph, names)
-    return True
+
+    def __init__(self, version: tuple[int, ...]) -> None:
+        super().__init__()
+        self.version = version
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        nodes = [node for graph in graphs for node in graph if node.domain == "" and node.op_type in _UNKNOWN]
+        if self.version >= NATIVE or not nodes:
+            return ir.passes.PassResult(model, modified=False)
+        # For the numbers of heads.
+        ShapeInferencePass()(model)
+        given = [{output.name for node in graph for output in node.outputs} for graph in graphs]
+        for graph in graphs:
+            graph.opset_imports[""] = _OPSET
+        model.ir_version = _IR_VERSION
+        for node in nodes:
+            _call(node, model)
+        InlinePass(lambda function: function.domain == _DOMAIN)(model)
+        for graph, names in zip(graphs, given, strict=True):
+            _name(graph, names)
+        return ir.passes.PassResult(model, modified=True)
 
 
 def _body(node: ir.Node) -> str:

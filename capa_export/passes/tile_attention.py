@@ -4,24 +4,17 @@ B = batch, H = query heads, G = KV heads, N = queries, L = keys, d = head size. 
 node, for which TensorRT has fused kernels; this is for sessions on a CPU alone.
 """
 
-from collections.abc import Mapping, Sequence
-from math import prod
-from typing import TYPE_CHECKING
-
 import onnx
+import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
+from capa_export.passes.attention_bytes import is_unmasked_attention
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = ["attention_bytes", "tile_attention"]
+__all__ = ["TileAttentionPass"]
 
 _DOMAIN = "capa.cpu"
 _TILE = 1 << 22
 """Attention weights of a tile: 16 MB in FP32 stay in a CPU's caches, which takes a quarter of the time of one call."""
-_MASK = 3
-"""Input of an Attention node that says which keys a query sees: windows and decode have one, and are small."""
 
 _WHOLE = "mixed_BHtd = Attention <scale: float = @scale> (query_BHtd, key, value)"
 _CAUSAL = """
@@ -83,54 +76,28 @@ _FUNCTION = """
 """
 
 
-def attention_bytes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Largest number of bytes that the weights of an unmasked Attention node take, in FP32.
+class TileAttentionPass(ir.passes.InPlacePass):
+    """Runs every unmasked Attention node over tiles of its queries; the weights stay where they are.
 
-    Args:
-        model: with or without its weights.
-        shapes: of the inputs; those that are not named are left as they are declared.
-
-    An attention behind a pruning stage has a length that shapes do not tell, and is smaller than those before it.
+    Requires that attention has the attributes that our graphs give it, and typed queries. Ensures that no unmasked
+    Attention node is left in the graph itself; functions stay as they are.
     """
-    sized = onnx.ModelProto()
-    sized.CopyFrom(model)
-    for entry in sized.graph.input:
-        for dimension, size in zip(entry.type.tensor_type.shape.dim, shapes.get(entry.name, ()), strict=False):
-            dimension.dim_value = size
-    inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
-    known = {value.name: value.type.tensor_type.shape.dim for value in inferred.value_info}
-    largest = 0
-    for node in inferred.node:
-        if not _is_plain_attention(node.op_type, node.input):
-            continue
-        query, key = ([dimension.dim_value for dimension in known.get(name, ())] for name in node.input[:2])
-        # Keys are as many as queries where nothing is cached.
-        lengths = (*query[:3], key[2] if len(key) == 4 and key[2] else query[2]) if len(query) == 4 else (0,)
-        largest = max(largest, 4 * prod(lengths))
-    return largest
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = [node for node in model.graph if node.domain == "" and is_unmasked_attention(node.op_type, node.inputs)]
+        for node in nodes:
+            query = node.inputs[0]
+            assert query is not None and query.dtype is not None
+            function = _function(query.dtype, causal=bool(node.attributes["is_causal"].as_int()))
+            model.functions[function.identifier()] = function
+            node.domain, node.op_type = function.domain, function.name
+            del node.attributes["is_causal"]
+        if nodes:
+            model.graph.opset_imports[_DOMAIN] = 1
+        return ir.passes.PassResult(model, modified=bool(nodes))
 
 
-def tile_attention(model: "ir.Model") -> None:
-    """Run every unmasked Attention node over tiles of its queries; the weights stay where they are."""
-    for node in model.graph:
-        if not _is_plain_attention(node.op_type, node.inputs):
-            continue
-        query = node.inputs[0]
-        assert query is not None and query.dtype is not None
-        function = _function(query.dtype, causal=bool(node.attributes["is_causal"].as_int()))
-        model.functions[function.identifier()] = function
-        node.domain, node.op_type = function.domain, function.name
-        del node.attributes["is_causal"]
-    model.graph.opset_imports[_DOMAIN] = 1
-
-
-def _is_plain_attention(op_type: str, inputs: Sequence[object]) -> bool:
-    return op_type == "Attention" and not any(inputs[_MASK:])
-
-
-def _function(dtype: "ir.DataType", *, causal: bool) -> "ir.Function":
-    import onnx_ir as ir
-
+def _function(dtype: ir.DataType, *, causal: bool) -> ir.Function:
     text = _FUNCTION.format(
         # An FP32 island has one of its own.
         name=f"Tiled{'Causal' if causal else ''}Attention_{dtype.name}",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["tensor_values", "widen", "widen_lazily"]
+__all__ = ["WidenBF16Pass", "tensor_values", "widen"]
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
@@ -14,26 +14,38 @@ _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 def widen(source: Path, target: Path) -> None:
     """Write the graph at `source` to `target`, every bf16 value FP32; weights stream into `<target>.data`."""
     model = ir.load(source)
-    widen_lazily(model)
+    WidenBF16Pass()(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, target, external_data=f"{target.name}.data")
 
 
-def widen_lazily(model: ir.Model) -> None:
-    """Make every bf16 value of the graph FP32; weights are converted when they are asked for."""
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype == _BF16:
-            value.const_value = _widened(value.const_value)
-    for node in model.graph:
-        for name, attribute in node.attributes.items():
-            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _BF16:
-                node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
-            elif (node.op_type, name) == ("Cast", "to") and attribute.as_int() == _BF16:
-                node.attributes[name] = ir.AttrInt64(name, _FP32)
-    everything = [*model.graph.inputs, *model.graph.initializers.values()]
-    for value in [*everything, *(output for node in model.graph for output in node.outputs)]:
-        if value.dtype == _BF16:
-            value.type = ir.TensorType(_FP32)
+class WidenBF16Pass(ir.passes.InPlacePass):
+    """Makes every bf16 value of the graph FP32; weights are converted when they are asked for.
+
+    Requires that no function of the model is written for bf16. Ensures that no value, attribute or cast of the graph is
+    bf16.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for value in model.graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype == _BF16:
+                value.const_value = _widened(value.const_value)
+                modified = True
+        for node in model.graph:
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _BF16:
+                    node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
+                    modified = True
+                elif (node.op_type, name) == ("Cast", "to") and attribute.as_int() == _BF16:
+                    node.attributes[name] = ir.AttrInt64(name, _FP32)
+                    modified = True
+        everything = [*model.graph.inputs, *model.graph.initializers.values()]
+        for value in [*everything, *(output for node in model.graph for output in node.outputs)]:
+            if value.dtype == _BF16:
+                value.type = ir.TensorType(_FP32)
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
 
 
 def tensor_values(tensor: ir.TensorProtocol) -> Any:

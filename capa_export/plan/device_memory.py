@@ -1,19 +1,18 @@
 """What the engines of a model hold on the device that runs them, and the devices that have room for it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.base.precision import FORMATS
 from capa_export.base.progress import say
-from capa_export.config.options import Weights, WeightsWish
 from capa_export.config.target import Target
+from capa_export.config.weights import Weights, WeightsWish
 from capa_export.model.memory import LIBRARIES
 from capa_export.plan.flops import KVCache, Parameters, parameters
 
 __all__ = [
     "CACHE_ROWS",
-    "ELEMENT_BYTES",
     "EMBEDDED_LIMIT",
     "DeviceMemory",
     "choose_weights",
@@ -32,7 +31,6 @@ Beyond it the second copy takes more than an eighth of the smallest card, and bu
 TensorRT-RTX 1.7, engines with the weights in them against engines that share them took 22 s and 1.6 GB of memory
 against 16 s and 0.9 GB where the decoder has 0.27 GB, and 133 s and 16.6 GB against 31 s and 0.7 GB where it has 6.2.
 """
-ELEMENT_BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 CACHE_ROWS = 256
 """Caches on the device are as long as a multiple of it: fewer shapes, so that kernels compiled for one serve again."""
 
@@ -83,7 +81,7 @@ def device_memory(
     if target.engine is None:
         held, least = _held(cache, step=1), LIBRARIES
         return DeviceMemory(weights=onnx_runtime_bytes(dims) - least, kv_cache=held, contexts=0, runtime=least)
-    width = ELEMENT_BYTES[precision]
+    width = FORMATS[precision].num_bytes
     return DeviceMemory(
         weights=engine_weight_bytes(parameters(dims), width, weights),
         kv_cache=_held(cache, step=CACHE_ROWS),
@@ -157,7 +155,7 @@ def choose_weights(
     """
     if asked != "auto":
         return asked, "as asked"
-    total, width = parameters(dims), ELEMENT_BYTES[precision]
+    total, width = parameters(dims), FORMATS[precision].num_bytes
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", "external"))
     if decoder_parameters(total) * width > EMBEDDED_LIMIT:
         return "external", f"{once / 1e9:.1f} GB that the engines share; embedded, {twice / 1e9:.1f} GB"

@@ -12,6 +12,7 @@ from typing import Any
 
 from capa_export.base.dims import DecoderDims, ModelDims
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import FORMATS
 from capa_export.selectors.selector import CAPA, Chosen, Size, load_selector
 
 __all__ = [
@@ -295,5 +296,5 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         lm_head=lm_head,
         vision=dims.vision.num_parameters,
         total=total,
-        bytes={"fp32": 4 * total, "fp16": 2 * total, "bf16": 2 * total},
+        bytes={name: form.num_bytes * total for name, form in FORMATS.items()},
     )

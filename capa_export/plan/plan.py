@@ -10,10 +10,11 @@ from capa_export.base.dims import ModelDims
 from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
+from capa_export.base.precision import FORMATS
 from capa_export.calibrate.sums import CALIBRATION, Calibration
-from capa_export.config.options import Weights, WeightsWish
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
+from capa_export.config.weights import Weights, WeightsWish
 from capa_export.model.checkpoint import fetch_config
 from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
@@ -21,7 +22,6 @@ from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
-    ELEMENT_BYTES,
     choose_weights,
     decoder_parameters,
     device_memory,
@@ -133,7 +133,7 @@ def dry_run(
         "parameters": asdict(parameters(dims)),
         "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
-        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=ELEMENT_BYTES[precision])),
+        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=FORMATS[precision].num_bytes)),
         "vision": {"total": dims.vision.flops(visual)},
         **room(recipe, visual, dims, precision, out, **room_options),
     }
@@ -178,7 +178,7 @@ def room(
     kept = recipe.prune.num_keep([visual])
     stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
     sizes: dict[str, Any] = {"num_visual": visual, "num_text": _TEXT_TOKENS, "schedule": stages}
-    width, total = ELEMENT_BYTES[precision], parameters(dims)
+    width, total = FORMATS[precision].num_bytes, parameters(dims)
     cache = kv_cache(dims.decoder, **sizes, element_bytes=width)
     where, reason = choose_weights(dims, precision, weights, target, memory) if target and target.engine else (None, "")
     plan: dict[str, Any] = {
@@ -210,7 +210,7 @@ def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: 
 
 def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> dict[str, int]:
     """Peak bytes by stage on this machine, and of running the bundle in ONNX Runtime."""
-    total, width = parameters(dims), ELEMENT_BYTES[precision]
+    total, width = parameters(dims), FORMATS[precision].num_bytes
     stages = {
         "calibrate": calibration_bytes(total.total),
         "calibrate layer by layer": calibration_bytes(0) + int(4 / dims.decoder.num_layers * total.total),
@@ -332,12 +332,12 @@ def check_engine_disk(dims: ModelDims[Any], precision: str, folder: Path) -> Non
     Raises:
         CapaError: it has less free space than they take.
     """
-    check_disk(folder, engine_weight_bytes(parameters(dims), ELEMENT_BYTES[precision], "embedded"))
+    check_disk(folder, engine_weight_bytes(parameters(dims), FORMATS[precision].num_bytes, "embedded"))
 
 
 def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> str | None:
     """Why engines cannot be built here, if they cannot."""
-    total, width = parameters(dims), ELEMENT_BYTES[precision]
+    total, width = parameters(dims), FORMATS[precision].num_bytes
     needed, available = _engine_bytes(total, width, weights), available_memory()
     if needed <= available:
         return None

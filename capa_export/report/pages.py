@@ -1,7 +1,6 @@
 """Writes the report of a bundle: one HTML file that shows what was measured, and needs nothing else to be read."""
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+from capa_export.base.precision import FP16_MAX
 from capa_export.base.statistics import Rate
-from capa_export.calibrate.sums import FP16_MAX
-from capa_export.config.parts import parse_unit
+from capa_export.config.parts import measured_unit, parse_unit
 from capa_export.config.recipe import ranges
 from capa_export.report import charts
 from capa_export.report import words as figures
@@ -203,17 +202,9 @@ def _largest(absmax: Mapping[str, float], fp32_layers: Sequence[str]) -> list[tu
 
 
 def _in_fp32(module: str, fp32_layers: Sequence[str]) -> bool:
-    """Whether a module's output is computed in FP32; what leaves a whole layer is the residual stream."""
-    found = re.search(r"\.(\d+)(?:\.(\w+))?$", module)
-    if found is None:
-        return False
-    tower, index, part = "language_model" not in module, int(found[1]), found[2]
-    branch = part and ("mlp" if part == "mlp" else "attention")
-    return any(
-        unit.tower == tower
-        and (unit.index == index and unit.branch in (None, branch) if branch else unit.index is None)
-        for unit in map(parse_unit, fp32_layers)
-    )
+    """Whether a module's output is computed in FP32."""
+    unit = measured_unit(module)
+    return unit is not None and any(parse_unit(word).covers(unit) for word in fp32_layers)
 
 
 def _work(plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle
+from capa_export.graph.contract import NUM_KEEP
 from capa_export.graph.functions import DOMAIN
 from capa_export.kernels.cuda import Buffer, Gpu, Stream, require_gpu
 
@@ -304,10 +305,10 @@ class Engine:
             CapaError: a dimension or a number of kept tokens is outside its limits.
         """
         found = [(f"dimension {name}", size, *self.limits[name]) for name, size in sizes.items() if name in self.limits]
-        if "num_keep" in self._on_host:
+        if NUM_KEEP in self._on_host:
             # The arguments are swapped in the bindings' own documentation.
-            smallest, _, largest = self._engine.get_tensor_profile_values(0, "num_keep")
-            found += [("num_keep", *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]
+            smallest, _, largest = self._engine.get_tensor_profile_values(0, NUM_KEEP)
+            found += [(NUM_KEEP, *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]
         for what, size, least, most in found:
             if not least <= size <= most:
                 raise CapaError(

@@ -12,6 +12,19 @@ import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import say
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    NUM_KEEP,
+    PAST_LENGTHS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    cache_length,
+    is_cache,
+    is_present,
+    present_name,
+)
 from capa_export.kernels.cuda import Buffer, Graph, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.plan.device_memory import CACHE_ROWS
@@ -35,8 +48,8 @@ class DeviceCache:
     @property
     def sizes(self) -> dict[str, int]:
         """Decode's symbolic dimensions."""
-        past = {_dimension("past", stage): rows for stage, rows in enumerate(self.rows)}
-        total = {_dimension("total", stage): rows + 1 for stage, rows in enumerate(self.rows)}
+        past = {cache_length("past", stage): rows for stage, rows in enumerate(self.rows)}
+        total = {cache_length("total", stage): rows + 1 for stage, rows in enumerate(self.rows)}
         return {"batch": self.lengths.shape[1], "step": 1, **past, **total}
 
 
@@ -77,17 +90,16 @@ class EngineModel(Model[DeviceCache]):
 
     @cached_property
     def dtype(self) -> Any:
-        return self._decode.dtypes["inputs_embeds"]
+        return self._decode.dtypes[INPUTS_EMBEDS]
 
     @cached_property
     def _axes(self) -> int:
-        axes = self._decode.axis("position_ids", 0)
+        axes = self._decode.axis(POSITION_IDS, 0)
         assert isinstance(axes, int)
         return axes
 
     def _deepstack_layers(self, prompt: Prompt) -> int:  # noqa: ARG002 - one engine serves every prompt.
-        name = "deepstack_embeds"
-        return int(self._prefill.axis(name, 0)) if name in self._prefill.inputs else 0
+        return int(self._prefill.axis(DEEPSTACK_EMBEDS, 0)) if DEEPSTACK_EMBEDS in self._prefill.inputs else 0
 
     def check(self, prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Refuse prompts that the engines were not built for, or whose answers would not fit behind them.
@@ -97,7 +109,7 @@ class EngineModel(Model[DeviceCache]):
         """
         for prompt, kept in zip(prompts, num_keep, strict=True):
             for picture in prompt.pictures:
-                self._visual.check(self._visual.sizes({"pixel_values": picture.patches}))
+                self._visual.check(self._visual.sizes({PIXEL_VALUES: picture.patches}))
             self._prefill.check({"sequence": len(prompt.input_ids), "text": len(prompt.text_positions)}, kept)
         self._decode.check(_with_room(_lengths(prompts, num_keep), new_tokens).sizes)
 
@@ -110,7 +122,7 @@ class EngineModel(Model[DeviceCache]):
         _ = self._embedding
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
-        feed, sizes = {"pixel_values": picture.patches.astype(self.dtype)}, {"tokens": picture.num_tokens}
+        feed, sizes = {PIXEL_VALUES: picture.patches.astype(self.dtype)}, {"tokens": picture.num_tokens}
         outputs = self._visual.run(feed, sizes, self._stream)
         return {name: self._download(self._visual, name, buffer, sizes) for name, buffer in outputs.items()}
 
@@ -120,10 +132,13 @@ class EngineModel(Model[DeviceCache]):
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Prefill's outputs; the keys and values stay on the device."""
         num_text = len(prompt.text_positions)
-        sizes = {f"kept_{stage}": int(count) + num_text for stage, count in enumerate(feed["num_keep"])}
+        sizes = {
+            cache_length("sequence", stage): int(count) + num_text
+            for stage, count in enumerate(feed[NUM_KEEP], start=1)
+        }
         outputs = self._prefill.run(feed, sizes, self._stream)
         return {
-            name: buffer if name.startswith("present.") else self._download(self._prefill, name, buffer, sizes)
+            name: buffer if is_present(name) else self._download(self._prefill, name, buffer, sizes)
             for name, buffer in outputs.items()
         }
 
@@ -140,7 +155,7 @@ class EngineModel(Model[DeviceCache]):
 
     def _rounded(self, rows: int, stage: int) -> int:
         # Where the first layer prunes, no cache has the length before the first stage.
-        _, most = self._decode.limits.get(_dimension("past", stage), (0, rows))
+        _, most = self._decode.limits.get(cache_length("past", stage), (0, rows))
         return min(-(-rows // CACHE_ROWS) * CACHE_ROWS, most)
 
     def _stacked(self, name: str, caches: Sequence[DeviceCache], sizes: Mapping[str, int]) -> Buffer:
@@ -163,7 +178,7 @@ class EngineModel(Model[DeviceCache]):
     ) -> tuple[np.ndarray, DeviceCache]:
         """Logits [B, V] after one more token [B, 1] of each row, and the cache, which grew in place."""
         assert (cache.lengths.max(axis=1) <= cache.rows).all(), "batch() was asked for fewer tokens"
-        feed = {**self._token_feed(tokens, positions), "past_lengths": cache.lengths}
+        feed = {**self._token_feed(tokens, positions), PAST_LENGTHS: cache.lengths}
         if self._decoding is None or self._decoding.cache is not cache:
             # The memory of the last one first.
             self._decoding = None
@@ -178,11 +193,6 @@ class EngineModel(Model[DeviceCache]):
         logits = decoding.step(feed)
         cache.lengths = cache.lengths + 1
         return logits, cache
-
-
-def _dimension(length: str, stage: int) -> str:
-    """Name of a cache's length behind so many stages."""
-    return f"{length}_kept_{stage - 1}" if stage else length
 
 
 def _lengths(prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]]) -> np.ndarray:
@@ -214,7 +224,7 @@ class _Decoding:
     @property
     def num_bytes(self) -> int:
         """Of the cache, and of its copy with one more row that a step writes."""
-        return sum(buffer.num_bytes for name, buffer in self._buffers.items() if name.startswith(("past_k", "present")))
+        return sum(buffer.num_bytes for name, buffer in self._buffers.items() if is_cache(name))
 
     def capture(self) -> None:
         """Make the graph of a step.
@@ -234,14 +244,14 @@ class _Decoding:
         else:
             self._enqueue()
         self.warm = True
-        shape = self._engine.shape("logits", self._sizes)
-        return self._stream.download(self._buffers["logits"], shape, self._engine.dtypes["logits"])
+        shape = self._engine.shape(LOGITS, self._sizes)
+        return self._stream.download(self._buffers[LOGITS], shape, self._engine.dtypes[LOGITS])
 
     def _enqueue(self) -> None:
         self._engine.enqueue(self._stream)
         for name, past in self.cache.tensors.items():
             # What a step writes is the cache with one row behind it; without its first row it is the next step's.
-            present = self._buffers[name.replace("past_key_values", "present")]
+            present = self._buffers[present_name(name)]
             batch, heads, rows, head_size = self._engine.shape(name, self._sizes)
             row = self._engine.num_bytes(name, (head_size,))
             grown = Rows(present.address + row, (rows + 1) * row)

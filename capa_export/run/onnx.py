@@ -13,8 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    PAST_LENGTHS,
+    PIXEL_VALUES,
+    POSITION_IDS,
+    TEXT_POSITIONS,
+    is_past,
+    is_present,
+    past_name,
+    past_of,
+)
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.run.runtime import PAST, PRESENT, KVCache, Model, past_of
+from capa_export.run.runtime import KVCache, Model
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 if TYPE_CHECKING:
@@ -25,7 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxModel"]
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY_TYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+"""By ONNX Runtime's names of what its CPU provider computes with."""
 _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
 
@@ -67,7 +86,7 @@ class OnnxModel(Model[KVCache]):
     def _attention_bytes(self, file: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         key = file, tuple(shapes.items())
         if key not in self._attention:
-            from capa_export.passes.tile_attention import attention_bytes
+            from capa_export.passes.attention_bytes import attention_bytes
 
             self._attention[key] = attention_bytes(self._without_weights(file), shapes)
         return self._attention[key]
@@ -95,14 +114,14 @@ class OnnxModel(Model[KVCache]):
         # Slow to import, and seldom needed to run a bundle.
         import onnx_ir as ir
 
-        from capa_export.passes.tile_attention import tile_attention
-        from capa_export.passes.widen_bf16 import widen, widen_lazily
+        from capa_export.passes.tile_attention import TileAttentionPass
+        from capa_export.passes.widen_bf16 import WidenBF16Pass, widen
         from capa_export.run.sliced import SlicedSession
 
-        changes = [*([tile_attention] if in_tiles else []), *self._changes(file)]
+        changes = [*([TileAttentionPass()] if in_tiles else []), *self._changes(file)]
         if self.sliced:
             model = self._graph(file)
-            for change in [*([widen_lazily] if bfloat16 else []), *changes]:
+            for change in [*([WidenBF16Pass()] if bfloat16 else []), *changes]:
                 change(model)
             return SlicedSession(model, partial(self._connected, path))
         if bfloat16:
@@ -136,16 +155,16 @@ class OnnxModel(Model[KVCache]):
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
-    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], None]]:  # noqa: ARG002
+    def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], object]]:  # noqa: ARG002
         """What to do to a graph before it is run; nothing, unless one wants to look inside."""
         return ()
 
     def _visual(self, picture: Picture) -> Any:
-        return self._opened("visual/model.onnx", {"pixel_values": picture.patches.shape})
+        return self._opened("visual/model.onnx", {PIXEL_VALUES: picture.patches.shape})
 
     def _prefill(self, prompt: Prompt) -> Any:
-        shapes = {"inputs_embeds": (1, len(prompt.input_ids)), "position_ids": prompt.position_ids.shape}
-        return self._opened(f"llm/{self.prefill_file}", {**shapes, "text_positions": prompt.text_positions.shape})
+        shapes = {INPUTS_EMBEDS: (1, len(prompt.input_ids)), POSITION_IDS: prompt.position_ids.shape}
+        return self._opened(f"llm/{self.prefill_file}", {**shapes, TEXT_POSITIONS: prompt.text_positions.shape})
 
     @property
     def _decode(self) -> Any:
@@ -163,23 +182,23 @@ class OnnxModel(Model[KVCache]):
     @cached_property
     def dtype(self) -> type[np.floating[Any]]:
         name = self._decode.get_inputs()[0].type
-        if name not in _DTYPES:
+        if name not in NUMPY_TYPES:
             raise CapaError(
                 f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
             )
-        return _DTYPES[name]
+        return NUMPY_TYPES[name]
 
     @cached_property
     def _axes(self) -> int:
         inputs = {entry.name: entry for entry in self._decode.get_inputs()}
-        return inputs["position_ids"].shape[0]
+        return inputs[POSITION_IDS].shape[0]
 
     def _deepstack_layers(self, prompt: Prompt) -> int:
         entries = self._prefill(prompt).get_inputs()
-        return next((entry.shape[0] for entry in entries if entry.name == "deepstack_embeds"), 0)
+        return next((entry.shape[0] for entry in entries if entry.name == DEEPSTACK_EMBEDS), 0)
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
-        return _run(self._visual(picture), {"pixel_values": picture.patches.astype(self.dtype)})
+        return _run(self._visual(picture), {PIXEL_VALUES: picture.patches.astype(self.dtype)})
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         session = self._prefill(prompt)
@@ -189,7 +208,7 @@ class OnnxModel(Model[KVCache]):
         """What prefill's session takes of the inputs."""
         # Where no picture is shown, the tower has said nothing.
         empty = {
-            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], _DTYPES[entry.type])
+            entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], NUMPY_TYPES[entry.type])
             for entry in session.get_inputs()
             if entry.name in TOWER_OUTPUTS and entry.name not in feed
         }
@@ -230,8 +249,8 @@ class OnnxModel(Model[KVCache]):
         filled = [found for (found,) in run_lanes(prefill, names, lanes, timing=partial(timing, "prefill"))]
         steps = [self._steps(*one) for one in zip(prompts, filled, tokens, strict=True)]
         names = [entry.name for entry in self._decode.get_outputs()]
-        carried = {PAST + name.removeprefix(PRESENT): name for name in names if name.startswith(PRESENT)}
-        seen = [name for name in names if not name.startswith(PRESENT)]
+        carried = {past_name(name): name for name in names if is_present(name)}
+        seen = [name for name in names if not is_present(name)]
         followed = run_lanes(self._decode, seen, steps, carried, partial(timing, "decode"))
         return [[first, *others] for first, others in zip(filled, followed, strict=True)]
 
@@ -241,7 +260,7 @@ class OnnxModel(Model[KVCache]):
         """Decode's inputs at each step; those behind the first go without the cache, which the step before leaves."""
         cache = self._prefilled(prompt, filled).cache
         feeds = [
-            {**self._token_feed([[token]], [prompt.next_position + step]), "past_lengths": cache.lengths + step}
+            {**self._token_feed([[token]], [prompt.next_position + step]), PAST_LENGTHS: cache.lengths + step}
             for step, token in enumerate(tokens)
         ]
         return [{**feeds[0], **cache.tensors}, *feeds[1:]] if feeds else []
@@ -249,8 +268,8 @@ class OnnxModel(Model[KVCache]):
     def prompt_bytes(self, num_tokens: int) -> int:
         """Of what a prompt leaves of its layers: keys and values, and the hidden states where these are seen."""
         inputs = {entry.name: entry.shape for entry in self._decode.get_inputs()}
-        cached = [shape[1] * shape[3] for name, shape in inputs.items() if name.startswith(PAST)]
-        hidden = len(cached) // 2 * inputs["inputs_embeds"][-1]
+        cached = [shape[1] * shape[3] for name, shape in inputs.items() if is_past(name)]
+        hidden = len(cached) // 2 * inputs[INPUTS_EMBEDS][-1]
         return num_tokens * (sum(cached) + hidden) * self.dtype().itemsize
 
     def _cache(self, past: dict[str, Any], lengths: np.ndarray) -> KVCache:
@@ -263,8 +282,8 @@ class OnnxModel(Model[KVCache]):
         self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
     ) -> tuple[np.ndarray, KVCache]:
         feed = self._token_feed(tokens, positions)
-        result = self._append({**feed, "past_lengths": cache.lengths, **cache.tensors})
-        return result["logits"], KVCache(past_of(result), cache.lengths + feed["inputs_embeds"].shape[1])
+        result = self._append({**feed, PAST_LENGTHS: cache.lengths, **cache.tensors})
+        return result[LOGITS], KVCache(past_of(result), cache.lengths + feed[INPUTS_EMBEDS].shape[1])
 
     def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Decode's outputs."""

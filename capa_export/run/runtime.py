@@ -13,13 +13,25 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from capa_export.export.in_place import embedding_of
+from capa_export.graph.contract import (
+    DEEPSTACK_EMBEDS,
+    DEEPSTACK_FEATURES,
+    IMAGE_FEATURES,
+    INPUTS_EMBEDS,
+    LOGITS,
+    NUM_KEEP,
+    POSITION_IDS,
+    TEXT_POSITIONS,
+    is_kept,
+    kept_name,
+    past_of,
+)
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
-__all__ = ["PAST", "PRESENT", "KVCache", "Model", "PrefillRun", "past_of"]
+__all__ = ["KVCache", "Model", "PrefillRun"]
 
 Cache = TypeVar("Cache")
-PAST, PRESENT, _KEPT = "past_key_values.", "present.", "kept_positions."
 
 
 @dataclass(frozen=True)
@@ -118,23 +130,23 @@ class Model(ABC, Generic[Cache]):
         visual_saliency [T] and visual_features [T, F] where a selector reads them.
         """
         embeds = self._embedding[prompt.input_ids].astype(self.dtype)
-        result = {"inputs_embeds": embeds[None]}
+        result = {INPUTS_EMBEDS: embeds[None]}
         if layers := self._deepstack_layers(prompt):
-            result["deepstack_embeds"] = np.zeros((layers, *embeds.shape), self.dtype)
+            result[DEEPSTACK_EMBEDS] = np.zeros((layers, *embeds.shape), self.dtype)
         if prompt.pictures:
             seen = [self.features(picture) for picture in prompt.pictures]
-            embeds[prompt.is_visual] = np.concatenate([part["image_features"] for part in seen])
+            embeds[prompt.is_visual] = np.concatenate([part[IMAGE_FEATURES] for part in seen])
             for name, output in TOWER_OUTPUTS.items():
                 if output in seen[0]:
                     result[name] = _at_visual(prompt, np.concatenate([part[output] for part in seen]))
-            if "deepstack_embeds" in result:
-                deepstack_LND = np.concatenate([part["deepstack_features"] for part in seen], axis=1)
-                result["deepstack_embeds"][:, prompt.is_visual] = deepstack_LND
+            if DEEPSTACK_EMBEDS in result:
+                deepstack_LND = np.concatenate([part[DEEPSTACK_FEATURES] for part in seen], axis=1)
+                result[DEEPSTACK_EMBEDS][:, prompt.is_visual] = deepstack_LND
         return result
 
     def see(self, picture: Picture) -> np.ndarray:
         """Visual tokens [N, D] of one picture."""
-        return self.features(picture)["image_features"]
+        return self.features(picture)[IMAGE_FEATURES]
 
     def prefill(
         self, prompt: Prompt, num_keep: Sequence[int], embeds: Mapping[str, np.ndarray] | None = None
@@ -149,26 +161,25 @@ class Model(ABC, Generic[Cache]):
         """Prefill's inputs, of which a graph takes some."""
         return {
             **embeds,
-            "position_ids": prompt.position_ids,
-            "text_positions": prompt.text_positions,
+            POSITION_IDS: prompt.position_ids,
+            TEXT_POSITIONS: prompt.text_positions,
             "visual_grid": prompt.visual_grid,
-            "num_keep": np.asarray(num_keep, np.int64),
+            NUM_KEEP: np.asarray(num_keep, np.int64),
         }
 
     def _prefilled(self, prompt: Prompt, result: Mapping[str, Any]) -> PrefillRun[Cache]:
         """What prefill's outputs are."""
-        stages = sum(name.startswith(_KEPT) for name in result)
-        kept = [result[f"{_KEPT}{stage}"] for stage in range(stages)]
+        kept = [result[kept_name(stage)] for stage in range(sum(map(is_kept, result)))]
         lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
-        return PrefillRun(result["logits"][0], self._cache(past_of(result), lengths), kept)
+        return PrefillRun(result[LOGITS][0], self._cache(past_of(result), lengths), kept)
 
     def _token_feed(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> dict[str, np.ndarray]:
         """Decode's inputs for text tokens [B, S], each row's first at its position, without the cache."""
         token_ids = np.asarray(tokens, np.int64)
         step = np.arange(token_ids.shape[1])
         return {
-            "inputs_embeds": self._embedding[token_ids].astype(self.dtype),
-            "position_ids": np.tile(np.asarray(positions, np.int64)[:, None] + step, (self._axes, 1, 1)),
+            INPUTS_EMBEDS: self._embedding[token_ids].astype(self.dtype),
+            POSITION_IDS: np.tile(np.asarray(positions, np.int64)[:, None] + step, (self._axes, 1, 1)),
         }
 
     def step(self, cache: Cache, token: int, position: int) -> tuple[np.ndarray, Cache]:
@@ -182,8 +193,3 @@ def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:
     whole = np.zeros((len(prompt.input_ids), *rows.shape[1:]), rows.dtype)
     whole[prompt.is_visual] = rows
     return whole
-
-
-def past_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Decode's past inputs, of the present outputs of a graph."""
-    return {PAST + name.removeprefix(PRESENT): value for name, value in result.items() if name.startswith(PRESENT)}

@@ -16,18 +16,14 @@ import onnx
 import onnx_ir as ir
 
 from capa_export.config.parts import layer_of
+from capa_export.run.onnx import NUMPY_TYPES
 
 __all__ = ["Entry", "SlicedSession", "run_lanes", "without_lazy_weights"]
 
 Feed = Mapping[str, np.ndarray]
 
-_TYPES = {
-    ir.DataType.FLOAT: "tensor(float)",
-    ir.DataType.FLOAT16: "tensor(float16)",
-    ir.DataType.INT64: "tensor(int64)",
-    ir.DataType.BOOL: "tensor(bool)",
-}
-_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
+_DTYPES = {name: ir.DataType.from_numpy(np.dtype(dtype)) for name, dtype in NUMPY_TYPES.items()}
+_TYPES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)

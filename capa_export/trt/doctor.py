@@ -12,12 +12,14 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, how_to_install
+from capa_export.base.precision import FORMATS
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.target import Target, version_parts
+from capa_export.graph.contract import PIXEL_VALUES
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
-from capa_export.plan.device_memory import ELEMENT_BYTES, choose_weights, device_memory, devices_with_room
+from capa_export.plan.device_memory import choose_weights, device_memory, devices_with_room
 from capa_export.plan.flops import kv_cache
 from capa_export.trt.kit import GRAPHS
 
@@ -216,7 +218,7 @@ def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Find
             yield Finding("build memory", "problem", str(error))
         else:
             yield Finding("build memory", "ok", f"enough for engines with {weights} weights")
-    longest, width = target.dim("sequence").max, ELEMENT_BYTES[precision]
+    longest, width = target.dim("sequence").max, FORMATS[precision].num_bytes
     cache = kv_cache(dims.decoder, num_visual=0, num_text=longest, schedule=[], element_bytes=width)
     held = device_memory(dims, precision, weights, target, cache, _contexts(built))
     parts = {"weights": held.weights, "activations": held.contexts, f"cache of {longest} tokens": held.kv_cache}
@@ -250,7 +252,7 @@ def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:
         return
     prompter = bundled_prompter(bundle)
     graph = ir.load(bundle.folder / ONNX / "visual" / "model.onnx").graph
-    (pixels,) = (value for value in graph.inputs if value.name == "pixel_values")
+    (pixels,) = (value for value in graph.inputs if value.name == PIXEL_VALUES)
     for what, size in _PICTURES.items():
         try:
             prompt = prompter("?", [Image.new("RGB", size)])

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.recipe import recipe_of
+from capa_export.graph.contract import is_cache
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.onnx import OnnxModel
 
@@ -19,7 +20,6 @@ __all__ = ["write_golden"]
 _STEPS = 2
 _SIDE = 224
 """Of the picture, in pixels."""
-_CACHE = ("past_key_values.", "present.")
 
 
 Run = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
@@ -74,7 +74,7 @@ def write_golden(folder: Path, bundle: Bundle) -> None:
     tensors: dict[str, np.ndarray] = {}
 
     def kept(index: int, values: Mapping[str, np.ndarray]) -> dict[str, str]:
-        keys = {name: f"{index}.{name}" for name in values if not name.startswith(_CACHE)}
+        keys = {name: f"{index}.{name}" for name in values if not is_cache(name)}
         tensors.update({key: np.ascontiguousarray(values[name]) for name, key in keys.items()})
         return keys
 

@@ -16,9 +16,9 @@ from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.store import ONNX, Bundle, digest_of, file_digest
-from capa_export.config.options import Weights
 from capa_export.config.plugins import PluginKind, PluginWish, choose_device_plugins
 from capa_export.config.target import DimRange, Engine, Target, version_parts
+from capa_export.config.weights import Weights
 from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes

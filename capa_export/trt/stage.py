@@ -16,10 +16,11 @@ from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.confined import confined
 from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, run_stage
-from capa_export.config.options import BuildOptions, Weights, WeightsWish
+from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import NO_PLUGINS, Plugins, PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
+from capa_export.config.weights import Weights, WeightsWish
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory

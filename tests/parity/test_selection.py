@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capa_export.config.recipe import Bound, load_recipe
+from capa_export.config.gates import Bound
+from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Stage
 from capa_export.parity.records import Noise
 from capa_export.parity.selection import Choice, agreeing

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.passes.external_weights import ExternalWeight, externalize_weights
+from capa_export.passes.external_weights import ExternalWeight, ExternalWeightsPass, movable_weights
 
 GRAPH = """
 <ir_version: 10, opset_import: ["": 24]>
@@ -46,8 +46,8 @@ def _saved(tmp_path: Path) -> Path:
 
 def test_only_what_gemm_alone_reads_transposed_moves(tmp_path: Path) -> None:
     model = ir.load(_saved(tmp_path))
-    moved = externalize_weights(model)
-    assert [weight.name for weight in moved] == ["first"]
+    assert [weight.name for weight in movable_weights(model)] == ["first"]
+    assert ExternalWeightsPass()(model).modified
     assert [value.name for value in model.graph.inputs] == ["x", "first"]
     assert set(model.graph.initializers) == {"also_cast", "untransposed", "small"}
     moved_path = tmp_path / "moved.onnx"
@@ -58,7 +58,7 @@ def test_only_what_gemm_alone_reads_transposed_moves(tmp_path: Path) -> None:
 def test_the_entry_says_where_the_bytes_lie(tmp_path: Path) -> None:
     path = _saved(tmp_path)
     expected = {name: value.const_value.numpy() for name, value in _model().graph.initializers.items()}
-    (weight,) = externalize_weights(ir.load(path))
+    (weight,) = movable_weights(ir.load(path))
     assert weight == ExternalWeight(
         name="first",
         location="g.onnx.data",
@@ -74,15 +74,19 @@ def test_the_entry_says_where_the_bytes_lie(tmp_path: Path) -> None:
 def test_the_bytes_are_not_needed(tmp_path: Path) -> None:
     path = _saved(tmp_path)
     (tmp_path / "g.onnx.data").unlink()
-    assert len(externalize_weights(ir.load(path))) == 1
+    assert len(movable_weights(ir.load(path))) == 1
+    assert ExternalWeightsPass()(ir.load(path)).modified
 
 
 def test_a_second_run_moves_nothing(tmp_path: Path) -> None:
     model = ir.load(_saved(tmp_path))
-    externalize_weights(model)
-    assert externalize_weights(model) == []
+    assert ExternalWeightsPass()(model).modified
+    text = ir.to_proto(model).SerializeToString()
+    assert movable_weights(model) == []
+    assert not ExternalWeightsPass()(model).modified
+    assert ir.to_proto(model).SerializeToString() == text
 
 
 def test_weights_inside_the_onnx_file_are_refused() -> None:
     with pytest.raises(CapaError, match="the bytes of first are in the ONNX file"):
-        externalize_weights(_model())
+        ExternalWeightsPass()(_model())

@@ -15,7 +15,7 @@ from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
-from capa_export.passes.lower import lower
+from capa_export.passes.lower import LowerPass
 from capa_export.trt.stage import build_graphs
 from tests.models import FAMILIES
 from tests.targets import one_gpu
@@ -110,7 +110,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 def lowered(path: Path) -> Path:
     """The lowered graph, beside the original and over its weights."""
     model = ir.load(path)
-    assert lower(model, JETPACK_6)
+    assert LowerPass(JETPACK_6)(model).modified
     out = path.with_name(f"lowered-{path.name}")
     ir.save(model, out)
     return out
@@ -175,16 +175,16 @@ def test_is_written_in_what_older_versions_import(graphs: Graphs, family: str, g
 
 def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
     model = ir.load(graphs("qwen25vl", "fp16") / "llm" / "prefill.onnx")
-    assert lower(model, JETPACK_6)
+    assert LowerPass(JETPACK_6)(model).modified
     text = ir.to_proto(model).SerializeToString()
-    assert not lower(model, JETPACK_6)
+    assert not LowerPass(JETPACK_6)(model).modified
     assert ir.to_proto(model).SerializeToString() == text
 
 
 def test_newer_versions_get_the_graph_as_it_is(graphs: Graphs) -> None:
     model = ir.load(graphs("qwen25vl", "fp16") / "llm" / "prefill.onnx")
     text = ir.to_proto(model).SerializeToString()
-    assert not lower(model, (10, 15))
+    assert not LowerPass((10, 15))(model).modified
     assert ir.to_proto(model).SerializeToString() == text
 
 
@@ -205,7 +205,7 @@ def test_names_lead_to_the_node_that_was(graphs: Graphs) -> None:
 def test_a_function_of_the_callers_keeps_its_body(graphs: Graphs) -> None:
     model = ir.load(graphs("qwen25vl", "fp16") / "llm" / "prefill.onnx")
     before = {function.name for function in model.functions.values()}
-    lower(model, JETPACK_6)
+    LowerPass(JETPACK_6)(model)
     assert {function.name for function in model.functions.values()} == before
 
 
@@ -219,7 +219,7 @@ def test_norms_of_large_values_do_not_overflow(dtype: type, tmp_path: Path) -> N
             y = RMSNormalization <axis = -1, epsilon = 1e-6, stash_type = 1> (x, scale)
         }}"""
     )
-    lower(model, JETPACK_6)
+    LowerPass(JETPACK_6)(model)
     ir.save(model, tmp_path / "norm.onnx")
     x = np.full((2, 64), 6e4).astype(dtype)
     if dtype is np.float16:

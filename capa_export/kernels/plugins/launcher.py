@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import HalfPrecision
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import (
     COMPUTE_CAPABILITIES,
     CompiledKernel,
-    HalfDtype,
     compile_kernels,
     has_half,
     variant_name,
@@ -59,7 +59,7 @@ class Launcher:
         self._images: dict[tuple[int, int], dict[str, CompiledKernel]] = {}
         self._functions: dict[tuple[int, str], tuple[Any, CompiledKernel]] = {}
 
-    def prepare(self, operator: Operator, dtype: HalfDtype, size: Any) -> list[Call]:
+    def prepare(self, operator: Operator, dtype: HalfPrecision, size: Any) -> list[Call]:
         """The launches that compute `operator`, in order, kernels loaded.
 
         Args:

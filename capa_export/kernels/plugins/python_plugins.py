@@ -8,7 +8,7 @@ The bindings print what a method raises and report a failure to TensorRT.
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.graph.functions import PLUGIN
 from capa_export.kernels import OPERATORS
-from capa_export.kernels.compile import CompiledKernel, HalfDtype
+from capa_export.kernels.compile import CompiledKernel
 from capa_export.kernels.operator import Operator, Tensor
 from capa_export.kernels.plugins.launcher import Call, Launcher, scratch_offsets
+
+if TYPE_CHECKING:
+    from capa_export.base.precision import HalfPrecision
 
 __all__ = ["register"]
 
@@ -92,7 +95,7 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
     inputs = {name: tensor for name, tensor in operator.inputs.items() if name not in operator.value_inputs}
     tensors = [*inputs.values(), *operator.outputs.values()]
     first_half = next((index for index, tensor in enumerate(tensors) if tensor.dtype == "half"), 0)
-    halves: dict[Any, HalfDtype] = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    halves: dict[Any, HalfPrecision] = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
     types = {"fp32": trt.DataType.FLOAT, "int32": trt.DataType.INT32, "int64": trt.DataType.INT64}
 
     def size_from(shapes: Sequence[Sequence[int]]) -> Any:

@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 import pytest
 
+from capa_export.base.precision import HalfPrecision
 from capa_export.kernels import OPERATORS
-from capa_export.kernels.compile import CompiledKernel, HalfDtype, has_half, variant_name
+from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
 from capa_export.kernels.operator import Launch, Operator
 from tests.kernels.plugins.conftest import HERE, shell
 
@@ -77,7 +78,7 @@ class Call:
     shapes: Shapes
     attributes: dict[str, float]
     kept: int
-    half: HalfDtype
+    half: HalfPrecision
 
     def __post_init__(self) -> None:
         inputs = {name: tensor for name, tensor in self.operator.inputs.items() if name in self.shapes}
@@ -170,7 +171,7 @@ def test_a_call_launches_what_the_operator_lists(
     driver: Path,
     sources: Path,
     kernels: list[CompiledKernel],
-    half: HalfDtype,
+    half: HalfPrecision,
     gpu: str,
     image: str | None,
 ) -> None:

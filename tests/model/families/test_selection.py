@@ -23,7 +23,7 @@ from capa_export.model.families import SelectionFamily, load_family, require_sel
 from capa_export.model.families.qwen25vl.dims import last_full_block
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.model.source import Source
-from capa_export.passes.fp32_parts import compute_in_fp32
+from capa_export.passes.fp32_parts import FP32PartsPass
 from capa_export.trt.stage import build_graphs
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen25vl
@@ -49,7 +49,7 @@ class Subject:
         dtype = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}[precision]
         model = self.family.vision_model(self.source.dims.vision, dtype, selection=selection)
         if fp32 is not None:
-            assert compute_in_fp32(model, [parse_unit(fp32)])
+            assert FP32PartsPass([parse_unit(fp32)])(model).modified
         path = self.folder / f"{precision}-{selection}.onnx"
         bind([model], self.source.tensors, dtype=dtype, data_path=path.with_suffix(".data"))
         ir.save(model, path)

@@ -6,6 +6,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped_names
+from capa_export.config.gates import Gate
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Prune
 from capa_export.study.tune.recipe_file import recipe_text, write_recipe
@@ -40,7 +41,9 @@ def test_schedule_and_odd_characters_come_back(tmp_path: Path) -> None:
 
 
 def test_sections_are_as_in_shipped_recipes() -> None:
-    text = recipe_text(load_recipe("qwen25vl"), "")
+    recipe = load_recipe("qwen25vl")
+    gated = recipe.parity.model_copy(update={"fp16": Gate.model_validate(recipe.parity.fp16.model_dump())})
+    text = recipe_text(recipe.model_copy(update={"parity": gated}), "")
     assert "\n[prune]\nschedule = [{ layer = 3, ratio = 0.75 }]\nalternatives = [11, 21]\n" in text
     assert "\n[parity.fp16]\ncosine = { limit = 0.999, healthy = 0.99998 }\n" in text
 

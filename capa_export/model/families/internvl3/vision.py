@@ -6,14 +6,13 @@ B = tiles, S = patches along a tile's side, L = S*S + 1 tokens with [CLS], D = h
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.build import END, Input, Output, build_model
+from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear, RMSNorm, attention, class_attention, tokens_from_heads
 from capa_export.model.families.internvl3.dims import Vision as Dims
 
 __all__ = ["vision_model"]
 
-_END = 2**31 - 1
-"""A slice end past any length."""
 _PROJECTOR_EPSILON = 1e-5
 _QK_EPSILON = 1e-6
 
@@ -141,7 +140,7 @@ class VisionTower(nn.Module):
         """[B, S*S, D]."""
         x_TD = self.encoder(op, self.embeddings(op, pixel_values), seen)
         by_tile = op.Reshape(x_TD, [-1, self.dims.num_patches + 1, self.dims.hidden_size])
-        patches = op.Slice(by_tile, [1], [_END], [1])
+        patches = op.Slice(by_tile, [1], [END], [1])
         return patches if self.layernorm is None else self.layernorm(op, patches)
 
 
@@ -178,16 +177,16 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        patches = VisionTower(dims, dtype)(op, values["pixel_values"], seen if selection else None)
+        patches = VisionTower(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
         features, squares = Projector(dims, dtype)(op, patches)
-        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         for weights_BL in seen:
             shuffle = dims.side // dims.token_side
             by_square = [-1, dims.token_side, shuffle, dims.token_side, shuffle]
-            paid = op.Reshape(op.Slice(weights_BL, [1], [_END], [1]), by_square)
+            paid = op.Reshape(op.Slice(weights_BL, [1], [END], [1]), by_square)
             saliency = op.Reshape(op.ReduceMean(paid, [2, 4], keepdims=0), [-1])
             outputs.append(("saliency", saliency, ("tokens",)))
             outputs.append(("tower_features", squares, ("tokens", dims.shuffled_size)))
         return outputs
 
-    return build_model("visual", [Input("pixel_values", dtype, shape)], trace)
+    return build_model("visual", [Input(PIXEL_VALUES, dtype, shape)], trace)

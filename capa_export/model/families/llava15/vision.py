@@ -6,14 +6,12 @@ B = pictures, S = positions (class token and patches), N = B*S, D = hidden size,
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.build import END, Input, Output, build_model
+from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear, attention, class_attention, tokens_from_heads
 from capa_export.model.families.llava15.dims import Vision as Dims
 
 __all__ = ["vision_model"]
-
-_END = 2**31 - 1
-"""A slice end past any length."""
 
 
 class PositionEmbedding(nn.Module):
@@ -134,7 +132,7 @@ class Tower(nn.Module):
         if dims.keeps_class_token:
             return x_ND
         x_BSD = op.Reshape(x_ND, [-1, dims.num_positions, dims.hidden_size])
-        return op.Reshape(op.Slice(x_BSD, [1], [_END], [1]), [-1, dims.hidden_size])
+        return op.Reshape(op.Slice(x_BSD, [1], [END], [1]), [-1, dims.hidden_size])
 
 
 class Projector(nn.Module):
@@ -163,14 +161,14 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        x_ND = Tower(dims, dtype)(op, values["pixel_values"], seen if selection else None)
+        x_ND = Tower(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
         outputs: list[Output] = [
-            ("image_features", Projector(dims, dtype)(op, x_ND), ("tokens", dims.out_hidden_size)),
+            (IMAGE_FEATURES, Projector(dims, dtype)(op, x_ND), ("tokens", dims.out_hidden_size)),
         ]
         for weights_BS in seen:
-            kept = weights_BS if dims.keeps_class_token else op.Slice(weights_BS, [1], [_END], [1])
+            kept = weights_BS if dims.keeps_class_token else op.Slice(weights_BS, [1], [END], [1])
             outputs.append(("saliency", op.Reshape(kept, [-1]), ("tokens",)))
             outputs.append(("tower_features", x_ND, ("tokens", dims.hidden_size)))
         return outputs
 
-    return build_model("visual", [Input("pixel_values", dtype, shape)], trace)
+    return build_model("visual", [Input(PIXEL_VALUES, dtype, shape)], trace)

@@ -12,7 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from capa_export.base.precision import FP16_MAX
 from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, mean_attention, tokens_from_heads
 from capa_export.graph.rotary import rotary_frequencies
 from capa_export.model.families.qwen25vl.dims import Vision as Dims
@@ -211,7 +213,7 @@ class Vision(nn.Module):
         ones = op.Expand(op.Constant(value_floats=[1.0]), op.Concat(op.Shape(angles, start=0, end=1), [1], axis=0))
         is_patch = op.Reshape(windows.split(op, ones, 1), [-1, 1, 1, length])
         # One row per query: ONNX Runtime does not broadcast the mask over them.
-        mask = op.Expand(op.Cast(op.Mul(op.Sub(is_patch, 1.0), 65504.0), to=self.dtype), [1, 1, length, 1])
+        mask = op.Expand(op.Cast(op.Mul(op.Sub(is_patch, 1.0), FP16_MAX), to=self.dtype), [1, 1, length, 1])
         return (
             Layout(table("Cos", by_window=False), table("Sin", by_window=False), None),
             Layout(table("Cos", by_window=True), table("Sin", by_window=True), mask),
@@ -261,12 +263,12 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        features = Vision(dims, dtype)(op, values["pixel_values"], seen if selection else None)
-        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        features = Vision(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
+        outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         for paid in seen:
             by_unit = op.Reshape(paid, [-1, dims.spatial_merge_size**2])
             outputs.append(("saliency", op.ReduceMean(by_unit, [1], keepdims=0), ("tokens",)))
             outputs.append(("tower_features", op.Identity(features), ("tokens", dims.out_hidden_size)))
         return outputs
 
-    return build_model("visual", [Input("pixel_values", dtype, shape)], trace)
+    return build_model("visual", [Input(PIXEL_VALUES, dtype, shape)], trace)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from capa_export.graph.build import Input, Output, build_model
+from capa_export.graph.contract import DEEPSTACK_FEATURES, IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear
 from capa_export.model.families.qwen3vl.dims import Vision as Dims
 from capa_export.model.families.qwen25vl.vision import Layout, PatchEmbed, VisionAttention, rotary_angles
@@ -138,11 +139,11 @@ def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
     shape = ("frames", "rows", "cols", dims.spatial_merge_size**2, dims.patch_values)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        features, deepstack = Vision(dims, dtype)(op, values["pixel_values"])
-        outputs: list[Output] = [("image_features", features, ("tokens", dims.out_hidden_size))]
+        features, deepstack = Vision(dims, dtype)(op, values[PIXEL_VALUES])
+        outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         if deepstack:
             stacked = op.Concat(*(op.Unsqueeze(part, [0]) for part in deepstack), axis=0)
-            outputs.append(("deepstack_features", stacked, (len(deepstack), "tokens", dims.out_hidden_size)))
+            outputs.append((DEEPSTACK_FEATURES, stacked, (len(deepstack), "tokens", dims.out_hidden_size)))
         return outputs
 
-    return build_model("visual", [Input("pixel_values", dtype, shape)], trace)
+    return build_model("visual", [Input(PIXEL_VALUES, dtype, shape)], trace)
