@@ -1,4 +1,4 @@
-"""Generates with a bundle's graphs: what every runtime does alike.
+"""Runs a bundle's graphs: the part that all runtimes share.
 
 B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, G = KV heads, d = head size.
 """
@@ -16,7 +16,7 @@ from capa_export.export.in_place import embedding_of
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
-__all__ = ["PAST", "PRESENT", "KVCache", "Model", "PrefillRun", "past_of"]
+__all__ = ["PAST", "PRESENT", "KVCache", "PrefillRun", "RuntimeModel", "past_of"]
 
 Cache = TypeVar("Cache")
 PAST, PRESENT, _KEPT = "past_key_values.", "present.", "kept_positions."
@@ -33,7 +33,7 @@ class KVCache:
 
     @classmethod
     def stacked(cls, caches: "Sequence[KVCache]") -> "KVCache":
-        """One batch of several."""
+        """Merge several caches into one batch."""
         names = caches[0].tensors
         tensors = {name: _stacked([cache.tensors[name] for cache in caches]) for name in names}
         return cls(tensors, np.concatenate([cache.lengths for cache in caches], axis=1))
@@ -46,7 +46,7 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PrefillRun(Generic[Cache]):
-    """What a prefill returned."""
+    """The result of a prefill."""
 
     logits: np.ndarray
     """[V] FP32, last position."""
@@ -55,7 +55,7 @@ class PrefillRun(Generic[Cache]):
     """Prompt positions [K] that survive each stage, ascending."""
 
 
-class Model(ABC, Generic[Cache]):
+class RuntimeModel(ABC, Generic[Cache]):
     """A bundle's graphs as one runtime runs them, and its embedding table."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Model(ABC, Generic[Cache]):
 
     @property
     def device(self) -> dict[str, Any]:
-        """What there is to say about where it runs, if that is not this machine's processor."""
+        """Entries of a result about the device it runs on; none for this machine's processor."""
         return {}
 
     @cached_property
@@ -98,7 +98,7 @@ class Model(ABC, Generic[Cache]):
 
     @abstractmethod
     def batch(self, caches: Sequence[Cache], new_tokens: int) -> Cache:
-        """One batch of several caches, for answers of up to `new_tokens`."""
+        """Merge several caches into one batch, for answers of up to `new_tokens`."""
 
     @abstractmethod
     def append(
@@ -156,7 +156,7 @@ class Model(ABC, Generic[Cache]):
         }
 
     def _prefilled(self, prompt: Prompt, result: Mapping[str, Any]) -> PrefillRun[Cache]:
-        """What prefill's outputs are."""
+        """The result of a prefill, made from its outputs."""
         stages = sum(name.startswith(_KEPT) for name in result)
         kept = [result[f"{_KEPT}{stage}"] for stage in range(stages)]
         lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
@@ -178,7 +178,7 @@ class Model(ABC, Generic[Cache]):
 
 
 def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:
-    """One row a prompt token [T, ...], zero for text."""
+    """The rows of visual tokens as rows of all prompt tokens [T, ...], zero for text."""
     whole = np.zeros((len(prompt.input_ids), *rows.shape[1:]), rows.dtype)
     whole[prompt.is_visual] = rows
     return whole
