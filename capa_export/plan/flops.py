@@ -95,7 +95,7 @@ class KVCacheSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeFlops:
-    """FLOPs of the first generated token, whose attention reads the prompt's cache and itself; its FFNs are all full."""
+    """FLOPs of the first generated token, attending to the prompt's cache and itself, all its FFNs full."""
 
     dense: int
     capa: int

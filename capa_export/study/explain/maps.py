@@ -1,4 +1,4 @@
-"""What one layer makes of every visual token, and which of them are sinks.
+"""Maps the visual tokens at one layer, and finds the sinks among them.
 
 T = prompt tokens, N = visual ones among them, D = hidden size, H = query heads, G = KV heads, d = head size.
 """
