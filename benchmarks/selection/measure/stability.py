@@ -21,7 +21,7 @@ from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
-from capa_export.model.eager import EagerInputs, EagerPlan, Prefill
+from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill
 from capa_export.study.evaluate.answers import max_answer_tokens
 from capa_export.study.evaluate.eager_answers import EagerMethods
 
@@ -110,7 +110,7 @@ def _agreement(own_V: np.ndarray, first_V: np.ndarray) -> tuple[float, float, fl
     return spearman(own_V, first_V), quarter, tenth
 
 
-def _forced(opened: EagerMethods, run: Prefill, answer: Sequence[int]) -> list[np.ndarray]:
+def _forced(opened: EagerMethods, run: EagerPrefill, answer: Sequence[int]) -> list[np.ndarray]:
     """Logits [W] that say each token of the answer, and its end."""
     steps = (opened.eager.step(run, token, run.next_position + step) for step, token in enumerate(answer))
     return [logits.numpy() for logits in (run.logits, *steps)]

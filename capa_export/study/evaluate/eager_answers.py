@@ -14,7 +14,7 @@ from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, EagerPrefill, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt
@@ -64,7 +64,7 @@ class EagerMethods:
         """The inputs that the decoder and the selectors of all methods read."""
         return inputs_for(self.every, self.model.family, self.model.eager, prompt)
 
-    def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[Prefill, dict[int, float]]:
+    def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[EagerPrefill, dict[int, float]]:
         """The prefill of all tokens, and how linear each layer is for them."""
         is_visual = torch.from_numpy(prompt.is_visual)
         seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -106,7 +106,7 @@ class EagerMethods:
         alphas = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
         return {layer: torch.ones_like(alpha) for layer, alpha in alphas.items()} if method.ffn == "skip" else alphas
 
-    def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: Prefill) -> Answer:
+    def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: EagerPrefill) -> Answer:
         run = dense if name == DENSE else self.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
         first_V = run.logits
         tokens = self.greedy(run, max_answer_tokens(self.model.prompter, prompt, self.given.max_new_tokens))
@@ -119,7 +119,7 @@ class EagerMethods:
             kl=kl_divergence(dense.logits, first_V),
         )
 
-    def greedy(self, run: Prefill, limit: int) -> list[int]:
+    def greedy(self, run: EagerPrefill, limit: int) -> list[int]:
         """The likeliest tokens, without the one that ends the answer."""
         tokens: list[int] = []
         logits = run.logits

@@ -18,7 +18,7 @@ from capa_export.config.recipe import Stage
 from capa_export.config.schedule import Method, parse_method, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
-from capa_export.model.eager import Prefill
+from capa_export.model.eager import EagerPrefill
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt, Turn
@@ -96,7 +96,7 @@ def explain(
     )
     limit = max_answer_tokens(model.prompter, prompt, max_new_tokens)
 
-    def answered(name: str) -> tuple[Prefill, list[int]]:
+    def answered(name: str) -> tuple[EagerPrefill, list[int]]:
         run = dense if name == DENSE else runs.eager.prefill(inputs, is_visual, plans[name])
         return run, runs.greedy(run, limit)
 
@@ -228,7 +228,7 @@ def _check(model: Model, bundle: Bundle, method: Method, prompt: Prompt, calibra
             raise CapaError(f"method {method.name}: {error}") from error
 
 
-def _kept(prompt: Prompt, run: Prefill) -> list[int]:
+def _kept(prompt: Prompt, run: EagerPrefill) -> list[int]:
     """Visual tokens that are left at the end; all where nothing is dropped."""
     order = prompt.is_visual.cumsum() - 1
     positions = list(run.kept.values())[-1].tolist() if run.kept else range(len(order))
