@@ -148,10 +148,10 @@ def test_tampered_files_are_refused_by_every_reader(
 
 
 def test_a_tampered_manifest_is_refused_at_every_byte(built: Path) -> None:
-    from capa_export.bundle.manifest import parsed
+    from capa_export.bundle.manifest import parse_manifest
 
     data = (built / MANIFEST).read_bytes()
-    parsed(data)
+    parse_manifest(data)
     chosen = np.random.default_rng(1)
     for offset in (*range(0, len(data), 97), *range(len(data) - 99, len(data))):
         changed = bytes([data[offset] ^ int(chosen.integers(1, 256))])
@@ -161,7 +161,7 @@ def test_a_tampered_manifest_is_refused_at_every_byte(built: Path) -> None:
             data[:offset],
         ):
             with pytest.raises((ValueError, RecursionError)):
-                parsed(tampered)
+                parse_manifest(tampered)
 
 
 def test_space_that_no_value_depends_on_counts(built: Path, tmp_path: Path) -> None:

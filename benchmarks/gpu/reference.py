@@ -20,7 +20,7 @@ from capa_export.parity.comparison import Comparison
 from capa_export.parity.selection import overlap
 from capa_export.parity.trace import Trace
 from capa_export.run.onnx import OnnxModel
-from capa_export.run.runtime import Model
+from capa_export.run.runtime import RuntimeModel
 
 __all__ = ["PARITY_RATIO", "Graphs", "feed", "figures", "trace"]
 
@@ -62,7 +62,7 @@ class Graphs:
         return Trace(saved["logits"], [saved["kept"]])
 
 
-def trace(model: Model[Any], num_keep: int, tokens: Sequence[int] = ()) -> Trace:
+def trace(model: RuntimeModel[Any], num_keep: int, tokens: Sequence[int] = ()) -> Trace:
     """Logits of prefill and of a few steps, greedy or fed the tokens."""
     given = prompt()
     run = model.prefill(given, [num_keep], feed(model))
@@ -74,7 +74,7 @@ def trace(model: Model[Any], num_keep: int, tokens: Sequence[int] = ()) -> Trace
     return Trace(np.stack(logits), run.kept)
 
 
-def feed(model: Model[Any]) -> dict[str, np.ndarray]:
+def feed(model: RuntimeModel[Any]) -> dict[str, np.ndarray]:
     """The prompt's embeddings, as prefill takes them."""
     return {"inputs_embeds": embeddings(embedding_of(model.folder / "llm").shape[1])}
 

@@ -16,7 +16,7 @@ from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question, Questions, questions_from
-from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, Split, samples
+from capa_export.data.scenes import HARD_KINDS, KINDS, SceneSample, Split, samples
 from capa_export.model.model import Model
 from capa_export.plan.flops import flops
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
@@ -84,7 +84,7 @@ class Bed:
 
     @cached_property
     def _prompt(self) -> Any:
-        return self.model.prompter.chat(self.questions.read(self.questions.rows[0]).opened())
+        return self.model.prompter.chat(self.questions.read(self.questions.rows[0]).open())
 
     def each(
         self,
@@ -108,7 +108,7 @@ def _measurer(
     return partial(measure, EagerMethods(given))
 
 
-def questions_drawn(count: int, split: Split = "held_out") -> Iterator[Sample]:
+def questions_drawn(count: int, split: Split = "held_out") -> Iterator[SceneSample]:
     """All kinds in turn."""
     plain = samples(count, seed=SEED, kinds=KINDS_ASKED[:-1], split=split)
     heavy = samples(count, seed=SEED, kinds=KINDS, heavy=True, split=split)

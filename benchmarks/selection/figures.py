@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from capa_export.base.errors import CapaError
 from capa_export.base.statistics import Difference
 from capa_export.base.toml import Settings, first_problem
-from capa_export.study.evaluate.schema import Scored
+from capa_export.study.evaluate.schema import MethodScores
 
 __all__ = [
     "About",
@@ -56,7 +56,7 @@ class Against(Settings):
 class Row(Settings):
     """One method."""
 
-    scored: Scored
+    scored: MethodScores
     flops: float
     """Prefill, as a share of dense, of one picture with its question."""
     against: dict[str, Against] = Field(default_factory=dict)
@@ -71,7 +71,7 @@ class Answers(Settings):
     rows: tuple[Row, ...]
 
     @property
-    def dense(self) -> Scored:
+    def dense(self) -> MethodScores:
         return self.rows[0].scored
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, samples
+from capa_export.data.scenes import HARD_KINDS, KINDS, SceneSample, samples
 
 __all__ = ["main", "write_dataset"]
 
@@ -14,7 +14,7 @@ _SEED = 7
 """Neither that of the published evaluation nor that of calibration."""
 
 
-def write_dataset(folder: Path, drawn: Iterable[Sample]) -> Path:
+def write_dataset(folder: Path, drawn: Iterable[SceneSample]) -> Path:
     """Writes each picture as a PNG, and a .jsonl file with one conversation, answer and kind per line.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from capa_export.data.scenes import HARD_KINDS, KINDS, Sample, samples
+from capa_export.data.scenes import HARD_KINDS, KINDS, SceneSample, samples
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompter
@@ -24,7 +24,7 @@ class Asker:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
     @torch.inference_mode()
-    def answer(self, sample: Sample) -> str:
+    def answer(self, sample: SceneSample) -> str:
         """Everything the model says after the prompt, the end token included."""
         images, prompter = list(sample.images), self.prompter
         prompt = prompter(sample.question, images)
@@ -40,7 +40,7 @@ class Asker:
         )
         return prompter.tokenizer.decode(out[0, ids.shape[1] :])
 
-    def is_right(self, sample: Sample) -> bool:
+    def is_right(self, sample: SceneSample) -> bool:
         """Whether the model says the answer and then ends."""
         return self.answer(sample) == f"{sample.answer} {self.prompter.tokenizer.eos_token}"
 

@@ -13,7 +13,7 @@ from capa_export.base.errors import CapaError
 __all__ = ["WEIGHTS_TABLE", "confined", "is_name", "references"]
 
 WEIGHTS_TABLE = ".weights.json"
-"""How the table ends that says where an engine's weight inputs lie."""
+"""Ending of the name of the table that says where an engine's weight inputs lie."""
 
 _POINTER = "embedding.json"
 _LONGEST = 255
@@ -21,7 +21,7 @@ _LONGEST = 255
 
 
 def is_name(name: str) -> bool:
-    """Whether this is the plain name of a file below a folder, and the same on every system."""
+    """Whether a text is the plain name of a file below a folder, on every system."""
     path = PurePosixPath(name)
     return (
         name.isprintable()
@@ -35,7 +35,7 @@ def is_name(name: str) -> bool:
 
 
 def confined(folder: Path, name: str) -> Path:
-    """The file or folder `name` below `folder`, wherever symbolic links lead; it need not exist.
+    """The path of `name` below `folder`, wherever symbolic links lead; it need not exist.
 
     Raises:
         CapaError: it is not below it.
@@ -50,7 +50,7 @@ def confined(folder: Path, name: str) -> Path:
 
 
 def references(path: Path) -> list[str]:
-    """What a file of a bundle says to read, relative to its own folder: data of graphs, weights of engines.
+    """Paths that a file of a bundle refers to, relative to its own folder: data of graphs, weights of engines.
 
     No data is read. A graph's functions and nested graphs count.
 
@@ -118,7 +118,7 @@ def _number(text: str) -> int | None:
 
 
 def _tensors(message: Message) -> Iterator[Any]:
-    """Every tensor in a message, in whatever it is nested."""
+    """Yield every tensor of a message, however deeply nested."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return

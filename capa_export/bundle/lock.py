@@ -1,4 +1,4 @@
-"""One command at a time in one bundle folder; the second is told which process has it."""
+"""Lets one command at a time into a bundle folder; a second is told which process is there."""
 
 import os
 import shlex

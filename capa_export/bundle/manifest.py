@@ -10,7 +10,7 @@ from capa_export.base.precision import Precision
 from capa_export.base.toml import first_problem
 from capa_export.bundle.confined import is_name
 
-__all__ = ["VERSION", "digest_of", "parsed", "written"]
+__all__ = ["VERSION", "digest_of", "encode_manifest", "parse_manifest"]
 
 VERSION = 2
 
@@ -20,91 +20,91 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _named(name: str) -> str:
+def _checked_name(name: str) -> str:
     if not is_name(name):
         raise ValueError("is no name of a file in the bundle")
     return name
 
 
-Name = Annotated[str, AfterValidator(_named)]
+Name = Annotated[str, AfterValidator(_checked_name)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Entry(BaseModel):
-    """Stages note what they like beside what others read."""
+class _Record(BaseModel):
+    """An entry of the manifest; stages may add fields that nobody else reads."""
 
     model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
 
 
-class _Link(_Entry):
+class _LinkRecord(_Record):
     bytes: int
     mtime_ns: int
     header_sha256: str
     sha256: Sha256 | None
 
 
-class _Engine(_Entry):
+class _EngineRecord(_Record):
     onnx: Name | None = None
     runtime: str = ""
 
 
-class _Plugins(_Entry):
+class _PluginsRecord(_Record):
     kind: str
 
 
-class _Result(_Entry):
+class _ResultRecord(_Record):
     precision: Precision = "fp16"
     linear_layers: list[int] = []
     alpha: str = ""
     weights: str = ""
     runtime: str = ""
     compute_capabilities: list[str] = []
-    plugins: _Plugins | None = None
-    engines: dict[Name, _Engine] = {}
+    plugins: _PluginsRecord | None = None
+    engines: dict[Name, _EngineRecord] = {}
 
 
-class _Stage(_Entry):
+class _StageRecord(_Record):
     key: str
-    """Digest of what it was made from."""
+    """Digest of the stage's inputs."""
     files: dict[Name, Sha256]
-    linked: dict[Name, _Link] = {}
-    result: _Result = _Result()
+    linked: dict[Name, _LinkRecord] = {}
+    result: _ResultRecord = _ResultRecord()
 
 
-class _Checkpoint(_Entry):
+class _CheckpointRecord(_Record):
     source: str
     revision: str | None
     files: dict[str, Any]
     sha256: dict[str, str]
 
 
-class _Hashed(_Entry):
+class _HashesRecord(_Record):
     source: str = ""
     revision: str | None = None
     files: dict[str, Any]
     sha256: dict[str, str]
 
 
-class _Manifest(_Entry):
+class _Manifest(_Record):
     version: int
-    stages: dict[Name, _Stage]
+    stages: dict[Name, _StageRecord]
     recipe: dict[str, Any] = {}
-    """Read by `recipe_of`."""
+    """The recipe, as `recipe_of` reads it."""
     command: list[str] = []
     tool: dict[str, str] = {}
-    checkpoint: _Checkpoint | None = None
-    hashed: _Hashed | None = None
+    checkpoint: _CheckpointRecord | None = None
+    hashed: _HashesRecord | None = None
 
 
-def written(entries: dict[str, Any]) -> bytes:
-    """The file of these entries."""
+def encode_manifest(entries: dict[str, Any]) -> bytes:
+    """The manifest's bytes, with the digest of its entries."""
     # What JSON makes of them is what will be read.
     plain = json.loads(json.dumps(entries))
     return (json.dumps({**plain, "digest": digest_of(plain)}, indent=2) + "\n").encode()
 
 
-def parsed(data: bytes) -> dict[str, Any]:
-    """The entries of a file, which is byte for byte what `written` makes of them.
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    """The entries of a manifest, whose bytes must be exactly those that `encode_manifest` writes.
 
     Raises:
         ValueError: it is not, or something in it is not what it should be.
@@ -115,7 +115,7 @@ def parsed(data: bytes) -> dict[str, Any]:
     if "version" in entries and entries["version"] != VERSION:
         raise ValueError(f"version {entries['version']}, this capa-export reads {VERSION}")
     entries.pop("digest", None)
-    if written(entries) != data:
+    if encode_manifest(entries) != data:
         raise ValueError("its digest differs from what it holds")
     try:
         _Manifest.model_validate(entries)

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["Stamps"]
 
 _SETTLED_NS = 100_000_000
-"""Age from which on a file's time would be another had it been written again: clocks of file systems are coarse."""
+"""Age from which on a rewritten file is sure to get another time: clocks of file systems are coarse."""
 
 
 class Stamps:
-    """What is known of the files of one folder."""
+    """The stamps of one folder's files."""
 
     def __init__(self, folder: Path, *, read_all: bool = False) -> None:
         self.folder, self.read_all = folder, read_all
         self.num_unread = 0
-        """Files that were taken by their stamps."""
+        """Number of files that were trusted by their stamps."""
         # The folder's own path, so that a copy of it starts anew.
         name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - fails nowhere.

@@ -17,7 +17,7 @@ from capa_export.base.files import file_digest, fingerprint
 from capa_export.base.progress import say
 from capa_export.bundle.confined import confined, references
 from capa_export.bundle.lock import locked
-from capa_export.bundle.manifest import VERSION, digest_of, parsed, written
+from capa_export.bundle.manifest import VERSION, digest_of, encode_manifest, parse_manifest
 from capa_export.bundle.stamps import Stamps
 
 __all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "run_stage"]
@@ -29,7 +29,7 @@ PARITY = "parity.json"
 REPORT = "report.html"
 _PARTIAL = ".partial"
 _WEIGHTS = (".data", ".safetensors")
-"""How the names of large files end."""
+"""Endings of the names of large files."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -43,7 +43,7 @@ class Bundle:
 
     folder: Path
     read_all: bool = False
-    """Whether to read also the files that have not changed, by size, time and inode, since they were read last."""
+    """Whether to read even files whose size, time and inode are as they were when they were last read."""
 
     @classmethod
     def open(cls, folder: Path, *, read_all: bool = False) -> "Bundle":
@@ -60,7 +60,7 @@ class Bundle:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What is recorded so far, its own digest left out; no more than a version for a new bundle.
+        """The manifest's entries without its own digest; only a version for a new bundle.
 
         Raises:
             CapaError: the manifest is damaged, was changed, or is of another version.
@@ -69,7 +69,7 @@ class Bundle:
         if not path.exists():
             return {"version": VERSION, "stages": {}}
         try:
-            return parsed(path.read_bytes())
+            return parse_manifest(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise CapaError(f"{path}: damaged manifest ({error}); delete the folder and build it again") from error
 
@@ -79,7 +79,7 @@ class Bundle:
         partial = self.folder / f"{MANIFEST}{_PARTIAL}"
         # What lies there may be a link.
         _remove(partial)
-        partial.write_bytes(written({**self.manifest, **entries}))
+        partial.write_bytes(encode_manifest({**self.manifest, **entries}))
         os.replace(partial, self.folder / MANIFEST)
 
     def stage(self, name: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Bundle:
         return stages[name]
 
     def _command(self, name: str) -> str:
-        """What runs a stage."""
+        """The command that runs a stage."""
         stage, _, target = name.partition("/")
         folder = shlex.quote(str(self.folder))
         if stage == "engine":
@@ -102,7 +102,7 @@ class Bundle:
         return f"capa-export validate {folder}" if stage == "validate" else f"capa-export build -m MODEL -o {folder}"
 
     def digest(self, name: str) -> str:
-        """Of all that a finished stage wrote or linked to."""
+        """Digest of all that a finished stage wrote or linked to."""
         record = self.stage(name)
         return digest_of([record["files"], record.get("linked")])
 
@@ -312,7 +312,7 @@ class Bundle:
         return self._unfinished(name) if self._begun(name, key).is_file() else None
 
     def _begun(self, name: str, key: object) -> Path:
-        """What says with which key work was begun."""
+        """The file that holds the key of unfinished work on a stage."""
         return self._unfinished(name) / digest_of(key)
 
     def _unfinished(self, name: str) -> Path:
@@ -393,7 +393,7 @@ def _put(source: Path, place: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Whatever it is; what a link leads to stays."""
+    """Remove a file, a link or a folder; the target of a link stays."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:

@@ -129,9 +129,9 @@ def evaluate(
     from capa_export.config.options import BuildOptions
     from capa_export.config.recipe import recipe_of
     from capa_export.data.questions import questions_from
+    from capa_export.study.evaluate.models import bundle_model, eager_model, parse_methods, product_of_methods
     from capa_export.study.evaluate.stage import MAX_SKIPPED
     from capa_export.study.evaluate.stage import evaluate as ask
-    from capa_export.study.evaluate.subject import bundle_subject, eager_subject, methods_from, product
 
     eager = None
     if bundle is None:
@@ -149,7 +149,7 @@ def evaluate(
         recipe = recipe_of(opened.manifest, opened.folder)
         pictures = recipe.pictures.for_bundle(min_pixels, max_pixels)
         recipe = recipe.model_copy(update={"pictures": pictures})
-    methods = methods_from(method or product(recipe, selector or [], layer or [], ratio or [], ffn or []))
+    methods = parse_methods(method or product_of_methods(recipe, selector or [], layer or [], ratio or [], ffn or []))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}
     unread = next((option for option, value in given.items() if value is not None), None)
     if unread and all(way.ffn == "full" for way in methods.values()):
@@ -168,15 +168,15 @@ def evaluate(
         if eager is not None:
             eager.report = report
             options = BuildOptions(images=images, calibration=calibration, samples=samples, workers=spread)
-            subject = eager_subject(eager, opened, options, methods, max_new_tokens)
+            evaluated = eager_model(eager, opened, options, methods, max_new_tokens)
         else:
-            subject = bundle_subject(
+            evaluated = bundle_model(
                 *(opened, methods, max_new_tokens),
                 bounds=recipe.pictures,
                 workers=spread,
                 trust_remote_code=trust_remote_code,
             )
-        found = ask(subject, questions, out, workers=spread, seed=seed, report=report)
+        found = ask(evaluated, questions, out, workers=spread, seed=seed, report=report)
     if as_json:
         print(found.model_dump_json(indent=2))
     else:

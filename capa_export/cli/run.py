@@ -96,7 +96,7 @@ def run(
     from capa_export.api.bundle import Bundle
     from capa_export.data.conversation import conversations
     from capa_export.model.generation import GenerationOptions
-    from capa_export.run.answer import finished
+    from capa_export.run.answer import run_to_end
 
     def stream(text: str) -> None:
         print(text, end="", flush=True)
@@ -121,7 +121,7 @@ def run(
         verify=verify,
     )
     told = None if as_json or several else stream
-    results = finished(loaded.answers(asked, ratio=ratio, options=options), told)
+    results = run_to_end(loaded.answers(asked, ratio=ratio, options=options), told)
     if as_json:
         print_json(results if several else results[0])
         return

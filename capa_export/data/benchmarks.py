@@ -1,4 +1,4 @@
-"""How the rows of known benchmarks are laid out, asked and scored."""
+"""The layouts of known benchmarks: their columns, their questions and their metrics."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ _LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """Rows as lmms-lab and the benchmarks' authors publish them; the instructions are LLaVA-1.5's."""
+    """The layout of a benchmark as lmms-lab or its authors publish it; the instruction is LLaVA-1.5's."""
 
     name: str
     columns: Collection[str]
-    """Those that tell it from the others."""
+    """Columns that tell the benchmark from the others."""
     metric: Metric
     instruction: str = ""
-    """Said behind every question."""
+    """Text behind every question."""
     kinds: Sequence[str] = ()
     """Columns that may hold what figures are broken down by; the first that does is taken."""
 
-    def asked(self, row: Mapping[str, Any]) -> str:
-        """The question with what belongs to it, without the instruction."""
+    def question_text(self, row: Mapping[str, Any]) -> str:
+        """The question's text with its options, without the instruction."""
         hint = [_cell(row.get("hint"))] if self.metric == "option" else []
         options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, self.options(row), strict=False)]
         return "\n".join(part for part in (*hint, row["question"].strip(), *options) if part)
 
     def answers(self, row: Mapping[str, Any]) -> list[str]:
-        """All that are right; none where the row keeps them secret."""
+        """All right answers of a row; none where it keeps them secret."""
         given, one = row.get("answers"), row.get("answer")
         if isinstance(one, list | dict):
             raise CapaError("answer: must be one; several go under answers")
@@ -50,7 +50,7 @@ class Benchmark:
         return found if self.metric == "vqa" and any(found) else [answer for answer in found if answer]
 
     def options(self, row: Mapping[str, Any]) -> list[str]:
-        """Of a multiple-choice question, in the columns A, B, ... or in a list; none for the others."""
+        """Options of a multiple-choice question, in the columns A, B, ... or in a list; none for the others."""
         if self.metric != "option":
             return []
         given = row.get("options") or [row.get(letter) for letter in ascii_uppercase]
@@ -70,18 +70,18 @@ class Benchmark:
 
 
 def _text(value: object) -> str:
-    """Empty for what tables have where there is nothing."""
+    """A cell's text, empty for None and NaN."""
     return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124 - NaN is none.
 
 
 def _cell(value: object) -> str:
-    """The same of a table that was once a .tsv, where nothing is written as nan."""
+    """A cell's text; a table that was once a .tsv has nan where nothing is written."""
     text = _text(value)
     return "" if text == "nan" else text
 
 
 PLAIN = Benchmark(name="plain", columns={"question"}, metric="exact", kinds=("kind", "category"))
-"""Questions of one's own."""
+"""The layout of a user's own questions."""
 
 BENCHMARKS = {
     benchmark.name: benchmark
@@ -120,11 +120,11 @@ BENCHMARKS = {
         PLAIN,
     )
 }
-"""By name; the first whose columns a table has is the one that it is."""
+"""Known benchmarks by name; a table is of the first whose columns it has."""
 
 
 def benchmark_of(columns: Collection[str], data: Path) -> Benchmark:
-    """The one with such columns.
+    """The first benchmark whose columns a table has.
 
     Raises:
         CapaError: none has.

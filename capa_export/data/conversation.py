@@ -53,7 +53,7 @@ def _as_parts(content: object) -> object:
 
 
 def _as_image(part: object) -> object:
-    """OpenAI's way to show a picture, as transformers' chat templates have it."""
+    """Rewrite OpenAI's `image_url` part as the `image` part of transformers' chat templates."""
     if not isinstance(part, dict) or part.get("type") != "image_url":
         return part
     given = part.get("image_url")
@@ -91,7 +91,7 @@ def conversations(
     fps: float | None = None,
     messages: Sequence[Path] = (),
 ) -> list[list[Turn]]:
-    """What the user asks: one turn of pictures, a video and a question, or the conversations in files.
+    """The user's conversations: one turn of pictures, a video and a question, or the conversations in files.
 
     Raises:
         CapaError: both or neither is given, or something does not load.
@@ -149,7 +149,7 @@ def turns_of(messages: object, folder: Path) -> list[Turn]:
 
 
 def turns_from(messages: Sequence[Message], folder: Path) -> list[Turn]:
-    """The conversation with its pictures and videos opened; their paths are relative to `folder`.
+    """Open the pictures and videos of a conversation; their paths are relative to `folder`.
 
     Raises:
         CapaError: one of them does not load.
@@ -189,7 +189,7 @@ def _frames(folder: Path) -> list[Path]:
 
 
 def open_video(path: Path, fps: float) -> Video:
-    """A video in RGB.
+    """Open a video in RGB.
 
     Args:
         path: an animated picture, a file that PyAV decodes, or a folder of frames, which are taken in the order of
@@ -211,17 +211,17 @@ def open_video(path: Path, fps: float) -> Video:
         return Video(frames, fps)
     try:
         with Image.open(path) as animation:
-            return _animation(animation, fps, str(path))
+            return _read_animation(animation, fps, str(path))
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such video") from error
     except UnidentifiedImageError:
-        return _decoded(path, fps)
+        return _read_video(path, fps)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CapaError(f"{path}: does not decode: {error}") from error
 
 
-def _animation(animation: Image.Image, fps: float, name: str) -> Video:
-    """Of a GIF, WebP or PNG, whose frames may be shown for different times."""
+def _read_animation(animation: Image.Image, fps: float, name: str) -> Video:
+    """Read a GIF, WebP or PNG, whose frames may be shown for different times, as a video."""
     frames: list[Image.Image] = []
     shown: list[float] = []
     for frame in ImageSequence.Iterator(animation):
@@ -232,8 +232,8 @@ def _animation(animation: Image.Image, fps: float, name: str) -> Video:
     return Video([frames[index] for index in np.searchsorted(ends, times, side="right")], len(times) / float(ends[-1]))
 
 
-def _decoded(path: Path, fps: float) -> Video:
-    """Of any other file, through transformers' reader."""
+def _read_video(path: Path, fps: float) -> Video:
+    """Read a video of any other format, through transformers' reader."""
     from transformers import video_utils
     from transformers.utils.import_utils import is_av_available
 
@@ -264,6 +264,6 @@ def _decoded(path: Path, fps: float) -> Video:
 
 
 def _times(duration: float, fps: float) -> np.ndarray:
-    """Seconds at which to look, from 0 on."""
+    """The seconds at which frames are taken, from 0 on."""
     count = max(1, int(duration * fps))
     return np.arange(count) * (duration / count)

@@ -100,20 +100,20 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows; every shape occurs at most once."""
+    """The contents of a picture; every shape occurs at most once."""
 
     sprites: tuple[Sprite, ...]
     cells: tuple[int, int] = (8, 8)
     clutter: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     """Cells with a glyph in them, grey unless `heavy`."""
     numbers: tuple[Number, ...] = ()
-    """Each of another colour; a sprite may have it too."""
+    """Numbers, each of another colour; a sprite may have it too."""
     heavy: bool = False
     """Whether glyphs are as large as sprites, and every other one has a sprite's colour."""
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Paints a scene; `rng` gives the jitter and the clutter glyphs."""
+    """Paint a scene; `rng` gives the jitter and the clutter glyphs."""
     rows, cols = scene.cells
     background = tuple(int(v) for v in rng.integers(232, 251, size=3))
     image = Image.new("RGB", (cols * CELL, rows * CELL), background)
@@ -152,7 +152,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _ink(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
-    """A colour as it comes out this time."""
+    """The RGB of a named colour, with jitter."""
     noise = rng.integers(-14, 15, size=3)
     red, green, blue = (int(np.clip(v, 0, 255)) for v in np.asarray(COLORS[color]) + noise)
     return red, green, blue

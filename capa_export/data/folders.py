@@ -23,13 +23,13 @@ class Table:
     """The rows of one part of a dataset."""
 
     name: str
-    """For people: the folder, and the part of it."""
+    """Name for people: the folder, and the part of it."""
     folder: Path
-    """What paths of pictures are relative to."""
+    """Folder that paths of pictures are relative to."""
     rows: Any
     """A `datasets.Dataset`, its pictures not decoded."""
     pictures_apart: "Any | None" = None
-    """Where pictures lie in a table of their own, as GQA's do: that one."""
+    """Separate table of the pictures, where there is one, as GQA's."""
     place: Mapping[str, int] | None = None
     """Picture id -> row of `pictures_apart`."""
 
@@ -44,7 +44,7 @@ class Table:
         return self.rows[index]
 
     def pictures(self, row: Mapping[str, Any]) -> list[bytes]:
-        """The files of a row's pictures.
+        """The encoded files of a row's pictures.
 
         Raises:
             CapaError: one of them is missing.
@@ -58,7 +58,7 @@ class Table:
 
 
 def _bytes(picture: object, folder: Path) -> bytes:
-    """Of an undecoded Image feature, or of base64 as tables of text have it."""
+    """The bytes of an undecoded Image feature, or of base64 as tables of text have it."""
     if isinstance(picture, dict):
         if picture.get("bytes"):
             return picture["bytes"]
@@ -113,11 +113,11 @@ def open_folder(folder: Path, split: str | None = None) -> Table:
         wrong = "has several parts" if split is None or found else f"has no part {split!r}"
         raise CapaError(f"{folder}: {wrong}; choose one with --split: {', '.join(found or asking)}", ExitCode.USAGE)
     name = found[0]
-    rows = _undecoded(asking[name].load())
+    rows = _keep_bytes(asking[name].load())
     title = f"{folder} ({name})" if name else str(folder)
     if "imageId" not in rows.column_names or set(_PICTURES) & set(rows.column_names):
         return Table(title, folder, rows)
-    apart = _undecoded(parts[_pictures_of(folder, name, parts)].load())
+    apart = _keep_bytes(parts[_pictures_of(folder, name, parts)].load())
     return Table(title, folder, rows, apart, {picture: index for index, picture in enumerate(apart["id"])})
 
 
@@ -133,7 +133,7 @@ def _pictures_of(folder: Path, name: str, parts: Mapping[str, _Part]) -> str:
 
 
 def _parts(folder: Path) -> dict[str, _Part]:
-    """Name -> part, the name being empty where there is one."""
+    """The parts of a dataset by name, which is empty where there is only one."""
     import datasets
 
     saved = sorted(path.parent for path in folder.rglob("state.json"))
@@ -173,8 +173,8 @@ def _of_parquet(paths: Sequence[str]) -> Any:
         raise CapaError(f"{paths[0]}: does not load ({str(error).splitlines()[0]}); download it again") from error
 
 
-def _undecoded(table: Any) -> Any:
-    """With the files' bytes in place of decoded pictures."""
+def _keep_bytes(table: Any) -> Any:
+    """The table with the files' bytes in place of decoded pictures."""
     from datasets import Image, List
 
     for name in set(_PICTURES) & set(table.column_names):

@@ -1,11 +1,11 @@
-"""How right an answer is: exact match, and what VQA, POPE and MMBench define."""
+"""Scores answers: exact match, and the metrics of VQA, POPE and MMBench."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Literal
 
-__all__ = ["METRICS", "VQA_ANSWERS", "Metric", "chosen_option", "normalised", "says_yes", "yes_no_figures"]
+__all__ = ["METRICS", "VQA_ANSWERS", "Metric", "normalise", "option_in", "says_yes", "yes_no_figures"]
 
 Metric = Literal["exact", "vqa", "pope", "option"]
 
@@ -26,11 +26,11 @@ when's where'd where's where've who'd who'd've who'll who's who've why'll why're
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 _WHOLE = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
-"""What lost its apostrophes -> the contraction; those that are words without it, as `its`, are not among them."""
+"""Contraction by its letters without the apostrophe; those that are words without it, as `its`, are not among them."""
 
 
-def normalised(text: str) -> str:
-    """What the VQA challenge compares: without punctuation, case, articles, and with digits (visualqa.org/evaluation).
+def normalise(text: str) -> str:
+    """Normalise text as the VQA challenge does: no punctuation, case or articles, and digits (visualqa.org/evaluation).
 
     Its rule for punctuation is odd and is kept: a mark beside a space vanishes, another one leaves a space, and none
     does where a comma stands between digits.
@@ -46,17 +46,17 @@ def normalised(text: str) -> str:
 
 
 def says_yes(text: str) -> bool:
-    """POPE's reading (arXiv 2305.10355): the first sentence holds none of No, no and not."""
+    """Whether POPE reads a text as yes (arXiv 2305.10355): its first sentence holds none of No, no and not."""
     return not {"No", "no", "not"}.intersection(text.partition(".")[0].replace(",", "").split())
 
 
-def chosen_option(text: str, options: Sequence[str]) -> str:
+def option_in(text: str, options: Sequence[str]) -> str:
     """The letter that an answer to a multiple-choice question names, or whose option it repeats; empty if neither.
 
     A small letter counts only alone, and a leading A or I not where a word follows, as an article or pronoun does.
     """
     letters = ascii_uppercase[: len(options)]
-    said, texts = normalised(text), [normalised(option) for option in options]
+    said, texts = normalise(text), [normalise(option) for option in options]
     if alone := re.fullmatch(rf"(?i:\W*([{letters}])\W*)", text):
         return alone[1].upper()
     if said in texts:
@@ -75,13 +75,13 @@ def chosen_option(text: str, options: Sequence[str]) -> str:
 
 def _exact(text: str, answers: Sequence[str], _options: Sequence[str]) -> float:
     # An answer that is an article, as the letter A, would be nothing.
-    said, *right = (normalised(part) or part.strip().lower() for part in (text, *answers))
+    said, *right = (normalise(part) or part.strip().lower() for part in (text, *answers))
     return float(said in right)
 
 
 def _vqa(text: str, answers: Sequence[str], _options: Sequence[str]) -> float:
     """min(people who said so / 3, 1), the mean over the people left out in turn."""
-    same = [normalised(answer) == normalised(text) for answer in answers]
+    same = [normalise(answer) == normalise(text) for answer in answers]
     return sum(min((sum(same) - left_out) / 3, 1.0) for left_out in same) / len(same)
 
 
@@ -90,7 +90,7 @@ def _pope(text: str, answers: Sequence[str], _options: Sequence[str]) -> float:
 
 
 def _option(text: str, answers: Sequence[str], options: Sequence[str]) -> float:
-    return float(chosen_option(text, options) == answers[0].strip().upper())
+    return float(option_in(text, options) == answers[0].strip().upper())
 
 
 METRICS: Mapping[Metric, Callable[[str, Sequence[str], Sequence[str]], float]] = {
@@ -103,7 +103,7 @@ METRICS: Mapping[Metric, Callable[[str, Sequence[str], Sequence[str]], float]] =
 
 
 def yes_no_figures(said: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:
-    """POPE's figures beside accuracy, of at least one question; 0 where one is of nothing."""
+    """POPE's precision, recall, F1 and yes ratio, of at least one question; 0 where the denominator is."""
     hits = sum(one and other for one, other in zip(said, true, strict=True))
     precision, recall = hits / max(sum(said), 1), hits / max(sum(true), 1)
     return {

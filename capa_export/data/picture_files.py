@@ -17,11 +17,11 @@ __all__ = ["PICTURE_SUFFIXES", "open_picture", "pictures_among", "upright_rgb"]
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-"""Tags of TIFF."""
+"""Two tags of TIFF, and a value of the second."""
 _ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}
 """Formats whose further frames are more of the same, and not a thumbnail or a depth map."""
 _SPACES = {"RGB": "RGB ", "CMYK": "CMYK", "L": "GRAY", "LAB": "Lab "}
-"""Mode -> what a colour profile calls it."""
+"""Pillow's mode -> the colour space in a profile's header."""
 _INTS_OF_16_BITS = ("PNG", "PPM")
 """Formats whose 16 bits Pillow may decode to 32."""
 _DARK = 16
@@ -30,12 +30,12 @@ _WHITE = 255
 
 
 def pictures_among(paths: Iterable[Path]) -> list[Path]:
-    """The paths that are named like pictures and are no folders, sorted."""
+    """The paths that have a picture's suffix and are no folders, sorted."""
     return sorted(path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir())
 
 
 def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
-    """The picture at `path`, upright, in RGB and over white; `data` is the file where it has been read.
+    """Open the picture at `path`, upright, in RGB and over white; `data` is the file where it has been read.
 
     What a person would see otherwise is said on stderr, once.
 
@@ -77,7 +77,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _eight_bits(upright: Image.Image, name: str, opened: Image.Image) -> "np.ndarray[Any, Any]":
-    """Grey of more than 8 bits, or of floating point, as 8 bits: its range is the format's where that says one."""
+    """Grey of more than 8 bits, or of floating point, scaled to 8: the range is the format's where it has one."""
     tags = getattr(opened, "tag_v2", {})
     values = np.asarray(upright).astype(np.float64)
     shown = np.isfinite(values)

@@ -10,7 +10,7 @@ from urllib.request import url2pathname
 
 from capa_export.base.errors import CapaError
 
-__all__ = ["Encoded", "file_bytes", "picture_bytes", "picture_path"]
+__all__ = ["EncodedPicture", "picture_bytes", "picture_path", "read_picture_file"]
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SHOWN = 60
@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPicture:
     """A picture file's bytes, so that a question travels to where it is asked."""
 
     name: str
@@ -26,7 +26,7 @@ class Encoded:
 
 
 def picture_path(source: str, folder: Path) -> Path | None:
-    """Where the picture lies, relative to `folder`; None where a data: URL holds it.
+    """The path of a picture, relative to `folder`; None where a data: URL holds it.
 
     Raises:
         CapaError: it lies elsewhere than on this machine.
@@ -45,18 +45,18 @@ def picture_path(source: str, folder: Path) -> Path | None:
     return Path(url2pathname(url.path))
 
 
-def picture_bytes(source: str, folder: Path) -> Encoded:
-    """The picture's file, not decoded.
+def picture_bytes(source: str, folder: Path) -> EncodedPicture:
+    """Read a picture's file without decoding it.
 
     Raises:
         CapaError: there is none, or it lies elsewhere than on this machine.
     """
     path = picture_path(source, folder)
-    return _held(source) if path is None else Encoded(str(path), file_bytes(path))
+    return _read_data_url(source) if path is None else EncodedPicture(str(path), read_picture_file(path))
 
 
-def file_bytes(path: Path) -> bytes:
-    """What a picture's file holds.
+def read_picture_file(path: Path) -> bytes:
+    """The contents of a picture's file.
 
     Raises:
         CapaError: it cannot be read.
@@ -69,8 +69,8 @@ def file_bytes(path: Path) -> bytes:
         raise CapaError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _held(source: str) -> Encoded:
-    """What a data: URL holds."""
+def _read_data_url(source: str) -> EncodedPicture:
+    """The picture in a data: URL."""
     kind, comma, body = source[5:].partition(",")
     name = f"data:{kind[:_SHOWN]}"
     if not comma:
@@ -83,4 +83,4 @@ def _held(source: str) -> Encoded:
             raise CapaError(f"{name}: is no base64 ({error})") from error
     if not data:
         raise CapaError(f"{name}: holds no picture")
-    return Encoded(name, data)
+    return EncodedPicture(name, data)

@@ -15,8 +15,8 @@ from capa_export.data.conversation import Message
 from capa_export.data.folders import Table, is_dataset, open_folder
 from capa_export.data.metrics import VQA_ANSWERS
 from capa_export.data.picture_files import open_picture
-from capa_export.data.picture_sources import Encoded, picture_bytes
-from capa_export.data.sources import found, read_line, read_lines, wrong_line
+from capa_export.data.picture_sources import EncodedPicture, picture_bytes
+from capa_export.data.sources import find_source, read_line, read_lines, wrong_line
 from capa_export.model.prompt import Turn
 
 __all__ = ["Question", "Questions", "questions_from"]
@@ -27,26 +27,26 @@ class Question:
     """A conversation up to a question."""
 
     id: str
-    turns: Sequence[tuple[str, Sequence[str | Encoded]]]
-    """Role and content of each."""
+    turns: Sequence[tuple[str, Sequence[str | EncodedPicture]]]
+    """Role and content of each turn."""
     answers: Sequence[str]
-    """Any of them is right; a metric may count them. None where nobody knows one."""
+    """Right answers, any of which will do; a metric may count them. Empty where none is known."""
     kind: str = ""
-    """What the figures are broken down by."""
+    """Kind of question, by which figures are broken down."""
     options: Sequence[str] = ()
-    """Of a multiple-choice question, A first; its answer is a letter."""
+    """Options of a multiple-choice question, A first; its answer is a letter."""
 
     def digest(self) -> str:
-        """Of what is asked; the right answers have no part in what a model says."""
+        """Digest of the turns; the right answers have no part in what a model says."""
         digest = hashlib.sha256()
         for role, content in self.turns:
             for part in (role, *content):
-                data = part.data if isinstance(part, Encoded) else part.encode()
-                digest.update(f"{type(part).__name__} {len(data)} ".encode() + data)
+                data = part.data if isinstance(part, EncodedPicture) else part.encode()
+                digest.update(f"{'text' if isinstance(part, str) else 'picture'} {len(data)} ".encode() + data)
         return digest.hexdigest()
 
-    def opened(self) -> list[Turn]:
-        """The conversation with its pictures decoded.
+    def open(self) -> list[Turn]:
+        """Decode the pictures of the conversation.
 
         Raises:
             CapaError: one of them does not decode.
@@ -54,7 +54,10 @@ class Question:
         return [
             Turn(
                 role,
-                [open_picture(Path(part.name), part.data) if isinstance(part, Encoded) else part for part in content],
+                [
+                    open_picture(Path(part.name), part.data) if isinstance(part, EncodedPicture) else part
+                    for part in content
+                ],
             )
             for role, content in self.turns
         ]
@@ -62,15 +65,15 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What is asked, read row by row."""
+    """Questions that are read row by row."""
 
     name: str
-    """For people: the file or folder, and the part of it."""
+    """Name for people: the file or folder, and the part of it."""
     benchmark: Benchmark
     rows: Sequence[int]
-    """Of the whole file or folder."""
+    """Row numbers in the whole file or folder."""
     read: Callable[[int], Question]
-    """Of a row; raises CapaError where it cannot be asked."""
+    """Reads the question of a row; raises CapaError where it cannot be asked."""
 
 
 def questions_from(
@@ -88,7 +91,7 @@ def questions_from(
     Args:
         data: lines as `{"image": ..., "question": ..., "answer": ...}` or `{"messages": [...], "answer": ...}`, paths
             relative to the file; or what `save_to_disk` wrote; or a snapshot of parquet files; or pictures, as
-            `found` takes them.
+            `find_source` takes them.
         benchmark: how to read and score the rows; None to tell by the columns.
         split: part of a folder that has several.
         instruction: said behind every question; None for the benchmark's own.
@@ -102,7 +105,7 @@ def questions_from(
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise CapaError(f"unknown benchmark {benchmark!r}; known: {', '.join(BENCHMARKS)}", ExitCode.USAGE)
     chosen = PLAIN if benchmark is None else BENCHMARKS[benchmark]
-    place = None if is_dataset(data) else found(data)
+    place = None if is_dataset(data) else find_source(data)
     if place is not None and split is not None:
         raise CapaError("--split is for folders of datasets, which have parts", ExitCode.USAGE)
     if isinstance(place, Path):
@@ -143,7 +146,7 @@ def _of_line(
     with wrong_line(path, number, conversation="messages" in row):
         turns = _turns(line.messages, path.parent)
         if "messages" not in row:
-            pictures = [part for part in turns[0][1] if isinstance(part, Encoded)]
+            pictures = [part for part in turns[0][1] if isinstance(part, EncodedPicture)]
             turns = _one_turn(row, benchmark, pictures, instruction)
         elif instruction:
             turns[-1] = (turns[-1][0], [*turns[-1][1], f"\n{instruction}"])
@@ -158,23 +161,23 @@ def _of_picture(paths: Sequence[Path], question: str, index: int) -> Question:
 def _of_row(table: Table, benchmark: Benchmark, instruction: str, index: int) -> Question:
     row = table.row(index)
     named = next((row[name] for name in ("question_id", "id", "index") if row.get(name) is not None), f"row {index}")
-    pictures = [Encoded(f"{named}", data) for data in table.pictures(row)]
+    pictures = [EncodedPicture(f"{named}", data) for data in table.pictures(row)]
     return _question(row, benchmark, named, _one_turn(row, benchmark, pictures, instruction))
 
 
 def _one_turn(
-    row: dict[str, Any], benchmark: Benchmark, pictures: Sequence[Encoded], instruction: str
-) -> Sequence[tuple[str, Sequence[str | Encoded]]]:
+    row: dict[str, Any], benchmark: Benchmark, pictures: Sequence[EncodedPicture], instruction: str
+) -> Sequence[tuple[str, Sequence[str | EncodedPicture]]]:
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise CapaError("asks no question")
-    text = "\n".join(part for part in (benchmark.asked(row), instruction) if part)
+    text = "\n".join(part for part in (benchmark.question_text(row), instruction) if part)
     return [("user", [*pictures, text])]
 
 
-def _turns(messages: Sequence[Message], folder: Path) -> list[tuple[str, Sequence[str | Encoded]]]:
-    """Of messages without videos."""
+def _turns(messages: Sequence[Message], folder: Path) -> list[tuple[str, Sequence[str | EncodedPicture]]]:
+    """The turns of messages without videos."""
 
-    def read(message: Message) -> list[str | Encoded]:
+    def read(message: Message) -> list[str | EncodedPicture]:
         parts = (part for part in message.content if part.type != "video")
         return [part.text if part.type == "text" else picture_bytes(part.source, folder) for part in parts]
 
@@ -182,9 +185,12 @@ def _turns(messages: Sequence[Message], folder: Path) -> list[tuple[str, Sequenc
 
 
 def _question(
-    row: dict[str, Any], benchmark: Benchmark, named: object, turns: Sequence[tuple[str, Sequence[str | Encoded]]]
+    row: dict[str, Any],
+    benchmark: Benchmark,
+    named: object,
+    turns: Sequence[tuple[str, Sequence[str | EncodedPicture]]],
 ) -> Question:
-    if not any(isinstance(part, Encoded) for _, content in turns for part in content):
+    if not any(isinstance(part, EncodedPicture) for _, content in turns for part in content):
         raise CapaError("shows no picture")
     answers = benchmark.answers(row)
     if benchmark.metric == "vqa" and answers and len(answers) != VQA_ANSWERS:

@@ -17,9 +17,9 @@ from capa_export.config.recipe import Recipe
 from capa_export.data.benchmarks import PLAIN
 from capa_export.data.conversation import Messages, files_of, turns_from
 from capa_export.data.picture_files import open_picture
-from capa_export.data.picture_sources import file_bytes
+from capa_export.data.picture_sources import read_picture_file
 from capa_export.data.scenes import samples
-from capa_export.data.sources import found, read_line, read_lines, wrong_line
+from capa_export.data.sources import find_source, read_line, read_lines, wrong_line
 from capa_export.model.prompt import Turn, Video
 
 __all__ = ["Conversation", "Sample", "Samples", "samples_from"]
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """What the last turn says."""
+        """The text of the last turn."""
         return " ".join(part for part in self.turns[-1].content if isinstance(part, str))
 
 
@@ -61,17 +61,17 @@ class Samples:
 
     count: int
     name: str
-    """For people: the folder, or the built-in scenes."""
+    """Name for people: the folder, or the built-in scenes."""
     has_answers: bool
     files: tuple[Path, ...] = ()
     question: str = ""
     split: Literal["train", "held_out"] = "train"
     conversations: tuple[Conversation, ...] = ()
-    """In place of files and a question."""
+    """Conversations, in place of files and a question."""
     folder: Path = Path()
-    """What the paths in conversations are relative to."""
+    """Folder that the paths in conversations are relative to."""
     seed: int | None = None
-    """Of the scenes drawn, or of the order that files and conversations are in; None for the usual ones."""
+    """Seed of the scenes drawn, or of the order of files and conversations; None for the usual ones."""
 
     def __iter__(self) -> Iterator[Sample]:
         if self.conversations:
@@ -84,7 +84,7 @@ class Samples:
         return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
 
     def digest(self) -> str:
-        """Changes when the pictures, the questions, the answers, their order or their number do.
+        """Digest of the pictures, the questions and the answers, in their order.
 
         Raises:
             CapaError: a file cannot be read.
@@ -99,7 +99,7 @@ class Samples:
                 digest.update(f" answer {line.answer!r}".encode())
             files += files_of(line.messages, self.folder)
         for path in files:
-            digest.update(hashlib.sha256(file_bytes(path)).digest())
+            digest.update(hashlib.sha256(read_picture_file(path)).digest())
         return digest.hexdigest()
 
 
@@ -115,8 +115,8 @@ def samples_from(
     """The pictures of a folder with the recipe's question, conversations, or built-in scenes where the recipe has them.
 
     Args:
-        images: what `found` takes; a line of a .jsonl file is `{"messages": [...]}`, or `{"image": ..., "question":
-            ...}`, and may hold the `"answer"` too.
+        images: what `find_source` takes; a line of a .jsonl file is `{"messages": [...]}` or `{"image": ...,
+            "question": ...}`, and may hold the `"answer"` too.
         recipe: says whether scenes stand in for a missing folder.
         count: how many samples at most.
         split: the stream of scenes, disjoint from the other one.
@@ -132,7 +132,7 @@ def samples_from(
         if not recipe.scenes:
             raise CapaError(f"{recipe.name}: no pictures; pass --images FOLDER with a few hundred typical ones")
         return Samples(count=count, name="built-in scenes", has_answers=True, split=split, seed=seed)
-    place = found(images)
+    place = find_source(images)
     if isinstance(place, Path):
         conversations = _split(_shuffled(_conversations(place), seed), recipe, split)
         return Samples(
@@ -162,7 +162,7 @@ def _shuffled(items: tuple[T, ...], seed: int | None) -> tuple[T, ...]:
 
 
 def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_out"]) -> tuple[T, ...]:
-    """Where there are enough, validation sees samples that calibration does not."""
+    """The samples of a split; where there are enough, validation sees others than calibration does."""
     if len(items) < 2 * recipe.parity.prompts:
         return items
     return items[recipe.parity.prompts :] if split == "train" else items[: recipe.parity.prompts]

@@ -12,7 +12,7 @@ from capa_export.data.drawing import COLORS, SHAPES, Number, Scene, Sprite, rend
 __all__ = [
     "HARD_KINDS",
     "KINDS",
-    "Sample",
+    "SceneSample",
     "Split",
     "ask",
     "crowded_scene",
@@ -32,13 +32,13 @@ HARD_KINDS = ("number", "count", "relation", "pictures")
 
 _ORDINALS = ("first", "second")
 _SIDES = {"up": -1, "down": 1}
-"""Words, and the step in rows."""
+"""Word -> step in rows."""
 _TWINS = 3
 """Most shapes that are there twice, where twins are asked about."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SceneSample:
     """Pictures with one question about them."""
 
     images: tuple[Image.Image, ...]
@@ -53,7 +53,7 @@ class Sample:
 
 
 def generator(seed: int, *stream: int, split: Split = "held_out") -> np.random.Generator:
-    """A random stream; the two splits never share one, whatever the seed.
+    """A generator of random numbers; the two splits never share a stream, whatever the seed.
 
     The split is the first number of the `SeedSequence` spawn key, so training reads streams
     (seed, 0, ...) and evaluation (seed, 1, ...).
@@ -69,7 +69,7 @@ def random_scene(
     num_sprites: tuple[int, int] = (4, 7),
     clutter: bool = True,
 ) -> Scene:
-    """Draws a scene: distinct shapes, one or two pairs of equal colour from four sprites on."""
+    """Draw a scene: distinct shapes, one or two pairs of equal colour from four sprites on."""
     count = int(rng.integers(num_sprites[0], num_sprites[1] + 1))
     num_pairs = 0 if count < 4 else int(rng.integers(1, 3)) if count > 5 else 1
     shapes = _some(rng, SHAPES, count)
@@ -85,7 +85,7 @@ def random_scene(
 
 
 def hard_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), clutter: bool = True) -> Scene:
-    """Draws a scene with small numbers and up to four shapes of one colour."""
+    """Draw a scene with small numbers and up to four shapes of one colour."""
     rows, cols = cells
     count = int(rng.integers(5, len(SHAPES) + 1))
     places = [divmod(int(i), cols) for i in rng.permutation(rows * cols)]
@@ -107,7 +107,7 @@ def hard_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), clu
 
 
 def crowded_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), heavy: bool = False) -> Scene:
-    """Draws more than a question could be about, for a tower to learn from."""
+    """Draw a scene with more in it than a question could be about, for a tower to learn from."""
     filled = rng.random(cells)
     sprites, numbers, clutter = (
         [(int(row), int(col)) for row, col in np.argwhere((low <= filled) & (filled < high))]
@@ -130,7 +130,7 @@ def crowded_scene(rng: np.random.Generator, *, cells: tuple[int, int] = (8, 8), 
 
 
 def _some(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-    """Some of the words, none twice."""
+    """Pick `count` of the words at random, none twice."""
     return [words[int(i)] for i in rng.permutation(len(words))[:count]]
 
 
@@ -143,7 +143,7 @@ def draw(
     clutter: bool = True,
     heavy: bool = False,
 ) -> tuple[Scene, ...]:
-    """What the pictures of one prompt show; each kind has a question about it.
+    """Draw the scenes of one prompt; each kind has a question about it.
 
     Args:
         kind: one of `KINDS` or `HARD_KINDS`.
@@ -170,7 +170,7 @@ def draw(
 
 
 def _with_twins(scene: Scene) -> Scene:
-    """The same scene, where some shapes are there twice, in two colours."""
+    """A scene with some of its shapes there twice, in two colours."""
     drawn: list[Sprite] = []
     for sprite in scene.sprites:
         shapes = [other.shape for other in drawn]
@@ -240,7 +240,7 @@ def _article(word: str) -> str:
 def ask(
     scenes: Sequence[Scene], kind: str, rng: np.random.Generator, weights: Mapping[str, float] | None = None
 ) -> tuple[str, str]:
-    """One question of a kind at random; the answers of a yes or no, or of a count, are equally likely.
+    """Ask a random question of a kind; the answers of a yes or no, or of a count, are equally likely.
 
     Args:
         scenes: what the pictures show.
@@ -267,8 +267,8 @@ def samples(
     num_sprites: tuple[int, int] = (4, 7),
     clutter: bool = True,
     heavy: bool = False,
-) -> Iterator[Sample]:
-    """Yields samples, each with pictures of its own, the kinds in turn.
+) -> Iterator[SceneSample]:
+    """Yield samples, each with pictures of its own, the kinds in turn.
 
     Sample i depends on `seed`, `split`, i and the drawing options only, so a longer run
     starts with the samples of a shorter one.
@@ -279,4 +279,4 @@ def samples(
         scenes = draw(kind, rng, cells=cells, num_sprites=num_sprites, clutter=clutter, heavy=heavy)
         question, answer = ask(scenes, kind, rng)
         images = tuple(render(scene, rng) for scene in scenes)
-        yield Sample(images=images, question=question, answer=answer, kind=kind)
+        yield SceneSample(images=images, question=question, answer=answer, kind=kind)

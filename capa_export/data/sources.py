@@ -1,4 +1,4 @@
-"""What users ask with: a folder of pictures, a picture, a pattern of paths, or the lines of a .jsonl file."""
+"""Finds what users ask with: a folder of pictures, a picture, a pattern of paths, or the lines of a .jsonl file."""
 
 import json
 from collections.abc import Generator, Sequence
@@ -15,7 +15,7 @@ from capa_export.base.toml import first_problem
 from capa_export.data.conversation import Message, Messages, files_of
 from capa_export.data.picture_files import PICTURE_SUFFIXES, pictures_among
 
-__all__ = ["EXAMPLES", "Line", "found", "read_line", "read_lines", "wrong_line"]
+__all__ = ["EXAMPLES", "Line", "find_source", "read_line", "read_lines", "wrong_line"]
 
 _LINES = ".jsonl"
 EXAMPLES = {
@@ -23,19 +23,19 @@ EXAMPLES = {
     True: '{"messages": [{"role": "user", "content": [{"type": "image", "image": "photo.jpg"}, '
     '{"type": "text", "text": "What is this?"}]}], "answer": "a cat"}',
 }
-"""Right lines, of pictures with a question and of conversations; answers may be left out."""
+"""Examples of a line, by whether it holds a conversation; answers may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: a conversation up to a question, whichever way it is written."""
+    """One line of a .jsonl file: a conversation up to a question, whichever way it is written."""
 
     messages: Sequence[Message]
     row: dict[str, Any]
-    """As it is written, with what belongs to no conversation."""
+    """The JSON object of the line, with what belongs to no conversation."""
 
 
-def found(place: Path) -> Path | tuple[Path, ...]:
+def find_source(place: Path) -> Path | tuple[Path, ...]:
     """The .jsonl file at a place, or the pictures there.
 
     Args:
@@ -110,7 +110,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def read_line(path: Path, number: int, text: str, *, videos: bool = True) -> Line:
-    """One line of a .jsonl file; paths in it are relative to the file.
+    """Parse one line of a .jsonl file; paths in it are relative to the file.
 
     Args:
         path: of the file.
@@ -142,7 +142,7 @@ def read_line(path: Path, number: int, text: str, *, videos: bool = True) -> Lin
 
 @contextmanager
 def wrong_line(path: Path, number: int, *, conversation: bool) -> Generator[None]:
-    """Say of what goes wrong in the block which line it is, and what a right one looks like."""
+    """Add to errors of the block which line they are about, and what a right one looks like."""
     try:
         yield
     except CapaError as error:

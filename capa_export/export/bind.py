@@ -22,7 +22,7 @@ from capa_export.model.source import EMBEDDING
 from capa_export.model.tensors import checked_shape, unbound
 
 __all__ = [
-    "Written",
+    "WrittenWeights",
     "bind",
     "bind_lazily",
     "write_embedding",
@@ -36,7 +36,7 @@ _PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Given:
+class _ExtraArray:
     """An array that no checkpoint holds, with the part of `StoredTensor` that conversion needs."""
 
     name: str
@@ -57,13 +57,13 @@ class _Given:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What became of the weights."""
+class WrittenWeights:
+    """The result of writing weights."""
 
     sha256: str | None
-    """Of the file that holds them; None where none was needed."""
+    """SHA-256 of the file that holds them; None where none was needed."""
     kept: tuple[StoredTensor, ...] = ()
-    """Those that stay in their shards."""
+    """Weights that stay in their shards."""
 
 
 class _Digest:
@@ -81,13 +81,13 @@ class _Digest:
         return self._sha256.hexdigest()
 
 
-class _Converted(ir.LazyTensor):
+class _ConvertedTensor(ir.LazyTensor):
     """A source seen in another dtype and shape; while it is written, its bytes exist one chunk at a time."""
 
     digest: _Digest
-    """Of the file that it is written to."""
+    """Digest of the file that the tensor is written to."""
 
-    def __init__(self, source: StoredTensor | _Given, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
+    def __init__(self, source: StoredTensor | _ExtraArray, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self.source = source
 
@@ -134,10 +134,10 @@ class _Converted(ir.LazyTensor):
             )
 
     def tofile(self, file: BinaryIO) -> None:
-        file.writelines(_ahead(self._hashed(file.tell())))
+        file.writelines(_read_ahead(self._hashed(file.tell())))
 
     def _hashed(self, offset: int) -> Iterator[memoryview]:
-        """The bytes of the chunks, which are in the digest when they come out."""
+        """Yield the bytes of the chunks, which are in the digest when they come out."""
         for chunk in self.chunks():
             block = chunk.view(np.uint8).data
             self.digest.update(offset, block)
@@ -145,7 +145,7 @@ class _Converted(ir.LazyTensor):
             yield block
 
 
-def _ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+def _read_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
     """The blocks, each made by another thread while the one before it is used."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, blocks, None)
@@ -163,7 +163,7 @@ def bind(
     extra: Mapping[str, Array] | None = None,
     shards: Shards | None = None,
     progress: Progress | None = None,
-) -> Written:
+) -> WrittenWeights:
     """Give every initializer that has no value yet its weights, in one data file that the models share.
 
     The file is complete or absent. Weights that several initializers read in the same dtype are written once.
@@ -180,7 +180,7 @@ def bind(
     Raises:
         CapaError: a tensor is missing, has another shape, is not finite, overflows, or the disk is full.
     """
-    written: dict[tuple[object, ...], _Converted] = {}
+    written: dict[tuple[object, ...], _ConvertedTensor] = {}
     uses: list[tuple[ir.Value, tuple[object, ...]]] = []
     for value, tensor in _bound(models, tensors, dtype, extra):
         key = (*_place(tensor.source), tensor.dtype)
@@ -209,7 +209,7 @@ def bind(
             name=value.name,
             base_dir=stored.base_dir,
         )
-    return Written(sha256=sha256, kept=tuple(kept.values()))
+    return WrittenWeights(sha256=sha256, kept=tuple(kept.values()))
 
 
 def bind_lazily(
@@ -239,9 +239,9 @@ def _bound(
     tensors: Mapping[str, StoredTensor],
     dtype: ir.DataType,
     extra: Mapping[str, Array] | None,
-) -> Iterator[tuple[ir.Value, _Converted]]:
+) -> Iterator[tuple[ir.Value, _ConvertedTensor]]:
     """Initializers without a value, and what they are to hold."""
-    sources = dict(tensors) | {name: _Given(name=name, array=array) for name, array in (extra or {}).items()}
+    sources = dict(tensors) | {name: _ExtraArray(name=name, array=array) for name, array in (extra or {}).items()}
     waiting = [value for model in models for value in unbound(model)]
     if missing := [value.name for value in waiting if value.name not in sources]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -249,24 +249,24 @@ def _bound(
             f"tensor {missing[0]}{more} is missing from the checkpoint, though its config.json implies it; "
             "check that weights and config belong together"
         )
-    return ((value, _converted(value, sources[str(value.name)], dtype)) for value in waiting)
+    return ((value, _convert(value, sources[str(value.name)], dtype)) for value in waiting)
 
 
-def _place(source: StoredTensor | _Given) -> tuple[object, ...]:
-    """What tells one source from another; a tied head lies where the embedding lies."""
+def _place(source: StoredTensor | _ExtraArray) -> tuple[object, ...]:
+    """A key that tells one source from another; a tied head has the embedding's."""
     return (source.path, source.offset) if isinstance(source, StoredTensor) else (source.name,)
 
 
-def _converted(value: ir.Value, source: StoredTensor | _Given, dtype: ir.DataType) -> _Converted:
+def _convert(value: ir.Value, source: StoredTensor | _ExtraArray, dtype: ir.DataType) -> _ConvertedTensor:
     assert value.name is not None
     shape = checked_shape(value, source)
     target = dtype if value.dtype is None else value.dtype
     assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
-    return _Converted(source, target, shape, value.name)
+    return _ConvertedTensor(source, target, shape, value.name)
 
 
 def _write(
-    tensors: Sequence[_Converted], path: Path, progress: Progress | None
+    tensors: Sequence[_ConvertedTensor], path: Path, progress: Progress | None
 ) -> tuple[list[ir.ExternalTensor], str | None]:
     if not tensors:
         return [], None
@@ -296,7 +296,7 @@ def _write(
 
 def write_embedding(
     tensors: Mapping[str, StoredTensor], dtype: ir.DataType, path: Path, shards: Shards | None = None
-) -> Written:
+) -> WrittenWeights:
     """Write the token embedding alone, as tensor `embedding` of a safetensors file that is complete or absent.
 
     Args:
@@ -313,8 +313,8 @@ def write_embedding(
     source = tensors[EMBEDDING]
     if shards is not None and source.dtype == dtype:
         shards.point_to_embedding(source, path.parent)
-        return Written(sha256=None, kept=(source,))
-    tensor = _Converted(source, dtype, source.shape, "embedding")
+        return WrittenWeights(sha256=None, kept=(source,))
+    tensor = _ConvertedTensor(source, dtype, source.shape, "embedding")
     entry = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(source.shape), "data_offsets": [0, tensor.nbytes]}
     header = json.dumps({"embedding": entry}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -326,4 +326,4 @@ def write_embedding(
         tensor.digest = _Digest()
         tensor.digest.update(0, memoryview(start))
         tensor.tofile(file)
-    return Written(sha256=tensor.digest.hexdigest())
+    return WrittenWeights(sha256=tensor.digest.hexdigest())

@@ -146,7 +146,7 @@ def _context_length(config: Mapping[str, Any]) -> int:
 
 
 def _config(dims: DecoderDims, eos_token_ids: Sequence[int], context_length: int) -> dict[str, Any]:
-    """What onnxruntime-genai reads first."""
+    """`genai_config.json`, which onnxruntime-genai reads first."""
     (past_key, past_value), (present_key, present_value) = past_names("%d"), present_names("%d")
     model = {
         # The plainest of its vision-language types: it runs the graphs one after the other, and adds nothing.

@@ -44,7 +44,7 @@ class Graphs:
     """Graphs that were not written: their weights are lazy."""
 
     models: Mapping[str, ir.Model]
-    """By the names that their files would have in an `onnx/` folder."""
+    """The graphs by the names that their files would have in an `onnx/` folder."""
     embedding: StoredTensor
 
 
@@ -135,7 +135,7 @@ def graphs_in_fp32(
     selectors: Mapping[int, Chosen],
     min_keep_per_image: int,
 ) -> Graphs:
-    """What `write_onnx` would write in FP32, `DENSE` included; the weights stay in the checkpoint until they are read.
+    """Make the FP32 graphs of `write_onnx`, `DENSE` included; weights stay in the checkpoint until they are read.
 
     Raises:
         CapaError: a tensor is missing.
@@ -184,7 +184,7 @@ def _graphs(
 
 
 def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
-    """By the name of the initializer."""
+    """Every layer's alpha by the name of its initializer."""
     return {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
 
 

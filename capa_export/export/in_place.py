@@ -53,7 +53,7 @@ class Shards:
             )
 
     def location(self, tensor: StoredTensor) -> str:
-        """Of a tensor's shard, relative to the folder of the ONNX files."""
+        """Path of a tensor's shard, relative to the folder of the ONNX files."""
         return f"{_WEIGHTS}/{tensor.path.relative_to(self._folder).as_posix()}"
 
     def external(self, tensor: StoredTensor, folder: Path) -> "ir.ExternalTensor":

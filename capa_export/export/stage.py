@@ -40,7 +40,7 @@ def check_wishes(model: Model) -> None:
 
 
 def pruning(prune: Prune) -> dict[str, Any]:
-    """What the graphs need to know of the pruning, as arguments of `write_onnx`."""
+    """The pruning as arguments of `write_onnx`."""
     return {
         "prune_layers": tuple(stage.layer for stage in prune.schedule),
         "selectors": prune.selectors,

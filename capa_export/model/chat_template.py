@@ -1,4 +1,4 @@
-"""Which of the chat templates in a checkpoint's folder is the model's."""
+"""Finds the model's chat template among those in a checkpoint's folder."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ TEMPLATE_FILES = (
     "additional_chat_templates/*.jinja",
     "tokenizer_config.json",
 )
-"""Where templates lie; the first file that has one wins, and a later one may name others beside it."""
+"""Files that may hold templates; the first that has one wins, and a later one may name others beside it."""
 
 _ADDITIONAL = "additional_chat_templates"
 
@@ -52,7 +52,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _entry(path: Path) -> object:
-    """What a JSON file says of the chat template; None where it says nothing, or is not there."""
+    """The chat template's entry in a JSON file; None where it has none, or is not there."""
     if not path.is_file():
         return None
     try:

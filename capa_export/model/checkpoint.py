@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with a file's or tensor's name, the bytes done and the bytes in all."""
+"""A callback that takes a file's or tensor's name, the bytes done and the bytes in all."""
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements read at once: small enough to stay in cache while they are converted."""
@@ -56,16 +56,16 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies on disk."""
+    """The place of one tensor on disk."""
 
     name: str
-    """As stored, whatever it is renamed to."""
+    """Stored name, whatever the tensor is renamed to."""
     path: Path
-    """The shard."""
+    """Path of the shard."""
     numpy_dtype: "np.dtype[Any]"
     shape: tuple[int, ...]
     offset: int
-    """Absolute, in bytes from the start of the shard."""
+    """Bytes from the start of the shard."""
     nbytes: int
 
     @property
@@ -110,11 +110,11 @@ class Checkpoint:
     config: dict[str, Any]
     """`config.json`, as it is."""
     tensors: Mapping[str, StoredTensor]
-    """By stored name, in the order of shards and of offsets."""
+    """Tensors by stored name, in the order of shards and of offsets."""
     passed_over: Mapping[str, str] = field(default_factory=dict[str, str])
     """Stored name -> dtype, of what is neither BF16, F16 nor F32: no graph reads it."""
     translation: Path | None = None
-    """Where a family put config, tokenizer and processor files that transformers reads, where `folder` has others."""
+    """Folder of the config, tokenizer and processor files that a family translated, where `folder` has others."""
 
     @property
     def sidecars(self) -> Path:
@@ -230,7 +230,7 @@ def fetch_config(source: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def fetch_json(source: str, names: Iterable[str], *, revision: str | None = None) -> dict[str, dict[str, Any]]:
-    """Those of some JSON files that a local folder or a hub id has, by name, and nothing else of it.
+    """Read those of some JSON files that a local folder or a hub id has, by name, and nothing else of it.
 
     Raises:
         CapaError: it cannot be found, or one cannot be read.
@@ -246,7 +246,7 @@ def canonical_name(stored: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Where the BF16, F16 and F32 tensors of one safetensors file lie.
+    """Find the BF16, F16 and F32 tensors of one safetensors file.
 
     Raises:
         CapaError: the file is missing, truncated or corrupt.

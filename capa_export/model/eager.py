@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capa_export.model.families import Family, require_selection
-from capa_export.model.lockstep import RESIDENT, Pass, Weights, finished, together
+from capa_export.model.lockstep import RESIDENT, Pass, WeightSource, run_pass, together
 from capa_export.selectors.selector import (
     CAPA,
     TOKEN_AXIS,
@@ -30,17 +30,17 @@ from capa_export.selectors.selector import (
 if TYPE_CHECKING:
     from capa_export.model.prompt import Prompt
 
-__all__ = ["Eager", "EagerInputs", "EagerPlan", "Prefill", "Watch", "best", "inputs_for"]
+__all__ = ["Eager", "EagerInputs", "EagerPlan", "EagerPrefill", "Watch", "best_rows", "inputs_for"]
 
 
 T = TypeVar("T")
 
 Watch = Callable[[int, Tensor, Tensor], None]
-"""Told the layer, the hidden states [T, D] that leave it, and their prompt positions [T]; a step has none of these."""
+"""A callback that takes a layer, the hidden states [T, D] that leave it, and their positions [T], none for a step."""
 
 
 class EagerInputs(NamedTuple):
-    """What a family feeds the Hugging Face decoder."""
+    """The arrays that a family feeds the Hugging Face decoder."""
 
     embeds: Tensor
     """[1, T, D]"""
@@ -49,25 +49,25 @@ class EagerInputs(NamedTuple):
     deepstack: Sequence[Tensor] = ()
     """[V, D] each: what the outputs of the first layers gain at visual tokens."""
     prompted: Mapping[Prompted, Tensor] = MappingProxyType({})
-    """What selectors read of the prompt, as in `TensorView`."""
+    """The prompt's properties that selectors read, as in `TensorView`."""
 
     @classmethod
     def of(cls, given: "EagerInputs | tuple[Tensor, Tensor]") -> "EagerInputs":
-        """Whatever a family returned."""
+        """The inputs of whatever a family returned."""
         return given if isinstance(given, cls) else cls(given[0], given[1])
 
     @property
     def position_shape(self) -> tuple[int, ...]:
-        """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+        """Shape of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
         return (*self.position_ids.shape[:-1], 1)
 
     @property
     def next_position(self) -> int:
-        """Of the first answer token: behind all of the prompt, whatever is dropped."""
+        """Position of the first answer token: behind all of the prompt, whatever is dropped."""
         return int(self.position_ids.max()) + 1
 
     def arguments(self, is_visual: Tensor) -> dict[str, Any]:
-        """Of the decoder's own forward pass; `is_visual` is [T] bool."""
+        """Arguments of the decoder's own forward pass; `is_visual` is [T] bool."""
         given: dict[str, Any] = {"inputs_embeds": self.embeds, "position_ids": self.position_ids}
         if self.deepstack:
             given |= {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": list(self.deepstack)}
@@ -76,7 +76,7 @@ class EagerInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class EagerPlan:
-    """What to do to the dense model; the default is nothing."""
+    """The changes to make to the dense model; none by default."""
 
     keep: Mapping[int, int] = field(default_factory=dict)
     """Layer -> visual tokens kept from there on; -1 before the decoder."""
@@ -102,13 +102,13 @@ class EagerPlan:
 
     @property
     def reads(self) -> tuple[Prompted, ...]:
-        """What the prompt has to bring along."""
+        """The prompt's properties that the selectors read."""
         return reads(self.chosen(layer) for layer in self.keep)
 
 
 @torch.no_grad()
 def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") -> EagerInputs:
-    """What the decoder is fed, with what the plan's selectors read.
+    """The decoder's inputs, with the properties that the plan's selectors read.
 
     Raises:
         CapaError: the family's vision tower does not give it.
@@ -127,8 +127,8 @@ def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") ->
 
 
 @dataclass
-class Prefill:
-    """What a prefill leaves behind."""
+class EagerPrefill:
+    """The result of a prefill."""
 
     logits: Tensor
     """[V], last position."""
@@ -139,9 +139,9 @@ class Prefill:
     scores: dict[int, Tensor]
     """Layer -> score of each token that entered the stage [T]; what it says of text does not count."""
     position_shape: tuple[int, ...]
-    """Of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
+    """Shape of one token's position: (3, 1, 1) for mRoPE, (1, 1) for plain positions."""
     next_position: int
-    """Of the first answer token: behind all of the prompt, whatever was dropped."""
+    """Position of the first answer token: behind all of the prompt, whatever was dropped."""
 
 
 class _FrozenCache:
@@ -162,20 +162,22 @@ class Eager:
         weights: holds those of a part of the model while it runs.
     """
 
-    def __init__(self, model: Any, weights: Weights = RESIDENT) -> None:
+    def __init__(self, model: Any, weights: WeightSource = RESIDENT) -> None:
         self.model, self.weights = model, weights
         self.text = model.model.language_model
         self.head = model.lm_head
 
     def run(self, passes: Sequence[Pass[T]]) -> list[T]:
         """Results of several passes that go through the model together, each part of it held once for all of them."""
-        return finished(together(passes), partial(self.weights.holding, self.model))
+        return run_pass(together(passes), partial(self.weights.holding, self.model))
 
-    def prefill(self, inputs: EagerInputs, is_visual: Tensor, plan: EagerPlan, watch: Watch | None = None) -> Prefill:
+    def prefill(
+        self, inputs: EagerInputs, is_visual: Tensor, plan: EagerPlan, watch: Watch | None = None
+    ) -> EagerPrefill:
         """Run the prompt; `is_visual` is [T] bool."""
         return self.run([self.prefilling(inputs, is_visual, plan, watch=watch)])[0]
 
-    def step(self, run: Prefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
+    def step(self, run: EagerPrefill, token: int, position: int, watch: Watch | None = None) -> Tensor:
         """Logits [V] after one more text token at `position`; the run's cache grows by it."""
         return self.run([self.stepping(run.cache, token, torch.full(run.position_shape, position), watch)])[0]
 
@@ -187,14 +189,14 @@ class Eager:
         plan: EagerPlan,
         cache: Any = None,
         watch: Watch | None = None,
-    ) -> Pass[Prefill]:
+    ) -> Pass[EagerPrefill]:
         """The pass of a prompt; `is_visual` is [T] bool, `cache` an empty one of transformers' that is to be filled."""
         from transformers import DynamicCache
 
         cache = DynamicCache() if cache is None else cache
         kept: dict[int, Tensor] = {}
         scores: dict[int, Tensor] = {}
-        tokens = _Tokens(
+        tokens = _LayerTokens(
             inputs.embeds,
             self.text.rotary_emb(inputs.embeds, inputs.position_ids),
             torch.arange(inputs.embeds.shape[1]),
@@ -238,7 +240,9 @@ class Eager:
             if watch is not None:
                 watch(index, tokens.hidden[0], tokens.positions)
         yield "head"
-        return Prefill(self._logits(tokens.hidden), cache, kept, scores, inputs.position_shape, inputs.next_position)
+        return EagerPrefill(
+            self._logits(tokens.hidden), cache, kept, scores, inputs.position_shape, inputs.next_position
+        )
 
     @torch.no_grad()
     def stepping(self, cache: Any, token: int, position_ids: Tensor, watch: Watch | None = None) -> Pass[Tensor]:
@@ -272,8 +276,8 @@ class Eager:
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """What travels down the layers."""
+class _LayerTokens:
+    """The arrays that travel down the layers."""
 
     hidden: Tensor
     """[1, T, D]"""
@@ -286,10 +290,10 @@ class _Tokens:
     deepstack: Sequence[Tensor]
     """[V, D] each."""
     prompted: Mapping[Prompted, Tensor]
-    """Of the whole prompt."""
+    """The properties of the whole prompt that selectors read."""
 
-    def at(self, rows: Tensor) -> "_Tokens":
-        """Some of them."""
+    def at(self, rows: Tensor) -> "_LayerTokens":
+        """The given rows of all arrays."""
         rows_of_visual = torch.isin(self.is_visual.nonzero()[:, 0], rows)
         return replace(
             self,
@@ -304,7 +308,7 @@ class _Tokens:
 def _of_attention(
     attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
 ) -> dict[str, Tensor]:
-    """What a selector may read of an attention, in FP32: see `TensorView`."""
+    """The FP32 views of an attention that a selector may read: see `TensorView`."""
     with _attention_weights(attention.config):
         last = tuple(table[:, -1:] for table in rotary)
         _, weights = attention(
@@ -338,7 +342,7 @@ def _attention_weights(config: Any) -> Generator[None]:
         config._attn_implementation = before
 
 
-def best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
+def best_rows(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tensor:
     """Rows of all text and of `keep` visual tokens, ascending: each image's best few, then the best of the rest."""
     visual = is_visual.nonzero()[:, 0]
     if plan.random_seed is None:
@@ -358,7 +362,9 @@ def best(scores: Tensor, is_visual: Tensor, keep: int, plan: EagerPlan) -> Tenso
     return rows.sort().values
 
 
-def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _choose(
+    plan: EagerPlan, stage: int, tokens: _LayerTokens, of_attention: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Scores [T] of the tokens that enter a stage, and the rows [K] that it keeps."""
     if not tokens.is_visual.any():
         return torch.zeros(len(tokens.positions)), torch.arange(len(tokens.positions))
@@ -376,7 +382,7 @@ def _choose(plan: EagerPlan, stage: int, tokens: _Tokens, of_attention: Mapping[
     scores = selector.reference(view, **chosen.values)
     if stage in plan.forced:
         return scores, torch.isin(tokens.positions, plan.forced[stage]).nonzero()[:, 0]
-    return scores, best(scores, tokens.is_visual, keep, plan)
+    return scores, best_rows(scores, tokens.is_visual, keep, plan)
 
 
 def _jittered(view: TensorView, amount: float) -> TensorView:

@@ -1,4 +1,4 @@
-"""How an answer is to be generated: what `generation_config.json` says, as transformers' `generate` reads it."""
+"""The settings of `generation_config.json`, read as transformers' `generate` reads them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -61,7 +61,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 }
 """Settings of `generate` that change answers and that are not done here -> the values that change nothing."""
 _OF_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
-"""Those of them that change nothing either where the likeliest token is taken."""
+"""Ignored settings of sampling, which change nothing either where the likeliest token is taken."""
 _INERT = frozenset(
     {
         # Of beams, assistants and encoders, where there are none.
@@ -84,7 +84,7 @@ _INERT = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationOptions:
-    """What a command line asks for, in place of what the file says; None where it says nothing."""
+    """The settings of a command line, in place of the file's; None where it says nothing."""
 
     greedy: bool = False
     """Take the likeliest token, whatever the file says of sampling."""
@@ -114,13 +114,13 @@ class GenerationOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that take the place of a setting of the same name."""
+        """The options that take the place of a setting of the same name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None and name in Generation.model_fields}
 
 
 class Generation(BaseModel):
-    """How tokens are chosen; names and defaults are those of `generate`, which takes null for a default."""
+    """The settings that choose tokens; names and defaults are those of `generate`, which takes null for a default."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -144,7 +144,7 @@ class Generation(BaseModel):
     """Tokens of prompt and answer, unless `max_new_tokens` is set."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     unsupported: dict[str, Any] = Field(default_factory=dict[str, Any], exclude=True)
-    """What the file asks for that is not done."""
+    """Settings of the file that are not supported."""
     source: Path = Field(exclude=True)
     """The file."""
 
@@ -164,7 +164,7 @@ class Generation(BaseModel):
         return [f"{name} {value!r:.40}" for name, value in wanted.items()]
 
     def with_options(self, options: GenerationOptions) -> "Generation":
-        """These settings with those of a command line in their place, which samples where it says how.
+        """Replace settings by a command line's options; an option that shapes sampling turns it on.
 
         Raises:
             CapaError: a setting that takes effect is out of range, or an option would have none.
@@ -219,13 +219,13 @@ def _option(name: str) -> str:
 
 
 def _problem(name: str, value: float | None, ranges: Mapping[str, _Range] = _RANGES) -> str | None:
-    """What a setting must be, if it is not."""
+    """The condition that a setting breaks, if it does."""
     takes, words = ranges.get(name, (lambda _: True, ""))
     return None if value is None or takes(value) else f"must be {words}, not {value}"
 
 
 def read_generation(folder: Path) -> Generation:
-    """What a checkpoint says in `generation_config.json`, or without one in `config.json`, as older ones do.
+    """Read a checkpoint's `generation_config.json`, or without one its `config.json`, as older ones have it.
 
     Raises:
         CapaError: the file is missing or malformed, or a setting has a wrong type.

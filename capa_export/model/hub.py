@@ -13,7 +13,7 @@ __all__ = ["find_folder", "full_source", "refetch"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _LOCAL_DOWNLOADS = Path(".cache") / "huggingface" / "download"
-"""Where `hf download --local-dir` keeps its records, below the folder that it fills."""
+"""Folder where `hf download --local-dir` keeps its records, below the one that it fills."""
 
 
 def full_source(source: str) -> str:
@@ -50,7 +50,7 @@ def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> P
 
 
 def refetch(folder: Path) -> str:
-    """What to do about a file that a checkpoint's folder lacks, by where the folder came from."""
+    """A remedy for a file that a checkpoint's folder lacks, by where the folder came from."""
     cached = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
     if cached:
         hub_id = f"{cached['owner']}/{cached['name']}"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-__all__ = ["RESIDENT", "TOGETHER_BYTES", "Part", "Pass", "Weights", "finished", "grouped", "together"]
+__all__ = ["RESIDENT", "TOGETHER_BYTES", "Part", "Pass", "WeightSource", "grouped", "run_pass", "together"]
 
 T = TypeVar("T")
 
 TOGETHER_BYTES = 2 << 30
-"""Of keys and values, up to which prompts go through a model together whose weights stream."""
+"""Bytes of keys and values up to which prompts go through a streamed model together."""
 
 Part: TypeAlias = int | Literal["tower", "head"]
 """A decoder layer, the vision tower with what else makes the decoder's inputs, or the last norm with the LM head."""
@@ -18,8 +18,8 @@ Pass: TypeAlias = Generator[Part, None, T]
 """Work that names the part of the model that it needs next, and goes on when that has its weights."""
 
 
-class Weights(Protocol):
-    """What gives a part of a model its weights."""
+class WeightSource(Protocol):
+    """Gives each part of a model its weights."""
 
     def holding(self, model: Any, part: Part) -> AbstractContextManager[object]:
         """The part has its weights until the block ends."""
@@ -30,7 +30,7 @@ class Weights(Protocol):
         ...
 
 
-class _Resident:
+class _ResidentWeights:
     """Weights that are in memory all the time."""
 
     def holding(self, model: Any, part: Part) -> AbstractContextManager[object]:  # noqa: ARG002 - there is nothing to do.
@@ -40,11 +40,11 @@ class _Resident:
         return nullcontext()
 
 
-RESIDENT = _Resident()
+RESIDENT = _ResidentWeights()
 
 
 def together(passes: Sequence[Pass[T]]) -> Pass[list[T]]:
-    """One pass of several that start at once: at each part, all that have come to it go on, in their order.
+    """Join several passes into one that starts them at once: at each part, all that have come to it go on, in order.
 
     So a pass may read what an earlier one of the list left at the same part: the tokens of an answer that is known
     follow the prompt through the layers, each attending to those before it.
@@ -69,7 +69,7 @@ def together(passes: Sequence[Pass[T]]) -> Pass[list[T]]:
     return [results[index] for index in range(len(passes))]
 
 
-def finished(work: Pass[T], holding: Callable[[Part], AbstractContextManager[object]]) -> T:
+def run_pass(work: Pass[T], holding: Callable[[Part], AbstractContextManager[object]]) -> T:
     """The result of a pass, every part of the model held while it is needed."""
     try:
         part = next(work)

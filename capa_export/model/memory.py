@@ -47,7 +47,7 @@ def require_eager_memory(model: Model, workers: Workers | None = None) -> None:
 
 
 def exceeds_memory(what: str, needed: int) -> bool:
-    """Whether something takes more bytes than are available, so that layers go one by one, which is then said.
+    """Whether something takes more bytes than are available; if so, says that layers go one by one.
 
     Args:
         what: a sentence about it with `{}` in the place of the gigabytes.

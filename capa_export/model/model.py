@@ -33,20 +33,20 @@ class Model:
     checkpoint: str
     """Local folder or hub id."""
     revision: str | None = None
-    """Of a hub id."""
+    """Revision of a hub id."""
     trust_remote_code: bool = False
     """Whether the checkpoint's own Python may run, for its tokenizer and image processor."""
     report: Report = field(default=silent)
     _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
 
     def with_recipe(self, recipe: Recipe) -> "Model":
-        """The same opened checkpoint under another recipe, which sees pictures alike."""
+        """The opened checkpoint under another recipe, which must see pictures alike."""
         model = copy(self)
         model.recipe = recipe
         return model
 
     def unopened(self) -> "Model":
-        """The same model for another process, which opens it anew and reports nothing."""
+        """A copy of the model for another process, which opens it anew and reports nothing."""
         return replace(self, checkpoint=self.checkpoint_source, report=silent)
 
     @cached_property
@@ -134,7 +134,7 @@ class Model:
 
     @property
     def prompt_settings(self) -> list[Any]:
-        """All that a prompt depends on beside what is asked."""
+        """All settings that a prompt depends on beside the conversation."""
         return [self.sidecar_digests, self.recipe.pictures.model_dump(exclude_none=True)]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What becomes of a picture's size in the image processors of transformers: the rounding of an area, and the tiling.
+"""The sizes of pictures in the image processors of transformers: the rounding of an area, and the tiling.
 
 Whoever processes a picture and whoever counts its visual tokens beforehand must agree to the pixel.
 """

@@ -1,4 +1,4 @@
-"""From a conversation with pictures to the arrays that every runtime of a model is fed."""
+"""Turns a conversation with pictures into the arrays that every runtime of a model is fed."""
 
 import json
 import re
@@ -23,7 +23,7 @@ __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SIDE = 448
-"""Of a picture, in pixels: a multiple of every patch, merged or not, so that it also fits where nothing is resized."""
+"""Side of a test picture in pixels: a multiple of every patch, merged or not, to fit where nothing is resized."""
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _CODE_FILES: Mapping[str, set[str] | None] = {
     "tokenizer_config.json": None,
@@ -32,7 +32,7 @@ _CODE_FILES: Mapping[str, set[str] | None] = {
     # What it names beside are models, and those are never its own.
     "config.json": {"AutoTokenizer", "AutoImageProcessor"},
 }
-"""Where code of the checkpoint's own is named, and by which keys, if not by any."""
+"""Files that may name Python of the checkpoint's own, and the keys that do; None for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Video:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a conversation says."""
+    """One side's turn of a conversation."""
 
     role: str
     """`user`, `assistant` or `system`."""
@@ -64,11 +64,11 @@ class Picture:
     grid: tuple[int, int] | None = None
     """Rows and columns of those tokens, where they make one grid."""
     tile: tuple[int, int] | None = None
-    """The same of one tile, where there are several of one shape, one after the other."""
+    """Rows and columns of one tile, where there are several of one shape, one after the other."""
     square: bool = False
     """Whether the grid lies over a centred square of the picture, and the rest was cropped off."""
     frame_seconds: float | None = None
-    """Of a video: what one of the vision graph's frames lasts."""
+    """Seconds that one of the vision graph's frames lasts in a video."""
     frame_positions: float = 1.0
     """Temporal positions from one of the vision graph's frames to the next."""
 
@@ -290,7 +290,7 @@ class Prompter:
 
 
 def _published(text: Path, visual: Path, *, trust_remote_code: bool) -> Processors:
-    """What transformers makes of the files of a checkpoint."""
+    """The processors that transformers makes of a checkpoint's files."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     if not trust_remote_code:

@@ -12,7 +12,7 @@ from capa_export.model.checkpoint import fetch_config
 __all__ = ["find_recipe"]
 
 _DECODERS = ("text_config", "llm_config")
-"""Where configs say what their decoder is."""
+"""Keys of a config that may hold the decoder's."""
 
 
 def find_recipe(checkpoint: str, revision: str | None = None) -> Recipe:

@@ -31,7 +31,7 @@ def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
 
 
 def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:
-    """Copy them, so that the bundle needs no checkpoint to run."""
+    """Copy a checkpoint's sidecars, so that the bundle needs no checkpoint to run."""
     for part, paths in sidecars(checkpoint.sidecars, code=code).items():
         for path in paths:
             place = folder / part / path.relative_to(checkpoint.sidecars)

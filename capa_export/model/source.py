@@ -23,7 +23,7 @@ class Source:
     family: Family
     dims: ModelDims[Any]
     tensors: Mapping[str, StoredTensor]
-    """By the graph's names."""
+    """Tensors by the graph's names."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":

@@ -57,7 +57,7 @@ class StoredWeights:
         self._spare = defaultdict[tuple[tuple[int, ...], torch.dtype], list[Tensor]](list)
 
     def of(self, name: str, shape: Sequence[int]) -> StoredTensor:
-        """Where a parameter lies.
+        """Find a parameter in the checkpoint.
 
         Raises:
             CapaError: nowhere, or it has another shape.
@@ -92,7 +92,7 @@ class StoredWeights:
         module.load_state_dict(state, strict=False, assign=True)
 
     def unload(self, module: nn.Module, hollow: Mapping[str, Tensor]) -> None:
-        """Take them away again; the next layer of the same kind gets their memory, which is faster than new memory."""
+        """Take away a module's weights; the next layer of the kind gets their memory, faster than new memory."""
         for name, weights in module.named_parameters():
             if name in hollow:
                 self._spare[tuple(weights.shape), weights.dtype].append(weights.data)
@@ -185,7 +185,7 @@ class StoredWeights:
         return None
 
 
-class _WithoutWeights(TorchFunctionMode):
+class _NoWeights(TorchFunctionMode):
     """Modules built under it take no memory: torch's layers get their weights from `torch.empty`, buffers do not."""
 
     def __torch_function__(
@@ -223,7 +223,7 @@ def _hollow(source: Source) -> Any:
         config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
             folder, local_files_only=True
         )
-        with _WithoutWeights():
+        with _NoWeights():
             model = transformers.AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float32, attn_implementation=ATTENTION
             )

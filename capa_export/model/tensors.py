@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those that the graphs of its model read."""
+"""Checks that a checkpoint has the tensors that the graphs of its model read."""
 
 import math
 import re
@@ -21,11 +21,11 @@ __all__ = ["check_tensors", "checked_shape", "unbound", "unused_tensors"]
 _BUFFERS = re.compile(
     r"(?:^|\.)(?:(?:original_)?inv_freq|position_ids|(?:cos|sin)_cached|(?:causal|attn)_mask|masked_bias)$"
 )
-"""What models keep beside their weights and compute anew, so that no graph reads it."""
+"""Buffers that models save beside their weights and compute anew, so that no graph reads them."""
 
 
-class _Shaped(Protocol):
-    """Weights, as far as their shape is concerned."""
+class _ShapedWeights(Protocol):
+    """Weights with a name, a place and a shape."""
 
     @property
     def name(self) -> str: ...
@@ -69,7 +69,7 @@ def check_tensors(source: Source) -> None:
 
 
 def _why_missing(missing: Sequence[str], source: Source) -> str:
-    """What is the matter with the first of the tensors that a graph reads and a checkpoint does not have."""
+    """The problem with the first of the tensors that a graph reads and a checkpoint does not have."""
     checkpoint, rules = source.checkpoint, source.family.RENAMES
     for stored, dtype in checkpoint.passed_over.items():
         if canonical_name(stored, rules) == missing[0]:
@@ -98,7 +98,7 @@ def _check_shapes(models: Sequence[ir.Model], tensors: Mapping[str, StoredTensor
             checked_shape(value, tensors[value.name])
 
 
-def checked_shape(value: ir.Value, source: _Shaped) -> tuple[int, ...]:
+def checked_shape(value: ir.Value, source: _ShapedWeights) -> tuple[int, ...]:
     """The shape of an initializer, which these weights have too."""
     assert value.shape is not None
     shape = tuple(value.shape.numpy())

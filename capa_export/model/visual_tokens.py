@@ -1,4 +1,4 @@
-"""How many visual tokens a model makes of the picture that plans are made for."""
+"""Counts the visual tokens that a model makes of the picture that plans are made for."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ import torch
 from capa_export.base.progress import Report, tracked
 from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
 from capa_export.data.samples import Sample, Samples
-from capa_export.model.eager import EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.prompt import Prompt
 from capa_export.parity.oracle import Subject
@@ -37,7 +37,7 @@ class _Answer:
     tokens: list[int]
     """Without the one that ends the answer."""
     text: str
-    prefill: Prefill
+    prefill: EagerPrefill
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _outcome(answer: _Answer, dense: _Answer, sample: Sample) -> _Outcome:
     )
 
 
-def _kept_maps(prompt: Prompt, run: Prefill) -> tuple[KeptMap, ...]:
+def _kept_maps(prompt: Prompt, run: EagerPrefill) -> tuple[KeptMap, ...]:
     """Where the kept tokens lie on the picture; nothing where the visual tokens make no single grid."""
     picture = prompt.pictures[0] if len(prompt.pictures) == 1 else None
     if picture is None or picture.grid is None:

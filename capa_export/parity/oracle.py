@@ -12,7 +12,7 @@ from capa_export.config.schedule import Prune
 from capa_export.export.graphs import Graphs
 from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import Family
-from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, Weights, grouped
+from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, WeightSource, grouped
 from capa_export.model.prompt import Prompt, Prompter
 
 __all__ = ["Subject"]
@@ -38,7 +38,7 @@ class Subject:
     eos_token_ids: Sequence[int]
     fp32_layers: Sequence[str] = ()
     """Parts that are computed in FP32 whatever the precision."""
-    weights: Weights = RESIDENT
+    weights: WeightSource = RESIDENT
     """What gives the model's parts theirs."""
 
     @property

@@ -22,7 +22,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.base.statistics import kl_divergence
 from capa_export.data.samples import Sample, Samples
-from capa_export.model.eager import Eager, EagerPlan, best, inputs_for
+from capa_export.model.eager import Eager, EagerPlan, best_rows, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
@@ -350,7 +350,7 @@ def _own_choice(
     entering = np.arange(len(prompt.input_ids))
     for kept, scores, keep in zip(oracle.kept, scores_of_stages, plan.keep.values(), strict=True):
         is_visual = prompt.is_visual[entering]
-        own = best(torch.from_numpy(scores), torch.from_numpy(is_visual), min(keep, int(is_visual.sum())), plan)
+        own = best_rows(torch.from_numpy(scores), torch.from_numpy(is_visual), min(keep, int(is_visual.sum())), plan)
         yield overlap(entering[own.numpy()], kept, len(prompt.text_positions))
         entering = kept
 

@@ -27,7 +27,7 @@ from capa_export.parity.selection import Choice, agreeing
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.run.onnx import OnnxModel
-from capa_export.run.runtime import Model
+from capa_export.run.runtime import RuntimeModel
 
 if TYPE_CHECKING:
     from capa_export.run.engine_model import EngineModel
@@ -331,7 +331,7 @@ def _kept_counts(record: Record) -> list[int]:
     return [len(kept) - len(record.prompt.text_positions) for kept in record.oracle.kept]
 
 
-def _trace(model: Model[Any], record: Record, clock: _Clock) -> Trace:
+def _trace(model: RuntimeModel[Any], record: Record, clock: _Clock) -> Trace:
     """A runtime's graphs as they are, fed the record's tokens."""
     prompt, num_keep = record.prompt, _kept_counts(record)
     embeds = model.embed(prompt)

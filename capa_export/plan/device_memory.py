@@ -1,4 +1,4 @@
-"""What the engines of a model hold on the device that runs them, and the devices that have room for it."""
+"""The memory that a model's engines take on a device, and the devices that have room for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from capa_export.base.progress import say
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
 from capa_export.model.memory import LIBRARIES
-from capa_export.plan.flops import KVCache, Parameters, parameters
+from capa_export.plan.flops import KVCacheSize, Parameters, parameters
 
 __all__ = [
     "CACHE_ROWS",
@@ -37,11 +37,11 @@ CACHE_ROWS = 256
 _ANSWER = 64
 """Tokens of an answer that a cache has room for."""
 _CONTEXT = 16 << 20
-"""What an execution context takes at least; decode's, of any model, takes no more."""
+"""Bytes that an execution context takes at least; decode's, of any model, takes no more."""
 _CUDA = 500_000_000
 """CUDA's own context and the kernels of three engines."""
 _SYSTEM = 1_500_000_000
-"""Where CPU and GPU share the memory: the system and this program."""
+"""Bytes of the system and of this program, where CPU and GPU share the memory."""
 _PER_ONNX_PARAMETER = 4.4
 """ONNX Runtime keeps FP32 copies on the CPU, of each graph; 4.2 was measured in FP16."""
 
@@ -55,7 +55,7 @@ class DeviceMemory:
     contexts: int
     """Activations of every engine at the largest shapes of its profile, taken for good when it is loaded."""
     runtime: int
-    """All that is not the model's."""
+    """Bytes of the runtime and the system."""
 
     @property
     def total(self) -> int:
@@ -63,7 +63,12 @@ class DeviceMemory:
 
 
 def device_memory(
-    dims: ModelDims[Any], precision: str, weights: Weights, target: Target, cache: KVCache, contexts: int | None = None
+    dims: ModelDims[Any],
+    precision: str,
+    weights: Weights,
+    target: Target,
+    cache: KVCacheSize,
+    contexts: int | None = None,
 ) -> DeviceMemory:
     """Count what answering one prompt takes on a device.
 
@@ -107,7 +112,7 @@ def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     return LIBRARIES + int(_PER_ONNX_PARAMETER * (2 * decoder_parameters(total) + total.vision))
 
 
-def _held(cache: KVCache, *, step: int) -> int:
+def _held(cache: KVCacheSize, *, step: int) -> int:
     """Bytes of a prompt's caches: the one that prefill left, and those that a decode step reads and writes."""
     held = 0
     for group in cache.groups:
@@ -141,7 +146,7 @@ def devices_with_room(target: Target, needed: int) -> dict[str, bool]:
 def choose_weights(
     dims: ModelDims[Any], precision: str, asked: WeightsWish, target: Target, memory: int | None = None
 ) -> tuple[Weights, str]:
-    """Where the engines' weights go, and why.
+    """Choose where the engines' weights go; returns the choice and its reason.
 
     Args:
         dims: of the model.

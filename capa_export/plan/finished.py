@@ -1,4 +1,4 @@
-"""Which stages of a bundle a build with other options would find done."""
+"""Finds the stages of a bundle that a build with other options need not run again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +60,7 @@ def finished_stages(
 
 
 def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -> bool:
-    """Whether nothing that is known of a checkpoint differs from what is recorded of one."""
+    """Whether a checkpoint agrees with a recorded one in all that is known of it."""
     return recorded is not None and all(recorded.get(key, value) == value for key, value in checkpoint.items())
 
 

@@ -1,4 +1,4 @@
-"""What a build will cost and save, from the dimensions alone: FLOPs, KV cache, weights.
+"""The cost of a build's graphs, from the dimensions alone: FLOPs, KV cache, weights.
 
 One multiply-accumulate is 2 FLOPs. Matrix products are counted, and the scale that stands for a visual FFN; norms,
 rotary positions, softmax, activations and the ranking of scores are not: they are far below 1 %.
@@ -18,7 +18,7 @@ from capa_export.selectors.selector import CAPA, Chosen, Size, load_selector
 __all__ = [
     "DecodeFlops",
     "DecoderFlops",
-    "KVCache",
+    "KVCacheSize",
     "KVGroup",
     "Parameters",
     "PrefillFlops",
@@ -37,28 +37,28 @@ _NONE: Selectors = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderFlops:
-    """One pass through the decoder."""
+    """FLOPs of one pass through the decoder."""
 
     projections: int
-    """Query, key, value and output."""
+    """FLOPs of the query, key, value and output projections."""
     attention: int
     """QK^T and AV over all S x S pairs, as a dense kernel computes them."""
     attention_causal: int
-    """The same for the pairs at or below the diagonal only."""
+    """FLOPs of the pairs of tokens at or below the diagonal only."""
     ffn: int
     score: int
     """Scores of the tokens, at every stage."""
     lm_head: int
-    """Of the last token."""
+    """FLOPs of the last token's logits."""
     total: int
-    """With `attention`."""
+    """Sum that counts `attention`."""
     total_causal: int
-    """With `attention_causal`."""
+    """Sum that counts `attention_causal`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillFlops:
-    """The prompt's pass, dense and with CAPA."""
+    """FLOPs of the prompt's pass, dense and with CAPA."""
 
     num_visual: int
     num_text: int
@@ -67,7 +67,7 @@ class PrefillFlops:
     dense: DecoderFlops
     capa: DecoderFlops
     dense_visual: DecoderFlops
-    """The same prompt without its text and without the LM head."""
+    """FLOPs of the prompt's visual tokens, without text and LM head."""
     capa_visual: DecoderFlops
     ratio: float
     """Dense over CAPA, `total`."""
@@ -86,8 +86,8 @@ class KVGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KVCache:
-    """Keys and values of one prompt."""
+class KVCacheSize:
+    """Bytes of the keys and values of one prompt."""
 
     groups: tuple[KVGroup, ...]
     dense_bytes: int
@@ -96,7 +96,7 @@ class KVCache:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeFlops:
-    """The first generated token, whose attention reads the prompt's cache and itself; its FFNs are all full."""
+    """FLOPs of the first generated token, attending to the prompt's cache and itself, all its FFNs full."""
 
     dense: int
     capa: int
@@ -116,7 +116,7 @@ class Parameters:
     vision: int
     total: int
     bytes: dict[str, int]
-    """Of `total`, by precision."""
+    """Bytes of `total`, by precision."""
 
 
 def flops(
@@ -233,7 +233,7 @@ def _prefill(
 
 def kv_cache(
     dims: DecoderDims, *, num_visual: int, num_text: int, schedule: Schedule, element_bytes: int = 2
-) -> KVCache:
+) -> KVCacheSize:
     """Size the caches that prefill leaves, by group of layers of equal length; a prune layer keeps what it leaves.
 
     Raises:
@@ -254,7 +254,7 @@ def kv_cache(
                 capa_bytes=len(layers) * length * per_token,
             )
         )
-    return KVCache(
+    return KVCacheSize(
         groups=tuple(groups),
         dense_bytes=sum(group.dense_bytes for group in groups),
         capa_bytes=sum(group.capa_bytes for group in groups),

@@ -1,4 +1,4 @@
-"""What a build would do, from `config.json` alone: FLOPs, KV cache, sizes and memory, and whether there is room."""
+"""Plans a build from `config.json` alone: FLOPs, KV cache, sizes and memory, and whether there is room."""
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -31,7 +31,7 @@ from capa_export.plan.device_memory import (
 )
 from capa_export.plan.finished import finished_stages
 from capa_export.plan.flops import (
-    KVCache,
+    KVCacheSize,
     Parameters,
     decode_flops,
     flops,
@@ -49,14 +49,14 @@ __all__ = [
 ]
 
 UNKNOWN = "unknown until calibrated"
-"""Where no calibration and no list of the paper says which layers are linear."""
+"""The linear layers' entry where neither a calibration nor a list of the paper names them."""
 
 _TEXT_TOKENS = 48
 """Resident before any weight is: Python with torch and transformers, or TensorRT."""
 _TENSORRT = 1100 << 20
 """Resident in the build of an engine whose weights are inputs; 1.05 GB was measured for a 7B."""
 _PER_EMBEDDED_BYTE = 1.7
-"""What a build needs for a byte of weights that it embeds: 1.5 was measured for a 3B, and mapped files want room."""
+"""Bytes that a build needs for a byte of embedded weights: 1.5 was measured for a 3B, and mapped files want room."""
 _PROMPTS = TOGETHER_BYTES
 """Hidden states and caches of the prompts that a validation takes through a layer together."""
 _ENGINES, _REFERENCE = "engines", "reference"
@@ -223,9 +223,14 @@ def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> di
 
 
 def _device(
-    dims: ModelDims[Any], precision: str, weights: Weights | None, target: Target, cache: KVCache, memory: int | None
+    dims: ModelDims[Any],
+    precision: str,
+    weights: Weights | None,
+    target: Target,
+    cache: KVCacheSize,
+    memory: int | None,
 ) -> dict[str, Any]:
-    """What the device holds, which of the target's have room for it, and what would do where `memory` has none."""
+    """The memory that the device needs, the target's devices with room, and a way out where `memory` is too small."""
 
     def needed(precision: str, weights: Weights | None, target: Target = target) -> int:
         return device_memory(dims, precision, weights or "external", target, cache).total

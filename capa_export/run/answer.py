@@ -30,9 +30,9 @@ from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.run.bundled import bundled_prompter, require_memory
 from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
-from capa_export.run.runtime import Model, PrefillRun
+from capa_export.run.runtime import PrefillRun, RuntimeModel
 
-__all__ = ["VisionLanguageModel", "answer", "finished", "runtime_errors"]
+__all__ = ["VisionLanguageModel", "answer", "run_to_end", "runtime_errors"]
 
 
 class VisionLanguageModel:
@@ -74,8 +74,8 @@ class VisionLanguageModel:
         return bundled_prompter(self.bundle, bounds=self.bounds, trust_remote_code=self.trust_remote_code)
 
     @cached_property
-    def runtime(self) -> Model[Any]:
-        """What runs the graphs, loaded when the first prompt is there."""
+    def runtime(self) -> RuntimeModel[Any]:
+        """The model in its runtime, loaded when the first prompt is there."""
         if self._built is None:
             return OnnxModel(self.bundle.folder / ONNX)
         from capa_export.run.engine_model import EngineModel
@@ -166,7 +166,7 @@ class VisionLanguageModel:
         prompts = [prompter.chat(turns) for turns in conversations]
         for turns, prompt in zip(conversations, prompts, strict=True):
             if prompt.num_visual:
-                say(_expected(turns, prompt, prune))
+                say(_expected_tokens(turns, prompt, prune))
         limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
         if (context := prompter.dims.decoder.rope_limit) is not None:
             # From there on the rotary frequencies would be others.
@@ -178,7 +178,7 @@ class VisionLanguageModel:
         choosers = _choosers(generation, prompts, stop, seed)
         if generation.ignored:
             say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
-        starts = [_started(model, prompt, prune) for prompt in prompts]
+        starts = [_prefill(model, prompt, prune) for prompt in prompts]
 
         answers = [_Answer(prompter) for _ in prompts]
         started = time.perf_counter()
@@ -239,10 +239,10 @@ def answer(
         CapaError: as `VisionLanguageModel` and its `answers`.
     """
     model = VisionLanguageModel(bundle, engine=engine, bounds=bounds, trust_remote_code=trust_remote_code)
-    return finished(model.answers(conversations, ratio=ratio, options=options), stream)
+    return run_to_end(model.answers(conversations, ratio=ratio, options=options), stream)
 
 
-def finished(
+def run_to_end(
     answers: Generator[str, None, list[dict[str, Any]]], stream: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
     """Run answers to their end; `stream` is told each new piece of the first."""
@@ -258,7 +258,7 @@ def finished(
 def _choosers(
     generation: Generation, prompts: Sequence[Prompt], stop: Sequence[int], seed: int | None
 ) -> list[TokenChooser]:
-    """One for each answer, with random numbers of its own: what is sampled does not depend on the other answers."""
+    """A token chooser an answer, with random numbers of its own: no sample depends on the other answers."""
     streams = np.random.SeedSequence(seed).spawn(len(prompts))
     return [
         TokenChooser(generation, prompt.input_ids.tolist(), stop, np.random.default_rng(stream))
@@ -266,7 +266,7 @@ def _choosers(
     ]
 
 
-def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:
+def _prefill(model: RuntimeModel[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRun[Any], dict[str, Any]]:
     """The prefill of one prompt, and what there is to say about it."""
     num_keep = prune.num_keep(prompt.image_lengths)
     with runtime_errors(prompt.num_visual):
@@ -289,8 +289,8 @@ def _started(model: Model[Any], prompt: Prompt, prune: Prune) -> tuple[PrefillRu
     }
 
 
-def _expected(turns: Sequence[Turn], prompt: Prompt, prune: Prune) -> str:
-    """What a prompt costs, picture by picture, before anything is spent on it."""
+def _expected_tokens(turns: Sequence[Turn], prompt: Prompt, prune: Prune) -> str:
+    """A line that tells the cost of a prompt, picture by picture, before anything is spent on it."""
     shown = [part for turn in turns for part in turn.content if not isinstance(part, str)]
     of_each = [
         f"{tokens} ({'video' if isinstance(part, Video) else 'picture'} of {size[0]} x {size[1]})"
@@ -313,7 +313,7 @@ class _Answer:
         self.told = ""
 
     def news(self, *, last: bool = False) -> str:
-        """What to tell next; a character may need several tokens, and waits until it is whole."""
+        """The text to tell next; a character may need several tokens, and waits until it is whole."""
         text = self.prompter.decode(self.tokens)
         if text.endswith("\ufffd") and not last:
             return ""

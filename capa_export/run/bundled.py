@@ -38,7 +38,7 @@ def bundled_bounds(
 
 
 def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
-    """The dimensions.
+    """The dimensions of a bundle's model.
 
     Raises:
         CapaError: the config cannot be read, or is another model's.
@@ -49,7 +49,7 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
 
 
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:
-    """Its tokenizer, chat template and image processor; pictures are seen as it was built for, unless bounds are given.
+    """The bundle's tokenizer, chat template and image processor; `bounds` of pictures take the place of the bundle's.
 
     Transformers is imported only where the bundle needs it.
 

@@ -13,17 +13,17 @@ from capa_export.model.generation import Generation
 
 if TYPE_CHECKING:
     from capa_export.model.prompt import Prompt
-    from capa_export.run.runtime import Model, PrefillRun
+    from capa_export.run.runtime import PrefillRun, RuntimeModel
 
 __all__ = ["Choose", "TokenChooser", "generate", "greedy"]
 
 Choose: TypeAlias = Callable[[np.ndarray], int]
-"""From logits [V] to the next token of one answer; called once for each of its tokens."""
+"""A function from logits [V] to the next token of one answer; called once for each of its tokens."""
 _NEVER = -np.inf
 
 
 def generate(
-    model: "Model[Any]",
+    model: "RuntimeModel[Any]",
     prompts: "Sequence[Prompt]",
     runs: "Sequence[PrefillRun[Any]]",
     choosers: Sequence[Choose],
@@ -48,7 +48,7 @@ def generate(
 
 
 def greedy(
-    model: "Model[Any]",
+    model: "RuntimeModel[Any]",
     prompts: "Sequence[Prompt]",
     runs: "Sequence[PrefillRun[Any]]",
     stop: Sequence[int],
@@ -82,7 +82,7 @@ class TokenChooser:
         """
         self.generation, self.stop, self._random = generation, stop, random
         self.tokens = list(prompt_ids)
-        """Of the prompt and of the answer so far."""
+        """Tokens of the prompt and of the answer so far."""
         self._num_prompt = len(self.tokens)
 
     def __call__(self, logits: np.ndarray) -> int:

@@ -22,7 +22,7 @@ from capa_export.graph.contract import NUM_KEEP
 from capa_export.graph.functions import DOMAIN
 from capa_export.kernels.cuda import Buffer, Gpu, Stream, require_gpu
 
-__all__ = ["BuiltEngines", "Engine", "Runtime", "Weights", "require_engines"]
+__all__ = ["BuiltEngines", "DeviceWeights", "LoadedEngine", "TensorRTRuntime", "require_engines"]
 
 _DTYPES: Mapping[str, Any] = {
     "FLOAT": np.float32,
@@ -33,7 +33,7 @@ _DTYPES: Mapping[str, Any] = {
     "BOOL": np.bool_,
 }
 _ALIGNMENT = 256
-"""Of every address, in bytes, as TensorRT asks."""
+"""Bytes that every address is a multiple of, as TensorRT asks."""
 _UPLOAD_BYTES = 16 << 20
 _TOO_OLD = "CUDA driver version is insufficient"
 
@@ -48,7 +48,7 @@ class BuiltEngines:
     files: Mapping[str, str]
     """ONNX file of each engine, by the engine's name."""
     plugins: Mapping[str, Any]
-    """As the engine stage recorded them."""
+    """The plugins' entry in the engine stage's record."""
     trt: Any
     """The module `tensorrt_rtx` or `tensorrt`."""
     gpu: Gpu
@@ -99,7 +99,7 @@ def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
     )
 
 
-class Runtime:
+class TensorRTRuntime:
     """TensorRT, ready to load engines; keeps the reasons of its failures."""
 
     def __init__(self, built: BuiltEngines) -> None:
@@ -152,7 +152,7 @@ def _register_python_plugins(trt: Any) -> None:
 
 @cache
 def _logger(trt: Any) -> Any:
-    """One for a process: TensorRT stays with the first it was given."""
+    """The logger of this process: TensorRT stays with the first it was given."""
 
     class Log(trt.ILogger):
         """Keeps the errors."""
@@ -171,7 +171,7 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-class Weights:
+class DeviceWeights:
     """Weights that are inputs of engines, on the device once however many engines read them.
 
     Weights embedded in the engines are not among them: each engine has its own copy, and nothing is shared.
@@ -220,10 +220,10 @@ class Weights:
         return weight
 
 
-class Engine:
+class LoadedEngine:
     """A loaded engine and its execution context."""
 
-    def __init__(self, runtime: Runtime, name: str, weights: Weights, *, one_shape: bool = False) -> None:
+    def __init__(self, runtime: TensorRTRuntime, name: str, weights: DeviceWeights, *, one_shape: bool = False) -> None:
         """Load an engine and the weights it reads.
 
         Args:
@@ -249,7 +249,7 @@ class Engine:
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         self._on_host = {name for name in names if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         self._values: dict[str, np.ndarray] = {}
-        """What the engine reads from host memory, which must stay where it is."""
+        """Inputs that the engine reads from host memory, which must stay where they are."""
         self.limits = self._limits()
         for weight, buffer in self._weights.items():
             self._set_address(weight, buffer.address)
@@ -287,7 +287,7 @@ class Engine:
         return self._engine.device_memory_size_v2
 
     def sizes(self, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """What the symbolic dimensions are, as arrays of some of the inputs show."""
+        """Sizes of the symbolic dimensions, as arrays of some of the inputs show them."""
         dims = {name: zip(self._shapes[name], array.shape, strict=True) for name, array in feed.items()}
         return {size: length for pairs in dims.values() for size, length in pairs if isinstance(size, str)}
 

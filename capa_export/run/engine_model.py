@@ -28,8 +28,8 @@ from capa_export.graph.contract import (
 from capa_export.kernels.cuda import Buffer, Graph, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.plan.device_memory import CACHE_ROWS
-from capa_export.run.engine import BuiltEngines, Engine, Runtime, Weights
-from capa_export.run.runtime import Model
+from capa_export.run.engine import BuiltEngines, DeviceWeights, LoadedEngine, TensorRTRuntime
+from capa_export.run.runtime import RuntimeModel
 
 __all__ = ["DeviceCache", "EngineModel"]
 
@@ -53,7 +53,7 @@ class DeviceCache:
         return {"batch": self.lengths.shape[1], "step": 1, **past, **total}
 
 
-class EngineModel(Model[DeviceCache]):
+class EngineModel(RuntimeModel[DeviceCache]):
     """A bundle's three engines on the first GPU."""
 
     def __init__(self, built: BuiltEngines) -> None:
@@ -64,11 +64,11 @@ class EngineModel(Model[DeviceCache]):
         """
         self.folder, self.gpu = built.onnx, built.gpu
         self._stream = Stream()
-        self._weights = Weights(self._stream)
-        runtime = Runtime(built)
-        self._visual = Engine(runtime, "visual/visual", self._weights)
-        self._prefill = Engine(runtime, "llm/prefill", self._weights)
-        self._decode = Engine(runtime, "llm/decode", self._weights, one_shape=True)
+        self._weights = DeviceWeights(self._stream)
+        runtime = TensorRTRuntime(built)
+        self._visual = LoadedEngine(runtime, "visual/visual", self._weights)
+        self._prefill = LoadedEngine(runtime, "llm/prefill", self._weights)
+        self._decode = LoadedEngine(runtime, "llm/decode", self._weights, one_shape=True)
         self._decoding: _Decoding | None = None
         self.captures = True
         """Whether decode makes a CUDA graph of a step; False from the first that it cannot make."""
@@ -126,7 +126,7 @@ class EngineModel(Model[DeviceCache]):
         outputs = self._visual.run(feed, sizes, self._stream)
         return {name: self._download(self._visual, name, buffer, sizes) for name, buffer in outputs.items()}
 
-    def _download(self, engine: Engine, name: str, buffer: Buffer, sizes: Mapping[str, int]) -> np.ndarray:
+    def _download(self, engine: LoadedEngine, name: str, buffer: Buffer, sizes: Mapping[str, int]) -> np.ndarray:
         return self._stream.download(buffer, engine.shape(name, sizes), engine.dtypes[name])
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -213,7 +213,9 @@ def _with_room(lengths: np.ndarray, new_tokens: int) -> DeviceCache:
 class _Decoding:
     """Steps behind one cache: the same shapes and addresses each time, so that one CUDA graph holds any of them."""
 
-    def __init__(self, engine: Engine, stream: Stream, cache: DeviceCache, feed: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, engine: LoadedEngine, stream: Stream, cache: DeviceCache, feed: Mapping[str, np.ndarray]
+    ) -> None:
         self.cache = cache
         self.graph: Graph | None = None
         self.warm = False
@@ -223,7 +225,7 @@ class _Decoding:
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache, and of its copy with one more row that a step writes."""
+        """Bytes of the cache, and of its copy with one more row that a step writes."""
         return sum(buffer.num_bytes for name, buffer in self._buffers.items() if is_cache(name))
 
     def capture(self) -> None:

@@ -27,7 +27,7 @@ from capa_export.graph.contract import (
     past_of,
 )
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.run.runtime import KVCache, Model
+from capa_export.run.runtime import KVCache, RuntimeModel
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _ATTENTION_LIMIT = 1 << 30
 """Bytes of attention weights up to which the graphs run as they are shipped."""
 
 
-class OnnxModel(Model[KVCache]):
+class OnnxModel(RuntimeModel[KVCache]):
     """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights.
 
     Args:
@@ -156,7 +156,7 @@ class OnnxModel(Model[KVCache]):
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
 
     def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], object]]:  # noqa: ARG002
-        """What to do to a graph before it is run; nothing, unless one wants to look inside."""
+        """Changes to make in a graph before it is run; none, unless a subclass wants to look inside."""
         return ()
 
     def _visual(self, picture: Picture) -> Any:
@@ -205,7 +205,7 @@ class OnnxModel(Model[KVCache]):
         return _run(session, self._taken(session, prompt, feed))
 
     def _taken(self, session: Any, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What prefill's session takes of the inputs."""
+        """The inputs that prefill's session takes."""
         # Where no picture is shown, the tower has said nothing.
         empty = {
             entry.name: np.zeros([len(prompt.input_ids), *entry.shape[1:]], NUMPY_TYPES[entry.type])
@@ -266,7 +266,7 @@ class OnnxModel(Model[KVCache]):
         return [{**feeds[0], **cache.tensors}, *feeds[1:]] if feeds else []
 
     def prompt_bytes(self, num_tokens: int) -> int:
-        """Of what a prompt leaves of its layers: keys and values, and the hidden states where these are seen."""
+        """Bytes that a prompt leaves of its layers: keys and values, and the hidden states where these are seen."""
         inputs = {entry.name: entry.shape for entry in self._decode.get_inputs()}
         cached = [shape[1] * shape[3] for name, shape in inputs.items() if is_past(name)]
         hidden = len(cached) // 2 * inputs[INPUTS_EMBEDS][-1]

@@ -1,4 +1,4 @@
-"""Generates with a bundle's graphs: what every runtime does alike.
+"""Runs a bundle's graphs: the part that all runtimes share.
 
 B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, G = KV heads, d = head size.
 """
@@ -29,7 +29,7 @@ from capa_export.graph.contract import (
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
-__all__ = ["KVCache", "Model", "PrefillRun"]
+__all__ = ["KVCache", "PrefillRun", "RuntimeModel"]
 
 Cache = TypeVar("Cache")
 
@@ -45,7 +45,7 @@ class KVCache:
 
     @classmethod
     def stacked(cls, caches: "Sequence[KVCache]") -> "KVCache":
-        """One batch of several."""
+        """Merge several caches into one batch."""
         names = caches[0].tensors
         tensors = {name: _stacked([cache.tensors[name] for cache in caches]) for name in names}
         return cls(tensors, np.concatenate([cache.lengths for cache in caches], axis=1))
@@ -58,7 +58,7 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PrefillRun(Generic[Cache]):
-    """What a prefill returned."""
+    """The result of a prefill."""
 
     logits: np.ndarray
     """[V] FP32, last position."""
@@ -67,7 +67,7 @@ class PrefillRun(Generic[Cache]):
     """Prompt positions [K] that survive each stage, ascending."""
 
 
-class Model(ABC, Generic[Cache]):
+class RuntimeModel(ABC, Generic[Cache]):
     """A bundle's graphs as one runtime runs them, and its embedding table."""
 
     folder: Path
@@ -75,7 +75,7 @@ class Model(ABC, Generic[Cache]):
 
     @property
     def device(self) -> dict[str, Any]:
-        """What there is to say about where it runs, if that is not this machine's processor."""
+        """Entries of a result about the device it runs on; none for this machine's processor."""
         return {}
 
     @cached_property
@@ -110,7 +110,7 @@ class Model(ABC, Generic[Cache]):
 
     @abstractmethod
     def batch(self, caches: Sequence[Cache], new_tokens: int) -> Cache:
-        """One batch of several caches, for answers of up to `new_tokens`."""
+        """Merge several caches into one batch, for answers of up to `new_tokens`."""
 
     @abstractmethod
     def append(
@@ -168,7 +168,7 @@ class Model(ABC, Generic[Cache]):
         }
 
     def _prefilled(self, prompt: Prompt, result: Mapping[str, Any]) -> PrefillRun[Cache]:
-        """What prefill's outputs are."""
+        """The result of a prefill, made from its outputs."""
         kept = [result[kept_name(stage)] for stage in range(sum(map(is_kept, result)))]
         lengths = np.array([[len(prompt.input_ids)], *([len(rows)] for rows in kept)], np.int64)
         return PrefillRun(result[LOGITS][0], self._cache(past_of(result), lengths), kept)
@@ -189,7 +189,7 @@ class Model(ABC, Generic[Cache]):
 
 
 def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:
-    """One row a prompt token [T, ...], zero for text."""
+    """The rows of visual tokens as rows of all prompt tokens [T, ...], zero for text."""
     whole = np.zeros((len(prompt.input_ids), *rows.shape[1:]), rows.dtype)
     whole[prompt.is_visual] = rows
     return whole

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from capa_export.config.parts import layer_of
 from capa_export.run.onnx import NUMPY_TYPES
 
-__all__ = ["Entry", "SlicedSession", "run_lanes", "without_lazy_weights"]
+__all__ = ["NodeArg", "SlicedSession", "run_lanes", "without_lazy_weights"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -27,8 +27,8 @@ _TYPES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An input or output, as ONNX Runtime's sessions describe theirs."""
+class NodeArg:
+    """An input or output of a session, with the fields of ONNX Runtime's `NodeArg`."""
 
     name: str
     type: str
@@ -36,7 +36,7 @@ class Entry:
 
 
 @runtime_checkable
-class Chunked(Protocol):
+class ChunkedTensor(Protocol):
     """A lazy tensor whose elements can be had a piece at a time."""
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -49,9 +49,9 @@ class _Slice:
     """Nodes that run together."""
 
     reads: tuple[ir.Value, ...]
-    """Made by earlier slices, or inputs of the graph."""
+    """Values made by earlier slices, or inputs of the graph."""
     leaves: tuple[ir.Value, ...]
-    """Read by later slices, or outputs of the graph."""
+    """Values read by later slices, or outputs of the graph."""
 
 
 class SlicedSession:
@@ -69,16 +69,16 @@ class SlicedSession:
             str(value.name): _TYPES.get(value.dtype or ir.DataType.UNDEFINED, "") for value in _inputs(model)
         }
 
-    def get_inputs(self) -> list[Entry]:
+    def get_inputs(self) -> list[NodeArg]:
         """The graph's inputs."""
-        return [_entry(value) for value in _inputs(self.model)]
+        return [_node_arg(value) for value in _inputs(self.model)]
 
-    def get_outputs(self) -> list[Entry]:
+    def get_outputs(self) -> list[NodeArg]:
         """The graph's outputs."""
-        return [_entry(value) for value in self.model.graph.outputs]
+        return [_node_arg(value) for value in self.model.graph.outputs]
 
     def run(self, names: Sequence[str], feed: Feed) -> list[np.ndarray]:
-        """Outputs of these names."""
+        """Run the graph once; returns the named outputs."""
         found = self.run_lanes(names, [[feed]])[0][0]
         return [found[name] for name in names]
 
@@ -134,7 +134,7 @@ class SlicedSession:
         spare, self._spare = self._spare, defaultdict(list)
         weights: dict[str, np.ndarray] = {}
         for name, tensor in lazy.items():
-            if isinstance(tensor, Chunked):
+            if isinstance(tensor, ChunkedTensor):
                 key = tuple(tensor.shape.numpy()), tensor.dtype
                 weights[name] = spare[key].pop() if spare[key] else np.empty(key[0], tensor.dtype.numpy())
                 _fill(weights[name].reshape(-1), tensor.chunks())
@@ -172,7 +172,7 @@ def _fill(flat: np.ndarray, chunks: Iterable[np.ndarray]) -> None:
 
 
 def without_lazy_weights(model: ir.Model) -> ir.Model:
-    """The same model, changed: weights that are lazy are inputs."""
+    """Turn a model's lazy weights into inputs, in place; returns the model."""
     graph = model.graph
     for name in _lazy_weights(model):
         value = graph.initializers.pop(name)
@@ -193,7 +193,7 @@ def run_lanes(
     carried: Mapping[str, str] = MappingProxyType({}),
     timing: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[list[dict[str, np.ndarray]]]:
-    """As `SlicedSession.run_lanes`, by whatever session there is; `timing` times each run of one that is whole."""
+    """Run lanes as `SlicedSession.run_lanes` does, in any session; `timing` times each run of one that is whole."""
     if isinstance(session, SlicedSession):
         return session.run_lanes(names, lanes, carried)
     everything = [*dict.fromkeys([*names, *carried.values()])]
@@ -226,12 +226,12 @@ def _groups(graph: ir.Graph) -> dict[ir.Node, int]:
 
 
 def _inputs(model: ir.Model) -> list[ir.Value]:
-    """Without weights that are declared as inputs too."""
+    """The inputs of a graph, without weights that are declared as inputs too."""
     return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
-def _entry(value: ir.Value) -> Entry:
+def _node_arg(value: ir.Value) -> NodeArg:
     assert value.name is not None and value.dtype is not None
     dims = () if value.shape is None else value.shape
     shape = [dim if isinstance(dim, int) else dim.value for dim in dims]
-    return Entry(value.name, _TYPES.get(value.dtype, str(value.dtype)), shape)
+    return NodeArg(value.name, _TYPES.get(value.dtype, str(value.dtype)), shape)

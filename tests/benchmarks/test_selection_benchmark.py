@@ -25,7 +25,7 @@ from capa_export.base.statistics import Difference, Rate
 from capa_export.data.scenes import HARD_KINDS, KINDS
 from capa_export.model.eager import Eager
 from capa_export.selectors.selector import selectors
-from capa_export.study.evaluate.schema import Scored
+from capa_export.study.evaluate.schema import MethodScores
 from capa_export.study.tune import stage as tune_stage
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -56,7 +56,7 @@ def _row(method: str, score: float, **against: tuple[float, float, float]) -> Ro
     rate = Rate(value=score, low=score - 0.01, high=score + 0.01)
     zero = Difference(value=0, low=0, high=0)
     return Row(
-        scored=Scored(method=method, score=rate, kept=0.25, kinds={"count": rate}, to_dense=zero),
+        scored=MethodScores(method=method, score=rate, kept=0.25, kinds={"count": rate}, to_dense=zero),
         flops=0.5,
         against={
             other: Against(

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from capa_export.base.errors import CapaError
 from capa_export.bundle.confined import confined, is_name, references
-from capa_export.bundle.manifest import written
+from capa_export.bundle.manifest import encode_manifest
 from capa_export.bundle.store import MANIFEST, Bundle
 
 SECRET = b"not of the bundle"
@@ -207,7 +207,7 @@ def test_a_manifest_that_names_what_is_outside(tmp_path: Path, name: str, *, sta
     files = {} if stage else {name: "0" * 64}
     stages = {name if stage else "export": {"key": "", "files": files}}
     (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / MANIFEST).write_bytes(written({"version": 2, "stages": stages}))
+    (tmp_path / "bundle" / MANIFEST).write_bytes(encode_manifest({"version": 2, "stages": stages}))
     with pytest.raises(
         CapaError, match=r"capa_manifest\.json: damaged manifest \(.*is no name of a file in the bundle"
     ):

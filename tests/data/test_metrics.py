@@ -4,8 +4,8 @@ import pytest
 
 from capa_export.data.metrics import (
     METRICS,
-    chosen_option,
-    normalised,
+    normalise,
+    option_in,
     says_yes,
     yes_no_figures,
 )
@@ -35,7 +35,7 @@ from capa_export.data.metrics import (
     ],
 )
 def test_normalised(text: str, expected: str) -> None:
-    assert normalised(text) == expected
+    assert normalise(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ OPTIONS = ["a red dog", "blue", "Cat", "none of them"]
     ],
 )
 def test_option(text: str, letter: str) -> None:
-    assert chosen_option(text, OPTIONS) == letter
+    assert option_in(text, OPTIONS) == letter
     assert METRICS["option"](text, ["B"], OPTIONS) == METRICS["option"](text, ["b"], OPTIONS) == (letter == "B")
 
 
 def test_a_pronoun_is_no_option() -> None:
     nine = [f"number {index}" for index in range(9)]
-    assert chosen_option("I", nine) == "I"
-    assert chosen_option("I see number 4.", nine) == "E"
+    assert option_in("I", nine) == "I"
+    assert option_in("I see number 4.", nine) == "E"

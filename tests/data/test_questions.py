@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from capa_export.base.errors import CapaError
-from capa_export.data.picture_sources import Encoded
+from capa_export.data.picture_sources import EncodedPicture
 from capa_export.data.questions import Question, questions_from
 from tests.conftest import noise
 
@@ -32,7 +32,7 @@ def text_of(question: Question) -> str:
 
 
 def pictures_of(question: Question) -> list[Image.Image]:
-    return [part for turn in question.opened() for part in turn.content if isinstance(part, Image.Image)]
+    return [part for turn in question.open() for part in turn.content if isinstance(part, Image.Image)]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_broken_picture_is_found_where_it_is_opened(folder: Path) -> None:
     (folder / "0.png").write_bytes(b"no picture")
     [question] = read(write(folder / "q.jsonl", [{"image": "0.png", "question": "what ?"}]))
     with pytest.raises(CapaError, match=r"0.png: not a readable picture"):
-        question.opened()
+        question.open()
 
 
 def test_the_digest_is_of_what_is_asked(folder: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_table_of_base64_and_of_several_pictures(tmp_path: Path) -> None:
     several.cast_column("images", datasets.List(datasets.Image())).save_to_disk(tmp_path / "several")
     [question] = read(tmp_path / "several")
     assert [picture.size for picture in pictures_of(question)] == [(28, 28), (56, 28)]
-    assert all(isinstance(part, Encoded) for part in question.turns[0][1][:2])
+    assert all(isinstance(part, EncodedPicture) for part in question.turns[0][1][:2])
 
 
 def test_a_row_without_its_picture(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def as_samples(place: Path) -> Asked:
 def as_questions(place: Path) -> Asked:
     found = questions_from(place, question=RECIPE.calibration.prompt)
     asked = map(found.read, found.rows)
-    return [(*shown(question.opened()), next(iter(question.answers), "")) for question in asked]
+    return [(*shown(question.open()), next(iter(question.answers), "")) for question in asked]
 
 
 def shown(turns: Sequence[Turn]) -> tuple[list[tuple[int, int]], str]:

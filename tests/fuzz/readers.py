@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from capa_export.base.toml import shipped
 from capa_export.bundle.confined import references
-from capa_export.bundle.manifest import written
+from capa_export.bundle.manifest import encode_manifest
 from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.gates import with_gates
@@ -67,7 +67,7 @@ def _signed_manifest(path: Path) -> None:
     """The bundle of a hostile builder, whose digests fit."""
     try:
         entries = json.loads(path.read_bytes())
-        path.write_bytes(written({**entries, "version": 2}))
+        path.write_bytes(encode_manifest({**entries, "version": 2}))
     except (ValueError, TypeError, RecursionError):
         return
     bundle = Bundle.open(path.parent)
@@ -209,7 +209,7 @@ def _json(value: object) -> bytes:
 
 
 READERS: Mapping[str, Reader] = {
-    "manifest": Reader(MANIFEST, _manifest, written(_ENTRIES), "json"),
+    "manifest": Reader(MANIFEST, _manifest, encode_manifest(_ENTRIES), "json"),
     "signed manifest": Reader(MANIFEST, _signed_manifest, _json(_ENTRIES), "json", {"x": b"x"}),
     "recipe": Reader("r.toml", _recipe, _shipped("graphs/qwen25vl.toml"), "toml"),
     "target": Reader("t.toml", _target, _shipped("engines/orin.toml"), "toml"),

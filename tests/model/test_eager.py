@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, EagerPrefill
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
 from tests.conftest import noise
@@ -16,7 +16,7 @@ def prompt(prompter: Prompter) -> Prompt:
     return prompter("what color is the star ?", [noise(224, 140)])
 
 
-def prefill(model: Any, prompt: Prompt, plan: EagerPlan) -> Prefill:
+def prefill(model: Any, prompt: Prompt, plan: EagerPlan) -> EagerPrefill:
     embeds, position_ids = qwen25vl.eager_inputs(model, prompt)
     return Eager(model).prefill(EagerInputs(embeds, position_ids), torch.from_numpy(prompt.is_visual), plan)
 

@@ -14,7 +14,7 @@ from capa_export.config.schedule import Prune
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import load_family
-from capa_export.model.lockstep import finished, together
+from capa_export.model.lockstep import run_pass, together
 from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
@@ -185,7 +185,7 @@ def test_passes_go_on_together_in_their_order() -> None:
         yield
 
     passes = [work("a", ["tower", 0, 1]), work("b", [0, 1, "head"]), work("c", [])]
-    assert finished(together(passes), holding) == ["a", "b", "c"]
+    assert run_pass(together(passes), holding) == ["a", "b", "c"]
     assert held == ["tower", 0, 1, "head"]
     assert seen == [("a", "tower"), ("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", "head")]
 
@@ -206,5 +206,5 @@ def test_a_pass_that_fails_lets_go_of_what_it_held() -> None:
             held.remove(part)
 
     with pytest.raises(ValueError, match="no"):
-        finished(together([work()]), holding)
+        run_pass(together([work()]), holding)
     assert not held

@@ -8,9 +8,9 @@ from capa_export.base.errors import CapaError
 from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.schedule import Method, Stage
 from capa_export.data.metrics import METRICS
+from capa_export.study.evaluate.models import EvaluatedModel, eager_model, parse_methods, product_of_methods
 from capa_export.study.evaluate.results import Results
 from capa_export.study.evaluate.stage import evaluate
-from capa_export.study.evaluate.subject import Subject, eager_subject, methods_from, product
 
 __all__ = ["at_own_places", "compared"]
 
@@ -22,7 +22,7 @@ def at_own_places(bed: Bed, selectors: Sequence[str], ratios: Sequence[float], f
     """Every selector where it acts by itself, at every ratio."""
     recipe = bed.model.recipe
     own = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
-    return product(recipe.model_copy(update={"prune": own}), selectors, [], ratios, [ffn])
+    return product_of_methods(recipe.model_copy(update={"prune": own}), selectors, [], ratios, [ffn])
 
 
 def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[Row, ...]:
@@ -31,15 +31,15 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
     Raises:
         CapaError: a question cannot be asked.
     """
-    methods = methods_from(list(dict.fromkeys(texts)))
+    methods = parse_methods(list(dict.fromkeys(texts)))
     if any(method.ffn != "full" for method in methods.values()):
         bed.calibration  # noqa: B018 - made before the workers, as all methods share it.
-    subject, questions = eager_subject(bed.model, bed.store, bed.options, methods, MAX_NEW_TOKENS), bed.first(count)
-    found = evaluate(subject, questions, bed.folder, workers=bed.options.workers, report=bed.model.report)
+    evaluated, questions = eager_model(bed.model, bed.store, bed.options, methods, MAX_NEW_TOKENS), bed.first(count)
+    found = evaluate(evaluated, questions, bed.folder, workers=bed.options.workers, report=bed.model.report)
     if found.skipped:
         first = found.skipped[0]
         raise CapaError(f"{bed.name}: {len(found.skipped)} questions cannot be asked; row {first.row}: {first.reason}")
-    kinds, scores = _scores(bed, subject, count)
+    kinds, scores = _scores(bed, evaluated, count)
     return tuple(
         Row(
             scored=scored,
@@ -59,15 +59,15 @@ def _linear(bed: Bed, method: Method) -> Sequence[int]:
     return bed.calibration.linear_layers(method.eta or bed.model.recipe.ffn.eta)
 
 
-def _scores(bed: Bed, subject: Subject, count: int) -> tuple[list[str], dict[str, list[float]]]:
+def _scores(bed: Bed, evaluated: EvaluatedModel, count: int) -> tuple[list[str], dict[str, list[float]]]:
     """The questions' kinds, and method -> score of each question."""
-    results = Results(bed.folder, model=subject.model, source=subject.source)
+    results = Results(bed.folder, model=evaluated.digest, source=evaluated.source)
     kinds: list[str] = []
-    scores: dict[str, list[float]] = {method: [] for method in subject.keys}
+    scores: dict[str, list[float]] = {method: [] for method in evaluated.keys}
     for question in bed.read(count):
         kinds.append(question.kind)
         digest = question.digest()
-        for method, key in subject.keys.items():
+        for method, key in evaluated.keys.items():
             answer = results.found[results.key(digest, key)]
             scores[method].append(METRICS["exact"](answer.text, question.answers, ()))
     results.close()

@@ -45,7 +45,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> FFNs:
 
 def _cosines(opened: EagerMethods, question: Question) -> np.ndarray:
     """[L], as the method `per-image` sees them."""
-    prompt = opened.model.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.open())
     _, cosines = opened.dense(prompt, opened.inputs(prompt))
     return np.array([cosines[layer] for layer in sorted(cosines)])
 

@@ -61,7 +61,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question, alphas_LD: np.ndarray) -> _Seen:
-    prompt = opened.model.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.open())
     is_visual = torch.from_numpy(prompt.is_visual)
     ffns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with watching_ffns(opened.eager.text.layers, ffns):

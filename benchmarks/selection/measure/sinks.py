@@ -99,7 +99,7 @@ def _of_layer(is_N: np.ndarray, level_N: np.ndarray) -> SinkLayer:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question) -> _Seen:
-    prompt = opened.model.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.open())
     is_visual = torch.from_numpy(prompt.is_visual)
     inputs = opened.inputs(prompt)
     entering: list[torch.Tensor] = [inputs.embeds[0]]

@@ -21,8 +21,8 @@ from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
-from capa_export.model.eager import EagerInputs, EagerPlan, Prefill
-from capa_export.study.evaluate.answers import longest
+from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill
+from capa_export.study.evaluate.answers import max_answer_tokens
 from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["by_query", "measure", "prefills"]
@@ -85,10 +85,11 @@ def _drift(text: str, drift: Mapping[str, Sequence[Sequence[float]]]) -> Drift:
 
 @torch.inference_mode()
 def _seen(opened: EagerMethods, question: Question) -> _Seen:
-    prompt = opened.model.prompter.chat(question.opened())
+    prompt = opened.model.prompter.chat(question.open())
     is_visual, inputs = torch.from_numpy(prompt.is_visual), opened.inputs(prompt)
     dense = partial(opened.eager.prefill, inputs, is_visual)
-    answer = opened.greedy(dense(EagerPlan()), longest(opened.model.prompter, prompt, opened.given.max_new_tokens))
+    limit = max_answer_tokens(opened.model.prompter, prompt, opened.given.max_new_tokens)
+    answer = opened.greedy(dense(EagerPlan()), limit)
     scores = by_query(opened.eager.text, inputs, is_visual, answer)
     agreement = {
         (score, layer, step): _agreement(own, first)
@@ -109,7 +110,7 @@ def _agreement(own_V: np.ndarray, first_V: np.ndarray) -> tuple[float, float, fl
     return spearman(own_V, first_V), quarter, tenth
 
 
-def _forced(opened: EagerMethods, run: Prefill, answer: Sequence[int]) -> list[np.ndarray]:
+def _forced(opened: EagerMethods, run: EagerPrefill, answer: Sequence[int]) -> list[np.ndarray]:
     """Logits [W] that say each token of the answer, and its end."""
     steps = (opened.eager.step(run, token, run.next_position + step) for step, token in enumerate(answer))
     return [logits.numpy() for logits in (run.logits, *steps)]

@@ -14,7 +14,7 @@ from capa_export.data.samples import samples_from
 from capa_export.model.model import Model
 from capa_export.selectors.selector import load_selector
 from capa_export.study.tune.candidates import Candidates, offered
-from capa_export.study.tune.costs import Costs, shapes
+from capa_export.study.tune.costs import Costs, prompt_shapes
 from capa_export.study.tune.search import FEWEST
 from capa_export.study.tune.stage import tune
 
@@ -69,7 +69,7 @@ def _contest(bed: Bed, model: Model, options: BuildOptions, like: str) -> Contes
 def _candidates(bed: Bed, model: Model, options: BuildOptions, like: str) -> Candidates:
     """All that costs what a method does."""
     samples = samples_from(options.images, model.recipe, options.samples or 0, split="train")
-    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, shapes(model, samples))
+    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, prompt_shapes(model, samples))
     candidates = Candidates(model.recipe, offered(model.family)[0], bed.calibration, costs, budget=1.0)
     return replace(candidates, budget=candidates.share(parse_method(like)))
 

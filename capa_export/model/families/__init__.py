@@ -1,4 +1,4 @@
-"""One folder per model family, and what each of them has to provide."""
+"""The model families, a folder for each, and the protocols that they meet."""
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -32,7 +32,7 @@ class Family(Protocol):
     UNUSED: Sequence[str]
     """Patterns of stored tensors that no graph reads."""
     IMAGE_OPTIONS: Mapping[str, Any]
-    """For the image processor, beside the pictures."""
+    """Options for the image processor, beside the pictures."""
 
     def model_dims(self, config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Any]:
         """The dimensions in `config.json`, or a CapaError that names the key."""
@@ -52,7 +52,7 @@ class Family(Protocol):
     def picture_options(
         self, size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Any]
     ) -> Mapping[str, Any]:
-        """For the image processor with these settings, so that a picture [width, height] stays within the bounds."""
+        """Options for the image processor with these settings that keep a picture [width, height] within bounds."""
         ...
 
     def num_tokens(
@@ -66,11 +66,11 @@ class Family(Protocol):
         ...
 
     def placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str:
-        """What the chat template writes where a picture stands."""
+        """The text that the chat template writes where a picture stands."""
         ...
 
     def written(self, mark: str, picture: "Picture") -> str:
-        """What the placeholder becomes for this picture."""
+        """The text that the placeholder becomes for this picture."""
         ...
 
     def positions(self, is_visual: np.ndarray, shown: "Sequence[Picture]") -> tuple[np.ndarray, int]:
@@ -84,10 +84,10 @@ class Family(Protocol):
 
 @runtime_checkable
 class VideoFamily(Family, Protocol):
-    """What a family that takes videos defines beside."""
+    """The additions of a family that takes videos."""
 
     def video_placeholder(self, tokenizer: Any, dims: ModelDims[Any]) -> str | None:
-        """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
+        """The text that the chat template writes where a video stands; None where the tokenizer has no token for it."""
         ...
 
     def video(
@@ -102,10 +102,10 @@ class VideoFamily(Family, Protocol):
 
 @runtime_checkable
 class SelectionFamily(Family, Protocol):
-    """What a family whose vision tower says which tokens matter to it defines beside; N = visual tokens."""
+    """The additions of a family whose vision tower says which tokens matter to it; N = visual tokens."""
 
     def vision_model(self, dims: Any, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
-        """With `selection` also to saliency [N] FP32 and tower_features [N, F]; without, the same graph as ever."""
+        """The vision tower's graph; with `selection`, it also gives saliency [N] FP32 and tower_features [N, F]."""
         ...
 
     def eager_selection(self, model: Any, prompt: "Prompt") -> "tuple[torch.Tensor, torch.Tensor]":
@@ -115,7 +115,7 @@ class SelectionFamily(Family, Protocol):
 
 @runtime_checkable
 class LayoutFamily(Family, Protocol):
-    """What a family whose authors publish it in a layout of their own defines beside."""
+    """The additions of a family whose authors publish it in a layout of their own."""
 
     def translated(self, checkpoint: "Checkpoint") -> "Checkpoint":
         """The checkpoint as transformers lays it out, weights in place; itself where it is laid out so."""

@@ -14,10 +14,10 @@ from PIL import Image
 from capa_export.base.toml import Settings
 from capa_export.model.picture_sizes import sides_within, tile_grid
 
-__all__ = ["PictureProcessor", "PictureSettings", "Size"]
+__all__ = ["PictureProcessor", "PictureSettings", "PictureSize"]
 
 
-class Size(Settings):
+class PictureSize(Settings):
     """A size in one of the ways that settings give it."""
 
     height: int | None = None
@@ -31,22 +31,22 @@ class Size(Settings):
 
 
 class PictureSettings(Settings):
-    """All that an image processor is told, under transformers' names."""
+    """The settings of an image processor, under transformers' names."""
 
     kind: Literal["plain", "squared", "tiles", "patches"]
-    """Which of transformers' ways: resized and cropped; the same, padded to a square first; tiles; flat patches."""
+    """Kind of processing: resized and cropped; the same, padded to a square first; tiles; flat patches."""
     do_resize: bool | None = None
-    size: Size | None = None
+    size: PictureSize | None = None
     resample: int | None = None
     do_center_crop: bool | None = None
-    crop_size: Size | None = None
+    crop_size: PictureSize | None = None
     do_rescale: bool | None = None
     rescale_factor: float | None = None
     do_normalize: bool | None = None
     image_mean: float | tuple[float, ...] | None = None
     image_std: float | tuple[float, ...] | None = None
     do_pad: bool | None = None
-    pad_size: Size | None = None
+    pad_size: PictureSize | None = None
     crop_to_patches: bool | None = None
     min_patches: int | None = None
     max_patches: int | None = None
@@ -66,7 +66,7 @@ class PictureProcessor:
         if name not in PictureSettings.model_fields:
             raise AttributeError(name)
         value = getattr(self.settings, name)
-        return value.model_dump(exclude_none=True) if isinstance(value, Size) else value
+        return value.model_dump(exclude_none=True) if isinstance(value, PictureSize) else value
 
     def __call__(self, images: Sequence[Image.Image], **changes: Any) -> dict[str, np.ndarray]:
         """Process pictures, with other settings for this call where `changes` names some.
@@ -154,7 +154,7 @@ def _scaled(picture_HWC: np.ndarray, settings: PictureSettings) -> np.ndarray:
 def _fitted(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
     if not settings.do_resize:
         return picture
-    return _resized(picture, _fitting(picture.shape[0], picture.shape[1], settings.size or Size()), settings)
+    return _resized(picture, _fitting(picture.shape[0], picture.shape[1], settings.size or PictureSize()), settings)
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int], settings: PictureSettings) -> np.ndarray:
@@ -163,7 +163,7 @@ def _resized(picture: np.ndarray, size: tuple[int, int], settings: PictureSettin
     return np.array(Image.fromarray(picture).resize((width, height), kernel))
 
 
-def _fitting(height: int, width: int, size: Size) -> tuple[int, int]:
+def _fitting(height: int, width: int, size: PictureSize) -> tuple[int, int]:
     """The height and width that a size means for a picture."""
     short, long = min(height, width), max(height, width)
     if size.shortest_edge and size.longest_edge:
@@ -193,7 +193,7 @@ def _fitting_between(height: int, width: int, edge: int, most: int) -> tuple[int
 def _resized_by_area(picture: np.ndarray, settings: PictureSettings, factor: int) -> np.ndarray:
     """A picture of about its own shape, both sides multiples of `factor`, its area within the size's two edges."""
     height, width = picture.shape[:2]
-    size = settings.size or Size()
+    size = settings.size or PictureSize()
     least, most = size.shortest_edge, size.longest_edge
     if not least or not most:
         raise ValueError("size must hold shortest_edge and longest_edge")
@@ -207,7 +207,7 @@ def _cropped(picture: np.ndarray, settings: PictureSettings) -> np.ndarray:
     """The middle of a picture; what it lacks is black, an odd row or column of it above and to the left."""
     if not settings.do_center_crop:
         return picture
-    crop = settings.crop_size or Size()
+    crop = settings.crop_size or PictureSize()
     if crop.height is None or crop.width is None:
         raise ValueError("crop_size must hold height and width")
     height, width = picture.shape[:2]
@@ -231,7 +231,7 @@ def _square(picture: np.ndarray, colour: Sequence[int]) -> np.ndarray:
     return whole
 
 
-def _padded(pictures_CHW: list[np.ndarray], size: Size | None) -> list[np.ndarray]:
+def _padded(pictures_CHW: list[np.ndarray], size: PictureSize | None) -> list[np.ndarray]:
     """All of one size, zero below and to the right."""
     sides = np.max([picture.shape[1:] for picture in pictures_CHW], axis=0).tolist()
     height, width = sides if size is None else (size.height or 0, size.width or 0)
@@ -245,7 +245,7 @@ def _padded(pictures_CHW: list[np.ndarray], size: Size | None) -> list[np.ndarra
 
 def _cut(picture: np.ndarray, settings: PictureSettings) -> list[np.ndarray]:
     """The picture's tiles, row by row, and the whole of it in one more where there are several."""
-    size = settings.size or Size()
+    size = settings.size or PictureSize()
     if not size.height or not size.width:
         raise ValueError("size must hold height and width")
     bounds = settings.min_patches or 0, settings.max_patches or 0

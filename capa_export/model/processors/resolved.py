@@ -19,7 +19,7 @@ _SETTINGS, _VOCABULARY = "processors.json", "tokenizer.json"
 
 
 class Processors(NamedTuple):
-    """What makes prompts, with the calls of transformers' own that prompts need."""
+    """The processors that make prompts, with the calls of transformers' own that prompts need."""
 
     tokenizer: Any
     image_processor: Any
@@ -113,7 +113,7 @@ _WITHOUT_EFFECT = {
 
 
 def _picture_settings(image_processor: Any) -> PictureSettings | None:
-    """All that transformers' image processor would be told for a call; None where it is of no kind known here."""
+    """The settings of a call of transformers' image processor; None where it is of no kind known here."""
     from transformers.image_utils import SizeDict
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil

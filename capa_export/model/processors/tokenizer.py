@@ -12,11 +12,11 @@ __all__ = ["Tokenizer", "TokenizerSettings"]
 
 
 class TokenizerSettings(Settings):
-    """What a tokenizer's own file does not hold."""
+    """The settings that a tokenizer's own file does not hold."""
 
     chat_template: str
     special_tokens: Mapping[str, str]
-    """By their names in templates: `bos_token`, `eos_token` and so on."""
+    """Special tokens by their names in templates: `bos_token`, `eos_token` and so on."""
     split_special_tokens: bool = False
     """Whether a special token in the text is read as plain text."""
 

@@ -1,1 +1,1 @@
-"""What changed from one bundle to the next, and whether it may."""
+"""Compares two bundles, and says whether what changed may."""

@@ -14,8 +14,8 @@ from capa_export.parity.against_golden import GOLDEN
 from capa_export.report.schema import Check, ParityReport, read_parity
 from capa_export.run.bundled import require_memory
 from capa_export.study.compare.manifests import changes, engines, sizes
-from capa_export.study.compare.schema import Answers, BundleComparison, LogitChange, Timing
-from capa_export.study.compare.side_by_side import Question, Side, SideBySide
+from capa_export.study.compare.schema import AnswerComparison, BundleComparison, LogitChange, Timing
+from capa_export.study.compare.side_by_side import PromptPair, Side, SideBySide
 
 __all__ = ["compare"]
 
@@ -32,7 +32,7 @@ def compare(
     trust_remote_code: bool = False,
     report: Report = silent,
 ) -> BundleComparison:
-    """Say what changed, and whether it may.
+    """Compare a candidate with a reference, and say whether what changed may.
 
     Args:
         reference: what is deployed.
@@ -58,7 +58,7 @@ def compare(
             both.warm(question)
         both.ask(question)
     parities = [_parity(bundle) for bundle in (reference, candidate)]
-    logits, answers, timings = both.logits(), both.answers() or _validated(*parities), tuple(both.timings())
+    logits, answers, timings = both.logits(), both.answers() or _validated_answers(*parities), tuple(both.timings())
     checks = (
         _own_validation(candidate, parities[1]),
         *_of_answers(answers, limits or Limits()),
@@ -84,7 +84,7 @@ def compare(
 
 
 def _check_alike(reference: Side, candidate: Side) -> None:
-    """Refuse logits that mean different things."""
+    """Refuse two bundles whose logits mean different things."""
     families = [side.recipe.family for side in (reference, candidate)]
     sizes = [side.prompter.dims.decoder.vocab_size for side in (reference, candidate)]
     for what, (one, other) in (("family", families), ("vocabulary size", sizes)):
@@ -102,8 +102,8 @@ def _check_alike(reference: Side, candidate: Side) -> None:
 
 def _questions(
     sides: tuple[Side, Side], images: Path | None, samples: int | None
-) -> tuple[str, int, Iterator[Question]]:
-    """Where they come from, how many there are, and the questions, one in memory at a time."""
+) -> tuple[str, int, Iterator[PromptPair]]:
+    """The questions' source, their number, and the questions themselves, one in memory at a time."""
     if images is None and samples is None:
         for folder in (side.bundle.folder for side in sides if GOLDEN in side.bundle.manifest["stages"]):
             # Torch comes with it.
@@ -111,29 +111,31 @@ def _questions(
 
             records = Records(folder / GOLDEN)
             name = f"golden samples of {folder}"
-            return name, len(records), (Question((record.prompt, record.prompt)) for record in records)
+            return name, len(records), (PromptPair((record.prompt, record.prompt)) for record in records)
     drawn = samples_from(images, sides[0].recipe, samples or _NUM_SAMPLES, split="held_out")
     reference, candidate = (side.prompter for side in sides)
     return (
         drawn.name,
         drawn.count,
-        (Question((reference.chat(one.turns), candidate.chat(one.turns)), one.answer) for one in drawn),
+        (PromptPair((reference.chat(one.turns), candidate.chat(one.turns)), one.answer) for one in drawn),
     )
 
 
 def _parity(bundle: Bundle) -> ParityReport | None:
-    """What validation found; None where it has not run since the export."""
+    """The report of a bundle's validation; None where it has not run since the export."""
     return read_parity(bundle.folder / PARITY) if "validate" in bundle.manifest["stages"] else None
 
 
-def _validated(*parities: ParityReport | None) -> Answers | None:
+def _validated_answers(*parities: ParityReport | None) -> AnswerComparison | None:
     """Accuracy as each bundle's own validation measured it; None where one did not."""
     known = [(parity.method_error.questions, rate) for parity in parities if parity and (rate := _accuracy(parity))]
     if len(known) < len(parities):
         return None
     (asked, reference), (asked_too, candidate) = known
     questions = min(asked, asked_too)
-    return Answers(source="parity.json", questions=questions, reference=reference, candidate=candidate, difference=None)
+    return AnswerComparison(
+        source="parity.json", questions=questions, reference=reference, candidate=candidate, difference=None
+    )
 
 
 def _accuracy(parity: ParityReport) -> Rate | None:
@@ -149,7 +151,7 @@ def _own_validation(candidate: Bundle, parity: ParityReport | None) -> Check:
     return Check(name="passed its own validation", value=float(not failure), at_least=1, failure=failure)
 
 
-def _of_answers(answers: Answers | None, limits: Limits) -> Iterator[Check]:
+def _of_answers(answers: AnswerComparison | None, limits: Limits) -> Iterator[Check]:
     if answers is None:
         return
     before, now = answers.reference.value, answers.candidate.value

@@ -1,34 +1,34 @@
-"""What differs in how two bundles were made, by their manifests; of every pair, the first is the reference's."""
+"""Compares how two bundles were made, by their manifests; the first of every pair is the reference's."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from capa_export.bundle.store import Bundle
-from capa_export.study.compare.schema import Change, EngineChange, EngineFacts, Size
+from capa_export.study.compare.schema import Change, EngineChange, EngineFacts, FileSize
 
 __all__ = ["changes", "engines", "sizes"]
 
 _GRAPHS = (".onnx", ".data", ".safetensors")
-"""What counts: graphs, weights and the embedding table."""
+"""Endings of the files whose sizes are compared: graphs, weights and the embedding table."""
 _ENGINE = "engine/"
 
 
 def changes(reference: Bundle, candidate: Bundle) -> Iterator[Change]:
     """Recipe, precision, linear layers, checkpoint, tools, files and engines, by dotted name."""
-    one, other = dict(_flat(_facts(reference))), dict(_flat(_facts(candidate)))
+    one, other = dict(_flatten(_facts(reference))), dict(_flatten(_facts(candidate)))
     for name in one | other:
         if one.get(name) != other.get(name):
             yield Change(name=name, reference=one.get(name), candidate=other.get(name))
 
 
-def sizes(reference: Bundle, candidate: Bundle) -> Iterator[Size]:
-    """Of the ONNX files."""
+def sizes(reference: Bundle, candidate: Bundle) -> Iterator[FileSize]:
+    """The sizes of the ONNX files of both bundles."""
     one, other = (_graph_bytes(bundle) for bundle in (reference, candidate))
-    return (Size(file=file, reference=one.get(file), candidate=other.get(file)) for file in sorted(one | other))
+    return (FileSize(file=file, reference=one.get(file), candidate=other.get(file)) for file in sorted(one | other))
 
 
 def engines(reference: Bundle, candidate: Bundle) -> Iterator[EngineChange]:
-    """Those of the targets that both have engines for; a kit has none yet."""
+    """The engines of the targets that both have engines for; a kit has none yet."""
     one, other = (_engine_facts(bundle) for bundle in (reference, candidate))
     both = (name for name in one if name in other)
     return (EngineChange(engine=name, reference=one[name], candidate=other[name]) for name in both)
@@ -50,7 +50,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values; a list of plain values is one."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         value = dict(enumerate(value))
@@ -58,7 +58,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
         return
     for key, part in value.items():
-        yield from _flat(part, f"{name}.{key}" if name else str(key))
+        yield from _flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def _graph_bytes(bundle: Bundle) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a comparison of two bundles found, as `compare --json` prints it; figures that are not finite are null.
+"""The result of comparing two bundles, as `compare --json` prints it; figures that are not finite are null.
 
 The reference is what is deployed, the candidate what is to take its place.
 """
@@ -10,14 +10,14 @@ from capa_export.base.toml import Settings
 from capa_export.report.schema import Check
 
 __all__ = [
-    "Answers",
+    "AnswerComparison",
     "BundleComparison",
     "Change",
     "EngineChange",
     "EngineFacts",
+    "FileSize",
     "KeptChange",
     "LogitChange",
-    "Size",
     "Timing",
 ]
 
@@ -26,7 +26,7 @@ class Change(Settings):
     """Something recorded that differs; None where a bundle does not have it."""
 
     name: str
-    """As `recipe.prune.schedule.0.ratio`."""
+    """Path of the setting, as `recipe.prune.schedule.0.ratio`."""
     reference: Any
     candidate: Any
 
@@ -46,7 +46,7 @@ class LogitChange(Settings):
     """Next-token distributions, both sides fed the reference's greedy answer."""
 
     steps: int
-    """Of all prompts together."""
+    """Steps of all prompts together."""
     kl_mean: Figure
     """KL(reference || candidate), in nats."""
     kl_max: Figure
@@ -55,10 +55,10 @@ class LogitChange(Settings):
     diverged: int
     """Prompts on which another token came first at some step."""
     diverges_at: int | None
-    """The earliest such step."""
+    """The earliest step with another first token; None where there is none."""
 
 
-class Answers(Settings):
+class AnswerComparison(Settings):
     """Right answers of both sides."""
 
     source: Literal["asked now", "parity.json"]
@@ -82,7 +82,7 @@ class Timing(Settings):
     """Candidate over reference."""
 
 
-class Size(Settings):
+class FileSize(Settings):
     """Bytes of a file; None where a bundle does not have it."""
 
     file: str
@@ -91,7 +91,7 @@ class Size(Settings):
 
 
 class EngineFacts(Settings):
-    """One engine."""
+    """Facts about one engine."""
 
     bytes: int
     layers: int
@@ -104,13 +104,13 @@ class EngineChange(Settings):
     """An engine that both have for the same target."""
 
     engine: str
-    """As `rtx/llm/prefill`."""
+    """Name of the engine, as `rtx/llm/prefill`."""
     reference: EngineFacts
     candidate: EngineFacts
 
 
 class BundleComparison(Settings):
-    """All that was found."""
+    """The whole comparison of two bundles."""
 
     version: Literal[1] = 1
     passed: bool
@@ -119,14 +119,14 @@ class BundleComparison(Settings):
     reference: str
     candidate: str
     prompts: str
-    """Where they came from."""
+    """Source of the prompts."""
     num_prompts: int
     checks: tuple[Check, ...]
     changes: tuple[Change, ...]
     kept: tuple[KeptChange, ...]
     logits: LogitChange
-    answers: Answers | None
-    """None where nobody knows them."""
+    answers: AnswerComparison | None
+    """Accuracy of both sides; None where no right answers are known."""
     timings: tuple[Timing, ...]
-    sizes: tuple[Size, ...]
+    sizes: tuple[FileSize, ...]
     engines: tuple[EngineChange, ...]

@@ -22,12 +22,12 @@ from capa_export.run.bundled import bundled_prompter
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import KVCache, PrefillRun
-from capa_export.study.compare.schema import Answers, KeptChange, LogitChange, Timing
+from capa_export.study.compare.schema import AnswerComparison, KeptChange, LogitChange, Timing
 
-__all__ = ["Question", "Side", "SideBySide"]
+__all__ = ["PromptPair", "Side", "SideBySide"]
 
 _ENOUGH_SECONDS = 0.1
-"""After which a pair of calls is not timed again."""
+"""Time after which a pair of calls is not timed again."""
 
 T = TypeVar("T")
 Work = Literal["vision", "prefill", "decode"]
@@ -35,7 +35,7 @@ Work = Literal["vision", "prefill", "decode"]
 
 @dataclass(frozen=True)
 class Side:
-    """A bundle, opened."""
+    """One of the two bundles, opened."""
 
     bundle: Bundle
     recipe: Recipe
@@ -45,7 +45,7 @@ class Side:
 
     @classmethod
     def of(cls, bundle: Bundle, *, trust_remote_code: bool = False) -> "Side":
-        """Found to be as it was built.
+        """Open a bundle after a check that it is as it was built.
 
         Raises:
             CapaError: nothing was exported, or a file is missing or was changed.
@@ -65,16 +65,16 @@ class Side:
         return {layer: rows[prompt.is_visual[rows]] for layer, rows in zip(layers, run.kept, strict=True)}
 
     def answer(self, prompt: Prompt, run: PrefillRun[KVCache], limit: int) -> list[int]:
-        """Greedy tokens."""
+        """The greedy tokens of the answer."""
         return [token for (token,) in greedy(self.model, [prompt], [run], self.stop, limit) if token is not None]
 
 
 @dataclass(frozen=True)
-class Question:
-    """What both are asked."""
+class PromptPair:
+    """A question that both sides are asked."""
 
     prompts: tuple[Prompt, Prompt]
-    """Each side's own: tokenizer and image processor are part of a bundle."""
+    """Each side's own prompt: tokenizer and image processor are part of a bundle."""
     answer: str = ""
     """Empty where nobody knows it."""
 
@@ -89,7 +89,7 @@ class _Stopwatch:
     _first: int = 0
 
     def both(self, what: Work, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """What each side's call returns; short ones are repeated, so they must do the same every time."""
+        """Make each side's call; returns both results. Short calls are repeated, so they must do the same each time."""
         results: dict[int, T] = {}
         begun = time.perf_counter()
         for _ in range(self.most):
@@ -117,11 +117,11 @@ class SideBySide:
     )
     _right: list[tuple[bool, bool]] = field(default_factory=list)
 
-    def warm(self, question: Question) -> None:
+    def warm(self, question: PromptPair) -> None:
         """Run a question that does not count: a session's first runs are its slowest."""
         SideBySide(self.sides, _Stopwatch(most=1)).ask(question)
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: PromptPair) -> None:
         """Feed both the reference's greedy answer, a step of one and the same step of the other."""
         for side, prompt in zip(self.sides, question.prompts, strict=True):
             side.model.load(prompt)
@@ -151,7 +151,7 @@ class SideBySide:
             self._right.append((texts[0] == question.answer, texts[1] == question.answer))
 
     def _count_logits(self, reference_SV: np.ndarray, candidate_SV: np.ndarray) -> bool:
-        """Returns whether the likeliest token is the same at every step."""
+        """Compare the logits; returns whether the likeliest token is the same at every step."""
         self._kl += map(kl_divergence, reference_SV, candidate_SV)
         same = reference_SV.argmax(-1) == candidate_SV.argmax(-1)
         self._same += same.tolist()
@@ -186,12 +186,12 @@ class SideBySide:
             reference, candidate, iou = (_mean(column) for column in zip(*rows, strict=True))
             yield KeptChange(layer=layer, reference=reference, candidate=candidate, iou=iou)
 
-    def answers(self) -> Answers | None:
-        """None where no answer was known."""
+    def answers(self) -> AnswerComparison | None:
+        """Accuracy of both sides' answers; None where no answer was known."""
         if not self._right:
             return None
         reference, candidate = zip(*self._right, strict=True)
-        return Answers(
+        return AnswerComparison(
             source="asked now",
             questions=len(self._right),
             reference=wilson(reference),
@@ -212,6 +212,6 @@ class SideBySide:
 
 
 def _mean(column: Sequence[float | None]) -> float | None:
-    """Of the numbers among them."""
+    """Mean of the numbers in a column; None where there is none."""
     known = [value for value in column if value is not None]
     return fmean(known) if known else None

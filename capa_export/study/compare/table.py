@@ -11,7 +11,7 @@ __all__ = ["compare_table"]
 
 
 def compare_table(found: BundleComparison) -> None:
-    """Verdict first, then what differs in the making, and what comes of it."""
+    """Print the verdict, then what differs in the making, and what comes of it."""
     say(f"compare: {'passed' if found.passed else 'REGRESSION'}", "bold green" if found.passed else "bold red")
     for failure in found.failures:
         say(f"  {failure}", "red")

@@ -1,4 +1,4 @@
-"""What every method says to a question: the part that the eager model and a bundle's graphs have in common."""
+"""The types of a method's answers, which the eager model and a bundle's graphs share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from capa_export.base.errors import CapaError
 from capa_export.data.questions import Question
 from capa_export.model.prompt import Prompt, Prompter
 
-__all__ = ["DENSE", "Answer", "Ask", "Asked", "Outcome", "asking", "longest"]
+__all__ = ["DENSE", "Answer", "AnswerRequest", "Answerer", "Outcome", "answerer", "max_answer_tokens"]
 
 DENSE = "dense"
 """The method that all others are compared with."""
@@ -15,37 +15,37 @@ DENSE = "dense"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a method says, and how far it is from dense."""
+    """A method's answer, and its distance from dense."""
 
     method: str
     text: str
     tokens: int
-    """Without the one that ends the answer."""
+    """Number of tokens, without the one that ends the answer."""
     kept: int
     """Visual tokens after the last stage."""
     visual: int
-    """All of them."""
+    """Visual tokens of the prompt."""
     kl: float
     """KL(dense || this) of the first token, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question, and the methods whose answers are wanted."""
+class AnswerRequest:
+    """A question, and the methods that are to answer it."""
 
     question: Question
     methods: Sequence[str]
 
 
 Outcome = Sequence[Answer] | str
-"""Or why the question cannot be asked."""
-Ask = Callable[[Sequence[Asked]], list[Outcome]]
+"""Answers to a question, or the reason why it cannot be asked."""
+Answerer = Callable[[Sequence[AnswerRequest]], list[Outcome]]
 
 
-def asking(answers: Callable[[Question, Sequence[str]], list[Answer]]) -> Ask:
-    """Several questions at a time, where one that cannot be asked does not end the others."""
+def answerer(answers: Callable[[Question, Sequence[str]], list[Answer]]) -> Answerer:
+    """Answer several questions in turn; one that cannot be asked does not end the others."""
 
-    def outcome(asked: Asked) -> Outcome:
+    def outcome(asked: AnswerRequest) -> Outcome:
         try:
             return answers(asked.question, asked.methods)
         except CapaError as error:
@@ -54,7 +54,7 @@ def asking(answers: Callable[[Question, Sequence[str]], list[Answer]]) -> Ask:
     return lambda task: [outcome(asked) for asked in task]
 
 
-def longest(prompter: Prompter, prompt: Prompt, max_new_tokens: int) -> int:
+def max_answer_tokens(prompter: Prompter, prompt: Prompt, max_new_tokens: int) -> int:
     """Tokens that an answer may have: from the context's end on the rotary frequencies would be others."""
     context = prompter.dims.decoder.rope_limit
     return max_new_tokens if context is None else min(max_new_tokens, context - prompt.next_position + 1)

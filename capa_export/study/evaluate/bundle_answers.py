@@ -17,27 +17,27 @@ from capa_export.run.answer import runtime_errors
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
-from capa_export.study.evaluate.answers import Answer, Ask, asking, longest
+from capa_export.study.evaluate.answers import Answer, Answerer, answerer, max_answer_tokens
 
 __all__ = ["BundleAnswers"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleAnswers:
-    """Opens the graphs where it is called, which gives what answers there."""
+    """A picklable recipe of an answerer: a call opens the graphs in the process that it is made in."""
 
     folder: Path
     methods: Mapping[str, Method]
     max_new_tokens: int
     bounds: PixelBounds | None = None
-    """Of pictures, in place of the bundle's."""
+    """Bounds of pictures, in place of the bundle's."""
     trust_remote_code: bool = False
 
-    def __call__(self) -> Ask:
-        return asking(_Opened(self).answers)
+    def __call__(self) -> Answerer:
+        return answerer(_OpenBundle(self).answers)
 
 
-class _Opened:
+class _OpenBundle:
     def __init__(self, given: BundleAnswers) -> None:
         self.given = given
         bundle = Bundle.open(given.folder)
@@ -47,7 +47,7 @@ class _Opened:
         self.stop = eos_token_ids(given.folder / ONNX / "llm")
 
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
-        prompt = self.prompter.chat(question.opened())
+        prompt = self.prompter.chat(question.open())
         keeps = {name: self._keep(self.given.methods[name], prompt) for name in wanted}
         with runtime_errors(prompt.num_visual):
             self.model.load(prompt)
@@ -57,7 +57,7 @@ class _Opened:
             answers: list[Answer] = []
             for name in wanted:
                 run = dense if keeps[name] == everything else self.model.prefill(prompt, keeps[name], embeds)
-                limit = longest(self.prompter, prompt, self.given.max_new_tokens)
+                limit = max_answer_tokens(self.prompter, prompt, self.given.max_new_tokens)
                 steps = greedy(self.model, [prompt], [run], self.stop, limit)
                 tokens = [token for step in steps for token in step if token is not None]
                 text = self.prompter.decode(tokens).strip()

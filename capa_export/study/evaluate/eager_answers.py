@@ -14,27 +14,27 @@ from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, Prefill, inputs_for
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, EagerPrefill, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt
-from capa_export.study.evaluate.answers import DENSE, Answer, Ask, asking, longest
+from capa_export.study.evaluate.answers import DENSE, Answer, Answerer, answerer, max_answer_tokens
 
 __all__ = ["EagerAnswers", "EagerMethods"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EagerAnswers:
-    """Opens the model where it is called, which gives what answers there."""
+    """A picklable recipe of an answerer: a call opens the model in the process that it is made in."""
 
     model: Model
     methods: Mapping[str, Method]
     calibration: Calibration | None
-    """None where no method puts a scale in a visual FFN's place."""
+    """The scales of visual FFNs; None where no method needs them."""
     max_new_tokens: int
 
-    def __call__(self) -> Ask:
-        return asking(EagerMethods(self).answers)
+    def __call__(self) -> Answerer:
+        return answerer(EagerMethods(self).answers)
 
 
 class EagerMethods:
@@ -50,7 +50,7 @@ class EagerMethods:
 
     @torch.inference_mode()
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
-        prompt = self.model.prompter.chat(question.opened())
+        prompt = self.model.prompter.chat(question.open())
         methods = {name: self.given.methods[name] for name in wanted}
         keeps = {name: self.num_keep(method, prompt) for name, method in methods.items()}
         inputs = self.inputs(prompt)
@@ -61,10 +61,10 @@ class EagerMethods:
         ]
 
     def inputs(self, prompt: Prompt) -> EagerInputs:
-        """What the decoder and the selectors of all methods read."""
+        """The inputs that the decoder and the selectors of all methods read."""
         return inputs_for(self.every, self.model.family, self.model.eager, prompt)
 
-    def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[Prefill, dict[int, float]]:
+    def dense(self, prompt: Prompt, inputs: EagerInputs) -> tuple[EagerPrefill, dict[int, float]]:
         """The prefill of all tokens, and how linear each layer is for them."""
         is_visual = torch.from_numpy(prompt.is_visual)
         seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -73,7 +73,7 @@ class EagerMethods:
         return run, {layer: _cosine(x_TD, y_TD, is_visual) for layer, (x_TD, y_TD) in seen.items()}
 
     def num_keep(self, method: Method, prompt: Prompt) -> dict[int, int]:
-        """Layer -> visual tokens kept.
+        """Visual tokens that each layer of a method's schedule keeps.
 
         Raises:
             CapaError: fewer than a selector can choose.
@@ -85,7 +85,7 @@ class EagerMethods:
         return {stage.layer: count for stage, count in zip(prune.schedule, counts, strict=True)}
 
     def plan(self, method: Method, keep: Mapping[int, int], cosines: Mapping[int, float]) -> EagerPlan:
-        """Of a method, on a prompt of which `num_keep` and `dense` say this."""
+        """The eager plan of a method for one prompt, by its `num_keep` and the cosines of `dense`."""
         return EagerPlan(
             keep=keep,
             scales=self._scales(method, cosines),
@@ -106,10 +106,10 @@ class EagerMethods:
         alphas = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
         return {layer: torch.ones_like(alpha) for layer, alpha in alphas.items()} if method.ffn == "skip" else alphas
 
-    def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: Prefill) -> Answer:
+    def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: EagerPrefill) -> Answer:
         run = dense if name == DENSE else self.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
         first_V = run.logits
-        tokens = self.greedy(run, longest(self.model.prompter, prompt, self.given.max_new_tokens))
+        tokens = self.greedy(run, max_answer_tokens(self.model.prompter, prompt, self.given.max_new_tokens))
         return Answer(
             method=name,
             text=self.model.prompter.decode(tokens).strip(),
@@ -119,7 +119,7 @@ class EagerMethods:
             kl=kl_divergence(dense.logits, first_V),
         )
 
-    def greedy(self, run: Prefill, limit: int) -> list[int]:
+    def greedy(self, run: EagerPrefill, limit: int) -> list[int]:
         """The likeliest tokens, without the one that ends the answer."""
         tokens: list[int] = []
         logits = run.logits
@@ -132,5 +132,5 @@ class EagerMethods:
 
 
 def _cosine(x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> float:
-    """Mean over the visual tokens, as a calibration takes it."""
+    """Mean cosine of x and y over the visual tokens, as a calibration takes it."""
     return float(torch.nn.functional.cosine_similarity(x_TD[is_visual], y_TD[is_visual], dim=-1).double().mean())

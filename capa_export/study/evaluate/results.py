@@ -83,7 +83,7 @@ class Results:
             )
 
     def key(self, question: str, method: str) -> str:
-        """Of an answer, from the digests of what is asked and of what answers."""
+        """The key of an answer, from the digests of the question and of the method."""
         return digest_of([question, method])
 
     def add(self, question: str, answers: Mapping[str, Answer]) -> None:

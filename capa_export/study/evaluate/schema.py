@@ -7,14 +7,14 @@ from pydantic import Field
 from capa_export.base.statistics import Difference, Figure, Rate
 from capa_export.base.toml import Settings
 
-__all__ = ["Evaluation", "Scored", "Skipped"]
+__all__ = ["Evaluation", "MethodScores", "SkippedRow"]
 
 
-class Scored(Settings):
-    """One method, on all questions."""
+class MethodScores(Settings):
+    """One method's scores on all questions."""
 
     method: str
-    """As it was written."""
+    """The method as the user wrote it."""
     score: Rate | None = None
     """Mean of the metric with its 95 % interval; None where no right answers are known, as all that compares scores."""
     exact: Rate | None = None
@@ -35,30 +35,30 @@ class Scored(Settings):
     """POPE's precision, recall, f1 and yes_ratio."""
 
 
-class Skipped(Settings):
+class SkippedRow(Settings):
     """A row that could not be asked."""
 
     row: int
-    """From 0, in the file or folder."""
+    """Row number from 0, in the file or folder."""
     reason: str
 
 
 class Evaluation(Settings):
-    """All that was found."""
+    """The whole evaluation."""
 
     version: Literal[1] = 1
     model: str
-    """Where it is from."""
+    """Source of the model."""
     runs: Literal["eager fp32", "onnx"]
     data: str
     benchmark: str
     metric: Literal["exact", "vqa", "pope", "option"]
     questions: int
-    """Answered by every method."""
+    """Questions that every method answered."""
     answered: int
-    """Those of them whose right answer is known: what scores are over."""
-    skipped: tuple[Skipped, ...]
-    methods: tuple[Scored, ...]
+    """Questions with a known right answer, which scores are over."""
+    skipped: tuple[SkippedRow, ...]
+    methods: tuple[MethodScores, ...]
     """Dense first."""
     max_new_tokens: int
     seed: int

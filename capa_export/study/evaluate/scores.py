@@ -1,4 +1,4 @@
-"""From answers to figures: means, intervals, and paired differences."""
+"""Turns answers into figures: means, intervals, and paired differences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,20 +8,22 @@ from capa_export.base.statistics import Rate, paired_bootstrap, wilson
 from capa_export.data.metrics import METRICS, Metric, says_yes, yes_no_figures
 from capa_export.data.questions import Question
 from capa_export.study.evaluate.answers import DENSE, Answer
-from capa_export.study.evaluate.schema import Scored
+from capa_export.study.evaluate.schema import MethodScores
 
-__all__ = ["Answered", "scored"]
+__all__ = ["AnsweredQuestion", "score_methods"]
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredQuestion:
     """A question, and what each method says to it."""
 
     question: Question
     answers: Mapping[str, Answer]
 
 
-def scored(answered: Sequence[Answered], methods: Sequence[str], metric: Metric, seed: int) -> Iterator[Scored]:
+def score_methods(
+    answered: Sequence[AnsweredQuestion], methods: Sequence[str], metric: Metric, seed: int
+) -> Iterator[MethodScores]:
     """Every method's figures, of at least one question.
 
     Args:
@@ -36,7 +38,7 @@ def scored(answered: Sequence[Answered], methods: Sequence[str], metric: Metric,
     for method in methods:
         own = scores[method]
         said = [entry.answers[method] for entry in answered]
-        found = Scored(method=method, kept=fmean(answer.kept / answer.visual for answer in said))
+        found = MethodScores(method=method, kept=fmean(answer.kept / answer.visual for answer in said))
         if method != DENSE:
             same = [entry.answers[method].text == entry.answers[DENSE].text for entry in answered]
             found = found.model_copy(update={"same_answer": wilson(same), "kl": fmean(answer.kl for answer in said)})
@@ -60,7 +62,7 @@ def scored(answered: Sequence[Answered], methods: Sequence[str], metric: Metric,
         yield found
 
 
-def _score(entry: Answered, method: str, metric: Metric) -> float:
+def _score(entry: AnsweredQuestion, method: str, metric: Metric) -> float:
     question = entry.question
     return METRICS[metric](entry.answers[method].text, question.answers, question.options)
 
@@ -73,7 +75,7 @@ def _mean(scores: Sequence[float], seed: int) -> Rate:
     return Rate(value=found.value, low=found.low, high=found.high)
 
 
-def _by_kind(known: Sequence[Answered], scores: Sequence[float], seed: int) -> dict[str, Rate]:
+def _by_kind(known: Sequence[AnsweredQuestion], scores: Sequence[float], seed: int) -> dict[str, Rate]:
     kinds = sorted({entry.question.kind for entry in known} - {""})
     of_kind = {
         kind: [score for entry, score in zip(known, scores, strict=True) if entry.question.kind == kind]
@@ -82,6 +84,6 @@ def _by_kind(known: Sequence[Answered], scores: Sequence[float], seed: int) -> d
     return {kind: _mean(own, seed) for kind, own in of_kind.items()}
 
 
-def _figures(known: Sequence[Answered], method: str) -> dict[str, float]:
+def _figures(known: Sequence[AnsweredQuestion], method: str) -> dict[str, float]:
     said = [says_yes(entry.answers[method].text) for entry in known]
     return yes_no_figures(said, [says_yes(entry.question.answers[0]) for entry in known])

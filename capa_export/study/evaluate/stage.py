@@ -10,11 +10,11 @@ from capa_export.base.files import write_whole
 from capa_export.base.progress import Report, silent
 from capa_export.base.workers import Workers, chunks, spread
 from capa_export.data.questions import Question, Questions
-from capa_export.study.evaluate.answers import Answer, Asked
+from capa_export.study.evaluate.answers import Answer, AnswerRequest
+from capa_export.study.evaluate.models import EvaluatedModel
 from capa_export.study.evaluate.results import Results
-from capa_export.study.evaluate.schema import Evaluation, Skipped
-from capa_export.study.evaluate.scores import Answered, scored
-from capa_export.study.evaluate.subject import Subject
+from capa_export.study.evaluate.schema import Evaluation, SkippedRow
+from capa_export.study.evaluate.scores import AnsweredQuestion, score_methods
 
 __all__ = ["EVALUATION", "MAX_SKIPPED", "evaluate"]
 
@@ -26,18 +26,18 @@ _QUESTIONS_A_TASK = 4
 
 @dataclass
 class _Progress:
-    """Rows that are through, and those that cannot be asked."""
+    """Counts the rows that are done, and lists those that cannot be asked."""
 
     report: Report
     total: int
     done: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.report("evaluate", 0, self.total)
 
     def skip(self, row: int, reason: str) -> None:
-        self.skipped.append(Skipped(row=row, reason=reason))
+        self.skipped.append(SkippedRow(row=row, reason=reason))
         self.advance()
 
     def advance(self) -> None:
@@ -46,7 +46,7 @@ class _Progress:
 
 
 def evaluate(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     questions: Questions,
     out: Path,
     *,
@@ -57,7 +57,7 @@ def evaluate(
     """Put every question to every method, and compare the answers; what `out` holds already is not asked again.
 
     Args:
-        subject: the model and the methods.
+        evaluated: the model and the methods.
         questions: with pictures.
         out: takes the answers as they come, and `evaluation.json`.
         workers: where the model runs.
@@ -68,26 +68,28 @@ def evaluate(
         CapaError: `out` is of another model, or in use, or cannot be written; or no row can be asked.
     """
     progress = _Progress(report, len(questions.rows))
-    with closing(Results(out, model=subject.model, source=subject.source)) as results:
-        known = _ask(subject, questions, results, workers or Workers(), progress)
-        answered = [Answered(question, answers) for question, answers in known if len(answers) == len(subject.keys)]
+    with closing(Results(out, model=evaluated.digest, source=evaluated.source)) as results:
+        known = _ask(evaluated, questions, results, workers or Workers(), progress)
+        answered = [
+            AnsweredQuestion(question, answers) for question, answers in known if len(answers) == len(evaluated.keys)
+        ]
         skipped = tuple(sorted(progress.skipped, key=lambda entry: entry.row))
         if not answered:
             raise CapaError(f"{questions.name}: no row can be asked; row {skipped[0].row}: {skipped[0].reason}")
         benchmark = questions.benchmark
         found = Evaluation(
-            model=subject.source,
-            runs=subject.runs,
+            model=evaluated.source,
+            runs=evaluated.runs,
             data=questions.name,
             benchmark=benchmark.name,
             metric=benchmark.metric,
             questions=len(answered),
             answered=sum(bool(entry.question.answers) for entry in answered),
             skipped=skipped,
-            methods=tuple(scored(answered, list(subject.keys), benchmark.metric, seed)),
-            max_new_tokens=subject.max_new_tokens,
+            methods=tuple(score_methods(answered, list(evaluated.keys), benchmark.metric, seed)),
+            max_new_tokens=evaluated.max_new_tokens,
             seed=seed,
-            notes=subject.notes,
+            notes=evaluated.notes,
         )
         _write(out / EVALUATION, found)
         return found
@@ -101,15 +103,15 @@ def _write(path: Path, found: Evaluation) -> None:
 
 
 def _ask(
-    subject: Subject, questions: Questions, results: Results, workers: Workers, progress: _Progress
+    evaluated: EvaluatedModel, questions: Questions, results: Results, workers: Workers, progress: _Progress
 ) -> list[tuple[Question, dict[str, Answer]]]:
-    """All questions in their order, without their pictures, each with its answers by method."""
+    """Ask the questions; returns them in order, without their pictures, each with its answers by method."""
     keys: dict[int, tuple[Question, dict[str, str]]] = {}
     """Row -> its question, and method -> key of the answer."""
     given: list[list[int]] = []
     """Rows of each task."""
 
-    def waiting() -> Iterator[tuple[int, Asked]]:
+    def waiting() -> Iterator[tuple[int, AnswerRequest]]:
         for row in questions.rows:
             try:
                 question = questions.read(row)
@@ -117,19 +119,19 @@ def _ask(
                 progress.skip(row, str(error))
                 continue
             digest = question.digest()
-            wanted = {method: results.key(digest, key) for method, key in subject.keys.items()}
+            wanted = {method: results.key(digest, key) for method, key in evaluated.keys.items()}
             keys[row] = replace(question, turns=()), wanted
             if missing := [method for method, key in wanted.items() if key not in results.found]:
-                yield row, Asked(question, missing)
+                yield row, AnswerRequest(question, missing)
             else:
                 progress.advance()
 
-    def tasks() -> Iterator[Sequence[Asked]]:
+    def tasks() -> Iterator[Sequence[AnswerRequest]]:
         for chunk in chunks(waiting(), _QUESTIONS_A_TASK):
             given.append([row for row, _ in chunk])
             yield [asked for _, asked in chunk]
 
-    for number, outcomes in spread(subject.prepare, tasks(), workers):
+    for number, outcomes in spread(evaluated.prepare, tasks(), workers):
         for row, outcome in zip(given[number], outcomes, strict=True):
             question, wanted = keys[row]
             if isinstance(outcome, str):

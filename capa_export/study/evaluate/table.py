@@ -14,7 +14,7 @@ _MOST_KINDS = 8
 
 
 def evaluation_table(found: Evaluation) -> None:
-    """One row a method, then the scores by kind of question."""
+    """Print a row for each method, then the scores by kind of question."""
     others = ["minus first"] if len(found.methods) > 2 else []
     table = columns("", "score", "minus dense", *others, "as dense", "KL", "kept")
     for row in found.methods:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from capa_export.report.pictures import fitted
 
-__all__ = ["Scale", "heat", "legend", "marked"]
+__all__ = ["ColorScale", "heat", "legend", "mark_sinks"]
 
 _CIVIDIS = np.array(
     [
@@ -25,19 +25,19 @@ _CIVIDIS = np.array(
     ]
 )
 _OPACITY = 0.8
-"""Of the colours over the picture, which only has to be recognised."""
+"""Opacity of the colours over the picture, which only has to be recognised."""
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColorScale:
     """A logarithmic scale: contributions and attention span decades."""
 
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> "Scale":
-        """From the least that is above 0 to the largest."""
+    def of(cls, values: Sequence[float | None]) -> "ColorScale":
+        """A scale from the least value above 0 to the largest."""
         positive = [value for value in values if value]
         return cls(min(positive, default=1.0), max(positive, default=1.0))
 
@@ -46,14 +46,14 @@ class Scale:
         return float(np.sqrt(self.low * self.high))
 
     def share(self, value: float | None) -> float:
-        """From 0 to 1; 0, negative and missing values lie at the lower end."""
+        """The place of a value on the scale, 0 to 1; 0, negative and missing values lie at the lower end."""
         if not value or value <= self.low or self.high <= self.low:
             return 0.0
         return float(min(1.0, np.log(value / self.low) / np.log(self.high / self.low)))
 
 
 def heat(picture: Image.Image, rows: int, cols: int, shares: Sequence[float]) -> Image.Image:
-    """The picture in grey under colours.
+    """Paint a picture in grey under colours.
 
     Args:
         picture: as the user gave it.
@@ -62,18 +62,20 @@ def heat(picture: Image.Image, rows: int, cols: int, shares: Sequence[float]) ->
         shares: one of [0, 1] for each of them, row by row.
     """
     picture = fitted(picture)
-    cells = Image.fromarray(_colours(np.asarray(shares).reshape(rows, cols)))
+    cells = Image.fromarray(_colors(np.asarray(shares).reshape(rows, cols)))
     grey = ImageOps.grayscale(picture).convert("RGB")
     return Image.blend(grey, cells.resize(picture.size, Image.Resampling.NEAREST), _OPACITY)
 
 
 def legend() -> Image.Image:
-    """From the least to the most."""
-    return Image.fromarray(_colours(np.tile(np.linspace(0, 1, 256), (8, 1))))
+    """A bar of the colours, from the least to the most."""
+    return Image.fromarray(_colors(np.tile(np.linspace(0, 1, 256), (8, 1))))
 
 
-def marked(picture: Image.Image, rows: int, cols: int, dumps: Collection[int], anchors: Collection[int]) -> Image.Image:
-    """The picture in pale grey, a cross on each dump and a ring around each anchor."""
+def mark_sinks(
+    picture: Image.Image, rows: int, cols: int, dumps: Collection[int], anchors: Collection[int]
+) -> Image.Image:
+    """Paint a picture in pale grey, a cross on each dump and a ring around each anchor."""
     picture = fitted(picture)
     grey = ImageOps.grayscale(picture).convert("RGB")
     shown = Image.blend(grey, Image.new("RGB", picture.size, "white"), 0.5)
@@ -91,7 +93,7 @@ def marked(picture: Image.Image, rows: int, cols: int, dumps: Collection[int], a
     return shown
 
 
-def _colours(shares: np.ndarray) -> np.ndarray:
-    """[..., 3] uint8."""
+def _colors(shares: np.ndarray) -> np.ndarray:
+    """Colours [..., 3] uint8 of shares [...]."""
     stops = np.linspace(0, 1, len(_CIVIDIS))
     return np.stack([np.interp(shares, stops, channel) for channel in _CIVIDIS.T], axis=-1).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What one layer makes of every visual token, and which of them are sinks.
+"""Maps the visual tokens at one layer, and finds the sinks among them.
 
 T = prompt tokens, N = visual ones among them, D = hidden size, H = query heads, G = KV heads, d = head size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best_rows
 from capa_export.selectors.selector import CAPA, Chosen
 from capa_export.study.explain.schema import Maps, Sinks
 
@@ -51,7 +51,7 @@ def maps_of(
     x_ND = seen[layer][0][is_visual].double()
     normed_ND = (x_ND / (x_ND.square().mean(-1, keepdim=True) + 1e-6).sqrt()).abs()
     phi_N = (normed_ND[:, list(channels)] if channels else normed_ND).amax(-1)
-    rows = best(scores_T, is_visual, num_keep, plan)
+    rows = best_rows(scores_T, is_visual, num_keep, plan)
     rows = rows[is_visual[rows]]
     order = is_visual.cumsum(0) - 1
     return Maps(

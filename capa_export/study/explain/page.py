@@ -12,8 +12,8 @@ from capa_export.config.recipe import ranges
 from capa_export.report import pages as report
 from capa_export.report import words as figures
 from capa_export.report.pictures import data_uri, fitted, overlay
-from capa_export.study.explain.heat import Scale, heat, legend, marked
-from capa_export.study.explain.schema import Explained, Explanation, Maps
+from capa_export.study.explain.heat import ColorScale, heat, legend, mark_sinks
+from capa_export.study.explain.schema import Explanation, Maps, MethodExplanation
 from capa_export.study.explain.surfaces import Surface
 
 __all__ = ["write_page"]
@@ -49,18 +49,18 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         dense=found.methods[0],
         plain=[(surface.name, data_uri(fitted(surface.image))) for surface in surfaces],
         undrawn=len(found.pictures) - len({surface.grid.picture for surface in surfaces}),
-        cards=[(method, _drawn(method, surfaces)) for method in found.methods],
+        cards=[(method, _draw_kept(method, surfaces)) for method in found.methods],
         maps=[_map(found.maps, surfaces, *words) for words in _MAPS],
         legend=data_uri(legend()),
         scatter=_scatter(found),
         sinks=_sinks(found, surfaces),
-        marked=_marked(found, surfaces),
+        marked=_draw_sinks(found, surfaces),
     )
     write_whole(path, page)
 
 
-def _drawn(method: Explained, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
-    """Each picture with the kept tokens outlined, and what it shows in words."""
+def _draw_kept(method: MethodExplanation, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
+    """Draw each picture with the kept tokens outlined, and describe it in words."""
     drawn: list[tuple[str, str]] = []
     for surface in surfaces:
         rows, cols, cells = surface.grid.rows, surface.grid.cols, surface.cells(method.kept)
@@ -71,9 +71,9 @@ def _drawn(method: Explained, surfaces: Sequence[Surface]) -> list[tuple[str, st
 
 
 def _map(maps: Maps, surfaces: Sequence[Surface], key: str, title: str, words: str) -> dict[str, Any]:
-    """One amount over all pictures, on one scale."""
+    """Map one amount over all pictures, on one scale."""
     values: Sequence[float | None] = getattr(maps, key)
-    scale = Scale.of(values)
+    scale = ColorScale.of(values)
     drawn: list[tuple[str, str]] = []
     for surface in surfaces:
         rows, cols = surface.grid.rows, surface.grid.cols
@@ -86,9 +86,9 @@ def _map(maps: Maps, surfaces: Sequence[Surface], key: str, title: str, words: s
 
 
 def _scatter(found: Explanation) -> dict[str, Any]:
-    """Where every visual token lies between attention and contribution, in per cent."""
+    """A scatter plot of all visual tokens by attention and contribution, in per cent."""
     maps, sinks = found.maps, found.sinks
-    attention, contribution = Scale.of(maps.attention), Scale.of(maps.contribution)
+    attention, contribution = ColorScale.of(maps.attention), ColorScale.of(maps.contribution)
     kind = {
         **dict.fromkeys(maps.kept, "kept"),
         **dict.fromkeys(sinks.dumps, "dump"),
@@ -111,7 +111,7 @@ def _scatter(found: Explanation) -> dict[str, Any]:
     }
 
 
-def _ticks(scale: Scale) -> list[tuple[str, float]]:
+def _ticks(scale: ColorScale) -> list[tuple[str, float]]:
     """Round numbers on a logarithmic axis, at most seven; the ends where there is no round one between them."""
     decades = range(floor(log10(scale.low)), ceil(log10(scale.high)) + 1)
     for factors, every in (((1, 2, 5), 1), ((1,), 1), ((1,), ceil(len(decades) / 6))):
@@ -151,13 +151,13 @@ def _where(token: int, surfaces: Sequence[Surface]) -> str:
     return f"visual token {token}"
 
 
-def _marked(found: Explanation, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
-    """Each picture that has sinks, with them on it."""
+def _draw_sinks(found: Explanation, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
+    """Draw each picture that has sinks, with the sinks marked."""
     drawn: list[tuple[str, str]] = []
     for surface in surfaces:
         dumps, anchors = surface.cells(found.sinks.dumps), surface.cells(found.sinks.anchors)
         if dumps or anchors:
             words = f"{surface.name}: {len(dumps)} dumps, crossed, and {len(anchors)} anchors, ringed"
-            picture = marked(surface.image, surface.grid.rows, surface.grid.cols, dumps, anchors)
+            picture = mark_sinks(surface.image, surface.grid.rows, surface.grid.cols, dumps, anchors)
             drawn.append((words, data_uri(picture)))
     return drawn

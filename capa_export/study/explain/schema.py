@@ -1,4 +1,4 @@
-"""What `capa-export explain --json` prints. Visual tokens count from 0, over all pictures.
+"""The output of `capa-export explain --json`. Visual tokens count from 0, over all pictures.
 
 N = visual tokens of the prompt.
 """
@@ -8,15 +8,15 @@ from typing import Literal
 from capa_export.base.statistics import Figure
 from capa_export.base.toml import Settings
 
-__all__ = ["Explained", "Explanation", "Grid", "LeftOut", "Maps", "Sinks", "StageKept"]
+__all__ = ["Explanation", "Grid", "Maps", "MethodExplanation", "Sinks", "SkippedMethod", "StageTokens"]
 
 
 class Grid(Settings):
-    """Where a run of visual tokens lies: row by row on a picture, or on one tile of it."""
+    """The place of a run of visual tokens: row by row on a picture, or on one tile of it."""
 
     picture: int
     tile: int | None = None
-    """None where the tokens of the picture make a single grid."""
+    """Number of the tile; None where the tokens of the picture make a single grid."""
     first: int
     """Visual token at the upper left."""
     rows: int
@@ -24,7 +24,7 @@ class Grid(Settings):
 
 
 class Maps(Settings):
-    """Of every visual token at one layer, as the last prompt token sees it; nothing is dropped before."""
+    """Amounts of every visual token at one layer, as the last prompt token sees it; nothing is dropped before."""
 
     layer: int
     contribution: tuple[Figure, ...]
@@ -36,9 +36,9 @@ class Maps(Settings):
     phi: tuple[Figure, ...]
     """[N] max of | x_d / rms(x) | over the sink channels, or over all if there are none; x enters the layer's FFN."""
     kept: tuple[int, ...]
-    """What CAPA keeps here: as many as the bundle, at this layer or else in the end."""
+    """Tokens that CAPA keeps here: as many as the bundle, at this layer or else in the end."""
     cut: Figure
-    """The lowest contribution among them."""
+    """The lowest contribution among the kept tokens."""
 
 
 class Sinks(Settings):
@@ -47,40 +47,40 @@ class Sinks(Settings):
     threshold: float
     channels: tuple[int, ...]
     dumps: tuple[int, ...]
-    """Probability dumps: those that CAPA drops at this layer."""
+    """Probability dumps: sinks that CAPA drops at this layer."""
     anchors: tuple[int, ...]
-    """Structural anchors: those that it keeps."""
+    """Structural anchors: sinks that CAPA keeps at this layer."""
     words: tuple[str, ...]
-    """How they were looked for, and what was found."""
+    """Sentences on how sinks were looked for, and what was found."""
 
 
-class StageKept(Settings):
-    """One stage of a method."""
+class StageTokens(Settings):
+    """The tokens kept by one stage of a method."""
 
     where: str
     selector: str
     kept: int
 
 
-class Explained(Settings):
-    """One method."""
+class MethodExplanation(Settings):
+    """One method, explained on the prompt."""
 
     method: str
     own: bool = False
-    """Whether it is the bundle's."""
+    """Whether the method is the bundle's."""
     answer: str
     same_answer: bool
-    """As dense, token by token."""
-    stages: tuple[StageKept, ...]
+    """Whether the answer is dense's, token by token."""
+    stages: tuple[StageTokens, ...]
     kept: tuple[int, ...]
     """Visual tokens after the last stage."""
     iou: float
-    """Of the kept tokens with those of the bundle's own method."""
+    """IoU of the kept tokens with those of the bundle's own method."""
     kl: Figure
     """KL(dense || this) of the first token, in nats."""
 
 
-class LeftOut(Settings):
+class SkippedMethod(Settings):
     """A selector that cannot be shown."""
 
     method: str
@@ -88,23 +88,23 @@ class LeftOut(Settings):
 
 
 class Explanation(Settings):
-    """All that the page shows."""
+    """The whole explanation, as the page shows it."""
 
     version: Literal[1] = 1
     bundle: str
     model: str
-    """Where the weights are from."""
+    """Source of the weights."""
     runs: Literal["eager fp32"] = "eager fp32"
     question: str
     pictures: tuple[str, ...]
     visual_tokens: int
     grids: tuple[Grid, ...]
-    """None of a picture whose tokens make no grid."""
+    """Grids of the visual tokens; a picture whose tokens make no grid has none."""
     linear_layers: tuple[int, ...]
-    """Where a scale stands for visual FFNs, unless a method says otherwise."""
+    """Layers where a scale stands for visual FFNs, unless a method says otherwise."""
     maps: Maps
     sinks: Sinks
-    methods: tuple[Explained, ...]
+    methods: tuple[MethodExplanation, ...]
     """Dense first, then the bundle's own."""
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[SkippedMethod, ...]
     max_new_tokens: int

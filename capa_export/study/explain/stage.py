@@ -17,22 +17,22 @@ from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.schedule import Method, Stage, parse_method, schedule_text, stage_text
 from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import Sample
-from capa_export.model.eager import Prefill
+from capa_export.model.eager import EagerPrefill
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt, Turn
 from capa_export.selectors.selector import load_selector, selectors
-from capa_export.study.evaluate.answers import DENSE, longest
+from capa_export.study.evaluate.answers import DENSE, max_answer_tokens
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
-from capa_export.study.evaluate.subject import check_fits, methods_from
+from capa_export.study.evaluate.models import check_fits, parse_methods
 from capa_export.study.explain.maps import maps_of, sinks_of
-from capa_export.study.explain.schema import Explained, Explanation, LeftOut, StageKept
+from capa_export.study.explain.schema import Explanation, MethodExplanation, SkippedMethod, StageTokens
 from capa_export.study.explain.surfaces import Surface, surfaces_of
 
 __all__ = ["explain"]
 
 _LAYER = 2
-"""Looked at where the bundle chooses before the decoder: FastV's, and early enough for all families."""
+"""Layer shown where the bundle chooses before the decoder: FastV's, and early enough for all families."""
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def explain(
     layer: int | None = None,
     max_new_tokens: int = 64,
 ) -> tuple[Explanation, list[Surface]]:
-    """What each method keeps of a prompt and answers, in eager FP32, and where the tokens lie.
+    """Explain what each method keeps of a prompt and answers, in eager FP32; returns also where the tokens lie.
 
     Args:
         bundle: whose schedule is explained.
@@ -63,7 +63,7 @@ def explain(
             calibration is not what the bundle was made from, or this machine's memory is too small for the model.
     """
     images = [open_picture(path) for path in pictures]
-    named = methods_from(methods) if methods else None
+    named = parse_methods(methods) if methods else None
     require_eager_memory(model)
     linear, calibration = _calibrated(model, bundle)
     layer = _layer(model, layer)
@@ -93,22 +93,22 @@ def explain(
         num_keep=plan.keep.get(layer, list(plan.keep.values())[-1]),
         channels=calibration.sink_channels,
     )
-    limit = longest(model.prompter, prompt, max_new_tokens)
+    limit = max_answer_tokens(model.prompter, prompt, max_new_tokens)
 
-    def answered(name: str) -> tuple[Prefill, list[int]]:
+    def answered(name: str) -> tuple[EagerPrefill, list[int]]:
         run = dense if name == DENSE else runs.eager.prefill(inputs, is_visual, plans[name])
         return run, runs.greedy(run, limit)
 
     found = {name: answered(name) for name in tracked(chosen, "explain", len(chosen), model.report)}
     kept = {name: _kept(prompt, run) for name, (run, _) in found.items()}
     explained = tuple(
-        Explained(
+        MethodExplanation(
             method=name,
             own=name == own.name,
             answer=model.prompter.decode(tokens).strip(),
             same_answer=tokens == found[DENSE][1],
             stages=tuple(
-                StageKept(where=stage.where, selector=stage.selector, kept=plans[name].keep[stage.layer])
+                StageTokens(where=stage.where, selector=stage.selector, kept=plans[name].keep[stage.layer])
                 for stage in chosen[name].stages
             ),
             kept=tuple(kept[name]),
@@ -161,7 +161,7 @@ def _layer(model: Model, asked: int | None) -> int:
 
 
 def _own(model: Model, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
-    """The bundle's own; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
+    """The bundle's own method; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
     stages = schedule_text(model.schedule)
     if calibration is not None and calibration.linear_layers(model.recipe.ffn.eta) == linear:
         return Method(stages, model.schedule, "scale")
@@ -176,7 +176,7 @@ def _others(
     layer: int,
     prompt: Prompt,
     calibration: Calibration | None,
-) -> tuple[dict[str, Method], list[LeftOut]]:
+) -> tuple[dict[str, Method], list[SkippedMethod]]:
     """The methods named, beside dense and the bundle's own; without a name every selector that can be run."""
     if named is not None:
         for method in named.values():
@@ -185,12 +185,12 @@ def _others(
         return {key: one for key, one in named.items() if (one.stages, one.ffn, one.eta) != same}, []
     every = {method.name: method for method in _every_selector(own, layer)}
     refused = {name: _refusal(model, bundle, method, prompt, calibration) for name, method in every.items()}
-    left_out = [LeftOut(method=name, reason=reason) for name, reason in refused.items() if reason]
+    left_out = [SkippedMethod(method=name, reason=reason) for name, reason in refused.items() if reason]
     return {name: method for name, method in every.items() if not refused[name]}, left_out
 
 
 def _every_selector(own: Method, layer: int) -> list[Method]:
-    """At the bundle's ratio, each at its own place; `random` first, since others have to beat it."""
+    """Every selector's method at the bundle's ratio and its own place; `random` first, since others have to beat it."""
     found: list[Method] = []
     for name in sorted(selectors(), key=lambda name: (name != "random", name)):
         # What acts where a layer begins is scored by the one before.
@@ -203,7 +203,7 @@ def _every_selector(own: Method, layer: int) -> list[Method]:
 
 
 def _refusal(model: Model, bundle: Bundle, method: Method, prompt: Prompt, calibration: Calibration | None) -> str:
-    """Why a method cannot be run, if so."""
+    """The reason why a method cannot be run; empty if it can."""
     try:
         _check(model, bundle, method, prompt, calibration)
     except CapaError as error:
@@ -227,7 +227,7 @@ def _check(model: Model, bundle: Bundle, method: Method, prompt: Prompt, calibra
             raise CapaError(f"method {method.name}: {error}") from error
 
 
-def _kept(prompt: Prompt, run: Prefill) -> list[int]:
+def _kept(prompt: Prompt, run: EagerPrefill) -> list[int]:
     """Visual tokens that are left at the end; all where nothing is dropped."""
     order = prompt.is_visual.cumsum() - 1
     positions = list(run.kept.values())[-1].tolist() if run.kept else range(len(order))

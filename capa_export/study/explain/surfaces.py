@@ -1,4 +1,4 @@
-"""Where visual tokens lie, and the pixels under them."""
+"""The places of visual tokens, and the pixels under them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Surface:
 
     @property
     def tokens(self) -> range:
-        """Visual tokens on it, row by row."""
+        """Visual tokens on the surface, row by row."""
         return range(self.grid.first, self.grid.first + self.grid.rows * self.grid.cols)
 
     def cells(self, tokens: Sequence[int]) -> list[int]:
-        """Those of some visual tokens that lie here, by their place in the grid."""
+        """The grid cells of those of some visual tokens that lie here."""
         return [token - self.grid.first for token in tokens if token in self.tokens]
 
     @property
@@ -36,7 +36,7 @@ class Surface:
 
 
 def surfaces_of(prompt: Prompt, images: Sequence[Image.Image], image_processor: Any) -> list[Surface]:
-    """Of all pictures in order; none of one whose tokens make no grid."""
+    """The surfaces of all pictures in order; a picture whose tokens make no grid has none."""
     found: list[Surface] = []
     first = 0
     for index, (picture, image) in enumerate(zip(prompt.pictures, images, strict=True)):
@@ -55,7 +55,7 @@ def surfaces_of(prompt: Prompt, images: Sequence[Image.Image], image_processor: 
 
 
 def _tiles(picture: Picture, image_processor: Any) -> Iterator[Image.Image]:
-    """As the vision tower sees them: how the image processor cut the picture up is not said."""
+    """Yield the tiles as the vision tower sees them: how the image processor cut the picture up is not said."""
     mean, std = (
         np.asarray(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
     )

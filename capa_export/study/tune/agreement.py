@@ -1,4 +1,4 @@
-"""How far a method is from dense along dense's own answer, in eager FP32.
+"""Measures how far a method is from dense along dense's own answer, in eager FP32.
 
 V = vocabulary.
 """
@@ -20,14 +20,14 @@ from capa_export.model.prompt import Prompt
 from capa_export.selectors.selector import Chosen
 from capa_export.study.tune.candidates import linear_layers
 
-__all__ = ["STEPS", "Agreement", "Judge", "Opened"]
+__all__ = ["STEPS", "Agreement", "DenseSample", "Judge"]
 
 STEPS = 4
 """Tokens of an answer that are compared, at most."""
 
 
 class Agreement(NamedTuple):
-    """Of one method on one sample, means over its steps."""
+    """Agreement of one method with dense on one sample, means over its steps."""
 
     kl: float
     """KL(dense || method) of the next token, in nats."""
@@ -35,19 +35,19 @@ class Agreement(NamedTuple):
     """Share of next tokens that are dense's."""
 
 
-class Opened(NamedTuple):
-    """A sample, as every method is fed it."""
+class DenseSample(NamedTuple):
+    """A sample with dense's answer, as every method is fed it."""
 
     prompt: Prompt
     inputs: EagerInputs
     answer: Sequence[int]
     """Dense's greedy tokens, all but the last of them fed back."""
     logits: Sequence[Tensor]
-    """Dense's, [V] before each of them."""
+    """Dense's logits [V] before each token of the answer."""
 
 
 class Judge:
-    """The model, dense and pruned."""
+    """Runs the model, dense and pruned, on samples."""
 
     def __init__(self, model: Model, calibration: Calibration, selectors: Sequence[str]) -> None:
         self.model, self.calibration = model, calibration
@@ -58,7 +58,7 @@ class Judge:
         self.every = EagerPlan(keep=dict.fromkeys(chosen, 0), selectors=chosen)
 
     @torch.inference_mode()
-    def opened(self, sample: Sample) -> Opened:
+    def run_dense(self, sample: Sample) -> DenseSample:
         """Run dense; the end of its answer is a token too."""
         prompt = self.model.prompter.chat(sample.turns)
         inputs = inputs_for(self.every, self.model.family, self.model.eager, prompt)
@@ -67,11 +67,11 @@ class Judge:
         while len(answer) < STEPS and answer[-1] not in self.stop:
             logits.append(self.eager.step(run, answer[-1], run.next_position + len(answer) - 1))
             answer.append(int(logits[-1].argmax()))
-        return Opened(prompt, inputs, answer, logits)
+        return DenseSample(prompt, inputs, answer, logits)
 
     @torch.inference_mode()
-    def agreement(self, method: Method, sample: Opened) -> Agreement:
-        """Fed dense's answer, whatever the method itself would say."""
+    def agreement(self, method: Method, sample: DenseSample) -> Agreement:
+        """Measure a method along dense's answer, whatever the method itself would say."""
         run = self.eager.prefill(sample.inputs, torch.from_numpy(sample.prompt.is_visual), self._plan(method, sample))
         kl = [kl_divergence(sample.logits[0], run.logits)]
         hits = [int(run.logits.argmax()) == sample.answer[0]]
@@ -81,7 +81,7 @@ class Judge:
             hits.append(int(logits.argmax()) == sample.answer[at + 1])
         return Agreement(sum(kl) / len(kl), sum(hits) / len(hits))
 
-    def _plan(self, method: Method, sample: Opened) -> EagerPlan:
+    def _plan(self, method: Method, sample: DenseSample) -> EagerPlan:
         min_keep = self.model.recipe.prune.min_keep_per_image
         prune = method.prune(min_keep)
         assert prune is not None

@@ -17,11 +17,11 @@ from capa_export.study.tune.costs import Costs
 __all__ = ["OTHER_MORE", "Candidates", "ffns", "linear_layers", "offered"]
 
 _GRID = 1000
-"""Ratios that are tried."""
+"""Number of ratios that are tried."""
 _MORE, OTHER_MORE = 1.5, (1.2, 2.0, 3.0)
-"""How many times as many tokens the first of two stages keeps as it would alone; the others for the best pairs."""
+"""Factors by which the first of two stages keeps more tokens than it would alone; the others for the best pairs."""
 _FIRSTS, _LATER = 3, (4, 3, 2)
-"""How many first stages get a second one, and at which parts of the decoder that is."""
+"""Number of first stages that get a second one, and the parts of the decoder where that is."""
 _ETAS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 _FIRST_LAYER: dict[Place, int] = {"attention": 0, "entry": 1}
 
@@ -56,7 +56,7 @@ def linear_layers(method: Method, recipe: Recipe, calibration: Calibration) -> t
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may be tried."""
+    """The methods that may be tried within the budget."""
 
     recipe: Recipe
     selectors: Sequence[str]
@@ -66,7 +66,7 @@ class Candidates:
     """Fraction of dense's FLOPs."""
 
     def share(self, method: Method) -> float:
-        """Of dense's FLOPs.
+        """A method's share of dense's FLOPs.
 
         Raises:
             CapaError: a ratio leaves fewer tokens than a selector can choose.
@@ -97,7 +97,7 @@ class Candidates:
         """
         stages = list(self._stages())
         found = [self._scaled([stage], self.recipe.ffn.eta) for stage in stages]
-        if methods := _distinct(found):
+        if methods := _drop_duplicates(found):
             return methods
         least = min(self._least(stage) for stage in stages)
         raise CapaError(
@@ -110,20 +110,20 @@ class Candidates:
         """First stages as in the best of `ranked`, which keep more, and second ones that make up for it."""
         firsts = {method.stages[0].selector: method for method in reversed(ranked)}
         firsts = sorted(firsts.values(), key=ranked.index)[:_FIRSTS]
-        return _distinct(
+        return _drop_duplicates(
             self._paired(method.stages[0], second, method.eta, _MORE) for method in firsts for second in self._seconds()
         )
 
     @property
     def most_pairs(self) -> int:
-        """That `two_stages` can give."""
+        """Number of methods that `two_stages` gives at most."""
         return _FIRSTS * len(list(self._seconds()))
 
     def other_shares(self, methods: Sequence[Method]) -> list[Method]:
         """Other divisions of the work between two stages."""
         pairs = [method for method in methods if len(method.stages) == 2]
         alone = [self._scaled(method.stages[:1], method.eta) for method in pairs]
-        return _distinct(
+        return _drop_duplicates(
             self._paired(first.stages[0], method.stages[1], method.eta, more)
             for method, first in zip(pairs, alone, strict=True)
             if first is not None
@@ -131,8 +131,10 @@ class Candidates:
         )
 
     def other_ffns(self, methods: Sequence[Method], etas: Sequence[float | None]) -> list[Method]:
-        """The same stages with other layers linear, and the tokens that these leave room for."""
-        return _distinct(self._scaled(method.stages, eta) for method in methods for eta in etas if eta != method.eta)
+        """Methods of the same stages with other layers linear, and the tokens that these leave room for."""
+        return _drop_duplicates(
+            self._scaled(method.stages, eta) for method in methods for eta in etas if eta != method.eta
+        )
 
     def _stages(self) -> Iterator[Stage]:
         depth = self.costs.dims.num_layers
@@ -148,7 +150,7 @@ class Candidates:
                 )
 
     def _scaled(self, stages: Sequence[Stage], eta: float | None) -> Method | None:
-        """All stages keep the same multiple of what they do."""
+        """A method whose stages all keep the same multiple of what the given ones keep."""
         most = 1 - stages[0].ratio
 
         def at(ratio: float) -> list[tuple[Stage, float]]:
@@ -164,7 +166,7 @@ class Candidates:
                 yield Stage(layer=layer, ratio=0, selector=name)
 
     def _paired(self, first: Stage, second: Stage, eta: float | None, more: float) -> Method | None:
-        """`first` as it is alone, keeping so many times as much."""
+        """A method of two stages, the first keeping `more` times as much as it would alone."""
         ratio = _rounded(1 - more * (1 - first.ratio))
         if ratio <= 0:
             return None
@@ -196,7 +198,7 @@ class Candidates:
 
 
 def _method(stages: Sequence[tuple[Stage, float]], eta: float | None) -> Method:
-    """As people would write it.
+    """A method of some stages, named as people would write it.
 
     Raises:
         CapaError: the stages do not go together.
@@ -213,8 +215,8 @@ def _moved(stage: Stage, earlier: int) -> Stage:
     return stage if stage.chosen.place == "input" else stage.model_copy(update={"layer": stage.layer - earlier})
 
 
-def _distinct(methods: Iterable[Method | None]) -> list[Method]:
-    """Those there are, each once; selectors that drop nothing are all the same."""
+def _drop_duplicates(methods: Iterable[Method | None]) -> list[Method]:
+    """The methods without None and duplicates; selectors that drop nothing are all the same."""
     found: dict[object, Method] = {}
     for method in methods:
         if method is not None:

@@ -1,4 +1,4 @@
-"""What methods cost on the prompts at hand, in FLOPs of the decoder's prefill, text included."""
+"""The costs of methods on the prompts at hand, in FLOPs of the decoder's prefill, text included."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,38 +12,38 @@ from capa_export.data.samples import Samples
 from capa_export.model.model import Model
 from capa_export.plan.flops import PrefillFlops, flops
 
-__all__ = ["Costs", "Shape", "shapes"]
+__all__ = ["Costs", "PromptShape", "prompt_shapes"]
 
 
-class Shape(NamedTuple):
+class PromptShape(NamedTuple):
     """All that a prompt's cost depends on."""
 
     images: tuple[int, ...]
-    """Visual tokens of each."""
+    """Visual tokens of each picture."""
     text: int
     """All other tokens."""
 
 
-def shapes(model: Model, samples: Samples) -> Iterator[Shape]:
-    """Of the prompts that the samples make."""
+def prompt_shapes(model: Model, samples: Samples) -> Iterator[PromptShape]:
+    """The shapes of the prompts that the samples make."""
     for sample in tracked(samples, "tune: prompts", samples.count, model.report):
         prompt = model.prompter.chat(sample.turns)
-        yield Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
+        yield PromptShape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual)
 
 
 class Costs:
-    """Sums over some prompts."""
+    """FLOPs of methods, summed over some prompts."""
 
-    def __init__(self, dims: DecoderDims, min_keep_per_image: int, shapes: Iterable[Shape]) -> None:
+    def __init__(self, dims: DecoderDims, min_keep_per_image: int, shapes: Iterable[PromptShape]) -> None:
         self.dims, self.min_keep_per_image = dims, min_keep_per_image
         self.shapes = Counter(shapes)
         self.dense = self._sum(lambda shape: self._counted(shape, (), (), ()).dense.total)
-        text = self._sum(lambda shape: self._counted(Shape((), shape.text), (), (), ()).dense.total)
+        text = self._sum(lambda shape: self._counted(PromptShape((), shape.text), (), (), ()).dense.total)
         self.text = text / self.dense
-        """What is left of dense's where no visual token is."""
+        """Share of dense's FLOPs that is left where no visual token is."""
 
     def share(self, method: Method, linear: Sequence[int]) -> float:
-        """Of what dense costs, where a scale stands for the visual FFNs of some layers.
+        """A method's share of dense's FLOPs, where a scale stands for the visual FFNs of some layers.
 
         Raises:
             CapaError: a ratio leaves fewer tokens than a selector can choose.
@@ -51,7 +51,7 @@ class Costs:
         prune = method.prune(self.min_keep_per_image)
         assert prune is not None
 
-        def total(shape: Shape) -> int:
+        def total(shape: PromptShape) -> int:
             return self._counted(shape, method.stages, prune.num_keep(shape.images), linear).capa.total
 
         return self._sum(total) / self.dense
@@ -82,11 +82,11 @@ class Costs:
             )
         return share
 
-    def _sum(self, flops_of: Callable[[Shape], int]) -> int:
+    def _sum(self, flops_of: Callable[[PromptShape], int]) -> int:
         return sum(times * flops_of(shape) for shape, times in self.shapes.items())
 
     def _counted(
-        self, shape: Shape, stages: Sequence[Stage], kept: Sequence[int], linear: Sequence[int]
+        self, shape: PromptShape, stages: Sequence[Stage], kept: Sequence[int], linear: Sequence[int]
     ) -> PrefillFlops:
         return flops(
             self.dims,

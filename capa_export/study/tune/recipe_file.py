@@ -12,11 +12,11 @@ from capa_export.config.recipe import Recipe
 __all__ = ["recipe_text", "write_recipe"]
 
 _SECTION_DEPTH = 2
-"""`[parity.fp16]` is a section; what is in it is on a line each."""
+"""Depth down to which tables are sections, as `[parity.fp16]`; deeper ones are written inline."""
 
 
 def write_recipe(path: Path, recipe: Recipe, comment: str) -> None:
-    """Write all or nothing.
+    """Write a recipe's file as a whole or not at all.
 
     Raises:
         CapaError: the file cannot be written.
@@ -28,7 +28,7 @@ def write_recipe(path: Path, recipe: Recipe, comment: str) -> None:
 
 
 def recipe_text(recipe: Recipe, comment: str) -> str:
-    """What the recipe says beyond its defaults; its name is the file's."""
+    """The TOML of a recipe, without its defaults; the file gives its name."""
     about = [f"# {' '.join(line.split())}" for line in comment.splitlines()]
     values = recipe.model_dump(exclude_unset=True, exclude_none=True, exclude={"name"})
     return "\n".join([*about, *_section((), values), ""])

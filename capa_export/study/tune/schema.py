@@ -1,4 +1,4 @@
-"""What `tune` found, as `--json` prints it."""
+"""The result of `tune`, as `--json` prints it."""
 
 from typing import Literal
 
@@ -9,12 +9,12 @@ __all__ = ["Finalist", "Tuning"]
 
 
 class Finalist(Settings):
-    """A method, on the samples that judge."""
+    """A method's figures on the samples that judge."""
 
     method: str
-    """As `evaluate` takes it."""
+    """The method as `evaluate` takes it."""
     linear_layers: tuple[int, ...]
-    """Where a scale stands for the FFN of visual tokens."""
+    """Layers where a scale stands for the FFN of visual tokens."""
     flops: float
     """Share of dense's FLOPs in the decoder's prefill, over all samples."""
     kl: Figure
@@ -26,22 +26,22 @@ class Finalist(Settings):
 
 
 class Tuning(Settings):
-    """All that was found."""
+    """The whole result of a search."""
 
     version: Literal[1] = 1
     model: str
-    """Where it is from."""
+    """Source of the model."""
     budget: float
     """Share of dense's FLOPs."""
     dense_flops: float
-    """A prompt, mean over the samples."""
+    """Dense's FLOPs a prompt, mean over the samples."""
     text: float
     """Share of dense's FLOPs that text costs alone."""
     samples: int
     judges: int
-    """Of the samples, those on which the figures are, and which chose no finalist."""
+    """Number of samples that the figures are on, and which chose no finalist."""
     tried: int
-    """Methods."""
+    """Number of methods tried."""
     own: str | None
     """The recipe's schedule within the budget; None where it meets it nowhere."""
     chosen: str

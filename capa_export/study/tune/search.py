@@ -14,10 +14,10 @@ from statistics import fmean
 
 from capa_export.base.progress import Report, say, tracked
 from capa_export.config.schedule import Method
-from capa_export.study.tune.agreement import Agreement, Opened
+from capa_export.study.tune.agreement import Agreement, DenseSample
 from capa_export.study.tune.candidates import OTHER_MORE, Candidates
 
-__all__ = ["FEWEST", "Found", "Search", "mean_kl", "rungs"]
+__all__ = ["FEWEST", "Search", "SearchResult", "mean_kl", "rungs"]
 
 FEWEST = 8
 """Samples: six of them judge, and below that no paired test reaches 95 %."""
@@ -32,14 +32,14 @@ def rungs(count: int) -> tuple[int, int]:
 
 
 def mean_kl(agreements: Sequence[Agreement]) -> float:
-    """Infinite where a method yields no number."""
+    """Mean KL in nats; infinite where a method yields no number."""
     mean = fmean(agreement.kl for agreement in agreements)
     return float("inf") if isnan(mean) else mean
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the search leaves."""
+class SearchResult:
+    """The result of a search."""
 
     finalists: Mapping[str, Sequence[Agreement]]
     """Method -> its agreement on each of the judging samples, best first."""
@@ -49,17 +49,17 @@ class Found:
 
 @dataclass
 class Search:
-    """One search; deterministic."""
+    """One search for the best methods; deterministic."""
 
     candidates: Candidates
     etas: Sequence[float | None]
-    """What FFNs may become; the recipe's first."""
-    agreement: Callable[[Method, Opened], Agreement]
+    """Etas that decide which visual FFNs become a scale; the recipe's first."""
+    agreement: Callable[[Method, DenseSample], Agreement]
     report: Report
     methods: dict[str, Method] = field(default_factory=dict)
     seen: dict[str, list[Agreement]] = field(default_factory=dict)
 
-    def run(self, own: Method | None, samples: Iterator[Opened], count: int) -> Found:
+    def run(self, own: Method | None, samples: Iterator[DenseSample], count: int) -> SearchResult:
         """Find the best methods; `own` is in the final whatever it shows before."""
         few, more = rungs(count)
         always = [] if own is None else [own]
@@ -85,17 +85,17 @@ class Search:
         self.seen = {name: [] for name in self.methods}
         self._measure(islice(samples, count - more), count - more, "tune: final")
         ranked = [method.name for method in self._ranked()]
-        return Found({name: self.seen[name] for name in ranked}, self.methods, tried)
+        return SearchResult({name: self.seen[name] for name in ranked}, self.methods, tried)
 
-    def _try(self, methods: Sequence[Method], samples: Sequence[Opened], what: str) -> None:
-        """Methods that nobody has seen yet."""
+    def _try(self, methods: Sequence[Method], samples: Sequence[DenseSample], what: str) -> None:
+        """Run the methods that were not tried yet on the samples."""
         fresh = [method for method in methods if method.name not in self.seen]
         self.methods |= {method.name: method for method in fresh}
         pairs = [(sample, method) for method in fresh for sample in samples]
         for sample, method in tracked(pairs, what, len(pairs), self.report):
             self.seen.setdefault(method.name, []).append(self.agreement(method, sample))
 
-    def _measure(self, samples: Iterable[Opened], count: int, what: str) -> None:
+    def _measure(self, samples: Iterable[DenseSample], count: int, what: str) -> None:
         """Show further samples to all that are left."""
         for sample in tracked(samples, what, count, self.report):
             for name, method in self.methods.items():
@@ -105,7 +105,7 @@ class Search:
         return [self.methods[name] for name in sorted(self.seen, key=lambda name: (mean_kl(self.seen[name]), name))]
 
     def _best(self, count: int, *, alike: int) -> list[Method]:
-        """At most so many with the same selectors: the few samples that flatter one flatter all like it."""
+        """The best methods, at most `alike` with the same selectors: samples that flatter one flatter all like it."""
         taken: Counter[tuple[str, ...]] = Counter()
         found: list[Method] = []
         for method in self._ranked():

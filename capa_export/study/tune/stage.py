@@ -1,4 +1,4 @@
-"""From a recipe and a budget to the recipe that agrees best with dense within it."""
+"""Finds the recipe that agrees best with dense within a budget."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -17,7 +17,7 @@ from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.study.tune.agreement import Agreement, Judge
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
-from capa_export.study.tune.costs import Costs, shapes
+from capa_export.study.tune.costs import Costs, prompt_shapes
 from capa_export.study.tune.schema import Finalist, Tuning
 from capa_export.study.tune.search import FEWEST, Search, mean_kl, rungs
 
@@ -46,7 +46,7 @@ def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> 
         raise CapaError(f"{samples.name}: too few to tell schedules apart; give {FEWEST} or more")
     model.check_layers()
     require_eager_memory(model)
-    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, shapes(model, samples))
+    costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, prompt_shapes(model, samples))
     share = costs.share_of(budget)
     calibration = calibrate(model, bundle, options)
     selectors, left_out = offered(model.family)
@@ -54,7 +54,7 @@ def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> 
     own, earlier = candidates.own()
     judge = Judge(model, calibration, selectors)
     search = Search(candidates, ffns(model.recipe.ffn, calibration), judge.agreement, model.report)
-    found = search.run(own, map(judge.opened, samples), samples.count)
+    found = search.run(own, map(judge.run_dense, samples), samples.count)
 
     # The best of several is tested, so that each gets its share of what chance may do.
     level = 1 - 0.05 / max(1, len(found.finalists) - (own is not None))
@@ -97,7 +97,7 @@ def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> 
 
 
 def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str, level: float) -> Difference | None:
-    """None where a figure is no number."""
+    """How much closer to dense a finalist is than the recipe's own method; None where a figure is no number."""
     of_own, of_other = ([agreement.kl for agreement in finalists[key]] for key in (own, name))
     return paired_bootstrap(of_own, of_other, 0, level) if np.isfinite([of_own, of_other]).all() else None
 

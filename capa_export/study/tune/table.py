@@ -9,7 +9,7 @@ __all__ = ["tuning_table"]
 
 
 def tuning_table(found: Tuning) -> None:
-    """One row a finalist."""
+    """Print a row for each finalist."""
     table = columns("", "FLOPs", "KL", "KL saved", "top-1", "linear")
     for row in found.finalists:
         gain = f"{row.gain.value:+.3g} ({row.gain.low:+.3g} to {row.gain.high:+.3g})" if row.gain else ""

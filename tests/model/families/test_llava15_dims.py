@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from capa_export.base.errors import CapaError
-from capa_export.model.families.llava15.dims import Vision, model_dims
+from capa_export.model.families.llava15.dims import VisionDims, model_dims
 from capa_export.plan.flops import parameters
 
 PUBLISHED_VISION = {
@@ -134,7 +134,7 @@ def test_what_the_graphs_do_not_do_is_refused(changes: dict[str, Any], message: 
 
 
 def test_vision_flops_count_the_layers_that_run() -> None:
-    tower: Vision = model_dims(published()).vision
+    tower: VisionDims = model_dims(published()).vision
     once = tower.flops(576)
     assert tower.flops(577) == tower.flops(1152) == 2 * once
     assert once - replace(tower, num_run_layers=22).flops(576) == 577 * 2 * 12 * 1024**2 + 4 * 577**2 * 1024

@@ -7,8 +7,8 @@ from typing import Any
 
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe
+from capa_export.study.evaluate.models import EvaluatedModel, eager_model, parse_methods
 from capa_export.study.evaluate.results import ANSWERS
-from capa_export.study.evaluate.subject import Subject, eager_subject, methods_from
 from tests.building import Building
 
 METHODS = ("capa@2:0.75", "attention@1:0.9/full")
@@ -19,8 +19,8 @@ def building_of(recipe: Recipe, checkpoint: Path, out: Path, **options: Any) -> 
     return Building.of(recipe, Bundle(out / "calibration"), checkpoint, images=images, **options)
 
 
-def subject_of(building: Building, methods: Sequence[str] = METHODS, max_new_tokens: int = 4) -> Subject:
-    return eager_subject(building.model, building.bundle, building.options, methods_from(methods), max_new_tokens)
+def evaluated_model(building: Building, methods: Sequence[str] = METHODS, max_new_tokens: int = 4) -> EvaluatedModel:
+    return eager_model(building.model, building.bundle, building.options, parse_methods(methods), max_new_tokens)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from capa_export.data.scenes import samples
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import evaluate
 from tests.conftest import noise
-from tests.study.evaluate.asking import building_of, subject_of
+from tests.study.evaluate.asking import building_of, evaluated_model
 
 
 @pytest.fixture(autouse=True)
@@ -71,5 +71,5 @@ def alone(
 ) -> tuple[Path, Evaluation]:
     """What one process finds."""
     out = tmp_path_factory.mktemp("alone")
-    subject = subject_of(building_of(recipe, checkpoint, out, calibration=calibrated))
-    return out, evaluate(subject, questions_from(questions), out)
+    evaluated = evaluated_model(building_of(recipe, checkpoint, out, calibration=calibrated))
+    return out, evaluate(evaluated, questions_from(questions), out)

@@ -20,19 +20,19 @@ from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.selectors import attention
 from capa_export.study.evaluate import answers as answers_module
+from capa_export.study.evaluate.models import parse_methods
 from capa_export.study.evaluate.results import ANSWERS
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import EVALUATION, evaluate
-from capa_export.study.evaluate.subject import methods_from
-from tests.study.evaluate.asking import METHODS, building_of, rows_of, subject_of
+from tests.study.evaluate.asking import METHODS, building_of, evaluated_model, rows_of
 
 
 def test_the_trained_model_answers(scenes: Path, tmp_path: Path) -> None:
     """CAPA at half the tokens costs nothing here, and nearly none left costs much."""
     recipe = load_recipe("tiny-qwen25vl")
     building = building_of(recipe, Path(recipe.checkpoint), tmp_path)
-    subject = subject_of(building, ["capa@2:0.5/full", "attention@0:0.98/full"])
-    found = evaluate(subject, questions_from(scenes), tmp_path)
+    evaluated = evaluated_model(building, ["capa@2:0.5/full", "attention@0:0.98/full"])
+    found = evaluate(evaluated, questions_from(scenes), tmp_path)
     dense, capa, few = found.methods
     assert (found.questions, found.answered, found.skipped, found.metric) == (12, 12, (), "exact")
     assert dense.score is not None and dense.score.value == 1
@@ -58,7 +58,7 @@ def test_answers_are_the_eager_models(
     scales = {row["answer"]["method"]: row for row in rows_of(alone[0]) if row["question"] == "q0"}
     plan = EagerPlan(
         keep={1: max(1, int(np.ceil(prompt.num_visual * 0.1)))},
-        selectors={1: methods_from(METHODS)[METHODS[1]].stages[0].chosen},
+        selectors={1: parse_methods(METHODS)[METHODS[1]].stages[0].chosen},
         min_keep_per_image=recipe.prune.min_keep_per_image,
     )
     inputs = inputs_for(plan, qwen25vl, model, prompt)
@@ -76,18 +76,18 @@ def test_visual_ffns(
     ffn: str, recipe: Recipe, checkpoint: Path, questions: Path, calibrated: Path, tmp_path: Path
 ) -> None:
     building = building_of(recipe, checkpoint, tmp_path, calibration=calibrated)
-    subject = subject_of(building, ["dense/full", f"dense/{ffn}"])
-    found = evaluate(subject, questions_from(questions, limit=2), tmp_path)
+    evaluated = evaluated_model(building, ["dense/full", f"dense/{ffn}"])
+    found = evaluate(evaluated, questions_from(questions, limit=2), tmp_path)
     assert [method.kl == 0 for method in found.methods[1:]] == [True, False]
-    assert len(set(subject.keys.values())) == 2
+    assert len(set(evaluated.keys.values())) == 2
 
 
 def test_what_is_there_is_not_asked_again(
     recipe: Recipe, checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(methods: Sequence[str], **options: Any) -> Evaluation:
-        subject = subject_of(building_of(recipe, checkpoint, tmp_path), methods, **options)
-        return evaluate(subject, questions_from(questions), tmp_path)
+        evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path), methods, **options)
+        return evaluate(evaluated, questions_from(questions), tmp_path)
 
     run(["capa@2:0.75/full"])
     first = (tmp_path / ANSWERS).read_text()
@@ -127,9 +127,9 @@ def test_another_model_is_refused(
     other = shutil.copytree(checkpoint, tmp_path / "other")
     processor = other / "preprocessor_config.json"
     processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
-    subject = subject_of(building_of(recipe, other, tmp_path), ["capa@2:0.75/full"])
+    evaluated = evaluated_model(building_of(recipe, other, tmp_path), ["capa@2:0.75/full"])
     with pytest.raises(CapaError, match=r"holds answers of another model, .*checkpoint0; choose another --out"):
-        evaluate(subject, questions_from(questions), alone[0])
+        evaluate(evaluated, questions_from(questions), alone[0])
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"key": "x"}', '{"key": "x", "answer": {"method": "dense"}}'])
@@ -139,9 +139,9 @@ def test_a_damaged_line_is_named(
     out = shutil.copytree(alone[0], tmp_path / "out")
     with (out / ANSWERS).open("a") as file:
         file.write(f"{line}\n")
-    subject = subject_of(building_of(recipe, checkpoint, out), ["capa@2:0.75/full"])
+    evaluated = evaluated_model(building_of(recipe, checkpoint, out), ["capa@2:0.75/full"])
     with pytest.raises(CapaError, match=r"answers.jsonl: line 29 is damaged"):
-        evaluate(subject, questions_from(questions), out)
+        evaluate(evaluated, questions_from(questions), out)
 
 
 def test_figures_that_cannot_be_written_are_one_line(
@@ -150,11 +150,11 @@ def test_figures_that_cannot_be_written_are_one_line(
     out = shutil.copytree(alone[0], tmp_path / "out")
     (out / EVALUATION).unlink()
     (out / EVALUATION).mkdir()
-    subject = subject_of(building_of(recipe, checkpoint, out, calibration=calibrated))
+    evaluated = evaluated_model(building_of(recipe, checkpoint, out, calibration=calibrated))
     with pytest.raises(CapaError, match=r"evaluation.json: Is a directory; make room for it"):
-        evaluate(subject, questions_from(questions), out)
+        evaluate(evaluated, questions_from(questions), out)
     (out / EVALUATION).rmdir()
-    assert evaluate(subject, questions_from(questions), out) == alone[1]
+    assert evaluate(evaluated, questions_from(questions), out) == alone[1]
 
 
 @pytest.mark.slow
@@ -170,8 +170,8 @@ def test_processes_find_the_same(
     # With other threads, sums may be taken in another order.
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     workers = Workers(count=2)
-    subject = subject_of(building_of(recipe, checkpoint, tmp_path, calibration=calibrated, workers=workers))
-    found = evaluate(subject, questions_from(questions), tmp_path, workers=workers)
+    evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path, calibration=calibrated, workers=workers))
+    found = evaluate(evaluated, questions_from(questions), tmp_path, workers=workers)
     assert rows_of(tmp_path) == rows_of(alone[0])
     assert found == alone[1]
 
@@ -188,7 +188,7 @@ def test_a_cluster_that_loses_a_node_finds_the_same(
 ) -> None:
     cluster, second = two_nodes
     workers = Workers(ray=cluster.address)
-    subject = subject_of(building_of(recipe, checkpoint, tmp_path, calibration=calibrated, workers=workers))
+    evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path, calibration=calibrated, workers=workers))
     through: list[int] = []
 
     def lose_a_node(_what: str, done: int, _total: int) -> None:
@@ -196,7 +196,7 @@ def test_a_cluster_that_loses_a_node_finds_the_same(
         if done == 4:
             cluster.remove_node(second, allow_graceful=False)
 
-    found = evaluate(subject, questions_from(questions), tmp_path, workers=workers, report=lose_a_node)
+    found = evaluate(evaluated, questions_from(questions), tmp_path, workers=workers, report=lose_a_node)
     assert through == list(range(10))
     assert rows_of(tmp_path) == rows_of(alone[0]), "nothing is lost, and nothing there twice"
     assert found == alone[1]
@@ -221,10 +221,10 @@ def test_a_ratio_that_leaves_too_few_is_a_row_that_cannot_be_asked(
 ) -> None:
     """Of small pictures alone: others have tokens enough."""
     monkeypatch.setattr(attention, "LEAST", 4)
-    subject = subject_of(building_of(recipe, checkpoint, tmp_path), ["attention@1:0.75/full"])
-    found = evaluate(subject, questions_from(questions), tmp_path)
+    evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path), ["attention@1:0.75/full"])
+    found = evaluate(evaluated, questions_from(questions), tmp_path)
     assert [entry.row for entry in found.skipped] == [0, 2, 4, 6, 8]
     assert "selector attention chooses 4 tokens or more, and ratio 0.75 leaves 3 of 12" in found.skipped[0].reason
-    subject = subject_of(building_of(recipe, checkpoint, tmp_path), ["attention@1:0.9/full"])
+    evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path), ["attention@1:0.9/full"])
     with pytest.raises(CapaError, match="no row can be asked; row 0: q0: selector attention chooses 4"):
-        evaluate(subject, questions_from(questions), tmp_path)
+        evaluate(evaluated, questions_from(questions), tmp_path)

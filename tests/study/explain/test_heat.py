@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capa_export.study.explain.heat import Scale, heat, legend, marked
+from capa_export.study.explain.heat import ColorScale, heat, legend, mark_sinks
 
 
 def brightness(picture: Image.Image) -> np.ndarray:
@@ -24,16 +24,16 @@ def test_every_cell_has_its_own_colour() -> None:
 
 
 def test_scales_are_logarithmic_and_bear_what_has_no_logarithm() -> None:
-    scale = Scale.of([0.01, 1.0, 0.0, None, 0.1])
+    scale = ColorScale.of([0.01, 1.0, 0.0, None, 0.1])
     assert (scale.low, scale.middle, scale.high) == (0.01, pytest.approx(0.1), 1.0)
     shares = [scale.share(value) for value in (None, 0.0, 0.01, 0.1, 1.0)]
     assert shares == pytest.approx([0, 0, 0, 0.5, 1])
     for flat in ([], [0.0, None], [3.0, 3.0]):
-        assert Scale.of(flat).share(3.0) == 0.0
+        assert ColorScale.of(flat).share(3.0) == 0.0
 
 
 def test_dumps_are_crossed_and_anchors_ringed() -> None:
-    shown = np.asarray(marked(Image.new("RGB", (40, 20), "black"), 1, 2, {0}, {1})).astype(int)
+    shown = np.asarray(mark_sinks(Image.new("RGB", (40, 20), "black"), 1, 2, {0}, {1})).astype(int)
     colour = shown.max(-1) - shown.min(-1)
     assert colour[96, 96] > 60, "a cross has a middle"
     assert colour[96, 288] == 0, "a ring has none"

@@ -10,13 +10,13 @@ from PIL import Image
 
 from capa_export.study.explain.page import write_page
 from capa_export.study.explain.schema import (
-    Explained,
     Explanation,
     Grid,
-    LeftOut,
     Maps,
+    MethodExplanation,
     Sinks,
-    StageKept,
+    SkippedMethod,
+    StageTokens,
 )
 from capa_export.study.explain.surfaces import Surface
 
@@ -52,10 +52,10 @@ class Wellformed(HTMLParser):
         assert self.open.pop() == tag
 
 
-def method(name: str, kept: tuple[int, ...], **given: Any) -> Explained:
-    stages = () if name == "dense" else (StageKept(where="after layer 2", selector="capa", kept=len(kept)),)
+def method(name: str, kept: tuple[int, ...], **given: Any) -> MethodExplanation:
+    stages = () if name == "dense" else (StageTokens(where="after layer 2", selector="capa", kept=len(kept)),)
     defaults = {"answer": "red", "same_answer": True, "iou": 0.5, "kl": 0.25}
-    return Explained(**{"method": name, "stages": stages, "kept": kept, **defaults, **given})
+    return MethodExplanation(**{"method": name, "stages": stages, "kept": kept, **defaults, **given})
 
 
 def explanation(**changes: Any) -> Explanation:
@@ -82,7 +82,7 @@ def explanation(**changes: Any) -> Explanation:
             method("capa@2:0.75", (1, 2), own=True, iou=1.0),
             method("random@2:0.75", (4, 5), answer=EVIL, same_answer=False, iou=0.0, kl=float("nan")),
         ),
-        "left_out": (LeftOut(method="vispruner:0.75", reason="no attention from the tower"),),
+        "left_out": (SkippedMethod(method="vispruner:0.75", reason="no attention from the tower"),),
         "max_new_tokens": 8,
     }
     return Explanation(**{**given, **changes})

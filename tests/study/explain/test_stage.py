@@ -13,7 +13,7 @@ from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import Chosen, selectors
-from capa_export.study.explain.schema import Explained, Explanation
+from capa_export.study.explain.schema import Explanation, MethodExplanation
 from tests.building import Building
 from tests.study.explain.conftest import ANCHOR, DUMP, QUESTION, building_of, explained, recipe_of
 
@@ -23,7 +23,7 @@ def found(bundle: Path, pictures: Path) -> Explanation:
     return explained(building_of(bundle), [pictures / "one" / "wide.png"], QUESTION, max_new_tokens=4)[0]
 
 
-def method_of(found: Explanation, name: str) -> Explained:
+def method_of(found: Explanation, name: str) -> MethodExplanation:
     return next(method for method in found.methods if method.method == name)
 
 

@@ -7,7 +7,7 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.model.source import Source
 from capa_export.selectors.selector import selectors
 from capa_export.study.tune.candidates import Candidates
-from capa_export.study.tune.costs import Costs, Shape
+from capa_export.study.tune.costs import Costs, PromptShape
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def calibration() -> Calibration:
 @pytest.fixture(scope="session")
 def costs(source: Source) -> Costs:
     """Of one prompt with two pictures, and of one that comes twice."""
-    shapes = [Shape((64, 32), 30), Shape((256,), 20), Shape((256,), 20)]
+    shapes = [PromptShape((64, 32), 30), PromptShape((256,), 20), PromptShape((256,), 20)]
     return Costs(source.dims.decoder, 1, shapes)
 
 

@@ -15,7 +15,7 @@ from capa_export.model.families import qwen25vl
 from capa_export.model.model import Model
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import selectors
-from capa_export.study.tune.agreement import STEPS, Judge, Opened
+from capa_export.study.tune.agreement import STEPS, DenseSample, Judge
 from tests.conftest import noise
 
 
@@ -25,11 +25,11 @@ def judge(recipe: Recipe, calibration: Calibration, checkpoint: Path) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def opened(judge: Judge) -> Opened:
-    return judge.opened(Sample([Turn("user", [noise(224, 168), "what is it ?"])]))
+def opened(judge: Judge) -> DenseSample:
+    return judge.run_dense(Sample([Turn("user", [noise(224, 168), "what is it ?"])]))
 
 
-def test_dense_answers_greedily(opened: Opened, model: Any) -> None:
+def test_dense_answers_greedily(opened: DenseSample, model: Any) -> None:
     """As Hugging Face's own forward pass on the prompt and what was said so far."""
     embeds, positions = EagerInputs.of(qwen25vl.eager_inputs(model, opened.prompt))[:2]
     said = torch.tensor([list(opened.answer[:-1])])
@@ -45,14 +45,14 @@ def test_dense_answers_greedily(opened: Opened, model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", selectors())
-def test_every_selector_that_drops_nothing_is_dense(judge: Judge, opened: Opened, name: str) -> None:
+def test_every_selector_that_drops_nothing_is_dense(judge: Judge, opened: DenseSample, name: str) -> None:
     text = f"{name}:0/full" if judge.every.selectors[selectors().index(name)].place == "input" else f"{name}@2:0/full"
     kl, top1 = judge.agreement(parse_method(text), opened)
     assert kl == pytest.approx(0, abs=1e-9)
     assert top1 == 1
 
 
-def test_pruning_and_scales_are_counted_at_every_step(judge: Judge, opened: Opened, model: Any) -> None:
+def test_pruning_and_scales_are_counted_at_every_step(judge: Judge, opened: DenseSample, model: Any) -> None:
     found = judge.agreement(parse_method("capa@1:0.75/eta=0.93"), opened)
     eager = Eager(model)
     scales = {layer: torch.from_numpy(judge.calibration.layers[layer].alpha).float() for layer in (3, 4)}

@@ -8,7 +8,7 @@ from capa_export.base.progress import silent
 from capa_export.config.schedule import Method, parse_method
 from capa_export.study.tune.agreement import Agreement
 from capa_export.study.tune.candidates import Candidates
-from capa_export.study.tune.search import Found, Search, rungs
+from capa_export.study.tune.search import Search, SearchResult, rungs
 
 ETAS = (0.5, 0.93, None)
 COUNT = 48
@@ -34,7 +34,7 @@ class Measured:
         return Agreement(worth(method) + sample / 1000, 1.0)
 
 
-def searched(candidates: Candidates, measured: Any, own: Method | None, count: int = COUNT) -> Found:
+def searched(candidates: Candidates, measured: Any, own: Method | None, count: int = COUNT) -> SearchResult:
     return Search(candidates, ETAS, measured, silent).run(own, cast("Any", iter(range(count))), count)
 
 

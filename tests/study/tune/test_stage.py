@@ -16,8 +16,8 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.study.tune.agreement import Agreement, Judge, Opened
-from capa_export.study.tune.costs import Costs, Shape
+from capa_export.study.tune.agreement import Agreement, DenseSample, Judge
+from capa_export.study.tune.costs import Costs, PromptShape
 from capa_export.study.tune.recipe_file import write_recipe
 from capa_export.study.tune.schema import Finalist, Tuning
 from capa_export.study.tune.stage import _recipe, _verdict
@@ -99,7 +99,7 @@ def _check_costs(tuning: Tuning, prompter: Prompter, calibrated: Path) -> None:
         prompter.chat([Turn("user", [noise(168, 140 + 28 * (index % 2)), "Describe this image."])])
         for index in range(COUNT)
     ]
-    shapes = [Shape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual) for prompt in prompts]
+    shapes = [PromptShape(tuple(prompt.image_lengths), len(prompt.input_ids) - prompt.num_visual) for prompt in prompts]
     costs = Costs(prompter.dims.decoder, 1, shapes)
     assert tuning.dense_flops == costs.dense / COUNT
     calibration = Calibration.load(calibrated)
@@ -175,7 +175,7 @@ def test_what_is_no_number_is_not_chosen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def measured(_: Judge, method: Method, _sample: Opened) -> Agreement:
+    def measured(_: Judge, method: Method, _sample: DenseSample) -> Agreement:
         return Agreement(float("nan") if broken == "all" or method.name.startswith("capa@1") else 1, 0.5)
 
     monkeypatch.setattr(Judge, "agreement", measured)

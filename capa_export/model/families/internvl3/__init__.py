@@ -10,7 +10,7 @@ from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.model.checkpoint import Checkpoint
 from capa_export.model.eager_attention import attention_weights
-from capa_export.model.families.internvl3.dims import Vision, model_dims
+from capa_export.model.families.internvl3.dims import VisionDims, model_dims
 from capa_export.model.families.internvl3.original import ORIGINAL, PREPROCESSOR, preprocessor_config
 from capa_export.model.families.internvl3.original import translated as translation_of
 from capa_export.model.families.internvl3.pixels import check_bounds, num_tokens, picture_options
@@ -72,14 +72,14 @@ def picture_files(config: Mapping[str, Any], files: Mapping[str, Any]) -> Mappin
     return {PREPROCESSOR: preprocessor_config(config, files.get(PREPROCESSOR, {}))}
 
 
-def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+def vision_model(dims: VisionDims, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
     """The graph of the vision tower; who runs one does not wait for the imports that make one."""
     from capa_export.model.families.internvl3 import vision
 
     return vision.vision_model(dims, dtype, selection=selection)
 
 
-def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
+def pictures(processed: Any, dims: ModelDims[VisionDims]) -> list[Picture]:
     """The image processor's tiles, the thumbnail last where there are several, in one array a picture."""
     vision = dims.vision
     tiles = np.asarray(processed["pixel_values"], dtype=np.float32)
@@ -100,13 +100,13 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     return result
 
 
-def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
-    """What the chat template writes where a picture stands."""
+def placeholder(tokenizer: Any, dims: ModelDims[VisionDims]) -> str:
+    """The text that the chat template writes where a picture stands."""
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
 def written(mark: str, picture: Picture) -> str:
-    """What the placeholder becomes: itself, once per visual token, between the marks of a picture."""
+    """The placeholder once per visual token, between the marks of a picture."""
     return f"<img>{mark * picture.num_tokens}</img>"
 
 

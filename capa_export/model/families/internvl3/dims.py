@@ -15,7 +15,7 @@ from capa_export.base.dims import (
 from capa_export.base.errors import CapaError
 from capa_export.model.families.internvl3.original import ORIGINAL, translated_config
 
-__all__ = ["Vision", "model_dims"]
+__all__ = ["VisionDims", "model_dims"]
 
 _QWEN2 = TextDefaults(
     vocab_size=151936,
@@ -28,12 +28,12 @@ _QWEN2 = TextDefaults(
     text_ties_embeddings=False,
 )
 _DECODERS = {"qwen2": _QWEN2, "qwen3": replace(_QWEN2, attention_bias=False, qk_norm=True, head_dim=128)}
-"""What transformers' config takes for absent keys, by the `model_type` of the decoder."""
+"""Defaults of transformers' config for absent keys, by the `model_type` of the decoder."""
 _SHUFFLE = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vision:
+class VisionDims:
     """InternViT over tiles of one size, 2 x 2 patches shuffled into one token, and the projector."""
 
     depth: int
@@ -67,7 +67,7 @@ class Vision:
 
     @property
     def num_patches(self) -> int:
-        """Of a tile, [CLS] not among them."""
+        """Number of a tile's patches, without [CLS]."""
         return self.side**2
 
     @property
@@ -117,7 +117,7 @@ class Vision:
         return ceil(num_visual / self.tokens_per_tile) * (embeddings + self.depth * block + projector)
 
 
-def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Vision]:
+def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[VisionDims]:
     """The dimensions of an InternVL3 or InternVL3.5, from the `config.json` of transformers 4 or 5, or of the authors.
 
     A key that is absent has the value of transformers' config class, except where that would be a guess at
@@ -160,14 +160,14 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     )
 
 
-def _vision(vision: Section, decoder_size: int) -> Vision:
+def _vision(vision: Section, decoder_size: int) -> VisionDims:
     vision.expect("hidden_act", "gelu")
     vision.expect("use_mask_token", supported=False)
     vision.expect("use_absolute_position_embeddings", supported=True)
     norm_type = vision.data.get("norm_type", "layer_norm")
     if norm_type not in ("layer_norm", "rms_norm"):
         raise vision.refused("norm_type", f"is {norm_type!r}, only 'layer_norm' and 'rms_norm' are supported")
-    dims = Vision(
+    dims = VisionDims(
         depth=vision.count("num_hidden_layers", 24),
         hidden_size=vision.count("hidden_size"),
         intermediate_size=vision.count("intermediate_size", 4096),

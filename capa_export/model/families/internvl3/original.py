@@ -22,7 +22,7 @@ __all__ = ["ORIGINAL", "PREPROCESSOR", "preprocessor_config", "translated", "tra
 ORIGINAL = "internvl_chat"
 """The `model_type` of the authors' layout."""
 PREPROCESSOR = "preprocessor_config.json"
-"""Where the image processor's settings are, in either layout."""
+"""File of the image processor's settings, in either layout."""
 
 _DEFAULTS: Mapping[str, Any] = {
     "select_layer": -1,
@@ -35,7 +35,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "min_dynamic_patch": 1,
     "max_dynamic_patch": 6,
 }
-"""What the authors' config class takes for absent keys; `_VISION_DEFAULTS` too."""
+"""Defaults of the authors' config class for absent keys; `_VISION_DEFAULTS` too."""
 _SUPPORTED: Mapping[str, Any] = {
     "select_layer": -1,
     "template": "internvl2_5",
@@ -145,7 +145,7 @@ def _decoder(text: Section) -> str:
 
 
 def translated(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint in transformers' layout; weights stay where they are, the rest goes to a scratch folder.
+    """Translate a checkpoint to transformers' layout; weights stay where they are, the rest goes to a scratch folder.
 
     Raises:
         CapaError: a file is missing or malformed, or the tokenizer lacks a token that prompts need.

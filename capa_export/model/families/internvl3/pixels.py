@@ -1,4 +1,4 @@
-"""Into how many tiles InternVL's image processor cuts a picture."""
+"""The number of tiles that InternVL's image processor cuts a picture into."""
 
 from collections.abc import Mapping
 from math import ceil
@@ -7,16 +7,16 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.pixels import PixelBounds
-from capa_export.model.families.internvl3.dims import Vision
+from capa_export.model.families.internvl3.dims import VisionDims
 from capa_export.model.picture_sizes import tile_grid
 
 __all__ = ["check_bounds", "num_tokens", "picture_options"]
 
 _FEWEST, _MOST = 1, 12
-"""Tiles where no file says otherwise, as in transformers."""
+"""Fewest and most tiles where no file says otherwise, as in transformers."""
 
 
-def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> None:
+def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]) -> None:
     """Refuse bounds that cannot be kept.
 
     Raises:
@@ -49,14 +49,16 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
 
 
 def picture_options(
-    _size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]
+    _size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]
 ) -> dict[str, Any]:
-    """What the image processor is told, so that a picture stays within the bounds."""
+    """Options for the image processor that keep a picture within the bounds."""
     tiles = _tiles(settings, bounds, dims)
     return {} if tiles == _tiles(settings, PixelBounds(), dims) else tiles
 
 
-def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> int:
+def num_tokens(
+    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]
+) -> int:
     """Visual tokens of a picture of this width and height."""
     tiles = _tiles(settings, bounds, dims)
     cols, rows = tile_grid(*size, dims.vision.image_size**2, tiles["min_patches"], tiles["max_patches"])
@@ -64,7 +66,7 @@ def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: Pixel
     return (count + (count > 1)) * dims.vision.tokens_per_tile
 
 
-def _tiles(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> dict[str, int]:
+def _tiles(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]) -> dict[str, int]:
     """The user's bounds in tiles, or else the image processor's own; its fewest yield to the most."""
     area = dims.vision.image_size**2
     most = bounds.max_pixels // area if bounds.max_pixels else settings.get("max_patches", _MOST)
@@ -76,5 +78,5 @@ def _tiles(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vis
 
 
 def _within(max_tiles: int | None, most: int) -> int:
-    """Tiles beside which the thumbnail has a place."""
+    """Most tiles that leave a place for the thumbnail."""
     return most if max_tiles is None else min(most, max(1, max_tiles - 1))

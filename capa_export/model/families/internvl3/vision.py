@@ -9,7 +9,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.graph.build import END, Input, Output, build_model
 from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear, RMSNorm, attention, class_attention, tokens_from_heads
-from capa_export.model.families.internvl3.dims import Vision as Dims
+from capa_export.model.families.internvl3.dims import VisionDims
 
 __all__ = ["vision_model"]
 
@@ -17,14 +17,14 @@ _PROJECTOR_EPSILON = 1e-5
 _QK_EPSILON = 1e-6
 
 
-def _norm(dims: Dims, dtype: ir.DataType) -> LayerNorm | RMSNorm:
+def _norm(dims: VisionDims, dtype: ir.DataType) -> LayerNorm | RMSNorm:
     return (RMSNorm if dims.rms_norm else LayerNorm)(dims.hidden_size, dims.norm_eps, dtype)
 
 
 class PatchEmbeddings(nn.Module):
     """A convolution whose stride is its kernel: one product per patch."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.dims = dims
         self.projection = Linear(dims.patch_values, dims.hidden_size, dtype, bias=True)
@@ -39,7 +39,7 @@ class PatchEmbeddings(nn.Module):
 class Embeddings(nn.Module):
     """[CLS] and the patches, with their learned positions."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.size = dims.hidden_size
         self.cls_token = nn.Parameter([1, 1, self.size], dtype)
@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
 class VisionAttention(nn.Module):
     """Attention within each tile."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.dims, size = dims, dims.hidden_size
         self.q_proj = Linear(size, size, dtype, bias=dims.attention_bias)
@@ -85,7 +85,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """Plain FFN with an exact GELU."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.fc1 = Linear(dims.hidden_size, dims.intermediate_size, dtype, bias=True)
         self.fc2 = Linear(dims.intermediate_size, dims.hidden_size, dtype, bias=True)
@@ -97,7 +97,7 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block whose two branches are scaled by channel."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.layernorm_before = _norm(dims, dtype)
         self.attention = VisionAttention(dims, dtype)
@@ -115,7 +115,7 @@ class VisionBlock(nn.Module):
 class Encoder(nn.Module):
     """The blocks, under the checkpoint's name for them."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.layer = nn.ModuleList([VisionBlock(dims, dtype) for _ in range(dims.depth)])
 
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
 class VisionTower(nn.Module):
     """Pixel values to patch features, [CLS] dropped."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("vision_tower")
         self.dims = dims
         self.embeddings = Embeddings(dims, dtype)
@@ -145,9 +145,9 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Each square of 2 x 2 patches becomes one visual token."""
+    """Projects each square of 2 x 2 patches to one visual token."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("multi_modal_projector")
         self.dims = dims
         self.layer_norm = LayerNorm(dims.shuffled_size, _PROJECTOR_EPSILON, dtype)
@@ -163,7 +163,7 @@ class Projector(nn.Module):
         return self.linear_2(op, op.Gelu(self.linear_1(op, self.layer_norm(op, tokens)))), tokens
 
 
-def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
+def vision_model(dims: VisionDims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """The tiles of a picture to visual tokens.
 
     Input: pixel_values [tiles, channels, height, width], as the image processor makes them. Output:

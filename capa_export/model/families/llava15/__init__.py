@@ -8,7 +8,7 @@ import numpy as np
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.model.eager_attention import attention_weights
-from capa_export.model.families.llava15.dims import Vision, model_dims
+from capa_export.model.families.llava15.dims import VisionDims, model_dims
 from capa_export.model.families.llava15.pixels import check_bounds, num_tokens, picture_options
 from capa_export.model.prompt import Picture, Prompt
 
@@ -47,18 +47,18 @@ RENAMES = [
 """Stored tensor names, as transformers 4 and 5 save them, to the names of the graph."""
 
 UNUSED = (r"vision_tower\.(?:encoder\.layers\.\d+|post_layernorm)\.",)
-"""What lies behind the selected layer of the vision tower."""
+"""Tensors behind the selected layer of the vision tower."""
 
 
-def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+def vision_model(dims: VisionDims, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
     """The graph of the vision tower; who runs one does not wait for the imports that make one."""
     from capa_export.model.families.llava15 import vision
 
     return vision.vision_model(dims, dtype, selection=selection)
 
 
-def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
-    """One array a picture, all of them resized and cropped to the same square."""
+def pictures(processed: Any, dims: ModelDims[VisionDims]) -> list[Picture]:
+    """The pictures of a prompt, all of them resized and cropped to the same square."""
     vision = dims.vision
     pixels = np.asarray(processed["pixel_values"], dtype=np.float32)
     shape = (vision.num_channels, vision.image_size, vision.image_size)
@@ -71,13 +71,13 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     return [Picture(tile[None], num_tokens=vision.num_tokens, grid=grid, square=True) for tile in pixels]
 
 
-def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
-    """What the chat template writes where a picture stands."""
+def placeholder(tokenizer: Any, dims: ModelDims[VisionDims]) -> str:
+    """The text that the chat template writes where a picture stands."""
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
 def written(mark: str, picture: Picture) -> str:
-    """What the placeholder becomes: itself, once per visual token."""
+    """The placeholder once per visual token."""
     return mark * picture.num_tokens
 
 

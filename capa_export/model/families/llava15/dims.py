@@ -13,7 +13,7 @@ from capa_export.base.dims import (
 )
 from capa_export.base.errors import CapaError
 
-__all__ = ["Vision", "model_dims"]
+__all__ = ["VisionDims", "model_dims"]
 
 _TEXT = TextDefaults(
     vocab_size=32000,
@@ -30,15 +30,15 @@ _TEXT = TextDefaults(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vision:
+class VisionDims:
     """A CLIP vision transformer, of which one layer's output is taken, and the projector behind it."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
-    """As many as the checkpoint holds."""
+    """Number of layers that the checkpoint holds."""
     num_run_layers: int
-    """Up to the one whose output is taken."""
+    """Number of layers up to the one whose output is taken."""
     num_heads: int
     num_channels: int
     image_size: int
@@ -100,7 +100,7 @@ class Vision:
         return -(-num_visual // self.num_tokens) * (patch_embed + self.num_run_layers * layer + projector)
 
 
-def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Vision]:
+def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[VisionDims]:
     """The dimensions of a LLaVA-1.5, from the `config.json` of transformers 4 or 5.
 
     A key that is absent has the value of transformers' config classes.
@@ -128,7 +128,7 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     )
 
 
-def _vision(root: Section, vision: Section, decoder_size: int) -> Vision:
+def _vision(root: Section, vision: Section, decoder_size: int) -> VisionDims:
     vision.expect("model_type", "clip_vision_model")
     vision.expect("hidden_act", "quick_gelu")
     root.expect("projector_hidden_act", "gelu")
@@ -136,7 +136,7 @@ def _vision(root: Section, vision: Section, decoder_size: int) -> Vision:
     if strategy not in ("default", "full"):
         raise root.refused("vision_feature_select_strategy", f"is {strategy!r}, only 'default' and 'full' are known")
     num_layers = vision.count("num_hidden_layers", 12)
-    dims = Vision(
+    dims = VisionDims(
         hidden_size=vision.count("hidden_size", 768),
         intermediate_size=vision.count("intermediate_size", 3072),
         num_layers=num_layers,

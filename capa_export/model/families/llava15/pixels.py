@@ -5,12 +5,12 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.config.pixels import PixelBounds
-from capa_export.model.families.llava15.dims import Vision
+from capa_export.model.families.llava15.dims import VisionDims
 
 __all__ = ["check_bounds", "num_tokens", "picture_options"]
 
 
-def check_bounds(_settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> None:
+def check_bounds(_settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]) -> None:
     """Refuse all bounds of the area.
 
     Raises:
@@ -21,14 +21,14 @@ def check_bounds(_settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelD
 
 
 def picture_options(
-    _size: tuple[int, int], _settings: Mapping[str, Any], _bounds: PixelBounds, _dims: ModelDims[Vision]
+    _size: tuple[int, int], _settings: Mapping[str, Any], _bounds: PixelBounds, _dims: ModelDims[VisionDims]
 ) -> dict[str, Any]:
     """Nothing that the image processor needs to be told."""
     return {}
 
 
 def num_tokens(
-    _size: tuple[int, int], _settings: Mapping[str, Any], _bounds: PixelBounds, dims: ModelDims[Vision]
+    _size: tuple[int, int], _settings: Mapping[str, Any], _bounds: PixelBounds, dims: ModelDims[VisionDims]
 ) -> int:
     """Visual tokens of any picture."""
     return dims.vision.num_tokens

@@ -9,15 +9,15 @@ from onnxscript import OpBuilder, nn
 from capa_export.graph.build import END, Input, Output, build_model
 from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear, attention, class_attention, tokens_from_heads
-from capa_export.model.families.llava15.dims import Vision as Dims
+from capa_export.model.families.llava15.dims import VisionDims
 
 __all__ = ["vision_model"]
 
 
 class PositionEmbedding(nn.Module):
-    """One vector per position, added."""
+    """Adds a learned vector to each position."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.weight = nn.Parameter([dims.num_positions, dims.hidden_size], dtype)
 
@@ -28,7 +28,7 @@ class PositionEmbedding(nn.Module):
 class Embeddings(nn.Module):
     """The class token, then the patches row by row: a convolution whose stride is its kernel is one product each."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.dims = dims
         self.class_embedding = nn.Parameter([dims.hidden_size], dtype)
@@ -48,7 +48,7 @@ class Embeddings(nn.Module):
 class VisionAttention(nn.Module):
     """Attention within each picture."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.dims = dims
         size = dims.hidden_size
@@ -75,7 +75,7 @@ class VisionAttention(nn.Module):
 class MLP(nn.Module):
     """Two projections with CLIP's x * sigmoid(1.702 x) between them."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.fc1 = Linear(dims.hidden_size, dims.intermediate_size, dtype, bias=True)
         self.fc2 = Linear(dims.intermediate_size, dims.hidden_size, dtype, bias=True)
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(dims.hidden_size, dims.layer_norm_eps, dtype)
         self.self_attn = VisionAttention(dims, dtype)
@@ -103,7 +103,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """The layers up to the selected one."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.layers = nn.ModuleList([EncoderLayer(dims, dtype) for _ in range(dims.num_run_layers)])
 
@@ -114,10 +114,10 @@ class Encoder(nn.Module):
         return last(op, x_ND, seen)
 
 
-class Tower(nn.Module):
+class VisionTower(nn.Module):
     """Pixel values to the selected layer's output [tokens, D], the class token dropped unless it is wanted."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("vision_tower")
         self.dims = dims
         self.embeddings = Embeddings(dims, dtype)
@@ -138,7 +138,7 @@ class Tower(nn.Module):
 class Projector(nn.Module):
     """Two projections with a GELU between them."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("multi_modal_projector")
         self.linear_1 = Linear(dims.hidden_size, dims.out_hidden_size, dtype, bias=dims.projector_bias)
         self.linear_2 = Linear(dims.out_hidden_size, dims.out_hidden_size, dtype, bias=dims.projector_bias)
@@ -147,7 +147,7 @@ class Projector(nn.Module):
         return self.linear_2(op, op.Gelu(self.linear_1(op, x_ND)))
 
 
-def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
+def vision_model(dims: VisionDims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """Pictures to visual tokens.
 
     Input: pixel_values [tiles, 3, side, side], the image processor's. Output: image_features [tokens, D], picture
@@ -161,7 +161,7 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        x_ND = Tower(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
+        x_ND = VisionTower(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
         outputs: list[Output] = [
             (IMAGE_FEATURES, Projector(dims, dtype)(op, x_ND), ("tokens", dims.out_hidden_size)),
         ]

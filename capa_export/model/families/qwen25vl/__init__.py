@@ -9,7 +9,7 @@ import numpy as np
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.model.eager_attention import attention_weights
-from capa_export.model.families.qwen25vl.dims import Vision, last_full_block, model_dims
+from capa_export.model.families.qwen25vl.dims import VisionDims, last_full_block, model_dims
 from capa_export.model.families.qwen25vl.pixels import check_bounds, num_tokens, picture_options
 from capa_export.model.families.qwen25vl.video import video
 from capa_export.model.prompt import Picture, Prompt
@@ -52,14 +52,14 @@ RENAMES = [
 """Stored tensor names, as transformers 4 and 5 save them, to the names of the graph."""
 
 
-def vision_model(dims: Vision, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
+def vision_model(dims: VisionDims, dtype: "ir.DataType", *, selection: bool = False) -> "ir.Model":
     """The graph of the vision tower; who runs one does not wait for the imports that make one."""
     from capa_export.model.families.qwen25vl import vision
 
     return vision.vision_model(dims, dtype, selection=selection)
 
 
-def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
+def pictures(processed: Any, dims: ModelDims[VisionDims]) -> list[Picture]:
     """The image processor's flat patches, cut into one array a picture with its grid as the shape."""
     merge = dims.vision.spatial_merge_size
     flat = np.asarray(processed["pixel_values"], dtype=np.float32)
@@ -79,18 +79,18 @@ def pictures(processed: Any, dims: ModelDims[Vision]) -> list[Picture]:
     return result
 
 
-def placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str:
-    """What the chat template writes where a picture stands."""
+def placeholder(tokenizer: Any, dims: ModelDims[VisionDims]) -> str:
+    """The text that the chat template writes where a picture stands."""
     return tokenizer.convert_ids_to_tokens(dims.image_token_id)
 
 
-def video_placeholder(tokenizer: Any, dims: ModelDims[Vision]) -> str | None:
-    """What the chat template writes where a video stands; None where the tokenizer has no token for it."""
+def video_placeholder(tokenizer: Any, dims: ModelDims[VisionDims]) -> str | None:
+    """The text that the chat template writes where a video stands; None where the tokenizer has no token for it."""
     return tokenizer.convert_ids_to_tokens(dims.vision.video_token_id)
 
 
 def written(mark: str, picture: Picture) -> str:
-    """What the placeholder becomes: itself, once per visual token."""
+    """The placeholder once per visual token."""
     return mark * picture.num_tokens
 
 

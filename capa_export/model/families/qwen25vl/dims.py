@@ -14,7 +14,7 @@ from capa_export.base.dims import (
 )
 from capa_export.base.errors import CapaError, ExitCode
 
-__all__ = ["Vision", "VisionFlops", "expect_plain_vision_rope", "last_full_block", "model_dims", "vision_flops"]
+__all__ = ["VisionDims", "VisionFlops", "expect_plain_vision_rope", "last_full_block", "model_dims", "vision_flops"]
 
 _VISION_THETA = 10_000.0
 """Rotary base of the vision tower, which the graph does not vary."""
@@ -29,7 +29,7 @@ _TEXT = TextDefaults(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vision:
+class VisionDims:
     """A vision transformer with window attention and 2 x 2 merging."""
 
     depth: int
@@ -88,7 +88,7 @@ class Vision:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionFlops:
-    """One picture's pass through the vision tower."""
+    """FLOPs of one picture's pass through the vision tower."""
 
     num_patches: int
     num_visual: int
@@ -103,7 +103,7 @@ class VisionFlops:
     total: int
 
 
-def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Vision]:
+def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[VisionDims]:
     """The dimensions of a Qwen2.5-VL, from the `config.json` of transformers 4 (flat) or 5 (`text_config`).
 
     A key that is absent has the value of transformers' config class, except where that would be a guess at
@@ -128,11 +128,11 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     )
 
 
-def _vision(root: "Section", decoder_size: int) -> Vision:
+def _vision(root: "Section", decoder_size: int) -> VisionDims:
     vision = root.section("vision_config")
     vision.expect("hidden_act", "silu")
     expect_plain_vision_rope(vision)
-    dims = Vision(
+    dims = VisionDims(
         depth=vision.count("depth", 32),
         hidden_size=vision.count("hidden_size"),
         intermediate_size=vision.count("intermediate_size", 3420),
@@ -178,7 +178,7 @@ def last_full_block(fullatt_block_indexes: Iterable[int], depth: int) -> int:
     return block
 
 
-def vision_flops(dims: Vision, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:
+def vision_flops(dims: VisionDims, *, rows: int, cols: int, frames: int = 1) -> VisionFlops:
     """Count one picture.
 
     Args:

@@ -1,4 +1,4 @@
-"""What Qwen's image processor makes of a picture's size: pixels resized to whole visual tokens within bounds."""
+"""The sizes that Qwen's image processor resizes pictures to: whole visual tokens within bounds."""
 
 from collections.abc import Mapping
 from math import ceil, floor
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.pixels import PixelBounds
-from capa_export.model.families.qwen25vl.dims import Vision
+from capa_export.model.families.qwen25vl.dims import VisionDims
 from capa_export.model.picture_sizes import sides_within
 
 __all__ = ["check_bounds", "num_tokens", "picture_options", "pixel_area"]
@@ -23,7 +23,7 @@ class _Area(NamedTuple):
     most: int
 
 
-def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> None:
+def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]) -> None:
     """Refuse bounds that cannot be kept.
 
     Raises:
@@ -56,16 +56,18 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
 
 
 def picture_options(
-    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]
+    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]
 ) -> dict[str, Any]:
-    """What the image processor is told, so that a picture of this width and height stays within the bounds."""
+    """Options for the image processor that keep a picture of this width and height within the bounds."""
     area = _fitting(size, settings, bounds, dims)
     if not settings.get("do_resize", True) or area == pixel_area(settings, PixelBounds()):
         return {}
     return {"size": {"shortest_edge": area.least, "longest_edge": area.most}}
 
 
-def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> int:
+def num_tokens(
+    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]
+) -> int:
     """Visual tokens of a picture of this width and height."""
     unit = _unit(dims)
     if not settings.get("do_resize", True):
@@ -74,7 +76,7 @@ def num_tokens(size: tuple[int, int], settings: Mapping[str, Any], bounds: Pixel
     return cols * rows
 
 
-def _unit(dims: ModelDims[Vision]) -> int:
+def _unit(dims: ModelDims[VisionDims]) -> int:
     """Side of a visual token in pixels."""
     return dims.vision.patch_size * dims.vision.spatial_merge_size
 
@@ -87,7 +89,9 @@ def pixel_area(settings: Mapping[str, Any], bounds: PixelBounds) -> _Area:
     return _Area(bounds.min_pixels or min(least, most), most)
 
 
-def _fitting(size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[Vision]) -> _Area:
+def _fitting(
+    size: tuple[int, int], settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDims[VisionDims]
+) -> _Area:
     """The area in which this picture has no more rows and columns than it may."""
     area, unit = pixel_area(settings, bounds), _unit(dims)
     cols, rows = sides_within(size, unit, *area)

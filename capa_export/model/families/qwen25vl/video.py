@@ -13,7 +13,7 @@ import numpy as np
 from capa_export.base.dims import ModelDims, Section
 from capa_export.base.errors import CapaError
 from capa_export.config.pixels import PixelBounds, whole_numbers
-from capa_export.model.families.qwen25vl.dims import Vision
+from capa_export.model.families.qwen25vl.dims import VisionDims
 from capa_export.model.families.qwen25vl.pixels import check_bounds, picture_options, pixel_area
 from capa_export.model.prompt import Picture, Video
 
@@ -22,11 +22,13 @@ __all__ = ["video"]
 _FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 _MIN_PIXELS, _MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28
 _MAX_VIDEO_TOKENS = 128_000
-"""These three where no file says otherwise, as in transformers."""
+"""Defaults of transformers, as the two above, for what no file says."""
 _SHARED = ("do_resize", "do_rescale", "do_normalize", "image_mean", "image_std", "resample", "rescale_factor")
 
 
-def video(video: Video, image_processor: Any, folder: Path, bounds: PixelBounds, dims: ModelDims[Vision]) -> Picture:
+def video(
+    video: Video, image_processor: Any, folder: Path, bounds: PixelBounds, dims: ModelDims[VisionDims]
+) -> Picture:
     """The video's frames as patches; consecutive frames share one, and the last frame is repeated where one is left.
 
     Every frame stays within the bounds, as a picture does.
@@ -61,7 +63,7 @@ def video(video: Video, image_processor: Any, folder: Path, bounds: PixelBounds,
 
 
 def _settings(folder: Path) -> Section:
-    """What transformers would give its video processor: the first file that has something for it."""
+    """The settings that transformers would give its video processor: the first file that has some."""
     processor = _read(folder / "processor_config.json")
     if "video_processor" in processor:
         return Section(processor, str(folder / "processor_config.json"), "").section("video_processor")
@@ -81,8 +83,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     return cast("dict[str, Any]", data)
 
 
-def _sizes(settings: Section, num_frames: int, bounds: PixelBounds, dims: ModelDims[Vision]) -> dict[str, Any]:
-    """What the settings say of a frame's size, the user's area in place of theirs."""
+def _sizes(settings: Section, num_frames: int, bounds: PixelBounds, dims: ModelDims[VisionDims]) -> dict[str, Any]:
+    """The settings of a frame's size, the user's area in place of theirs."""
     vision, settings = dims.vision, Section(whole_numbers(settings.data), settings.where, settings.name)
     size = settings.section("size") if settings.data.get("size") else Section({}, settings.where, "size")
     least = settings.count("min_pixels", size.count("shortest_edge", _MIN_PIXELS))

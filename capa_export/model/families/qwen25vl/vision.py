@@ -17,8 +17,7 @@ from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.contract import IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, mean_attention, tokens_from_heads
 from capa_export.graph.rotary import rotary_frequencies
-from capa_export.model.families.qwen25vl.dims import Vision as Dims
-from capa_export.model.families.qwen25vl.dims import last_full_block
+from capa_export.model.families.qwen25vl.dims import VisionDims, last_full_block
 
 __all__ = ["Layout", "PatchEmbed", "VisionAttention", "rotary_angles", "vision_model"]
 
@@ -27,7 +26,7 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Layout:
-    """How the patches of one attention call lie: `groups` that attend within themselves."""
+    """The layout of one attention call's patches: `groups` that attend within themselves."""
 
     cos: ir.Value
     """[groups, L, d/2]"""
@@ -109,7 +108,7 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block over windows, or over the whole picture."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType, *, windowed: bool) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType, *, windowed: bool) -> None:
         super().__init__()
         self.size, self.windowed = dims.hidden_size, windowed
         self.norm1 = RMSNorm(dims.hidden_size, _EPSILON, dtype)
@@ -161,9 +160,9 @@ class MergerMLP(nn.Module):
 
 
 class Merger(nn.Module):
-    """Each unit of 2 x 2 patches becomes one visual token."""
+    """Merges each unit of 2 x 2 patches to one visual token."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.size = dims.hidden_size * dims.spatial_merge_size**2
         self.ln_q = RMSNorm(dims.hidden_size, _EPSILON, dtype)
@@ -173,10 +172,10 @@ class Merger(nn.Module):
         return self.mlp(op, op.Reshape(self.ln_q(op, x_ND), [-1, self.size]))
 
 
-class Vision(nn.Module):
+class VisionTower(nn.Module):
     """The whole tower: pixel values to visual tokens, in the order of the picture."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("visual")
         self.dims, self.dtype = dims, dtype
         self.patch_embed = PatchEmbed(dims.patch_values, dims.hidden_size, dtype)
@@ -246,7 +245,7 @@ def rotary_angles(op: OpBuilder, sides: Sequence[ir.Value], head_size: int, merg
     return op.Reshape(op.Concat(row, col, axis=-1), [-1, 2 * quarter])
 
 
-def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
+def vision_model(dims: VisionDims, dtype: ir.DataType, *, selection: bool = False) -> ir.Model:
     """Pictures of one size, or the frame pairs of a video, to visual tokens.
 
     Input: pixel_values [F, R, C, M, values], the image processor's patches with their grid as the shape. Output:
@@ -263,7 +262,7 @@ def vision_model(dims: Dims, dtype: ir.DataType, *, selection: bool = False) -> 
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         seen: list[ir.Value] = []
-        features = Vision(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
+        features = VisionTower(dims, dtype)(op, values[PIXEL_VALUES], seen if selection else None)
         outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         for paid in seen:
             by_unit = op.Reshape(paid, [-1, dims.spatial_merge_size**2])

@@ -16,7 +16,7 @@ from capa_export.base.dims import (
 from capa_export.base.errors import CapaError
 from capa_export.model.families.qwen25vl.dims import expect_plain_vision_rope
 
-__all__ = ["Vision", "model_dims"]
+__all__ = ["VisionDims", "model_dims"]
 
 _TEXT = TextDefaults(
     vocab_size=151936,
@@ -33,7 +33,7 @@ _TEXT = TextDefaults(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vision:
+class VisionDims:
     """A vision transformer whose blocks all see the whole picture, with 2 x 2 merging behind several of them."""
 
     depth: int
@@ -45,7 +45,7 @@ class Vision:
     temporal_patch_size: int
     spatial_merge_size: int
     num_positions: int
-    """Of the learned position table, along a side."""
+    """Positions of the learned table, along a side."""
     deepstack_visual_indexes: tuple[int, ...]
     """Blocks whose outputs go to the first decoder layers, ascending."""
     out_hidden_size: int
@@ -95,7 +95,7 @@ class Vision:
         return 2 * patches * d * self.patch_values + positions + blocks + mergers
 
 
-def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[Vision]:
+def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> ModelDims[VisionDims]:
     """The dimensions of a dense Qwen3-VL, from the `config.json` of transformers 4 or 5.
 
     A key that is absent has the value of transformers' config class, except where that would be a guess at
@@ -128,11 +128,11 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     )
 
 
-def _vision(vision: Section, decoder: DecoderDims) -> Vision:
+def _vision(vision: Section, decoder: DecoderDims) -> VisionDims:
     vision.expect("hidden_act", "gelu_pytorch_tanh")
     expect_plain_vision_rope(vision)
     positions = vision.count("num_position_embeddings", 2304)
-    dims = Vision(
+    dims = VisionDims(
         depth=vision.count("depth", 27),
         hidden_size=vision.count("hidden_size", 1152),
         intermediate_size=vision.count("intermediate_size", 4304),

@@ -12,7 +12,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.graph.build import Input, Output, build_model
 from capa_export.graph.contract import DEEPSTACK_FEATURES, IMAGE_FEATURES, PIXEL_VALUES
 from capa_export.graph.layers import LayerNorm, Linear
-from capa_export.model.families.qwen3vl.dims import Vision as Dims
+from capa_export.model.families.qwen3vl.dims import VisionDims
 from capa_export.model.families.qwen25vl.vision import Layout, PatchEmbed, VisionAttention, rotary_angles
 
 __all__ = ["vision_model"]
@@ -23,14 +23,14 @@ _EPSILON = 1e-6
 class PositionTable(nn.Module):
     """A square of learned vectors, stretched over the grid corner to corner and read between its entries."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         self.side, self.size, self.merge = dims.num_positions, dims.hidden_size, dims.spatial_merge_size
         self.dtype = dtype
         self.weight = nn.Parameter([self.side**2, self.size], dtype)
 
     def forward(self, op: OpBuilder, rows: ir.Value, cols: ir.Value) -> ir.Value:
-        """One vector per patch of a frame [1, R*C*M, D], from the numbers of units [1] down and across."""
+        """A position vector per patch of a frame [1, R*C*M, D], from the numbers of units [1] down and across."""
         side, size, merge = self.side, self.size, self.merge
         table = op.Reshape(op.Cast(self.weight, to=ir.DataType.FLOAT), [side, side * size])
         strips = op.Reshape(op.MatMul(self._weights(op, rows), table), [-1, side, size])
@@ -66,7 +66,7 @@ class MLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__()
         size = dims.hidden_size
         self.norm1 = LayerNorm(size, _EPSILON, dtype)
@@ -80,9 +80,9 @@ class VisionBlock(nn.Module):
 
 
 class Merger(MLP):
-    """Each unit of patches becomes one visual token; the norm sees single patches, or the whole unit."""
+    """Merges each unit of patches to one visual token; the norm sees single patches, or the whole unit."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType, *, norms_unit: bool) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType, *, norms_unit: bool) -> None:
         super().__init__(dims.merged_size, dims.merged_size, dims.out_hidden_size, dtype, approximate="none")
         self.unit, self.norms_unit = dims.merged_size, norms_unit
         self.norm = LayerNorm(dims.merged_size if norms_unit else dims.hidden_size, _EPSILON, dtype)
@@ -94,10 +94,10 @@ class Merger(MLP):
         return super().forward(op, op.Reshape(self.norm(op, x), [-1, self.unit]))
 
 
-class Vision(nn.Module):
+class VisionTower(nn.Module):
     """The whole tower: pixel values to visual tokens, in the order of the picture, and what DeepStack adds to them."""
 
-    def __init__(self, dims: Dims, dtype: ir.DataType) -> None:
+    def __init__(self, dims: VisionDims, dtype: ir.DataType) -> None:
         super().__init__("visual")
         self.dims, self.dtype = dims, dtype
         self.patch_embed = PatchEmbed(dims.patch_values, dims.hidden_size, dtype, bias=True)
@@ -130,7 +130,7 @@ class Vision(nn.Module):
         return self.merger(op, x_ND), deepstack
 
 
-def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
+def vision_model(dims: VisionDims, dtype: ir.DataType) -> ir.Model:
     """Pictures of one size, or the frame pairs of a video, to visual tokens.
 
     Input: pixel_values [F, R, C, M, values], the image processor's patches with their grid as the shape. Outputs:
@@ -139,7 +139,7 @@ def vision_model(dims: Dims, dtype: ir.DataType) -> ir.Model:
     shape = ("frames", "rows", "cols", dims.spatial_merge_size**2, dims.patch_values)
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
-        features, deepstack = Vision(dims, dtype)(op, values[PIXEL_VALUES])
+        features, deepstack = VisionTower(dims, dtype)(op, values[PIXEL_VALUES])
         outputs: list[Output] = [(IMAGE_FEATURES, features, ("tokens", dims.out_hidden_size))]
         if deepstack:
             stacked = op.Concat(*(op.Unsqueeze(part, [0]) for part in deepstack), axis=0)

@@ -13,12 +13,12 @@ from capa_export.config.schedule import Stage, parse_method
 from capa_export.data.questions import questions_from
 from capa_export.study.evaluate.bundle_answers import BundleAnswers
 from capa_export.study.evaluate.eager_answers import EagerAnswers
+from capa_export.study.evaluate.models import bundle_model, parse_methods, product_of_methods
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import evaluate
-from capa_export.study.evaluate.subject import bundle_subject, methods_from, product
 from tests.building import Building
 from tests.models import qwen3vl
-from tests.study.evaluate.asking import building_of, rows_of, subject_of
+from tests.study.evaluate.asking import building_of, evaluated_model, rows_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_method_that_does_not_fit(
     method: str, problem: str, recipe: Recipe, checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CapaError, match=problem):
-        subject_of(building_of(recipe, checkpoint, tmp_path), [method])
+        evaluated_model(building_of(recipe, checkpoint, tmp_path), [method])
     assert not list(tmp_path.iterdir()), "before anything is run"
 
 
@@ -44,32 +44,32 @@ def test_a_model_that_exceeds_memory_is_refused_before_it_is_calibrated(
 ) -> None:
     monkeypatch.setattr("capa_export.model.memory.available_memory", lambda: 1000)
     with pytest.raises(CapaError, match=r"the model takes 0.5 GB in FP32, 0.0 GB are free; end other programs"):
-        subject_of(building_of(recipe, checkpoint, tmp_path))
+        evaluated_model(building_of(recipe, checkpoint, tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_selector_that_the_family_cannot_offer(tmp_path: Path) -> None:
     folder = qwen3vl.save_model(tmp_path / "checkpoint", qwen3vl.random_model())
     with pytest.raises(CapaError, match=r"method vispruner:0.5/full: selector vispruner needs the vision tower's"):
-        subject_of(building_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
+        evaluated_model(building_of(load_recipe("qwen3vl"), folder, tmp_path / "out"), ["vispruner:0.5/full"])
 
 
 def test_product(recipe: Recipe) -> None:
-    assert product(recipe, [], [], [], []) == ["capa@2:0.75"]
-    assert product(recipe, [], [], [], ["full", "skip"]) == ["capa@2:0.75/full", "capa@2:0.75/skip"]
-    assert product(recipe, ["capa", "fastv"], [], [0.5, 0.9], []) == [
+    assert product_of_methods(recipe, [], [], [], []) == ["capa@2:0.75"]
+    assert product_of_methods(recipe, [], [], [], ["full", "skip"]) == ["capa@2:0.75/full", "capa@2:0.75/skip"]
+    assert product_of_methods(recipe, ["capa", "fastv"], [], [0.5, 0.9], []) == [
         "capa@2:0.5",
         "capa@2:0.9",
         "fastv@2:0.5",
         "fastv@2:0.9",
     ]
-    assert product(recipe, ["attention"], [1, 3], [], []) == ["attention@1:0.75", "attention@3:0.75"]
+    assert product_of_methods(recipe, ["attention"], [1, 3], [], []) == ["attention@1:0.75", "attention@3:0.75"]
     data = recipe.model_dump()
     data["prune"] = {"schedule": [{"layer": 1, "ratio": 0.5}, {"layer": 3, "ratio": 0.75}]}
     staged = Recipe(**data)
-    assert product(staged, [], [], [], []) == ["capa@1:0.5+capa@3:0.75"]
+    assert product_of_methods(staged, [], [], [], []) == ["capa@1:0.5+capa@3:0.75"]
     with pytest.raises(CapaError, match="schedule of 2 stages"):
-        product(staged, ["fastv"], [], [], [])
+        product_of_methods(staged, ["fastv"], [], [], [])
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +84,8 @@ def bundle(recipe: Recipe, checkpoint: Path, calibrated: Path, tmp_path_factory:
 def test_a_bundle_says_what_the_model_does(
     bundle: Bundle, questions: Path, alone: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
-    subject = bundle_subject(bundle, methods_from(["capa@2:0.75", "capa@2:0.25"]), 4)
-    found = evaluate(subject, questions_from(questions), tmp_path)
+    evaluated = bundle_model(bundle, parse_methods(["capa@2:0.75", "capa@2:0.25"]), 4)
+    found = evaluate(evaluated, questions_from(questions), tmp_path)
     assert found.runs == "onnx"
     assert "part of its graphs" in found.notes[0]
 
@@ -109,23 +109,23 @@ def test_a_bundle_says_what_the_model_does(
 )
 def test_what_a_bundle_cannot_do(bundle: Bundle, method: str, problem: str) -> None:
     with pytest.raises(CapaError, match=problem):
-        bundle_subject(bundle, methods_from([method]), 4)
+        bundle_model(bundle, parse_methods([method]), 4)
 
 
 def test_the_recipes_own_selector_keeps_its_options_and_its_ratio_its_digits() -> None:
     stage = Stage(layer=4, ratio=0.5, selector="capa-mmr", options={"balance": 0.7})
     recipe = load_recipe("tiny-qwen25vl")
     recipe = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"schedule": (stage,)})})
-    asked = product(recipe, [], [], [0.1234567890123], [])
+    asked = product_of_methods(recipe, [], [], [0.1234567890123], [])
     assert asked == ["capa-mmr@4:0.1234567890123{balance=0.7}"]
     assert parse_method(asked[0]).stages == (stage.model_copy(update={"ratio": 0.1234567890123}),)
-    assert product(recipe, ["capa"], [], [0.5], []) == ["capa@4:0.5"]
+    assert product_of_methods(recipe, ["capa"], [], [0.5], []) == ["capa@4:0.5"]
 
 
 def test_a_layer_for_selectors_that_have_none_is_refused() -> None:
     with pytest.raises(CapaError, match="--layer: divprune acts before the decoder and takes none"):
-        product(load_recipe("tiny-qwen25vl"), ["divprune"], [3], [0.5], [])
-    both = product(load_recipe("tiny-qwen25vl"), ["divprune", "capa"], [3], [0.5], [])
+        product_of_methods(load_recipe("tiny-qwen25vl"), ["divprune"], [3], [0.5], [])
+    both = product_of_methods(load_recipe("tiny-qwen25vl"), ["divprune", "capa"], [3], [0.5], [])
     assert both == ["divprune:0.5", "capa@3:0.5"]
 
 
@@ -134,8 +134,8 @@ def test_a_change_of_what_answers_asks_again(
 ) -> None:
     def keys() -> list[dict[str, str]]:
         building, methods = building_of(recipe, checkpoint, tmp_path), ["capa@2:0.75/full"]
-        both = subject_of(building, methods), bundle_subject(bundle, methods_from(["capa@2:0.75"]), 4)
-        return [dict(subject.keys) for subject in both]
+        both = evaluated_model(building, methods), bundle_model(bundle, parse_methods(["capa@2:0.75"]), 4)
+        return [dict(evaluated.keys) for evaluated in both]
 
     eager, onnx = keys()
     assert keys() == [eager, onnx]

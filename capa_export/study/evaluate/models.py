@@ -1,4 +1,4 @@
-"""What is evaluated: an eager model or a bundle, the methods that it can do, and what its answers depend on."""
+"""The models under evaluation, eager or a bundle: the methods that they can do, and what their answers depend on."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,30 +19,30 @@ from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
 from capa_export.selectors.selector import load_selector
-from capa_export.study.evaluate.answers import DENSE, Ask
+from capa_export.study.evaluate.answers import DENSE, Answerer
 
-__all__ = ["Subject", "bundle_subject", "check_fits", "eager_subject", "methods_from", "product"]
+__all__ = ["EvaluatedModel", "bundle_model", "check_fits", "eager_model", "parse_methods", "product_of_methods"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model with what is done to it."""
+class EvaluatedModel:
+    """A model whose methods are evaluated."""
 
     source: str
-    """Where it is from, for people."""
-    model: str
-    """Digest of all files that its answers depend on."""
+    """Source of the model, for people."""
+    digest: str
+    """Digest of all files that the answers depend on."""
     runs: Literal["eager fp32", "onnx"]
     keys: Mapping[str, str]
     """Method -> digest of what it does, dense first."""
-    prepare: Callable[[], Ask]
+    prepare: Callable[[], Answerer]
     """Opens the model in whatever process."""
     max_new_tokens: int
     notes: tuple[str, ...] = ()
 
 
-def methods_from(texts: Sequence[str]) -> dict[str, Method]:
-    """By name, dense first whether it was named or not.
+def parse_methods(texts: Sequence[str]) -> dict[str, Method]:
+    """Parse methods by their names, dense first whether it is named or not.
 
     Raises:
         CapaError: one reads otherwise than a method does, or there is none.
@@ -53,7 +53,7 @@ def methods_from(texts: Sequence[str]) -> dict[str, Method]:
     return {DENSE: parse_method(DENSE), **methods}
 
 
-def product(
+def product_of_methods(
     recipe: Recipe, selectors: Sequence[str], layers: Sequence[int], ratios: Sequence[float], ffns: Sequence[str]
 ) -> list[str]:
     """Every selector at every layer and ratio, with every treatment of the visual FFNs; the recipe's own where empty.
@@ -86,9 +86,9 @@ def product(
     return [f"{text}/{ffn}" if ffn else text for text in texts for ffn in ffns or [""]]
 
 
-def eager_subject(
+def eager_model(
     model: Model, bundle: Bundle, options: BuildOptions, methods: Mapping[str, Method], max_new_tokens: int
-) -> Subject:
+) -> EvaluatedModel:
     """The Hugging Face model; where a method replaces visual FFNs, it is calibrated into a folder first.
 
     Raises:
@@ -114,18 +114,18 @@ def eager_subject(
             ffn += [(method.eta or model.recipe.ffn.eta), calibration.digest()]
         return _key(EagerAnswers, prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
 
-    return Subject(
+    return EvaluatedModel(
         source=model.checkpoint_source,
-        model=digest_of([model.digest, model.sidecar_digests]),
+        digest=digest_of([model.digest, model.sidecar_digests]),
         runs="eager fp32",
         keys={name: key(method) for name, method in methods.items()},
         prepare=EagerAnswers(model=opened, methods=methods, calibration=calibration, max_new_tokens=max_new_tokens),
         max_new_tokens=max_new_tokens,
-        notes=_of_ffns(model, calibration),
+        notes=_notes_on_ffns(model, calibration),
     )
 
 
-def _of_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
+def _notes_on_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
     if calibration is None:
         return ()
     eta = model.recipe.ffn.eta
@@ -133,7 +133,7 @@ def _of_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
 
 
 def check_fits(model: Model, method: Method) -> None:
-    """Refuse a method that the model's model cannot do.
+    """Refuse a method that the model cannot do.
 
     Raises:
         CapaError: a layer that the decoder does not have, or a selector that the family does not offer.
@@ -148,7 +148,7 @@ def check_fits(model: Model, method: Method) -> None:
         raise CapaError(f"method {method.name}: {error}", ExitCode.USAGE) from error
 
 
-def bundle_subject(
+def bundle_model(
     bundle: Bundle,
     methods: Mapping[str, Method],
     max_new_tokens: int,
@@ -156,7 +156,7 @@ def bundle_subject(
     bounds: PixelBounds | None = None,
     workers: Workers | None = None,
     trust_remote_code: bool = False,
-) -> Subject:
+) -> EvaluatedModel:
     """A bundle's graphs, which know one schedule; every ratio of it is theirs.
 
     Raises:
@@ -189,9 +189,9 @@ def bundle_subject(
                 ExitCode.USAGE,
             )
     note = "the scales of the bundle's visual FFNs are part of its graphs: its dense keeps all tokens, and has them too"
-    return Subject(
+    return EvaluatedModel(
         source=str(bundle.folder.resolve()),
-        model=bundle.digest("export"),
+        digest=bundle.digest("export"),
         runs="onnx",
         keys={
             name: _key(
