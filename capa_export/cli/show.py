@@ -90,7 +90,7 @@ def models(as_json: JsonOpt = False) -> None:
 
 def selectors(as_json: JsonOpt = False) -> None:
     """List what can choose the visual tokens, and where each acts."""
-    from capa_export.selectors.selector import Chosen, load_selector, summary
+    from capa_export.selectors.selector import SelectorChoice, load_selector, summary
     from capa_export.selectors.selector import selectors as names
 
     known = {name: load_selector(name) for name in names()}
@@ -101,7 +101,7 @@ def selectors(as_json: JsonOpt = False) -> None:
                     "name": name,
                     "place": one.place,
                     "layer": one.layer,
-                    "least": Chosen(name).least,
+                    "least": SelectorChoice(name).least,
                     "reads": one.reads,
                     "options": {
                         option: {**setting._asdict(), "most": None if setting.most == inf else setting.most}

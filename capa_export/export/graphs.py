@@ -22,7 +22,7 @@ from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
 from capa_export.model.source import EMBEDDING, Source
 from capa_export.passes.fp32_parts import compute_in_fp32
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 
 __all__ = [
     "DENSE",
@@ -54,7 +54,7 @@ def write_onnx(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
-    selectors: Mapping[int, Chosen] = MappingProxyType({}),
+    selectors: Mapping[int, SelectorChoice] = MappingProxyType({}),
     min_keep_per_image: int = 1,
     fp32_layers: Sequence[str] = (),
     dense: bool = False,
@@ -131,7 +131,7 @@ def graphs_in_fp32(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
-    selectors: Mapping[int, Chosen],
+    selectors: Mapping[int, SelectorChoice],
     min_keep_per_image: int,
 ) -> Graphs:
     """What `write_onnx` would write in FP32, `DENSE` included; the weights stay in the checkpoint until they are read.
@@ -150,7 +150,7 @@ def _graphs(
     source: Source,
     dtype: ir.DataType,
     prune_layers: Sequence[int],
-    selectors: Mapping[int, Chosen],
+    selectors: Mapping[int, SelectorChoice],
     min_keep_per_image: int,
     linear_layers: Sequence[int],
     fp32_layers: Sequence[str],
@@ -187,7 +187,7 @@ def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
 
 
-def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) -> ir.Model:
+def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, SelectorChoice]) -> ir.Model:
     """The vision tower, with what selectors read of it."""
     for chosen in selectors.values():
         if chosen.reads_tower:
