@@ -9,7 +9,7 @@ from typing import Any
 from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say, tracked
-from capa_export.base.workers import chunks, in_order, spread
+from capa_export.base.workers import chunks, in_order, run_tasks
 from capa_export.bundle.store import Bundle, run_stage
 from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
 from capa_export.calibrate.unfinished import UnfinishedSums
@@ -136,7 +136,7 @@ def _measured_by_workers(
     before = unfinished.load()
     done = before.samples if before else 0
     tasks = chunks(islice(samples, done, None), _SAMPLES_A_TASK)
-    results = in_order(spread(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
+    results = in_order(run_tasks(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
     measured = tracked(chain.from_iterable(results), "calibrate", samples.count - done, model.report)
     return summed(measured, before, unfinished.keep)
 
