@@ -162,7 +162,7 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
 
 
 def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float, tuple[int, ...], int | None]:
-    """RoPE's base, sections and limit: in `rope_parameters`, or `rope_scaling` beside `rope_theta` as transformers 4."""
+    """RoPE's base, sections and limit, from `rope_parameters`, or as transformers 4 wrote them beside `rope_theta`."""
     key = "rope_scaling" if text.data.get("rope_scaling") is not None else "rope_parameters"
     rope = text.section(key) if text.data.get(key) is not None else Section({}, text.where, key)
     supported = ["default"]
