@@ -90,9 +90,9 @@ class Calibration:
     samples: int
     layers: Sequence[LayerSums]
     absmax: dict[str, float]
-    """Largest magnitudes by module path: outputs of blocks, attentions, FFNs, norms and projections; the inputs of norms
-    and projections under `PATH.input`; an attention's `.query`, `.key` and `.value`, rotated, and its `.scores`, before
-    the softmax, masked ones too."""
+    """Largest magnitudes by module path: outputs of blocks, attentions, FFNs, norms and projections; inputs of norms
+    and projections under `PATH.input`; an attention's `.query`, `.key` and `.value`, rotated, and its `.scores`,
+    before the softmax, masked ones too."""
 
     @property
     def mean_visual_tokens(self) -> float:
