@@ -100,7 +100,8 @@ def test_pruning_that_keeps_the_least_is_said_not_to_beat_random(
     trained: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = capa.reference
-    monkeypatch.setattr(capa, "reference", lambda view: 1 / (1e-9 + right(view)))
+    worst = replace(capa.SELECTOR, reference=lambda view: 1 / (1e-9 + right(view)))
+    monkeypatch.setattr(capa, "SELECTOR", worst)
     found, methods, _ = asked(replace(trained, prune=pruned(0.5)), scenes(12))
     assert found.beats_random is False
     assert found.kl_gain is not None and found.kl_gain.low <= 0
