@@ -34,9 +34,9 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
-from capa_export.parity.validate import Compared, compare_onnx, compare_prompts
+from capa_export.parity.validate import Comparison, compare_onnx, compare_prompts
 from capa_export.report.schema import Check
 from tests.parity.builds import build
 from tests.parity.faults import FAULTS, Fault
@@ -59,12 +59,12 @@ class Trained:
     folder: Path
     precision: str
     recipe: Recipe
-    subject: Subject
+    oracle: Oracle
     prompter: Prompter
     samples: Samples
     records: Records
 
-    def compared(self, folder: Path) -> list[Compared]:
+    def compared(self, folder: Path) -> list[Comparison]:
         """A folder that stands in its place, by all gates."""
         bundled = Prompter(folder / "llm", folder / "visual", self.prompter.family, self.prompter.dims)
         return [
@@ -100,7 +100,7 @@ def trained(name: str, folder: Path, prompts: int, steps: int) -> Iterator[Train
             min_keep_per_image=recipe.prune.min_keep_per_image,
         )
         copy_sidecars(source.checkpoint, onnx)
-        subject = Subject(
+        oracle = Oracle(
             model=model,
             family=family,
             prompter=prompter,
@@ -112,19 +112,19 @@ def trained(name: str, folder: Path, prompts: int, steps: int) -> Iterator[Train
             eos_token_ids=eos_token_ids(checkpoint),
         )
         records.mkdir()
-        held = write_records(records, subject, samples, steps)
-        yield Trained(onnx, precision, recipe, subject, prompter, samples, held)
+        held = write_records(records, oracle, samples, steps)
+        yield Trained(onnx, precision, recipe, oracle, prompter, samples, held)
 
 
-def of_seed(model: Trained, seed: int) -> Compared:
+def of_seed(model: Trained, seed: int) -> Comparison:
     """The healthy model on other prompts, more of them and longer."""
     samples = samples_from(None, model.recipe, 8, split="held_out", seed=seed)
     with TemporaryDirectory() as folder:
-        records = write_records(Path(folder), model.subject, samples, 16)
+        records = write_records(Path(folder), model.oracle, samples, 16)
         return compare_onnx(model.folder, model.precision, records, model.recipe)
 
 
-def checks(compared: Iterable[Compared]) -> list[Check]:
+def checks(compared: Iterable[Comparison]) -> list[Check]:
     """Of all artefacts."""
     return [check for one in compared for entry in (*one.export_error, *one.selection) for check in entry.checks]
 
@@ -137,7 +137,7 @@ class Worst:
         self.figures: dict[str, dict[str, float]] = defaultdict(dict)
         self.alarms: list[str] = []
 
-    def add(self, precision: str, about: str, compared: Iterable[Compared]) -> None:
+    def add(self, precision: str, about: str, compared: Iterable[Comparison]) -> None:
         self.builds[precision] += 1
         worst = self.figures[precision]
         compared = list(compared)

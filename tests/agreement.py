@@ -11,7 +11,7 @@ from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompt
 from capa_export.run.onnx import OnnxModel
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 
 __all__ = ["compare"]
 
@@ -27,7 +27,7 @@ def compare(
     scales: Mapping[int, np.ndarray],
     tolerance: float,
     *,
-    selectors: Mapping[int, Chosen] = MappingProxyType({}),
+    selectors: Mapping[int, SelectorChoice] = MappingProxyType({}),
     min_keep_per_image: int = 1,
 ) -> None:
     """Kept positions, and logits of the prompt and of a few more tokens, within `tolerance` of the largest."""

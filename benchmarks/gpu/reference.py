@@ -16,7 +16,7 @@ from capa_export.export.in_place import embedding_of
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
-from capa_export.parity.comparison import Comparison
+from capa_export.parity.export_error import ExportErrorMeter
 from capa_export.parity.selection import overlap
 from capa_export.parity.trace import Trace
 from capa_export.run.onnx import OnnxModel
@@ -92,7 +92,7 @@ def figures(own: Trace, reference: Trace) -> dict[str, float]:
     found, met = {"kept_iou": iou}, iou >= _LEAST_IOU
     # Logits of other tokens are other logits: of them, the kept sets are all there is to compare.
     if np.array_equal(own.kept[0], reference.kept[0]):
-        comparison = Comparison("engine", "ONNX Runtime fp16", gate)
+        comparison = ExportErrorMeter("engine", "ONNX Runtime fp16", gate)
         comparison.add(own, reference)
         found |= {"cosine": comparison.logits.cosine, "norm_ratio": comparison.logits.norm_ratio}
         met = met and found["cosine"] >= gate.cosine.limit and found["norm_ratio"] <= gate.norm_ratio.limit

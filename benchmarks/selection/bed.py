@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.base.workers import Workers, in_order, spread
+from capa_export.base.workers import Workers, in_order, run_tasks
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
@@ -97,7 +97,7 @@ class Bed:
         workers = self.options.workers
         apart = self.model if workers.here else self.model.unopened()
         prepare = partial(_measurer, apart, dict(methods or {}), measure)
-        found = in_order(spread(prepare, self.read(count), workers))
+        found = in_order(run_tasks(prepare, self.read(count), workers))
         return tracked(found, f"{self.name} {what}", count, self.model.report)
 
 

@@ -1,1 +1,1 @@
-"""What every part of the package stands on: errors, files, settings, progress, processes."""
+"""Errors, files, settings, progress and processes: modules that every other package imports."""

@@ -1,4 +1,4 @@
-"""What a cached result depends on: versions of packages, and the code of the modules that make it."""
+"""Digests of code, and versions of packages: a cached result depends on those that made it."""
 
 import ast
 import hashlib
@@ -26,10 +26,10 @@ _APART = tuple(
         "bundle",
     )
 )
-"""Nearly all modules import these, which change no result: they keep and check files, look for room, spread work over
-processes, and talk to the user."""
+"""Modules that nearly all others import and that change no result: they keep and check files, look for room, run tasks
+in processes, and talk to the user."""
 _TELLING = (ast.Constant, ast.Expr, ast.If, ast.Import, ast.ImportFrom, ast.JoinedStr)
-"""Nodes that may import, or say nothing."""
+"""Kinds of nodes that may import a module, or are no code."""
 
 
 def versions(*packages: str, code_of: Sequence[str]) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _read(name: str, path: Path) -> tuple[str, frozenset[str]]:
 
 
 def _collect(node: ast.AST, package: str, words: list[str], imports: set[str]) -> None:
-    """Add what a node of a module of `package` says to `words`, and the names that it may import to `imports`."""
+    """Add the text of a node of a module of `package` to `words`, and the names that it may import to `imports`."""
     if isinstance(node, _TELLING):
         if _says_nothing(node):
             return
@@ -133,7 +133,7 @@ def _says_nothing(node: ast.AST) -> bool:
 
 
 def _imports(node: ast.AST, package: str) -> list[str]:
-    """The names that a node may import; `package.*` stands for all modules of the package."""
+    """Names of the modules that a node may import; `package.*` stands for all modules of the package."""
     match node:
         case ast.ImportFrom(module=str(module), names=names):
             return [module, *(f"{module}.{alias.name}" for alias in names)]

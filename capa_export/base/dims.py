@@ -1,4 +1,4 @@
-"""The dimensions of a model, as every stage needs them, and the reading of `config.json`."""
+"""The dimensions of a model that every stage needs, and the reading of `config.json`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderDims:
-    """A decoder of the Llama, Qwen2 and Qwen3 kind."""
+    """The dimensions of a decoder of the Llama, Qwen2 and Qwen3 kind."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,7 +29,7 @@ class DecoderDims:
     tie_word_embeddings: bool
     """Whether the config says that the embedding table is the LM head too."""
     ties_missing_head: bool = False
-    """Whether transformers takes it for one that is not stored, which it does not always ask the same flag for."""
+    """Whether transformers uses the embedding table where no LM head is stored, for which it may read another flag."""
     rope_limit: int | None = None
     """Positions from which on the rotary frequencies would depend on the length; None for never."""
     mrope_interleaved: bool = False
@@ -46,24 +46,24 @@ class DecoderDims:
 
 
 class VisionDims(Protocol):
-    """What every stage may ask of a vision tower; its family knows the rest."""
+    """The facts about a vision tower that every stage may ask for; its family knows the rest."""
 
     @property
     def num_blocks(self) -> int:
-        """Transformer blocks that the graph runs."""
+        """Number of transformer blocks that the graph runs."""
         ...
 
     @property
     def num_parameters(self) -> int:
-        """Weights, biases and norms, projector included."""
+        """Number of weights, biases and norm scales, projector included."""
         ...
 
     def flops(self, num_visual: int) -> int:
-        """FLOPs of one picture that becomes so many visual tokens."""
+        """FLOPs of one picture that becomes `num_visual` visual tokens."""
         ...
 
     def activations(self, limit: Callable[[str], int]) -> int:
-        """Numbers that an engine of it holds at once in its largest run; `limit` gives the most of a dimension."""
+        """Most numbers that the tower's engine holds at once; `limit` gives the largest size of a named dimension."""
         ...
 
 
@@ -72,12 +72,12 @@ V = TypeVar("V", bound=VisionDims)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDims(Generic[V]):
-    """A whole model."""
+    """The dimensions of a whole model."""
 
     decoder: DecoderDims
     vision: V
     image_token_id: int
-    """Stands in the prompt for every visual token."""
+    """Token that stands in the prompt for every visual token."""
 
 
 def refuse_quantized(*sections: "Section") -> None:
@@ -91,13 +91,13 @@ def refuse_quantized(*sections: "Section") -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextDefaults:
-    """What transformers' text config takes for a key that `config.json` leaves out."""
+    """The values of transformers' text config for keys that `config.json` leaves out."""
 
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
     num_kv_heads: int | None
-    """None for as many as query heads."""
+    """None for as many as there are query heads."""
     attention_bias: bool
     mrope_section: tuple[int, ...] = ()
     """Empty for one-dimensional positions."""
@@ -119,7 +119,7 @@ class TextDefaults:
 
 
 def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> DecoderDims:
-    """The decoder of a `text_config`, or of a flat config that is its own.
+    """Read a decoder's dimensions from a `text_config`, or from a flat config that is its own.
 
     Raises:
         CapaError: a key is missing or malformed, or the decoder does something that the graphs do not.
@@ -162,7 +162,7 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
 
 
 def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float, tuple[int, ...], int | None]:
-    """Base, sections and limit: `rope_parameters` in transformers 5, `rope_scaling` beside `rope_theta` in 4."""
+    """RoPE's base, sections and limit, from `rope_parameters`, or as transformers 4 wrote them beside `rope_theta`."""
     key = "rope_scaling" if text.data.get("rope_scaling") is not None else "rope_parameters"
     rope = text.section(key) if text.data.get(key) is not None else Section({}, text.where, key)
     supported = ["default"]
@@ -223,7 +223,7 @@ class Section:
         return tuple(entries.count(entry, least=least) for entry in entries.data)
 
     def equal_counts(self, key: str, default: int) -> int:
-        """A number that transformers also takes as a list of one per axis."""
+        """A count that transformers also reads as a list of one per axis, all equal."""
         if not isinstance(self.data.get(key), list):
             return self.count(key, default)
         values = set(self.counts(key, ()))

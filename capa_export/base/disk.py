@@ -12,11 +12,11 @@ __all__ = ["check_disk", "disk_guard", "free_bytes"]
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse to start what cannot be finished.
+    """Refuse to write more bytes than the disk has room for.
 
     Args:
-        folder: where the bytes go; it need not exist yet.
-        needed_bytes: how many there will be.
+        folder: folder to write to; it need not exist yet.
+        needed_bytes: number of bytes to write.
 
     Raises:
         CapaError: the file system has less than that.
@@ -29,13 +29,14 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the file system where a folder is, or will be."""
+    """Free bytes on the file system where a folder is, or will be."""
     places = (folder.absolute(), *folder.absolute().parents)
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 
 
 @contextmanager
 def disk_guard(path: Path, needed: int) -> Generator[None, None, None]:
+    """Raise a CapaError where writing `path`, of `needed` bytes, fails in the block."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ __all__ = ["CapaError", "ExitCode", "NotFiniteError", "how_to_install"]
 
 
 class ExitCode(IntEnum):
-    """What the process returns; CI may rely on these numbers."""
+    """Exit codes of the process; CI may rely on these numbers."""
 
     OK = 0
     USAGE = 2
@@ -35,7 +35,7 @@ class CapaError(Exception):
 
 
 class NotFiniteError(CapaError):
-    """The model yields NaN or infinity, so that whatever was measured of it is worthless."""
+    """The model yields NaN or infinity, so that no measurement of it is of use."""
 
 
 def how_to_install(extra: str) -> str:

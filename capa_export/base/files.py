@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what tells one file from another."""
+"""Writing of files whole or not at all, and digests that tell one file from another."""
 
 import hashlib
 import os
@@ -13,10 +13,10 @@ __all__ = ["file_digest", "fingerprint", "replacing", "write_whole"]
 
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    """A file that takes its name only when it is complete.
+    """Open a file that takes its name only when it is complete.
 
     Raises:
-        OSError: the folder, which is made, or the file cannot be written; what was there before stays.
+        OSError: the folder, which is made, or the file cannot be written; an older file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own the file gets the permissions that the user's umask gives.
@@ -28,10 +28,10 @@ def replacing(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text in UTF-8.
+    """Write a text in UTF-8, whole or not at all.
 
     Raises:
-        OSError: as `replacing`.
+        OSError: the file or its folder cannot be written; an older file stays.
     """
     with replacing(path) as file:
         file.write(text.encode())
@@ -47,7 +47,7 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:
-    """Size, time of the last change and SHA-256 of the header of a safetensors file; of another file, of all of it."""
+    """Size, time of the last change, and SHA-256: of the header of a safetensors file, of the whole of any other."""
     status = path.stat()
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else status.st_size

@@ -16,14 +16,14 @@ __all__ = ["Interruption", "interruptible"]
 
 _CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
 _PATIENCE = 1.0
-"""Seconds after which it is said that the command has not ended yet."""
+"""Seconds after which the user is told that the command has not ended yet."""
 _SAME = 0.2
 """Seconds within which a signal is the first one again: a terminal and a parent process may both send it."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interruption:
-    """What the command was told."""
+    """The signal that a command was sent."""
 
     code = ExitCode.INTERRUPTED
 

@@ -14,14 +14,14 @@ __all__ = ["Cost", "available_memory", "measured", "processor"]
 
 @dataclass
 class Cost:
-    """What a block of code took; complete when the block has ended."""
+    """Time and memory that a block of code took; complete when the block has ended."""
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     """Largest resident set of a process during the block, this one or a child; 0 where the system does not tell."""
 
     def as_dict(self) -> dict[str, float | int]:
-        """For the manifest."""
+        """The cost as the manifest records it."""
         return {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes}
 
 
@@ -41,10 +41,12 @@ def measured() -> Generator[Cost]:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that may still be taken: of the machine's, or of what the control group leaves; all, where nothing tells.
+    """Bytes of memory that are free on the machine, or in the control group where that has less.
+
+    Where the system does not tell how much is free, all of it counts.
 
     Args:
-        root: of the file system that says so.
+        root: root of the file system that holds `/proc` and `/sys`.
     """
     left = [_free_on_windows() if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
@@ -59,7 +61,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """Folders of the memory groups that this process is in, innermost first, with the files of limit and use."""
+    """Folders of this process's memory groups, innermost first, with the names of the files of limit and usage."""
     own: dict[str, str] = {}
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -74,7 +76,7 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def _entries(path: Path) -> dict[str, int]:
-    """Name -> number, of a file with one of each on a line."""
+    """Read a file with a name and a number on each line."""
     lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
     return {line[0]: int(line[1]) for line in lines}
 
@@ -89,7 +91,7 @@ def _peak_of_children() -> int:
 
 
 def _free_on_windows() -> int:
-    """Bytes of memory that are free, as Windows tells."""
+    """Bytes of memory that are free on Windows."""
     import ctypes
 
     class Status(ctypes.Structure):
@@ -114,7 +116,7 @@ def _peak_memory() -> int:
 
 
 def processor() -> str:
-    """What the system calls its processor."""
+    """The system's name for its processor."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,6 +1,6 @@
-"""What is said while work goes on, and progress with an estimate of the time left; commands show both on stderr.
+"""Messages while work goes on, and progress with an estimate of the time left; commands show both on stderr.
 
-As a library, nothing is printed: what is said goes to the logger `capa_export`, and progress to who asks for it.
+As a library, nothing is printed: messages go to the logger `capa_export`, and progress to the caller's `Report`.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import TypeVar
 __all__ = ["Report", "progress", "say", "silent", "talk", "talks", "ticking", "tracked"]
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with the name of the work, the amount that is done, and the whole amount."""
 
 T = TypeVar("T")
 
@@ -25,26 +25,26 @@ _LOGGER = logging.getLogger("capa_export")
 
 
 class _OnStderr(logging.Handler):
-    """Writes to what `sys.stderr` is at the time, which a progress bar replaces."""
+    """Writes to the `sys.stderr` of the moment, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
 
 def talk() -> None:
-    """From now on show on stderr what is said, since stdout is data: for commands."""
+    """Show messages on stderr from now on, since stdout is data; for commands."""
     if not talks():
         _LOGGER.addHandler(_OnStderr())
         _LOGGER.setLevel(logging.INFO)
 
 
 def talks() -> bool:
-    """Whether what is said is shown on stderr."""
+    """Whether messages are shown on stderr."""
     return any(isinstance(handler, _OnStderr) for handler in _LOGGER.handlers)
 
 
 def say(line: str) -> None:
-    """Tell the person who waits."""
+    """Send a message to the person who waits."""
     _LOGGER.info("%s", line)
 
 
@@ -53,7 +53,7 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 def tracked(items: Iterable[T], what: str, total: int, report: Report) -> Iterator[T]:
-    """The items; each is reported before it is given, and once more when all are done."""
+    """Yield the items, with a report before each one, and another when all are done."""
     for done, item in enumerate(items):
         report(what, done, total)
         yield item
@@ -62,7 +62,7 @@ def tracked(items: Iterable[T], what: str, total: int, report: Report) -> Iterat
 
 @contextmanager
 def progress() -> Generator[Report]:
-    """A report that shows itself on stderr until the block ends."""
+    """Show progress on stderr until the block ends."""
     if not sys.stderr.isatty():
         yield _LogLines()
         return
@@ -110,7 +110,7 @@ def ticking(what: str) -> Generator[None]:
 
 
 class _LogLines:
-    """One line when a piece of work has run for a while, then every ten seconds."""
+    """A report that prints a line when a piece of work has run for a while, then every ten seconds."""
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}

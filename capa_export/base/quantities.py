@@ -10,10 +10,10 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30
 
 
 def parse_bytes(text: str) -> int:
-    """A size in bytes, as `8GB`, `7.5GB`, `8GiB` or `8000MB`.
+    """Parse a size such as `8GB`, `7.5GB`, `8GiB` or `8000MB` into bytes.
 
     Raises:
-        CapaError: it is none, or has no unit.
+        CapaError: the text is no size, or has no unit.
     """
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([a-z]+)", text.strip().lower())
@@ -26,10 +26,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_budget(text: str) -> float:
-    """A budget of FLOPs: a fraction of dense, as `0.25` or `25%`, or so many, as `2.5e12`.
+    """Parse a budget of FLOPs: a fraction of dense, as `0.25` or `25%`, or a number of FLOPs, as `2.5e12`.
 
     Raises:
-        CapaError: it is no number, or a percentage that saves nothing.
+        CapaError: the text is no number, or a percentage that saves nothing.
     """
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:

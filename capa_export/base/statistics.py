@@ -1,4 +1,4 @@
-"""How sure a figure is: 95 % intervals of shares and of paired differences. And how far apart two predictions are."""
+"""95 % intervals of shares and of paired differences, and the KL divergence of two predictions."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Figure = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Entry(BaseModel):
-    """Base of what reports record: immutable, no unknown keys."""
+    """Base of all that reports hold: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -63,9 +63,9 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int,
 
     Args:
         first: a finite figure per question, at least one.
-        second: the same questions' other figure.
-        seed: of the resamples.
-        level: of the interval.
+        second: another figure of the same questions.
+        seed: seed of the resamples.
+        level: coverage of the interval.
     """
     differences = np.subtract(first, second, dtype=np.float64)
     rng, count = np.random.default_rng(seed), len(differences)

@@ -1,4 +1,4 @@
-"""TOML files, shipped and of the user's own, read into frozen models that refuse unknown keys and wrong types."""
+"""Reads TOML files, shipped or the user's, into frozen models that refuse unknown keys and wrong types."""
 
 import sys
 from collections.abc import Collection
@@ -33,7 +33,7 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
     """Parse `path` as `model`; `extra` fills fields that the file itself does not hold.
 
     Raises:
-        CapaError: the file is missing, is no TOML, or does not fit the model.
+        CapaError: the file is missing, is not TOML, or does not fit the model.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], filled: Collection[str] = ()) -> str:
-    """What is wrong with the first key that is; `filled` are keys of `model` that no file may hold."""
+    """Describe the first wrong key; `filled` are keys of `model` that no file may hold."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -70,7 +70,7 @@ def _known_keys(model: type[BaseModel], filled: Collection[str]) -> str:
 
 
 def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The nested model that refused the key at `location`, when it is reached by plain fields."""
+    """The nested model that refused the key at `location`; None where plain fields do not lead to it."""
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):

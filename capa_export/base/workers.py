@@ -1,4 +1,4 @@
-"""Spreads work over processes of this machine, or over a Ray cluster: tasks out, results in the order they are done."""
+"""Runs tasks in processes of this machine, or on a Ray cluster; results come in the order in which they are done."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import talk, talks
 
-__all__ = ["Workers", "chunks", "in_order", "spread"]
+__all__ = ["Workers", "chunks", "in_order", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Prepare = Callable[[], Callable[[Task], Result]]
-"""Called once in each process; what it returns does the tasks. It is pickled, unless all is done here."""
+"""Called once in each process; the function it returns does the tasks. It is pickled, unless all is done here."""
 
 _AHEAD = 2
 """Tasks handed out for each process, so that none waits for the next."""
@@ -33,16 +33,16 @@ _RETRIES = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """Where work is done; by default in this process."""
+    """The processes that do the work; by default this one alone."""
 
     count: int | None = None
-    """Processes; of a cluster, how many at a time, one a node by default."""
+    """Number of processes; on a cluster, of processes at a time, by default one a node."""
     ray: str | None = None
     """Address of a Ray cluster, as `auto` or `ray://HOST:10001`."""
 
     @property
     def here(self) -> bool:
-        """Whether this process does all of it."""
+        """Whether this process does all the work."""
         return self.ray is None and (self.count or 1) == 1
 
 
@@ -53,15 +53,16 @@ def chunks(items: Iterable[Task], size: int) -> Iterator[list[Task]]:
         yield chunk
 
 
-def spread(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], workers: Workers) -> Generator[tuple[int, Result]]:
+def run_tasks(
+    prepare: "Prepare[Task, Result]", tasks: Iterable[Task], workers: Workers
+) -> Generator[tuple[int, Result]]:
     """Do every task once; yields its number and its result.
 
     Tasks are taken only as fast as they are done. A task whose worker is lost with its node is done again by another,
-    and yields once all the same. Closing the generator ends the work, also what has
-    begun in other processes.
+    and yields once all the same. Closing the generator ends the work, also in other processes.
 
     Raises:
-        CapaError: a task's own; or a process ended, or the cluster cannot be reached.
+        CapaError: a task raises it, a process ended, or the cluster cannot be reached.
     """
     if workers.ray is not None:
         return _on_ray(prepare, tasks, workers.ray, workers.count)
@@ -71,7 +72,7 @@ def spread(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], workers: Wor
 
 
 def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
-    """What `spread` yields, in the order of the tasks."""
+    """Yield the results of `run_tasks` in the order of the tasks."""
     waiting: dict[int, Result] = {}
     due = 0
     for number, result in results:
@@ -117,7 +118,7 @@ def _in_processes(prepare: "Prepare[Task, Result]", tasks: Iterable[Task], count
 
 
 def _start(threads: str, released: Any, talking: bool) -> None:  # noqa: FBT001 - an argument of a pool.
-    """Make a worker process; torch, which reads the number of threads where it is loaded, is not loaded yet."""
+    """Set up a worker process, before torch is loaded, which reads the number of threads then."""
     os.environ["OMP_NUM_THREADS"] = threads
     if talking:
         talk()
@@ -144,7 +145,7 @@ def _do(prepare: bytes, task: Any) -> Any:
 def _on_ray(
     prepare: "Prepare[Task, Result]", tasks: Iterable[Task], address: str, count: int | None
 ) -> Generator[tuple[int, Result]]:
-    """Ray gives the tasks of a node that is lost to another one; results come to this process alone."""
+    """Run tasks on a Ray cluster, which gives those of a lost node to another; results come to this process alone."""
     try:
         import ray
         from ray.exceptions import RayError, RayTaskError

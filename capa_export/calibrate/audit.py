@@ -1,4 +1,4 @@
-"""Which parts of a model FP16 cannot hold, as calibration measured them, before anything is built."""
+"""Finds the parts of a model whose calibrated activations FP16 cannot hold, before anything is built."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +11,19 @@ from capa_export.config.parts import Unit, address_of, branch_of, measured_unit
 __all__ = ["audit"]
 
 _LIMIT = FP16_MAX / 4
-"""Other pictures reach further than those of the calibration."""
+"""A quarter of FP16's largest number: other pictures reach further than those of the calibration."""
 
 
 def audit(absmax: Mapping[str, float], precision: str, dims: ModelDims[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parts to compute in FP32, as `--fp32-layers` names them, and a sentence for each.
 
     Args:
-        absmax: of the calibration.
-        precision: of the build; only FP16 has a range to be held against.
-        dims: of the model.
+        absmax: the calibration's largest magnitudes, by module path.
+        precision: the build's precision; only FP16 has a range to be held against.
+        dims: the model's dimensions.
 
     Raises:
-        CapaError: a value leaves every part that could be computed in FP32 in half precision.
+        CapaError: no part that could be computed in FP32 would hold one of the values.
     """
     if precision != "fp16":
         return (), ()
@@ -40,7 +40,7 @@ def audit(absmax: Mapping[str, float], precision: str, dims: ModelDims[Any]) -> 
 
 
 def _unit(name: str, largest: float, dims: ModelDims[Any]) -> Unit | None:
-    """The part that has to be in FP32 for this value; None where the graph does not compute it."""
+    """The part to compute in FP32 for a value of this size; None where the graph does not compute the value."""
     unit, address = measured_unit(name), address_of(name)
     if unit is None or address is None:
         if name.endswith(".input"):

@@ -27,7 +27,7 @@ from capa_export.model.streamed import DECODER, StoredWeights, hollow_model
 __all__ = ["calibrate_layerwise"]
 
 _FILE_OVERHEAD = 16 << 10
-"""Bytes of a sample's files beside its states and positions: headers, and blocks that are not full."""
+"""Bytes of a sample's files beside its states and positions: headers, and blocks of the disk that are not full."""
 
 
 def calibrate_layerwise(
@@ -39,15 +39,15 @@ def calibrate_layerwise(
     unfinished: UnfinishedSums,
     report: Report = silent,
 ) -> Calibration:
-    """What `calibrate` measures, on the model's own modules; they hold weights only while they run.
+    """Measure a calibration with the model's own modules, which hold weights only while they run.
 
     Args:
         source: the checkpoint.
-        prompter: of that checkpoint.
+        prompter: the checkpoint's prompter.
         samples: pictures and questions.
-        checkpoint_digest: for the calibration.
-        unfinished: takes the sums while it runs, and beside them the hidden states of all samples, [T, D] FP32 each.
-        report: progress.
+        checkpoint_digest: digest of the weights, to store in the calibration.
+        unfinished: store of the sums while they grow, and of the hidden states of all samples, [T, D] FP32 each.
+        report: told the progress.
 
     Raises:
         CapaError: the disk is too small, a tensor is missing, or the model yields NaN or infinity.
@@ -61,13 +61,13 @@ def calibrate_layerwise(
         run = _Run(model, weights, samples.count, unfinished, measurement, checkpoint_digest, report)
         if before is not None:
             run.resume(before)
-        run.look(prompter, samples)
+        run.embed(prompter, samples)
         run.decode()
         return measurement.calibration(checkpoint_digest, samples.count)
 
 
 def _check_disk(source: Source, prompter: Prompter, samples: Samples, folder: Path, report: Report) -> None:
-    """Refuse samples whose states the disk cannot hold; those of one, and the sums, are there twice for a moment."""
+    """Refuse samples whose states exceed the disk; one sample's, and the sums, are there twice for a moment."""
     dims = source.dims.decoder
     lengths = [
         len(prompter.chat(sample.turns).input_ids)
@@ -80,27 +80,27 @@ def _check_disk(source: Source, prompter: Prompter, samples: Samples, folder: Pa
 
 @dataclass
 class _Run:
-    """A calibration in steps: a look at every sample, then every sample through a layer before the next layer."""
+    """A calibration in steps: the vision tower on every sample, then each layer on every sample."""
 
     model: Any
     weights: StoredWeights
     count: int
-    """Samples."""
+    """Number of samples."""
     unfinished: UnfinishedSums
     measurement: Measurement
     checkpoint_digest: str
     report: Report
     done: int = 0
-    """Steps, in this run and those that were interrupted."""
+    """Number of finished steps, in this run and those that were interrupted."""
 
     def resume(self, before: Calibration) -> None:
-        """Take up what an interrupted run measured."""
+        """Go on from the sums of an interrupted run."""
         self.done = before.samples
         self.measurement.sums[:] = before.layers
         self.measurement.absmax.update(before.absmax)
 
-    def look(self, prompter: Prompter, samples: Samples) -> None:
-        """Put what every sample feeds the decoder on the shelf."""
+    def embed(self, prompter: Prompter, samples: Samples) -> None:
+        """Run the vision tower, and store what every sample feeds the decoder."""
         model, weights = self.model, self.weights
         if not (indices := self._left(0)):
             return
@@ -116,7 +116,7 @@ class _Run:
                 self._finish_step()
 
     def decode(self) -> None:
-        """Take every sample through the decoder, all of them through one layer before the next."""
+        """Run the decoder on every sample, one layer on all of them before the next."""
         text, weights = self.model.model.language_model, self.weights
         layers, norm = list(text.layers), text.norm
         text.norm = nn.Identity()
@@ -124,7 +124,7 @@ class _Run:
             if not (indices := self._left(1 + number)):
                 continue
             # The model's own forward, for its masks, its rotary tables and what it does between layers.
-            text.layers = nn.ModuleList(layer if other is layer else _Skipped() for other in layers)
+            text.layers = nn.ModuleList(layer if other is layer else _PassThrough() for other in layers)
             with weights.loaded(layer, f"{DECODER}layers.{number}."):
                 for index in indices:
                     self.report("calibrate layer by layer", number * self.count + index, len(layers) * self.count)
@@ -145,7 +145,7 @@ class _Run:
         self.report("calibrate layer by layer", len(layers) * self.count, len(layers) * self.count)
 
     def _left(self, part: int) -> range:
-        """Samples that have not been through a part: the look, each layer, the last norm."""
+        """Samples that have not been through a part: 0 is the tower, then each layer, then the last norm."""
         return range(min(max(self.done - part * self.count, 0), self.count), self.count)
 
     def _finish_step(self) -> None:
@@ -153,7 +153,7 @@ class _Run:
         self.unfinished.keep(self.measurement.calibration(self.checkpoint_digest, self.done))
 
     def _hidden(self, index: int, layer: int) -> Path:
-        """The states of a sample before a layer."""
+        """File of a sample's hidden states before a layer."""
         return self.unfinished.folder / f"{index}.{layer}.hidden"
 
     def _others(self, index: int) -> Path:
@@ -161,14 +161,14 @@ class _Run:
 
 
 def _of_layer(deepstack: Sequence[Tensor], number: int) -> list[Tensor]:
-    """What the model adds behind its layers, without what is not added behind this one."""
+    """DeepStack features such that a run of layer `number` alone adds its own and no others."""
     if number >= len(deepstack):
         return []
     return [*(torch.zeros_like(features) for features in deepstack[:number]), deepstack[number]]
 
 
-class _Skipped(nn.Module):
-    """In the place of a decoder layer that is not the one at work."""
+class _PassThrough(nn.Module):
+    """Stands in the place of a decoder layer that is not to run."""
 
     def forward(self, hidden: Tensor, **_: object) -> Tensor:
         return hidden

@@ -1,4 +1,4 @@
-"""Runs the dense eager model over pictures: where visual FFNs are linear, alpha, sinks, activation ranges.
+"""Measures the dense eager model on pictures: linearity of visual FFNs, alpha, sinks, activation ranges.
 
 T = prompt tokens, V = visual tokens, D = hidden size, L = decoder layers; H = query heads, G = KV heads, d = head size.
 """
@@ -28,9 +28,9 @@ from capa_export.model.prompt import Prompter
 __all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 
 _SDPA = "sdpa"
-"""The attention that models are loaded with."""
+"""Name of the attention function that models are loaded with."""
 _TILE = 1 << 20
-"""Attention scores in memory at a time."""
+"""Most attention scores in memory at a time."""
 
 
 def calibrate(
@@ -46,13 +46,13 @@ def calibrate(
     """Stream the samples through the dense model and keep sums only.
 
     Args:
-        model: eager, in FP32.
-        family: of the model.
-        prompter: of the checkpoint.
+        model: the eager model in FP32.
+        family: the model's family.
+        prompter: the checkpoint's prompter.
         samples: pictures and questions.
-        checkpoint_digest: for the calibration.
-        unfinished: where the sums are kept while it runs, and are taken up again.
-        report: progress.
+        checkpoint_digest: digest of the weights, to store in the calibration.
+        unfinished: store of the sums, from which an interrupted run goes on.
+        report: told the progress.
 
     Raises:
         NotFiniteError: the model yields NaN or infinity.
@@ -66,7 +66,7 @@ def calibrate(
 
 
 def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, checkpoint_digest: str) -> Calibration:
-    """What one sample adds: summed in the order of samples, the total has the same bits wherever each was measured.
+    """Measure one sample. Summed in the order of samples, the total has the same bits wherever each was measured.
 
     x is the residual stream before the post-attention norm and y = x + FFN(norm(x)) (CAPA, section 4.2).
 
@@ -90,11 +90,11 @@ def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, chec
 
 @dataclass
 class Measurement:
-    """What the hooks of `measuring` saw."""
+    """The sums and largest magnitudes that the hooks of `measuring` collect."""
 
     sums: list[LayerSums]
     absmax: dict[str, float] = field(default_factory=dict)
-    """Largest magnitudes, as in `Calibration`."""
+    """Largest magnitudes by module path, as in `Calibration`."""
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Layer -> (x, x + FFN(norm(x))), each [T, D] FP32, of the latest forward."""
 
@@ -103,7 +103,7 @@ class Measurement:
 
         Args:
             is_visual: [T] bool.
-            damaged: finds the name of a tensor that is not finite, for the error's sake.
+            damaged: finds the name of a tensor that is not finite, for the error message.
 
         Raises:
             NotFiniteError: a block's output is not finite.
@@ -115,7 +115,7 @@ class Measurement:
         self.seen.clear()
 
     def calibration(self, checkpoint_digest: str, samples: int) -> Calibration:
-        """All that was measured."""
+        """All sums so far, as a calibration."""
         return Calibration(checkpoint_digest, samples, self.sums, dict(sorted(self.absmax.items())))
 
 
@@ -155,7 +155,7 @@ def _add(sums: LayerSums, x_TD: Tensor, y_TD: Tensor, is_visual: Tensor) -> None
 
 @contextmanager
 def watching_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Generator[None]:
-    """Note, layer by layer, (x, x + FFN(norm(x))) of every forward."""
+    """Record (x, x + FFN(norm(x))) of each layer in every forward of the block."""
     entering: dict[int, Tensor] = {}
     handles = []
     for index, layer in enumerate(layers):
@@ -179,7 +179,7 @@ def watching_ffns(layers: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Genera
 
 @contextmanager
 def _watch_ranges(model: Any, absmax: dict[str, float]) -> Generator[None]:
-    """Largest magnitudes by module path: see `Calibration.absmax`."""
+    """Record largest magnitudes by module path in every forward of the block: see `Calibration.absmax`."""
 
     def note(name: str, *extremes: Tensor) -> None:
         largest = float(torch.stack(extremes).abs().max())

@@ -1,4 +1,4 @@
-"""The calibration stage: measures the dense model, or takes what was measured elsewhere."""
+"""The calibration stage: measures the dense model, or adopts a calibration that was made elsewhere."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say, tracked
-from capa_export.base.workers import chunks, in_order, spread
+from capa_export.base.workers import chunks, in_order, run_tasks
 from capa_export.bundle.store import Bundle, run_stage
 from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
 from capa_export.calibrate.unfinished import UnfinishedSums
@@ -22,16 +22,16 @@ from capa_export.model.model import Model
 __all__ = ["adopt_calibration", "calibrate", "check_owner"]
 
 _CODE = ("capa_export.calibrate.layerwise", "capa_export.calibrate.measure", "capa_export.model.prompt")
-"""The modules that measure."""
+"""Modules whose code a stored calibration depends on."""
 _SAMPLES_A_TASK = 4
 
 
 def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
-    """Measure the dense model into a bundle, or read what an earlier run measured.
+    """Measure the dense model into a bundle, or read the calibration of an earlier run.
 
     Raises:
-        CapaError: the model does not load or does not fit, a sample cannot be asked, or a calibration that is given
-            is of another model.
+        CapaError: the model does not load or does not fit, a sample cannot be used, or the given calibration is of
+            another model.
     """
     model.check_files()
     _check_workers(model, options)
@@ -96,7 +96,7 @@ def _check_workers(model: Model, options: BuildOptions) -> None:
 
 
 def _goes_by_layer(model: Model, bundle: Bundle, options: BuildOptions, key: list[Any]) -> bool:
-    """Whether to go layer by layer: as is asked, as an interrupted run did, or where the model does not fit."""
+    """Whether to go layer by layer: as the options say, as an interrupted run did, or where the model does not fit."""
     if options.layer_by_layer is not None:
         return options.layer_by_layer
     if not options.workers.here:
@@ -132,17 +132,17 @@ def _measured(
 def _measured_by_workers(
     model: Model, samples: Samples, options: BuildOptions, unfinished: UnfinishedSums
 ) -> Calibration:
-    """What one process would measure, to the last bit where each has as many threads."""
+    """Measure the samples in several processes: equal to one process to the last bit where each has as many threads."""
     before = unfinished.load()
     done = before.samples if before else 0
     tasks = chunks(islice(samples, done, None), _SAMPLES_A_TASK)
-    results = in_order(spread(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
+    results = in_order(run_tasks(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
     measured = tracked(chain.from_iterable(results), "calibrate", samples.count - done, model.report)
     return summed(measured, before, unfinished.keep)
 
 
 def _measurer(model: Model, checkpoint_digest: str) -> Callable[[Sequence[Sample]], list[Calibration]]:
-    """Open the model in a worker process; what is returned measures each of the samples it is given."""
+    """Open the model in a worker process; returns a function that measures samples one by one."""
     from capa_export.calibrate.measure import measure
 
     eager, family, prompter = model.eager, model.family, model.prompter

@@ -1,4 +1,4 @@
-"""What a calibration measured: sums that merge exactly, and all that follows from them. Needs no torch.
+"""The sums of a calibration, which merge exactly, and the figures that follow from them. Needs no torch.
 
 D = hidden size, L = decoder layers.
 """
@@ -48,11 +48,11 @@ class LayerSums:
 
     @classmethod
     def zeros(cls, size: int) -> "LayerSums":
-        """Sums over nothing."""
+        """Sums over no token; `size` is D."""
         return cls(np.zeros(size), np.zeros(size), np.zeros(size))
 
     def add(self, others: "LayerSums") -> None:
-        """Take in the sums over other tokens."""
+        """Add the sums over other tokens."""
         for name in (entry.name for entry in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(others, name))
 
@@ -83,20 +83,20 @@ class LayerSums:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything measured, over all samples."""
+    """The sums of every layer and the largest magnitudes, over all samples."""
 
     checkpoint_digest: str
-    """Of the weights it was measured on: another checkpoint's alpha would be wrong."""
+    """Digest of the weights it was measured on: alpha is wrong for any others."""
     samples: int
     layers: Sequence[LayerSums]
     absmax: dict[str, float]
-    """Largest magnitudes by module path: outputs of blocks, attentions, FFNs, norms and projections; with `.input`
-    behind it, what goes into one of the latter two; behind an attention's, its `.query`, `.key` and `.value`, rotated,
-    and its `.scores`, before the softmax and whether they are masked or not."""
+    """Largest magnitudes by module path: outputs of blocks, attentions, FFNs, norms and projections; inputs of norms
+    and projections under `PATH.input`; an attention's `.query`, `.key` and `.value`, rotated, and its `.scores`,
+    before the softmax, masked ones too."""
 
     @property
     def mean_visual_tokens(self) -> float:
-        """Of a sample."""
+        """Mean number of visual tokens of a sample."""
         return self.layers[0].visual_tokens / max(self.samples, 1)
 
     def linear_layers(self, eta: float) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class Calibration:
         return tuple(index for index, layer in enumerate(self.layers) if layer.cosine > eta)
 
     def scales(self, eta: float) -> dict[int, np.ndarray]:
-        """Layer -> alpha [D] of the layers that are linear."""
+        """Layer -> alpha [D] FP64, of the linear layers."""
         return {layer: self.layers[layer].alpha for layer in self.linear_layers(eta)}
 
     @property
@@ -119,7 +119,7 @@ class Calibration:
         return sum(count for dims, count in self.layers[layer].sinks.items() if channels.intersection(dims))
 
     def summary(self, eta: float, paper_layers: Sequence[int]) -> dict[str, Any]:
-        """For people and for `--json`: per layer, then ranges and sinks."""
+        """The figures that tables and `--json` show: per layer, then ranges and sinks."""
         worst, largest = max(self.absmax.items(), key=lambda item: item[1], default=("", 0.0))
         return {
             "samples": self.samples,
@@ -144,12 +144,16 @@ class Calibration:
         }
 
     def digest(self) -> str:
-        """SHA-256 over what it holds."""
+        """SHA-256 over all sums, counts and magnitudes."""
         sums = [getattr(layer, name).tobytes() for layer in self.layers for name in ("xx", "xy", "yy")]
         return hashlib.sha256(b"".join([*sums, self._about().encode()])).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the sums, so that runs merge, and all else as metadata of the same file."""
+        """Write the sums as tensors, and all else as metadata of the same file.
+
+        Raises:
+            CapaError: the file cannot be written.
+        """
         tensors = {
             f"layers.{index}.{name}": getattr(layer, name)
             for index, layer in enumerate(self.layers)
@@ -183,7 +187,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read what `save` wrote: the file, or the bundle folder it is in.
+        """Read a file that `save` wrote, given its path or that of the bundle folder it is in.
 
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
@@ -206,7 +210,7 @@ class Calibration:
                     for index, counts in enumerate(about["layers"])
                 ]
             calibration = cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"])
-            # Those of earlier versions have none.
+            # Calibrations of earlier versions have no digest.
             if metadata.get("digest", calibration.digest()) != calibration.digest():
                 raise ValueError("its digest differs from what it holds: it was changed since it was measured")
         except FileNotFoundError as error:
@@ -217,10 +221,10 @@ class Calibration:
 
 
 def merged(parts: Sequence[Calibration]) -> Calibration:
-    """One calibration from several runs: every figure is a sum or a maximum, in whatever order they are given.
+    """One calibration from several runs, whatever their order, since every figure is a sum or a maximum.
 
     Raises:
-        CapaError: they were measured on different checkpoints, or one is given twice.
+        CapaError: the runs are of different checkpoints, or one is given twice.
     """
     parts = sorted(parts, key=Calibration.digest)
     first = parts[0]
@@ -234,12 +238,12 @@ def merged(parts: Sequence[Calibration]) -> Calibration:
 def summed(
     parts: Iterable[Calibration], before: Calibration | None = None, keep: Callable[[Calibration], None] | None = None
 ) -> Calibration:
-    """All that several runs on one checkpoint measured, added in the order given.
+    """Add the calibrations of one checkpoint in the order given.
 
     Args:
-        parts: at least one, unless there were some before.
-        before: sum of those that come first.
-        keep: told the sum after each part.
+        parts: calibrations; at least one where `before` is None.
+        before: the sum of earlier parts.
+        keep: called with the sum after each part.
     """
     total = before
     for part in parts:
@@ -258,5 +262,5 @@ def summed(
 
 
 def scales_digest(scales: Mapping[int, np.ndarray]) -> str:
-    """One digest of the scale [D] of every layer that has one."""
+    """SHA-256 over the scale [D] of every layer that has one."""
     return digest_of({layer: alpha.tolist() for layer, alpha in scales.items()})

@@ -1,4 +1,4 @@
-"""The sums of a calibration that is under way, kept on disk so that an interrupted one goes on from there."""
+"""The sums of a calibration that is under way, kept on disk so that an interrupted one can go on."""
 
 import os
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _STATE = "sums.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedSums:
-    """What a calibration has measured so far, in a folder that outlives an interruption."""
+    """The sums of a calibration so far, in a folder that outlives an interruption."""
 
     folder: Path
 
     def load(self) -> Calibration | None:
-        """The sums of as many steps as its `samples` say; None where no step was finished."""
+        """Read the sums, of as many steps as their `samples` say; None where no step was finished."""
         try:
             return Calibration.load(self.folder / _STATE)
         except CapaError:
@@ -27,10 +27,10 @@ class UnfinishedSums:
             return None
 
     def keep(self, sums: Calibration) -> None:
-        """Put sums in the place of those before, whole or not at all.
+        """Replace the stored sums, whole or not at all.
 
         Raises:
-            CapaError: they cannot be written.
+            CapaError: the sums cannot be written.
         """
         fresh = self.folder / f"{_STATE}.new"
         sums.save(fresh)

@@ -144,9 +144,9 @@ def build(
         )
     engine = next((name for name in bundle.manifest["stages"] if name == f"engine/{Path(target).stem}"), None)
     if engine and not as_json:
-        from capa_export.report.terminal import engine_table
+        from capa_export.report.terminal import print_engines
 
-        engine_table(bundle.manifest["stages"][engine]["result"])
+        print_engines(bundle.manifest["stages"][engine]["result"])
     finish(bundle, bundle.parity, junit=junit, markdown=markdown, as_json=as_json)
 
 
@@ -201,8 +201,8 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(plan)
     else:
-        from capa_export.report.terminal import plan_table
+        from capa_export.report.terminal import print_plan
 
-        plan_table(plan)
+        print_plan(plan)
     if plan["refusals"]:
         raise CapaError(f"a build would be refused: {plan['refusals'][0]}")

@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = False) -> None:
     """Show what a bundle holds and what made it; check its files."""
     from capa_export.bundle.store import Bundle
-    from capa_export.report.terminal import bundle_table
+    from capa_export.report.terminal import print_bundle
 
     opened = Bundle.open(bundle, read_all=verify)
     manifest = opened.manifest
@@ -29,7 +29,7 @@ def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = Fal
     if as_json:
         print_json(manifest)
     else:
-        bundle_table(opened.folder, manifest, num_unread)
+        print_bundle(opened.folder, manifest, num_unread)
 
 
 def doctor(
@@ -43,7 +43,7 @@ def doctor(
 
     from capa_export.bundle.store import Bundle
     from capa_export.config.target import load_target
-    from capa_export.report.terminal import say
+    from capa_export.report.terminal import print_line
     from capa_export.trt.doctor import examine
 
     device = load_target(target)
@@ -54,11 +54,11 @@ def doctor(
         print_json([asdict(finding) for finding in found])
     else:
         for finding in found:
-            say(
+            print_line(
                 f"{finding.verdict:<9}{finding.check}: {finding.detail}", "bold" if finding.verdict == "problem" else ""
             )
             if finding.remedy:
-                say(f"{'':<9}{finding.remedy}")
+                print_line(f"{'':<9}{finding.remedy}")
     problems = [finding for finding in found if finding.verdict == "problem"]
     if problems:
         raise CapaError(f"{problems[0].check}: {problems[0].detail}")
@@ -90,7 +90,7 @@ def models(as_json: JsonOpt = False) -> None:
 
 def selectors(as_json: JsonOpt = False) -> None:
     """List what can choose the visual tokens, and where each acts."""
-    from capa_export.selectors.selector import Chosen, load_selector, summary
+    from capa_export.selectors.selector import SelectorChoice, load_selector, summary
     from capa_export.selectors.selector import selectors as names
 
     known = {name: load_selector(name) for name in names()}
@@ -101,7 +101,7 @@ def selectors(as_json: JsonOpt = False) -> None:
                     "name": name,
                     "place": one.place,
                     "layer": one.layer,
-                    "least": Chosen(name).least,
+                    "least": SelectorChoice(name).least,
                     "reads": one.reads,
                     "options": {
                         option: {**setting._asdict(), "most": None if setting.most == inf else setting.most}

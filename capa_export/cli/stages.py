@@ -131,9 +131,9 @@ def calibrate(
     if as_json:
         print_json(summary)
     else:
-        from capa_export.report.terminal import calibration_table
+        from capa_export.report.terminal import print_calibration
 
-        calibration_table(summary)
+        print_calibration(summary)
 
 
 def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def engine(
 ) -> None:
     """Build a bundle's TensorRT engines, or a kit that builds them. A kit is for the device itself to run."""
     from capa_export.base.progress import progress
-    from capa_export.report.terminal import engine_table
+    from capa_export.report.terminal import print_engines
 
     if on_device:
         if (target, weights, plugins, plugin_library) != ("rtx", "auto", "auto", None):
@@ -248,7 +248,7 @@ def engine(
     if as_json:
         print_json(result)
     else:
-        engine_table(result)
+        print_engines(result)
 
 
 def validate(
@@ -389,8 +389,8 @@ def finish(
     if as_json:
         print_json(parity.model_dump(mode="json"))
     else:
-        from capa_export.report.terminal import parity_table
+        from capa_export.report.terminal import print_parity
 
-        parity_table(parity)
+        print_parity(parity)
     if not parity.passed:
         raise CapaError(f"{bundle.folder}: {parity.failures[0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)

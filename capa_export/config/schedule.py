@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem
-from capa_export.selectors.selector import Chosen, Option, load_selector, selectors
+from capa_export.selectors.selector import Option, SelectorChoice, load_selector, selectors
 
 __all__ = [
     "FFNs",
@@ -50,8 +50,8 @@ class Stage(Settings):
     """Of the selector, in place of its own."""
 
     @property
-    def chosen(self) -> Chosen:
-        return Chosen(self.selector, self.options)
+    def chosen(self) -> SelectorChoice:
+        return SelectorChoice(self.selector, self.options)
 
     @property
     def where(self) -> str:
@@ -134,7 +134,7 @@ class Prune(Settings):
         return self.model_copy(update={"schedule": (_changed(stage, ratio, layer, selector),)})
 
     @property
-    def selectors(self) -> dict[int, Chosen]:
+    def selectors(self) -> dict[int, SelectorChoice]:
         """Layer -> what chooses there."""
         return {stage.layer: stage.chosen for stage in self.schedule}
 

@@ -23,7 +23,7 @@ from capa_export.graph.genai import (
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.source import Source
 from capa_export.passes.fp32_parts import FP32PartsPass
-from capa_export.selectors.selector import Chosen, load_selector
+from capa_export.selectors.selector import SelectorChoice, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
 
@@ -32,7 +32,7 @@ _PROMPT, _EMBEDDING, _DECODER = "prompt.onnx", "embedding.onnx", "llm/model.onnx
 _LONG = 32768
 
 
-def reason_against(source: Source, selectors: Mapping[int, Chosen]) -> str | None:
+def reason_against(source: Source, selectors: Mapping[int, SelectorChoice]) -> str | None:
     """Why onnxruntime-genai cannot run a bundle, for people; None if it can.
 
     Args:
@@ -53,7 +53,7 @@ def write_genai(
     precision: str,
     folder: Path,
     *,
-    selectors: Mapping[int, Chosen],
+    selectors: Mapping[int, SelectorChoice],
     linear_layers: Sequence[int],
     eos_token_ids: Sequence[int],
     min_keep_per_image: int = 1,

@@ -23,7 +23,7 @@ from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
 from capa_export.model.source import EMBEDDING, Source
 from capa_export.passes.fp32_parts import FP32PartsPass
-from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
+from capa_export.selectors.selector import TOWER_OUTPUTS, SelectorChoice
 
 __all__ = [
     "DENSE",
@@ -55,7 +55,7 @@ def write_onnx(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
-    selectors: Mapping[int, Chosen] = MappingProxyType({}),
+    selectors: Mapping[int, SelectorChoice] = MappingProxyType({}),
     min_keep_per_image: int = 1,
     fp32_layers: Sequence[str] = (),
     dense: bool = False,
@@ -132,7 +132,7 @@ def graphs_in_fp32(
     *,
     prune_layers: Sequence[int],
     scales: Mapping[int, np.ndarray],
-    selectors: Mapping[int, Chosen],
+    selectors: Mapping[int, SelectorChoice],
     min_keep_per_image: int,
 ) -> Graphs:
     """Make the FP32 graphs of `write_onnx`, `DENSE` included; weights stay in the checkpoint until they are read.
@@ -151,7 +151,7 @@ def _graphs(
     source: Source,
     dtype: ir.DataType,
     prune_layers: Sequence[int],
-    selectors: Mapping[int, Chosen],
+    selectors: Mapping[int, SelectorChoice],
     min_keep_per_image: int,
     linear_layers: Sequence[int],
     fp32_layers: Sequence[str],
@@ -188,7 +188,7 @@ def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"model.layers.{layer}.visual_scale": alpha.astype(np.float32) for layer, alpha in scales.items()}
 
 
-def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, Chosen]) -> ir.Model:
+def _tower(source: Source, dtype: ir.DataType, selectors: Mapping[int, SelectorChoice]) -> ir.Model:
     """The vision tower, with what selectors read of it."""
     for chosen in selectors.values():
         if chosen.reads_tower:

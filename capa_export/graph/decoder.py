@@ -33,7 +33,7 @@ from capa_export.graph.layers import GatedMLP, Linear, RMSNorm, attention, heads
 from capa_export.graph.prune import Prune
 from capa_export.graph.rotary import RotaryTables
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
-from capa_export.selectors.selector import CAPA, Chosen, Place, reads
+from capa_export.selectors.selector import CAPA, Place, SelectorChoice, prompt_inputs
 
 __all__ = ["decode_model", "prefill_model"]
 
@@ -155,7 +155,7 @@ class Stack(nn.Module):
         dtype: ir.DataType,
         rotary: RotaryTables,
         *,
-        selectors: Mapping[int, Chosen] = MappingProxyType({}),
+        selectors: Mapping[int, SelectorChoice] = MappingProxyType({}),
         linear_layers: Sequence[int] = (),
         min_keep_per_image: int = 0,
     ) -> None:
@@ -283,7 +283,7 @@ def prefill_model(
     *,
     prune_layers: Sequence[int],
     linear_layers: Sequence[int],
-    selectors: Mapping[int, Chosen] = MappingProxyType({}),
+    selectors: Mapping[int, SelectorChoice] = MappingProxyType({}),
     min_keep_per_image: int = 1,
     feature_size: int = 0,
 ) -> ir.Model:
@@ -325,7 +325,7 @@ def prefill_model(
         "visual_features": (dtype, ("sequence", feature_size)),
         "visual_grid": (ir.DataType.INT64, (2, "sequence")),
     }
-    inputs += [Input(name, *shapes[name]) for name in reads(chosen.values())]
+    inputs += [Input(name, *shapes[name]) for name in prompt_inputs(chosen.values())]
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[tuple[str, ir.Value, tuple[int | str, ...]]]:
         last, cache, kept = stack(op, **values)

@@ -24,7 +24,7 @@ from capa_export.graph.decoder import Layer, RotaryTables, Stack
 from capa_export.graph.layers import Linear
 from capa_export.graph.prune import Prune
 from capa_export.graph.tokens import KeyValue, Tokens
-from capa_export.selectors.selector import TOWER_OUTPUTS, Chosen
+from capa_export.selectors.selector import TOWER_OUTPUTS, SelectorChoice
 
 __all__ = ["TABLE", "decoder_model", "embedding_model", "prompt_model", "row_size"]
 
@@ -55,7 +55,7 @@ class Embedding(nn.Module):
 class PromptRows(nn.Module):
     """The prompt's rows, those of the dropped visual tokens left out."""
 
-    def __init__(self, dims: ModelDims[Any], chosen: Chosen | None, min_keep_per_image: int) -> None:
+    def __init__(self, dims: ModelDims[Any], chosen: SelectorChoice | None, min_keep_per_image: int) -> None:
         super().__init__("prompt")
         self.dims = dims
         self.prune = None if chosen is None else Prune(dims.decoder, chosen, min_keep_per_image)
@@ -117,7 +117,7 @@ def _zeros_like(op: OpBuilder, of_each_token: ir.Value, num_tokens: ir.Value) ->
 
 
 def prompt_model(
-    tower: ir.Model, dims: ModelDims[Any], dtype: ir.DataType, chosen: Chosen | None, *, min_keep_per_image: int
+    tower: ir.Model, dims: ModelDims[Any], dtype: ir.DataType, chosen: SelectorChoice | None, *, min_keep_per_image: int
 ) -> ir.Model:
     """A prompt and its pictures in, the rows that enter the decoder out; genai runs it as its vision model.
 

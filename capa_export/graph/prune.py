@@ -11,7 +11,7 @@ from onnxscript import OpBuilder, nn
 from capa_export.base.dims import DecoderDims
 from capa_export.graph.build import END, SelectorNodes, call
 from capa_export.graph.tokens import Heads, KeyValue, Scorer, Tokens
-from capa_export.selectors.selector import TOKEN_AXIS, Chosen, GraphView, load_selector
+from capa_export.selectors.selector import TOKEN_AXIS, GraphView, SelectorChoice, load_selector
 
 __all__ = ["Prune"]
 
@@ -19,7 +19,7 @@ __all__ = ["Prune"]
 class Prune(nn.Module):
     """One stage: scores the visual tokens, and drops all but the best."""
 
-    def __init__(self, dims: DecoderDims, chosen: Chosen, min_keep_per_image: int) -> None:
+    def __init__(self, dims: DecoderDims, chosen: SelectorChoice, min_keep_per_image: int) -> None:
         super().__init__()
         self.scale = dims.head_dim**-0.5
         self.chosen, self.selector = chosen, load_selector(chosen.name)

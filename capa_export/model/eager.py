@@ -19,12 +19,12 @@ from capa_export.model.lockstep import RESIDENT, Pass, WeightSource, run_pass, t
 from capa_export.selectors.selector import (
     CAPA,
     TOKEN_AXIS,
-    Chosen,
     Place,
-    Prompted,
+    PromptInput,
+    SelectorChoice,
     TensorView,
     load_selector,
-    reads,
+    prompt_inputs,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class EagerInputs(NamedTuple):
     """[3, 1, T] or [1, T]"""
     deepstack: Sequence[Tensor] = ()
     """[V, D] each: what the outputs of the first layers gain at visual tokens."""
-    prompted: Mapping[Prompted, Tensor] = MappingProxyType({})
+    prompted: Mapping[PromptInput, Tensor] = MappingProxyType({})
     """The prompt's properties that selectors read, as in `TensorView`."""
 
     @classmethod
@@ -82,7 +82,7 @@ class EagerPlan:
     """Layer -> visual tokens kept from there on; -1 before the decoder."""
     scales: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> alpha [D] that stands for the FFN of visual tokens."""
-    selectors: Mapping[int, Chosen] = field(default_factory=dict)
+    selectors: Mapping[int, SelectorChoice] = field(default_factory=dict)
     """Layer -> what chooses the tokens kept; CAPA where it says nothing."""
     forced: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> prompt positions to keep whatever the scores say."""
@@ -93,7 +93,7 @@ class EagerPlan:
     jitter: float = 0.0
     """Relative noise on what selectors read: shows how near to ties their choices are."""
 
-    def chosen(self, layer: int) -> Chosen:
+    def chosen(self, layer: int) -> SelectorChoice:
         return self.selectors.get(layer, CAPA)
 
     def prunes(self, layer: int, place: Place) -> bool:
@@ -101,9 +101,9 @@ class EagerPlan:
         return layer in self.keep and self.chosen(layer).place == place
 
     @property
-    def reads(self) -> tuple[Prompted, ...]:
+    def reads(self) -> tuple[PromptInput, ...]:
         """The prompt's properties that the selectors read."""
-        return reads(self.chosen(layer) for layer in self.keep)
+        return prompt_inputs(self.chosen(layer) for layer in self.keep)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def inputs_for(plan: EagerPlan, family: Family, model: Any, prompt: "Prompt") ->
         CapaError: the family's vision tower does not give it.
     """
     inputs = EagerInputs.of(family.eager_inputs(model, prompt))
-    prompted: dict[Prompted, Tensor] = {}
+    prompted: dict[PromptInput, Tensor] = {}
     if "visual_grid" in plan.reads:
         prompted["visual_grid"] = torch.from_numpy(prompt.visual_grid)
     if asking := [chosen.name for chosen in map(plan.chosen, plan.keep) if chosen.reads_tower]:
@@ -289,7 +289,7 @@ class _LayerTokens:
     """[T] bool."""
     deepstack: Sequence[Tensor]
     """[V, D] each."""
-    prompted: Mapping[Prompted, Tensor]
+    prompted: Mapping[PromptInput, Tensor]
     """The properties of the whole prompt that selectors read."""
 
     def at(self, rows: Tensor) -> "_LayerTokens":

@@ -1,1 +1,1 @@
-"""Does a bundle compute what the eager model computes? The oracle, the artefacts, the gates, and the report."""
+"""Checks that a bundle computes what the eager model computes: the oracle, the artefacts, the gates, the report."""

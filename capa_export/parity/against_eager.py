@@ -1,4 +1,4 @@
-"""Validation against the eager model, which is run anew."""
+"""Validates a bundle against the eager model, which is run anew."""
 
 import os
 from importlib.metadata import version
@@ -19,10 +19,10 @@ from capa_export.parity.validation import (
     Validation,
     goes_by_layer,
     held_out,
-    on_layers,
+    layer_notes,
+    open_oracle,
     scales_of,
     sidecar_files,
-    subject_of,
 )
 from capa_export.report.schema import PROMPTS
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from capa_export.data.samples import Samples
     from capa_export.export.graphs import Graphs
     from capa_export.parity.records import Records
-    from capa_export.parity.validate import Compared
+    from capa_export.parity.validate import Comparison
     from capa_export.run.engine import BuiltEngines
 
 __all__ = ["AgainstEager"]
 
 
 class AgainstEager(Validation):
-    """The eager model is run anew."""
+    """A validation that runs the eager model."""
 
     oracle = "eager"
 
@@ -64,14 +64,14 @@ class AgainstEager(Validation):
         return [self.prompts.digest(), self.questions.digest(), self.model.prompt_settings, stop]
 
     def run(self, scratch: Path) -> dict[str, Any]:
-        from capa_export.parity.method import method_effect
+        from capa_export.parity.method import measure_method
         from capa_export.parity.records import write_records
         from capa_export.parity.validate import (
             compare_dense,
             compare_engine,
             compare_onnx,
             compare_prompts,
-            replayed_oracle,
+            make_replay,
         )
         from capa_export.run.bundled import bundled_prompter
 
@@ -82,30 +82,30 @@ class AgainstEager(Validation):
         with TemporaryDirectory(dir=scratch) as folder:
             kept = Path(folder) / "records"
             kept.mkdir()
-            twin = self._twin(Path(folder) / "twin", sliced=sliced)
-            subject = subject_of(model, self.bundle, recipe, self.scales, twin, sliced=sliced)
+            reference = self._reference_graphs(Path(folder) / "reference", sliced=sliced)
+            oracle = open_oracle(model, self.bundle, recipe, self.scales, reference, sliced=sliced)
             # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
-            fp32 = subject.onnx if self.precision == "fp32" else twin
-            records = write_records(kept, subject, self.prompts, recipe.parity.steps, report)
+            fp32 = oracle.onnx if self.precision == "fp32" else reference
+            records = write_records(kept, oracle, self.prompts, recipe.parity.steps, report)
             compared = [
                 compare_prompts(model.prompter, bundled, self.prompts, self._changed_sidecars()),
-                dense := compare_dense(subject, records, recipe, report),
+                dense := compare_dense(oracle, records, recipe, report),
                 capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
             ]
-            if fp32 != subject.onnx:
-                compared.append(compare_onnx(subject.onnx, self.precision, records, recipe, report, sliced=sliced))
+            if fp32 != oracle.onnx:
+                compared.append(compare_onnx(oracle.onnx, self.precision, records, recipe, report, sliced=sliced))
             if self.built is not None:
-                expected = replayed_oracle(subject)
-                engines = (self.engine_model(), subject.onnx, self.precision)
-                compared.append(compare_engine(*engines, records, recipe, expected, report, sliced=sliced))
+                replay = make_replay(oracle)
+                engines = (self.engine_model(), oracle.onnx, self.precision)
+                compared.append(compare_engine(*engines, records, recipe, replay, report, sliced=sliced))
             seed = self.options.seed or 0
             steps = recipe.parity.steps
-            effect, examples = method_effect(subject, self.questions, seed, steps, report)
+            effect, examples = measure_method(oracle, self.questions, seed, steps, report)
             found = {
-                "bisection": self._bisection(compared, subject.onnx, twin, records, sliced=sliced),
+                "bisection": self._bisection(compared, oracle.onnx, reference, records, sliced=sliced),
                 "prompts_sha256": self.prompts.digest(),
             }
-            notes = on_layers(self.options, sliced=sliced)
+            notes = layer_notes(self.options, sliced=sliced)
             if self.options.seed is not None and self.options.images is not None:
                 notes.append("Samples of another seed: calibration may have seen some of them.")
             few = _few_pictures(self.prompts)
@@ -116,14 +116,14 @@ class AgainstEager(Validation):
         return {"passed": parity.passed, "latency": latency}
 
     def _changed_sidecars(self) -> list[str]:
-        """Copies of the checkpoint's tokenizer and processor files that are not what they were copied from."""
+        """The bundle's copies of tokenizer and processor files that differ from the checkpoint's."""
         published = self.model.sidecar_digests
         copies = (name for name in sidecar_files(self.bundle) if name.startswith((f"{ONNX}/llm/", f"{ONNX}/visual/")))
         present = self.bundle.stage("export")["files"]
         return [name for name in copies if present[name] != published.get(Path(name).name, present[name])]
 
-    def _twin(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
-        """The bundle's graphs and the dense one, in FP32: in files, or where they run in slices, not written."""
+    def _reference_graphs(self, folder: Path, *, sliced: bool) -> "Path | Graphs":
+        """The reference graphs: the bundle's and the dense one in FP32, in a folder, or not written where sliced."""
         from capa_export.export.graphs import graphs_in_fp32, write_onnx
 
         source = self.model.source
@@ -135,28 +135,28 @@ class AgainstEager(Validation):
 
     def _bisection(
         self,
-        compared: "Sequence[Compared]",
+        compared: "Sequence[Comparison]",
         onnx: Path,
-        twin: "Path | Graphs",
+        reference: "Path | Graphs",
         records: "Records",
         *,
         sliced: bool,
     ) -> Any:
-        """Where the first artefact that failed leaves the eager model, if that is asked for."""
+        """Bisect the first artefact that failed, where the options say so."""
         rows = [row for one in compared for row in (*one.export_error, *one.selection)]
         failed = {row.artefact for row in rows if any(check.failure for check in row.checks)}
         if not self.options.bisect or not failed - {PROMPTS}:
             return None
         from capa_export.parity.bisect import bisect
 
-        # What is wrong with the twin is wrong with the graphs themselves.
-        of_twin = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
-        folder, precision = (twin, "fp32") if of_twin else (onnx, self.precision)
-        return bisect(folder, precision, twin, records, self.model.report, sliced=sliced)
+        # A fault of the reference graphs is a fault of every graph.
+        of_reference = self.precision != "fp32" and any(artefact.startswith("fp32") for artefact in failed)
+        folder, precision = (reference, "fp32") if of_reference else (onnx, self.precision)
+        return bisect(folder, precision, reference, records, self.model.report, sliced=sliced)
 
 
-def _latency(dense: "Compared", capa: "Compared") -> dict[str, Any]:
-    """Medians of the FP32 graphs on this CPU, dense against CAPA."""
+def _latency(dense: "Comparison", capa: "Comparison") -> dict[str, Any]:
+    """Median times of the FP32 graphs on this CPU, dense against CAPA, in milliseconds."""
     rows = [
         {"name": name, "dense_ms": dense.milliseconds[name], "capa_ms": value}
         for name, value in capa.milliseconds.items()

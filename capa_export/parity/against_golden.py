@@ -1,4 +1,4 @@
-"""Validation against golden samples, which say what the eager model made of them, and the leaving of such samples."""
+"""Validates a bundle against golden samples, which hold the eager model's results, and stores such samples."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,11 @@ from capa_export.parity.validation import (
     Validation,
     goes_by_layer,
     held_out,
-    on_layers,
+    layer_notes,
+    open_oracle,
     scales_of,
     sidecar_files,
     stored_calibration,
-    subject_of,
 )
 from capa_export.report.schema import MethodError, ParityReport
 
@@ -32,7 +32,7 @@ _GOLDEN_CODE = ("capa_export.parity.records", "capa_export.parity.validation")
 
 
 class AgainstGolden(Validation):
-    """The stored samples say what the eager model made of them."""
+    """A validation against the stored results of the eager model."""
 
     oracle = "golden"
 
@@ -70,7 +70,7 @@ class AgainstGolden(Validation):
             compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))
         compared.append(compare_sidecars(stored["sidecars"], sidecar_files(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
-        notes += on_layers(self.options, sliced=sliced)
+        notes += layer_notes(self.options, sliced=sliced)
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
         return {"latency": stored["latency"]}
@@ -79,7 +79,7 @@ class AgainstGolden(Validation):
 def store_golden(
     model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, parity: ParityReport
 ) -> None:
-    """Leave what the eager model makes of the first few prompts in the bundle."""
+    """Store the eager model's results on the first few prompts in the bundle."""
     exported = bundle.stage("export")["result"]
     scales = scales_of(exported, stored_calibration(bundle))
     samples = held_out(recipe, replace(options, samples=None), options.store_golden, repeat=True)
@@ -95,8 +95,8 @@ def store_golden(
 
         (scratch / GOLDEN).mkdir()
         sliced = goes_by_layer(model, options, exported["precision"])
-        subject = subject_of(model, bundle, recipe, scales, bundle.folder / ONNX, sliced=sliced)
-        write_records(scratch / GOLDEN, subject, samples, steps, model.report)
+        oracle = open_oracle(model, bundle, recipe, scales, bundle.folder / ONNX, sliced=sliced)
+        write_records(scratch / GOLDEN, oracle, samples, steps, model.report)
         latency = bundle.stage("validate")["result"]["latency"]
         seen = {"prune": prune, "pictures": pictures}
         return {"method_error": method_error, "latency": latency, "sidecars": sidecars, **seen}
@@ -105,7 +105,7 @@ def store_golden(
 
 
 def _graphs_go_by_layer(bundle: Bundle, options: ValidationOptions) -> bool:
-    """Whether the bundle's graphs alone go slice by slice: as is asked, or where they do not fit."""
+    """Whether the bundle's graphs alone run in slices: as the options say, or where they exceed memory."""
     from capa_export.base.machine import available_memory
     from capa_export.plan.device_memory import onnx_runtime_bytes
     from capa_export.run.bundled import bundled_dims

@@ -28,8 +28,15 @@ from capa_export.graph.contract import (
     past_of,
 )
 from capa_export.model.prompt import Picture
-from capa_export.parity.cut import Cut, Opened
-from capa_export.parity.layerwise import Culprit, Expected, Limits, Run, relative_error
+from capa_export.parity.graph_groups import GraphGroups
+from capa_export.parity.graph_runner import GraphRunner
+from capa_export.parity.layerwise import (
+    Culprit,
+    ErrorLimits,
+    ExpectedValue,
+    Run,
+    worst_row_error,
+)
 from capa_export.parity.records import Record, Records
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.passes.fp32_parts import unit_of
@@ -46,7 +53,7 @@ _AGAIN = "the file was changed: run `capa-export export` again"
 def bisect(
     artefact: Path | Graphs,
     precision: str,
-    twin: Path | Graphs,
+    reference: Path | Graphs,
     records: Records,
     report: Report = silent,
     *,
@@ -56,16 +63,16 @@ def bisect(
 
     Args:
         artefact: an `onnx` folder, or graphs that are not written.
-        precision: of its graphs.
-        twin: the same graphs written anew in FP32 from the checkpoint, with the same node names.
-        records: what the eager model makes of some prompts.
-        report: progress.
-        sliced: whether no more than a layer's weights are to be in memory.
+        precision: precision of the artefact's graphs.
+        reference: the same graphs written anew in FP32 from the checkpoint, with the same node names.
+        records: the eager model's results on some prompts.
+        report: told the progress.
+        sliced: whether to hold no more than a layer's weights in memory.
 
     Raises:
         CapaError: a graph or its embeddings cannot be loaded.
     """
-    search = _Search(artefact, precision, twin, sliced=sliced)
+    search = _Search(artefact, precision, reference, sliced=sliced)
     for record in tracked(records, "bisect", len(records), report):
         if (found := search.embedding(record)) is not None:
             return found
@@ -78,17 +85,17 @@ def bisect(
 
 
 class _Search:
-    """One artefact, and what was looked at."""
+    """The search for a fault in one artefact, and the probes it took."""
 
-    def __init__(self, artefact: Path | Graphs, precision: str, twin: Path | Graphs, *, sliced: bool) -> None:
-        self.precision, self.limits = precision, Limits.of(precision)
-        self.graphs = Opened(artefact, sliced=sliced), Opened(twin, sliced=sliced)
-        self.tables = _table(artefact), _table(twin)
+    def __init__(self, artefact: Path | Graphs, precision: str, reference: Path | Graphs, *, sliced: bool) -> None:
+        self.precision, self.limits = precision, ErrorLimits.of(precision)
+        self.graphs = GraphRunner(artefact, sliced=sliced), GraphRunner(reference, sliced=sliced)
+        self.tables = _table(artefact), _table(reference)
         self.probes: list[Probe] = []
-        self._cuts: dict[str, tuple[Cut, Cut]] = {}
+        self._cuts: dict[str, tuple[GraphGroups, GraphGroups]] = {}
 
     def found(self, file: str, what: str, node: ir.Node | None = None, layer: str = "", **more: Any) -> Bisection:
-        """A finding in one sentence."""
+        """A bisection that ends here, with its finding in one sentence."""
         name = "" if node is None else str(node.name)
         return Bisection(
             artefact=f"{self.precision} ONNX",
@@ -102,42 +109,42 @@ class _Search:
         )
 
     def _probe(self, name: str, error: float, limit: float) -> bool:
-        """Note what was seen, and say whether it is clean."""
+        """Record an error and its limit, and return whether it is within it."""
         clean = bool(error <= limit)
         self.probes.append(Probe(name=name, relative_error=error, limit=limit, clean=clean))
         return clean
 
-    # What is run, and what should come of it.
+    # Runs of the graphs, and their expected values.
 
     def embedding(self, record: Record) -> Bisection | None:
-        """Whether the tokens' embeddings are the checkpoint's."""
+        """Find tokens whose embeddings are not the checkpoint's."""
         rows = np.unique([*record.prompt.input_ids[~record.prompt.is_visual], *record.tokens])
-        own, twin = (np.asarray(table[rows]) for table in self.tables)
-        wrong = int((own != twin.astype(own.dtype)).any(axis=-1).sum())
+        own, reference = (np.asarray(table[rows]) for table in self.tables)
+        wrong = int((own != reference.astype(own.dtype)).any(axis=-1).sum())
         if not wrong:
             return None
-        self._probe(_EMBEDDING, relative_error(own, twin), 0.0)
+        self._probe(_EMBEDDING, worst_row_error(own, reference), 0.0)
         return self.found(
             _EMBEDDING,
             f"{_EMBEDDING}: the embeddings of {wrong} of {len(rows)} tokens are not the checkpoint's; {_AGAIN}",
         )
 
     def runs(self, record: Record) -> Iterator[Run]:
-        """Each graph on what the eager model feeds it, so that one fault does not hide another."""
-        prompt, oracle = record.prompt, record.oracle
+        """Run each graph on the eager model's inputs of it, so that one fault does not hide another."""
+        prompt, fp32 = record.prompt, record.fp32
         # In FP32 there is no noise: the oracle beside itself.
-        traces = oracle, oracle if self.precision == "fp32" or record.half is None else record.half
+        traces = fp32, fp32 if self.precision == "fp32" or record.low_precision is None else record.low_precision
         ends = np.cumsum([picture.num_tokens for picture in prompt.pictures])
         for picture, end in zip(prompt.pictures, ends, strict=True):
             rows = slice(end - picture.num_tokens, end)
             features = self._expected(*(_seen(trace.features)[rows] for trace in traces))
             yield self._run(_VISUAL, _pixels(picture), {IMAGE_FEATURES: features}, limit=features.limit)
-        entering = [np.arange(len(prompt.input_ids)), *oracle.kept]
+        entering = [np.arange(len(prompt.input_ids)), *fp32.kept]
         positions = {len(rows): rows for rows in entering}
         visual = [prompt.is_visual[rows] for rows in entering]
         scores = [
             self._expected(*(np.where(visual[stage], trace.scores[stage], np.inf) for trace in traces))
-            for stage in range(len(oracle.scores))
+            for stage in range(len(fp32.scores))
         ]
         num_rows = len(record.rows)
         prefill = self._run(
@@ -146,11 +153,11 @@ class _Search:
             self._logits(traces, 0),
             bounds=self._hidden(traces, slice(0, num_rows)),
             rows=partial(_sampled, positions=positions, rows=record.rows),
-            kept_rows=rows_of_positions(oracle.kept),
+            kept_rows=rows_of_positions(fp32.kept),
             scores=scores,
         )
         yield prefill
-        past = past_of(prefill.twin(prefill.cuts[1].outputs))
+        past = past_of(prefill.reference(prefill.cuts[1].outputs))
         lengths = np.array([[len(rows)] for rows in entering], np.int64)
         for step, token in enumerate(record.tokens):
             feed = {
@@ -162,12 +169,12 @@ class _Search:
             hidden = self._hidden(traces, slice(num_rows + step, num_rows + step + 1))
             decode = self._run(_DECODE, feed, self._logits(traces, step + 1), bounds=hidden)
             yield decode
-            past = past_of(decode.twin(decode.cuts[1].outputs))
+            past = past_of(decode.reference(decode.cuts[1].outputs))
 
-    def _run(self, file: str, feed: Mapping[str, np.ndarray], outputs: Mapping[str, Expected], **more: Any) -> Run:
+    def _run(self, file: str, feed: Mapping[str, np.ndarray], outputs: Mapping[str, ExpectedValue], **more: Any) -> Run:
         if file not in self._cuts:
-            twin = Cut(self.graphs[1].graph(file))
-            self._cuts[file] = Cut(self.graphs[0].graph(file), twin), twin
+            reference = GraphGroups(self.graphs[1].graph(file))
+            self._cuts[file] = GraphGroups(self.graphs[0].graph(file), reference), reference
         return Run(file, self.graphs, self._cuts[file], feed, self.limits, outputs, **more)
 
     def _prompt_feed(self, record: Record) -> dict[str, np.ndarray]:
@@ -177,11 +184,11 @@ class _Search:
             INPUTS_EMBEDS: embeds[None],
             POSITION_IDS: prompt.position_ids,
             TEXT_POSITIONS: prompt.text_positions,
-            NUM_KEEP: np.array([len(kept) - len(prompt.text_positions) for kept in record.oracle.kept], np.int64),
+            NUM_KEEP: np.array([len(kept) - len(prompt.text_positions) for kept in record.fp32.kept], np.int64),
         }
         if not prompt.pictures:
             return feed
-        embeds[prompt.is_visual] = _seen(record.oracle.features)
+        embeds[prompt.is_visual] = _seen(record.fp32.features)
         inputs = {value.name: value for value in self.graphs[1].graph(_PREFILL).graph.inputs}
         if DEEPSTACK_EMBEDS in inputs:
             seen = [
@@ -193,22 +200,22 @@ class _Search:
             feed[DEEPSTACK_EMBEDS][:, prompt.is_visual] = deepstack_LND
         return feed
 
-    def _expected(self, wanted: np.ndarray, rounded: np.ndarray) -> Expected:
-        """A part of the oracle's trace, and what the precision makes of it in the eager model."""
-        return Expected(wanted, self.limits.over(relative_error(rounded, wanted)))
+    def _expected(self, wanted: np.ndarray, rounded: np.ndarray) -> ExpectedValue:
+        """A part of the oracle's trace, with a limit from the eager model's own error in this precision."""
+        return ExpectedValue(wanted, self.limits.over(worst_row_error(rounded, wanted)))
 
-    def _logits(self, traces: Sequence[Trace], step: int) -> dict[str, Expected]:
+    def _logits(self, traces: Sequence[Trace], step: int) -> dict[str, ExpectedValue]:
         return {LOGITS: self._expected(*(trace.logits[step : step + 1] for trace in traces))}
 
-    def _hidden(self, traces: Sequence[Trace], rows: slice) -> dict[int, Expected]:
-        """Per bound behind a layer what should be there."""
+    def _hidden(self, traces: Sequence[Trace], rows: slice) -> dict[int, ExpectedValue]:
+        """Bound -> the hidden states that should leave the layer before it."""
         hidden = [_seen(trace.hidden)[:, rows] for trace in traces]
         return {layer + 1: self._expected(*of_layer) for layer, of_layer in enumerate(zip(*hidden, strict=True))}
 
-    # Where it is wrong.
+    # The search within a graph.
 
     def within(self, run: Run) -> Bisection | None:
-        """What is wrong in one graph on one input, if anything is."""
+        """Find the fault in one graph on one input; None where there is none."""
         if missing := run.cuts[0].missing:
             what = f"{run.file} has no {missing}, which it has when written anew; {_AGAIN}"
             return self.found(run.file, what, run.cuts[1].nodes.get(missing), layer_of(missing))
@@ -236,7 +243,7 @@ class _Search:
         return self._probe(run.layers[bound - 1] if bound else run.file, error, limit)
 
     def _first_layer(self, run: Run, wrong: int) -> int:
-        """The group before the first bound that is off, in log steps: what is off stays off down a residual stream."""
+        """The group before the first bad bound, in log steps, since an error stays in the residual stream."""
         # Embeddings are given; the tower makes its own.
         clean = 0 if run.bounds else -1
         while wrong - clean > 1:
@@ -248,7 +255,7 @@ class _Search:
         return wrong
 
     def _blame(self, run: Run, culprit: Culprit, group: int) -> Bisection:
-        """One operator is to blame: for what it says, or for the precision it says it in."""
+        """Blame one operator: for what it computes, or for its precision."""
         node = culprit.node
         self._probe(str(node.name), culprit.output_error, self.limits.operator)
         layer = layer_of(str(node.name))
@@ -272,7 +279,7 @@ class _Search:
         return self._in_fp32(run, culprit.node, [culprit.node], f"{where}: {why}")
 
     def _in_fp32(self, run: Run, node: ir.Node, nodes: Iterable[ir.Node], why: str) -> Bisection:
-        """Name the parts that these nodes are in."""
+        """Blame a node, with the parts to compute in FP32 as a remedy: those that `nodes` are in."""
         layer = layer_of(str(node.name))
         units = tuple(dict.fromkeys(str(unit) for one in nodes if (unit := unit_of(one))))
         if not units:
@@ -281,9 +288,9 @@ class _Search:
         return self.found(run.file, f"{why}; {remedy}", node, layer, fp32_layers=units)
 
     def overflow(self, run: Run, record: Record) -> Bisection | None:
-        """What leaves the range of the precision where the eager model does, though ONNX Runtime got by in FP32."""
-        half, limit = record.half, _LARGEST.get(self.precision)
-        if half is None or limit is None or _is_finite(half, record.oracle):
+        """Find values beyond the precision's range where the eager model overflows, though ONNX Runtime used FP32."""
+        low_precision, limit = record.low_precision, _LARGEST.get(self.precision)
+        if low_precision is None or limit is None or _is_finite(low_precision, record.fp32):
             return None
         found = run.beyond(limit)
         if not found:
@@ -298,8 +305,8 @@ class _Search:
         return self._in_fp32(run, node, found, why)
 
     def _no_culprit(self, run: Run, group: int) -> Bisection:
-        """No operator is to blame: the graph was written wrong, or small errors add up."""
-        if run.twin_is_off(group):
+        """Blame the graph as a whole, or the worst operator where small errors add up."""
+        if run.reference_is_off(group):
             import transformers
 
             what = (
@@ -321,7 +328,7 @@ class _Search:
         return self._layer(run, group) or ("its embeddings" if group == 0 else "what follows its layers")
 
 
-def _symptom(culprit: Culprit, limits: Limits) -> str:
+def _symptom(culprit: Culprit, limits: ErrorLimits) -> str:
     off = f"its output is off by {culprit.output_error:.2g}"
     if not culprit.finite:
         off = "its output is not finite"
@@ -332,7 +339,7 @@ def _symptom(culprit: Culprit, limits: Limits) -> str:
 
 
 def _place(node: str, layer: str) -> str:
-    """`layers.3.self_attn (o_proj/Gemm)`."""
+    """A node's place for people, as `layers.3.self_attn (o_proj/Gemm)`."""
     block = block_of(node)
     if not layer and not block:
         return node
@@ -352,9 +359,9 @@ def _seen(array: np.ndarray | None) -> np.ndarray:
     return array
 
 
-def _is_finite(half: Trace, oracle: Trace) -> bool:
-    pairs = (half.logits, oracle.logits), (_seen(half.hidden), _seen(oracle.hidden))
-    return all(np.isfinite(relative_error(rounded, wanted)) for rounded, wanted in pairs)
+def _is_finite(low_precision: Trace, fp32: Trace) -> bool:
+    pairs = (low_precision.logits, fp32.logits), (_seen(low_precision.hidden), _seen(fp32.hidden))
+    return all(np.isfinite(worst_row_error(rounded, wanted)) for rounded, wanted in pairs)
 
 
 def _pixels(picture: Picture) -> dict[str, np.ndarray]:
@@ -362,7 +369,7 @@ def _pixels(picture: Picture) -> dict[str, np.ndarray]:
 
 
 def _sampled(hidden_TD: np.ndarray, positions: Mapping[int, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """[R, D] at sampled prompt positions, NaN where one was dropped; as it is where it has a length that none has."""
+    """Hidden states [R, D] at sampled prompt positions, NaN where dropped; unchanged where no stage has T tokens."""
     if len(hidden_TD) not in positions:
         return hidden_TD
     states = HiddenStates(rows, 1)

@@ -1,4 +1,4 @@
-"""What a node says otherwise than its twin, in words: operator, attributes, function body, wiring, numbers."""
+"""Describes how a node differs from its reference node: operator, attributes, function body, wiring, numbers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from capa_export.parity.cut import Cut
+from capa_export.parity.graph_groups import GraphGroups
 from capa_export.passes.widen_bf16 import tensor_values
 
 __all__ = ["node_difference"]
@@ -17,24 +17,24 @@ _SMALL = 1 << 26
 """Numbers up to which a matrix is searched for a pattern."""
 
 
-def node_difference(node: ir.Node, own: Cut, twin: Cut) -> str:
-    """The first thing that is otherwise in `own`, as a clause; empty where only the precision is.
+def node_difference(node: ir.Node, own: GraphGroups, reference: GraphGroups) -> str:
+    """The first difference in `own`, as a clause; empty where only the precision differs.
 
     Args:
-        node: of the twin.
+        node: a node of the reference graph.
         own: the graph to blame.
-        twin: the same graph as it should be.
+        reference: the same graph as it should be.
     """
-    return next(_differences(node, own, twin), "")
+    return next(_differences(node, own, reference), "")
 
 
-def _differences(node: ir.Node, own: Cut, twin: Cut) -> Iterator[str]:
+def _differences(node: ir.Node, own: GraphGroups, reference: GraphGroups) -> Iterator[str]:
     name = str(node.name)
     other = own.nodes.get(name)
     for index, made in enumerate(node.outputs):
         named = own.named(str(made.name))
-        if named is not None and (other is None or _before_casts(named, twin) is not other.outputs[index]):
-            yield f"its output {made.name} comes from {_origin(named, twin)}"
+        if named is not None and (other is None or _before_casts(named, reference) is not other.outputs[index]):
+            yield f"its output {made.name} comes from {_origin(named, reference)}"
     if other is None or name not in own.live:
         yield f"it takes no part in the graph's outputs{'' if other else ', the graph has no such node'}"
         return
@@ -47,28 +47,28 @@ def _differences(node: ir.Node, own: Cut, twin: Cut) -> Iterator[str]:
             mine, wanted = (_attribute(one.attributes.get(key)) for one in (other, node))
             if not np.array_equal(mine, wanted):
                 yield f"{key} is {_shown(mine)}, not {_shown(wanted)}"
-    if node.op_identifier() in twin.model.functions and _body(other, own) != _body(node, twin):
+    if node.op_identifier() in reference.model.functions and _body(other, own) != _body(node, reference):
         yield f"the body of the function {node.op_type} was changed"
     if len(other.inputs) != len(node.inputs):
         yield f"it has {len(other.inputs)} inputs, not {len(node.inputs)}"
     for index, wanted in enumerate(node.inputs):
         mine = other.inputs[index] if index < len(other.inputs) else None
-        yield from _input_differences(mine, wanted, twin)
+        yield from _input_differences(mine, wanted, reference)
 
 
-def _input_differences(mine: ir.Value | None, wanted: ir.Value | None, twin: Cut) -> Iterator[str]:
+def _input_differences(mine: ir.Value | None, wanted: ir.Value | None, reference: GraphGroups) -> Iterator[str]:
     if mine is None or wanted is None:
         if wanted is not None:
             yield f"input {wanted.name} is missing"
         elif mine is not None:
-            yield f"input {_origin(mine, twin)} is too many"
+            yield f"input {_origin(mine, reference)} is too many"
         return
-    tensors = _tensor(_before_casts(mine, twin)), _tensor(wanted)
+    tensors = _tensor(_before_casts(mine, reference)), _tensor(wanted)
     if tensors[0] is not None and tensors[1] is not None:
-        if problem := _numbers(tensors[0], tensors[1], str(wanted.name), twin):
+        if problem := _numbers(tensors[0], tensors[1], str(wanted.name), reference):
             yield f"{str(mine.name) if wanted.is_initializer() else 'its constant'} {problem}"
-    elif _source(_before_casts(mine, twin)) != _source(wanted):
-        yield f"it reads {_origin(mine, twin)}, not {wanted.name}"
+    elif _source(_before_casts(mine, reference)) != _source(wanted):
+        yield f"it reads {_origin(mine, reference)}, not {wanted.name}"
 
 
 def _attribute(attribute: ir.Attr | None) -> Any:
@@ -81,15 +81,15 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "left out" if value is None else str(value)
 
 
-def _body(node: ir.Node, cut: Cut) -> list[bytes]:
+def _body(node: ir.Node, cut: GraphGroups) -> list[bytes]:
     function = cut.model.functions.get(node.op_identifier())
     return [] if function is None else [one.SerializeToString() for one in ir.to_proto(function).node]
 
 
-def _before_casts(value: ir.Value, twin: Cut) -> ir.Value:
-    """What casts that only this graph has are made of: they are where its precision changes."""
+def _before_casts(value: ir.Value, reference: GraphGroups) -> ir.Value:
+    """Follow a value back through casts that only this graph has, where its precision changes."""
     producer = value.producer()
-    while producer is not None and producer.op_type == "Cast" and str(producer.name) not in twin.nodes:
+    while producer is not None and producer.op_type == "Cast" and str(producer.name) not in reference.nodes:
         source = producer.inputs[0]
         assert source is not None
         value, producer = source, source.producer()
@@ -101,11 +101,11 @@ def _source(value: ir.Value) -> tuple[str | None, int | None]:
     return (value.name if producer is None else producer.name), value.index()
 
 
-def _origin(value: ir.Value, twin: Cut) -> str:
-    """Name of a value; of a node that only this graph has, what it makes it of."""
-    value = _before_casts(value, twin)
+def _origin(value: ir.Value, reference: GraphGroups) -> str:
+    """Name of a value; where only this graph has the node that makes it, its operator and inputs."""
+    value = _before_casts(value, reference)
     producer = value.producer()
-    if producer is None or str(producer.name) in twin.nodes:
+    if producer is None or str(producer.name) in reference.nodes:
         return str(value.name)
     return f"{producer.op_type} of {', '.join(str(one.name) for one in producer.inputs if one is not None)}"
 
@@ -118,8 +118,8 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
     return attribute.as_tensor() if attribute.type == ir.AttributeType.TENSOR else ir.tensor(np.array(attribute.value))
 
 
-def _numbers(mine: ir.TensorProtocol, wanted: ir.TensorProtocol, name: str, twin: Cut) -> str:
-    """How the numbers differ from the twin's, rounded to their precision; empty where they do not."""
+def _numbers(mine: ir.TensorProtocol, wanted: ir.TensorProtocol, name: str, reference: GraphGroups) -> str:
+    """How the numbers differ from the reference's, rounded to their precision; empty where they do not."""
     shapes = [tuple(tensor.shape.numpy()) for tensor in (mine, wanted)]
     if shapes[0] != shapes[1]:
         return f"has shape {list(shapes[0])}, not {list(shapes[1])}"
@@ -138,20 +138,20 @@ def _numbers(mine: ir.TensorProtocol, wanted: ir.TensorProtocol, name: str, twin
             )
     if not differ:
         return ""
-    pattern = _pattern(own.reshape(shapes[0]), right.reshape(shapes[0]), name, twin) if own.size <= _SMALL else ""
+    pattern = _pattern(own.reshape(shapes[0]), right.reshape(shapes[0]), name, reference) if own.size <= _SMALL else ""
     size = f", by up to {worst:.2g} times what they should be" if worst and np.isfinite(worst) else ""
     return f"differs in {differ:,} of {own.size:,} numbers{pattern or size}"
 
 
-def _pattern(own: np.ndarray, right: np.ndarray, name: str, twin: Cut) -> str:
-    """What became of an array, where that is easily seen."""
+def _pattern(own: np.ndarray, right: np.ndarray, name: str, reference: GraphGroups) -> str:
+    """A pattern that explains a wrong array, such as a transposition; empty where none is seen."""
     right = right.astype(own.dtype)
     if not np.isfinite(own.astype(np.float32)).all():
         return " (some are not finite)"
     for constant, what in ((0, "zero"), (1, "one")):
         if (own == constant).all():
             return f" (all are {what})"
-    for other, value in twin.model.graph.initializers.items():
+    for other, value in reference.model.graph.initializers.items():
         same_kind = _without_layer(other) == _without_layer(name) and other != name
         if same_kind and value.const_value is not None and np.array_equal(own, _cast(value.const_value, own)):
             return f" (they are those of {other})"

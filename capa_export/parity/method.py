@@ -1,4 +1,4 @@
-"""What the method itself does to the answers, in eager FP32: dense, CAPA, and random pruning at the same k.
+"""Measures the method error, in eager FP32: answers of dense, CAPA, and random pruning at the same k.
 
 V = vocabulary.
 """
@@ -18,12 +18,12 @@ from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.prompt import Prompt
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.report.pages import Example, KeptMap
 from capa_export.report.schema import Method, MethodError
 from capa_export.report.words import percent
 
-__all__ = ["method_effect"]
+__all__ = ["measure_method"]
 
 _Name = Literal["dense", "capa", "random"]
 
@@ -35,56 +35,56 @@ _FEWEST = 6
 @dataclass(frozen=True)
 class _Answer:
     tokens: list[int]
-    """Without the one that ends the answer."""
+    """The answer's tokens, without the one that ends it."""
     text: str
     prefill: EagerPrefill
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What is remembered of one method's answer to one question: a few numbers, so that questions cost no memory."""
+    """One method's answer to one question in a few numbers, so that questions cost no memory."""
 
     right: bool
     top1: bool
     top5: float
     kl: float
-    """Against dense, as all but `right`."""
+    """KL(dense || this) of the first token, in nats; all fields but `right` compare with dense."""
     diverges_at: int | None
 
 
-def method_effect(
-    subject: Subject, questions: Samples, seed: int, steps: int, report: Report
+def measure_method(
+    oracle: Oracle, questions: Samples, seed: int, steps: int, report: Report
 ) -> tuple[MethodError, list[Example]]:
     """Ask every question of each method; returns the figures, and the first few answers with their kept tokens.
 
     Args:
-        subject: the model in FP32, and its pruning.
-        questions: with answers, or without.
-        seed: of random pruning and of the intervals.
-        steps: tokens of an answer at most.
-        report: progress.
+        oracle: the eager model and its pruning.
+        questions: questions, with or without answers.
+        seed: seed of random pruning and of the intervals.
+        steps: most tokens of an answer.
+        report: told the progress.
     """
     outcomes: dict[_Name, list[_Outcome]] = {name: [] for name in get_args(_Name)}
     examples: list[Example] = []
     removed = False
     asked = enumerate(tracked(questions, "validate: method", questions.count, report))
-    prompted = ((subject.prompter.chat(sample.turns), (index, sample)) for index, sample in asked)
-    for group in subject.grouped(prompted, answers=len(outcomes)):
-        passes = [_answering(subject, prompt, _random_seed(seed, index), steps) for prompt, (index, _) in group]
-        for (prompt, (_, sample)), answers in zip(group, subject.eager.run(passes), strict=True):
+    prompted = ((oracle.prompter.chat(sample.turns), (index, sample)) for index, sample in asked)
+    for group in oracle.grouped(prompted, answers=len(outcomes)):
+        passes = [_answering(oracle, prompt, _random_seed(seed, index), steps) for prompt, (index, _) in group]
+        for (prompt, (_, sample)), answers in zip(group, oracle.eager.run(passes), strict=True):
             for name, answer in answers.items():
                 outcomes[name].append(_outcome(answer, answers["dense"], sample))
-            removed = removed or min(subject.num_keep(prompt)) < prompt.num_visual
+            removed = removed or min(oracle.num_keep(prompt)) < prompt.num_visual
             if len(examples) < _NUM_EXAMPLES:
                 texts = {name: answer.text for name, answer in answers.items()}
                 kept = _kept_maps(prompt, answers["capa"].prefill)
                 examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
     found = _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed)
-    return _named(found, subject.pruned_by), examples
+    return _named(found, oracle.pruned_by), examples
 
 
 def _named(found: MethodError, pruned: str) -> MethodError:
-    """The figures, with the words about what chose the tokens."""
+    """The figures, with `pruned` in the place of CAPA's name."""
     words = tuple(sentence.replace("CAPA", pruned) for sentence in found.words)
     return found.model_copy(update={"pruned": pruned, "words": words})
 
@@ -94,32 +94,32 @@ def _random_seed(seed: int, index: int) -> int:
 
 
 @torch.no_grad()
-def _answering(subject: Subject, prompt: Prompt, random_seed: int, steps: int) -> Pass[dict[_Name, _Answer]]:
-    """The pass of a question, to the greedy answer of each method."""
-    capa = subject.plan(prompt)
+def _answering(oracle: Oracle, prompt: Prompt, random_seed: int, steps: int) -> Pass[dict[_Name, _Answer]]:
+    """A pass of one question, which ends in the greedy answer of each method."""
+    capa = oracle.plan(prompt)
     plans: dict[_Name, EagerPlan] = {
         "dense": EagerPlan(),
         "capa": capa,
         "random": replace(capa, random_seed=random_seed),
     }
     yield "tower"
-    inputs = inputs_for(capa, subject.family, subject.model, prompt)
-    answers = yield from together([_answer(subject, prompt, inputs, plan, steps) for plan in plans.values()])
+    inputs = inputs_for(capa, oracle.family, oracle.model, prompt)
+    answers = yield from together([_answer(oracle, prompt, inputs, plan, steps) for plan in plans.values()])
     return dict(zip(plans, answers, strict=True))
 
 
-def _answer(subject: Subject, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int) -> Pass[_Answer]:
-    eager = subject.eager
+def _answer(oracle: Oracle, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, steps: int) -> Pass[_Answer]:
+    eager = oracle.eager
     run = yield from eager.prefilling(inputs, torch.from_numpy(prompt.is_visual), plan)
     tokens: list[int] = []
     logits = run.logits
-    while (token := int(logits.argmax())) not in subject.eos_token_ids:
+    while (token := int(logits.argmax())) not in oracle.eos_token_ids:
         tokens.append(token)
         if len(tokens) == steps:
             break
         position_ids = torch.full(run.position_shape, run.next_position + len(tokens) - 1)
         logits = yield from eager.stepping(run.cache, token, position_ids)
-    return _Answer(tokens, subject.prompter.decode(tokens).strip(), run)
+    return _Answer(tokens, oracle.prompter.decode(tokens).strip(), run)
 
 
 def _outcome(answer: _Answer, dense: _Answer, sample: Sample) -> _Outcome:
@@ -136,7 +136,7 @@ def _outcome(answer: _Answer, dense: _Answer, sample: Sample) -> _Outcome:
 
 
 def _kept_maps(prompt: Prompt, run: EagerPrefill) -> tuple[KeptMap, ...]:
-    """Where the kept tokens lie on the picture; nothing where the visual tokens make no single grid."""
+    """The kept tokens' places on the picture; empty where the visual tokens make no single grid."""
     picture = prompt.pictures[0] if len(prompt.pictures) == 1 else None
     if picture is None or picture.grid is None:
         return ()
@@ -190,7 +190,7 @@ def _method(name: _Name, found: Sequence[_Outcome], *, answered: bool) -> Method
 
 
 def _words(found: MethodError, *, removed: bool) -> Iterator[str]:
-    """What the figures say, of CAPA against dense and against random pruning."""
+    """Put the figures in sentences: CAPA against dense and against random pruning."""
     dense, capa, random = found.methods
     assert capa.same_answer is not None and random.same_answer is not None
     same, by_chance = percent(capa.same_answer.value), percent(random.same_answer.value)

@@ -1,4 +1,4 @@
-"""What is validated: a bundle's graphs beside the eager model they were made from."""
+"""The oracle of a validation: the eager model that a bundle was made from, pruned as the bundle is."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from capa_export.model.families import Family
 from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, WeightSource, grouped
 from capa_export.model.prompt import Prompt, Prompter
 
-__all__ = ["Subject"]
+__all__ = ["Oracle"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is validated, and all that it takes."""
+class Oracle:
+    """The eager model of a bundle, its pruning, and the graphs to hold against it."""
 
     model: Any
     """The Hugging Face model in FP32."""
@@ -34,47 +34,47 @@ class Subject:
     onnx: Path
     """The bundle's `onnx` folder."""
     fp32_onnx: Path | Graphs
-    """The same graphs in FP32, with `DENSE` beside them."""
+    """The reference graphs: the bundle's in FP32, with `DENSE` beside them."""
     eos_token_ids: Sequence[int]
     fp32_layers: Sequence[str] = ()
-    """Parts that are computed in FP32 whatever the precision."""
+    """Parts that are computed in FP32 in every precision, as `--fp32-layers` names them."""
     weights: WeightSource = RESIDENT
-    """What gives the model's parts theirs."""
+    """Source of the weights of the model's parts."""
 
     @property
     def eager(self) -> Eager:
-        """The model, run by hand."""
+        """The model, run layer by layer."""
         return Eager(self.model, self.weights)
 
     def grouped(self, prompted: Iterable[tuple[Prompt, T]], *, answers: int) -> Iterator[list[tuple[Prompt, T]]]:
-        """Prompts, with whatever comes along, in groups that go through the model together: alone if it is in memory.
+        """Group prompts that go through the model together; one by one where the model is in memory.
 
         Args:
-            prompted: in order.
-            answers: caches of each prompt that are held at once.
+            prompted: prompts in order, each with any other value.
+            answers: number of caches held at once for each prompt.
         """
         size = answers * self._bytes_per_token()
         limit = 0 if self.weights is RESIDENT else TOGETHER_BYTES
         return grouped(prompted, lambda one: size * len(one[0].input_ids), limit)
 
     def _bytes_per_token(self) -> int:
-        """Of keys and values of all layers in FP32."""
+        """Bytes of a token's keys and values in all layers, in FP32."""
         config = self.model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
 
     @property
     def pruned_by(self) -> str:
-        """What chooses the tokens, for people."""
+        """The names of the selectors, for people."""
         names = list(dict.fromkeys(chosen.name for chosen in self.prune.selectors.values()))
         return "CAPA" if names == ["capa"] else " and ".join(names)
 
     def num_keep(self, prompt: Prompt) -> list[int]:
-        """Visual tokens kept after each stage."""
+        """Number of visual tokens kept after each stage."""
         return self.prune.num_keep(prompt.image_lengths)
 
     def plan(self, prompt: Prompt) -> EagerPlan:
-        """CAPA as the bundle does it."""
+        """The eager plan of the bundle's pruning for one prompt."""
         keep = {stage.layer: count for stage, count in zip(self.prune.schedule, self.num_keep(prompt), strict=True)}
         scales = {layer: torch.from_numpy(alpha).float() for layer, alpha in self.scales.items()}
         return EagerPlan(keep, scales, self.prune.selectors, min_keep_per_image=self.prune.min_keep_per_image)

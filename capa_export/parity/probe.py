@@ -1,4 +1,4 @@
-"""Looks inside a bundle's graphs as ONNX Runtime runs them: intermediate values, and kept positions of one's choice."""
+"""Looks inside a bundle's graphs as ONNX Runtime runs them: intermediate values, and kept positions that are given."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,15 +13,15 @@ from capa_export.parity.records import Record
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions
 from capa_export.run.onnx import OnnxModel
 
-__all__ = ["ProbedModel", "forced", "layer_outputs", "tapped"]
+__all__ = ["ProbedModel", "force_kept", "layer_outputs", "tap"]
 
 _FORCED = "forced_rows"
 _NORM = "{}/input_layernorm/RMSNormalization"
 _LAST_NORM = "model/norm/RMSNormalization"
 
 
-def tapped(model: ir.Model, names: Sequence[str]) -> None:
-    """Make values of these names outputs of the graph, as they are; those that are outputs already stay."""
+def tap(model: ir.Model, names: Sequence[str]) -> None:
+    """Make values of these names outputs of the graph; those that are outputs already stay."""
     outputs = {value.name for value in model.graph.outputs}
     values = {value.name: value for node in model.graph for value in node.outputs}
     model.graph.outputs.extend(values[name] for name in dict.fromkeys(names) if name not in outputs)
@@ -45,12 +45,11 @@ def _input(node: ir.Node) -> ir.Value:
     return value
 
 
-def forced(model: ir.Model) -> list[str]:
-    """Make the rows that each stage keeps an input, `forced_rows.<stage>` [K] int64, of prefill.
+def force_kept(model: ir.Model) -> list[str]:
+    """Make the rows that each stage of prefill keeps an input, `forced_rows.<stage>` [K] int64.
 
     Returns:
-        Names of the values that hold what each stage would have kept by itself, of the tokens that enter it; they are
-        outputs now.
+        Names of the values that hold the rows each stage would have kept by itself; they are outputs now.
     """
     chosen: list[str] = []
     for stage, node in enumerate([node for node in model.graph if node.op_type == "TopKKeep"]):
@@ -60,12 +59,12 @@ def forced(model: ir.Model) -> list[str]:
         for user, index in tuple(own.uses()):
             user.replace_input_with(index, given)
         chosen.append(str(own.name))
-    tapped(model, chosen)
+    tap(model, chosen)
     return chosen
 
 
 class ProbedModel(OnnxModel):
-    """The graphs of an `onnx/` folder, their layers' outputs to be seen, on kept positions that are given."""
+    """Runs the graphs of an `onnx/` folder on given kept positions, with the layers' outputs seen."""
 
     def __init__(self, graphs: Path | Graphs, *, threads: int = 0, sliced: bool = False) -> None:
         super().__init__(graphs, threads=threads, sliced=sliced)
@@ -78,11 +77,11 @@ class ProbedModel(OnnxModel):
 
     def _open_up(self, file: str, model: ir.Model) -> None:
         self._layers[file] = layer_outputs(model)
-        tapped(model, self._layers[file])
+        tap(model, self._layers[file])
         if file.endswith(self.prefill_file):
-            self._chosen = forced(model)
+            self._chosen = force_kept(model)
             self._scores = [str(_input(node).name) for node in model.graph if node.op_type == "TopKKeep"]
-            tapped(model, self._scores)
+            tap(model, self._scores)
 
     def replays(
         self, records: Sequence[Record], kept: Sequence[Sequence[np.ndarray]] | None = None
@@ -90,13 +89,13 @@ class ProbedModel(OnnxModel):
         """Run the prompts of records, fed their tokens.
 
         Args:
-            records: what to run.
-            kept: prompt positions that each keeps after each stage; the oracle's where it is not given.
+            records: the prompts and their tokens.
+            kept: prompt positions that each prompt keeps after each stage; by default the oracle's.
 
         Returns:
             The traces, and the prompt positions that each stage would have kept of the tokens that entered it.
         """
-        kept = [record.oracle.kept for record in records] if kept is None else kept
+        kept = [record.fp32.kept for record in records] if kept is None else kept
         embeds = [self.embed(record.prompt) for record in records]
         found = self.follow(
             [record.prompt for record in records],
@@ -117,7 +116,7 @@ class ProbedModel(OnnxModel):
         embeds: Mapping[str, np.ndarray],
         found: Sequence[Mapping[str, np.ndarray]],
     ) -> tuple[Trace, list[np.ndarray]]:
-        """What was seen of one record: of its prefill, then of each step."""
+        """The trace of one record, from the outputs of its prefill and of each step."""
         prompt, (filled, *steps) = record.prompt, found
         entering = [np.arange(len(prompt.input_ids)), *kept]
         chosen = [before[filled[name]] for before, name in zip(entering, self._chosen, strict=False)]

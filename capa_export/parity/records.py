@@ -1,6 +1,6 @@
-"""What the oracle, the eager model, makes of prompts: on disk, one prompt a file, so that samples cost no memory.
+"""Records of the oracle's results on prompts: on disk, one prompt a file, so that samples cost no memory.
 
-The first few are the golden samples of a bundle, with which it is validated where there is no checkpoint.
+The first few are the golden samples of a bundle, against which it is validated where there is no checkpoint.
 
 S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size.
 """
@@ -26,7 +26,7 @@ from capa_export.model.eager import Eager, EagerPlan, best_rows, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.selectors.selector import load_selector
 
@@ -45,14 +45,14 @@ __all__ = [
 _ABOUT = "records.json"
 _VERSION = 3
 _LAST_BITS = 1e-6
-"""Relative: some ten units in the last place of FP32, as sums in another order differ by."""
+"""Relative change of some ten units in the last place of FP32, by which sums in another order differ."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a precision alone does to the eager model, kept sets forced; worst over the prompts, 0 for FP32.
+    """Errors of a precision alone, in the eager model with kept sets forced; worst over the prompts, 0 for FP32.
 
-    Measured without any exported graph: a wrong graph cannot excuse itself.
+    No exported graph takes part: a wrong graph cannot excuse itself.
     """
 
     logits: float = 0.0
@@ -66,29 +66,29 @@ class Noise:
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
     iou: tuple[tuple[float, ...], ...] = ()
-    """Per stage, of each prompt, the IoU of the tokens kept in this precision and in FP32, of the same that entered."""
+    """Per stage and prompt, the IoU of tokens kept in this precision and in FP32, of the same tokens that entered."""
     tie_iou: tuple[tuple[float, ...], ...] = ()
-    """Per stage, the same of FP32 and of FP32 with the last bits of what its selector reads changed."""
+    """Per stage and prompt, the IoU of tokens kept in FP32 and after the last bits of the selector's inputs change."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt, and what the eager model makes of it with CAPA."""
+    """One prompt, and the eager model's traces of it with CAPA."""
 
     prompt: Prompt
     tokens: list[int]
-    """Fed after the prompt [S - 1]: the known answer, then what the eager model says."""
+    """[S - 1] tokens fed after the prompt: the known answer, then the eager model's own."""
     rows: np.ndarray
     """[R] prompt positions whose hidden states were seen."""
-    oracle: Trace
-    """In FP32."""
-    half: Trace | None
-    """In the bundle's precision, with the oracle's kept sets; None for FP32."""
+    fp32: Trace
+    """The oracle's trace, in FP32."""
+    low_precision: Trace | None
+    """The trace in the bundle's precision, with the oracle's kept sets; None where that is FP32."""
 
 
 @torch.no_grad()
 def tracing(
-    subject: Subject,
+    oracle: Oracle,
     eager: Eager,
     prompt: Prompt,
     plan: EagerPlan,
@@ -96,23 +96,23 @@ def tracing(
     tokens: Sequence[int] = (),
     rows: np.ndarray | None = None,
 ) -> Pass[tuple[Trace, list[int]]]:
-    """The eager model's pass of a prompt and its answer, to the trace and the S - 1 tokens it was fed.
+    """A pass of a prompt and its answer, which ends in the trace and the S - 1 tokens that were fed.
 
-    Tokens that are known follow the prompt through the layers; each of those behind them takes a pass of its own.
+    Known tokens follow the prompt through the layers; each one after them takes a pass of its own.
 
     Args:
-        subject: names the family.
-        eager: in whatever precision.
-        prompt: to run.
-        plan: of the pruning.
+        oracle: gives the family.
+        eager: the eager model in any precision.
+        prompt: the prompt to run.
+        plan: the pruning.
         steps: S.
-        tokens: to feed first; greedy from there on.
-        rows: prompt positions whose hidden states to see, with the vision tower's output.
+        tokens: tokens to feed first; greedy ones follow.
+        rows: prompt positions whose hidden states the trace holds, with the vision tower's output; None for neither.
     """
     from transformers import DynamicCache
 
     yield "tower"
-    inputs = inputs_for(plan, subject.family, eager.model, prompt)
+    inputs = inputs_for(plan, oracle.family, eager.model, prompt)
     is_visual = torch.from_numpy(prompt.is_visual)
     states = None if rows is None else HiddenStates(rows, len(eager.text.layers))
 
@@ -146,56 +146,56 @@ def tracing(
     return trace, fed
 
 
-def forced_plan(subject: Subject, prompt: Prompt, kept: Sequence[np.ndarray]) -> EagerPlan:
-    """The bundle's plan with the kept positions given."""
-    plan = subject.plan(prompt)
+def forced_plan(oracle: Oracle, prompt: Prompt, kept: Sequence[np.ndarray]) -> EagerPlan:
+    """The bundle's eager plan with the kept positions given."""
+    plan = oracle.plan(prompt)
     return replace(plan, forced={layer: torch.from_numpy(rows) for layer, rows in zip(plan.keep, kept, strict=True)})
 
 
-def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, report: Report = silent) -> "Records":
+def write_records(folder: Path, oracle: Oracle, samples: Samples, steps: int, report: Report = silent) -> "Records":
     """Run the eager model in FP32 and in the bundle's precision over the samples.
 
     Args:
-        folder: an empty one, to write into.
-        subject: the eager model and its plan.
-        samples: what to run.
+        folder: an empty folder, to write into.
+        oracle: the eager model and its plan.
+        samples: the samples to run.
         steps: S, logits compared per prompt.
-        report: progress.
+        report: told the progress.
     """
-    dtype = HALF.get(subject.precision)
-    half = None if dtype is None else Eager(lowered(subject.model, dtype, subject.fp32_layers), subject.weights)
+    dtype = HALF.get(oracle.precision)
+    low_precision = None if dtype is None else Eager(lowered(oracle.model, dtype, oracle.fp32_layers), oracle.weights)
     meter, count = _NoiseMeter(), 0
     asked = tracked(samples, "validate: eager", samples.count, report)
-    for group in subject.grouped(((subject.prompter.chat(sample.turns), sample) for sample in asked), answers=2):
+    for group in oracle.grouped(((oracle.prompter.chat(sample.turns), sample) for sample in asked), answers=2):
         prompts = [prompt for prompt, _ in group]
-        plans = [subject.plan(prompt) for prompt in prompts]
+        plans = [oracle.plan(prompt) for prompt in prompts]
         rows = [sampled_rows(len(prompt.input_ids)) for prompt in prompts]
-        answers = [_tokens_of(subject, sample) for _, sample in group]
-        passes = map(partial(tracing, subject, subject.eager), prompts, plans, repeat(steps), answers, rows)
-        found = subject.eager.run(list(passes))
-        oracles, tokens = [trace for trace, _ in found], [fed for _, fed in found]
-        forced = [forced_plan(subject, prompt, trace.kept) for prompt, trace in zip(prompts, oracles, strict=True)]
-        if any(not load_selector(stage.selector).graded for stage in subject.prune.schedule):
+        answers = [_tokens_of(oracle, sample) for _, sample in group]
+        passes = map(partial(tracing, oracle, oracle.eager), prompts, plans, repeat(steps), answers, rows)
+        found = oracle.eager.run(list(passes))
+        fp32_traces, tokens = [trace for trace, _ in found], [fed for _, fed in found]
+        forced = [forced_plan(oracle, prompt, trace.kept) for prompt, trace in zip(prompts, fp32_traces, strict=True)]
+        if any(not load_selector(stage.selector).graded for stage in oracle.prune.schedule):
             near = [replace(plan, jitter=_LAST_BITS) for plan in forced]
-            again = subject.eager.run(list(map(partial(tracing, subject, subject.eager), prompts, near, repeat(1))))
-            for prompt, plan, oracle, (trace, _) in zip(prompts, plans, oracles, again, strict=True):
-                meter.add_ties(prompt, plan, oracle, trace.scores)
+            again = oracle.eager.run(list(map(partial(tracing, oracle, oracle.eager), prompts, near, repeat(1))))
+            for prompt, plan, fp32, (trace, _) in zip(prompts, plans, fp32_traces, again, strict=True):
+                meter.add_ties(prompt, plan, fp32, trace.scores)
         same: list[Trace | None] = [None] * len(group)
-        if half is not None and dtype is not None:
+        if low_precision is not None and dtype is not None:
             scales = {layer: alpha.to(dtype) for layer, alpha in plans[0].scales.items()}
             halved = [replace(plan, scales=scales) for plan in forced]
-            passes = map(partial(tracing, subject, half), prompts, halved, repeat(steps), tokens, rows)
-            for at, (trace, _) in enumerate(half.run(list(passes))):
-                meter.add(prompts[at], plans[at], oracles[at], trace)
+            passes = map(partial(tracing, oracle, low_precision), prompts, halved, repeat(steps), tokens, rows)
+            for at, (trace, _) in enumerate(low_precision.run(list(passes))):
+                meter.add(prompts[at], plans[at], fp32_traces[at], trace)
                 same[at] = trace
-        for record in map(Record, prompts, tokens, rows, oracles, same):
+        for record in map(Record, prompts, tokens, rows, fp32_traces, same):
             _save(folder / _file(count), record)
             count += 1
     about = {
         "version": _VERSION,
         "count": samples.count,
         "samples": samples.name,
-        "precision": subject.precision,
+        "precision": oracle.precision,
         "steps": steps,
         "noise": asdict(meter.noise()),
     }
@@ -203,9 +203,9 @@ def write_records(folder: Path, subject: Subject, samples: Samples, steps: int, 
     return Records(folder)
 
 
-def _tokens_of(subject: Subject, sample: Sample) -> list[int]:
-    """The known answer's."""
-    return subject.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
+def _tokens_of(oracle: Oracle, sample: Sample) -> list[int]:
+    """Tokens of the known answer; none where it is not known."""
+    return oracle.prompter.tokenizer.encode(sample.answer, add_special_tokens=False) if sample.answer else []
 
 
 class Records:
@@ -242,7 +242,7 @@ class Records:
         return (_load(self.folder / _file(index)) for index in range(self._count))
 
     def files(self) -> list[Path]:
-        """All that a copy of the first `len` records takes."""
+        """The files that hold these records."""
         return [self.folder / _ABOUT, *(self.folder / _file(index) for index in range(self._count))]
 
 
@@ -250,7 +250,8 @@ def _file(index: int) -> str:
     return f"{index:04}.safetensors"
 
 
-_TRACES = ("oracle", "half")
+_TRACES = {"fp32": "oracle", "low_precision": "half"}
+"""Fields of `Record` -> the names of their tensors in files."""
 
 
 def _save(path: Path, record: Record) -> None:
@@ -262,8 +263,8 @@ def _save(path: Path, record: Record) -> None:
         "rows": record.rows,
         **{f"patches.{index}": picture.patches for index, picture in enumerate(prompt.pictures)},
     }
-    for name in _TRACES:
-        trace: Trace | None = getattr(record, name)
+    for field, name in _TRACES.items():
+        trace: Trace | None = getattr(record, field)
         if trace is None:
             continue
         tensors |= {f"{name}.logits": trace.logits, f"{name}.hidden": trace.hidden, f"{name}.features": trace.features}
@@ -296,9 +297,9 @@ def _load(path: Path) -> Record:
         prompt = Prompt(
             tensors["input_ids"], tensors["is_visual"], pictures, tensors["position_ids"], about["next_position"]
         )
-        oracle, half = (_trace(tensors, name) for name in _TRACES)
-        assert oracle is not None
-        return Record(prompt, about["tokens"], tensors["rows"], oracle, half)
+        fp32, low_precision = (_trace(tensors, name) for name in _TRACES.values())
+        assert fp32 is not None
+        return Record(prompt, about["tokens"], tensors["rows"], fp32, low_precision)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CapaError(f"{path}: damaged golden sample ({error}); store them again") from error
 
@@ -314,7 +315,7 @@ def _trace(tensors: dict[str, Any], name: str) -> Trace | None:
 
 
 class _NoiseMeter:
-    """The worst over the prompts."""
+    """Collects the noise, worst over the prompts."""
 
     def __init__(self) -> None:
         self._logits, self._features, self._kl = 0.0, 0.0, 0.0
@@ -322,20 +323,20 @@ class _NoiseMeter:
         self._iou: list[list[float]] = []
         self._tie_iou: list[list[float]] = []
 
-    def add(self, prompt: Prompt, plan: EagerPlan, oracle: Trace, half: Trace) -> None:
-        assert oracle.hidden is not None and half.hidden is not None
+    def add(self, prompt: Prompt, plan: EagerPlan, fp32: Trace, low_precision: Trace) -> None:
+        assert fp32.hidden is not None and low_precision.hidden is not None
         # maximum() keeps a NaN, which max() would drop.
-        self._logits = float(np.maximum(self._logits, np.abs(half.logits - oracle.logits).max()))
-        pairs = zip(oracle.logits, half.logits, strict=True)
+        self._logits = float(np.maximum(self._logits, np.abs(low_precision.logits - fp32.logits).max()))
+        pairs = zip(fp32.logits, low_precision.logits, strict=True)
         self._kl = float(np.maximum(self._kl, np.max([kl_divergence(*pair) for pair in pairs])))
-        if oracle.features is not None and half.features is not None:
-            self._features = float(np.maximum(self._features, relative_error(half.features, oracle.features)))
-        self._hidden = _maximum(self._hidden, relative_errors(half.hidden, oracle.hidden, len(oracle.logits)))
-        self._scores = _maximum(self._scores, np.array(score_errors(prompt, oracle, half)))
-        self._iou.append(list(_own_choice(prompt, plan, oracle, half.scores)))
+        if fp32.features is not None and low_precision.features is not None:
+            self._features = float(np.maximum(self._features, relative_error(low_precision.features, fp32.features)))
+        self._hidden = _maximum(self._hidden, relative_errors(low_precision.hidden, fp32.hidden, len(fp32.logits)))
+        self._scores = _maximum(self._scores, np.array(score_errors(prompt, fp32, low_precision)))
+        self._iou.append(list(_own_choice(prompt, plan, fp32, low_precision.scores)))
 
-    def add_ties(self, prompt: Prompt, plan: EagerPlan, oracle: Trace, scores: Sequence[np.ndarray]) -> None:
-        self._tie_iou.append(list(_own_choice(prompt, plan, oracle, scores)))
+    def add_ties(self, prompt: Prompt, plan: EagerPlan, fp32: Trace, scores: Sequence[np.ndarray]) -> None:
+        self._tie_iou.append(list(_own_choice(prompt, plan, fp32, scores)))
 
     def noise(self) -> Noise:
         hidden, scores = (tuple(values.tolist()) for values in (self._hidden, self._scores))
@@ -344,11 +345,11 @@ class _NoiseMeter:
 
 
 def _own_choice(
-    prompt: Prompt, plan: EagerPlan, oracle: Trace, scores_of_stages: Sequence[np.ndarray]
+    prompt: Prompt, plan: EagerPlan, fp32: Trace, scores_of_stages: Sequence[np.ndarray]
 ) -> Iterator[float]:
-    """Per stage, the IoU of what has the highest scores with what the oracle kept, of the same tokens."""
+    """Per stage, the IoU of the tokens with the highest scores and those that the oracle kept, of the same tokens."""
     entering = np.arange(len(prompt.input_ids))
-    for kept, scores, keep in zip(oracle.kept, scores_of_stages, plan.keep.values(), strict=True):
+    for kept, scores, keep in zip(fp32.kept, scores_of_stages, plan.keep.values(), strict=True):
         is_visual = prompt.is_visual[entering]
         own = best_rows(torch.from_numpy(scores), torch.from_numpy(is_visual), min(keep, int(is_visual.sum())), plan)
         yield overlap(entering[own.numpy()], kept, len(prompt.text_positions))
@@ -368,11 +369,11 @@ def relative_error(own: np.ndarray, reference: np.ndarray) -> float:
 def relative_errors(hidden: np.ndarray, reference: np.ndarray, steps: int) -> np.ndarray:
     """[L] || difference || / || reference || of the prompt's states or of the steps', whichever is larger.
 
-    One does not hide the other: a prompt has many states, and an answer few.
+    A prompt has many states and an answer few, which would not show in one norm over all.
 
     Args:
         hidden: [L, R + S - 1, D].
-        reference: the same; NaN where there is no state.
+        reference: [L, R + S - 1, D], NaN where there is no state.
         steps: S.
     """
     seen = ~np.isnan(reference[..., :1])
@@ -386,11 +387,11 @@ def relative_errors(hidden: np.ndarray, reference: np.ndarray, steps: int) -> np
     return np.maximum(*errors)
 
 
-def score_errors(prompt: Prompt, oracle: Trace, other: Trace) -> list[float]:
+def score_errors(prompt: Prompt, fp32: Trace, other: Trace) -> list[float]:
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
     errors: list[float] = []
     entering = np.arange(len(prompt.input_ids))
-    for kept, scores, own in zip(oracle.kept, oracle.scores, other.scores, strict=True):
+    for kept, scores, own in zip(fp32.kept, fp32.scores, other.scores, strict=True):
         visual = prompt.is_visual[entering]
         chosen = visual & np.isin(entering, kept)
         near = visual & (scores >= scores[chosen].min(initial=np.inf) / 2)

@@ -1,4 +1,4 @@
-"""Whether an artefact keeps the oracle's visual tokens, and how far from the cut those lie that it does not.
+"""Measures whether an artefact keeps the oracle's visual tokens, and how far from the cut the others lie.
 
 T = tokens that enter a stage, K = tokens kept.
 """
@@ -11,41 +11,41 @@ import numpy as np
 
 from capa_export.config.gates import Bound, Gate
 from capa_export.config.schedule import Stage
-from capa_export.parity.comparison import bounded, worse
+from capa_export.parity.export_error import bounded, worse
 from capa_export.parity.records import Noise, Record, score_errors
 from capa_export.parity.trace import Trace, overlap
 from capa_export.report.schema import Check, Kept, Selection
 from capa_export.selectors.selector import load_selector
 
-__all__ = ["Choice", "agreeing"]
+__all__ = ["SelectionMeter", "comparable_kept"]
 
 
 _WIDEST = 0.25
-"""Relative lead of a score that no noise explains."""
+"""Relative lead of a score that is too wide for any noise to explain."""
 _TIES = 0.02
 """Mean IoU that near-ties of a choice made step by step may cost where none were seen: about one token in fifty."""
 _TIE_RATIO = 2.0
-"""How much more near-ties may cost an artefact than they cost the eager model."""
+"""Most that near-ties may cost an artefact, in multiples of their cost to the eager model."""
 
 
 @dataclass
-class _Stage:
-    """One stage of the schedule, over the prompts."""
+class _StageFigures:
+    """The figures of one stage of the schedule, over the prompts."""
 
     iou: list[float] = field(default_factory=list)
     bound: list[float] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
     furthest: float = 0.0
     score_error: float | None = None
-    """None where the scores cannot be seen."""
+    """Worst relative error of a score; None where the scores cannot be seen."""
     flipped: int = 0
     chance: list[float] = field(default_factory=list)
-    """Of a choice made step by step: the IoU that as many random tokens would have, of each prompt."""
+    """Per prompt, the IoU that as many random tokens would have; of a choice made step by step."""
 
 
 @dataclass
-class Choice:
-    """What an artefact keeps, against the oracle, of the tokens that entered a stage on both sides."""
+class SelectionMeter:
+    """Collects the tokens that an artefact and the oracle keep, of those that entered a stage on both sides."""
 
     artefact: str
     reference: str
@@ -54,13 +54,13 @@ class Choice:
     noise: Noise
     min_keep_per_image: int
     prompts: int = 0
-    stages: list[_Stage] = field(init=False)
+    stages: list[_StageFigures] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stages = [_Stage() for _ in self.schedule]
+        self.stages = [_StageFigures() for _ in self.schedule]
 
     def band(self, stage: int) -> float:
-        """Lead of a score that the noise of the precision explains, relative."""
+        """The largest relative lead of a score that the noise of the precision explains."""
         ratio, noise = self.gate.flip_noise_ratio, self.noise.scores
         measured = ratio.limit * noise[stage] if ratio is not None and noise else 0.0
         # A NaN leaves the floor, and nothing excuses keeping the worst tokens.
@@ -70,16 +70,13 @@ class Choice:
         """Count one prompt.
 
         Args:
-            kept: prompt positions that the artefact's stages keep; a stage counts where the tokens that enter it are
-                the oracle's, so give as many stages as that is true of.
-            record: the oracle's.
-            states: of the artefact, made to keep the oracle's tokens, where its scores were seen.
+            kept: prompt positions that the artefact keeps, of each stage that the oracle's tokens enter.
+            record: the oracle's record of the prompt.
+            states: the artefact's trace while it keeps the oracle's tokens, where its scores were seen.
         """
         self.prompts += 1
         entering = np.arange(len(record.prompt.input_ids))
-        for index, (own, wanted, scores) in enumerate(
-            zip(kept, record.oracle.kept, record.oracle.scores, strict=False)
-        ):
+        for index, (own, wanted, scores) in enumerate(zip(kept, record.fp32.kept, record.fp32.scores, strict=False)):
             stage = self.stages[index]
             stage.iou.append(overlap(own, wanted, len(record.prompt.text_positions)))
             stage.flipped += not np.array_equal(own, wanted)
@@ -90,20 +87,20 @@ class Choice:
                 stage.chance.append((len(wanted) - num_text) / max(1, 2 * len(entering) - len(wanted) - num_text))
                 entering = wanted
                 continue
-            cut = _Cut.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
+            cut = _Cutoff.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
             stage.bound.append(cut.iou_bound(self.band(index)))
             stage.margin.append(cut.margin)
             if not np.array_equal(own, wanted):
                 stage.furthest = worse(stage.furthest, _lead(own, wanted, entering, scores))
             entering = wanted
         if states is not None:
-            errors = score_errors(record.prompt, record.oracle, states)
+            errors = score_errors(record.prompt, record.fp32, states)
             for index, (stage, error) in enumerate(zip(self.stages, errors, strict=True)):
                 if self._graded(index):
                     stage.score_error = worse(stage.score_error or 0.0, error)
 
     def warnings(self) -> tuple[str, ...]:
-        """Stages whose choice hangs on so little that a wrong one could not be told from a right one, or unseen."""
+        """A sentence for each stage that was seen on no prompt, or whose near-ties hide a wrong choice."""
         hanging = (
             f"{self.artefact}: what {entry.selector} keeps {entry.where} hangs on the last bits of these pictures, so "
             "that its choice could not be judged; smaller pictures or a smaller ratio can be"
@@ -113,11 +110,11 @@ class Choice:
         return *hanging, *(words for count, words in self._unseen() if count == self.prompts)
 
     def notes(self) -> tuple[str, ...]:
-        """Stages that were seen on some of the prompts."""
+        """A sentence for each stage that was seen on some of the prompts."""
         return tuple(words for count, words in self._unseen() if count < self.prompts)
 
     def _unseen(self) -> Iterator[tuple[int, str]]:
-        """On how many prompts a stage was not compared, where there are any, and that in words."""
+        """The number of prompts on which a stage was not compared, and a sentence; of stages that have any."""
         for entry, stage in zip(self.schedule, self.stages, strict=True):
             if count := self.prompts - len(stage.iou):
                 words = (
@@ -131,17 +128,17 @@ class Choice:
         return load_selector(self.schedule[stage].selector).graded
 
     def _least(self, stage: int) -> float:
-        """Mean IoU below which near-ties and the precision's noise do not explain what a choice by steps keeps."""
+        """The least mean IoU that near-ties and the precision's noise explain, of a choice made step by step."""
         ratio = 1.0 if self.gate.flip_noise_ratio is None else self.gate.flip_noise_ratio.limit
         noise = ratio * (1.0 - float(np.mean(self.noise.iou[stage]))) if self.noise.iou else 0.0
         ties = _TIE_RATIO * (1.0 - float(np.mean(self.noise.tie_iou[stage]))) if self.noise.tie_iou else 0.0
         return max(0.0, 1.0 - max(noise, ties) - _TIES)
 
     def _worst_prompt(self, stage: int) -> tuple[float, float]:
-        """Of the prompt that is furthest below its bound, or nearest to it, the IoU and the bound.
+        """IoU and bound of the prompt that is furthest below its bound, or nearest to it.
 
-        That is half way from chance to the lowest IoU that noise shows on any prompt. A mean hides one that is wrong;
-        and as a lost near-tie costs little or nearly all, which prompt pays is luck, and not a gate of its own.
+        The bound is half way from chance to the lowest IoU that noise shows on any prompt. A mean hides one wrong
+        prompt; and as a lost near-tie costs little or nearly all, which prompt pays is luck, and not a gate of its own.
         """
         noise = (seen for seen in (self.noise.iou, self.noise.tie_iou) if seen)
         lowest = min((min(seen[stage]) for seen in noise), default=1.0)
@@ -150,7 +147,7 @@ class Choice:
         return min(zip(found.iou, bounds, strict=True), key=lambda pair: pair[0] - pair[1])
 
     def result(self) -> Selection:
-        """The figures beside their gates."""
+        """The figures and their checks."""
         noise = self.noise.scores or (0.0,) * len(self.schedule)
         return Selection(
             artefact=self.artefact,
@@ -205,8 +202,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """Where one prompt's scores are cut: free tokens against each other, and each image's guaranteed few."""
+class _Cutoff:
+    """The contests for places on one prompt: of all free tokens, and of each image's guaranteed few."""
 
     contests: list[tuple[np.ndarray, np.ndarray]]
     """Scores of tokens kept and of tokens dropped that compete for the same places."""
@@ -215,7 +212,7 @@ class _Cut:
     @classmethod
     def of(
         cls, entering: np.ndarray, kept: np.ndarray, scores: np.ndarray, is_visual: np.ndarray, min_keep: int
-    ) -> "_Cut":
+    ) -> "_Cutoff":
         visual = is_visual[entering]
         chosen = visual & np.isin(entering, kept)
         image = np.cumsum(~is_visual)[entering]
@@ -249,7 +246,7 @@ class _Cut:
 
 
 def _lead(own: np.ndarray, wanted: np.ndarray, entering: np.ndarray, scores: np.ndarray) -> float:
-    """How far apart, at worst, a token wrongly dropped and the one wrongly kept in its place score, relative."""
+    """The largest relative difference of scores between a token wrongly dropped and the one kept in its place."""
     dropped, added = np.setdiff1d(wanted, own), np.setdiff1d(own, wanted)
     if len(dropped) != len(added) or not len(dropped) or not np.isin(added, entering).all():
         return inf
@@ -259,9 +256,9 @@ def _lead(own: np.ndarray, wanted: np.ndarray, entering: np.ndarray, scores: np.
     return float((np.abs(best - worst) / np.maximum(best, worst)).max())
 
 
-def agreeing(trace: Trace, oracle: Trace) -> list[np.ndarray]:
-    """The kept sets of the stages that chose of the same tokens: up to the first that differs, and that one."""
-    for index, (own, wanted) in enumerate(zip(trace.kept, oracle.kept, strict=True)):
+def comparable_kept(trace: Trace, fp32: Trace) -> list[np.ndarray]:
+    """The kept sets of the stages that the same tokens entered: up to the first that differs, and that one."""
+    for index, (own, wanted) in enumerate(zip(trace.kept, fp32.kept, strict=True)):
         if not np.array_equal(own, wanted):
             return trace.kept[: index + 1]
     return trace.kept

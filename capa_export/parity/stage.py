@@ -16,15 +16,15 @@ __all__ = ["validate"]
 
 
 def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> ParityReport:
-    """Hold a bundle against the eager model, or against what that made of the golden samples.
+    """Hold a bundle against the eager model, or against its stored results on the golden samples.
 
     Args:
-        bundle: exported.
-        model: what it was made from; with golden samples it is not opened, and its recipe alone counts.
-        options: of the validation.
+        bundle: a bundle whose export is done.
+        model: the model it was made from; with golden samples it is not opened, and its recipe alone counts.
+        options: the user's wishes.
 
     Returns:
-        What is also in `parity.json`; the caller turns `passed` into an exit code.
+        The report that `parity.json` holds; the caller turns `passed` into an exit code.
 
     Raises:
         CapaError: a file of the bundle was changed, or the checkpoint is another.

@@ -1,4 +1,4 @@
-"""What one runtime makes of one prompt, in the form in which runtimes are compared.
+"""Traces: one runtime's results on one prompt, in the form in which runtimes are compared.
 
 S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size, N = visual tokens.
 """
@@ -15,16 +15,16 @@ _MOST_ROWS = 64
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt, prefilled and then fed the same tokens whoever runs it."""
+    """The results of a prefill and of decode steps on given tokens."""
 
     logits: np.ndarray
     """[S, V] FP32."""
     kept: list[np.ndarray]
     """Kept prompt positions after each stage."""
     scores: list[np.ndarray] = field(default_factory=list)
-    """Score of each token that entered a stage; of an oracle only."""
+    """Per stage, the score of each token that entered it; empty where scores are not seen."""
     hidden: np.ndarray | None = None
-    """[L, R + S - 1, D] FP32: what leaves each layer at the sampled positions, then at each step; NaN where a position
+    """[L, R + S - 1, D] FP32, output of each layer at the sampled positions, then at each step; NaN where a position
     had been dropped. None where it is not seen."""
     features: np.ndarray | None = None
     """[N, D] FP32, the vision tower's output; None where it is not seen, or there is none."""
@@ -49,18 +49,18 @@ class HiddenStates:
         self._steps: list[list[np.ndarray]] = [[] for _ in range(num_layers)]
 
     def add_prefill(self, hidden_TD: np.ndarray, positions_T: np.ndarray) -> None:
-        """The next layer's output, and the prompt positions that its rows are, ascending."""
+        """Add the next layer's output, given the prompt positions of its rows, ascending."""
         found = np.isin(self.rows, positions_T)
         sampled = np.full((len(self.rows), hidden_TD.shape[1]), np.nan, np.float32)
         sampled[found] = hidden_TD[np.searchsorted(positions_T, self.rows[found])]
         self._prefill.append(sampled)
 
     def add_step(self, layer: int, hidden_D: np.ndarray) -> None:
-        """A layer's output at the next decode step."""
+        """Add a layer's output at the next decode step."""
         self._steps[layer].append(hidden_D.astype(np.float32))
 
     def stacked(self) -> np.ndarray:
-        """[L, R + S - 1, D]."""
+        """All hidden states, [L, R + S - 1, D] FP32."""
         layers = zip(self._prefill, self._steps, strict=True)
         return np.stack([np.concatenate([prefill, *(step[None] for step in steps)]) for prefill, steps in layers])
 

@@ -19,11 +19,11 @@ from capa_export.graph.contract import LOGITS, kept_name
 from capa_export.model.eager import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
-from capa_export.parity.comparison import Comparison
-from capa_export.parity.oracle import Subject
+from capa_export.parity.export_error import ExportErrorMeter
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.probe import ProbedModel
 from capa_export.parity.records import Noise, Record, Records, forced_plan, tracing
-from capa_export.parity.selection import Choice, agreeing
+from capa_export.parity.selection import SelectionMeter, comparable_kept
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
 from capa_export.run.onnx import OnnxModel
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
     from capa_export.run.engine_model import EngineModel
 
 __all__ = [
-    "Compared",
+    "Comparison",
     "compare_dense",
     "compare_engine",
     "compare_onnx",
     "compare_prompts",
     "compare_sidecars",
     "dense_logits",
-    "replayed_oracle",
+    "make_replay",
 ]
 
 _REPLAYED = 8
 """Prompts whose hidden states are compared; beyond them, those whose kept sets flipped are replayed too."""
 
-Expected = Callable[[Record, Sequence[np.ndarray]], Trace]
-"""What the oracle makes of a record's prompt with other kept positions."""
+Replay = Callable[[Record, Sequence[np.ndarray]], Trace]
+"""Runs the oracle on a record's prompt with other kept positions."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One artefact against its references."""
+class Comparison:
+    """The figures of one artefact against its references."""
 
     export_error: tuple[ExportError, ...]
     selection: tuple[Selection, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     milliseconds: Mapping[str, float] = field(default_factory=dict)
-    """Median of a prefill, vision apart, and of a decode step, over the prompts."""
+    """Median times of a prefill, without the vision tower, and of a decode step."""
 
 
 def compare_onnx(
@@ -70,29 +70,29 @@ def compare_onnx(
     report: Report = silent,
     *,
     sliced: bool = False,
-) -> Compared:
-    """ONNX files against eager CAPA in FP32, and in their own precision.
+) -> Comparison:
+    """Compare ONNX files with eager CAPA in FP32, and in their own precision.
 
     The files run as they are. Where they keep other tokens than the oracle they are run again with the oracle's, so
     that flips and numeric drift are measured apart; so are the first few, to see their hidden states.
 
     Args:
         graphs: an `onnx` folder, or graphs that are not written.
-        precision: of its graphs.
-        records: what the oracle made of the prompts.
+        precision: precision of the graphs.
+        records: the oracle's records of the prompts.
         recipe: the schedule, and the gates.
-        report: progress.
-        sliced: whether no more than a layer's weights are to be in memory.
+        report: told the progress.
+        sliced: whether to hold no more than a layer's weights in memory.
     """
     what = f"{precision} ONNX"
-    comparisons = _comparisons(what, precision, records, recipe)
-    choice = _choice(what, precision, records, recipe)
+    meters = _meters(what, precision, records, recipe)
+    selection = _selection_meter(what, precision, records, recipe)
     plain, probed, clock = OnnxModel(graphs, sliced=sliced), ProbedModel(graphs, sliced=sliced), _Clock()
     index = 0
     for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
         try:
             traces = _traces(plain, group, clock, [_kept_counts(record) for record in group])
-            flipped = [not _same_kept(trace, one.oracle) for trace, one in zip(traces, group, strict=True)]
+            flipped = [not _same_kept(trace, one.fp32) for trace, one in zip(traces, group, strict=True)]
             again = [at for at in range(len(group)) if flipped[at] or index + at < _REPLAYED]
             replayed = dict(zip(again, probed.replays([group[at] for at in again]) if again else (), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
@@ -103,20 +103,19 @@ def compare_onnx(
         for at, (trace, record) in enumerate(zip(traces, group, strict=True)):
             states, chosen = replayed.get(at, (None, []))
             if states is not None:
-                # What the graph says it kept, where the same tokens entered; behind that, what it would have kept of
-                # them.
-                own = agreeing(trace, record.oracle)
-                choice.add([*own, *chosen[len(own) :]], record, states)
+                # The graph's kept sets where the same tokens entered; then those it would have kept of the oracle's.
+                own = comparable_kept(trace, record.fp32)
+                selection.add([*own, *chosen[len(own) :]], record, states)
             else:
-                choice.add(trace.kept, record)
-            # What the user gets is held to the selection's gates; what it computes is seen with the same tokens kept.
+                selection.add(trace.kept, record)
+            # The gates of selection judge the graph as it runs; its numbers are compared with the same tokens kept.
             compared = states if flipped[at] and states is not None else trace
-            for comparison, reference in zip(comparisons, _references(record, precision), strict=True):
-                comparison.add(compared, reference, states, _noise_of(record, precision))
-    return Compared(
-        tuple(one.result() for one in comparisons),
-        (choice.result(),),
-        warnings=choice.warnings(),
+            for meter, reference in zip(meters, _references(record, precision), strict=True):
+                meter.add(compared, reference, states, _noise_of(record, precision))
+    return Comparison(
+        tuple(one.result() for one in meters),
+        (selection.result(),),
+        warnings=selection.warnings(),
         milliseconds=clock.medians(),
     )
 
@@ -127,29 +126,29 @@ def compare_engine(
     precision: str,
     records: Records,
     recipe: Recipe,
-    expected: Expected | None = None,
+    replay: Replay | None = None,
     report: Report = silent,
     *,
     sliced: bool = False,
-) -> Compared:
-    """Engines against eager CAPA, and against the ONNX files they were built from, made to keep the same tokens.
+) -> Comparison:
+    """Compare engines with eager CAPA, and with the ONNX files they were built from, made to keep the same tokens.
 
     Args:
         engine: the bundle's engines, on the GPU.
         folder: the bundle's `onnx` folder.
-        precision: of both.
-        records: what the oracle made of the prompts.
+        precision: precision of engines and files.
+        records: the oracle's records of the prompts.
         recipe: the schedule, and the gates.
-        expected: the oracle with kept positions that are not its own; where it is not given, prompts on which the
-            engines keep others are held against the ONNX files alone.
-        report: progress.
-        sliced: whether no more than a layer's weights of the ONNX files are to be in memory.
+        replay: runs the oracle with the engines' kept positions; where None, prompts on which the engines keep other
+            tokens are compared with the ONNX files alone.
+        report: told the progress.
+        sliced: whether to hold no more than a layer's weights of the ONNX files in memory.
     """
     what = f"{precision} engine"
-    comparisons = _comparisons(what, precision, records, recipe)
-    choice = _choice(what, precision, records, recipe)
+    meters = _meters(what, precision, records, recipe)
+    selection = _selection_meter(what, precision, records, recipe)
     gate = getattr(recipe.parity, precision)
-    against_onnx = Comparison(what, f"{precision} ONNX", gate, _noise(precision, records))
+    against_onnx = ExportErrorMeter(what, f"{precision} ONNX", gate, _noise(precision, records))
     for record in records:
         engine.check([record.prompt], [_num_keep(record, recipe)], records.steps)
     onnx, unseen, clock = ProbedModel(folder, sliced=sliced), 0, _Clock()
@@ -157,59 +156,63 @@ def compare_engine(
         traces = [_trace(engine, record, clock) for record in group]
         replayed = onnx.replays(group, [trace.kept for trace in traces])
         for record, trace, (as_onnx, _) in zip(group, traces, replayed, strict=True):
-            choice.add(agreeing(trace, record.oracle), record)
+            selection.add(comparable_kept(trace, record.fp32), record)
             against_onnx.add(trace, as_onnx)
-            if _same_kept(trace, record.oracle):
-                for comparison, reference in zip(comparisons, _references(record, precision), strict=False):
-                    comparison.add(trace, reference, noise=_noise_of(record, precision))
-            elif expected is not None:
-                comparisons[0].add(trace, expected(record, trace.kept))
+            if _same_kept(trace, record.fp32):
+                for meter, reference in zip(meters, _references(record, precision), strict=False):
+                    meter.add(trace, reference, noise=_noise_of(record, precision))
+            elif replay is not None:
+                meters[0].add(trace, replay(record, trace.kept))
             else:
                 unseen += 1
-    notes = [f"The engines ran on {engine.gpu.name}.", *choice.notes()]
+    notes = [f"The engines ran on {engine.gpu.name}.", *selection.notes()]
     if unseen:
         notes.append(
             f"On {unseen} of {len(records)} prompts the engines kept other tokens than the oracle: there, they are "
             "held against the ONNX files alone."
         )
-    compared = [one for one in (*comparisons, against_onnx) if one.prompts]
-    return Compared(
-        tuple(one.result() for one in compared), (choice.result(),), tuple(notes), choice.warnings(), clock.medians()
+    compared = [one for one in (*meters, against_onnx) if one.prompts]
+    return Comparison(
+        tuple(one.result() for one in compared),
+        (selection.result(),),
+        tuple(notes),
+        selection.warnings(),
+        clock.medians(),
     )
 
 
-def replayed_oracle(subject: Subject) -> Expected:
-    """The eager model, run again with the kept positions of an artefact."""
+def make_replay(oracle: Oracle) -> Replay:
+    """Make a function that runs the eager model again with an artefact's kept positions."""
 
-    def expected(record: Record, kept: Sequence[np.ndarray]) -> Trace:
-        plan, eager = forced_plan(subject, record.prompt, kept), subject.eager
-        return eager.run([tracing(subject, eager, record.prompt, plan, len(record.oracle.logits), record.tokens)])[0][0]
+    def replay(record: Record, kept: Sequence[np.ndarray]) -> Trace:
+        plan, eager = forced_plan(oracle, record.prompt, kept), oracle.eager
+        return eager.run([tracing(oracle, eager, record.prompt, plan, len(record.fp32.logits), record.tokens)])[0][0]
 
-    return expected
+    return replay
 
 
-def compare_dense(subject: Subject, records: Records, recipe: Recipe, report: Report = silent) -> Compared:
-    """Nothing removed and no FFN scales, against the dense model's own forward pass."""
-    model, clock = OnnxModel(subject.fp32_onnx, prefill=DENSE), _Clock()
-    comparison = Comparison("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
+def compare_dense(oracle: Oracle, records: Records, recipe: Recipe, report: Report = silent) -> Comparison:
+    """Compare the FP32 graphs, with nothing removed and no FFN scales, with the dense model's own forward pass."""
+    model, clock = OnnxModel(oracle.fp32_onnx, prefill=DENSE), _Clock()
+    meter = ExportErrorMeter("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
     stages = len(recipe.prune.schedule)
     for group in _groups(model, tracked(records, "validate: dense", len(records), report)):
         traces = _traces(model, group, clock, [[record.prompt.num_visual] * stages for record in group])
         for trace, record in zip(traces, group, strict=True):
             everything = [np.arange(len(record.prompt.input_ids))] * stages
-            reference = Trace(dense_logits(subject, record.prompt, record.tokens), everything)
-            comparison.add(trace, reference)
-    return Compared((comparison.result(),), milliseconds=clock.medians())
+            reference = Trace(dense_logits(oracle, record.prompt, record.tokens), everything)
+            meter.add(trace, reference)
+    return Comparison((meter.result(),), milliseconds=clock.medians())
 
 
-def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples, changed: Sequence[str] = ()) -> Compared:
-    """What the bundle's tokenizer, chat template and image processor make of the samples, against the checkpoint's.
+def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples, changed: Sequence[str] = ()) -> Comparison:
+    """Compare the prompts that the bundle's tokenizer, chat template and image processor make with the checkpoint's.
 
     Args:
-        prompter: of the checkpoint.
-        bundled: of the bundle.
-        samples: to make prompts of.
-        changed: files that the bundle holds for other runtimes, and that are not the checkpoint's.
+        prompter: the checkpoint's prompter.
+        bundled: the bundle's prompter.
+        samples: the samples to make prompts of.
+        changed: the bundle's files for other runtimes that differ from the checkpoint's.
     """
     different = 0
     for sample in samples:
@@ -222,39 +225,39 @@ def compare_prompts(prompter: Prompter, bundled: Prompter, samples: Samples, cha
     return _of_prompts("the checkpoint's processors", what, different + len(changed), samples.count)
 
 
-def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> Compared:
-    """The files that make prompts, against those that made the golden samples, by SHA-256."""
+def compare_sidecars(stored: Mapping[str, str], present: Mapping[str, str]) -> Comparison:
+    """Compare the files that make prompts with those that made the golden samples, by SHA-256."""
     different = sorted(name for name in {*stored, *present} if stored.get(name) != present.get(name))
     return _of_prompts("the golden samples' processors", ", ".join(different), len(different), len(stored))
 
 
-def _of_prompts(reference: str, what: str, different: int, count: int) -> Compared:
+def _of_prompts(reference: str, what: str, different: int, count: int) -> Comparison:
     failure = f"{PROMPTS} against {reference}: {what}" if different else ""
     check = Check(name="differ", value=different, at_most=0, of=count, failure=failure)
-    return Compared(
+    return Comparison(
         (ExportError(artefact=PROMPTS, reference=reference, prompts=count, steps=0, noise=0.0, checks=(check,)),)
     )
 
 
-def _stopped(what: str, error: Exception, records: Records) -> Compared:
-    """A graph that ONNX Runtime does not run to its end."""
+def _stopped(what: str, error: Exception, records: Records) -> Comparison:
+    """The comparison of a graph that ONNX Runtime does not run to its end."""
     reference = "eager CAPA fp32"
     failure = f"{what} against {reference}: ONNX Runtime stops: {next(iter(str(error).splitlines()), '')[:300]}"
     check = Check(name="runs", value=0, at_least=1, failure=failure)
-    return Compared(
+    return Comparison(
         (ExportError(artefact=what, reference=reference, prompts=len(records), steps=0, noise=0.0, checks=(check,)),)
     )
 
 
-def _comparisons(what: str, precision: str, records: Records, recipe: Recipe) -> list[Comparison]:
-    """Against the oracle, and against the eager model in the artefact's own precision where that is another."""
+def _meters(what: str, precision: str, records: Records, recipe: Recipe) -> list[ExportErrorMeter]:
+    """Meters against the oracle, and against the eager model in the artefact's precision where that is not FP32."""
     names = ["fp32", *([precision] if precision != "fp32" else [])]
     gate, noise = getattr(recipe.parity, precision), _noise(precision, records)
-    return [Comparison(what, f"eager CAPA {name}", gate, noise) for name in names]
+    return [ExportErrorMeter(what, f"eager CAPA {name}", gate, noise) for name in names]
 
 
-def _choice(what: str, precision: str, records: Records, recipe: Recipe) -> Choice:
-    return Choice(
+def _selection_meter(what: str, precision: str, records: Records, recipe: Recipe) -> SelectionMeter:
+    return SelectionMeter(
         what,
         "eager CAPA fp32",
         recipe.prune.schedule,
@@ -269,15 +272,19 @@ def _noise(precision: str, records: Records) -> Noise:
 
 
 def _references(record: Record, precision: str) -> Iterator[Trace]:
-    """In the order of the comparisons."""
-    yield record.oracle
-    if precision != "fp32" and record.half is not None:
-        yield record.half
+    """The record's traces in the order of `_meters`."""
+    yield record.fp32
+    if precision != "fp32" and record.low_precision is not None:
+        yield record.low_precision
 
 
 def _noise_of(record: Record, precision: str) -> np.ndarray | None:
-    """[S, V], what the precision alone does to the logits."""
-    return None if record.half is None or precision == "fp32" else record.half.logits - record.oracle.logits
+    """[S, V] change of the logits by the precision alone; None where there is none."""
+    return (
+        None
+        if record.low_precision is None or precision == "fp32"
+        else record.low_precision.logits - record.fp32.logits
+    )
 
 
 def _num_keep(record: Record, recipe: Recipe) -> list[int]:
@@ -285,7 +292,7 @@ def _num_keep(record: Record, recipe: Recipe) -> list[int]:
 
 
 class _Clock:
-    """Times of prefills and decode steps."""
+    """Measures the times of prefills and decode steps."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
@@ -297,12 +304,12 @@ class _Clock:
         self._seconds[what].append(time.perf_counter() - started)
 
     def medians(self) -> dict[str, float]:
-        """In milliseconds, of what was timed."""
+        """Median milliseconds by the name of what was timed."""
         return {what: median(seconds) * 1e3 for what, seconds in self._seconds.items() if seconds}
 
 
 def _groups(model: OnnxModel, records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records whose prompts go through the graphs together: one at a time where these are in memory."""
+    """Group records whose prompts go through the graphs together; one by one where the graphs are in memory."""
 
     def size(record: Record) -> int:
         return model.prompt_bytes(len(record.prompt.input_ids) + len(record.tokens))
@@ -313,7 +320,7 @@ def _groups(model: OnnxModel, records: Iterable[Record]) -> Iterator[list[Record
 def _traces(
     model: OnnxModel, records: Sequence[Record], clock: _Clock, num_keep: Sequence[Sequence[int]]
 ) -> list[Trace]:
-    """The graphs as they are, fed the records' tokens."""
+    """Run the graphs as they are on the records' prompts and tokens."""
     prompts = [record.prompt for record in records]
     embeds = [model.embed(prompt) for prompt in prompts]
     found = model.follow(prompts, num_keep, [record.tokens for record in records], embeds, timing=clock.timing)
@@ -327,18 +334,18 @@ def _traces(
 
 
 def _kept_counts(record: Record) -> list[int]:
-    """Visual tokens that the oracle kept after each stage."""
-    return [len(kept) - len(record.prompt.text_positions) for kept in record.oracle.kept]
+    """Number of visual tokens that the oracle kept after each stage."""
+    return [len(kept) - len(record.prompt.text_positions) for kept in record.fp32.kept]
 
 
 def _trace(model: RuntimeModel[Any], record: Record, clock: _Clock) -> Trace:
-    """A runtime's graphs as they are, fed the record's tokens."""
+    """Run a runtime's graphs as they are on the record's prompt and tokens."""
     prompt, num_keep = record.prompt, _kept_counts(record)
     embeds = model.embed(prompt)
     model.load(prompt)
     with clock.timing("prefill"):
         run = model.prefill(prompt, num_keep, embeds)
-    logits, cache = [run.logits], model.batch([run.cache], len(record.oracle.logits))
+    logits, cache = [run.logits], model.batch([run.cache], len(record.fp32.logits))
     for step, token in enumerate(record.tokens):
         with clock.timing("decode"):
             output, cache = model.step(cache, token, prompt.next_position + step)
@@ -351,12 +358,12 @@ def _same_kept(trace: Trace, other: Trace) -> bool:
 
 
 @torch.no_grad()
-def dense_logits(subject: Subject, prompt: Prompt, tokens: Sequence[int]) -> np.ndarray:
-    """[S, V] of the Hugging Face decoder's own forward pass over a prompt and the S - 1 tokens behind it."""
+def dense_logits(oracle: Oracle, prompt: Prompt, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [S, V] of the Hugging Face decoder's own forward pass over a prompt and the S - 1 tokens behind it."""
     answer = torch.tensor([tokens], dtype=torch.long)
-    with subject.weights.holding_all(subject.model):
-        text = subject.model.model.language_model
-        inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
+    with oracle.weights.holding_all(oracle.model):
+        text = oracle.model.model.language_model
+        inputs = EagerInputs.of(oracle.family.eager_inputs(oracle.model, prompt))
         positions = inputs.next_position + torch.arange(answer.shape[1])
         whole = inputs._replace(
             embeds=torch.cat([inputs.embeds, text.embed_tokens(answer)], dim=1),
@@ -366,4 +373,4 @@ def dense_logits(subject: Subject, prompt: Prompt, tokens: Sequence[int]) -> np.
         )
         is_visual = np.pad(prompt.is_visual, (0, answer.shape[1]))
         output = text(**whole.arguments(torch.from_numpy(is_visual)), use_cache=False)
-        return subject.model.lm_head(output.last_hidden_state[0, len(prompt.input_ids) - 1 :]).float().numpy()
+        return oracle.model.lm_head(output.last_hidden_state[0, len(prompt.input_ids) - 1 :]).float().numpy()

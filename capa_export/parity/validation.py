@@ -1,4 +1,4 @@
-"""What every validation of a bundle shares: what is asked, the bundle's artefacts, and what is made of the figures."""
+"""The base of both validations of a bundle: its artefacts, its options, and the report of the figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from capa_export.data.samples import Samples
     from capa_export.export.graphs import Graphs
     from capa_export.parity.records import Records
-    from capa_export.parity.validate import Compared
+    from capa_export.parity.validate import Comparison
     from capa_export.report.pages import Example
     from capa_export.run.engine import BuiltEngines
 
@@ -26,11 +26,11 @@ __all__ = [
     "Validation",
     "goes_by_layer",
     "held_out",
-    "on_layers",
+    "layer_notes",
+    "open_oracle",
     "scales_of",
     "sidecar_files",
     "stored_calibration",
-    "subject_of",
 ]
 
 _ON_CPU = {
@@ -41,7 +41,7 @@ _ON_CPU = {
 
 
 class Validation:
-    """What both kinds of validation share: the bundle's artefacts, and what is made of the figures."""
+    """A validation of a bundle, whose kinds differ in where the oracle's results come from."""
 
     oracle: Literal["eager", "golden"]
 
@@ -54,7 +54,7 @@ class Validation:
         self.calibration = stored_calibration(self.bundle)
 
     def key(self) -> Any:
-        """What the result depends on besides the bundle."""
+        """Everything that the result depends on besides the bundle, as JSON."""
         raise NotImplementedError
 
     def run(self, scratch: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Validation:
     def finish(
         self,
         scratch: Path,
-        compared: "Sequence[Compared]",
+        compared: "Sequence[Comparison]",
         records: "Records",
         method_error: MethodError,
         examples: "Sequence[Example]",
@@ -133,7 +133,7 @@ class Validation:
 
 
 def stored_calibration(bundle: Bundle) -> Calibration | None:
-    """The bundle's calibration, if it has one."""
+    """The bundle's calibration; None where it has none."""
     return Calibration.load(bundle.folder) if (bundle.folder / CALIBRATION).exists() else None
 
 
@@ -144,7 +144,7 @@ def scales_of(exported: dict[str, Any], calibration: Calibration | None) -> dict
 
 
 def held_out(recipe: Recipe, options: ValidationOptions, count: int, *, repeat: bool) -> "Samples":
-    """The samples that calibration does not see, as many as are asked for in place of `count`."""
+    """Samples that calibration does not see: `count`, or as many as the options ask for."""
     from capa_export.data.samples import samples_from
 
     count = count if options.samples is None else options.samples
@@ -157,17 +157,17 @@ def sidecar_files(bundle: Bundle) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if not name.endswith((".onnx", ".data", ".safetensors"))}
 
 
-def subject_of(
-    model: Model, bundle: Bundle, recipe: Recipe, scales: Any, twin: "Path | Graphs", *, sliced: bool
+def open_oracle(
+    model: Model, bundle: Bundle, recipe: Recipe, scales: Any, fp32_onnx: "Path | Graphs", *, sliced: bool
 ) -> Any:
-    """What is validated, its weights in memory or streamed."""
+    """Open the oracle of a bundle, with weights in memory, or streamed where `sliced`."""
     from capa_export.model.lockstep import RESIDENT
     from capa_export.model.streamed import StoredWeights, hollow_model
-    from capa_export.parity.oracle import Subject
+    from capa_export.parity.oracle import Oracle
 
     exported = bundle.stage("export")["result"]
     weights = StoredWeights(model.source, model.report) if sliced else None
-    return Subject(
+    return Oracle(
         model=model.eager if weights is None else hollow_model(model.source, weights),
         weights=weights or RESIDENT,
         family=model.family,
@@ -176,21 +176,21 @@ def subject_of(
         scales=scales,
         precision=exported["precision"],
         onnx=bundle.folder / ONNX,
-        fp32_onnx=twin,
+        fp32_onnx=fp32_onnx,
         eos_token_ids=eos_token_ids(model.source.checkpoint.sidecars),
         fp32_layers=exported.get("fp32_layers", ()),
     )
 
 
 def goes_by_layer(model: Model, options: ValidationOptions, precision: str) -> bool:
-    """Whether to go layer by layer: as is asked, or where the models do not fit, which is then said."""
+    """Whether to go layer by layer: as the options say, or where the models exceed memory, which the user is told."""
     if options.layer_by_layer is not None:
         return options.layer_by_layer
     needed = validation_bytes(model.source.checkpoint.num_parameters, precision)
     return exceeds_memory("eager models and graphs take {}", needed)
 
 
-def on_layers(options: ValidationOptions, *, sliced: bool) -> list[str]:
-    """What is to be said of a validation layer by layer."""
+def layer_notes(options: ValidationOptions, *, sliced: bool) -> list[str]:
+    """The note of the report on a validation layer by layer; empty where it is none."""
     because = "as was asked" if options.layer_by_layer else "since the models exceed this machine's memory"
     return [f"Model and graphs ran layer by layer, each graph in slices, {because}."] if sliced else []

@@ -13,7 +13,7 @@ from typing import Any
 from capa_export.base.dims import DecoderDims, ModelDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import FORMATS
-from capa_export.selectors.selector import CAPA, Chosen, Size, load_selector
+from capa_export.selectors.selector import CAPA, SelectorChoice, Size, load_selector
 
 __all__ = [
     "DecodeFlops",
@@ -30,7 +30,7 @@ __all__ = [
 
 Schedule = Sequence[tuple[int, int]]
 """(layer, visual tokens kept from there on), in the order of layers; layer -1 is before the decoder."""
-Selectors = Mapping[int, Chosen]
+Selectors = Mapping[int, SelectorChoice]
 """Layer -> what chooses them; CAPA where it says nothing."""
 _NONE: Selectors = MappingProxyType({})
 

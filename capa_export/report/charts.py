@@ -1,4 +1,4 @@
-"""Where everything goes on the report's charts, in per cent of their panels."""
+"""Positions of points, labels and ticks on the report's charts, in per cent of their panels."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
@@ -12,7 +12,7 @@ _MOST_LABELS = 14
 
 
 def error_curves(rows: Sequence[ExportError]) -> list[dict[str, Any]]:
-    """Relative error of the hidden states per layer, of each comparison that has it, on one log scale.
+    """Curves of the hidden states' relative error per layer, a chart per comparison that has it, on one log scale.
 
     A figure that is not finite lies on the upper edge and breaks the line; 0 lies on the lower one.
     """
@@ -49,7 +49,7 @@ def error_curves(rows: Sequence[ExportError]) -> list[dict[str, Any]]:
 
 
 def linearity(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Cosines of the FFNs, and which are linear."""
+    """The chart of each FFN's cosines and error, with the layers that are linear."""
     layers, eta = calibration["layers"], calibration["eta"]
     lowest = min([eta, *(layer[key] for layer in layers for key in ("cosine_visual", "cosine_text"))])
     # Room below the lowest point, down to a tenth, so that the axis has round labels.
@@ -84,7 +84,7 @@ def linearity(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alpha(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """How alpha spreads over the channels of each layer.
+    """The chart of alpha's spread over the channels of each layer.
 
     The axis holds 90 % of the channels of every linear layer, where alpha is used, and 1; what lies beyond is cut off.
     """
@@ -117,7 +117,7 @@ def alpha(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step(rough: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
+    """The smallest of 1, 2 and 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** floor(log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
 

@@ -23,12 +23,12 @@ class _Case:
 
 
 def write_junit(path: Path, parity: ParityReport, bundle_name: str) -> None:
-    """Write what CI systems read; it is red exactly where the report is.
+    """Write a report that CI systems read; it is red exactly where the parity report is.
 
     Args:
-        path: of the XML file.
-        parity: what validation found.
-        bundle_name: what the suites are called after.
+        path: the XML file to write.
+        parity: the parity report.
+        bundle_name: the name that begins every class name.
     """
     suites = [
         (f"export error: {row.artefact} against {row.reference}", _checks(row.checks)) for row in parity.export_error
@@ -68,7 +68,7 @@ def _stages(row: Selection) -> list[_Case]:
 
 
 def _method(parity: ParityReport) -> _Case:
-    """A warning, not a failure, unless the user is strict."""
+    """The case of CAPA against random pruning, which fails only where the user is strict."""
     name, method = "CAPA is closer to dense than random pruning", parity.method_error
     if method.beats_random is None:
         return _Case(name, skipped="too little was asked, or nothing removed, to tell")
@@ -77,7 +77,7 @@ def _method(parity: ParityReport) -> _Case:
 
 
 def _verdict(parity: ParityReport) -> _Case:
-    """Red where the report is, whether or not a check above says why."""
+    """The case that fails where the parity report does, whether or not another case says why."""
     sentences = (*parity.failures, *(open_warnings(parity) if parity.strict else ()))
     return _Case("parity", failure="" if parity.passed else "\n".join(sentences) or "parity failed")
 

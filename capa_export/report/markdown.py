@@ -10,27 +10,27 @@ from capa_export.report.words import (
     by_stage,
     check_of,
     decimals,
+    describe_check,
     difference,
     open_warnings,
     rate,
-    shown,
 )
 
 __all__ = ["markdown", "write_markdown"]
 
 _MOST_FAILURES, _MOST_WARNINGS, _MOST_ROWS = 5, 3, 6
-"""That are shown, so that the comment stays one."""
+"""Most sentences and rows shown, so that the comment stays short."""
 _LONGEST = 400
-"""Characters of a sentence."""
+"""Most characters of a sentence."""
 _COLUMNS = ("relative error", "cosine", "hidden cosine", "KL", "top-1 wrong", "same tokens")
 
 
 def markdown(parity: ParityReport, manifest: Mapping[str, Any]) -> str:
-    """Verdict, what failed, and a row per comparison: at most about 40 lines, whatever is in them.
+    """The verdict, what failed, and a row per comparison: at most about 40 lines.
 
     Args:
-        parity: what validation found.
-        manifest: of the bundle, with its export done.
+        parity: the parity report.
+        manifest: the bundle's manifest, with its export done.
     """
     recipe, precision = manifest["recipe"]["name"], manifest["stages"]["export"]["result"]["precision"]
     lines = [f"## {'Passed' if parity.passed else 'FAILED'}: {_text(recipe)}, {_text(precision)}", ""]
@@ -42,7 +42,7 @@ def markdown(parity: ParityReport, manifest: Mapping[str, Any]) -> str:
 
 
 def write_markdown(path: Path, parity: ParityReport, manifest: Mapping[str, Any]) -> None:
-    """Write it to a file."""
+    """Write the comment that `markdown` makes to a file."""
     path.write_text(markdown(parity, manifest), encoding="utf-8")
 
 
@@ -102,12 +102,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _cell(check: Check | None) -> str:
     if check is None:
         return ""
-    found = shown(check)
+    found = describe_check(check)
     return f"**{found.value}**" if found.failed else found.value
 
 
 def _text(text: str) -> str:
-    """On one line, with nothing in it that Markdown or HTML would act upon."""
+    """Put a text on one line, with nothing in it that Markdown or HTML would act upon."""
     text = " ".join(text.split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@<!-- -->")

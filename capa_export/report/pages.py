@@ -31,7 +31,7 @@ class KeptMap:
 
     layer: int
     rows: int
-    """Of the grid of visual tokens."""
+    """Rows of the grid of visual tokens."""
     cols: int
     kept: tuple[int, ...]
     """Indices in row-major order of the grid."""
@@ -46,12 +46,12 @@ class Example:
     picture: Image.Image
     question: str
     expected: str
-    """Empty where nobody knows the answer."""
+    """The right answer; empty where nobody knows it."""
     dense: str
     capa: str
     random: str
     kept: tuple[KeptMap, ...]
-    """One per stage of the schedule."""
+    """One map per stage of the schedule."""
 
 
 def write_report(
@@ -67,11 +67,11 @@ def write_report(
     """Render everything that is known about a bundle; equal inputs give equal bytes.
 
     Args:
-        path: of the HTML file.
-        manifest: of the bundle, with its export done.
-        parity: what validation found.
-        calibration: its summary, or None for a bundle made without.
-        plan: what `dry_run` counted for the same recipe.
+        path: the HTML file to write.
+        manifest: the bundle's manifest, with its export done.
+        parity: the parity report.
+        calibration: the summary of its calibration, or None for a bundle made without.
+        plan: the result of `dry_run` for the same recipe.
         examples: pictures to show, in this order.
         latency: `{"machine": ..., "rows": [{"name": ..., "dense_ms": ..., "capa_ms": ...}]}`, medians of this machine's
             CPU, or None where nothing was timed.
@@ -98,7 +98,7 @@ def write_report(
         plan=plan,
         latency=latency,
         summary=_summary(parity, plan),
-        shown=figures.shown,
+        describe_check=figures.describe_check,
         stages_of=figures.by_stage,
         warnings=figures.open_warnings(parity),
         method_rows=_method_rows(parity.method_error),
@@ -118,7 +118,7 @@ def write_report(
 
 
 def _summary(parity: ParityReport, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The three questions and the gain, each in one figure: label, figure, what it is."""
+    """The three questions and the gain, each in one figure: label, figure, caption."""
     error, artefact = figures.worst_error(parity.export_error) or ("not measured", "")
     stages = [stage for row in parity.selection for stage in row.stages]
     flips = sum(stage.flipped for stage in stages)
@@ -149,7 +149,7 @@ def _method_figure(found: MethodError) -> tuple[str, str]:
 
 
 def _method_rows(found: MethodError) -> list[tuple[str, list[tuple[str, str]]]]:
-    """A row per figure, a cell per method: what it is, and the figure with its interval, empty where there is none."""
+    """A row per figure, with a cell per method: the figure's name, and figures with intervals, empty where unknown."""
     methods = found.methods
     rows = [
         ("accuracy", [_share(method.accuracy) for method in methods]),
@@ -167,7 +167,7 @@ def _share(found: Rate | None) -> tuple[str, str]:
 
 
 def _gains(found: MethodError) -> list[tuple[str, str, str]]:
-    """How far what chose the tokens is ahead of random pruning: name, figure, interval."""
+    """How far the bundle's pruning is ahead of random pruning: name, figure, interval."""
     rows: list[tuple[str, str, str]] = []
     if found.kl_gain is not None:
         rows.append((f"KL, nats: random minus {found.pruned}", *figures.difference(found.kl_gain)))
@@ -196,13 +196,13 @@ def _drawn(picture: Image.Image, tokens: KeptMap) -> str:
 
 
 def _largest(absmax: Mapping[str, float], fp32_layers: Sequence[str]) -> list[tuple[str, float, float, bool]]:
-    """The blocks with the largest activations: name, magnitude, share of what FP16 holds, whether it is in FP32."""
+    """The blocks with the largest activations: name, magnitude, share of FP16's largest number, whether in FP32."""
     largest = sorted(absmax.items(), key=lambda item: (-item[1], item[0]))[:_NUM_RANGES]
     return [(name, value, value / FP16_MAX, _in_fp32(name, fp32_layers)) for name, value in largest]
 
 
 def _in_fp32(module: str, fp32_layers: Sequence[str]) -> bool:
-    """Whether a module's output is computed in FP32."""
+    """Whether a module's output is computed in FP32; a whole layer's output is the residual stream."""
     unit = measured_unit(module)
     return unit is not None and any(parse_unit(word).covers(unit) for word in fp32_layers)
 

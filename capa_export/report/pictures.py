@@ -14,19 +14,19 @@ _SHADE, _OUTLINE = (40, 42, 46), (255, 176, 0)
 
 
 def fitted(picture: Image.Image) -> Image.Image:
-    """In RGB, as large as the report shows it."""
+    """A picture in RGB, as large as the report shows it."""
     scale = _SIDE / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
 def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int]) -> Image.Image:
-    """The picture with dropped tokens dimmed and a line around the kept ones.
+    """A picture with dropped tokens dimmed and a line around the kept ones.
 
     Args:
-        picture: as the user gave it.
-        rows: of the grid of visual tokens that lies over it.
-        cols: of that grid.
+        picture: the picture as the user gave it.
+        rows: rows of the grid of visual tokens that lies over it.
+        cols: columns of that grid.
         kept: indices in row-major order of the grid.
     """
     picture = fitted(picture)
@@ -55,7 +55,7 @@ def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int]) -
 
 
 def data_uri(picture: Image.Image) -> str:
-    """As a PNG in the page itself."""
+    """A picture as the `data:` address of a PNG, to stand in the page itself."""
     # 256 colours take a third of the bytes.
     picture.quantize(256).save(data := BytesIO(), "PNG", optimize=True)
     return f"data:image/png;base64,{b64encode(data.getvalue()).decode()}"

@@ -224,15 +224,15 @@ class ParityReport(Entry):
 
 
 def write_parity(path: Path, parity: ParityReport) -> None:
-    """As JSON without NaN."""
+    """Write a report as JSON without NaN."""
     path.write_text(json.dumps(parity.model_dump(mode="json"), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_parity(path: Path) -> ParityReport:
-    """What `write_parity` wrote.
+    """Read a report that `write_parity` wrote.
 
     Raises:
-        CapaError: there is no such file, or it is not of this version.
+        CapaError: the file is missing, or is no report of this version.
     """
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))

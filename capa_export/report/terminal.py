@@ -10,9 +10,9 @@ from rich.text import Text
 from capa_export.base.statistics import Rate
 from capa_export.config.recipe import ranges, recipe_of
 from capa_export.report.schema import Check, MethodError, ParityReport
-from capa_export.report.words import by_stage, check_of, decimals, open_warnings, percent, shown
+from capa_export.report.words import by_stage, check_of, decimals, describe_check, open_warnings, percent
 
-__all__ = ["bundle_table", "calibration_table", "engine_table", "parity_table", "plan_table"]
+__all__ = ["print_bundle", "print_calibration", "print_engines", "print_parity", "print_plan"]
 
 
 def _console() -> Console:
@@ -20,21 +20,22 @@ def _console() -> Console:
     return Console(highlight=False, width=None if Console().is_terminal else 120)
 
 
-def say(line: str, style: str = "") -> None:
-    """One line, left to the terminal to wrap."""
+def print_line(line: str, style: str = "") -> None:
+    """Print one line, left to the terminal to wrap."""
     _console().print(line, style=style, markup=False, soft_wrap=True)
 
 
-def columns(*headings: str) -> Table:
-    """The first column to the left, the others to the right; no headings where all of them are empty."""
+def make_table(*headings: str) -> Table:
+    """A table with its first column to the left, the others to the right; headings that are all empty are not shown."""
     table = Table(box=None, pad_edge=False, show_header=any(headings))
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
     return table
 
 
-def show(title: str, table: Table) -> None:
-    say(title, "bold")
+def print_table(title: str, table: Table) -> None:
+    """Print a title and a table, without blanks at the ends of lines."""
+    print_line(title, "bold")
     console = _console()
     with console.capture() as captured:
         console.print(table)
@@ -50,9 +51,9 @@ def _gflops(number: float) -> str:
     return f"{number / 1e9:,.2f}"
 
 
-def calibration_table(summary: dict[str, Any]) -> None:
-    """Linearity per layer, then ranges and sinks."""
-    table = columns("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper")
+def print_calibration(summary: dict[str, Any]) -> None:
+    """Print linearity per layer, then ranges and sinks."""
+    table = make_table("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper")
     for row in summary["layers"]:
         table.add_row(
             str(row["layer"]),
@@ -63,21 +64,23 @@ def calibration_table(summary: dict[str, Any]) -> None:
             "yes" if row["layer"] in summary["linear_layers"] else "",
             "yes" if row["layer"] in summary["paper_layers"] else "",
         )
-    show(f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens", table)
+    print_table(f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens", table)
     largest = summary["largest"]
-    say(
+    print_line(
         f"largest activation: {largest['absmax']:.4g} in {largest['block']} "
         f"({largest['of_fp16_max']:.1%} of FP16's range)"
     )
-    say(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
+    print_line(f"sink channels: {', '.join(map(str, summary['sink_channels'])) or 'none'}")
 
 
-def engine_table(result: dict[str, Any]) -> None:
-    """One row an engine, or where the kit is that builds them."""
+def print_engines(result: dict[str, Any]) -> None:
+    """Print a row per engine, or where the kit is that builds them."""
     if not result["engines"]:
-        say(f"kit: {result['kit']} in the bundle; copy that folder to the device and run its build.sh there", "bold")
+        print_line(
+            f"kit: {result['kit']} in the bundle; copy that folder to the device and run its build.sh there", "bold"
+        )
         return
-    table = columns("engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
+    table = make_table("engine", "MB", "seconds", "peak GB", "layers", "custom", "weight copies")
     for name, row in result["engines"].items():
         peak = row["peak_memory_bytes"]
         table.add_row(
@@ -89,18 +92,18 @@ def engine_table(result: dict[str, Any]) -> None:
             str(row["custom_layers"]),
             str(row["weight_copies"]),
         )
-    show(f"Engines, weights {result['weights']}", table)
+    print_table(f"Engines, weights {result['weights']}", table)
 
 
-def parity_table(parity: ParityReport) -> None:
-    """Verdict first, then export error, selection, and the method's own effect."""
-    say(f"parity: {'passed' if parity.passed else 'FAILED'}", "bold green" if parity.passed else "bold red")
+def print_parity(parity: ParityReport) -> None:
+    """Print the verdict, then export error, selection, and the method's own effect."""
+    print_line(f"parity: {'passed' if parity.passed else 'FAILED'}", "bold green" if parity.passed else "bold red")
     for failure in parity.failures:
-        say(f"  {failure}", "red")
+        print_line(f"  {failure}", "red")
     for warning in open_warnings(parity):
-        say(f"  warning: {warning}", "red" if parity.strict else "yellow")
+        print_line(f"  warning: {warning}", "red" if parity.strict else "yellow")
     if parity.bisection is not None:
-        say(f"  {parity.bisection.sentence}", "bold")
+        print_line(f"  {parity.bisection.sentence}", "bold")
     figures = {
         "relative error": "rel. error",
         "cosine": "1 - cos",
@@ -109,15 +112,17 @@ def parity_table(parity: ParityReport) -> None:
         "top-1 wrong": "wrong",
         "same tokens": "same",
     }
-    table = columns("", *figures.values())
+    table = make_table("", *figures.values())
     for row in parity.export_error:
         cells = [_cell(check_of(row.checks, figure)) for figure in figures]
         other = row.reference.removeprefix("eager CAPA ")
         if any(cells):
             table.add_row(Text(row.artefact if other.endswith("fp32") else f"{row.artefact}, {other}"), *cells)
-    show("Export error: worst of all prompts and steps, against eager FP32 or what is named", table)
-    say("hidden: 1 - cos of hidden states; wrong: top-1 tokens that differ; same: prompts with the same tokens", "dim")
-    table = columns("", "layer", "mean IoU", "bound", "flipped", "furthest flip")
+    print_table("Export error: worst of all prompts and steps, against eager FP32 or what is named", table)
+    print_line(
+        "hidden: 1 - cos of hidden states; wrong: top-1 tokens that differ; same: prompts with the same tokens", "dim"
+    )
+    table = make_table("", "layer", "mean IoU", "bound", "flipped", "furthest flip")
     for row in parity.selection:
         for stage, checks in by_stage(row):
             bad = "red" if any(check.failure for check in checks if check.name.startswith("kept-set IoU")) else ""
@@ -130,21 +135,23 @@ def parity_table(parity: ParityReport) -> None:
                 _cell(check_of(checks, "furthest flip")),
             )
     if parity.selection:
-        show("Selection: visual tokens kept, as the reference does", table)
-    _method_table(parity.method_error)
+        print_table("Selection: visual tokens kept, as the reference does", table)
+    _print_method(parity.method_error)
     for note in parity.notes:
-        say(note, "dim")
+        print_line(note, "dim")
 
 
-def _method_table(found: MethodError) -> None:
-    table = columns("", "accuracy", "first token", "answer", "KL from dense")
+def _print_method(found: MethodError) -> None:
+    table = make_table("", "accuracy", "first token", "answer", "KL from dense")
     for method in found.methods:
         shares = [_share(share) for share in (method.accuracy, method.top1, method.same_answer)]
         table.add_row(found.label(method.name), *shares, "" if method.name == "dense" else decimals(method.kl))
     if found.methods:
-        show(f"Method error on {found.questions} questions, eager FP32: right, and as dense (95% interval)", table)
+        print_table(
+            f"Method error on {found.questions} questions, eager FP32: right, and as dense (95% interval)", table
+        )
     for sentence in found.words:
-        say(sentence)
+        print_line(sentence)
 
 
 def _share(found: Rate | None) -> str:
@@ -154,53 +161,53 @@ def _share(found: Rate | None) -> str:
 
 
 def _cell(check: Check | None) -> Text:
-    """A figure, red where it fails; blank where it was not measured."""
+    """A check's figure, red where it fails; blank where it was not measured."""
     if check is None:
         return Text("")
-    found = shown(check)
+    found = describe_check(check)
     return Text(found.value.replace(" of ", "/"), style="red" if found.failed else "")
 
 
-def bundle_table(folder: Path, manifest: dict[str, Any], num_unread: int = 0) -> None:
-    """The stages of a bundle and what each left behind; `num_unread` files were taken to be what they were."""
+def print_bundle(folder: Path, manifest: dict[str, Any], num_unread: int = 0) -> None:
+    """Print the stages of a bundle and the files of each; `num_unread` of all were checked by size and time alone."""
     if "recipe" in manifest:
         recipe = recipe_of(manifest, folder)
         schedule = ", ".join(
             f"{stage.ratio:.0%} of visual tokens {stage.where} by {stage.selector}" for stage in recipe.prune.schedule
         )
-        say(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
-    table = columns("stage", "seconds", "peak GB", "files", "MB")
+        print_line(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
+    table = make_table("stage", "seconds", "peak GB", "files", "MB")
     for name, record in manifest["stages"].items():
         size = sum((folder / file).stat().st_size for file in record["files"])
         peak = record.get("peak_memory_bytes", 0) / 1e9
         table.add_row(
             name, f"{record.get('seconds', 0):.1f}", f"{peak:.2f}", str(len(record["files"])), f"{size / 1e6:.1f}"
         )
-    show("Stages", table)
+    print_table("Stages", table)
     exported = manifest["stages"].get("export", {}).get("result", {})
     if "not_for_genai" in exported:
         reason = exported["not_for_genai"]
-        say(
+        print_line(
             "runs in onnxruntime-genai: its onnx folder" if reason is None else f"not for onnxruntime-genai: {reason}",
             "dim",
         )
     if (reason := exported.get("needs_transformers")) is not None:
-        say(f"needs torch and transformers to run: {reason}", "dim")
+        print_line(f"needs torch and transformers to run: {reason}", "dim")
     unread = f", {num_unread} of them by size and time since they were last read (--verify reads all)"
-    say(f"every file is as it was built{unread if num_unread else ''}")
+    print_line(f"every file is as it was built{unread if num_unread else ''}")
 
 
-def plan_table(plan: dict[str, Any]) -> None:
-    """What a build would do."""
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print the result of `dry_run`."""
     from capa_export.plan.plan import UNKNOWN
 
     for stage in plan["stages"]:
-        say(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
+        print_line(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
     basis = plan["linear_layers_from"]
     layers = basis if basis == UNKNOWN else f"layers {ranges(plan['linear_layers'])}; from {basis}"
-    say(f"visual FFNs replaced: {layers}")
+    print_line(f"visual FFNs replaced: {layers}")
     prefill, kv, decode = plan["prefill"], plan["kv_cache"], plan["decode"]
-    table = columns("", "dense", "CAPA", "times less")
+    table = make_table("", "dense", "CAPA", "times less")
     rows = [
         ("prefill GFLOPs", prefill["dense"]["total"], prefill["capa"]["total"], _gflops),
         ("  visual tokens alone", prefill["dense_visual"]["total"], prefill["capa_visual"]["total"], _gflops),
@@ -212,29 +219,29 @@ def plan_table(plan: dict[str, Any]) -> None:
     table.add_row("vision tower GFLOPs", _gflops(plan["vision"]["total"]), _gflops(plan["vision"]["total"]), "1.00")
     width, height = plan["picture"]
     title = f"{plan['visual_tokens']} visual tokens of a picture of {width} x {height}, {plan['text_tokens']} of text"
-    show(title, table)
+    print_table(title, table)
     if plan["calibrated_visual_tokens"] is not None:
-        say(f"calibration: {plan['calibrated_visual_tokens']:.0f} visual tokens a prompt, on average")
+        print_line(f"calibration: {plan['calibrated_visual_tokens']:.0f} visual tokens a prompt, on average")
     for title, sizes in (("Files", plan["files"]), ("Memory, estimated", plan["memory"])):
-        table = columns("", "")
+        table = make_table("", "")
         for name, size in sizes.items():
             table.add_row(name, _gb(size))
-        show(title, table)
+        print_table(title, table)
     if plan["device"] is not None:
-        _device_table(plan)
+        _print_device(plan)
     for refusal in plan["refusals"]:
-        say(f"a build would be refused: {refusal}", "red")
+        print_line(f"a build would be refused: {refusal}", "red")
 
 
-def _device_table(plan: dict[str, Any]) -> None:
-    """What the device holds, and the devices that have room for it."""
-    device, table = plan["device"], columns("", "")
+def _print_device(plan: dict[str, Any]) -> None:
+    """Print the memory that the device needs, and the devices that have room for it."""
+    device, table = plan["device"], make_table("", "")
     names = {"weights": "weights", "kv_cache": "KV cache, as held", "contexts": "activations", "runtime": "the rest"}
     for key, name in {**names, "total": "together"}.items():
         table.add_row(name, _gb(device[key]))
-    show(f"Memory of {device['target']} while it answers, estimated", table)
+    print_table(f"Memory of {device['target']} while it answers, estimated", table)
     if plan["weights"] is not None:
-        say(f"weights {plan['weights']}: {plan['weights_because']}")
+        print_line(f"weights {plan['weights']}: {plan['weights_because']}")
     for fits, words in ((True, "has room"), (False, "too small")):
         if names := [f"{name} ({size:g} GB)" for name, size, has_room in device["devices"] if has_room == fits]:
-            say(f"{words}: {', '.join(names)}")
+            print_line(f"{words}: {', '.join(names)}")

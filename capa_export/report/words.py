@@ -1,4 +1,4 @@
-"""How the figures of parity are written: the same words in the report, in a comment and on the terminal."""
+"""Writes the figures of parity in the words that the report, the comment and the terminal share."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,36 +7,36 @@ from capa_export.base.statistics import Difference, Rate
 from capa_export.report.schema import Check, ExportError, Kept, ParityReport, Selection
 
 __all__ = [
-    "Shown",
+    "CheckText",
     "by_stage",
     "check_of",
     "decimals",
+    "describe_check",
     "difference",
     "error",
     "open_warnings",
     "percent",
     "rate",
-    "shown",
     "smallest_overlap",
     "worst_error",
 ]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One check in words."""
+class CheckText:
+    """The words for one check."""
 
     name: str
     value: str
     bound: str
-    """Empty where nothing is asked."""
+    """Empty where no bound is set."""
     healthy: str
-    """Empty where nobody measured it."""
+    """The worst figure of healthy exports; empty where nobody measured it."""
     failed: bool
 
 
-def shown(check: Check) -> Shown:
-    """A check in words. Cosines are shown as their distance from 1, which keeps the digits that matter."""
+def describe_check(check: Check) -> CheckText:
+    """Put a check in words. Cosines are shown as their distance from 1, which keeps the digits that matter."""
     from_one = check.name.endswith("cosine")
 
     def figure(value: float | None) -> str:
@@ -52,7 +52,7 @@ def shown(check: Check) -> Shown:
             case _:
                 return error(value)
 
-    return Shown(
+    return CheckText(
         name=f"1 - {check.name}" if from_one else check.name,
         value=figure(check.value),
         bound=_bound(check, from_one=from_one),
@@ -62,7 +62,7 @@ def shown(check: Check) -> Shown:
 
 
 def check_of(checks: Iterable[Check], name: str) -> Check | None:
-    """The check called so."""
+    """The check of this name; None where there is none."""
     return next((check for check in checks if check.name == name), None)
 
 
@@ -97,14 +97,14 @@ def smallest_overlap(stages: Iterable[Kept]) -> str:
 
 
 def error(value: float | None) -> str:
-    """Of any magnitude, to two digits."""
+    """Write a figure of any magnitude to two or three digits."""
     if value is None:
         return "not finite"
     return f"{value:.1e}" if 0 < value < 0.1 else f"{value:.3g}"
 
 
 def decimals(value: float | None) -> str:
-    """Of the magnitude of 1, to four decimals."""
+    """Write a figure of the magnitude of 1 to four decimals."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
@@ -113,12 +113,12 @@ def percent(share: float | None, *, digits: int = 1) -> str:
 
 
 def rate(found: Rate) -> tuple[str, str]:
-    """A share, and its interval."""
+    """Write a share, and its interval."""
     return percent(found.value), f"{100 * found.low:.1f} to {100 * found.high:.1f}"
 
 
 def difference(found: Difference, *, scale: float = 1.0, digits: int = 4) -> tuple[str, str]:
-    """A difference with its sign, and its interval."""
+    """Write a difference with its sign, and its interval."""
     value, low, high = (f"{scale * number:+.{digits}f}" for number in (found.value, found.low, found.high))
     return value, f"{low} to {high}"
 

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
-__all__ = ["OPTIONS", "choose", "chosen", "flops_of_choice"]
+__all__ = ["OPTIONS", "choose", "choose_eagerly", "flops_of_choice"]
 
 OPTIONS: dict[str, Setting] = {"balance": Setting(0.5, most=1), "chunks": Setting(8, 1, 64, whole=True)}
-"""Weight of magnitude against similarity, and steps to take: as many as tokens to keep make it plain MMR, and each is
-nodes of its own."""
+"""Weight of magnitude against similarity, and number of steps: as many as tokens to keep make it plain MMR. Each step
+adds nodes of its own."""
 
 _SHARES = Function("""
 Shares (magnitude, is_visual) => (share, none_chosen) {
@@ -89,7 +89,7 @@ def choose(
     balance: Option,
     chunks: Option,
 ) -> "ir.Value":
-    """Nodes that choose `num_keep` tokens by balance * magnitude / largest - (1 - balance) * nearest similarity.
+    """Add nodes that choose `num_keep` tokens by balance * magnitude / largest - (1 - balance) * nearest similarity.
 
     Args:
         op: Where the nodes go.
@@ -115,8 +115,10 @@ def choose(
     return op.scores(_TAKE, view.text_rows_X, ranks(chosen_T), view.num_keep, chosen_T, steps_left=1)
 
 
-def chosen(view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balance: Option, chunks: Option) -> "Tensor":
-    """The same for the eager reference, on lists of rows: [T]."""
+def choose_eagerly(
+    view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balance: Option, chunks: Option
+) -> "Tensor":
+    """Choose tokens as the nodes of `choose` do, on lists of rows; returns scores [T]."""
     import torch
 
     shares = magnitude / magnitude[view.is_visual].nan_to_num(0).max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -136,5 +138,5 @@ def chosen(view: TensorView, magnitude: "Tensor", similarity: "Tensor", *, balan
 
 
 def flops_of_choice(size: Size) -> int:
-    """2 C T^2 in C chunks: in each the nearest of each token, and its rank, each among all others."""
+    """2 C T^2 in C chunks: each chunk finds every token's nearest chosen token and its rank among all others."""
     return 2 * int(size.options["chunks"]) * size.tokens**2

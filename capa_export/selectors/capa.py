@@ -28,7 +28,7 @@ def score(op: NodeWriter, view: GraphView) -> "ir.Value":
 
 
 def reference(view: TensorView) -> "Tensor":
-    """Head by head, as the paper writes it."""
+    """The norm of the sum over heads, head by head, as the paper writes it."""
     import torch
 
     assert view.attention is not None and view.value is not None and view.output_weight is not None

@@ -59,7 +59,7 @@ def score(op: NodeWriter, view: GraphView, *, balance: Option, chunks: Option, h
 
 
 def reference(view: TensorView, *, balance: Option, chunks: Option, hidden: Option) -> "Tensor":
-    """The same from the contributions themselves, head by head."""
+    """Compute magnitudes and cosines from the contributions themselves, head by head."""
     import torch
 
     assert view.attention is not None and view.value is not None and view.output_weight is not None
@@ -73,11 +73,11 @@ def reference(view: TensorView, *, balance: Option, chunks: Option, hidden: Opti
     unit_TD = features_TD / norm_T[:, None]
     similarity_TT = (unit_TD @ unit_TD.T).float().nan_to_num(0)
     similarity_TT[~((norm_T > 0) & norm_T.isfinite())] = 1
-    return _mmr.chosen(view, written_TD.norm(dim=-1), similarity_TT, balance=balance, chunks=chunks)
+    return _mmr.choose_eagerly(view, written_TD.norm(dim=-1), similarity_TT, balance=balance, chunks=chunks)
 
 
 def flops(size: Size) -> int:
-    """CAPA's score, the contributions once more where they say what is alike, the cosines and the choice."""
+    """CAPA's score, the contributions once more where likeness is theirs, the cosines and the choice."""
     written = capa.flops(size) * (1 if size.options["hidden"] else 2)
     return written + 2 * size.tokens**2 * size.dims.hidden_size + _mmr.flops_of_choice(size)
 

@@ -74,7 +74,7 @@ def score(op: NodeWriter, view: GraphView, *, stride: Option, grid: Option) -> "
 
 
 def reference(view: TensorView, *, stride: Option, grid: Option) -> "Tensor":
-    """Head by head."""
+    """The mean of each head's attention, head by head."""
     import torch
 
     assert view.plain_query is not None and view.plain_key is not None and view.visual_grid is not None

@@ -72,7 +72,7 @@ def score(op: NodeWriter, view: GraphView, *, balance: Option, chunks: Option) -
 
 
 def reference(view: TensorView, *, balance: Option, chunks: Option) -> "Tensor":
-    """The same from distances between keys, KV head by KV head."""
+    """Compute magnitudes and duplication from distances between keys, KV head by KV head."""
     import torch
 
     assert view.attention is not None and view.key is not None and view.value is not None
@@ -83,7 +83,7 @@ def reference(view: TensorView, *, balance: Option, chunks: Option) -> "Tensor":
         apart = torch.cdist(key, key, compute_mode="donot_use_mm_for_euclid_dist")
         cosine = torch.nn.functional.cosine_similarity(value[:, None], value[None], dim=-1)
         similarity_TT += torch.exp(-(apart**2) / (2 * key.shape[-1] ** 0.5)) * cosine / len(view.key)
-    return _mmr.chosen(view, magnitude_T, similarity_TT.nan_to_num(0), balance=balance, chunks=chunks)
+    return _mmr.choose_eagerly(view, magnitude_T, similarity_TT.nan_to_num(0), balance=balance, chunks=chunks)
 
 
 def flops(size: Size) -> int:

@@ -79,7 +79,7 @@ def score(op: NodeWriter, view: GraphView, *, seed: Option) -> "ir.Value":
 
 
 def reference(view: TensorView, *, seed: Option) -> "Tensor":
-    """The same in Python's integers."""
+    """Shuffle the rows by the same rounds in Python's integers."""
     import torch
 
     residues = list(range(num_tokens := len(view.is_visual)))
@@ -89,7 +89,7 @@ def reference(view: TensorView, *, seed: Option) -> "Tensor":
 
 
 def flops(size: Size) -> int:
-    """None: it is integers, a few per token."""
+    """Zero: the rounds are a few integer operations per token."""
     del size
     return 0
 

@@ -1,4 +1,4 @@
-"""What a selector is: which visual tokens stay, as nodes of the graph and as plain PyTorch beside them.
+"""The interface of selectors, which choose the visual tokens that stay: as graph nodes, and again in plain PyTorch.
 
 T = tokens that enter a stage, N = visual ones among them, X = text tokens, D = hidden size, H = query heads, G = KV
 heads, d = head size, F = size of the vision tower's features.
@@ -26,19 +26,19 @@ __all__ = [
     "CAPA",
     "TOKEN_AXIS",
     "TOWER_OUTPUTS",
-    "Chosen",
     "Function",
     "GraphView",
     "NodeWriter",
     "Option",
     "Place",
-    "Prompted",
+    "PromptInput",
     "Selector",
+    "SelectorChoice",
     "Setting",
     "Size",
     "TensorView",
     "load_selector",
-    "reads",
+    "prompt_inputs",
     "selectors",
     "summary",
 ]
@@ -48,8 +48,8 @@ Place = Literal["attention", "entry", "input"]
 attention of the layer before; or before the decoder."""
 
 Option = int | float
-Prompted = Literal["visual_saliency", "visual_features", "visual_grid"]
-"""What the prompt brings along for some selectors; see the fields of `TensorView`."""
+PromptInput = Literal["visual_saliency", "visual_features", "visual_grid"]
+"""An input of the prompt that some selectors read; see the fields of `TensorView`."""
 
 
 class Setting(NamedTuple):
@@ -62,27 +62,27 @@ class Setting(NamedTuple):
     """Whether it is a count or a switch."""
 
     def problem(self, value: Option) -> str | None:
-        """What is wrong with a value, if anything is."""
+        """Say what is wrong with a value; None where nothing is."""
         if self.least <= value <= self.most and value < inf and not (self.whole and value != int(value)):
             return None
         limits = f"of {self.least:g} or more" if self.most == inf else f"from {self.least:g} to {self.most:g}"
         return f"it takes a {'whole ' if self.whole else ''}number {limits}, not {value}"
 
 
-class Chosen(NamedTuple):
-    """A selector and what it was set to."""
+class SelectorChoice(NamedTuple):
+    """A selector's name, and the options that are not the default's."""
 
     name: str
     options: Mapping[str, Option] = MappingProxyType({})
 
     @property
     def reads_tower(self) -> bool:
-        """Whether it reads what the vision tower says of its tokens, beside their embeddings."""
+        """Whether the selector reads outputs of the vision tower other than the visual embeddings."""
         return not TOWER_OUTPUTS.keys().isdisjoint(load_selector(self.name).reads)
 
     @property
     def values(self) -> dict[str, Option]:
-        """Of all its options, the defaults included."""
+        """The value of every option, defaults included."""
         own = load_selector(self.name).options
         return {**{name: setting.default for name, setting in own.items()}, **self.options}
 
@@ -97,31 +97,31 @@ class Chosen(NamedTuple):
         return int(self.values[fewest]) if isinstance(fewest, str) else fewest
 
 
-CAPA = Chosen("capa")
+CAPA = SelectorChoice("capa")
 
 
-TOWER_OUTPUTS: Mapping[Prompted, str] = MappingProxyType(
+TOWER_OUTPUTS: Mapping[PromptInput, str] = MappingProxyType(
     {"visual_saliency": "saliency", "visual_features": "tower_features"}
 )
-"""Of what the prompt brings along, what the vision tower says, and its output that does."""
-TOKEN_AXIS: Mapping[Prompted, int] = MappingProxyType({"visual_saliency": 0, "visual_features": 0, "visual_grid": 1})
-"""Which axis of what the prompt brings along is T."""
+"""Prompt inputs that the vision tower computes -> the name of its output."""
+TOKEN_AXIS: Mapping[PromptInput, int] = MappingProxyType({"visual_saliency": 0, "visual_features": 0, "visual_grid": 1})
+"""Prompt input -> its axis of size T."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphView:
-    """What a selector's nodes may read. Before the decoder there is no attention: those fields are None."""
+    """The graph values that a selector's nodes may read; before the decoder those of attention are None."""
 
     text_rows_X: "ir.Value"
     """Rows that hold text [X] int64, ascending; they always stay."""
     num_keep: "ir.Value"
     """[1] int64, visual tokens that stay, at most N."""
     hidden_TD: "ir.Value"
-    """What is about to be gathered: embeddings, or hidden states."""
+    """[T, D], the embeddings or hidden states that will be gathered."""
     scale: float = 1.0
     """1 / sqrt(d)."""
     query: "ir.Value | None" = None
-    """Of the last prompt token, [1, H, 1, d], rotated."""
+    """[1, H, 1, d], query of the last prompt token, rotated."""
     key: "ir.Value | None" = None
     """[1, G, T, d], rotated."""
     value: "ir.Value | None" = None
@@ -142,7 +142,7 @@ class GraphView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorView:
-    """The same for the eager reference, all floating point in FP32."""
+    """The tensors that a selector's eager reference may read, all floating point in FP32."""
 
     is_visual: "Tensor"
     """[T] bool."""
@@ -172,7 +172,7 @@ class TensorView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What a selector's cost depends on."""
+    """The sizes that a selector's FLOPs depend on."""
 
     tokens: int
     visual: int
@@ -180,7 +180,7 @@ class Size:
     """Visual tokens that stay."""
     dims: "DecoderDims"
     options: Mapping[str, Option]
-    """Of the selector, all of them."""
+    """All of the selector's options."""
 
 
 @dataclass(frozen=True)
@@ -222,17 +222,17 @@ class Selector:
     """Computes the same [T] from `TensorView` and the options, in plain PyTorch that shares no code with the nodes;
     what it gives to text does not count."""
     flops: Callable[[Size], int]
-    """Of scoring, its leading terms; a multiplication and an addition are two, a comparison is one."""
+    """Counts the leading terms of scoring; a multiplication and an addition are two, a comparison is one."""
     place: Place
     layer: int | None = None
-    """Where it acts unless a layer is named; None for the recipe's own, and before the decoder."""
+    """Layer where it acts unless the schedule names one; None for the recipe's own layer, and before the decoder."""
     graded: bool = True
     """Whether scores are amounts, which compare; else they are ranks of a choice made step by step."""
-    reads: Sequence[Prompted] = ()
+    reads: Sequence[PromptInput] = ()
     least: int | str = 1
     """Fewest visual tokens it can keep of more than that, or the option that says how many."""
     options: Mapping[str, Setting] = field(default_factory=dict[str, Setting])
-    """What a recipe may set."""
+    """Options that a recipe may set."""
 
 
 @cache
@@ -266,6 +266,6 @@ def _module(name: str) -> ModuleType:
     return import_module(f"{__package__}.{name.replace('-', '_')}")
 
 
-def reads(chosen: Iterable[Chosen]) -> tuple[Prompted, ...]:
-    """What the prompt has to bring along for some selectors."""
-    return tuple(sorted({name for one in chosen for name in load_selector(one.name).reads}))
+def prompt_inputs(choices: Iterable[SelectorChoice]) -> tuple[PromptInput, ...]:
+    """All prompt inputs that some selectors read, sorted."""
+    return tuple(sorted({name for choice in choices for name in load_selector(choice.name).reads}))

@@ -79,7 +79,7 @@ LastLogits <scale> (query, key) => (logits) {
 
 
 def last_attention(op: NodeWriter, view: GraphView) -> "ir.Value":
-    """What the last prompt token gives to each token, [1, G, H/G, T] FP32."""
+    """The attention of the last prompt token to each token, [1, G, H/G, T] FP32."""
     assert view.query is not None and view.key is not None
     (logits,) = op.apply(LAST_LOGITS, view.query, view.key, scale=view.scale)
     return op.Softmax(logits, axis=-1)

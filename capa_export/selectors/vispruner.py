@@ -170,7 +170,7 @@ def reference(view: TensorView, *, important: Option) -> "Tensor":
 
 
 def _fraction(important: Option) -> Fraction:
-    """As it is written, 29/100 and not the nearest binary number, so that whole tokens come out exactly."""
+    """The decimals as written, 29/100 and not the nearest binary number, so that whole tokens come out exactly."""
     return Fraction(str(important)).limit_denominator(10**9)
 
 

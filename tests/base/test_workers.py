@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.base.workers import Workers, chunks, in_order, spread
+from capa_export.base.workers import Workers, chunks, in_order, run_tasks
 
 
 def squarer(offset: int) -> Callable[[int], int]:
@@ -37,7 +37,7 @@ def killed(_: int) -> Callable[[int], int]:
 
 @pytest.mark.parametrize("count", [None, 1, 2])
 def test_every_task_is_done_once(count: int | None) -> None:
-    results = list(spread(partial(squarer, 5), range(23), Workers(count=count)))
+    results = list(run_tasks(partial(squarer, 5), range(23), Workers(count=count)))
     assert sorted(results) == [(number, number**2 + 5) for number in range(23)]
     assert list(in_order(reversed(results))) == [number**2 + 5 for number in range(23)]
 
@@ -45,14 +45,14 @@ def test_every_task_is_done_once(count: int | None) -> None:
 def test_processes_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    found = [result for _, result in spread(partial(process_of, 0), range(8), Workers(count=2))]
+    found = [result for _, result in run_tasks(partial(process_of, 0), range(8), Workers(count=2))]
     assert {threads for _, threads in found} == {"3"}
     assert os.getpid() not in {process for process, _ in found}
 
 
 def test_threads_that_are_asked_for_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert {result[1] for _, result in spread(partial(process_of, 0), range(2), Workers(count=2))} == {"7"}
+    assert {result[1] for _, result in run_tasks(partial(process_of, 0), range(2), Workers(count=2))} == {"7"}
 
 
 def test_tasks_are_taken_as_they_are_done() -> None:
@@ -63,7 +63,7 @@ def test_tasks_are_taken_as_they_are_done() -> None:
             taken.append(number)
             yield number
 
-    results = spread(partial(squarer, 0), tasks(), Workers(count=2))
+    results = run_tasks(partial(squarer, 0), tasks(), Workers(count=2))
     next(results)
     results.close()
     assert len(taken) < 10
@@ -79,7 +79,7 @@ def lingerer(folder: Path) -> Callable[[int], None]:
 
 
 def test_what_has_begun_is_not_waited_for(tmp_path: Path) -> None:
-    results = spread(partial(lingerer, tmp_path), range(2), Workers(count=2))
+    results = run_tasks(partial(lingerer, tmp_path), range(2), Workers(count=2))
     next(results)
     while not (tmp_path / "1 begun").exists():
         time.sleep(0.05)
@@ -90,12 +90,12 @@ def test_what_has_begun_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_is_the_tasks_own(count: int) -> None:
     with pytest.raises(CapaError, match="3 is refused"):
-        list(spread(partial(refuser, 0), range(9), Workers(count=count)))
+        list(run_tasks(partial(refuser, 0), range(9), Workers(count=count)))
 
 
 def test_a_killed_process_is_one_line() -> None:
     with pytest.raises(CapaError, match="one of 2 worker processes was killed"):
-        list(spread(partial(killed, 0), range(4), Workers(count=2)))
+        list(run_tasks(partial(killed, 0), range(4), Workers(count=2)))
 
 
 def test_chunks() -> None:
@@ -112,7 +112,7 @@ def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         CapaError, match=r"--ray auto: no cluster answers there: Could not find any running Ray instance"
     ):
-        list(spread(partial(squarer, 0), range(4), Workers(ray="auto")))
+        list(run_tasks(partial(squarer, 0), range(4), Workers(ray="auto")))
 
 
 def slow_writer(log: Path) -> Callable[[int], int]:
@@ -142,7 +142,7 @@ def test_a_lost_node_loses_nothing(two_nodes: tuple[Any, Any], tmp_path: Path) -
 
     loser = Thread(target=lose_it_at_work)
     loser.start()
-    found = list(spread(partial(slow_writer, log), range(10), Workers(ray=cluster.address)))
+    found = list(run_tasks(partial(slow_writer, log), range(10), Workers(ray=cluster.address)))
     loser.join()
     assert sorted(found) == [(number, number) for number in range(10)]
     nodes = log.read_text().split()

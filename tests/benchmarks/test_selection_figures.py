@@ -13,7 +13,7 @@ from benchmarks.selection.measure.statistics import bimodality, hellinger, overl
 from benchmarks.selection.pages import sinks as sinks_page
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 from tests.conftest import noise
 
 # Statistics.
@@ -131,7 +131,7 @@ def test_each_query_scores_as_if_it_ended_the_prompt(model: Any, prompter: Any) 
         )
         visual = torch.cat([is_visual, torch.zeros(count, dtype=torch.bool)])
         for score in ("capa", "attention"):
-            plan = EagerPlan(keep=keep, selectors=dict.fromkeys(range(layers), Chosen(score)))
+            plan = EagerPlan(keep=keep, selectors=dict.fromkeys(range(layers), SelectorChoice(score)))
             scores = Eager(model).prefill(longer, visual, plan).scores
             for layer in range(layers):
                 expected = scores[layer][visual].numpy()

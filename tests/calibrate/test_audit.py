@@ -17,7 +17,7 @@ from capa_export.model.families import llava15, qwen25vl
 from capa_export.model.families.qwen25vl.dims import model_dims
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import write_records
 from capa_export.parity.validate import compare_onnx
 from tests.conftest import noise
@@ -145,7 +145,7 @@ def test_massive_activations_pass_the_gates_with_the_audit_and_not_without(
         onnx, records = tmp_path / f"onnx-{name}", tmp_path / f"records-{name}"
         records.mkdir()
         write_onnx(source, "fp16", onnx, prune_layers=(2,), scales={}, fp32_layers=fp32_layers)
-        subject = Subject(
+        oracle = Oracle(
             model=model,
             family=qwen25vl,
             prompter=prompter,
@@ -157,7 +157,7 @@ def test_massive_activations_pass_the_gates_with_the_audit_and_not_without(
             eos_token_ids=(2,),
             fp32_layers=fp32_layers,
         )
-        compared = compare_onnx(onnx, "fp16", write_records(records, subject, held_out, 3), recipe)
+        compared = compare_onnx(onnx, "fp16", write_records(records, oracle, held_out, 3), recipe)
         rows = [*compared.export_error, *compared.selection]
         return [check.failure for row in rows for check in row.checks if check.failure]
 

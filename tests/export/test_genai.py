@@ -29,7 +29,7 @@ from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 from tests.conftest import noise
 
 og = pytest.importorskip("onnxruntime_genai", reason="the onnxruntime it wants has no wheels for Python 3.10")
@@ -54,7 +54,7 @@ def written(
     **options: Any,
 ) -> Path:
     """An `onnx` folder with all that genai needs."""
-    selectors = {} if selector is None else {-1: Chosen(selector)}
+    selectors = {} if selector is None else {-1: SelectorChoice(selector)}
     size = source.dims.decoder.hidden_size
     scales = {layer: np.linspace(0.8, 1.3, size, dtype=np.float32) for layer in linear}
     write_onnx(
@@ -251,8 +251,10 @@ def test_the_config_names_what_the_graphs_have(tmp_path: Path, source: Source) -
 
 def test_what_genai_cannot_run_is_refused_with_the_reason(tmp_path: Path, source: Source) -> None:
     with pytest.raises(CapaError, match="layer 2 prunes, and its KV caches have one length"):
-        write_genai(source, "fp32", tmp_path, selectors={2: Chosen("capa")}, linear_layers=(), eos_token_ids=[1])
-    assert reason_against(source, {-1: Chosen("divprune")}) is None
+        write_genai(
+            source, "fp32", tmp_path, selectors={2: SelectorChoice("capa")}, linear_layers=(), eos_token_ids=[1]
+        )
+    assert reason_against(source, {-1: SelectorChoice("divprune")}) is None
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import tracing
 from capa_export.parity.trace import Trace, sampled_rows
 from capa_export.parity.validate import dense_logits
@@ -31,7 +31,7 @@ STEPS = 4
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
-def subjects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Subject]:
+def subjects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Oracle]:
     """In memory, and streamed from the same files."""
     small = FAMILIES[request.param]
     folder = small.save_model(tmp_path_factory.mktemp("checkpoint"), small.random_model())
@@ -44,7 +44,7 @@ def subjects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     prompter = Prompter(folder, folder, source.family, source.dims)
     alpha = np.linspace(0.5, 1.5, source.dims.decoder.hidden_size, dtype=np.float32)
     make = partial(
-        Subject,
+        Oracle,
         family=source.family,
         prompter=prompter,
         prune=PRUNE,
@@ -57,15 +57,15 @@ def subjects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return make(model), make(hollow_model(source, weights), weights=weights)
 
 
-def prompts_of(subject: Subject) -> list[Prompt]:
+def prompts_of(oracle: Oracle) -> list[Prompt]:
     pictures = [noise(140, 112, 1), noise(112, 84, 2)]
-    return [subject.prompter("what color is the star ?", pictures[:count]) for count in (1, 2, 0)]
+    return [oracle.prompter("what color is the star ?", pictures[:count]) for count in (1, 2, 0)]
 
 
-def traced(subject: Subject, eager: Eager, tokens: list[int]) -> list[tuple[Trace, list[int]]]:
+def traced(oracle: Oracle, eager: Eager, tokens: list[int]) -> list[tuple[Trace, list[int]]]:
     passes = [
-        tracing(subject, eager, prompt, subject.plan(prompt), STEPS, tokens, sampled_rows(len(prompt.input_ids)))
-        for prompt in prompts_of(subject)
+        tracing(oracle, eager, prompt, oracle.plan(prompt), STEPS, tokens, sampled_rows(len(prompt.input_ids)))
+        for prompt in prompts_of(oracle)
     ]
     return eager.run(passes)
 
@@ -81,7 +81,7 @@ def assert_equal(found: list[tuple[Trace, list[int]]], wanted: list[tuple[Trace,
 
 
 @pytest.mark.parametrize("tokens", [[], [5, 6], [5, 6, 7]])
-def test_equals_in_memory(subjects: tuple[Subject, Subject], tokens: list[int]) -> None:
+def test_equals_in_memory(subjects: tuple[Oracle, Oracle], tokens: list[int]) -> None:
     resident, streamed = subjects
     assert_equal(traced(streamed, streamed.eager, tokens), traced(resident, resident.eager, tokens))
 
@@ -89,31 +89,31 @@ def test_equals_in_memory(subjects: tuple[Subject, Subject], tokens: list[int]) 
 @pytest.mark.parametrize("fp32_layers", [(), ("residual", "1.mlp", "visual.residual")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_equals_in_memory_in_half_precision(
-    subjects: tuple[Subject, Subject], dtype: torch.dtype, fp32_layers: tuple[str, ...]
+    subjects: tuple[Oracle, Oracle], dtype: torch.dtype, fp32_layers: tuple[str, ...]
 ) -> None:
     found = [
-        traced(subject, Eager(lowered(subject.model, dtype, fp32_layers), subject.weights), [5, 6, 7])
-        for subject in subjects
+        traced(oracle, Eager(lowered(oracle.model, dtype, fp32_layers), oracle.weights), [5, 6, 7])
+        for oracle in subjects
     ]
     assert_equal(found[1], found[0])
 
 
 def test_known_tokens_that_follow_the_prompt_equal_those_fed_one_after_the_other(
-    subjects: tuple[Subject, Subject],
+    subjects: tuple[Oracle, Oracle],
 ) -> None:
-    subject = subjects[0]
-    trace, _ = traced(subject, subject.eager, [5, 6, 7])[0]
-    prompt = prompts_of(subject)[0]
-    plan = subject.plan(prompt)
-    inputs = inputs_for(plan, subject.family, subject.model, prompt)
-    run = subject.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
-    logits = [run.logits, *(subject.eager.step(run, token, run.next_position + i) for i, token in enumerate([5, 6, 7]))]
+    oracle = subjects[0]
+    trace, _ = traced(oracle, oracle.eager, [5, 6, 7])[0]
+    prompt = prompts_of(oracle)[0]
+    plan = oracle.plan(prompt)
+    inputs = inputs_for(plan, oracle.family, oracle.model, prompt)
+    run = oracle.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
+    logits = [run.logits, *(oracle.eager.step(run, token, run.next_position + i) for i, token in enumerate([5, 6, 7]))]
     np.testing.assert_array_equal(trace.logits, torch.stack(logits).numpy())
 
 
-def test_the_models_own_forward_pass_streams_too(subjects: tuple[Subject, Subject]) -> None:
+def test_the_models_own_forward_pass_streams_too(subjects: tuple[Oracle, Oracle]) -> None:
     prompt = prompts_of(subjects[0])[0]
-    resident, streamed = (dense_logits(subject, prompt, [5, 6, 7]) for subject in subjects)
+    resident, streamed = (dense_logits(oracle, prompt, [5, 6, 7]) for oracle in subjects)
     np.testing.assert_array_equal(streamed, resident)
     # What it is in its first row: the whole model's answer, without a loop of ours.
     model = subjects[0].model
@@ -125,7 +125,7 @@ def test_the_models_own_forward_pass_streams_too(subjects: tuple[Subject, Subjec
     np.testing.assert_allclose(resident[0], plain.logits.numpy(), atol=2e-5)
 
 
-def test_nothing_stays_in_memory(subjects: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_stays_in_memory(subjects: tuple[Oracle, Oracle], monkeypatch: pytest.MonkeyPatch) -> None:
     resident, streamed = subjects
     text = resident.model.model.language_model
     layers = [in_memory(layer) for layer in text.layers]
@@ -147,19 +147,19 @@ def test_nothing_stays_in_memory(subjects: tuple[Subject, Subject], monkeypatch:
     assert min(held[: -len(layers) - 2]) > 0
 
 
-def test_no_graph_of_gradients_keeps_weights_alive(subjects: tuple[Subject, Subject]) -> None:
+def test_no_graph_of_gradients_keeps_weights_alive(subjects: tuple[Oracle, Oracle]) -> None:
     """What a pass leaves would hold the weights it was computed with."""
-    subject = subjects[1]
-    for prompt in prompts_of(subject):
-        plan = subject.plan(prompt)
+    oracle = subjects[1]
+    for prompt in prompts_of(oracle):
+        plan = oracle.plan(prompt)
 
         def work(prompt: Prompt = prompt, plan: EagerPlan = plan) -> Any:
             yield "tower"
-            return inputs_for(plan, subject.family, subject.model, prompt)
+            return inputs_for(plan, oracle.family, oracle.model, prompt)
 
-        (inputs,) = subject.eager.run([work()])
+        (inputs,) = oracle.eager.run([work()])
         assert not inputs.embeds.requires_grad
-        run = subject.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
+        run = oracle.eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
         assert not run.logits.requires_grad and not run.cache.layers[0].keys.requires_grad
 
 

@@ -18,7 +18,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
 from tests.conftest import noise
 from tests.models import FAMILIES
@@ -129,7 +129,7 @@ def build(seed: int, folder: Path, *, prompts: int = 2, steps: int = 3) -> Build
         min_keep_per_image=prune.min_keep_per_image,
     )
     recipe = load_recipe(name).model_copy(update={"prune": prune})
-    subject = Subject(
+    oracle = Oracle(
         model=model,
         family=family,
         prompter=_prompter(name),
@@ -149,7 +149,7 @@ def build(seed: int, folder: Path, *, prompts: int = 2, steps: int = 3) -> Build
 
     records = folder / "records"
     records.mkdir()
-    written = write_records(records, subject, asked([question() for _ in range(prompts)]), steps)
+    written = write_records(records, oracle, asked([question() for _ in range(prompts)]), steps)
     stages = ", ".join(f"{stage.ratio:g} after {stage.layer}" for stage in prune.schedule)
     about = f"{seed}: {name} {precision}, {shape}, {stages}, linear {linear}, {count} pictures"
     return Build(about, folder / "onnx", precision, recipe, written)

@@ -20,7 +20,7 @@ from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.model.source import Source
 from capa_export.parity.bisect import bisect
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
 from capa_export.report.schema import Bisection
 from tests.conftest import noise
@@ -35,12 +35,12 @@ PREFILL = "llm/prefill.onnx"
 
 @dataclass(frozen=True)
 class Exported:
-    """A healthy export beside its twin."""
+    """A healthy export beside its reference graphs."""
 
     source: Source
     folder: Path
     """Of `onnx` folders, by precision."""
-    subject: Subject
+    oracle: Oracle
     records: Records
     options: Mapping[str, Any]
 
@@ -71,14 +71,14 @@ def exported(model: Any, checkpoint: Path, folder: Path, precision: str = "fp16"
     for each in dict.fromkeys((precision, "fp32")):
         write_onnx(source, each, folder / each, **options)
     onnx = {"precision": precision, "onnx": folder / precision, "fp32_onnx": folder / "fp32"}
-    subject = Subject(model, qwen25vl, prompter, prune, SCALES, eos_token_ids=(), **onnx)
-    return Exported(source, folder, subject, recorded(subject, folder / "records", steps), options)
+    oracle = Oracle(model, qwen25vl, prompter, prune, SCALES, eos_token_ids=(), **onnx)
+    return Exported(source, folder, oracle, recorded(oracle, folder / "records", steps), options)
 
 
-def recorded(subject: Subject, folder: Path, steps: int = 3) -> Records:
+def recorded(oracle: Oracle, folder: Path, steps: int = 3) -> Records:
     folder.mkdir()
     turns = [Turn("user", [noise(140, 196), "what color is the star ?"])]
-    return write_records(folder, subject, asked([turns]), steps)
+    return write_records(folder, oracle, asked([turns]), steps)
 
 
 @pytest.fixture(scope="module")
@@ -241,5 +241,5 @@ def test_what_overflows_is_proposed_for_fp32_and_that_removes_it(
     assert "> 65504" in found.sentence
     assert found.sentence.endswith(f"; compute it in FP32: --fp32-layers {','.join(units)}.")
     remedied = planted.write("fp16", tmp_path / "remedied", fp32_layers=found.fp32_layers)
-    records = recorded(replace(planted.subject, fp32_layers=found.fp32_layers), tmp_path / "again")
+    records = recorded(replace(planted.oracle, fp32_layers=found.fp32_layers), tmp_path / "again")
     assert replace(planted, records=records).bisected(remedied).graph == ""

@@ -18,7 +18,7 @@ from capa_export.export.graphs import write_onnx
 from capa_export.model.prompt import Prompter, Turn
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import compare_onnx, compare_prompts
 from capa_export.run.onnx import OnnxModel
@@ -73,7 +73,7 @@ def healthy(
     precision, folder = request.param, tmp_path_factory.mktemp("healthy")
     write_onnx(source, precision, folder / "onnx", prune_layers=(2,), scales=SCALES)
     copy_sidecars(source.checkpoint, folder / "onnx")
-    subject = Subject(
+    oracle = Oracle(
         model=model,
         family=prompter.family,
         prompter=prompter,
@@ -89,7 +89,7 @@ def healthy(
         [[Turn("user", [noise(*size, seed), "what color is the star ?"])] for seed, size in enumerate(sizes)]
     )
     (folder / "records").mkdir()
-    records = write_records(folder / "records", subject, samples, 3)
+    records = write_records(folder / "records", oracle, samples, 3)
     return Healthy(folder / "onnx", precision, prompter, samples, records)
 
 

@@ -24,8 +24,8 @@ from capa_export.model.families import qwen25vl
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
-from capa_export.parity.method import method_effect
-from capa_export.parity.oracle import Subject
+from capa_export.parity.method import measure_method
+from capa_export.parity.oracle import Oracle
 from capa_export.report.pages import Example
 from capa_export.report.schema import Method, MethodError
 from capa_export.selectors import capa
@@ -42,10 +42,10 @@ def scenes(count: int) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def subject(model: Any, prompter: Prompter, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def oracle(model: Any, prompter: Prompter, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """Of random weights, which answer nothing right."""
     nowhere = tmp_path_factory.mktemp("nowhere")
-    return Subject(
+    return Oracle(
         model=model,
         family=qwen25vl,
         prompter=prompter,
@@ -59,11 +59,11 @@ def subject(model: Any, prompter: Prompter, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def trained(subject: Subject) -> Subject:
+def trained(oracle: Oracle) -> Oracle:
     folder = shipped("graphs") / "checkpoints" / "tiny-qwen25vl"
     source = Source.of(open_checkpoint(str(folder)), qwen25vl)
     return replace(
-        subject,
+        oracle,
         model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval(),
         prompter=Prompter(folder, folder, qwen25vl, source.dims),
         scales={},
@@ -72,14 +72,14 @@ def trained(subject: Subject) -> Subject:
 
 
 def asked(
-    subject: Subject, questions: Samples, *, seed: int = 0, steps: int = 4
+    oracle: Oracle, questions: Samples, *, seed: int = 0, steps: int = 4
 ) -> tuple[MethodError, dict[str, Method], list[Example]]:
-    found, examples = method_effect(subject, questions, seed, steps, silent)
+    found, examples = measure_method(oracle, questions, seed, steps, silent)
     json.dumps(found.model_dump(mode="json"), allow_nan=False)
     return found, {method.name: method for method in found.methods}, examples
 
 
-def test_capa_beats_random_pruning_on_the_trained_model(trained: Subject) -> None:
+def test_capa_beats_random_pruning_on_the_trained_model(trained: Oracle) -> None:
     found, methods, examples = asked(trained, scenes(16))
     assert found.questions == 16
     assert found.beats_random
@@ -98,10 +98,11 @@ def test_capa_beats_random_pruning_on_the_trained_model(trained: Subject) -> Non
 
 
 def test_pruning_that_keeps_the_least_is_said_not_to_beat_random(
-    trained: Subject, monkeypatch: pytest.MonkeyPatch
+    trained: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = capa.reference
-    monkeypatch.setattr(capa, "reference", lambda view: 1 / (1e-9 + right(view)))
+    worst = replace(capa.SELECTOR, reference=lambda view: 1 / (1e-9 + right(view)))
+    monkeypatch.setattr(capa, "SELECTOR", worst)
     found, methods, _ = asked(replace(trained, prune=pruned(0.5)), scenes(12))
     assert found.beats_random is False
     assert found.kl_gain is not None and found.kl_gain.low <= 0
@@ -111,8 +112,8 @@ def test_pruning_that_keeps_the_least_is_said_not_to_beat_random(
     assert sentence.endswith(", which is not above 0.")
 
 
-def test_nothing_removed_is_dense(subject: Subject) -> None:
-    found, methods, _ = asked(replace(subject, prune=pruned(0), scales={}), scenes(6))
+def test_nothing_removed_is_dense(oracle: Oracle) -> None:
+    found, methods, _ = asked(replace(oracle, prune=pruned(0), scales={}), scenes(6))
     for method in (methods["capa"], methods["random"]):
         assert (method.kl, method.top5, method.diverges_at) == (0, 1, None)
         assert method.top1 is not None and method.same_answer is not None
@@ -121,35 +122,35 @@ def test_nothing_removed_is_dense(subject: Subject) -> None:
     assert (found.kl_gain.low, found.kl_gain.high) == (0, 0)
     assert found.beats_random is None
     assert found.words[0].startswith("No visual token was removed")
-    found, methods, _ = asked(replace(subject, prune=pruned(0)), scenes(6))
+    found, methods, _ = asked(replace(oracle, prune=pruned(0)), scenes(6))
     assert methods["capa"].kl == methods["random"].kl != 0
     assert found.words[0].startswith("No visual token was removed")
 
 
-@pytest.mark.parametrize(("answering", "ratio", "apart_at"), [("trained", 0.9, {None, 0}), ("subject", 0.75, {0, 1})])
+@pytest.mark.parametrize(("answering", "ratio", "apart_at"), [("trained", 0.9, {None, 0}), ("oracle", 0.75, {0, 1})])
 def test_figures_are_those_of_the_answers(
     answering: str, ratio: float, apart_at: set[int | None], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Counted again from the eager model itself: on numbers, of which either digit may be another."""
-    subject = replace(request.getfixturevalue(answering), prune=pruned(ratio, layer=0))
+    oracle = replace(request.getfixturevalue(answering), prune=pruned(ratio, layer=0))
     numbers = write_dataset(tmp_path, samples(16, seed=0, kinds=["number"]))
     questions, steps = samples_from(numbers, load_recipe("tiny-qwen25vl"), 16, split="held_out"), 4
-    eager = Eager(subject.model)
+    eager = Eager(oracle.model)
     first = {name: [] for name in ("dense", "capa")}
     answers = {name: [] for name in ("dense", "capa")}
     for sample in questions:
-        prompt = subject.prompter.chat(sample.turns)
-        inputs = EagerInputs.of(subject.family.eager_inputs(subject.model, prompt))
-        for name, plan in (("dense", EagerPlan()), ("capa", subject.plan(prompt))):
+        prompt = oracle.prompter.chat(sample.turns)
+        inputs = EagerInputs.of(oracle.family.eager_inputs(oracle.model, prompt))
+        for name, plan in (("dense", EagerPlan()), ("capa", oracle.plan(prompt))):
             run = eager.prefill(inputs, torch.from_numpy(prompt.is_visual), plan)
             logits = [run.logits.numpy()]
             for step in range(steps - 1):
                 logits.append(eager.step(run, int(logits[-1].argmax()), run.next_position + step).numpy())
             first[name].append(logits[0])
             answers[name].append([int(row.argmax()) for row in logits])
-    (eos,) = subject.eos_token_ids
+    (eos,) = oracle.eos_token_ids
     ended = {name: [row[: row.index(eos)] if eos in row else row for row in rows] for name, rows in answers.items()}
-    _, methods, _ = asked(subject, questions, steps=steps)
+    _, methods, _ = asked(oracle, questions, steps=steps)
     capa = methods["capa"]
     pairs = list(zip(ended["dense"], ended["capa"], strict=True))
     common = [next((at for at in range(steps) if a[at : at + 1] != b[at : at + 1]), None) for a, b in pairs]
@@ -166,10 +167,10 @@ def test_figures_are_those_of_the_answers(
     assert capa.kl == pytest.approx((p * np.log(p / q)).sum(1).mean())
 
 
-def test_only_the_random_baseline_depends_on_the_seed(subject: Subject) -> None:
-    found, methods, _ = asked(subject, scenes(6), steps=1)
-    again, same, _ = asked(subject, scenes(6), steps=1)
-    _, other, _ = asked(subject, scenes(6), steps=1, seed=1)
+def test_only_the_random_baseline_depends_on_the_seed(oracle: Oracle) -> None:
+    found, methods, _ = asked(oracle, scenes(6), steps=1)
+    again, same, _ = asked(oracle, scenes(6), steps=1)
+    _, other, _ = asked(oracle, scenes(6), steps=1, seed=1)
     assert found == again
     assert methods == same
     assert other["capa"] == methods["capa"]
@@ -177,18 +178,18 @@ def test_only_the_random_baseline_depends_on_the_seed(subject: Subject) -> None:
     assert found.words[-1].startswith("The dense model answers nothing right")
 
 
-def test_a_few_questions_prove_nothing(subject: Subject) -> None:
-    found, _, _ = asked(subject, scenes(5), steps=1)
+def test_a_few_questions_prove_nothing(oracle: Oracle) -> None:
+    found, _, _ = asked(oracle, scenes(5), steps=1)
     assert found.beats_random is None
     assert any("5 questions are too few" in words for words in found.words)
-    found, examples = method_effect(subject, scenes(0), 0, 1, silent)
+    found, examples = measure_method(oracle, scenes(0), 0, 1, silent)
     assert (found, examples) == (
         MethodError(questions=0, words=("No question was asked: the method's error was not measured.",)),
         [],
     )
 
 
-def test_the_users_own_answers_are_counted(trained: Subject, tmp_path: Path) -> None:
+def test_the_users_own_answers_are_counted(trained: Oracle, tmp_path: Path) -> None:
     lines: list[Conversation] = []
     for index, scene in enumerate(scenes(6)):
         scene.image.save(tmp_path / f"{index}.png")
@@ -209,7 +210,7 @@ def test_the_users_own_answers_are_counted(trained: Subject, tmp_path: Path) -> 
     assert "The answers are not known, so there is no accuracy." in found.words
 
 
-def test_logits_that_are_not_finite_are_said_to_be(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_are_said_to_be(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = Eager.prefilling
 
     def overflowing(eager: Eager, inputs: Any, is_visual: Any, plan: EagerPlan, *rest: Any) -> Any:
@@ -217,12 +218,12 @@ def test_logits_that_are_not_finite_are_said_to_be(subject: Subject, monkeypatch
         return replace(run, logits=run.logits * np.nan) if plan.keep else run
 
     monkeypatch.setattr(Eager, "prefilling", overflowing)
-    found, methods, _ = asked(subject, scenes(6), steps=1)
+    found, methods, _ = asked(oracle, scenes(6), steps=1)
     assert (found.beats_random, found.kl_gain, methods["capa"].kl) == (False, None, None)
     assert "CAPA does not beat random pruning at the same k: the KL from dense is not finite." in found.words
 
 
-def test_memory_does_not_grow_with_the_questions(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_questions(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions' prompts and caches at most are alive: the one that is asked, and the last one's."""
     prefilling, chat = Eager.prefilling, Prompter.chat
     seen: dict[str, list[ref[Any]]] = {"prefills": [], "prompts": []}
@@ -238,7 +239,7 @@ def test_memory_does_not_grow_with_the_questions(subject: Subject, monkeypatch: 
 
     monkeypatch.setattr(Eager, "prefilling", watched_prefill)
     monkeypatch.setattr(Prompter, "chat", lambda *given: watched("prompts", chat(*given)))
-    asked(subject, scenes(12), steps=2)
+    asked(oracle, scenes(12), steps=2)
     assert [len(made) for made in seen.values()] == [36, 12]
     assert alive["prefills"] <= 6
     assert alive["prompts"] <= 2

@@ -10,7 +10,7 @@ from capa_export.config.gates import Bound
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Stage
 from capa_export.parity.records import Noise
-from capa_export.parity.selection import Choice, agreeing
+from capa_export.parity.selection import SelectionMeter, comparable_kept
 from capa_export.parity.trace import Trace
 
 GATE = load_recipe("qwen25vl").parity.fp16.model_copy(
@@ -25,14 +25,14 @@ def record(scores: list[float], kept: list[int]) -> Any:
     prompt = SimpleNamespace(
         input_ids=values, is_visual=np.isfinite(values), text_positions=np.flatnonzero(~np.isfinite(values))
     )
-    return SimpleNamespace(prompt=prompt, oracle=Trace(LOGITS, [np.array(kept)], [values]))
+    return SimpleNamespace(prompt=prompt, fp32=Trace(LOGITS, [np.array(kept)], [values]))
 
 
-def choice(noise: float, min_keep: int = 0) -> Choice:
-    return Choice("x", "y", [Stage(layer=2, ratio=0.5)], GATE, Noise(scores=(noise,)), min_keep)
+def choice(noise: float, min_keep: int = 0) -> SelectionMeter:
+    return SelectionMeter("x", "y", [Stage(layer=2, ratio=0.5)], GATE, Noise(scores=(noise,)), min_keep)
 
 
-def failing(one: Choice) -> set[str]:
+def failing(one: SelectionMeter) -> set[str]:
     return {check.name for check in one.result().checks if check.failure}
 
 
@@ -94,29 +94,29 @@ def test_nothing_dropped_has_no_margin() -> None:
 
 def test_later_stages_count_while_the_earlier_agree() -> None:
     wanted = Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 2])])
-    assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 1])]), wanted)) == 2
-    assert len(agreeing(Trace(LOGITS, [np.array([0, 1, 3]), np.array([0, 1])]), wanted)) == 1
+    assert len(comparable_kept(Trace(LOGITS, [np.array([0, 1, 2]), np.array([0, 1])]), wanted)) == 2
+    assert len(comparable_kept(Trace(LOGITS, [np.array([0, 1, 3]), np.array([0, 1])]), wanted)) == 1
 
 
 def test_a_stage_that_was_not_compared_is_said_to_be() -> None:
     schedule = [Stage(selector="divprune", ratio=0.25), Stage(layer=2, ratio=0.5)]
     two = record([INF, 4.0, 3.0, 2.0, 1.0, INF], [0, 1, 2, 3, 5])
-    two.oracle.kept.append(np.array([0, 1, 2, 5]))
-    two.oracle.scores.append(np.array([INF, 4.0, 3.0, 2.0, INF]))
-    one = Choice("x", "y", schedule, GATE, Noise(), 0)
-    one.add(two.oracle.kept, two)
+    two.fp32.kept.append(np.array([0, 1, 2, 5]))
+    two.fp32.scores.append(np.array([INF, 4.0, 3.0, 2.0, INF]))
+    one = SelectionMeter("x", "y", schedule, GATE, Noise(), 0)
+    one.add(two.fp32.kept, two)
     assert (one.warnings(), one.notes()) == ((), ())
     other = [np.array([0, 1, 2, 4, 5])]
     one.add(other, two)
     words = f"x: what capa keeps {schedule[1].where} was not compared on {{}} prompts, where a stage before it kept"
     assert one.warnings() == () and [note.startswith(words.format("1 of 2")) for note in one.notes()] == [True]
-    never = Choice("x", "y", schedule, GATE, Noise(), 0)
+    never = SelectionMeter("x", "y", schedule, GATE, Noise(), 0)
     never.add(other, two)
     assert never.notes() == () and [words.format("1 of 1") in warning for warning in never.warnings()] == [True]
 
 
-def stepwise(noise: Noise) -> Choice:
-    return Choice("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
+def stepwise(noise: Noise) -> SelectionMeter:
+    return SelectionMeter("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
 
 
 def ranked(count: int) -> SimpleNamespace:
@@ -128,7 +128,7 @@ def ranked(count: int) -> SimpleNamespace:
 def test_a_choice_by_steps_is_held_to_the_mean_overlap() -> None:
     one, kept = stepwise(Noise()), ranked(100)
     for prompt in range(10):
-        own = kept.oracle.kept[0].copy()
+        own = kept.fp32.kept[0].copy()
         own[-2] += prompt == 0
         one.add([own], kept)
     (stage,) = one.result().stages
@@ -177,6 +177,6 @@ def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None
         (Noise(iou=((0.5,),)), False),
     ):
         one = stepwise(noise)
-        one.add([ranked(100).oracle.kept[0]], ranked(100))
+        one.add([ranked(100).fp32.kept[0]], ranked(100))
         assert (one.warnings() == ()) == judged
         assert failing(one) == set()

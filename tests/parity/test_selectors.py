@@ -15,9 +15,9 @@ from capa_export.export.graphs import write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
-from capa_export.parity.validate import Compared, compare_onnx
+from capa_export.parity.validate import Comparison, compare_onnx
 from capa_export.selectors.selector import load_selector, selectors
 from tests.conftest import noise
 from tests.parity.test_validate import failures
@@ -32,13 +32,13 @@ def recipe(name: str) -> Recipe:
     return load_recipe("qwen25vl").model_copy(update={"prune": prune})
 
 
-def made(source: Source, model: Any, prompter: Prompter, name: str, folder: Path) -> tuple[Subject, Records]:
+def made(source: Source, model: Any, prompter: Prompter, name: str, folder: Path) -> tuple[Oracle, Records]:
     """The graphs in both precisions, and what the eager model makes of two pictures."""
     prune = recipe(name).prune
     pruning: Any = {"prune_layers": list(prune.selectors), "selectors": prune.selectors, "scales": SCALES}
     for precision in ("fp16", "fp32"):
         write_onnx(source, precision, folder / precision, **pruning)
-    subject = Subject(
+    oracle = Oracle(
         model=model,
         family=qwen25vl,
         prompter=prompter,
@@ -54,7 +54,7 @@ def made(source: Source, model: Any, prompter: Prompter, name: str, folder: Path
         noise(*size, index).save(folder / "pictures" / f"{index}.png")
     (folder / "records").mkdir()
     samples = samples_from(folder / "pictures", recipe(name), 2, split="held_out")
-    return subject, write_records(folder / "records", subject, samples, STEPS)
+    return oracle, write_records(folder / "records", oracle, samples, STEPS)
 
 
 def worst_chosen(folder: Path) -> None:
@@ -76,14 +76,14 @@ def worst_chosen(folder: Path) -> None:
 def test_a_healthy_export_passes_and_the_worst_choice_does_not(
     source: Source, model: Any, prompter: Prompter, name: str, tmp_path: Path
 ) -> None:
-    subject, records = made(source, model, prompter, name, tmp_path)
+    oracle, records = made(source, model, prompter, name, tmp_path)
     compared = {
         precision: compare_onnx(tmp_path / precision, precision, records, recipe(name))
         for precision in ("fp32", "fp16")
     }
     assert {precision: failures(one) for precision, one in compared.items()} == {"fp32": [], "fp16": []}
     (stage,) = compared["fp32"].selection[0].stages
-    assert (stage.selector, stage.layer) == (name, subject.prune.schedule[0].layer)
+    assert (stage.selector, stage.layer) == (name, oracle.prune.schedule[0].layer)
     assert stage.iou_mean == 1
     graded = load_selector(name).graded
     assert (stage.margin_min is not None) == graded
@@ -94,5 +94,5 @@ def test_a_healthy_export_passes_and_the_worst_choice_does_not(
     worst_chosen(wrong)
     found = compare_onnx(wrong, "fp32", records, recipe(name))
     # What it computes from the right tokens is right.
-    assert not failures(Compared(found.export_error))
+    assert not failures(Comparison(found.export_error))
     assert any("kept-set IoU" in failure for failure in failures(found))

@@ -18,15 +18,15 @@ from capa_export.export.graphs import write_onnx
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import Records, write_records
 from capa_export.parity.validate import (
-    Compared,
+    Comparison,
     compare_dense,
     compare_engine,
     compare_onnx,
     compare_prompts,
-    replayed_oracle,
+    make_replay,
 )
 from capa_export.report.schema import ExportError, Selection
 from capa_export.run.onnx import OnnxModel
@@ -39,11 +39,11 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def subject(model: Any, source: Source, prompter: Prompter, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def oracle(model: Any, source: Source, prompter: Prompter, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     folder = tmp_path_factory.mktemp("validate")
     for precision in ("fp16", "fp32"):
         write_onnx(source, precision, folder / precision, prune_layers=(2,), scales=SCALES, dense=precision == "fp32")
-    return Subject(
+    return Oracle(
         model=model,
         family=qwen25vl,
         prompter=prompter,
@@ -65,11 +65,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def records(subject: Subject, samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return write_records(tmp_path_factory.mktemp("records"), subject, samples, STEPS)
+def records(oracle: Oracle, samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    return write_records(tmp_path_factory.mktemp("records"), oracle, samples, STEPS)
 
 
-def failures(compared: Compared) -> list[str]:
+def failures(compared: Comparison) -> list[str]:
     rows: list[ExportError | Selection] = [*compared.export_error, *compared.selection]
     return [check.failure for row in rows for check in row.checks if check.failure]
 
@@ -80,10 +80,10 @@ def figure(row: ExportError | Selection, name: str) -> float:
     return value
 
 
-def test_a_healthy_export_passes(subject: Subject, records: Records) -> None:
-    dense = compare_dense(subject, records, RECIPE)
-    fp32 = compare_onnx(subject.fp32_onnx, "fp32", records, RECIPE)
-    fp16 = compare_onnx(subject.onnx, "fp16", records, RECIPE)
+def test_a_healthy_export_passes(oracle: Oracle, records: Records) -> None:
+    dense = compare_dense(oracle, records, RECIPE)
+    fp32 = compare_onnx(oracle.fp32_onnx, "fp32", records, RECIPE)
+    fp16 = compare_onnx(oracle.onnx, "fp16", records, RECIPE)
     assert [failures(one) for one in (dense, fp32, fp16)] == [[], [], []]
     assert [row.reference for row in fp16.export_error] == ["eager CAPA fp32", "eager CAPA fp16"]
     exact, half = fp32.export_error[0], fp16.export_error[0]
@@ -100,9 +100,9 @@ def test_a_healthy_export_passes(subject: Subject, records: Records) -> None:
     assert set(fp16.milliseconds) == {"prefill", "decode"}
 
 
-def test_flips_and_numeric_drift_are_told_apart(subject: Subject, records: Records, tmp_path: Path) -> None:
+def test_flips_and_numeric_drift_are_told_apart(oracle: Oracle, records: Records, tmp_path: Path) -> None:
     """A graph that scores wrongly: the right numbers where it is made to keep the right tokens."""
-    folder = shutil.copytree(subject.fp32_onnx, tmp_path / "onnx")
+    folder = shutil.copytree(oracle.fp32_onnx, tmp_path / "onnx")
     model = ir.load(folder / "llm/prefill.onnx")
     score = next(node for node in model.graph if node.op_type == "ContributionScore")
     identity = ir.node("Constant", [], {"value": ir.tensor(np.eye(64, dtype=np.float32))})
@@ -111,7 +111,7 @@ def test_flips_and_numeric_drift_are_told_apart(subject: Subject, records: Recor
     score.replace_input_with(3, identity.outputs[0])
     ir.save(model, folder / "llm/prefill.onnx")
     compared = compare_onnx(folder, "fp32", records, RECIPE)
-    assert not failures(Compared(compared.export_error))
+    assert not failures(Comparison(compared.export_error))
     (row,) = compared.selection
     assert row.stages[0].flipped > 0
     assert {check.name for check in row.checks if check.failure} == {"kept-set IoU", "furthest flip", "score error"}
@@ -129,7 +129,7 @@ class OtherRuntime(OnnxModel):
 
 @pytest.mark.parametrize("live", [True, False], ids=["eager", "golden"])
 @pytest.mark.parametrize("ratio", [0.75, 0.5])
-def test_engines_are_held_to_the_same_gates(subject: Subject, records: Records, ratio: float, *, live: bool) -> None:
+def test_engines_are_held_to_the_same_gates(oracle: Oracle, records: Records, ratio: float, *, live: bool) -> None:
     """A runtime that keeps twice as many tokens: where the eager model can follow, its logits are still right."""
 
     class KeepsMore(OtherRuntime):
@@ -137,12 +137,12 @@ def test_engines_are_held_to_the_same_gates(subject: Subject, records: Records, 
             stages = [Stage(layer=2, ratio=ratio)]
             return super().prefill(prompt, Prune(schedule=tuple(stages)).num_keep(prompt.image_lengths), embeds)
 
-    engine: Any = KeepsMore(subject.onnx, threads=1)
-    expected = replayed_oracle(subject) if live else None
-    compared = compare_engine(engine, subject.onnx, "fp16", records, RECIPE, expected)
+    engine: Any = KeepsMore(oracle.onnx, threads=1)
+    replay = make_replay(oracle) if live else None
+    compared = compare_engine(engine, oracle.onnx, "fp16", records, RECIPE, replay)
     rows = {row.reference: row for row in compared.export_error}
     assert figure(rows["fp16 ONNX"], "relative error") < 1e-6
-    assert not failures(Compared(compared.export_error))
+    assert not failures(Comparison(compared.export_error))
     assert "The engines ran on Other." in compared.notes
     if ratio == 0.75:
         assert not failures(compared)
@@ -165,15 +165,15 @@ def test_the_bundles_own_processor_makes_the_prompts(
     assert "3 of 3 differ" in failures(compare_prompts(prompter, changed, samples))[0]
 
 
-def test_decode_at_the_pruned_positions_fails(subject: Subject, records: Records) -> None:
+def test_decode_at_the_pruned_positions_fails(oracle: Oracle, records: Records) -> None:
     """The positions of the answer are the eager model's own, not those the graphs are fed."""
 
     class Continues(OnnxModel):
         def step(self, cache: Any, token: int, position: int) -> Any:
             return super().step(cache, token, position - 5)
 
-    engine = _as_engine(Continues(subject.fp32_onnx))
-    compared = compare_engine(engine, subject.fp32_onnx, "fp32", records, RECIPE)
+    engine = _as_engine(Continues(oracle.fp32_onnx))
+    compared = compare_engine(engine, oracle.fp32_onnx, "fp32", records, RECIPE)
     assert any("against eager CAPA fp32: relative error" in failure for failure in failures(compared))
 
 
@@ -183,11 +183,11 @@ def _as_engine(model: Any) -> Any:
 
 
 def test_measuring_the_noise_leaves_the_reference_as_it_was(
-    subject: Subject, samples: Samples, records: Records, tmp_path: Path
+    oracle: Oracle, samples: Samples, records: Records, tmp_path: Path
 ) -> None:
-    tensors = {**dict(subject.model.named_parameters()), **dict(subject.model.named_buffers())}
+    tensors = {**dict(oracle.model.named_parameters()), **dict(oracle.model.named_buffers())}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    again = write_records(tmp_path, replace(subject, precision="bf16"), samples, STEPS)
+    again = write_records(tmp_path, replace(oracle, precision="bf16"), samples, STEPS)
     assert again.noise.logits > records.noise.logits > 0
     assert all(a > b > 0 for a, b in zip(again.noise.hidden, records.noise.hidden, strict=True))
     assert all((tensor == before[name]).all() for name, tensor in tensors.items())
@@ -197,7 +197,7 @@ def test_recipe_of_two_stages(model: Any, source: Source, prompter: Prompter, sa
     prune = Prune(schedule=(Stage(layer=1, ratio=0.5), Stage(layer=3, ratio=0.8)))
     recipe: Recipe = RECIPE.model_copy(update={"prune": prune})
     write_onnx(source, "fp16", tmp_path / "onnx", prune_layers=(1, 3), scales={})
-    subject = Subject(
+    oracle = Oracle(
         model=model,
         family=qwen25vl,
         prompter=prompter,
@@ -209,16 +209,16 @@ def test_recipe_of_two_stages(model: Any, source: Source, prompter: Prompter, sa
         eos_token_ids=(2,),
     )
     (tmp_path / "records").mkdir()
-    records = write_records(tmp_path / "records", subject, samples, 2)
-    compared = compare_onnx(subject.onnx, "fp16", records, recipe)
+    records = write_records(tmp_path / "records", oracle, samples, 2)
+    compared = compare_onnx(oracle.onnx, "fp16", records, recipe)
     assert not failures(compared)
     assert [stage.layer for stage in compared.selection[0].stages] == [1, 3]
     assert len(records.noise.scores) == 2
     record = next(iter(records))
-    assert record.oracle.hidden is not None
+    assert record.fp32.hidden is not None
     # A dropped row has no state behind the layer that dropped it.
-    gone = ~np.isin(record.rows, record.oracle.kept[0])
-    states = record.oracle.hidden[:, : len(record.rows)]
+    gone = ~np.isin(record.rows, record.fp32.kept[0])
+    states = record.fp32.hidden[:, : len(record.rows)]
     assert gone.any() and np.isnan(states[1:, gone]).all() and not np.isnan(states[0]).any()
 
     class KeepsMoreAtFirst(OtherRuntime):
@@ -228,8 +228,8 @@ def test_recipe_of_two_stages(model: Any, source: Source, prompter: Prompter, sa
         def prefill(self, prompt: Prompt, num_keep: Sequence[int], embeds: Any = None) -> Any:
             return super().prefill(prompt, [num_keep[0] + 1, *num_keep[1:]], embeds)
 
-    engine: Any = KeepsMoreAtFirst(subject.onnx, threads=1)
-    held = compare_engine(engine, subject.onnx, "fp16", records, recipe)
+    engine: Any = KeepsMoreAtFirst(oracle.onnx, threads=1)
+    held = compare_engine(engine, oracle.onnx, "fp16", records, recipe)
     assert [stage.layer for stage in held.selection[0].stages] == [1]
     assert [
         warning for warning in held.warnings if "what capa keeps after layer 3 was not compared on 3 of 3" in warning

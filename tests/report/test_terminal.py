@@ -3,7 +3,7 @@
 import pytest
 
 from capa_export.report.schema import MethodError
-from capa_export.report.terminal import parity_table
+from capa_export.report.terminal import print_parity
 from tests.report.results import BISECTION, compared, method_error, parity_of, selected
 
 
@@ -13,7 +13,7 @@ def words(line: str) -> list[str]:
 
 
 def test_verdict_then_a_row_per_artefact(capsys: pytest.CaptureFixture[str]) -> None:
-    parity_table(parity_of())
+    print_parity(parity_of())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "parity: passed"
     (row,) = (line for line in lines if line.startswith("fp16 ONNX  ") and "0/16" in line)
@@ -30,7 +30,7 @@ def test_verdict_then_a_row_per_artefact(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -> None:
     row = compared("[bold]an artefact", failure="cosine [red] 0.2 below 0.999")
-    parity_table(parity_of(row, warnings=("few pictures",), bisection=BISECTION))
+    print_parity(parity_of(row, warnings=("few pictures",), bisection=BISECTION))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
         "parity: FAILED",
@@ -42,9 +42,9 @@ def test_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_selection_questions_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    parity_table(parity_of(selection=(), method_error=MethodError(questions=0)))
+    print_parity(parity_of(selection=(), method_error=MethodError(questions=0)))
     shown = capsys.readouterr().out
     assert "Selection" not in shown
     assert "Method error" not in shown
-    parity_table(parity_of(selection=(selected(layers=(1, 4)),), method_error=method_error(known=False)))
+    print_parity(parity_of(selection=(selected(layers=(1, 4)),), method_error=method_error(known=False)))
     assert "random, same k" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """What a report says of a check, and of which stage it is."""
 
 from capa_export.report.schema import Check, Kept, Selection
-from capa_export.report.words import by_stage, shown
+from capa_export.report.words import by_stage, describe_check
 
 STEPS = ("kept-set IoU", "kept-set IoU of a prompt")
 AMOUNTS = ("kept-set IoU", "furthest flip", "scores, times the noise")
@@ -19,4 +19,4 @@ def test_a_check_is_its_own_stages_whatever_others_are_asked() -> None:
 
 
 def test_shares_are_written_alike() -> None:
-    assert [shown(Check(name=name, value=0.75)).value for name in STEPS] == ["0.7500"] * 2
+    assert [describe_check(Check(name=name, value=0.75)).value for name in STEPS] == ["0.7500"] * 2

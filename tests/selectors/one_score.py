@@ -17,7 +17,7 @@ from onnxscript import OpBuilder
 
 from capa_export.config.target import DimRange
 from capa_export.graph.build import Input, Output, SelectorNodes, build_model, call
-from capa_export.selectors.selector import Chosen, GraphView, TensorView, load_selector
+from capa_export.selectors.selector import GraphView, SelectorChoice, TensorView, load_selector
 from capa_export.trt.stage import build_graphs
 from tests.targets import one_gpu
 
@@ -79,7 +79,7 @@ def reference_scores(name: str, view: TensorView, **options: Any) -> torch.Tenso
     selector = load_selector(name)
     wide = {field: tensor.float() for field in _AXES if (tensor := getattr(view, field, None)) is not None}
     wide.pop("visual_grid", None)
-    return selector.reference(replace(view, **wide), **Chosen(name, options).values)
+    return selector.reference(replace(view, **wide), **SelectorChoice(name, options).values)
 
 
 def kept(scores: torch.Tensor, view: TensorView) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _model(name: str, specs: Specs, options: Sequence[tuple[str, Any]]) -> ir.Mo
 
     def trace(op: OpBuilder, values: dict[str, ir.Value]) -> list[Output]:
         view = GraphView(scale=0.25, **values)
-        scores_T = selector.score(SelectorNodes(op), view, **Chosen(name, dict(options)).values)
+        scores_T = selector.score(SelectorNodes(op), view, **SelectorChoice(name, dict(options)).values)
         num_rows = op.Add(view.num_keep, op.Shape(view.text_rows_X))
         (kept_K,) = call(op, "TopKKeep", scores_T, num_rows, min_keep_per_image=0)
         return [("scores", scores_T, ("tokens",)), ("kept", kept_K, ("kept",))]

@@ -16,7 +16,7 @@ from capa_export.model.families import Family, load_family
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
-from capa_export.selectors.selector import Chosen, load_selector, selectors
+from capa_export.selectors.selector import SelectorChoice, load_selector, selectors
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen3vl, qwen25vl
@@ -114,7 +114,12 @@ def test_a_tower_that_does_not_say_what_it_attends_to_is_refused(tmp_path: Path)
     source = Source.of(open_checkpoint(str(qwen3vl.save_model(tmp_path / "checkpoint", model))), family)
     with pytest.raises(CapaError, match="selector vispruner needs the vision tower's attention, which Qwen3VL"):
         write_onnx(
-            source, "fp32", tmp_path / "onnx", prune_layers=(-1,), selectors={-1: Chosen("vispruner")}, scales={}
+            source,
+            "fp32",
+            tmp_path / "onnx",
+            prune_layers=(-1,),
+            selectors={-1: SelectorChoice("vispruner")},
+            scales={},
         )
     assert not (tmp_path / "onnx").exists()
     subject = Subject(family, model, source, tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from capa_export.base.errors import CapaError
 from capa_export.config.recipe import load_recipe
 from capa_export.config.schedule import Prune, Stage
-from capa_export.selectors.selector import Chosen, Option, Size, load_selector, selectors
+from capa_export.selectors.selector import Option, SelectorChoice, Size, load_selector, selectors
 
 RECIPE = """family = "qwen25vl"
 checkpoint = "x/y"
@@ -103,7 +103,7 @@ def test_fewer_tokens_than_a_method_needs_is_a_clear_line() -> None:
 def cost(name: str, **options: Option) -> int:
     """Of scoring 1000 tokens, 900 of them visual, with 100 to keep."""
     dims: Any = SimpleNamespace(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
-    values = Chosen(name, options).values
+    values = SelectorChoice(name, options).values
     return load_selector(name).flops(Size(tokens=1000, visual=900, keep=100, dims=dims, options=values))
 
 

@@ -16,7 +16,7 @@ from benchmarks.selection.measure.statistics import FEWEST, bimodality, split
 from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.data.questions import Question
 from capa_export.model.eager import EagerPlan
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["measure", "of_definition", "prefills"]
@@ -113,7 +113,7 @@ def _seen(opened: EagerMethods, question: Question) -> _Seen:
 
     def scores(selector: str) -> np.ndarray:
         # A stage that keeps all of them scores, and changes nothing.
-        plan = EagerPlan(keep=keep, selectors=dict.fromkeys(layers, Chosen(selector)))
+        plan = EagerPlan(keep=keep, selectors=dict.fromkeys(layers, SelectorChoice(selector)))
         found = opened.eager.prefill(inputs, is_visual, plan, watch if selector == "capa" else None).scores
         return np.stack([found[layer][is_visual].numpy() for layer in layers])
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from capa_export.report.terminal import columns, say, show
+from capa_export.report.terminal import make_table, print_line, print_table
 from capa_export.report.words import difference, error, percent, rate
 from capa_export.study.compare.schema import BundleComparison
 
@@ -12,19 +12,19 @@ __all__ = ["compare_table"]
 
 def compare_table(found: BundleComparison) -> None:
     """Print the verdict, then what differs in the making, and what comes of it."""
-    say(f"compare: {'passed' if found.passed else 'REGRESSION'}", "bold green" if found.passed else "bold red")
+    print_line(f"compare: {'passed' if found.passed else 'REGRESSION'}", "bold green" if found.passed else "bold red")
     for failure in found.failures:
-        say(f"  {failure}", "red")
-    say(f"{found.reference} -> {found.candidate}, on {found.num_prompts} prompts ({found.prompts})")
+        print_line(f"  {failure}", "red")
+    print_line(f"{found.reference} -> {found.candidate}, on {found.num_prompts} prompts ({found.prompts})")
     for change in found.changes:
-        say(f"  {change.name}: {_short(change.reference)} -> {_short(change.candidate)}")
+        print_line(f"  {change.name}: {_short(change.reference)} -> {_short(change.candidate)}")
     if not found.changes:
-        say("  nothing differs in how they were made")
-    table = columns("", "reference", "candidate", "")
+        print_line("  nothing differs in how they were made")
+    table = make_table("", "reference", "candidate", "")
     for row in _rows(found):
         table.add_row(*row)
-    show("What comes of it", table)
-    say("ms: medians on this machine's processor, the two in turn; they say nothing about a GPU", "dim")
+    print_table("What comes of it", table)
+    print_line("ms: medians on this machine's processor, the two in turn; they say nothing about a GPU", "dim")
 
 
 def _rows(found: BundleComparison) -> Iterator[tuple[str, str, str, str]]:

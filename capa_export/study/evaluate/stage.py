@@ -8,7 +8,7 @@ from pathlib import Path
 from capa_export.base.errors import CapaError
 from capa_export.base.files import write_whole
 from capa_export.base.progress import Report, silent
-from capa_export.base.workers import Workers, chunks, spread
+from capa_export.base.workers import Workers, chunks, run_tasks
 from capa_export.data.questions import Question, Questions
 from capa_export.study.evaluate.answers import Answer, AnswerRequest
 from capa_export.study.evaluate.models import EvaluatedModel
@@ -131,7 +131,7 @@ def _ask(
             given.append([row for row, _ in chunk])
             yield [asked for _, asked in chunk]
 
-    for number, outcomes in spread(evaluated.prepare, tasks(), workers):
+    for number, outcomes in run_tasks(evaluated.prepare, tasks(), workers):
         for row, outcome in zip(given[number], outcomes, strict=True):
             question, wanted = keys[row]
             if isinstance(outcome, str):

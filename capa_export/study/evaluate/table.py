@@ -1,7 +1,7 @@
 """An evaluation as tables for people, on stdout."""
 
 from capa_export.base.statistics import Difference, Rate
-from capa_export.report.terminal import columns, say, show
+from capa_export.report.terminal import make_table, print_line, print_table
 from capa_export.report.words import decimals, percent
 from capa_export.study.evaluate.answers import DENSE
 from capa_export.study.evaluate.schema import Evaluation
@@ -16,7 +16,7 @@ _MOST_KINDS = 8
 def evaluation_table(found: Evaluation) -> None:
     """Print a row for each method, then the scores by kind of question."""
     others = ["minus first"] if len(found.methods) > 2 else []
-    table = columns("", "score", "minus dense", *others, "as dense", "KL", "kept")
+    table = make_table("", "score", "minus dense", *others, "as dense", "KL", "kept")
     for row in found.methods:
         table.add_row(
             row.method,
@@ -28,24 +28,24 @@ def evaluation_table(found: Evaluation) -> None:
             percent(row.kept),
         )
     known = "" if found.answered == found.questions else f", {found.answered} with known answers"
-    show(
+    print_table(
         f"{found.benchmark}: {_METRICS[found.metric]} on {found.questions} questions{known}, {found.runs} "
         "(95% interval; differences in points; KL from dense, first token)",
         table,
     )
     kinds = sorted({kind for row in found.methods for kind in row.kinds})
     if 1 < len(kinds) <= _MOST_KINDS:
-        table = columns("", *kinds)
+        table = make_table("", *kinds)
         for row in found.methods:
             table.add_row(row.method, *(_rate(row.kinds.get(kind)) for kind in kinds))
-        show("By kind of question", table)
+        print_table("By kind of question", table)
     if figures := list(dict.fromkeys(figure for row in found.methods for figure in row.figures)):
-        table = columns("", *figures)
+        table = make_table("", *figures)
         for row in found.methods:
             table.add_row(row.method, *(percent(row.figures[figure]) for figure in figures))
-        show("Beside accuracy", table)
+        print_table("Beside accuracy", table)
     for note in found.notes:
-        say(note, "dim")
+        print_line(note, "dim")
 
 
 def _rate(found: Rate | None) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration
 from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best_rows
-from capa_export.selectors.selector import CAPA, Chosen
+from capa_export.selectors.selector import CAPA, SelectorChoice
 from capa_export.study.explain.schema import Maps, Sinks
 
 __all__ = ["maps_of", "sinks_of"]
@@ -47,7 +47,7 @@ def maps_of(
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     with watching_ffns(eager.text.layers, seen), _values_written(eager.text.layers[layer].self_attn) as written:
         scores_T = _scores(eager, inputs, is_visual, whole, CAPA)
-    attention_T = _scores(eager, inputs, is_visual, whole, Chosen("attention"))
+    attention_T = _scores(eager, inputs, is_visual, whole, SelectorChoice("attention"))
     x_ND = seen[layer][0][is_visual].double()
     normed_ND = (x_ND / (x_ND.square().mean(-1, keepdim=True) + 1e-6).sqrt()).abs()
     phi_N = (normed_ND[:, list(channels)] if channels else normed_ND).amax(-1)
@@ -65,7 +65,7 @@ def maps_of(
     )
 
 
-def _scores(eager: Eager, inputs: EagerInputs, is_visual: Tensor, whole: EagerPlan, chosen: Chosen) -> Tensor:
+def _scores(eager: Eager, inputs: EagerInputs, is_visual: Tensor, whole: EagerPlan, chosen: SelectorChoice) -> Tensor:
     ((layer, _),) = whole.keep.items()
     return eager.prefill(inputs, is_visual, replace(whole, selectors={layer: chosen})).scores[layer]
 

@@ -17,7 +17,7 @@ from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 from capa_export.study.tune.candidates import linear_layers
 
 __all__ = ["STEPS", "Agreement", "DenseSample", "Judge"]
@@ -54,7 +54,7 @@ class Judge:
         self.eager = Eager(model.eager)
         self.stop = set(eos_token_ids(model.source.checkpoint.sidecars))
         # What all of them together read of a prompt.
-        chosen = dict(enumerate(Chosen(name) for name in selectors))
+        chosen = dict(enumerate(SelectorChoice(name) for name in selectors))
         self.every = EagerPlan(keep=dict.fromkeys(chosen, 0), selectors=chosen)
 
     @torch.inference_mode()

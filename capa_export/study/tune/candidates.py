@@ -10,7 +10,7 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Recipe
 from capa_export.config.schedule import Method, Stage, parse_method, stage_text
 from capa_export.model.families import Family, require_selection
-from capa_export.selectors.selector import Chosen, Place, load_selector
+from capa_export.selectors.selector import Place, SelectorChoice, load_selector
 from capa_export.selectors.selector import selectors as all_selectors
 from capa_export.study.tune.costs import Costs
 
@@ -30,7 +30,7 @@ def offered(family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Selectors that a family can do, and those that it cannot."""
 
     def can(name: str) -> bool:
-        if Chosen(name).reads_tower:
+        if SelectorChoice(name).reads_tower:
             try:
                 require_selection(family, name)
             except CapaError:

@@ -1,7 +1,7 @@
 """A tuning as a table for people, on stdout."""
 
 from capa_export.config.recipe import ranges
-from capa_export.report.terminal import columns, say, show
+from capa_export.report.terminal import make_table, print_line, print_table
 from capa_export.report.words import percent
 from capa_export.study.tune.schema import Tuning
 
@@ -10,7 +10,7 @@ __all__ = ["tuning_table"]
 
 def tuning_table(found: Tuning) -> None:
     """Print a row for each finalist."""
-    table = columns("", "FLOPs", "KL", "KL saved", "top-1", "linear")
+    table = make_table("", "FLOPs", "KL", "KL saved", "top-1", "linear")
     for row in found.finalists:
         gain = f"{row.gain.value:+.3g} ({row.gain.low:+.3g} to {row.gain.high:+.3g})" if row.gain else ""
         table.add_row(
@@ -21,11 +21,13 @@ def tuning_table(found: Tuning) -> None:
             percent(row.top1),
             ranges(row.linear_layers),
         )
-    show(
+    print_table(
         f"Finalists of {found.tried} within {percent(found.budget)} of dense's FLOPs, on {found.judges} samples that "
         "chose none of them (intervals: 95% for all together)",
         table,
     )
-    say(found.verdict)
+    print_line(found.verdict)
     if found.left_out:
-        say(f"left out, since the vision tower does not offer what they read: {', '.join(found.left_out)}", "dim")
+        print_line(
+            f"left out, since the vision tower does not offer what they read: {', '.join(found.left_out)}", "dim"
+        )

@@ -15,18 +15,18 @@ from capa_export.config.recipe import Recipe
 from capa_export.data.samples import samples_from
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
-from capa_export.parity.oracle import Subject
+from capa_export.parity.oracle import Oracle
 from capa_export.parity.records import write_records
 from capa_export.study.compare.bundles import compare
 from capa_export.study.compare.manifests import engines
 from capa_export.study.compare.schema import BundleComparison
 from tests.study.compare.conftest import Exported, note_validation, overwrite, rerecord
 
-Compared = Callable[..., BundleComparison]
+Comparison = Callable[..., BundleComparison]
 
 
 @pytest.fixture
-def compared(reference: Bundle, pictures: Path) -> Compared:
+def compared(reference: Bundle, pictures: Path) -> Comparison:
     """Holds a candidate against the reference, by default on the pictures."""
 
     def run(candidate: Bundle, **options: object) -> BundleComparison:
@@ -35,7 +35,7 @@ def compared(reference: Bundle, pictures: Path) -> Compared:
     return run
 
 
-def test_a_copy_differs_in_nothing(compared: Compared, spare: Bundle) -> None:
+def test_a_copy_differs_in_nothing(compared: Comparison, spare: Bundle) -> None:
     found = compared(spare)
     assert found.passed and not found.failures and not found.changes
     assert (found.logits.kl_mean, found.logits.kl_max, found.logits.top1, found.logits.diverged) == (0, 0, 1, 0)
@@ -46,7 +46,7 @@ def test_a_copy_differs_in_nothing(compared: Compared, spare: Bundle) -> None:
     assert BundleComparison.model_validate_json(found.model_dump_json()) == found
 
 
-def test_both_are_timed_in_turn(compared: Compared, spare: Bundle) -> None:
+def test_both_are_timed_in_turn(compared: Comparison, spare: Bundle) -> None:
     timings = {timing.what: timing for timing in compared(spare).timings}
     assert set(timings) == {"vision", "prefill", "decode"}
     for timing in timings.values():
@@ -54,7 +54,7 @@ def test_both_are_timed_in_turn(compared: Compared, spare: Bundle) -> None:
         assert timing.ratio == pytest.approx(timing.candidate_ms / timing.reference_ms)
 
 
-def test_another_ratio_shows_in_recipe_kept_sets_and_logits(compared: Compared, exported: Exported) -> None:
+def test_another_ratio_shows_in_recipe_kept_sets_and_logits(compared: Comparison, exported: Exported) -> None:
     found = compared(exported(ratio=0.5))
     changes = {change.name: (change.reference, change.candidate) for change in found.changes}
     assert changes["recipe.prune.schedule.0.ratio"] == (0.75, 0.5)
@@ -64,13 +64,13 @@ def test_another_ratio_shows_in_recipe_kept_sets_and_logits(compared: Compared, 
     assert (found.logits.kl_mean or 0) > 1e-6
 
 
-def test_stages_of_other_layers_stand_side_by_side(compared: Compared, exported: Exported) -> None:
+def test_stages_of_other_layers_stand_side_by_side(compared: Comparison, exported: Exported) -> None:
     one, two = compared(exported(prune_layer=1), limits=Limits(kl=100)).kept
     assert (one.layer, one.reference, one.iou) == (1, None, None) and one.candidate
     assert (two.layer, two.candidate, two.iou) == (2, None, None) and two.reference
 
 
-def test_another_precision_shows_in_the_sizes(compared: Compared, exported: Exported) -> None:
+def test_another_precision_shows_in_the_sizes(compared: Comparison, exported: Exported) -> None:
     found = compared(exported(precision="fp32"))
     assert "precision" in {change.name for change in found.changes}
     sizes = {size.file: (size.reference, size.candidate) for size in found.sizes}
@@ -79,7 +79,7 @@ def test_another_precision_shows_in_the_sizes(compared: Compared, exported: Expo
     assert found.passed, found.failures
 
 
-def test_a_changed_weight_is_a_regression(compared: Compared, spare: Bundle) -> None:
+def test_a_changed_weight_is_a_regression(compared: Comparison, spare: Bundle) -> None:
     overwrite(spare, "model.layers.3.mlp.down_proj.weight", 0.5)
     found = compared(spare)
     assert [change.name for change in found.changes] == ["files.onnx/llm/model.onnx.data"]
@@ -89,14 +89,14 @@ def test_a_changed_weight_is_a_regression(compared: Compared, spare: Bundle) -> 
     assert found.logits.diverged and found.logits.diverges_at is not None
 
 
-def test_logits_that_are_no_numbers_are_a_regression(compared: Compared, spare: Bundle) -> None:
+def test_logits_that_are_no_numbers_are_a_regression(compared: Comparison, spare: Bundle) -> None:
     overwrite(spare, "model.layers.3.mlp.down_proj.weight", float("nan"))
     found = compared(spare, limits=Limits(kl=100))
     assert found.logits.kl_mean is None and "is not a number," in found.failures[0]
     assert json.loads(found.model_dump_json())["logits"]["kl_mean"] is None
 
 
-def test_each_side_prepares_its_own_pictures(compared: Compared, spare: Bundle) -> None:
+def test_each_side_prepares_its_own_pictures(compared: Comparison, spare: Bundle) -> None:
     file = "onnx/processors/processors.json"
     path = spare.folder / file
     settings = json.loads(path.read_text())
@@ -108,7 +108,7 @@ def test_each_side_prepares_its_own_pictures(compared: Compared, spare: Bundle) 
     assert (found.logits.kl_mean or 0) > 1e-6
 
 
-def test_the_candidate_has_to_have_passed_its_own_validation(compared: Compared, spare: Bundle) -> None:
+def test_the_candidate_has_to_have_passed_its_own_validation(compared: Comparison, spare: Bundle) -> None:
     note_validation(spare, "fp16 ONNX: cosine 0.5")
     assert compared(spare).failures == (f"{spare.folder}: failed its own validation: fp16 ONNX: cosine 0.5",)
     stages = spare.manifest["stages"]
@@ -149,7 +149,7 @@ def test_where_nobody_knows_the_answers_the_validations_say_how_many_were_right(
 def test_golden_samples_are_asked_where_nothing_else_is_said(
     reference: Bundle, spare: Bundle, model: Any, prompter: Prompter, recipe: Recipe, pictures: Path
 ) -> None:
-    subject = Subject(
+    oracle = Oracle(
         model=model,
         family=qwen25vl,
         prompter=prompter,
@@ -161,14 +161,14 @@ def test_golden_samples_are_asked_where_nothing_else_is_said(
         eos_token_ids=[],
     )
     (spare.folder / "golden").mkdir()
-    write_records(spare.folder / "golden", subject, samples_from(pictures, recipe, 2, split="held_out"), 2)
+    write_records(spare.folder / "golden", oracle, samples_from(pictures, recipe, 2, split="held_out"), 2)
     spare.record("golden", "key", spare.files_under("golden"), result={}, seconds=0.0, peak_memory_bytes=0)
     found = compare(reference, spare)
     assert (found.prompts, found.num_prompts) == (f"golden samples of {spare.folder}", 2)
     assert found.passed and found.logits.kl_max == 0
 
 
-def test_speed_is_asked_for_only_where_a_limit_is_given(compared: Compared, spare: Bundle) -> None:
+def test_speed_is_asked_for_only_where_a_limit_is_given(compared: Comparison, spare: Bundle) -> None:
     limits = Limits(vision_slowdown=1e-6, prefill_slowdown=1e-6, decode_slowdown=1e6)
     first, second = compared(spare, limits=limits).failures
     assert first.startswith("vision time") and second.startswith("prefill time")
@@ -202,7 +202,7 @@ def test_bundles_of_other_models_are_refused_in_one_line(
         compare(reference, spare, images=pictures)
 
 
-def test_a_bundle_that_was_changed_is_refused_by_the_name_of_the_file(compared: Compared, spare: Bundle) -> None:
+def test_a_bundle_that_was_changed_is_refused_by_the_name_of_the_file(compared: Comparison, spare: Bundle) -> None:
     path = spare.folder / "onnx/llm/model.onnx.data"
     data = bytearray(path.read_bytes())
     data[1000] ^= 1

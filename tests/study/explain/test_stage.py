@@ -12,7 +12,7 @@ from capa_export.data.picture_files import open_picture
 from capa_export.model.eager import Eager, EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
-from capa_export.selectors.selector import Chosen, selectors
+from capa_export.selectors.selector import SelectorChoice, selectors
 from capa_export.study.explain.schema import Explanation, MethodExplanation
 from tests.building import Building
 from tests.study.explain.conftest import ANCHOR, DUMP, QUESTION, building_of, explained, recipe_of
@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_the_eager_run(
     assert found.linear_layers == linear
     assert linear, "or this would not see that scales are left out"
     scales = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
-    plan = EagerPlan({2: 5}, scales, {2: Chosen(chosen)}, min_keep_per_image=1)
+    plan = EagerPlan({2: 5}, scales, {2: SelectorChoice(chosen)}, min_keep_per_image=1)
     eager, inputs = Eager(building.model.eager), inputs_for(plan, qwen25vl, building.model.eager, prompt)
     run, dense = (eager.prefill(inputs, is_visual, each) for each in (plan, EagerPlan()))
     p, q = (each.logits.double().softmax(-1) for each in (dense, run))

@@ -6,13 +6,13 @@ from capa_export.base.errors import CapaError
 from capa_export.config.schedule import parse_method
 from capa_export.model.source import Source
 from capa_export.plan.flops import flops
-from capa_export.selectors.selector import Chosen
+from capa_export.selectors.selector import SelectorChoice
 from capa_export.study.tune.costs import Costs
 
 
 def test_share_is_the_plans(costs: Costs, source: Source) -> None:
     method = parse_method("divprune:0.5+fastv@3:0.9")
-    selectors = {-1: Chosen("divprune"), 3: Chosen("fastv")}
+    selectors = {-1: SelectorChoice("divprune"), 3: SelectorChoice("fastv")}
     capa = dense = text = 0
     for visual, words, kept, times in [(96, 30, (48, 10), 1), (256, 20, (128, 26), 2)]:
         found = flops(

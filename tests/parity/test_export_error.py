@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capa_export.config.recipe import load_recipe
-from capa_export.parity.comparison import Comparison
+from capa_export.parity.export_error import ExportErrorMeter
 from capa_export.parity.records import Noise
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
 from capa_export.report.schema import Check, ExportError
@@ -15,37 +15,37 @@ PARITY = load_recipe("qwen25vl").parity
 LOGITS = np.array([[3.0, 1.0, -2.0]], np.float32)
 
 
-def failing(comparison: Comparison) -> dict[str, Check]:
-    return {check.name: check for check in comparison.result().checks if check.failure}
+def failing(meter: ExportErrorMeter) -> dict[str, Check]:
+    return {check.name: check for check in meter.result().checks if check.failure}
 
 
 def test_top1_counts_where_the_margin_is_clear() -> None:
-    comparison = Comparison("fp16 ONNX", "eager", PARITY.fp16, Noise(logits=0.01))
-    comparison.add(Trace(np.array([[1.0, 3.0, -2.0]], np.float32), []), Trace(LOGITS, []))
-    found = failing(comparison)
+    meter = ExportErrorMeter("fp16 ONNX", "eager", PARITY.fp16, Noise(logits=0.01))
+    meter.add(Trace(np.array([[1.0, 3.0, -2.0]], np.float32), []), Trace(LOGITS, []))
+    found = failing(meter)
     assert found["top-1 wrong"].failure == "fp16 ONNX against eager: top-1 differs at 1 of 1 steps with a clear margin"
     assert {"cosine", "times the noise"} < set(found)
-    unclear = Comparison("fp16 ONNX", "eager", PARITY.fp16, Noise(logits=1.5))
+    unclear = ExportErrorMeter("fp16 ONNX", "eager", PARITY.fp16, Noise(logits=1.5))
     unclear.add(Trace(np.array([[1.0, 3.0, -2.0]], np.float32), []), Trace(LOGITS, []))
     assert "no step has a margin" in failing(unclear)["top-1 wrong"].failure
 
 
 def test_no_gate_is_met_by_saying_nothing() -> None:
-    assert "no prompt" in failing(Comparison("x", "y", PARITY.bf16))["prompts"].failure
+    assert "no prompt" in failing(ExportErrorMeter("x", "y", PARITY.bf16))["prompts"].failure
     same = Trace(LOGITS, [])
     for level in (float("nan"), float("inf")):
-        comparison = Comparison("x", "y", PARITY.bf16, Noise(logits=level))
-        comparison.add(same, same)
-        assert "overflows" in failing(comparison)["times the noise"].failure
+        meter = ExportErrorMeter("x", "y", PARITY.bf16, Noise(logits=level))
+        meter.add(same, same)
+        assert "overflows" in failing(meter)["times the noise"].failure
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_never_passes(broken: float) -> None:
-    comparison = Comparison("x", "y", PARITY.fp32)
-    comparison.add(Trace(np.array([[1.0, broken]]), []), Trace(np.array([[1.0, 2.0]]), []))
-    comparison.add(Trace(np.array([[1.0, 2.0]]), []), Trace(np.array([[1.0, 2.0]]), []))
-    assert {"cosine", "norm ratio", "KL"} <= set(failing(comparison))
-    written = json.dumps(comparison.result().model_dump(mode="json"), allow_nan=False)
+    meter = ExportErrorMeter("x", "y", PARITY.fp32)
+    meter.add(Trace(np.array([[1.0, broken]]), []), Trace(np.array([[1.0, 2.0]]), []))
+    meter.add(Trace(np.array([[1.0, 2.0]]), []), Trace(np.array([[1.0, 2.0]]), []))
+    assert {"cosine", "norm ratio", "KL"} <= set(failing(meter))
+    written = json.dumps(meter.result().model_dump(mode="json"), allow_nan=False)
     row = ExportError.model_validate_json(written)
     assert {check.value for check in row.checks if check.name in {"cosine", "KL"}} == {None}
 
@@ -64,12 +64,12 @@ def test_a_layer_that_the_logits_do_not_show_fails(precision: str) -> None:
         (np.where(np.isnan(hidden), hidden, np.nan), {"hidden cosine", "hidden norm ratio"}),
     ):
         noise = Noise(1e-3, (1e-3, 1e-3, 1e-3)) if precision == "fp16" else Noise()
-        comparison = Comparison("x", "y", gate, noise)
+        meter = ExportErrorMeter("x", "y", gate, noise)
         own = Trace(LOGITS, [], hidden=states)
-        comparison.add(own, reference, own)
-        assert names <= set(failing(comparison))
-        assert bool(failing(comparison)) == bool(names)
-    layers = comparison.result().layers
+        meter.add(own, reference, own)
+        assert names <= set(failing(meter))
+        assert bool(failing(meter)) == bool(names)
+    layers = meter.result().layers
     assert [layer.relative_error for layer in layers] == [None, None, None]
 
 

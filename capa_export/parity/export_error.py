@@ -1,4 +1,4 @@
-"""How far an artefact is from a reference that kept the same tokens: figures of logits and hidden states, and gates.
+"""Measures the export error: distances of logits and hidden states from a reference that kept the same tokens.
 
 S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size, N = visual tokens.
 """
@@ -14,12 +14,12 @@ from capa_export.parity.records import Noise, relative_error, relative_errors
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import Check, ExportError, LayerError
 
-__all__ = ["Comparison", "bounded"]
+__all__ = ["ExportErrorMeter", "bounded"]
 
 
 @dataclass
 class _Tokens:
-    """Worst cosine and norm of vectors that are compared one by one."""
+    """Worst cosine and norm ratio over pairs of vectors."""
 
     cosine: float = 1.0
     norm_ratio: float = 0.0
@@ -38,14 +38,14 @@ class _Tokens:
 
 
 @dataclass
-class Comparison:
-    """Worst figures of an artefact against one reference, over all prompts and steps."""
+class ExportErrorMeter:
+    """Collects an artefact's worst figures against one reference, over all prompts and steps."""
 
     artefact: str
     reference: str
     gate: Gate
     noise: Noise = field(default_factory=Noise)
-    """What the precision alone does; top-1 counts where the reference's margin exceeds twice that."""
+    """Noise of the precision alone; top-1 counts where the reference's margin exceeds twice that of the logits."""
     prompts: int = 0
     steps: int = 0
     difference: float = 0.0
@@ -56,9 +56,9 @@ class Comparison:
     top1_counted: int = 0
     top1_wrong: int = 0
     same_tokens: int = 0
-    """Prompts with the reference's token at every step."""
+    """Number of prompts with the reference's token at every step."""
     log_ratios: list[float] = field(default_factory=list)
-    """Of each step: how the difference of its logits compares with the precision's own, as a logarithm."""
+    """Per step, the logarithm of the logits' difference in units of the precision's own."""
     features: _Tokens | None = None
     features_error: float = 0.0
     layers: list[_Tokens] = field(default_factory=list)
@@ -68,10 +68,10 @@ class Comparison:
         """Count one prompt.
 
         Args:
-            trace: of the artefact.
-            reference: with the same kept sets.
-            states: of the artefact with its layers seen, where that is another run.
-            noise: [S, V] FP32, what the precision alone does to these logits.
+            trace: the artefact's trace.
+            reference: the reference's trace, with the same kept sets.
+            states: the artefact's trace with hidden states, where that is another run.
+            noise: [S, V] FP32, change of these logits by the precision alone.
         """
         if noise is not None:
             own = np.linalg.norm((trace.logits - reference.logits).astype(np.float64), axis=-1)
@@ -113,16 +113,16 @@ class Comparison:
 
     @property
     def times_the_noise(self) -> float:
-        """Difference of the logits in units of the noise."""
+        """The difference of the logits in units of the noise."""
         return self.difference / self.noise.logits
 
     @property
     def hidden_times_the_noise(self) -> float:
-        """Of the layer that is furthest from the reference by that measure."""
+        """The largest error of a layer's hidden states in units of its noise."""
         return float((self.layer_errors / np.maximum(self.noise.hidden, 1e-30)).max(initial=0.0))
 
     def result(self) -> ExportError:
-        """The figures beside their gates."""
+        """The figures and their checks."""
         return ExportError(
             artefact=self.artefact,
             reference=self.reference,
@@ -202,7 +202,7 @@ class Comparison:
 
 
 def bounded(who: str, name: str, value: float, *, at_most: Bound | None = None, at_least: Bound | None = None) -> Check:
-    """A figure against at most one bound, which NaN does not meet."""
+    """A check of a figure against at most one bound, which NaN does not meet."""
     bound = at_most or at_least
     failure = ""
     if at_most is not None and not value <= at_most.limit:
@@ -220,5 +220,5 @@ def bounded(who: str, name: str, value: float, *, at_most: Bound | None = None, 
 
 
 def worse(worst: float, value: float) -> float:
-    """The larger; infinity for what is not finite, since max() would drop a NaN."""
+    """The larger of two figures; infinity where `value` is not finite, since max() would drop a NaN."""
     return max(worst, value) if isfinite(value) else inf
