@@ -24,12 +24,12 @@ _ROWS, _OTHERS = 32, 128
 _BLOCK, _SEARCH_WARPS = 4096, 16
 
 
-def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: int) -> torch.Tensor:
+def reference(scores: torch.Tensor, num_rows: torch.Tensor, min_keep_per_image: int) -> torch.Tensor:
     """What the kernels compute.
 
     Args:
         scores: [B, T], FP32; +inf for text, NaN ranks as -inf.
-        num_keep: [1], at most T.
+        num_rows: [1], text included, at most T.
         min_keep_per_image: so many of each image come right behind text, the best first. An image is a run of tokens
             between two of text.
 
@@ -45,7 +45,7 @@ def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: 
         for one in image.unique():
             is_first[best[(image == one)[best] & ~is_text[best]][:min_keep_per_image]] = True
         first, rest = best[is_first[best]], best[~is_first[best]]
-        kept.append(torch.cat([first, rest])[: int(num_keep)].sort().values)
+        kept.append(torch.cat([first, rest])[: int(num_rows)].sort().values)
     return torch.stack(kept)
 
 
@@ -91,11 +91,11 @@ def order_tokens(scores, order, num_tokens, min_keep_per_image, ROWS: tl.constex
 
 
 @triton.jit
-def keep_best(order, kept, num_tokens, num_keep, BLOCK: tl.constexpr):
-    """Finds the highest number that `num_keep` tokens reach, bit by bit, and writes where those tokens stand."""
+def keep_best(order, kept, num_tokens, num_rows, BLOCK: tl.constexpr):
+    """Finds the highest number that `num_rows` tokens reach, bit by bit, and writes where those tokens stand."""
     batch = tl.program_id(0).to(tl.int64)
     order += batch * num_tokens
-    kept += batch * num_keep
+    kept += batch * num_rows
     threshold = tl.full([], 0, tl.int64)
     bit = tl.full([], 0x100000000, tl.int64)
     num_above = 0
@@ -106,7 +106,7 @@ def keep_best(order, kept, num_tokens, num_keep, BLOCK: tl.constexpr):
             value = tl.load(order + column, mask=column < num_tokens, other=-1)
             reached += (value >= threshold + bit).to(tl.int32)
         num_reached = tl.sum(reached)
-        enough = num_reached >= num_keep
+        enough = num_reached >= num_rows
         threshold = tl.where(enough, threshold + bit, threshold)
         # The last number that too few reach is the threshold's successor.
         num_above = tl.where(enough, num_above, num_reached)
@@ -118,7 +118,7 @@ def keep_best(order, kept, num_tokens, num_keep, BLOCK: tl.constexpr):
         value = tl.load(order + column, mask=column < num_tokens, other=-1)
         tied = (value == threshold).to(tl.int32)
         earlier_ties = num_tied + tl.cumsum(tied) - tied
-        keep = (value > threshold) | ((tied == 1) & (earlier_ties < num_keep - num_above))
+        keep = (value > threshold) | ((tied == 1) & (earlier_ties < num_rows - num_above))
         slot = num_kept + tl.cumsum(keep.to(tl.int32)) - 1
         tl.store(kept + slot, column.to(tl.int64), mask=keep)
         num_kept += tl.sum(keep.to(tl.int32))

@@ -109,6 +109,14 @@ class Prompt:
     def num_visual(self) -> int:
         return int(self.is_visual.sum())
 
+    def num_rows(self, num_keep: Sequence[int]) -> list[int]:
+        """Rows that stay at each stage, all text and so many visual tokens."""
+        return [count + len(self.text_positions) for count in num_keep]
+
+    def num_keep(self, kept: Sequence[np.ndarray]) -> list[int]:
+        """Visual tokens that stay at each stage, which keeps these rows."""
+        return [len(rows) - len(self.text_positions) for rows in kept]
+
     @cached_property
     def image_lengths(self) -> list[int]:
         """Visual tokens of each image, which is a run of them between text."""

@@ -184,7 +184,7 @@ class _Search:
             INPUTS_EMBEDS: embeds[None],
             POSITION_IDS: prompt.position_ids,
             TEXT_POSITIONS: prompt.text_positions,
-            NUM_KEEP: np.array([len(kept) - len(prompt.text_positions) for kept in record.fp32.kept], np.int64),
+            NUM_KEEP: np.array(record.num_keep, np.int64),
         }
         if not prompt.pictures:
             return feed

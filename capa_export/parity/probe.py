@@ -99,10 +99,7 @@ class ProbedModel(OnnxModel):
         embeds = [self.embed(record.prompt) for record in records]
         found = self.follow(
             [record.prompt for record in records],
-            [
-                [len(rows) - len(record.prompt.text_positions) for rows in own]
-                for record, own in zip(records, kept, strict=True)
-            ],
+            [record.prompt.num_keep(own) for record, own in zip(records, kept, strict=True)],
             [record.tokens for record in records],
             embeds,
             [{f"{_FORCED}.{stage}": rows for stage, rows in enumerate(rows_of_positions(own))} for own in kept],

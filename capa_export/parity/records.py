@@ -85,6 +85,11 @@ class Record:
     low_precision: Trace | None
     """The trace in the bundle's precision, with the oracle's kept sets; None where that is FP32."""
 
+    @property
+    def num_keep(self) -> list[int]:
+        """Visual tokens that the oracle keeps after each stage."""
+        return self.prompt.num_keep(self.oracle.kept)
+
 
 @torch.no_grad()
 def tracing(

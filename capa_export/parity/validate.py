@@ -91,7 +91,7 @@ def compare_onnx(
     index = 0
     for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
         try:
-            traces = _traces(plain, group, clock, [_kept_counts(record) for record in group])
+            traces = _traces(plain, group, clock, [record.num_keep for record in group])
             flipped = [not _same_kept(trace, one.fp32) for trace, one in zip(traces, group, strict=True)]
             again = [at for at in range(len(group)) if flipped[at] or index + at < _REPLAYED]
             replayed = dict(zip(again, probed.replays([group[at] for at in again]) if again else (), strict=True))
@@ -333,14 +333,9 @@ def _traces(
     ]
 
 
-def _kept_counts(record: Record) -> list[int]:
-    """Number of visual tokens that the oracle kept after each stage."""
-    return [len(kept) - len(record.prompt.text_positions) for kept in record.fp32.kept]
-
-
 def _trace(model: RuntimeModel[Any], record: Record, clock: _Clock) -> Trace:
     """Run a runtime's graphs as they are on the record's prompt and tokens."""
-    prompt, num_keep = record.prompt, _kept_counts(record)
+    prompt, num_keep = record.prompt, record.num_keep
     embeds = model.embed(prompt)
     model.load(prompt)
     with clock.timing("prefill"):

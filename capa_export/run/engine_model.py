@@ -131,11 +131,8 @@ class EngineModel(RuntimeModel[DeviceCache]):
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Prefill's outputs; the keys and values stay on the device."""
-        num_text = len(prompt.text_positions)
-        sizes = {
-            cache_length("sequence", stage): int(count) + num_text
-            for stage, count in enumerate(feed[NUM_KEEP], start=1)
-        }
+        rows = prompt.num_rows(feed[NUM_KEEP].tolist())
+        sizes = {cache_length("sequence", stage): count for stage, count in enumerate(rows, start=1)}
         outputs = self._prefill.run(feed, sizes, self._stream)
         return {
             name: buffer if is_present(name) else self._download(self._prefill, name, buffer, sizes)
@@ -197,10 +194,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
 
 def _lengths(prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]]) -> np.ndarray:
     """[1 + S, B]: rows of each prompt before the first stage and behind each."""
-    rows = [
-        [len(prompt.input_ids), *(count + len(prompt.text_positions) for count in kept)]
-        for prompt, kept in zip(prompts, num_keep, strict=True)
-    ]
+    rows = [[len(prompt.input_ids), *prompt.num_rows(kept)] for prompt, kept in zip(prompts, num_keep, strict=True)]
     return np.array(rows).T
 
 
