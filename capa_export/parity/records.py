@@ -88,7 +88,7 @@ class Record:
     @property
     def num_keep(self) -> list[int]:
         """Visual tokens that the oracle keeps after each stage."""
-        return self.prompt.num_keep(self.oracle.kept)
+        return self.prompt.num_keep(self.fp32.kept)
 
 
 @torch.no_grad()
