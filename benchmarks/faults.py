@@ -1,4 +1,4 @@
-"""What the parity gates catch, and what they rest on.
+"""The faults that the parity gates catch, and the figures of healthy builds that they rest on.
 
 The smallest fault of each kind that still fails a trained model, and the worst figures of healthy builds.
 
@@ -45,15 +45,15 @@ _RESULTS = Path(__file__).parent / "results"
 _TRAINED = ("tiny-qwen25vl", "tiny-llava15", "tiny-internvl3")
 _CALIBRATED_ON = 40
 _SEEDS = (1, 2, 3, 5)
-"""Of more prompts on which the trained models are to pass, 8 of 16 steps each."""
+"""Seeds of more prompts on which the trained models are to pass, 8 of 16 steps each."""
 _TO_A_FACTOR = 2
-"""How close the smallest size of a fault without steps is found."""
+"""Factor within which the smallest size of a fault without steps is found."""
 _LEAST = {"cosine", "features cosine", "hidden cosine"}
 """Figures of which the smallest is the worst; of all others it is the largest."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model's `onnx` folder, and what the oracle says."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Trained:
         ]
 
 
-def trained(name: str, folder: Path, prompts: int, steps: int) -> Iterator[Trained]:
+def trained(name: str, folder: Path, prompts: int, steps: int) -> Iterator[TrainedModel]:
     """A shipped model in every precision."""
     import transformers
 
@@ -113,10 +113,10 @@ def trained(name: str, folder: Path, prompts: int, steps: int) -> Iterator[Train
         )
         records.mkdir()
         held = write_records(records, oracle, samples, steps)
-        yield Trained(onnx, precision, recipe, oracle, prompter, samples, held)
+        yield TrainedModel(onnx, precision, recipe, oracle, prompter, samples, held)
 
 
-def of_seed(model: Trained, seed: int) -> Comparison:
+def of_seed(model: TrainedModel, seed: int) -> Comparison:
     """The healthy model on other prompts, more of them and longer."""
     samples = samples_from(None, model.recipe, 8, split="held_out", seed=seed)
     with TemporaryDirectory() as folder:
@@ -125,11 +125,11 @@ def of_seed(model: Trained, seed: int) -> Comparison:
 
 
 def checks(compared: Iterable[Comparison]) -> list[Check]:
-    """Of all artefacts."""
+    """The checks of all artefacts."""
     return [check for one in compared for entry in (*one.export_error, *one.selection) for check in entry.checks]
 
 
-class Worst:
+class WorstFigures:
     """The worst figures of healthy builds, by precision."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class Worst:
                         worst[name] = max(worst.get(name, 0.0), flip / stage.score_noise)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the result."""
+        """The figures as entries of the result."""
         return {"builds": dict(self.builds), "worst": dict(self.figures), "alarms": self.alarms}
 
 
@@ -186,8 +186,8 @@ def smallest(fault: Fault, caught: Callable[[float], list[str]]) -> tuple[float 
     return size, by
 
 
-def found(model: Trained, fault: Fault) -> dict[str, Any]:
-    """How small a fault may be on a trained model and still be caught."""
+def smallest_caught(model: TrainedModel, fault: Fault) -> dict[str, Any]:
+    """Find the smallest size of a fault on a trained model that is still caught."""
 
     def caught(size: float) -> list[str]:
         with TemporaryDirectory() as scratch:
@@ -277,7 +277,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(stderr=True)
-    random, shipped = Worst(), Worst()
+    random, shipped = WorstFigures(), WorstFigures()
     faults: list[dict[str, Any]] = []
     for name in _TRAINED:
         with TemporaryDirectory() as folder:
@@ -286,7 +286,9 @@ def main() -> None:
                 for seed in _SEEDS if model.precision != "fp32" else ():
                     shipped.add(model.precision, f"{name}, seed {seed}", [of_seed(model, seed)])
                 if name == _TRAINED[0] and model.precision != "bf16":
-                    faults += [found(model, fault) for fault in track(FAULTS, model.precision, console=console)]
+                    faults += [
+                        smallest_caught(model, fault) for fault in track(FAULTS, model.precision, console=console)
+                    ]
     for seed in track(range(arguments.builds), "healthy builds", console=console):
         with TemporaryDirectory() as folder:
             made = build(seed, Path(folder))

@@ -1,4 +1,4 @@
-"""How prefill grows with the visual tokens: latency, memory and KV cache, dense and with CAPA.
+"""Measures how prefill grows with the visual tokens: latency, memory and KV cache, dense and with CAPA.
 
 python benchmarks/random_checkpoint.py qwen25vl-512 /tmp/qwen25vl-512
 python benchmarks/growth.py /tmp/qwen25vl-512

@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU, as compiled, and the time below which no kernel can do their work.
+"""Counts the resources that the compiled kernels take, and the time below which no kernel can do their work.
 
 python benchmarks/kernels.py
 """
@@ -25,7 +25,7 @@ _TEXT = 48
 
 @dataclass(frozen=True)
 class Chip:
-    """What its maker says of it."""
+    """The figures of a chip, as its maker publishes them."""
 
     gigabytes_per_second: float
     teraflops: float
@@ -44,7 +44,7 @@ CHIPS = {
 
 
 def _sizes(tokens: int) -> Any:
-    """Of a 7B decoder that keeps a quarter of the visual tokens."""
+    """The sizes of a 7B decoder that keeps a quarter of the visual tokens."""
     return SimpleNamespace(
         batch=1,
         tokens=tokens,

@@ -47,10 +47,10 @@ class Peer:
     packages: tuple[str, ...]
     """Whose versions count; the first is the peer itself."""
     requirements: tuple[str, ...] = ()
-    """Of its environment; it runs in this one where there are none."""
+    """Requirements of the peer's environment; it runs in this one where there are none."""
     exports: bool = True
     scope: str = "yes"
-    """How the table says that it exports."""
+    """The table's entry on what it exports."""
 
 
 def _same(*packages: str) -> tuple[str, ...]:
@@ -91,8 +91,8 @@ PEERS = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where the steps of one checkpoint leave their results."""
+class PeerSteps:
+    """The steps of one checkpoint, and the folder of their results."""
 
     checkpoint: Path
     folder: Path
@@ -152,7 +152,7 @@ def main() -> None:
         if arguments.fresh:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        results.append(_measure(Run(checkpoint.resolve(), folder, arguments.timeout), peers, pythons, arguments))
+        results.append(_measure(PeerSteps(checkpoint.resolve(), folder, arguments.timeout), peers, pythons, arguments))
     report = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
@@ -194,7 +194,7 @@ def _environment(peer: Peer, work: Path) -> tuple[str, str | None]:
 
 
 def _digest(checkpoint: Path, arguments: argparse.Namespace) -> str:
-    """Of all that a result depends on, this project's own code apart."""
+    """Digest of all that a result depends on, this project's own code apart."""
     digest = hashlib.sha256(repr((arguments.visual_tokens, arguments.ratio, arguments.questions)).encode())
     for path in sorted([*checkpoint.iterdir(), *_ADAPTERS.glob("*.py")]):
         if path.is_file() and path.name != "table.py":
@@ -203,7 +203,7 @@ def _digest(checkpoint: Path, arguments: argparse.Namespace) -> str:
 
 
 def _measure(
-    run: Run, peers: Sequence[Peer], pythons: dict[str, tuple[str, str | None]], arguments: argparse.Namespace
+    run: PeerSteps, peers: Sequence[Peer], pythons: dict[str, tuple[str, str | None]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Every step of every peer on one checkpoint."""
     recipe, source = opened(run.checkpoint)
@@ -234,7 +234,9 @@ def _measure(
     }
 
 
-def _row(run: Run, peer: Peer, python: str, missing: str | None, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _row(
+    run: PeerSteps, peer: Peer, python: str, missing: str | None, questions: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """All steps of one peer but prefill."""
     row: dict[str, Any] = {"installs": missing is None, "scope": peer.scope}
     if missing is not None:
@@ -256,7 +258,7 @@ def _versions(python: str, packages: Sequence[str]) -> dict[str, str]:
     return dict(zip(packages, json.loads(found), strict=True))
 
 
-def _export(run: Run, peer: Peer, python: str) -> dict[str, Any]:
+def _export(run: PeerSteps, peer: Peer, python: str) -> dict[str, Any]:
     out = run.exported(peer)
     shutil.rmtree(out, ignore_errors=True)
     outcome = measured_run(run.command(python, peer, "export"), run.log(f"{peer.name} export"), run.timeout)
@@ -264,7 +266,7 @@ def _export(run: Run, peer: Peer, python: str) -> dict[str, Any]:
     return outcome | {"bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file())}
 
 
-def _parse(run: Run, peer: Peer) -> dict[str, str | None]:
+def _parse(run: PeerSteps, peer: Peer) -> dict[str, str | None]:
     """ONNX file -> the parser's first error."""
     out, found = run.exported(peer), {}
     for path in sorted(out.rglob("*.onnx")):
@@ -275,7 +277,7 @@ def _parse(run: Run, peer: Peer) -> dict[str, str | None]:
     return found
 
 
-def _answers(run: Run, peer: Peer, python: str, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _answers(run: PeerSteps, peer: Peer, python: str, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of right answers by variant."""
     from transformers import AutoTokenizer
 
@@ -292,7 +294,7 @@ def _answers(run: Run, peer: Peer, python: str, questions: Sequence[dict[str, An
     return {"error": None, "variants": variants}
 
 
-def _prefills(run: Run, commands: dict[str, list[str]], seconds: float, rounds: int) -> dict[str, Any]:
+def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, rounds: int) -> dict[str, Any]:
     """Medians of prefills that took turns; logits held against Hugging Face's."""
     workers: dict[str, Worker] = {}
     try:

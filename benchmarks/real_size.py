@@ -78,7 +78,7 @@ def measured(command: Sequence[str | Path], *, refusal: int | None = None) -> di
 
 
 def machine() -> str:
-    """What the figures were measured on, and with."""
+    """A line on the machine and the libraries that the figures were measured on."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "tensorrt-rtx", "triton"))
     return f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB of memory, no GPU, {versions}"

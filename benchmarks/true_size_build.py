@@ -102,7 +102,7 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def stages(bundle: Path) -> dict[str, Any]:
-    """What the manifest says of each stage, and the bytes that it left."""
+    """Each stage's entry in the manifest, and the bytes that it left."""
     manifest = json.loads((bundle / "capa_manifest.json").read_text(encoding="utf-8"))
     return {
         name: {

@@ -42,10 +42,10 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Part:
-    """What runs in a process of its own."""
+    """A part of the benchmark, which runs in a process of its own."""
 
     seconds: float
-    """Its share of the time; what it leaves goes to those after it."""
+    """The part's share of the time; what it leaves goes to those after it."""
     cases: Callable[[Path], Iterator[Case]]
 
 
@@ -65,7 +65,7 @@ PARTS: Mapping[str, Part] = {
     "tensorrt": Part(40, _engines("tensorrt", "VARIANTS")),
     "tensorrt native": Part(20, _engines("tensorrt", "NATIVE_VARIANTS")),
 }
-"""By name, in order: what is skipped early leaves its time to the last."""
+"""Parts by name, in order: what is skipped early leaves its time to the last."""
 
 
 def run_part(name: str, work: Path, seconds: float) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def run_part(name: str, work: Path, seconds: float) -> dict[str, Any]:
 
 
 def print_rows(name: str, work: Path) -> None:
-    """In the process of a part: a line of JSON for each row, as soon as it is known."""
+    """Run a part in its process; prints a line of JSON for each row, as soon as it is known."""
     # Libraries talk, and stdout is for rows.
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
@@ -88,7 +88,7 @@ def print_rows(name: str, work: Path) -> None:
 
 
 def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each row: milliseconds, and what else there is to say."""
+    """A table with a line for each row: milliseconds, and what else there is to say."""
     lines = [("case", "ms", "")]
     for name, part in parts.items():
         for row in part["rows"]:
@@ -112,7 +112,7 @@ def failed(parts: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def dry_run() -> None:
-    """What would be run, and the least that each kernel takes on chips of which the data sheet is known."""
+    """Print the cases that would be run, and the least time of each kernel on chips whose data sheet is known."""
     from problem import problems
     from timing import CHIPS
 

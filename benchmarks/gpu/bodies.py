@@ -58,4 +58,4 @@ BODIES: Mapping[str, Callable[..., Any]] = {
     "TokenGather": _token_gather,
     "VisualScale": _visual_scale,
 }
-"""By operator. Tensors are the graph's: without batch axis where the graph has none."""
+"""Bodies by operator. Tensors are the graph's: without batch axis where the graph has none."""

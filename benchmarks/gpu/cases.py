@@ -4,20 +4,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeAlias
 
-__all__ = ["Case", "Skipped", "failure", "rows", "skip"]
+__all__ = ["Case", "CaseSkipped", "failure", "rows", "skip"]
 
 Case: TypeAlias = tuple[str, Callable[[], dict[str, Any]]]
-"""Its name, and what measures it; `ms` of the result is the table's column, the rest stands beside it."""
+"""A case's name, and a function that measures it; its `ms` is the table's column, the rest stands beside it."""
 
 _LONGEST = 300
 
 
-class Skipped(Exception):  # noqa: N818 - it is no error.
+class CaseSkipped(Exception):  # noqa: N818 - it is no error.
     """Why a case is not for this machine."""
 
 
 def skip(reason: str) -> NoReturn:
-    raise Skipped(reason)
+    raise CaseSkipped(reason)
 
 
 def rows(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
@@ -26,7 +26,7 @@ def rows(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
         try:
             outcome = {"result": measure()}
-        except Skipped as reason:
+        except CaseSkipped as reason:
             outcome = {"skipped": str(reason)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the next case is run.
             outcome = {"error": failure(error)}

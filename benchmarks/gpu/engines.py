@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from cases import Case, skip
-from reference import PARITY_RATIO, Graphs, feed, figures, trace
+from reference import PARITY_RATIO, ReferenceGraphs, feed, figures, trace
 from timing import wall_milliseconds
 from workload import NUM_VISUAL, prompt
 
@@ -81,7 +81,7 @@ def cases(work: Path, runtime: Literal["tensorrt-rtx", "tensorrt"], variants: tu
     except CapaError as error:
         yield runtime, partial(skip, str(error))
         return
-    graphs, trt = Graphs(work), import_module(runtime.replace("-", "_"))
+    graphs, trt = ReferenceGraphs(work), import_module(runtime.replace("-", "_"))
     for variant in variants:
         folder = work / "engines" / runtime / variant.name.replace(", ", "-").replace(" ", "-")
         built: list[EngineModel] = []
@@ -155,7 +155,7 @@ def _build(onnx: Path, folder: Path, target: Target, variant: Variant, plugins: 
     return costs
 
 
-def _measured(name: str, graphs: Graphs, variant: Variant, model: EngineModel) -> Iterator[Case]:
+def _measured(name: str, graphs: ReferenceGraphs, variant: Variant, model: EngineModel) -> Iterator[Case]:
     given, embeds = prompt(), feed(model)
 
     def parity() -> dict[str, float]:

@@ -11,7 +11,7 @@ from cases import Case
 from timing import wall_milliseconds
 from workload import checkpoint, embeddings, prompt
 
-__all__ = ["Peer", "cases"]
+__all__ = ["HuggingFaceDecoder", "cases"]
 
 _ROUNDS, _STEPS, _WARM_UP = 10, 40, 8
 
@@ -24,13 +24,16 @@ def cases(work: Path) -> Iterator[Case]:
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(work), **options)
     model = model.cuda().eval()
     yield "HF, sdpa: memory", lambda: {"weights_GB": torch.cuda.memory_allocated() / 1e9}
-    peers = {"HF, sdpa": Peer(model, "cuda"), "HF, torch.compile": Peer(model, "cuda", torch.compile)}
+    peers = {
+        "HF, sdpa": HuggingFaceDecoder(model, "cuda"),
+        "HF, torch.compile": HuggingFaceDecoder(model, "cuda", torch.compile),
+    }
     for name, peer in peers.items():
         yield f"{name}: prefill", lambda peer=peer: {"ms": wall_milliseconds(peer.prefill, _ROUNDS)}
         yield f"{name}: decode", lambda peer=peer: {"ms": 1e3 * median(peer.decode(_STEPS)[0][_WARM_UP:])}
 
 
-class Peer:
+class HuggingFaceDecoder:
     """The decoder of a Hugging Face model with its head, as it is or compiled."""
 
     def __init__(self, model: Any, device: str, compiler: Callable[..., Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels are measured on: each operator at the sizes of real models, and what it has to compute."""
+"""The problems that kernels are measured on: each operator at the sizes of real models, and its reference result."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     "LLaVA-1.5-7B": {"hidden_size": 4096, "heads": 32, "kv_heads": 32, "tokens": 624, "kept": 192},
     "Qwen2.5-VL-7B, 16k": {"hidden_size": 3584, "heads": 28, "kv_heads": 4, "tokens": 16432, "kept": 4144},
 }
-"""Of each, 48 tokens are text, and a head has 128 elements."""
+"""Sizes of each model; 48 tokens are text, and a head has 128 elements."""
 
 _RTOL = {"ContributionScore": 4e-6}
-"""As in the tests: scores are FP32 sums in another order. All else moves or rounds once, and is equal to the bit."""
+"""Relative tolerances, as in the tests: scores are FP32 sums in another order; all else is equal to the bit."""
 
 HALVES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One operator on random inputs of one size."""
+    """One operator with random inputs of one size."""
 
     module: Any
     model: str

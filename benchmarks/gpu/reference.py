@@ -22,17 +22,17 @@ from capa_export.parity.trace import Trace
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import RuntimeModel
 
-__all__ = ["PARITY_RATIO", "Graphs", "feed", "figures", "trace"]
+__all__ = ["PARITY_RATIO", "ReferenceGraphs", "feed", "figures", "trace"]
 
 PARITY_RATIO = 0.75
 _RECIPE = load_recipe("qwen25vl")
 _STEPS = 4
 _LEAST_IOU = 0.98
-"""Of the kept sets: FP16 flips at the cut moved less than this in exports of random models."""
+"""Least IoU of the kept sets: FP16 flips at the cut moved less than this in exports of random models."""
 
 
 @dataclass(frozen=True)
-class Graphs:
+class ReferenceGraphs:
     """The checkpoint's graphs in FP16, and what ONNX Runtime makes of them."""
 
     work: Path
@@ -52,7 +52,7 @@ class Graphs:
         return folder
 
     def reference(self, *, dense: bool) -> Trace:
-        """What ONNX Runtime makes of the prompt; kept for the parts that follow."""
+        """ONNX Runtime's trace of the prompt; kept for the parts that follow."""
         file = self.work / f"reference-{'dense' if dense else 'capa'}.npz"
         if not file.exists():
             model = OnnxModel(self.folder, prefill=DENSE if dense else "prefill.onnx")
@@ -80,7 +80,7 @@ def feed(model: RuntimeModel[Any]) -> dict[str, np.ndarray]:
 
 
 def figures(own: Trace, reference: Trace) -> dict[str, float]:
-    """How far a run is from ONNX Runtime's.
+    """Compare a run with ONNX Runtime's.
 
     Raises:
         AssertionError: the recipe's gate for FP16 is not met; its noise of the precision and its clear margins need

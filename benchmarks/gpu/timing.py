@@ -1,4 +1,4 @@
-"""What the GPU takes, and what it could do at best."""
+"""Times work on the GPU, and knows the least time that it could take."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _WARM_UP, _ROUNDS = 3, 25
 
 @dataclass(frozen=True)
 class Chip:
-    """What bounds any kernel."""
+    """The figures of a chip that bound any kernel."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -38,7 +38,7 @@ CHIPS = {
     "RTX 4090": Chip(1.008e12, 165.2e12),
     "RTX 5090": Chip(1.792e12, 209.5e12),
 }
-"""As their data sheets have it."""
+"""Chips with the figures of their data sheets."""
 
 
 def cuda_timer(work: Callable[[], object], *, busy: bool) -> float:
@@ -67,7 +67,7 @@ def cuda_timer(work: Callable[[], object], *, busy: bool) -> float:
 
 
 def in_graph(work: Callable[[], object]) -> Callable[[], None]:
-    """The same work as one CUDA graph, whose launch is a single one."""
+    """Capture work as one CUDA graph, whose launch is a single one."""
     # What is compiled or allocated at the first call cannot be captured.
     work()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What engines and peers run: a checkpoint of random weights, and one prompt of embeddings."""
+"""The workload of engines and peers: a checkpoint of random weights, and one prompt of embeddings."""
 
 import subprocess
 import sys

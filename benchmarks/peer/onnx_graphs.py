@@ -8,18 +8,18 @@ import numpy as np
 import onnxruntime
 from serve import Feed, Prefills
 
-__all__ = ["Decoder", "prefills", "session"]
+__all__ = ["DecoderSession", "prefills", "session"]
 
 
 def session(path: Path) -> Any:
-    """On one thread of the CPU."""
+    """A session on one thread of the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-class Decoder:
+class DecoderSession:
     """Feeds a decoder graph by the names that both exporters use."""
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class Decoder:
 
 
 def prefills(path: Path, head_dim: int, feed: Feed) -> Prefills:
-    """One dense prefill of the graph at `path`."""
-    decoder = Decoder(path)
+    """A dense prefill of the graph at `path`."""
+    decoder = DecoderSession(path)
     cache = decoder.empty_cache(head_dim)
     return {"dense": lambda: decoder(feed["inputs_embeds"], feed["position_ids"], cache, 0)[0]}

@@ -1,4 +1,4 @@
-"""Whether TensorRT-RTX parses an ONNX file as it lies there: prints the first error, or nothing."""
+"""Parses an ONNX file with TensorRT-RTX as it lies there: prints the first error, or nothing."""
 
 import sys
 

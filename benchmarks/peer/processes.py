@@ -111,7 +111,7 @@ def _start(command: Sequence[str], errors: IO[bytes], **options: Any) -> subproc
 
 
 def _read(pipe: IO[bytes], seconds: float) -> bytes | None:
-    """What there is to read, empty at the end; None after so many seconds of nothing."""
+    """Read from a pipe; empty at its end, None after so many seconds of nothing."""
     if not select.select([pipe], [], [], max(seconds, 0))[0]:
         return None
     return os.read(pipe.fileno(), 1 << 20)

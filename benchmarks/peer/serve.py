@@ -1,4 +1,4 @@
-"""What every adapter shares: its three verbs, and a channel that no library can write into.
+"""The part that all adapters share: three verbs, and a channel that no library can write into.
 
 python ADAPTER.py export CHECKPOINT OUT            writes the peer's files
 python ADAPTER.py prefill CHECKPOINT OUT FEED.npz  runs one prefill for each line on stdin

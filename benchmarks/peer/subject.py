@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint, its recipe, and the inputs that every peer gets.
+"""The inputs of the comparison: a checkpoint, its recipe, and the arrays that every peer gets.
 
 T = prompt tokens, D = hidden size, X = text tokens.
 """

@@ -1,4 +1,4 @@
-"""This project, in FP32 like its peers, pruning without FFN scales."""
+"""Runs this project, in FP32 like its peers, pruning without FFN scales."""
 
 from pathlib import Path
 from typing import Any

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx_graphs import Decoder, prefills, session
+from onnx_graphs import DecoderSession, prefills, session
 from serve import Feed, Prefills, main, questions
 
 _NUM_TOKENS = 4
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """As `mobius build` does it."""
+    """Export as `mobius build` does."""
     from mobius.__main__ import main as mobius
 
     sys.argv = ["mobius", "build", "--config", str(checkpoint), "--dtype", "f32", str(out)]
@@ -28,7 +28,7 @@ def prefill(_: Path, out: Path, feed: Feed) -> Prefills:
 def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:
     """Vision tower, embedding and decoder, greedily."""
     tower, embedding = (session(out / name / "model.onnx") for name in ("vision_encoder", "embedding"))
-    decoder = Decoder(out / "decoder" / "model.onnx")
+    decoder = DecoderSession(out / "decoder" / "model.onnx")
     wanted = [entry.name for entry in tower.get_inputs()]
     tokens = []
     for question in questions(folder):

@@ -15,7 +15,7 @@ _CPU = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """As `optimum-cli export openvino` does it."""
+    """Export as `optimum-cli export openvino` does."""
     import torch
 
     # The package index's torchvision is built for CUDA and looks for two operators that a CPU torch lacks.

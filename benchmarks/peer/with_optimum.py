@@ -8,7 +8,7 @@ from transformers4 import downgraded
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """As `optimum-cli export onnx` does it."""
+    """Export as `optimum-cli export onnx` does."""
     from optimum.commands.optimum_cli import main as optimum
 
     sys.argv = ["optimum-cli", "export", "onnx", "-m", str(downgraded(checkpoint, out))]

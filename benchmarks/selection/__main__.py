@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.selection.bed import SEED, Bed, open_bed
-from benchmarks.selection.figures import About, Record, read_record
+from benchmarks.selection.bed import SEED, SelectionBed, open_bed
+from benchmarks.selection.figures import Conditions, FigureRecord, read_record
 from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from benchmarks.tiny.beds import BEDS
@@ -33,19 +33,19 @@ from capa_export.selectors.selector import load_selector, selectors
 _DOCS = Path(__file__).parents[2] / "docs" / "results"
 _QUESTIONS = 180
 _SECONDS_A_PREFILL = 0.045
-"""With the steps that follow, on one core."""
+"""Seconds of a prefill with the steps that follow, on one core."""
 _PACKAGES = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What can be measured alone."""
+    """A part that can be measured alone."""
 
-    measure: Callable[[Bed, Sequence[str], int], Settings]
+    measure: Callable[[SelectionBed, Sequence[str], int], Settings]
     prefills: Callable[[int], int]
-    """For each question, by the number of selectors."""
+    """Prefills for each question, by the number of selectors."""
     share: float = 1.0
-    """Of the questions."""
+    """Share of the questions that the part is measured on."""
 
     def count(self, questions: int) -> int:
         return max(1, round(questions * self.share))
@@ -63,13 +63,13 @@ PARTS = {
 
 
 def minutes(part: str, chosen: Sequence[str], questions: int) -> float:
-    """What a part takes of one core on one bed."""
+    """Minutes that a part takes of one core on one bed."""
     inside = [name for name in chosen if load_selector(name).place != "input"]
     prefills = PARTS[part].prefills(len(inside if part == "layer" else chosen))
     return PARTS[part].count(questions) * prefills * _SECONDS_A_PREFILL / 60
 
 
-def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tuple[dict[str, Any], int]:
+def measured(bed: SelectionBed, part: str, chosen: Sequence[str], questions: int) -> tuple[dict[str, Any], int]:
     """A part's figures, measured or as they were, and the number of questions they rest on."""
     count = PARTS[part].count(questions)
     key = digest_of(
@@ -82,20 +82,20 @@ def measured(bed: Bed, part: str, chosen: Sequence[str], questions: int) -> tupl
     )
     path = bed.folder / f"{part}.json"
     page = PAGES[part]
-    if path.is_file() and (kept := _Kept.model_validate_json(path.read_text(encoding="utf-8"))).key == key:
+    if path.is_file() and (kept := _CachedFigures.model_validate_json(path.read_text(encoding="utf-8"))).key == key:
         return kept.figures, count
     found = PARTS[part].measure(bed, chosen, count)
     assert isinstance(found, page.FIGURES)
     figures = found.model_dump(mode="json")
-    write_whole(path, _Kept(key=key, figures=figures).model_dump_json(indent=1))
+    write_whole(path, _CachedFigures(key=key, figures=figures).model_dump_json(indent=1))
     return figures, count
 
 
-class _Kept(Settings):
+class _CachedFigures(Settings):
     """A part's figures in --out."""
 
     key: str
-    """Of all that they follow from."""
+    """Digest of all that the figures follow from."""
     figures: dict[str, Any]
 
 
@@ -106,11 +106,11 @@ def _device() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, eager FP32, no GPU"
 
 
-def publish(docs: Path, bed: Bed, part: str, figures: dict[str, Any], count: int, command: str) -> None:
+def publish(docs: Path, bed: SelectionBed, part: str, figures: dict[str, Any], count: int, command: str) -> None:
     """Put figures where pages are made of them; the same ones keep their date."""
     path = figures_file(docs, part, bed.name)
     page = PAGES[part]
-    about = About(
+    about = Conditions(
         command=command,
         date=datetime.now(timezone.utc).date().isoformat(),
         device=_device(),
@@ -119,14 +119,14 @@ def publish(docs: Path, bed: Bed, part: str, figures: dict[str, Any], count: int
         questions=count,
         seed=SEED,
     )
-    record: Record[Any] = Record[page.FIGURES](about=about, figures=figures)
+    record: FigureRecord[Any] = FigureRecord[page.FIGURES](about=about, figures=figures)
     if path.is_file() and read_record(path, page.FIGURES).figures == record.figures:
         return
     write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def write_pages(docs: Path) -> list[str]:
-    """All that follows from the figures; returns the names."""
+    """Write the pages that follow from the figures; returns their names."""
     files = render(docs)
     for name, text in files.items():
         write_whole(docs / name, text)

@@ -21,10 +21,10 @@ from capa_export.model.model import Model
 from capa_export.plan.flops import flops
 from capa_export.study.evaluate.eager_answers import EagerAnswers, EagerMethods
 
-__all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "Bed", "open_bed", "questions_drawn"]
+__all__ = ["CLUTTER", "KINDS_ASKED", "MAX_NEW_TOKENS", "SEED", "SelectionBed", "open_bed", "questions_drawn"]
 
 SEED = 602
-"""Of held-out scenes, none of which calibration, validation or the published accuracy is taken on."""
+"""Seed of held-out scenes, none of which calibration, validation or the published accuracy is taken on."""
 CLUTTER = "clutter"
 """The basic kinds, where glyphs as large as the shapes and of their colours fill every free cell."""
 KINDS_ASKED = (*KINDS, *HARD_KINDS, CLUTTER)
@@ -34,22 +34,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bed:
-    """What is measured."""
+class SelectionBed:
+    """A trained model under measurement, with its questions."""
 
     name: str
     folder: Path
-    """Of answers, calibration and figures."""
+    """Folder of answers, calibration and figures."""
     model: Model
     store: Bundle
     """Takes the calibration."""
     options: BuildOptions
     questions: Questions
-    """Each number of them holds the smaller ones."""
+    """Questions in an order in which each number of them holds the smaller ones."""
 
     @cached_property
     def calibration(self) -> Calibration:
-        """On the stream that was trained on; made once."""
+        """The calibration on the stream that was trained on; made once."""
         return calibrate(self.model, self.store, self.options)
 
     @property
@@ -58,7 +58,7 @@ class Bed:
 
     @property
     def own_layer(self) -> int:
-        """Of the recipe's first stage inside the decoder."""
+        """Layer of the recipe's first stage inside the decoder."""
         return next((stage.layer for stage in self.model.recipe.prune.schedule if stage.layer >= 0), 2)
 
     def first(self, count: int) -> Questions:
@@ -93,7 +93,7 @@ class Bed:
         what: str,
         methods: Mapping[str, Method] | None = None,
     ) -> Iterator[T]:
-        """What is measured on each of the first questions, in their order, by the workers; `measure` is pickled."""
+        """Measure each of the first questions by the workers; yields results in order. `measure` is pickled."""
         workers = self.options.workers
         apart = self.model if workers.here else self.model.unopened()
         prepare = partial(_measurer, apart, dict(methods or {}), measure)
@@ -125,7 +125,7 @@ def open_bed(
     workers: int = 1,
     samples_calibrated: int | None = None,
     report: Report = silent,
-) -> Bed:
+) -> SelectionBed:
     """A bed with its first `count` questions.
 
     Raises:
@@ -135,7 +135,7 @@ def open_bed(
     options = BuildOptions(samples=samples_calibrated, workers=Workers(count=workers))
     model = Model(recipe=recipe, checkpoint=recipe.checkpoint, report=report)
     data = write_dataset(out / name / "questions", questions_drawn(count))
-    return Bed(
+    return SelectionBed(
         name=name,
         folder=out / name,
         model=model,

@@ -11,29 +11,29 @@ from capa_export.base.toml import Settings, first_problem
 from capa_export.study.evaluate.schema import MethodScores
 
 __all__ = [
-    "About",
-    "Against",
-    "Agreement",
-    "Answers",
+    "AccuracyFigures",
+    "Conditions",
     "Contest",
     "Contests",
     "Drift",
-    "FFNs",
-    "Layer",
+    "FFNFigures",
+    "FigureRecord",
+    "LayerFigures",
     "Linearity",
-    "Record",
+    "RankAgreement",
     "Row",
+    "ScoreDifference",
     "SinkDefinition",
+    "SinkFigures",
     "SinkLayer",
-    "Sinks",
     "Spread",
     "Stability",
     "read_record",
 ]
 
 
-class About(Settings):
-    """How it was measured."""
+class Conditions(Settings):
+    """The conditions of a measurement."""
 
     command: str
     date: str
@@ -45,7 +45,7 @@ class About(Settings):
     seed: int
 
 
-class Against(Settings):
+class ScoreDifference(Settings):
     """A method's score minus another's, on the same questions."""
 
     method: str
@@ -54,20 +54,20 @@ class Against(Settings):
 
 
 class Row(Settings):
-    """One method."""
+    """One method's scores."""
 
     scored: MethodScores
     flops: float
     """Prefill, as a share of dense, of one picture with its question."""
-    against: dict[str, Against] = Field(default_factory=dict)
-    """By what the other one stands for: `capa`, `random`, `full`, `scale`."""
+    against: dict[str, ScoreDifference] = Field(default_factory=dict)
+    """Differences by what the other method stands for: `capa`, `random`, `full`, `scale`."""
 
 
-class Answers(Settings):
+class AccuracyFigures(Settings):
     """Accuracy of some methods, dense first."""
 
     layers: int
-    """Of the decoder."""
+    """Layers of the decoder."""
     rows: tuple[Row, ...]
 
     @property
@@ -75,8 +75,8 @@ class Answers(Settings):
         return self.rows[0].scored
 
 
-class FFNs(Answers):
-    """What became of visual FFNs."""
+class FFNFigures(AccuracyFigures):
+    """Accuracy with each treatment of visual FFNs."""
 
     eta: float
     """The recipe's."""
@@ -98,16 +98,16 @@ class Contest(Settings):
     listed: dict[str, str]
     """Every selector at its own place."""
     tuned: str
-    """What `tune` found to agree best with dense."""
+    """The method that `tune` found to agree best with dense."""
     others: tuple[str, ...]
-    """Its other finalists."""
+    """The other finalists of `tune`."""
     verdict: str
-    """Its own."""
+    """The verdict of `tune`."""
     tried: int
     samples: int
 
 
-class Contests(Answers):
+class Contests(AccuracyFigures):
     """All of them."""
 
     contests: tuple[Contest, ...]
@@ -129,7 +129,7 @@ class Spread(Settings):
     """Share of the tokens at eta or below."""
 
 
-class Layer(Settings):
+class LayerFigures(Settings):
     """cosine(x, x + FFN(norm(x))) of one layer."""
 
     visual: Spread
@@ -137,9 +137,9 @@ class Layer(Settings):
     alpha_error: float
     """|| y - alpha x || / || y || over visual tokens that calibration has not seen."""
     calibration_error: float
-    """The same over those that it has."""
+    """The `alpha_error` over visual tokens that calibration has seen."""
     linear: bool
-    """By the calibration, at eta."""
+    """Whether the calibration calls the layer linear, at eta."""
 
 
 class Linearity(Settings):
@@ -148,7 +148,7 @@ class Linearity(Settings):
     eta: float
     visual_tokens: int
     text_tokens: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerFigures, ...]
 
 
 class SinkLayer(Settings):
@@ -158,13 +158,13 @@ class SinkLayer(Settings):
     contribution: float | None = None
     """Median of the sinks' over that of the others."""
     coefficient: float | None = None
-    """Of bimodality; None where there are too few sinks."""
+    """Coefficient of bimodality; None where there are too few sinks."""
     split: float | None = None
     """Share of the variance that lies between two groups."""
 
 
 class SinkDefinition(Settings):
-    """What counts as a sink, and what those that do are like."""
+    """A definition of sinks, and the figures of the tokens that meet it."""
 
     name: str
     says: str
@@ -177,7 +177,7 @@ class SinkDefinition(Settings):
         return sum(layer.sinks for layer in self.layers)
 
 
-class Sinks(Settings):
+class SinkFigures(Settings):
     """Sinks of all layers, by several definitions."""
 
     hidden_size: int
@@ -187,11 +187,11 @@ class Sinks(Settings):
     channels: tuple[int, ...]
     """Sink channels that the calibration found."""
     edges: tuple[float, ...]
-    """Of the histograms' bins: log10 of the contribution over the layer's and prompt's median."""
+    """Edges of the histograms' bins: log10 of the contribution over the layer's and prompt's median."""
     definitions: tuple[SinkDefinition, ...]
 
 
-class Agreement(Settings):
+class RankAgreement(Settings):
     """Scores by the query of a generated token against those by the last prompt token; means over the prompts."""
 
     score: str
@@ -218,33 +218,33 @@ class Drift(Settings):
 
 
 class Stability(Settings):
-    """How the choice of the last prompt token fares at the tokens after it."""
+    """Figures on how the choice of the last prompt token fares at the tokens after it."""
 
     layer: int
-    """Where capa prunes."""
+    """Layer where capa prunes."""
     prompts: tuple[int, ...]
-    """That have a step of this number."""
-    agreement: tuple[Agreement, ...]
+    """Number of prompts that have a step of this number."""
+    agreement: tuple[RankAgreement, ...]
     drift: tuple[Drift, ...]
 
 
 T = TypeVar("T", bound=Settings)
 
 
-class Record(Settings, Generic[T]):
+class FigureRecord(Settings, Generic[T]):
     """A file."""
 
-    about: About
+    about: Conditions
     figures: T
 
 
-def read_record(path: Path, figures: type[T]) -> Record[T]:
-    """What was measured.
+def read_record(path: Path, figures: type[T]) -> FigureRecord[T]:
+    """Read the record of a part.
 
     Raises:
         CapaError: the file holds something else.
     """
-    record: Any = Record[figures]
+    record: Any = FigureRecord[figures]
     try:
         return record.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:

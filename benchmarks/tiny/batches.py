@@ -18,7 +18,7 @@ from benchmarks.tiny.beds import CELLS, NUM_VISUAL, Bed, family_of
 from capa_export.data.drawing import CELL, COLORS, SHAPES, Scene, render
 from capa_export.data.scenes import ask, crowded_scene, draw, generator, questions
 
-__all__ = ["Batch", "Batches", "Layout", "Lesson"]
+__all__ = ["Batch", "Batches", "Lesson", "RowLayout"]
 
 STOPS = 3
 """End tokens that follow an answer, so that what comes after the first is well defined too."""
@@ -27,7 +27,7 @@ _DIGITS = tuple(map(str, range(10)))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lesson:
-    """What the pictures of a batch show, and what is asked about them."""
+    """The contents of a batch's pictures, and the questions about them."""
 
     asked: Mapping[str, int]
     """Questions per picture, or pair of pictures, by kind; the first kind says what is drawn.
@@ -43,7 +43,7 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around a question."""
+    """The tokens around a question."""
 
     prefix: list[int]
     """Token ids, those of the pictures among them."""
@@ -53,8 +53,8 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where everything stands in a packed row: the pictures, then all questions about them.
+class RowLayout:
+    """The layout of a packed row: the pictures, then all questions about them.
 
     Each question sees the pictures and itself only, and its positions start right behind the
     pictures, so it computes what it would compute alone.
@@ -62,9 +62,9 @@ class Layout:
 
     kinds: tuple[str, ...]
     visual: Tensor
-    """Where the visual tokens stand."""
+    """Positions of the visual tokens."""
     answers: Tensor
-    """Where the tokens of the answers stand."""
+    """Positions of the answers' tokens."""
     of: Tensor
     """The question that each of them answers."""
     stops: Tensor
@@ -82,10 +82,10 @@ class Batch:
     """[P, H, W, C]."""
     ids: Tensor
     seen: Mapping[str, Tensor]
-    """What each visual token shows, [P, N]: a word, or the image token where it shows nothing of that sort."""
+    """The word that each visual token shows [P, N], or the image token where it shows nothing of that sort."""
     questions: list[str]
-    layout: Layout | None
-    """None where nothing is asked."""
+    layout: RowLayout | None
+    """Layout of the questions; None where nothing is asked."""
 
 
 class Batches:
@@ -107,14 +107,14 @@ class Batches:
         self.pad, self.end = self.dims.image_token_id, tokenizer.get_vocab()[str(tokenizer.eos_token)]
         self.repeated = str(tokenizer.eos_token) * (STOPS - 1)
         self.frames = {count: self._frame(count) for count in (1, 2)}
-        self.layouts: dict[tuple[tuple[str, ...], bool], Layout] = {}
+        self.layouts: dict[tuple[tuple[str, ...], bool], RowLayout] = {}
         vocab = tokenizer.get_vocab()
         self.words = {w: vocab[w] for w in (*COLORS, *SHAPES, *_DIGITS)}
         self.sorts = {
             sort: torch.tensor([self.pad, *(self.words[word] for word in words)])
             for sort, words in (("color", COLORS), ("shape", SHAPES), ("tens", _DIGITS), ("ones", _DIGITS))
         }
-        """What a visual token may show: nothing first, then the words."""
+        """Words that a visual token may show, by sort: the padding for nothing first."""
 
     def _frame(self, num_pictures: int) -> Frame:
         content: Any = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": "?"}]
@@ -181,7 +181,7 @@ class Batches:
                 seen[sort][index, row * CELLS + col] = self.words[word]
         return seen
 
-    def _layout(self, frame: Frame, kinds: tuple[str, ...], lengths: list[int], answers: list[int]) -> Layout:
+    def _layout(self, frame: Frame, kinds: tuple[str, ...], lengths: list[int], answers: list[int]) -> RowLayout:
         shared = len(frame.prefix)
         bounds = list(accumulate(lengths, initial=shared))
         seen = torch.ones(bounds[-1], bounds[-1], dtype=torch.bool).tril()
@@ -192,7 +192,7 @@ class Batches:
         places = torch.from_numpy(self.family.positions(visual, [self.picture] * num_pictures)[0])
         lasts = torch.tensor(bounds[1:]) - STOPS
         spans = [range(int(last) - count + 1, int(last) + 1) for last, count in zip(lasts, answers, strict=True)]
-        return Layout(
+        return RowLayout(
             kinds=kinds,
             visual=torch.from_numpy(np.flatnonzero(visual)),
             answers=torch.tensor(list(chain.from_iterable(spans))),

@@ -1,4 +1,4 @@
-"""What each test bed provides, and its name."""
+"""The test beds by name, and the protocol that they meet."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -27,7 +27,7 @@ class Bed(Protocol):
     """Tokens of this vocabulary alone, to those of `tiny-qwen25vl` that have their role."""
 
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
-        """With the family's special tokens and chat template."""
+        """Build the tokenizer, with the family's special tokens and chat template."""
         ...
 
     def build_image_processor(self) -> Any:
@@ -39,7 +39,7 @@ class Bed(Protocol):
         ...
 
     def pixels_from_pictures(self, pictures_BHWC: NDArray[np.uint8]) -> Tensor:
-        """What the image processor makes of 224 x 224 pictures, for a batch at once."""
+        """Pixels that the image processor makes of 224 x 224 pictures, for a batch at once."""
         ...
 
     def visual_tokens(self, model: Any, pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ HIDDEN = 192
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What the text configs of all test beds say: twelve layers, about 5 million parameters."""
+    """The entries that the text configs of all test beds share: twelve layers, about 5 million parameters."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN,

@@ -53,7 +53,7 @@ class Teacher:
                 model.lm_head.weight[row] = self.model.lm_head.weight[source]
 
     def tower_loss(self, bed: Bed, model: Any, seed: int, step: int) -> Tensor:
-        """How far the student's visual tokens are from the teacher's, in shares of their variance."""
+        """Distance of the student's visual tokens from the teacher's, in shares of their variance."""
         pictures, is_sprite_BN = _pictures(seed, step)
         with torch.no_grad():
             wanted = self.bed.visual_tokens(self.model, self.bed.pixels_from_pictures(pictures)).float()

@@ -113,7 +113,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> InternV
 
 
 def pixels_from_pictures(pictures_BHWC: NDArray[np.uint8]) -> Tensor:
-    """One tile each: [B, 3, 224, 224]."""
+    """One tile a picture: [B, 3, 224, 224]."""
     return torch.from_numpy(normalized(pictures_BHWC, build_image_processor())).permute(0, 3, 1, 2)
 
 

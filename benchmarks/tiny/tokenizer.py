@@ -23,7 +23,7 @@ HARD_WORDS = (
     *("in", "first", "second", "picture"),
     *map(str, range(10)),
 )
-"""Those of the hard kinds, behind all others, whose ids stay."""
+"""Words of the hard kinds, behind all others, whose ids stay."""
 
 
 def word_tokenizer(

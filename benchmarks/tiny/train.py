@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.tiny.batches import Batch, Batches, Layout
+from benchmarks.tiny.batches import Batch, Batches, RowLayout
 from benchmarks.tiny.beds import BEDS, Bed, family_of, load_bed
-from benchmarks.tiny.curriculum import BASIC, FURTHER, Stage
+from benchmarks.tiny.curriculum import BASIC, FURTHER, Phase
 from benchmarks.tiny.decoder import packed_hidden
 from benchmarks.tiny.distil import Teacher, go_on_from
 from benchmarks.tiny.evaluate import evaluate
@@ -33,7 +33,7 @@ SAVE_SECONDS = 180.0
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a training is; saved with the weights."""
+    """The state of a training, saved with the weights."""
 
     distilled: int = 0
     """Steps of imitating the teacher's visual tokens."""
@@ -76,7 +76,7 @@ class Training:
         self.saved = time.monotonic()
 
     def descend(self, loss: Tensor, rate: float) -> None:
-        """One step of the optimizer."""
+        """Take one step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -100,7 +100,7 @@ def _rate(step: int, done: float) -> float:
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def answer_logits(model: Any, layout: Layout, ids: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+def answer_logits(model: Any, layout: RowLayout, ids: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of answers [B, tokens, words] and of ends [B, questions, STOPS, words], from visual tokens [P, N, H]."""
     decoder = model.model.language_model
     text = decoder.embed_tokens(ids)
@@ -111,7 +111,7 @@ def answer_logits(model: Any, layout: Layout, ids: Tensor, visual: Tensor) -> tu
 
 
 def _seen_loss(table_WH: Tensor, visual_PNH: Tensor, words: Tensor, targets_PN: Tensor) -> Tensor:
-    """Each visual token named against word embeddings; the first of `words` means "nothing here"."""
+    """Cross-entropy of visual tokens against word embeddings; the first of `words` means "nothing here"."""
     logits = 20.0 * F.normalize(visual_PNH.float(), dim=-1) @ F.normalize(table_WH[words], dim=-1).T
     targets = (targets_PN[..., None] == words).float().argmax(dim=-1)
     weight = torch.ones(len(words))
@@ -166,7 +166,7 @@ def lesson_loss(
 
 
 def _answer(
-    training: Training, bed: Bed, batches: Batches, stages: tuple[Stage, ...], minutes: float | None, steps: int | None
+    training: Training, bed: Bed, batches: Batches, stages: tuple[Phase, ...], minutes: float | None, steps: int | None
 ) -> None:
     progress = training.progress
     shares: dict[str, float] = {}

@@ -13,13 +13,21 @@ import torch
 
 from benchmarks.selection import __main__ as benchmark
 from benchmarks.selection.bed import questions_drawn
-from benchmarks.selection.figures import About, Against, Answers, Contest, Contests, Record, Row
+from benchmarks.selection.figures import (
+    AccuracyFigures,
+    Conditions,
+    Contest,
+    Contests,
+    FigureRecord,
+    Row,
+    ScoreDifference,
+)
 from benchmarks.selection.measure import tuned
 from benchmarks.selection.pages import layer as layer_page
 from benchmarks.selection.pages import ratio as ratio_page
 from benchmarks.selection.pages import tuned as tuned_page
 from benchmarks.selection.pages.index import PAGES, figures_file, render
-from benchmarks.selection.pages.svg import COLOURS, Line, Panel, look_of, numbered, plot
+from benchmarks.selection.pages.svg import COLOURS, Curve, Panel, look_of, numbered, plot
 from capa_export.base.errors import CapaError
 from capa_export.base.statistics import Difference, Rate
 from capa_export.data.scenes import HARD_KINDS, KINDS
@@ -59,7 +67,7 @@ def _row(method: str, score: float, **against: tuple[float, float, float]) -> Ro
         scored=MethodScores(method=method, score=rate, kept=0.25, kinds={"count": rate}, to_dense=zero),
         flops=0.5,
         against={
-            other: Against(
+            other: ScoreDifference(
                 method=other,
                 all=Difference(value=value, low=low, high=high),
                 kinds={"count": Difference(value=value, low=low, high=high)},
@@ -77,7 +85,7 @@ def test_a_loss_of_capa_is_said_with_its_interval() -> None:
         _row("random@2:0.9/full", 0.4, capa=(-0.2, -0.3, -0.1)),
         _row("divprune:0.9/full", 0.65, capa=(0.05, 0.0, 0.1)),
     )
-    assert list(ratio_page.findings(Answers(layers=12, rows=rows))) == [
+    assert list(ratio_page.findings(AccuracyFigures(layers=12, rows=rows))) == [
         "Dense answers 90.0 (89-91) % of the questions.",
         "At ratio 0.9 capa loses to dart by 10.0 points [+2.0, +18.0].",
         "At ratio 0.9 capa beats random by 20.0 points [-30.0, -10.0].",
@@ -93,7 +101,7 @@ def test_nothing_is_said_that_intervals_do_not_carry() -> None:
         _row("capa@2:0.75/full", 0.3),
         _row("dart:0.75/full", 0.4, capa=(0.1, -0.1, 0.2)),
     )
-    assert list(ratio_page.findings(Answers(layers=12, rows=rows))) == [
+    assert list(ratio_page.findings(AccuracyFigures(layers=12, rows=rows))) == [
         "Dense answers 30.0 (29-31) % of the questions.",
         "Dense itself answers under half of count (30 %): there, no difference says much of pruning.",
         "At ratios 0.5 and 0.75 no selector is surely better than capa.",
@@ -101,8 +109,10 @@ def test_nothing_is_said_that_intervals_do_not_carry() -> None:
 
 
 def test_one_table_shows_all_beds() -> None:
-    first = Answers(layers=12, rows=(_row("dense", 0.9), _row("capa@2:0.9/full", 0.6), _row("dart:0.9/full", 0.7)))
-    second = Answers(layers=12, rows=(_row("dense", 0.8), _row("capa@2:0.75/full", 0.5)))
+    first = AccuracyFigures(
+        layers=12, rows=(_row("dense", 0.9), _row("capa@2:0.9/full", 0.6), _row("dart:0.9/full", 0.7))
+    )
+    second = AccuracyFigures(layers=12, rows=(_row("dense", 0.8), _row("capa@2:0.75/full", 0.5)))
     assert ratio_page.overview({"one": first, "other": second}).splitlines()[2:] == [
         "| selector | one, 0.75 | one, 0.9 | other, 0.75 | other, 0.9 |",
         "| --- | --- | --- | --- | --- |",
@@ -120,7 +130,7 @@ def test_layers_are_told_by_their_share_of_the_depth() -> None:
         _row("capa@8:0.9/full", 0.9, random=(0.0, -0.1, 0.1)),
         _row("random@8:0.9/full", 0.9, capa=(0.0, -0.1, 0.1)),
     )
-    _, costs, *others = layer_page.findings(Answers(layers=12, rows=rows))
+    _, costs, *others = layer_page.findings(AccuracyFigures(layers=12, rows=rows))
     assert costs.startswith("At ratio 0.9 capa is above dense, in points, by: layer 2 (early, 17 %) +0.0 [+0.0, +0.0]")
     assert costs.endswith("and layer 8 (late, 67 %) +0.0 [+0.0, +0.0].")
     assert others == [
@@ -191,7 +201,7 @@ def test_every_selector_has_a_look_of_its_own() -> None:
 
 def test_labels_do_not_lie_on_each_other() -> None:
     lines = [
-        Line(name, [(0.25, 0.5), (0.95, 0.5 + index / 1e4)], look_of(name)) for index, name in enumerate(selectors())
+        Curve(name, [(0.25, 0.5), (0.95, 0.5 + index / 1e4)], look_of(name)) for index, name in enumerate(selectors())
     ]
     drawn = _parsed(plot([Panel("a < b", "ratio", "right", lines, numbered((0.25, 0.95)), ("dense", 1.0))]))
     texts = [
@@ -246,7 +256,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures_of(folder: Path, part: str) -> Any:
-    record: Record[Any] = Record[PAGES[part].FIGURES].model_validate_json(
+    record: FigureRecord[Any] = FigureRecord[PAGES[part].FIGURES].model_validate_json(
         figures_file(folder / "docs", part, BED).read_text(encoding="utf-8")
     )
     return record.figures
@@ -266,7 +276,7 @@ def test_all_parts_are_measured_and_written(small: Path) -> None:
         assert _parsed(path.read_text()).tag.endswith("svg")
     readme = (small / "docs" / "README.md").read_text()
     assert all(f"({part}.md)" in readme for part in PAGES)
-    about = About.model_validate(json.loads(figures_file(small / "docs", "ratio", BED).read_text())["about"])
+    about = Conditions.model_validate(json.loads(figures_file(small / "docs", "ratio", BED).read_text())["about"])
     assert about.command.startswith("python -m benchmarks.selection --bed tiny-qwen25vl") and about.questions == 4
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.selection.figures import SinkDefinition, Sinks
+from benchmarks.selection.figures import SinkDefinition, SinkFigures
 from benchmarks.selection.measure import sinks, stability
 from benchmarks.selection.measure.statistics import bimodality, hellinger, overlap, spearman, split, spread_of
 from benchmarks.selection.pages import sinks as sinks_page
@@ -87,8 +87,8 @@ def test_the_groups_of_sinks_are_those_planted() -> None:
     assert said.endswith("layers that have enough of them to tell (0).")
 
 
-def _sinks(definition: SinkDefinition, hidden_size: int) -> Sinks:
-    return Sinks(
+def _sinks(definition: SinkDefinition, hidden_size: int) -> SinkFigures:
+    return SinkFigures(
         hidden_size=hidden_size,
         visual_tokens=200,
         max_phi=(5.0,) * 4,

@@ -251,7 +251,7 @@ def test_a_disk_that_fails_leaves_nothing(
         file.write(b"some")
         raise OSError(number, "broken")
 
-    monkeypatch.setattr(bind_module._Converted, "tofile", fail)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(bind_module._ConvertedTensor, "tofile", fail)  # pyright: ignore[reportPrivateUsage]
     error = refusal(tmp_path, {"w": torch.ones(9)}, graph({"w": [9]}, FLOAT))
     assert text in str(error)
     assert error.code == ExitCode.EXPORT

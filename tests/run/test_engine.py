@@ -194,7 +194,7 @@ def test_the_bytes_uploaded_are_those_of_the_file(driver: FakeDriver, tmp_path: 
     (tmp_path / "data").write_bytes(data)
     entry = {"file": "data", "offset": 100, "length": 4000}
     (tmp_path / "x.weights.json").write_text(json.dumps({"w": entry}), encoding="utf-8")
-    weights = execution.Weights(cuda.Stream())
+    weights = execution.DeviceWeights(cuda.Stream())
     assert weights.of(tmp_path / "x.engine")["w"].num_bytes == 4000
     assert b"".join(seen) == data[100:4100]
 
@@ -203,7 +203,7 @@ def test_weights_that_are_cut_off(driver: FakeDriver, tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(bytes(99))
     table = {"w": {"file": "data", "offset": 50, "length": 50}}
     (tmp_path / "x.weights.json").write_text(json.dumps(table), encoding="utf-8")
-    weights = execution.Weights(cuda.Stream())
+    weights = execution.DeviceWeights(cuda.Stream())
     with pytest.raises(CapaError, match=r"data: ends before byte 100; build the bundle again"):
         weights.of(tmp_path / "x.engine")
     (tmp_path / "data").unlink()

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.selection.bed import MAX_NEW_TOKENS, Bed
-from benchmarks.selection.figures import Against, Row
+from benchmarks.selection.bed import MAX_NEW_TOKENS, SelectionBed
+from benchmarks.selection.figures import Row, ScoreDifference
 from capa_export.base.errors import CapaError
 from capa_export.base.statistics import paired_bootstrap
 from capa_export.config.schedule import Method, Stage
@@ -18,14 +18,14 @@ Pairs = Mapping[str, Mapping[str, str]]
 """Method -> what another one stands for -> that one."""
 
 
-def at_own_places(bed: Bed, selectors: Sequence[str], ratios: Sequence[float], ffn: str) -> list[str]:
+def at_own_places(bed: SelectionBed, selectors: Sequence[str], ratios: Sequence[float], ffn: str) -> list[str]:
     """Every selector where it acts by itself, at every ratio."""
     recipe = bed.model.recipe
     own = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
     return product_of_methods(recipe.model_copy(update={"prune": own}), selectors, [], ratios, [ffn])
 
 
-def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[Row, ...]:
+def compared(bed: SelectionBed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[Row, ...]:
     """Dense and the methods on the bed's first questions; what was answered before is not asked again.
 
     Raises:
@@ -53,13 +53,13 @@ def compared(bed: Bed, texts: Sequence[str], count: int, pairs: Pairs) -> tuple[
     )
 
 
-def _linear(bed: Bed, method: Method) -> Sequence[int]:
+def _linear(bed: SelectionBed, method: Method) -> Sequence[int]:
     if method.ffn == "full":
         return ()
     return bed.calibration.linear_layers(method.eta or bed.model.recipe.ffn.eta)
 
 
-def _scores(bed: Bed, evaluated: EvaluatedModel, count: int) -> tuple[list[str], dict[str, list[float]]]:
+def _scores(bed: SelectionBed, evaluated: EvaluatedModel, count: int) -> tuple[list[str], dict[str, list[float]]]:
     """The questions' kinds, and method -> score of each question."""
     results = Results(bed.folder, model=evaluated.digest, source=evaluated.source)
     kinds: list[str] = []
@@ -74,9 +74,9 @@ def _scores(bed: Bed, evaluated: EvaluatedModel, count: int) -> tuple[list[str],
     return kinds, scores
 
 
-def _against(own: Sequence[float], other: Sequence[float], kinds: Sequence[str], method: str) -> Against:
+def _against(own: Sequence[float], other: Sequence[float], kinds: Sequence[str], method: str) -> ScoreDifference:
     by_kind = {kind: [index for index, of in enumerate(kinds) if of == kind] for kind in sorted(set(kinds))}
-    return Against(
+    return ScoreDifference(
         method=method,
         all=paired_bootstrap(own, other, 0),
         kinds={

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import FFNs, Row
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import FFNFigures, Row
 from benchmarks.selection.measure.compare import compared
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
@@ -17,7 +17,7 @@ ETAS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
 _FFNS = ("scale", "skip", "per-image")
 
 
-def measure(bed: Bed, _selectors: Sequence[str], count: int) -> FFNs:
+def measure(bed: SelectionBed, _selectors: Sequence[str], count: int) -> FFNFigures:
     """Dense and capa at ratio 0.75, each with every treatment; dense with every eta."""
     capa = f"capa@{bed.own_layer}:0.75"
     texts = [f"dense/{ffn}" for ffn in _FFNS] + [f"{capa}/{ffn}" for ffn in ("full", *_FFNS)]
@@ -34,7 +34,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> FFNs:
     eta = bed.model.recipe.ffn.eta
     cosines_QL = np.stack(list(bed.each(_cosines, count, "linear layers by picture")))
     linear_QL = cosines_QL > eta
-    return FFNs(
+    return FFNFigures(
         layers=bed.layers,
         rows=tuple(_of_images(bed, row, linear_QL) for row in rows),
         eta=eta,
@@ -50,8 +50,8 @@ def _cosines(opened: EagerMethods, question: Question) -> np.ndarray:
     return np.array([cosines[layer] for layer in sorted(cosines)])
 
 
-def _of_images(bed: Bed, row: Row, linear_QL: np.ndarray) -> Row:
-    """With the FLOPs of the layers that are linear for each picture, where those decide."""
+def _of_images(bed: SelectionBed, row: Row, linear_QL: np.ndarray) -> Row:
+    """A row with the FLOPs of the layers that are linear for each picture, where those decide."""
     method = parse_method(row.scored.method)
     if method.ffn != "per-image":
         return row

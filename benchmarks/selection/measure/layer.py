@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import Answers
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import AccuracyFigures
 from benchmarks.selection.measure.compare import compared
 from capa_export.selectors.selector import load_selector
 
@@ -15,12 +15,12 @@ _REFERENCES = ("capa", "random")
 
 
 def inside(selectors: Sequence[str]) -> list[str]:
-    """Those that act at a layer."""
+    """The selectors that act at a layer."""
     return [name for name in selectors if load_selector(name).place != "input"]
 
 
-def measure(bed: Bed, selectors: Sequence[str], count: int) -> Answers:
-    """Each against dense, and against capa and random at the same layer and ratio."""
+def measure(bed: SelectionBed, selectors: Sequence[str], count: int) -> AccuracyFigures:
+    """Measure each selector against dense, and against capa and random at the same layer and ratio."""
     chosen = inside(selectors)
     layers = [layer for layer in LAYERS if layer < bed.layers - 1]
     texts = {
@@ -37,7 +37,7 @@ def measure(bed: Bed, selectors: Sequence[str], count: int) -> Answers:
         }
         for (name, layer, ratio), text in texts.items()
     }
-    return Answers(layers=bed.layers, rows=compared(bed, list(texts.values()), count, pairs))
+    return AccuracyFigures(layers=bed.layers, rows=compared(bed, list(texts.values()), count, pairs))
 
 
 def prefills(num_selectors: int) -> int:

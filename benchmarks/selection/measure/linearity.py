@@ -1,4 +1,4 @@
-"""How linear the FFNs are: cosine(x, x + FFN(norm(x))) token by token, visual and text, and what alpha misses.
+"""Measures how linear the FFNs are: cosine(x, x + FFN(norm(x))) token by token, and what alpha misses.
 
 L = layers, V = visual tokens, X = text tokens, D = hidden size.
 """
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import Layer, Linearity
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import LayerFigures, Linearity
 from benchmarks.selection.measure.statistics import spread_of
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.data.questions import Question
@@ -22,8 +22,8 @@ from capa_export.study.evaluate.eager_answers import EagerMethods
 __all__ = ["measure", "prefills"]
 
 
-class _Seen(NamedTuple):
-    """Of one prompt."""
+class _PromptLinearity(NamedTuple):
+    """Figures of one prompt."""
 
     visual_LV: np.ndarray
     text_LX: np.ndarray
@@ -33,8 +33,8 @@ class _Seen(NamedTuple):
     """|| y ||^2."""
 
 
-def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
-    """On questions that calibration has not seen."""
+def measure(bed: SelectionBed, _selectors: Sequence[str], count: int) -> Linearity:
+    """Measure linearity on questions that calibration has not seen."""
     calibration, eta = bed.calibration, bed.model.recipe.ffn.eta
     alphas_LD = np.stack([layer.alpha for layer in calibration.layers]).astype(np.float32)
     seen = list(bed.each(partial(_seen, alphas_LD=alphas_LD), count, "linearity"))
@@ -47,7 +47,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
         visual_tokens=visual_LV.shape[1],
         text_tokens=text_LX.shape[1],
         layers=tuple(
-            Layer(
+            LayerFigures(
                 visual=spread_of(visual_LV[layer], eta),
                 text=spread_of(text_LX[layer], eta),
                 alpha_error=float(error_L[layer]),
@@ -60,7 +60,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Linearity:
 
 
 @torch.inference_mode()
-def _seen(opened: EagerMethods, question: Question, alphas_LD: np.ndarray) -> _Seen:
+def _seen(opened: EagerMethods, question: Question, alphas_LD: np.ndarray) -> _PromptLinearity:
     prompt = opened.model.prompter.chat(question.open())
     is_visual = torch.from_numpy(prompt.is_visual)
     ffns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -73,7 +73,7 @@ def _seen(opened: EagerMethods, question: Question, alphas_LD: np.ndarray) -> _S
         missed = (y_VD - torch.from_numpy(alphas_LD[layer]) * x_VD).square().sum()
         parts = (cosine_T[is_visual], cosine_T[~is_visual], missed, y_VD.square().sum())
         found.append(tuple(part.numpy() for part in parts))
-    return _Seen(*(np.stack(column) for column in zip(*found, strict=True)))
+    return _PromptLinearity(*(np.stack(column) for column in zip(*found, strict=True)))
 
 
 def prefills(_num_selectors: int) -> int:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import Answers
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import AccuracyFigures
 from benchmarks.selection.measure.compare import at_own_places, compared
 
 __all__ = ["measure", "prefills"]
@@ -13,8 +13,8 @@ SCALED = (0.75, 0.9)
 """Ratios that are asked with FFN scales too."""
 
 
-def measure(bed: Bed, selectors: Sequence[str], count: int) -> Answers:
-    """Each against dense and against capa; with scales against full FFNs, too."""
+def measure(bed: SelectionBed, selectors: Sequence[str], count: int) -> AccuracyFigures:
+    """Measure each selector against dense and against capa; with scales against full FFNs, too."""
     pairs: dict[str, dict[str, str]] = {}
     every: list[str] = []
     for ffn, ratios in (("full", RATIOS), ("scale", SCALED)):
@@ -26,7 +26,7 @@ def measure(bed: Bed, selectors: Sequence[str], count: int) -> Answers:
                 pairs[text] = {} if text == capa else {"capa": capa}
                 if ffn == "scale":
                     pairs[text]["full"] = f"{text.removesuffix('/scale')}/full"
-    return Answers(layers=bed.layers, rows=compared(bed, every, count, pairs))
+    return AccuracyFigures(layers=bed.layers, rows=compared(bed, every, count, pairs))
 
 
 def prefills(num_selectors: int) -> int:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import SinkDefinition, SinkLayer, Sinks
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import SinkDefinition, SinkFigures, SinkLayer
 from benchmarks.selection.measure.statistics import FEWEST, bimodality, split
 from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.data.questions import Question
@@ -22,25 +22,25 @@ from capa_export.study.evaluate.eager_answers import EagerMethods
 __all__ = ["measure", "of_definition", "prefills"]
 
 WIDTH = 4096
-"""Of LLaVA-1.5-7B, for which the threshold was found."""
+"""Width of LLaVA-1.5-7B, for which the threshold was found."""
 ATTENTION = 5.0
 """Times the mean visual token's."""
 EDGES = tuple(np.round(np.linspace(-3, 4, 36), 1).tolist())
 
 
-class _Seen(NamedTuple):
-    """Of one prompt, [L, V] each."""
+class _PromptSinks(NamedTuple):
+    """Figures of one prompt, [L, V] each."""
 
     phi: np.ndarray
     """Largest |channel| of what enters the layer, over its root mean square."""
     contribution: np.ndarray
-    """To the last prompt token (CAPA, eq. 2)."""
+    """Contribution to the last prompt token (CAPA, eq. 2)."""
     attention: np.ndarray
-    """Of the last prompt token, mean over heads."""
+    """Attention of the last prompt token, mean over heads."""
 
 
-def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Sinks:
-    """By three definitions: the paper's, the same for this width, and by attention."""
+def measure(bed: SelectionBed, _selectors: Sequence[str], count: int) -> SinkFigures:
+    """Measure sinks by three definitions: the paper's, the same for this width, and by attention."""
     size = bed.model.source.dims.decoder.hidden_size
     seen = list(bed.each(_seen, count, "sinks"))
     phi_LN = np.concatenate([one.phi for one in seen], axis=1)
@@ -56,7 +56,7 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Sinks:
         ),
         "attention": (f"more than {ATTENTION:g} times the attention of the mean visual token", times_LN > ATTENTION),
     }
-    return Sinks(
+    return SinkFigures(
         hidden_size=size,
         visual_tokens=phi_LN.shape[1],
         max_phi=tuple(phi_LN.max(1).tolist()),
@@ -98,7 +98,7 @@ def _of_layer(is_N: np.ndarray, level_N: np.ndarray) -> SinkLayer:
 
 
 @torch.inference_mode()
-def _seen(opened: EagerMethods, question: Question) -> _Seen:
+def _seen(opened: EagerMethods, question: Question) -> _PromptSinks:
     prompt = opened.model.prompter.chat(question.open())
     is_visual = torch.from_numpy(prompt.is_visual)
     inputs = opened.inputs(prompt)
@@ -120,7 +120,7 @@ def _seen(opened: EagerMethods, question: Question) -> _Seen:
     contribution_LV = scores("capa")
     x_LVD = torch.stack(entering[:-1]).float()[:, is_visual]
     phi_LV = x_LVD.abs().amax(-1) / (x_LVD.square().mean(-1) + 1e-6).sqrt()
-    return _Seen(phi_LV.numpy(), contribution_LV, scores("attention"))
+    return _PromptSinks(phi_LV.numpy(), contribution_LV, scores("attention"))
 
 
 def prefills(_num_selectors: int) -> int:

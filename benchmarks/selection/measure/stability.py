@@ -1,4 +1,4 @@
-"""Whether the choice made at prefill holds for the tokens generated after it.
+"""Measures whether the choice made at prefill holds for the tokens generated after it.
 
 L = layers, T = prompt tokens, V = visual tokens, Q = the last prompt token and the generated ones, H = query heads,
 d = head size, W = words of the vocabulary.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.selection.bed import Bed
-from benchmarks.selection.figures import Agreement, Drift, Stability
+from benchmarks.selection.bed import SelectionBed
+from benchmarks.selection.figures import Drift, RankAgreement, Stability
 from benchmarks.selection.measure.compare import at_own_places
 from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import paired_bootstrap
@@ -30,8 +30,8 @@ __all__ = ["by_query", "measure", "prefills"]
 RATIOS = (0.75, 0.9)
 
 
-class _Seen(NamedTuple):
-    """Of one prompt."""
+class _PromptStability(NamedTuple):
+    """Figures of one prompt."""
 
     agreement: Mapping[tuple[str, int, int], tuple[float, float, float]]
     """Score, layer and step -> Spearman's correlation, and the overlaps of the best quarter and tenth."""
@@ -39,7 +39,7 @@ class _Seen(NamedTuple):
     """Method -> Hellinger distance at each step."""
 
 
-def measure(bed: Bed, selectors: Sequence[str], count: int) -> Stability:
+def measure(bed: SelectionBed, selectors: Sequence[str], count: int) -> Stability:
     """Every selector at its own place, with full FFNs, fed the answer that dense gives."""
     texts = [text for ratio in RATIOS for text in at_own_places(bed, ["capa", *selectors], [ratio], "full")]
     methods = {text: parse_method(text) for text in dict.fromkeys(texts)}
@@ -54,7 +54,7 @@ def measure(bed: Bed, selectors: Sequence[str], count: int) -> Stability:
         layer=bed.own_layer,
         prompts=tuple(sum(len(steps) > step for steps in drift[texts[0]]) for step in range(most)),
         agreement=tuple(
-            Agreement(
+            RankAgreement(
                 score=score,
                 layer=layer,
                 step=step,
@@ -84,7 +84,7 @@ def _drift(text: str, drift: Mapping[str, Sequence[Sequence[float]]]) -> Drift:
 
 
 @torch.inference_mode()
-def _seen(opened: EagerMethods, question: Question) -> _Seen:
+def _seen(opened: EagerMethods, question: Question) -> _PromptStability:
     prompt = opened.model.prompter.chat(question.open())
     is_visual, inputs = torch.from_numpy(prompt.is_visual), opened.inputs(prompt)
     dense = partial(opened.eager.prefill, inputs, is_visual)
@@ -102,7 +102,7 @@ def _seen(opened: EagerMethods, question: Question) -> _Seen:
     for text, method in opened.given.methods.items():
         plan = opened.plan(method, opened.num_keep(method, prompt), {})
         drift[text] = list(map(hellinger, _forced(opened, dense(plan), answer), full))
-    return _Seen(agreement, drift)
+    return _PromptStability(agreement, drift)
 
 
 def _agreement(own_V: np.ndarray, first_V: np.ndarray) -> tuple[float, float, float]:
@@ -145,7 +145,7 @@ def by_query(text: Any, inputs: EagerInputs, is_visual: Tensor, answer: Sequence
 
 @contextmanager
 def _watching_attention(text: Any) -> Generator[list[tuple[Tensor, Tensor]]]:
-    """By layer: weights [H, T, T] and values [T, G * d] of the next forward."""
+    """Yield a list that gets, by layer, weights [H, T, T] and values [T, G * d] of the next forward."""
     seen: list[tuple[Tensor, Tensor]] = []
     values: list[Tensor] = []
 

@@ -21,7 +21,7 @@ FEWEST = 20
 """Values that a bimodality is told of."""
 FLAT_COEFFICIENT = 5 / 9
 FLAT_SPLIT = 0.75
-"""What a flat distribution has: two groups have more of both."""
+"""Value of a flat distribution: two groups have more of both."""
 
 
 def spread_of(values: ArrayLike, eta: float) -> Spread:

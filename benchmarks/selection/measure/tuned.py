@@ -1,9 +1,9 @@
-"""What `tune` finds on training scenes, beside every selector of equal cost, on the held-out questions."""
+"""Measures the methods that `tune` finds on training scenes beside every selector of equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.selection.bed import Bed, questions_drawn
+from benchmarks.selection.bed import SelectionBed, questions_drawn
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.measure.compare import compared
 from benchmarks.tiny.dataset import write_dataset
@@ -23,10 +23,10 @@ __all__ = ["measure", "prefills"]
 LIKE = ("capa@{layer}:0.75", "capa@{layer}:0.9", "divprune:0.75", "divprune:0.9")
 """Methods that say what all may cost: the recipe's own at its place, and any before the decoder."""
 _PREFILLS_OF_TUNE = 3000
-"""Of one search, as many as so many questions take."""
+"""Prefills of one search, as many as so many questions take."""
 
 
-def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
+def measure(bed: SelectionBed, _selectors: Sequence[str], count: int) -> Contests:
     """`tune` has all selectors to choose from, and as many scenes as there are questions."""
     samples = max(FEWEST, count)
     scenes = write_dataset(bed.folder / "scenes", questions_drawn(samples, split="train"))
@@ -43,13 +43,13 @@ def measure(bed: Bed, _selectors: Sequence[str], count: int) -> Contests:
     return Contests(layers=bed.layers, rows=compared(bed, texts, count, pairs), contests=tuple(contests))
 
 
-def _model(bed: Bed) -> Model:
+def _model(bed: SelectionBed) -> Model:
     recipe = bed.model.recipe
     prune = recipe.prune.model_copy(update={"schedule": (Stage(layer=bed.own_layer, ratio=0.75),)})
     return bed.model.with_recipe(recipe.model_copy(update={"prune": prune}))
 
 
-def _contest(bed: Bed, model: Model, options: BuildOptions, like: str) -> Contest:
+def _contest(bed: SelectionBed, model: Model, options: BuildOptions, like: str) -> Contest:
     candidates = _candidates(bed, model, options, like)
     _, found = tune(model, Bundle(bed.folder / "tuning"), options, candidates.budget)
     best, *others = (finalist.method for finalist in found.finalists)
@@ -66,15 +66,15 @@ def _contest(bed: Bed, model: Model, options: BuildOptions, like: str) -> Contes
     )
 
 
-def _candidates(bed: Bed, model: Model, options: BuildOptions, like: str) -> Candidates:
-    """All that costs what a method does."""
+def _candidates(bed: SelectionBed, model: Model, options: BuildOptions, like: str) -> Candidates:
+    """Every candidate that costs what a method does."""
     samples = samples_from(options.images, model.recipe, options.samples or 0, split="train")
     costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, prompt_shapes(model, samples))
     candidates = Candidates(model.recipe, offered(model.family)[0], bed.calibration, costs, budget=1.0)
     return replace(candidates, budget=candidates.share(parse_method(like)))
 
 
-def _at_home(bed: Bed, method: Method) -> bool:
+def _at_home(bed: SelectionBed, method: Method) -> bool:
     stage = method.stages[0]
     selector = load_selector(stage.selector)
     return selector.place == "input" or stage.layer == (bed.own_layer if selector.layer is None else selector.layer)

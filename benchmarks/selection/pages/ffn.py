@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from benchmarks.selection.figures import FFNs, Row
+from benchmarks.selection.figures import FFNFigures, Row
 from benchmarks.selection.pages.ratio import of_dense
-from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
+from benchmarks.selection.pages.svg import COLOURS, Curve, LineStyle, Panel, numbered, plot
 from benchmarks.selection.pages.words import better, points, rate, table, worse
 from capa_export.config.recipe import ranges
 from capa_export.config.schedule import parse_method
@@ -12,7 +12,7 @@ from capa_export.config.schedule import parse_method
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 
 TITLE = "Visual FFNs: full, scaled, left out"
-FIGURES = FFNs
+FIGURES = FFNFigures
 _SAID = {
     "scale": "scales in the linear layers",
     "skip": "no FFNs in the linear layers",
@@ -20,14 +20,14 @@ _SAID = {
 }
 
 
-def _parts(figures: FFNs) -> tuple[list[Row], list[Row]]:
+def _parts(figures: FFNFigures) -> tuple[list[Row], list[Row]]:
     """Treatments at the recipe's eta, and the sweep."""
     swept = [row for row in figures.rows if parse_method(row.scored.method).eta is not None]
     return [row for row in figures.rows if row not in swept], swept
 
 
-def findings(figures: FFNs) -> Iterator[str]:
-    """What each treatment costs in answers."""
+def findings(figures: FFNFigures) -> Iterator[str]:
+    """Sentences on what each treatment costs in answers."""
     yield from of_dense(figures)
     treated, swept = _parts(figures)
     linear = figures.linear.get(f"{figures.eta:g}", ())
@@ -52,7 +52,7 @@ def findings(figures: FFNs) -> Iterator[str]:
         )
 
 
-def page(figures: FFNs) -> str:
+def page(figures: FFNFigures) -> str:
     """Tables."""
     treated, swept = _parts(figures)
     kinds = list(figures.dense.kinds)
@@ -93,13 +93,13 @@ def page(figures: FFNs) -> str:
     )
 
 
-def plots(figures: FFNs) -> str:
+def plots(figures: FFNFigures) -> str:
     """Accuracy and cost of every eta."""
     _, swept = _parts(figures)
     etas = {eta: row for row in swept if (eta := parse_method(row.scored.method).eta) is not None}
     right = [(eta, row.scored.score.value) for eta, row in etas.items() if row.scored.score is not None]
     saved = [(eta, 1 - row.flops) for eta, row in etas.items()]
-    look = Look(COLOURS["vermillion"], width=2.6)
+    look = LineStyle(COLOURS["vermillion"], width=2.6)
     assert figures.dense.score is not None
     dense = ("dense", figures.dense.score.value)
     return plot(
@@ -108,12 +108,16 @@ def plots(figures: FFNs) -> str:
                 "Dense with scales",
                 "eta",
                 "right answers",
-                [Line("scales", right, look)],
+                [Curve("scales", right, look)],
                 numbered(list(etas)[::2]),
                 dense,
             ),
             Panel(
-                "What they save", "eta", "prefill FLOPs saved", [Line("scales", saved, look)], numbered(list(etas)[::2])
+                "What they save",
+                "eta",
+                "prefill FLOPs saved",
+                [Curve("scales", saved, look)],
+                numbered(list(etas)[::2]),
             ),
         ]
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.selection.figures import About, Record, read_record
+from benchmarks.selection.figures import Conditions, FigureRecord, read_record
 from benchmarks.selection.pages import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.words import listed, table
 
@@ -46,7 +46,7 @@ def render(folder: Path) -> dict[str, str]:
         CapaError: figures of another version.
     """
     files: dict[str, str] = {}
-    index, abouts = [_INTRODUCTION], list[About]()
+    index, abouts = [_INTRODUCTION], list[Conditions]()
     if answers := _records(folder, "ratio", ratio):
         index.append(ratio.overview({bed: record.figures for bed, record in answers.items()}))
     for part, page in PAGES.items():
@@ -68,14 +68,14 @@ def render(folder: Path) -> dict[str, str]:
     return files
 
 
-def _records(folder: Path, part: str, page: ModuleType) -> dict[str, Record[Any]]:
-    """By bed."""
+def _records(folder: Path, part: str, page: ModuleType) -> dict[str, FigureRecord[Any]]:
+    """Records of a part by bed."""
     prefix = f"{part}-"
     paths = sorted((folder / "figures").glob(f"{prefix}*.json"))
     return {path.stem.removeprefix(prefix): read_record(path, page.FIGURES) for path in paths}
 
 
-def _subjects(records: Mapping[str, Record[Any]]) -> str:
+def _subjects(records: Mapping[str, FigureRecord[Any]]) -> str:
     rows = [
         [bed, str(record.about.questions), str(record.about.seed), f"`{record.about.checkpoint}`"]
         for bed, record in records.items()
@@ -83,8 +83,8 @@ def _subjects(records: Mapping[str, Record[Any]]) -> str:
     return table(["bed", "questions", "seed of the scenes", "checkpoint"], rows)
 
 
-def _runs(abouts: Sequence[About]) -> list[str]:
-    """Each way of measuring once."""
+def _runs(abouts: Sequence[Conditions]) -> list[str]:
+    """A sentence for each way of measuring."""
     return list(
         dict.fromkeys(
             f"`{about.command}`, {about.date}, {about.device}; "

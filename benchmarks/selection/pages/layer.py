@@ -2,28 +2,28 @@
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.selection.figures import Answers, Row
+from benchmarks.selection.figures import AccuracyFigures, Row
 from benchmarks.selection.pages.ratio import of_dense
-from benchmarks.selection.pages.svg import Line, Panel, look_of, numbered, plot
+from benchmarks.selection.pages.svg import Curve, Panel, look_of, numbered, plot
 from benchmarks.selection.pages.words import better, grid, joined, points, rate, stage_of, unsurpassed, verdict, worse
 
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 
 TITLE = "Accuracy against the layer"
-FIGURES = Answers
+FIGURES = AccuracyFigures
 _STAGES = {"early": (0.0, 0.25), "transition": (0.25, 0.55), "late": (0.55, 1.0)}
 """Shares of the depth: LLaVA-1.5's are layers 3-5, 12-16, and 20 or more of 32."""
 
 _Rows = Mapping[tuple[str, int, float], Row]
 
 
-def _rows(figures: Answers) -> _Rows:
-    """By selector, layer and ratio."""
+def _rows(figures: AccuracyFigures) -> _Rows:
+    """Rows by selector, layer and ratio."""
     stages = [(stage_of(row.scored.method), row) for row in figures.rows[1:]]
     return {(stage.selector, stage.layer, stage.ratio): row for stage, row in stages}
 
 
-def _name(layer: int, figures: Answers) -> str:
+def _name(layer: int, figures: AccuracyFigures) -> str:
     """A layer with the stage and the share of the depth that it is."""
     depth = layer / figures.layers
     stage = next(name for name, (low, high) in _STAGES.items() if low <= depth < high)
@@ -35,7 +35,7 @@ def _axes(rows: _Rows) -> tuple[list[str], list[int], list[float]]:
     return names, sorted(layers), sorted(ratios)
 
 
-def findings(figures: Answers) -> Iterator[str]:
+def findings(figures: AccuracyFigures) -> Iterator[str]:
     """Against capa at the same layer, and where no better than random."""
     yield from of_dense(figures)
     rows = _rows(figures)
@@ -64,7 +64,7 @@ def findings(figures: Answers) -> Iterator[str]:
             yield from unsurpassed(where, f"ratio {ratio:g} and layer", other)
 
 
-def page(figures: Answers) -> str:
+def page(figures: AccuracyFigures) -> str:
     """Tables."""
     rows = _rows(figures)
     names, layers, ratios = _axes(rows)
@@ -88,7 +88,7 @@ def page(figures: Answers) -> str:
     return "\n\n".join(parts)
 
 
-def plots(figures: Answers) -> str:
+def plots(figures: AccuracyFigures) -> str:
     """A panel for each ratio."""
     rows = _rows(figures)
     names, layers, ratios = _axes(rows)
@@ -101,7 +101,7 @@ def plots(figures: Answers) -> str:
                 y="right answers",
                 ticks=numbered(layers),
                 rule=("dense", figures.dense.score.value),
-                lines=[Line(name, _curve(rows, name, ratio), look_of(name)) for name in names],
+                lines=[Curve(name, _curve(rows, name, ratio), look_of(name)) for name in names],
             )
             for ratio in ratios
         ]

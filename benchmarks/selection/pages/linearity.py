@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import log10
 
 from benchmarks.selection.figures import Linearity, Spread
-from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
+from benchmarks.selection.pages.svg import COLOURS, Curve, LineStyle, Panel, numbered, plot
 from benchmarks.selection.pages.words import table
 from capa_export.config.recipe import ranges
 
@@ -40,7 +40,7 @@ def findings(figures: Linearity) -> Iterator[str]:
 
 
 def page(figures: Linearity) -> str:
-    """One table for visual tokens, one for text."""
+    """The page: a table for visual tokens, and one for text."""
 
     def cells(found: Spread) -> list[str]:
         marks = (found.mean, found.p05, found.p25, found.p50, found.p75, found.p95)
@@ -73,7 +73,7 @@ def page(figures: Linearity) -> str:
 
 
 def _far(cosine: float) -> float:
-    """From linear; cosines themselves lie on each other."""
+    """Distance from linear; cosines themselves lie on each other."""
     return log10(max(1 - cosine, 1e-6))
 
 
@@ -84,16 +84,16 @@ def plots(figures: Linearity) -> str:
     def curve(of: str, name: str) -> list[tuple[float, float]]:
         return [(index, _far(getattr(getattr(figures.layers[index], of), name))) for index in count]
 
-    def look(colour: str, *, dashed: bool = False, width: float = 1.6) -> Look:
-        return Look(COLOURS[colour], dashed, width)
+    def look(colour: str, *, dashed: bool = False, width: float = 1.6) -> LineStyle:
+        return LineStyle(COLOURS[colour], dashed, width)
 
     lines = [
-        Line("visual, mean", curve("visual", "mean"), look("vermillion", width=2.6)),
-        Line("visual, 5th", curve("visual", "p05"), look("ochre", dashed=True)),
-        Line("visual, 25th", curve("visual", "p25"), look("ochre")),
-        Line("visual, 75th", curve("visual", "p75"), look("ochre")),
-        Line("text, mean", curve("text", "mean"), look("blue", width=2.6)),
-        Line("text, 5th", curve("text", "p05"), look("sky", dashed=True)),
+        Curve("visual, mean", curve("visual", "mean"), look("vermillion", width=2.6)),
+        Curve("visual, 5th", curve("visual", "p05"), look("ochre", dashed=True)),
+        Curve("visual, 25th", curve("visual", "p25"), look("ochre")),
+        Curve("visual, 75th", curve("visual", "p75"), look("ochre")),
+        Curve("text, mean", curve("text", "mean"), look("blue", width=2.6)),
+        Curve("text, 5th", curve("text", "p05"), look("sky", dashed=True)),
     ]
     errors = [(index, layer.alpha_error) for index, layer in enumerate(figures.layers)]
     eta = (f"eta {figures.eta:g}", _far(figures.eta))
@@ -104,7 +104,7 @@ def plots(figures: Linearity) -> str:
                 "What alpha misses",
                 "layer",
                 "of the norm",
-                [Line("held out", errors, look("vermillion"))],
+                [Curve("held out", errors, look("vermillion"))],
                 numbered(count),
             ),
         ]

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.selection.figures import Answers, Row
-from benchmarks.selection.pages.svg import Line, Panel, look_of, plot
+from benchmarks.selection.figures import AccuracyFigures, Row
+from benchmarks.selection.pages.svg import Curve, Panel, look_of, plot
 from benchmarks.selection.pages.words import (
     better,
     grid,
@@ -22,14 +22,14 @@ from capa_export.selectors.selector import load_selector
 __all__ = ["FIGURES", "TITLE", "findings", "of_dense", "overview", "page", "plots"]
 
 TITLE = "Accuracy against ratio"
-FIGURES = Answers
+FIGURES = AccuracyFigures
 _KINDS_AT = (0.75, 0.9)
 
 _Rows = Mapping[tuple[str, float], Row]
 
 
-def _rows(figures: Answers, ffn: str) -> _Rows:
-    """By selector and ratio."""
+def _rows(figures: AccuracyFigures, ffn: str) -> _Rows:
+    """Rows by selector and ratio."""
     return {
         (stage_of(row.scored.method).selector, stage_of(row.scored.method).ratio): row
         for row in figures.rows[1:]
@@ -37,8 +37,8 @@ def _rows(figures: Answers, ffn: str) -> _Rows:
     }
 
 
-def of_dense(figures: Answers) -> Iterator[str]:
-    """What it answers; kinds that it does not master tell little of pruning."""
+def of_dense(figures: AccuracyFigures) -> Iterator[str]:
+    """Sentences on dense's own answers; kinds that it does not master tell little of pruning."""
     dense = figures.dense
     yield f"Dense answers {rate(dense.score)} % of the questions."
     weak = [f"{kind} ({100 * found.value:.0f} %)" for kind, found in dense.kinds.items() if found.value < 0.5]
@@ -46,8 +46,8 @@ def of_dense(figures: Answers) -> Iterator[str]:
         yield f"Dense itself answers under half of {joined(weak)}: there, no difference says much of pruning."
 
 
-def findings(figures: Answers) -> Iterator[str]:
-    """What is sure: differences whose whole interval is on one side of 0."""
+def findings(figures: AccuracyFigures) -> Iterator[str]:
+    """Sentences on what is sure: differences whose whole interval is on one side of 0."""
     yield from of_dense(figures)
     rows = _rows(figures, "full")
     even: list[str] = []
@@ -74,7 +74,7 @@ def _ratios(rows: _Rows) -> list[float]:
     return sorted({ratio for _, ratio in rows})
 
 
-def page(figures: Answers) -> str:
+def page(figures: AccuracyFigures) -> str:
     """Tables."""
     rows, scaled = _rows(figures, "full"), _rows(figures, "scale")
     names, ratios = list(dict.fromkeys(name for name, _ in rows)), _ratios(rows)
@@ -111,7 +111,7 @@ def _scaled(row: Row) -> list[str]:
     ]
 
 
-def overview(beds: Mapping[str, Answers]) -> str:
+def overview(beds: Mapping[str, AccuracyFigures]) -> str:
     """All beds in one table."""
     columns = [(bed, ratio) for bed in beds for ratio in _KINDS_AT]
     rows = {bed: _rows(figures, "full") for bed, figures in beds.items()}
@@ -127,7 +127,7 @@ def overview(beds: Mapping[str, Answers]) -> str:
     return f"{said}\n\n{table(['selector', *(f'{bed}, {ratio:g}' for bed, ratio in columns)], [dense, *body])}"
 
 
-def plots(figures: Answers) -> str:
+def plots(figures: AccuracyFigures) -> str:
     """Inside the decoder, and before it beside capa."""
     rows = _rows(figures, "full")
     names, ratios = list(dict.fromkeys(name for name, _ in rows)), _ratios(rows)
@@ -145,7 +145,7 @@ def plots(figures: Answers) -> str:
                 y="right answers",
                 ticks={index: f"{ratio:g}" for index, ratio in enumerate(ratios)},
                 rule=("dense", figures.dense.score.value),
-                lines=[Line(name, _curve(rows, name), look_of(name)) for name in chosen],
+                lines=[Curve(name, _curve(rows, name), look_of(name)) for name in chosen],
             )
             for title, chosen in groups.items()
         ]

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from math import sqrt
 
-from benchmarks.selection.figures import SinkDefinition, SinkLayer, Sinks
+from benchmarks.selection.figures import SinkDefinition, SinkFigures, SinkLayer
 from benchmarks.selection.measure.statistics import FEWEST, FLAT_COEFFICIENT, FLAT_SPLIT
-from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, numbered, plot
+from benchmarks.selection.pages.svg import COLOURS, Curve, LineStyle, Panel, numbered, plot
 from benchmarks.selection.pages.words import table
 from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.config.recipe import ranges
@@ -13,7 +13,7 @@ from capa_export.config.recipe import ranges
 __all__ = ["FIGURES", "TITLE", "findings", "page", "plots"]
 
 TITLE = "Attention sinks, and what they contribute"
-FIGURES = Sinks
+FIGURES = SinkFigures
 
 
 def _two_groups(layer: SinkLayer) -> bool:
@@ -21,8 +21,8 @@ def _two_groups(layer: SinkLayer) -> bool:
     return coefficient is not None and between is not None and coefficient > FLAT_COEFFICIENT and between > FLAT_SPLIT
 
 
-def findings(figures: Sinks) -> Iterator[str]:
-    """Whether there are sinks at all, and whether they are of two sorts."""
+def findings(figures: SinkFigures) -> Iterator[str]:
+    """Sentences on whether there are sinks at all, and whether they are of two sorts."""
     highest = max(figures.max_phi)
     bound = sqrt(figures.hidden_size)
     if bound < SINK_THRESHOLD:
@@ -34,7 +34,7 @@ def findings(figures: Sinks) -> Iterator[str]:
         yield from _of(definition, figures)
 
 
-def _of(definition: SinkDefinition, figures: Sinks) -> Iterator[str]:
+def _of(definition: SinkDefinition, figures: SinkFigures) -> Iterator[str]:
     name = f"Sinks by {definition.name}"
     if not definition.count:
         yield f"{name}: none among {figures.visual_tokens} visual tokens in any layer."
@@ -53,7 +53,7 @@ def _of(definition: SinkDefinition, figures: Sinks) -> Iterator[str]:
         yield f"{name}: in layers {ranges(where)}; their contribution does not fall into two groups in any layer."
 
 
-def page(figures: Sinks) -> str:
+def page(figures: SinkFigures) -> str:
     """A table for each definition."""
     says = (
         "Two groups are told where the bimodality coefficient (skewness^2 + 1) / kurtosis of log contribution is above "
@@ -88,16 +88,16 @@ def page(figures: Sinks) -> str:
     return "\n\n".join(parts)
 
 
-def plots(figures: Sinks) -> str:
+def plots(figures: SinkFigures) -> str:
     """The definitions that find any, side by side; the others' contribution where none does."""
     found = [definition for definition in figures.definitions if definition.count] or figures.definitions[-1:]
     middles = [(low + high) / 2 for low, high in zip(figures.edges, figures.edges[1:], strict=False)]
     panels: list[Panel] = []
     for definition in found:
         sinks, others = (list(zip(middles, shares, strict=True)) for shares in definition.histogram)
-        lines = [Line("others", others, Look(COLOURS["grey"]))]
+        lines = [Curve("others", others, LineStyle(COLOURS["grey"]))]
         if definition.count:
-            lines.append(Line("sinks", sinks, Look(COLOURS["vermillion"], width=2.6)))
+            lines.append(Curve("sinks", sinks, LineStyle(COLOURS["vermillion"], width=2.6)))
         title = f"Sinks by {definition.name}"
         panels.append(
             Panel(title, "log10 of contribution over median", "share of tokens", lines, numbered(range(-3, 5)))

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from benchmarks.selection.figures import Agreement, Drift, Stability
-from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, look_of, numbered, plot
+from benchmarks.selection.figures import Drift, RankAgreement, Stability
+from benchmarks.selection.pages.svg import COLOURS, Curve, LineStyle, Panel, look_of, numbered, plot
 from benchmarks.selection.pages.words import better, grid, joined, table, worse
 from capa_export.base.statistics import Difference
 
@@ -17,13 +17,13 @@ def _distance(found: Difference) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _of(figures: Stability, score: str, step: int) -> list[Agreement]:
+def _of(figures: Stability, score: str, step: int) -> list[RankAgreement]:
     found = [one for one in figures.agreement if (one.score, one.step) == (score, step)]
     return sorted(found, key=lambda one: one.layer)
 
 
 def findings(figures: Stability) -> Iterator[str]:
-    """At the layer where capa prunes, then who drifts least."""
+    """Sentences on the layer where capa prunes, then on who drifts least."""
     for step in range(1, len(figures.prompts)):
         own, plain = (_of(figures, score, step)[figures.layer] for score in ("capa", "attention"))
         yield (
@@ -90,10 +90,10 @@ def plots(figures: Stability) -> str:
     steps = range(len(figures.prompts))
     looks = {"capa": COLOURS["vermillion"], "attention": COLOURS["blue"]}
     lines = [
-        Line(
+        Curve(
             f"{score}, step {step}",
             [(one.layer, one.spearman) for one in _of(figures, score, step)],
-            Look(colour, dashed=step > 1),
+            LineStyle(colour, dashed=step > 1),
         )
         for score, colour in looks.items()
         for step in steps[1:3]
@@ -102,7 +102,7 @@ def plots(figures: Stability) -> str:
     panels = [Panel("Agreement with prefill", "layer", "Spearman", lines, numbered(layers), percent=False)]
     for ratio in sorted({one.ratio for one in figures.drift}):
         drifts = [
-            Line(one.selector, [(step, found.value) for step, found in enumerate(one.steps)], look_of(one.selector))
+            Curve(one.selector, [(step, found.value) for step, found in enumerate(one.steps)], look_of(one.selector))
             for one in figures.drift
             if one.ratio == ratio
         ]

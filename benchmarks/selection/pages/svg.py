@@ -7,14 +7,14 @@ from math import ceil, floor, isfinite, log10
 
 from capa_export.selectors.selector import load_selector, selectors
 
-__all__ = ["COLOURS", "Line", "Look", "Panel", "look_of", "numbered", "plot"]
+__all__ = ["COLOURS", "Curve", "LineStyle", "Panel", "look_of", "numbered", "plot"]
 
 _PANEL, _HEIGHT = 430, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 118, 34, 44
 _LABEL_STEP = 13
 _MOST_LINES = 12
 _LEAST_SPAN = 0.01
-"""Of an axis, so that equal values do not look different."""
+"""Least span of an axis, so that equal values do not look different."""
 
 COLOURS = {
     "vermillion": "#d55e00",
@@ -46,8 +46,8 @@ text { font: 11px system-ui, sans-serif; fill: #1f2328 }
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a line is drawn."""
+class LineStyle:
+    """The style of a line."""
 
     colour: str
     dashed: bool = False
@@ -55,12 +55,12 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One line of a panel, with its label."""
 
     label: str
     points: Sequence[tuple[float, float]]
-    look: Look
+    look: LineStyle
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,22 @@ class Panel:
 
     title: str
     x: str
-    """What the axis shows."""
+    """Title of the x axis."""
     y: str
-    lines: Sequence[Line]
+    lines: Sequence[Curve]
     ticks: Mapping[float, str]
-    """Of the x axis: where, and what is written there."""
+    """Ticks of the x axis: their places, and what is written there."""
     rule: tuple[str, float] | None = None
     """A level to compare with, and its label."""
     percent: bool = True
 
 
-def look_of(selector: str) -> Look:
-    """Those before the decoder are dashed, and share colours with those inside it, which are not."""
+def look_of(selector: str) -> LineStyle:
+    """The style of a selector's line: dashed before the decoder, in a colour shared with one inside it."""
     if load_selector(selector).place != "input":
-        return Look(COLOURS[_INSIDE.get(selector, "grey")], width=2.6 if selector == "capa" else 1.6)
+        return LineStyle(COLOURS[_INSIDE.get(selector, "grey")], width=2.6 if selector == "capa" else 1.6)
     before = [name for name in selectors() if load_selector(name).place == "input"]
-    return Look(COLOURS[_BEFORE[before.index(selector) % len(_BEFORE)]], dashed=True)
+    return LineStyle(COLOURS[_BEFORE[before.index(selector) % len(_BEFORE)]], dashed=True)
 
 
 def numbered(values: Iterable[float]) -> dict[float, str]:
@@ -108,7 +108,7 @@ def plot(panels: Sequence[Panel]) -> str:
 def _panel(panel: Panel) -> str:
     assert len(panel.lines) <= _MOST_LINES
     lines = [
-        Line(line.label, [point for point in line.points if isfinite(point[1])], line.look) for line in panel.lines
+        Curve(line.label, [point for point in line.points if isfinite(point[1])], line.look) for line in panel.lines
     ]
     lines = [line for line in lines if line.points]
     ys = [y for line in lines for _, y in line.points] + ([panel.rule[1]] if panel.rule else [])

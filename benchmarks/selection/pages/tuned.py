@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.selection.figures import Contest, Contests
 from benchmarks.selection.pages.ratio import of_dense
-from benchmarks.selection.pages.svg import COLOURS, Line, Look, Panel, look_of, plot
+from benchmarks.selection.pages.svg import COLOURS, Curve, LineStyle, Panel, look_of, plot
 from benchmarks.selection.pages.words import better, joined, points, rate, table, worse
 from capa_export.selectors.selector import load_selector
 
@@ -16,7 +16,7 @@ _HOW = """\
 `tune` saw scenes of the training stream only. Every selector acts at its own place, with the smallest ratio that meets
 the cost, and with the recipe's linear FFNs; where the layers before it alone cost more, it is left out. "tune above it"
 is about the first of the finalists, which was chosen before these questions."""
-_TUNE = Look(COLOURS["vermillion"], dashed=True, width=2.6)
+_TUNE = LineStyle(COLOURS["vermillion"], dashed=True, width=2.6)
 
 
 def findings(figures: Contests) -> Iterator[str]:
@@ -65,7 +65,7 @@ def page(figures: Contests) -> str:
 
 
 def _named(contest: Contest) -> Iterator[tuple[str, str]]:
-    """What a row of the table is called, and its method."""
+    """Yield the title of each row of the table, and its method."""
     yield "tune", contest.tuned
     yield from (("finalist", other) for other in contest.others if other != contest.own)
     if contest.own is not None:
@@ -89,7 +89,7 @@ def plots(figures: Contests) -> str:
         "Selectors inside the decoder": [name for name in listed if name not in before],
         "Selectors before the decoder": before,
     }
-    tuned = Line("tune", _curve(figures, [contest.tuned for contest in figures.contests]), _TUNE)
+    tuned = Curve("tune", _curve(figures, [contest.tuned for contest in figures.contests]), _TUNE)
     return plot(
         [
             Panel(
@@ -98,7 +98,7 @@ def plots(figures: Contests) -> str:
                 y="right answers",
                 ticks={at: f"{100 * contest.budget:.0f}" for at, contest in enumerate(figures.contests)},
                 rule=("dense", figures.dense.score.value),
-                lines=[tuned, *(Line(name, _curve(figures, _of(figures, name)), look_of(name)) for name in names)],
+                lines=[tuned, *(Curve(name, _curve(figures, _of(figures, name)), look_of(name)) for name in names)],
             )
             for title, names in groups.items()
         ]
@@ -106,7 +106,7 @@ def plots(figures: Contests) -> str:
 
 
 def _of(figures: Contests, selector: str) -> list[str]:
-    """Its methods; nothing where it fits no budget."""
+    """The methods of a selector; none where it fits no budget."""
     return [contest.listed.get(selector, "") for contest in figures.contests]
 
 

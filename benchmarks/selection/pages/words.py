@@ -1,4 +1,4 @@
-"""How figures are said: the same words for the same thing on every page."""
+"""Puts figures into words: the same words for the same thing on every page."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -57,7 +57,7 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def listed(sentences: Iterable[str]) -> str:
-    """As bullet points."""
+    """The sentences as bullet points."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
@@ -79,6 +79,6 @@ def verdict(where: str, found: Sequence[tuple[str, Difference]]) -> Iterator[str
 
 
 def unsurpassed(wheres: Sequence[str], what: str, than: str) -> Iterator[str]:
-    """Where nobody is surely better."""
+    """Yield a sentence on where nobody is surely better."""
     if wheres:
         yield f"At {what}{'s' * (len(wheres) > 1)} {joined(wheres)} no selector is surely better than {than}."

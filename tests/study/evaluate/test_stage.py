@@ -95,7 +95,7 @@ def test_what_is_there_is_not_asked_again(
     lines = first.splitlines(keepends=True)
     (tmp_path / ANSWERS).write_text("".join([*lines[:5], *lines[6:-1], lines[-1][:30]]))
     asked: list[tuple[str, Sequence[str]]] = []
-    plain = answers_module.asking
+    plain = answers_module.answerer
 
     def noted(answers: Any) -> Any:
         def note(question: Any, wanted: Sequence[str]) -> Any:
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_asked_again(
 
         return plain(note)
 
-    monkeypatch.setattr("capa_export.study.evaluate.eager_answers.asking", noted)
+    monkeypatch.setattr("capa_export.study.evaluate.eager_answers.answerer", noted)
     found = run(["capa@2:0.75/full"])
     assert asked == [("q2", ["dense"]), ("q8", ["capa@2:0.75/full"])]
     assert sorted(first.splitlines()) == sorted((tmp_path / ANSWERS).read_text().splitlines())
