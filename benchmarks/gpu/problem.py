@@ -101,7 +101,7 @@ class Problem:
         Raises:
             AssertionError: they are not.
         """
-        expected = self.module.reference(**self.inputs, **self.attributes)
+        expected = self.module.reference(*self.inputs.values(), **self.attributes)
         many, own = ((one if isinstance(one, tuple) else (one,)) for one in (expected, outputs))
         rtol = _RTOL.get(self.operator.name, 0)
         for name, wanted, output in zip(self.operator.outputs, many, own, strict=True):

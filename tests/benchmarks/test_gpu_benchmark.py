@@ -297,11 +297,11 @@ def workload(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_the_reference_is_onnx_runtimes(workload: Any, module: Callable[[str], Any], tmp_path: Path) -> None:
     reference = module("reference")
-    graphs = reference.Graphs(tmp_path)
+    graphs = reference.ReferenceGraphs(tmp_path)
     dense, capa = (graphs.reference(dense=dense) for dense in (True, False))
     assert [len(one.kept[0]) for one in (dense, capa)] == [1024 + 48, 256 + 48]
     assert dense.logits.shape == capa.logits.shape == (4, dense.logits.shape[1])
-    again = reference.Graphs(tmp_path).reference(dense=False)
+    again = reference.ReferenceGraphs(tmp_path).reference(dense=False)
     model = reference.OnnxModel(graphs.folder)
     own = reference.trace(model, 256, again.tokens)
     np.testing.assert_array_equal(own.logits, again.logits)
@@ -312,7 +312,7 @@ def test_the_reference_is_onnx_runtimes(workload: Any, module: Callable[[str], A
 @pytest.mark.slow
 def test_engines_are_built_for_one_gpu(workload: Any, module: Callable[[str], Any], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
-    engines, graphs = module("engines"), module("reference").Graphs(tmp_path)
+    engines, graphs = module("engines"), module("reference").ReferenceGraphs(tmp_path)
     target = engines.target_for("tensorrt-rtx", "8.9")
     costs = {}
     for variant in (engines.Variant("python", "external"), engines.Variant("none", "external", dense=True)):
@@ -331,8 +331,8 @@ def test_engines_are_built_for_one_gpu(workload: Any, module: Callable[[str], An
 @pytest.mark.slow
 def test_peers_compiled_or_not_decode_alike(module: Callable[[str], Any], model: Any) -> None:
     peers = module("peers")
-    plain = peers.Peer(model, "cpu")
-    compiled = peers.Peer(model, "cpu", partial(torch.compile, backend="eager"))
+    plain = peers.HuggingFaceDecoder(model, "cpu")
+    compiled = peers.HuggingFaceDecoder(model, "cpu", partial(torch.compile, backend="eager"))
     torch.testing.assert_close(plain.prefill(), compiled.prefill(), rtol=1e-4, atol=1e-4)
     (seconds, own), (_, other) = plain.decode(3), compiled.decode(3)
     assert len(seconds) == 3
