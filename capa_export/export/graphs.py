@@ -15,6 +15,7 @@ from capa_export.base.disk import check_disk
 from capa_export.base.precision import FORMATS
 from capa_export.base.progress import Report, silent
 from capa_export.config.parts import check_units, parse_unit
+from capa_export.config.schedule import Prune
 from capa_export.export.bind import bind, bind_lazily, write_embedding
 from capa_export.export.in_place import EMBEDDING_FILE, Shards
 from capa_export.graph.decoder import decode_model, prefill_model
@@ -30,6 +31,7 @@ __all__ = [
     "PRECISIONS",
     "Graphs",
     "graphs_in_fp32",
+    "pruning",
     "write_onnx",
 ]
 
@@ -46,6 +48,15 @@ class Graphs:
     models: Mapping[str, ir.Model]
     """The graphs by the names that their files would have in an `onnx/` folder."""
     embedding: StoredTensor
+
+
+def pruning(prune: Prune) -> dict[str, Any]:
+    """The pruning as arguments of `write_onnx`."""
+    return {
+        "prune_layers": tuple(stage.layer for stage in prune.schedule),
+        "selectors": prune.selectors,
+        "min_keep_per_image": prune.min_keep_per_image,
+    }
 
 
 def write_onnx(

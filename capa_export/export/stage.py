@@ -12,11 +12,11 @@ from capa_export.calibrate.audit import audit
 from capa_export.calibrate.stage import check_owner
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
-from capa_export.config.schedule import Prune
+from capa_export.export.graphs import pruning, write_onnx
 from capa_export.model.generation import eos_token_ids, read_generation
 from capa_export.model.model import Model
 
-__all__ = ["check_wishes", "export", "pruning"]
+__all__ = ["check_wishes", "export"]
 
 _PACKAGES = ("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers")
 _CODE = (
@@ -37,15 +37,6 @@ def check_wishes(model: Model) -> None:
     model.check_layers()
     model.check_pictures()
     read_generation(model.source.checkpoint.sidecars).check()
-
-
-def pruning(prune: Prune) -> dict[str, Any]:
-    """The pruning as arguments of `write_onnx`."""
-    return {
-        "prune_layers": tuple(stage.layer for stage in prune.schedule),
-        "selectors": prune.selectors,
-        "min_keep_per_image": prune.min_keep_per_image,
-    }
 
 
 def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
@@ -132,7 +123,6 @@ def _write(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write graphs, weights and the files beside them; returns an entry a file, and what else is to be recorded."""
     from capa_export.export.genai import reason_against, write_genai
-    from capa_export.export.graphs import write_onnx
     from capa_export.model.processors.resolved import PROCESSORS, write_processors
     from capa_export.model.sidecars import copy_sidecars
 

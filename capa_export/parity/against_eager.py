@@ -12,7 +12,7 @@ from capa_export.bundle.store import ONNX, Bundle
 from capa_export.calibrate.sums import CALIBRATION, scales_digest
 from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.export.stage import pruning
+from capa_export.export.graphs import pruning
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.parity.validation import (

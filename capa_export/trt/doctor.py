@@ -21,7 +21,7 @@ from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import choose_weights, device_memory, devices_with_room
 from capa_export.plan.flops import kv_cache
-from capa_export.trt.kit import GRAPHS
+from capa_export.trt.graphs import GRAPHS
 
 __all__ = ["Finding", "examine"]
 

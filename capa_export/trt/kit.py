@@ -1,46 +1,35 @@
-"""Writes kits: graphs as TensorRT reads them, and what a builder needs to know of them."""
+"""Writes kits: folders with all that builds a bundle's engines on its device."""
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-import capa_export
-from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, say, silent
-from capa_export.bundle.store import ONNX, Bundle, digest_of, file_digest
-from capa_export.config.plugins import PluginKind, PluginWish, choose_device_plugins
-from capa_export.config.target import DimRange, Engine, Target, version_parts
+from capa_export.bundle.store import ONNX, Bundle, file_digest
+from capa_export.config.plugins import PluginWish, choose_device_plugins
+from capa_export.config.target import Engine, Target, version_parts
 from capa_export.config.weights import Weights
 from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.builder import KIT, VERSION, WORKER
+from capa_export.trt.builder import KIT, WORKER
 from capa_export.trt.golden import write_golden
+from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
 
-__all__ = ["GRAPHS", "write_graphs", "write_kit"]
-
-GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
-"""Engine of each graph."""
+__all__ = ["write_kit"]
 
 _BUILDER = {
     "trt/builder.py": "builder.py",
     "trt/worker.py": WORKER,
     "kernels/plugins/alias.py": "parser_library.py",
 }
-_INSTALL = {
-    "tensorrt-rtx": how_to_install("rtx"),
-    "tensorrt": "it comes with JetPack, as python3-libnvinfer, or with pip install tensorrt",
-}
-
 _SCRIPT = """#!/bin/sh
 # Builds the engines of this kit on its device: compiles the plugins, then runs TensorRT. ./build.sh --help says more.
 exec "${PYTHON:-python3}" "$(dirname "$0")/builder.py" "$@"
@@ -85,44 +74,6 @@ _GOLDEN = """## The golden
 are stored in FP32.
 
 """
-
-
-def write_graphs(
-    onnx: Path,
-    graphs: Mapping[str, str],
-    kit: Path,
-    target: Target,
-    *,
-    weights: Weights,
-    plugins: PluginKind,
-    home: Path | None = None,
-) -> None:
-    """Write a kit that is built where it lies; its graphs find their weights where the shipped ones do.
-
-    Args:
-        onnx: folder of the graphs.
-        graphs: name of the engine of each graph.
-        kit: the folder, which must not exist yet.
-        target: the device; supplies the limits of every dimension.
-        weights: whether the large weights are in the engines, or inputs of the networks.
-        plugins: what computes the CAPA nodes.
-        home: where the engines will be used, if the kit moves: what `NAME.weights.json` is relative to.
-
-    Raises:
-        CapaError: the target is not possible, or a graph is damaged, lacks its weights or takes no plugins.
-    """
-    target.require_engine()
-    kit.mkdir(parents=True)
-    engines: dict[str, Any] = {}
-    for graph, name in graphs.items():
-        source, place = onnx / graph, kit / graph
-        limits = _limits(source, target)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(source, place, external_weights=weights == "external", plugins=plugins != "none")
-        if weights == "external":
-            _write_weights(kit / f"{name}.weights.json", source, (home or kit) / name, prepared.weights)
-        engines[name] = {"onnx": graph, "source": str(source), "plugins": prepared.num_plugins, **limits}
-    _write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={})
 
 
 def write_kit(
@@ -182,7 +133,7 @@ def write_kit(
         _write_builder(kit, target.name, settings, precision, weights, native=native, golden=has_golden)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}
-        _write_manifest(
+        write_manifest(
             kit,
             target,
             precision=precision,
@@ -249,72 +200,13 @@ def _engine(
     older = prepare(source, lowered, **options, version=version_parts(target.require_engine().version_min))
     assert older == prepared, "the same weights serve both"
     if weights == "external":
-        _write_weights(kit / f"{name}.weights.json", place, kit / name, prepared.weights)
+        write_weights(kit / f"{name}.weights.json", place, kit / name, prepared.weights)
     return {
         "onnx": f"{ONNX}/{onnx}",
         "lowered": lowered.relative_to(kit).as_posix(),
         "plugins": prepared.num_plugins,
-        **_limits(source, target),
+        **find_limits(source, target),
     }
-
-
-def _limits(onnx: Path, target: Target) -> dict[str, dict[str, list[list[int]]]]:
-    """Smallest, usual and largest shape of every input, and the same of the values of those which are sizes.
-
-    Raises:
-        CapaError: the graph cannot be read, its weights are missing, or the target has no limits for a dimension.
-    """
-    try:
-        graph = ir.load(onnx).graph
-    except Exception as error:
-        raise CapaError(f"{onnx}: cannot be read as ONNX: {error}", ExitCode.ENGINE) from error
-    for value in graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
-            raise CapaError(f"{onnx}: its weights are missing: {value.const_value.path}", ExitCode.ENGINE)
-
-    def limits(size: int | ir.SymbolicDim) -> DimRange:
-        return DimRange(min=size, opt=size, max=size) if isinstance(size, int) else target.dim(str(size.value))
-
-    shapes = {str(value.name): value.shape or ir.Shape(()) for value in graph.inputs}
-    values = target.require_engine().values
-    return {
-        "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
-        "shape_inputs": {
-            name: _ends([values[name]] * prod(shape.numpy())) for name, shape in shapes.items() if name in values
-        },
-    }
-
-
-def _ends(ranges: Sequence[DimRange]) -> list[list[int]]:
-    return [[one.min for one in ranges], [one.opt for one in ranges], [one.max for one in ranges]]
-
-
-def _write_weights(path: Path, onnx: Path, engine: Path, weights: Sequence[Mapping[str, Any]]) -> None:
-    """Write where a runtime finds the bytes of every weight input; files are relative to the folder of the engine."""
-    entries: dict[str, dict[str, Any]] = {}
-    for weight in weights:
-        entry = dict(weight)
-        data = (onnx.parent / entry.pop("location")).resolve()
-        name = entry.pop("name")
-        entries[name] = {"file": Path(os.path.relpath(data, engine.parent.resolve())).as_posix(), **entry}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_manifest(kit: Path, target: Target, **said: Any) -> None:
-    """Write `kit.json`, which holds a digest of itself."""
-    settings = target.require_engine()
-    manifest = {
-        "version": VERSION,
-        "tool": f"capa-export {capa_export.__version__}",
-        "target": target.name,
-        "runtime": settings.runtime.replace("-", "_"),
-        "install": _INSTALL[settings.runtime],
-        **settings.model_dump(include={"compute_capabilities", "version_min", "version_below"}, mode="json"),
-        **said,
-    }
-    text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1) + "\n"
-    (kit / KIT).write_text(text, encoding="utf-8")
 
 
 def _write_plugins(folder: Path, settings: Engine) -> None:

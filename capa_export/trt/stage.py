@@ -26,13 +26,15 @@ from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt import builder
-from capa_export.trt.kit import GRAPHS, write_graphs, write_kit
+from capa_export.trt.graphs import GRAPHS, write_graphs
+from capa_export.trt.kit import write_kit
 from capa_export.trt.layers import read_engine
 
 __all__ = ["build_engines", "build_graphs", "build_kit", "check_engines", "check_runtime"]
 
-_ENGINE_CODE = ("capa_export.trt.builder", "capa_export.trt.layers", "capa_export.trt.kit", "capa_export.trt.worker")
-_KIT_CODE = ("capa_export.trt.kit",)
+_BUILDER_CODE = ("capa_export.trt.builder", "capa_export.trt.worker", "capa_export.kernels.plugins.alias")
+_ENGINE_CODE = (*_BUILDER_CODE, "capa_export.trt.graphs", "capa_export.trt.layers")
+_KIT_CODE = (*_BUILDER_CODE, "capa_export.trt.kit")
 
 
 def check_runtime(target: Target) -> None:

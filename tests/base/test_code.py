@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import capa_export
-from capa_export import pipeline
 from capa_export.base import code
 from capa_export.base.code import digest_code, find_code, versions
+from capa_export.calibrate import stage as calibrate_stage
+from capa_export.export import stage as export_stage
 from capa_export.parity import against_golden
 from capa_export.parity.against_eager import AgainstEager
 from capa_export.study.evaluate.bundle_answers import BundleAnswers
@@ -21,8 +22,8 @@ from capa_export.study.evaluate.eager_answers import EagerAnswers
 from capa_export.trt import stage as trt_stage
 
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "calibrate": pipeline._CALIBRATION_CODE,
-    "export": pipeline._EXPORT_CODE,
+    "calibrate": calibrate_stage._CODE,
+    "export": export_stage._CODE,
     "engine": trt_stage._ENGINE_CODE,
     "kit": trt_stage._KIT_CODE,
     "validate": (AgainstEager.__module__,),

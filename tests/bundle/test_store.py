@@ -141,7 +141,7 @@ def test_nothing_made_leaves_no_folder(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from capa_export.bundle import Bundle
+from capa_export.bundle.store import Bundle
 
 def work(scratch):
     (scratch / "made" / "deep").mkdir(parents=True)

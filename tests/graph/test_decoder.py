@@ -199,7 +199,8 @@ def test_same_inputs_give_identical_bytes(source: Source, tmp_path: Path) -> Non
     """In processes with different hash seeds."""
     code = (
         "import sys; from pathlib import Path; from capa_export.model.checkpoint import open_checkpoint; "
-        "from capa_export.export.stage import Source, write_onnx; from capa_export.model.families import load_family; "
+        "from capa_export.export.graphs import write_onnx; from capa_export.model.source import Source; "
+        "from capa_export.model.families import load_family; "
         "import numpy as np; source = Source.of(open_checkpoint(sys.argv[1]), load_family('qwen25vl')); "
         "write_onnx(source, 'fp16', Path(sys.argv[2]), prune_layers=(2,), scales={1: np.ones(64), 3: np.ones(64) / 3})"
     )
