@@ -12,7 +12,6 @@ from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.model.model import Model
-from capa_export.plan import plan as dry_run
 from capa_export.report.schema import ParityReport, read_parity
 from tests.building import Building
 from tests.conftest import noise
@@ -76,7 +75,7 @@ def test_models_that_do_not_fit_go_layer_by_layer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(dry_run, "validation_bytes", lambda *_: 1 << 60)
+    monkeypatch.setattr("capa_export.parity.validation.validation_bytes", lambda *_: 1 << 60)
     assert validated(bundle, checkpoint, pictures, layers=None, seed=1).passed
     assert "layer by layer: eager models and graphs take" in capsys.readouterr().err
 
