@@ -5,7 +5,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test coverage check format wheel clean
+.PHONY: demo test coverage check docs format wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
@@ -27,6 +27,10 @@ check: .venv/dev.stamp
 format: .venv/dev.stamp
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: .venv/dev.stamp
+	$(BIN)/griffe2md capa_export -o docs/api.md
+	$(BIN)/griffe2md capa_export.api.builds >> docs/api.md
 
 wheel: .venv/dev.stamp
 	$(BIN)/python -m build

@@ -1,4 +1,22 @@
-"""Export vision-language models with CAPA pruning to ONNX and TensorRT."""
+"""Export vision-language models with CAPA pruning to ONNX and TensorRT.
+
+As a library, nothing is printed: what is said on the way goes to the logger `capa_export`, and `progress` is called
+with what is being done, how much of it is done, and how much there is. A user's mistake raises `CapaError`.
+
+Examples:
+    ```python
+    import capa_export
+
+    bundle = capa_export.build(
+        recipe="tiny-qwen25vl", out="out/tiny", schedule="capa@2:0.75", target="onnx", samples=8, validation_samples=4
+    )
+    print(bundle.parity.passed)
+
+    vlm = capa_export.open("out/tiny").load()
+    for piece in vlm.stream("What color is the star?", images=["scene.png"]):
+        print(piece, end="")
+    ```
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

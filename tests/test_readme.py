@@ -81,5 +81,11 @@ def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixtur
         assert option in known, option
     codes = re.findall(r"^\| ([\d, ]+) \|", README, flags=re.MULTILINE)
     assert {int(code) for cell in codes for code in cell.split(",")} == set(ExitCode)
-    for path in re.findall(r"^\| `([\w/.]+)`", README.split("\n## File map\n")[1], flags=re.MULTILINE):
-        assert (ROOT / path).exists(), path
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    for path in re.findall(r"^  ([\w/.]+)", layout, flags=re.MULTILINE):
+        assert (ROOT / "capa_export" / path).exists(), path
+    named = {path.split("/")[0] for path in re.findall(r"^  ([\w/.]+)", layout, flags=re.MULTILINE)}
+    inside = {
+        path.name for path in (ROOT / "capa_export").iterdir() if path.name[0] not in "_." and path.name != "py.typed"
+    }
+    assert named == inside

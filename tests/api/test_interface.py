@@ -1,0 +1,66 @@
+"""The Python interface: its names, its documents, and that it prints nothing."""
+
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import capa_export
+from capa_export.api import builds
+
+ROOT = Path(__file__).resolve().parents[2]
+DOC = ROOT / "docs" / "api.md"
+
+
+def test_names_are_stable() -> None:
+    assert capa_export.__all__ == [
+        "Bundle",
+        "CapaError",
+        "GenerationOptions",
+        "ParityReport",
+        "VisionLanguageModel",
+        "build",
+        "open",
+    ]
+    assert all(getattr(capa_export, name) for name in capa_export.__all__)
+    bundle = {name for name in vars(capa_export.Bundle) if name[0] != "_"}
+    assert bundle == {
+        *("build_engines", "compare", "explain", "folder", "load", "manifest", "parity", "validate"),
+    }
+    asked = {name for name in vars(capa_export.VisionLanguageModel) if name[0] != "_"}
+    assert asked >= {"answer", "answers", "chat", "stream"}
+    assert (Path(capa_export.__file__).parent / "py.typed").is_file()
+
+
+def test_stages_take_what_a_build_takes() -> None:
+    whole = inspect.signature(builds.build).parameters
+    for stage in (builds.calibrate, builds.export, builds.plan):
+        own = inspect.signature(stage).parameters
+        assert own.keys() - whole.keys() <= {"workers", "ray", "in_place"}, stage
+        for name in own.keys() & whole.keys() - {"out", "weights"}:
+            assert own[name].default == whole[name].default, (stage, name)
+
+
+def test_the_document_is_that_of_the_docstrings() -> None:
+    written = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "griffe2md", package], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for package in ("capa_export", "capa_export.api.builds")
+    )
+    assert DOC.read_text(encoding="utf-8").split() == written.split(), "run `make docs`"
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_prints_no_more_than_it_says(tmp_path: Path) -> None:
+    (code,) = [
+        part for part in re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL) if "import" in part
+    ]
+    shutil.copy(ROOT / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png", tmp_path)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "True\nred" and ran.stderr == ""
