@@ -24,12 +24,12 @@ _ROWS, _OTHERS = 32, 128
 _BLOCK, _SEARCH_WARPS = 4096, 16
 
 
-def reference(scores: torch.Tensor, num_rows: torch.Tensor, min_keep_per_image: int) -> torch.Tensor:
+def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: int) -> torch.Tensor:
     """What the kernels compute.
 
     Args:
         scores: [B, T], FP32; +inf for text, NaN ranks as -inf.
-        num_rows: [1], text included, at most T.
+        num_keep: [1], rows of either kind, at most T; the graph's input of this name counts visual tokens alone.
         min_keep_per_image: so many of each image come right behind text, the best first. An image is a run of tokens
             between two of text.
 
@@ -45,7 +45,7 @@ def reference(scores: torch.Tensor, num_rows: torch.Tensor, min_keep_per_image: 
         for one in image.unique():
             is_first[best[(image == one)[best] & ~is_text[best]][:min_keep_per_image]] = True
         first, rest = best[is_first[best]], best[~is_first[best]]
-        kept.append(torch.cat([first, rest])[: int(num_rows)].sort().values)
+        kept.append(torch.cat([first, rest])[: int(num_keep)].sort().values)
     return torch.stack(kept)
 
 
