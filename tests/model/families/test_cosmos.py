@@ -85,8 +85,8 @@ def test_it_is_read_as_its_architecture(name: str, tmp_path: Path) -> None:
     assert recipe.family == family and any(name in published for published in recipe.published)
     buildings = [Building.of(recipe, Bundle(tmp_path / "out"), one) for one in (folder, plain)]
     cosmos, qwen = buildings
-    assert cosmos.source.dims == qwen.source.dims
-    check_tensors(cosmos.source)
+    assert cosmos.model.source.dims == qwen.model.source.dims
+    check_tensors(cosmos.model.source)
     prompts = [building.model.prompter(QUESTION, [noise(140, 196), noise(84, 84, 1)]) for building in buildings]
     np.testing.assert_array_equal(prompts[0].input_ids, prompts[1].input_ids)
     for theirs, ours in zip(prompts[1].pictures, prompts[0].pictures, strict=True):

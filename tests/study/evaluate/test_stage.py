@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_a_ratio_that_leaves_too_few_is_a_row_that_cannot_be_asked(
     recipe: Recipe, checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of small pictures alone: others have tokens enough."""
-    monkeypatch.setattr(attention, "LEAST", 4)
+    monkeypatch.setattr(attention, "SELECTOR", replace(attention.SELECTOR, least=4))
     evaluated = evaluated_model(building_of(recipe, checkpoint, tmp_path), ["attention@1:0.75/full"])
     found = evaluate(evaluated, questions_from(questions), tmp_path)
     assert [entry.row for entry in found.skipped] == [0, 2, 4, 6, 8]
