@@ -1,5 +1,6 @@
 """A build whose stages tests run one by one."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,14 @@ from capa_export.config.options import BuildOptions, ValidationOptions
 from capa_export.config.recipe import Recipe
 from capa_export.config.target import load_target
 from capa_export.export.stage import export
+from capa_export.model.generation import GenerationOptions
 from capa_export.model.model import Model, recorded_model
+from capa_export.model.prompt import Turn
 from capa_export.parity.stage import validate
 from capa_export.report.schema import ParityReport
+from capa_export.run.answer import VisionLanguageModel, run_to_end
 
-__all__ = ["Building"]
+__all__ = ["Building", "answer"]
 
 
 @dataclass(kw_only=True)
@@ -77,3 +81,15 @@ class Building:
     def _validation(self, **options: Any) -> ValidationOptions:
         own = {"images": self.options.images, "layer_by_layer": self.options.layer_by_layer}
         return ValidationOptions(**{**own, **options})
+
+
+def answer(
+    bundle: Bundle,
+    conversations: Sequence[Sequence[Turn]],
+    *,
+    options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
+    stream: Callable[[str], None] | None = None,
+    engine: str | None = None,
+) -> list[dict[str, Any]]:
+    """Load a bundle and ask it once."""
+    return run_to_end(VisionLanguageModel(bundle, engine=engine).answers(conversations, options=options), stream)

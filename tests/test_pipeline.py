@@ -31,9 +31,8 @@ from capa_export.model.generation import GenerationOptions, eos_token_ids
 from capa_export.model.prompt import Prompter
 from capa_export.plan import plan as dry_run
 from capa_export.plan.flops import parameters
-from capa_export.run.answer import answer
 from capa_export.trt.stage import build_engines
-from tests.building import Building
+from tests.building import Building, answer
 from tests.conftest import noise
 
 

@@ -1,6 +1,6 @@
 """The eager model in half precision, with parts of it in FP32: what the precision alone does to it.
 
-Shares no code with the graphs' islands.
+Shares the names of parts with the graphs, and no code that puts them in FP32.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -32,7 +32,7 @@ from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
 from capa_export.run.runtime import PrefillRun, RuntimeModel
 
-__all__ = ["VisionLanguageModel", "answer", "run_to_end", "runtime_errors"]
+__all__ = ["VisionLanguageModel", "run_to_end", "runtime_errors"]
 
 
 class VisionLanguageModel:
@@ -220,26 +220,6 @@ class VisionLanguageModel:
         limit = limit if fixed else min(limit, model.room(prompts, num_keep))
         model.check(prompts, num_keep, limit)
         return limit
-
-
-def answer(
-    bundle: Bundle,
-    conversations: Sequence[Sequence[Turn]],
-    *,
-    ratio: float | None = None,
-    options: GenerationOptions = GenerationOptions(),  # noqa: B008 - frozen.
-    stream: Callable[[str], None] | None = None,
-    engine: str | None = None,
-    bounds: PixelBounds | None = None,
-    trust_remote_code: bool = False,
-) -> list[dict[str, Any]]:
-    """Load a bundle and ask it once; `stream` is told each new piece of the first answer.
-
-    Raises:
-        CapaError: as `VisionLanguageModel` and its `answers`.
-    """
-    model = VisionLanguageModel(bundle, engine=engine, bounds=bounds, trust_remote_code=trust_remote_code)
-    return run_to_end(model.answers(conversations, ratio=ratio, options=options), stream)
 
 
 def run_to_end(

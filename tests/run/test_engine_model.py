@@ -21,11 +21,11 @@ from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Prompt, Prompter, Turn
 from capa_export.model.source import Source
 from capa_export.run import engine_model as engine_runtime
-from capa_export.run.answer import answer
 from capa_export.run.decoding import greedy
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
 from capa_export.run.onnx import OnnxModel
+from tests.building import answer
 from tests.conftest import noise, recorded
 from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
 

@@ -31,10 +31,9 @@ from capa_export.model.prompt import Picture, Prompt, Prompter
 from capa_export.model.source import Source
 from capa_export.model.tensors import check_tensors
 from capa_export.plan.flops import flops, parameters
-from capa_export.run.answer import answer
 from capa_export.run.onnx import OnnxModel
 from tests.agreement import compare
-from tests.building import Building
+from tests.building import Building, answer
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
 from tests.models.qwen3vl import build_image_processor, random_model, save_model
