@@ -142,8 +142,7 @@ def calibrate(
         layer_by_layer=layer_by_layer,
         workers=Workers(count=workers, ray=ray),
     )
-    ffn = model.recipe.ffn
-    return measure(model, store.Bundle(Path(out)), options).summary(ffn.eta, ffn.paper_layers)
+    return measure(model, store.Bundle(Path(out)), options).summary(model.recipe.ffn)
 
 
 def export(

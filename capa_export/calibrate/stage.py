@@ -11,15 +11,17 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say, tracked
 from capa_export.base.workers import chunks, in_order, run_tasks
 from capa_export.bundle.store import Bundle, run_stage
+from capa_export.calibrate.scaled_sets import EFFECT
 from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Recipe, ranges
-from capa_export.data.samples import Sample, Samples, samples_from
+from capa_export.data.samples import JUDGES, Sample, Samples, samples_from
+from capa_export.model.generation import eos_token_ids
 from capa_export.model.memory import calibration_bytes, exceeds_memory, require_eager_memory
 from capa_export.model.model import Model
 
-__all__ = ["adopt_calibration", "calibrate", "check_owner"]
+__all__ = ["adopt_calibration", "calibrate", "check_owner", "with_effect"]
 
 _CODE = ("capa_export.calibrate.layerwise", "capa_export.calibrate.measure", "capa_export.model.prompt")
 """Modules whose code a stored calibration depends on."""
@@ -43,8 +45,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         with bundle.claimed():
             adopt_calibration(bundle, calibration)
             model.record_digests(bundle)
-        _say_linear(calibration, model.recipe)
-        return calibration
+        return with_effect(model, bundle, options)
 
     recipe = model.recipe
     samples = samples_from(options.images, recipe, options.samples or recipe.calibration.samples, split="train")
@@ -55,14 +56,65 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         with bundle.unfinished("calibrate", [key, by_layer]) as folder:
             calibration = _measured(model, samples, options, UnfinishedSums(folder), by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
-        return calibration.summary(recipe.ffn.eta, recipe.ffn.paper_layers)
+        return calibration.summary(recipe.ffn)
 
     with bundle.claimed():
-        run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+        run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
         model.record_digests(bundle)
-        calibration = Calibration.load(bundle.folder)
-    _say_linear(calibration, recipe)
+    calibration = with_effect(model, bundle, options)
+    # The stages to come need the memory more than validation needs the second that loading takes.
+    model.forget_eager()
     return calibration
+
+
+def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
+    """The bundle's calibration, with what sets of its scales do to the answers: measured unless it is known.
+
+    Raises:
+        CapaError: there is no calibration, a sample cannot be used, or the model does not load.
+    """
+    calibration, ffn = Calibration.load(bundle.folder), model.recipe.ffn
+    if not options.ffn:
+        return calibration
+    count = min(JUDGES, options.samples or model.recipe.calibration.samples)
+    samples = samples_from(options.images, model.recipe, count, split="judge")
+    key = [
+        versions("torch", "transformers", code_of=["capa_export.calibrate.effect"]),
+        [calibration.digest(), ffn.eta, ffn.budget],
+        [model.prompt_settings, samples.digest()],
+    ]
+
+    def work(scratch: Path) -> dict[str, Any]:
+        from capa_export.calibrate.effect import measure_effect
+
+        stop = eos_token_ids(model.source.checkpoint.sidecars)
+        about: Any = {"stop": stop, "report": model.report}
+        effect = measure_effect(
+            _eager(model, options), model.family, model.prompter, samples, calibration, ffn, **about
+        )
+        effect.save(scratch / EFFECT)
+        return {"layers": effect.chosen.layers}
+
+    with bundle.claimed():
+        run_stage(bundle, "effect", key, [EFFECT], work, outdates=["validate"])
+        calibration = Calibration.load(bundle.folder)
+    _say_linear(calibration, model.recipe)
+    return calibration
+
+
+def _eager(model: Model, options: BuildOptions) -> Any:
+    """The model, run by hand: in memory, or from the checkpoint part by part where it does not fit."""
+    from capa_export.model.eager import Eager
+    from capa_export.model.streamed import StoredWeights, hollow_model
+
+    needed = calibration_bytes(model.source.checkpoint.num_parameters)
+    by_layer = options.layer_by_layer
+    if by_layer is None:
+        by_layer = not model.holds_eager and exceeds_memory("the model takes {} in FP32", needed)
+    if not by_layer:
+        return Eager(model.eager)
+    weights = StoredWeights(model.source, model.report)
+    return Eager(hollow_model(model.source, weights), weights)
 
 
 def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
@@ -73,7 +125,7 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
         return {"samples": calibration.samples, "adopted": True}
 
     key = ["adopted", calibration.digest()]
-    run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["validate"])
+    run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
 
 
 def check_owner(calibration: Calibration, model: Model, path: Path) -> None:
@@ -123,10 +175,7 @@ def _measured(
     about: Any = {"checkpoint_digest": model.digest, "unfinished": unfinished, "report": model.report}
     if by_layer:
         return calibrate_layerwise(model.source, model.prompter, samples, **about)
-    calibration = measure(model.eager, model.family, model.prompter, samples, **about)
-    # The stages to come need the memory more than validation needs the second that loading takes.
-    model.forget_eager()
-    return calibration
+    return measure(model.eager, model.family, model.prompter, samples, **about)
 
 
 def _measured_by_workers(
@@ -153,3 +202,5 @@ def _say_linear(calibration: Calibration, recipe: Recipe) -> None:
     linear = calibration.linear_layers(recipe.ffn.eta)
     paper = f"; the paper lists {ranges(recipe.ffn.paper_layers)}" if recipe.ffn.paper_layers else ""
     say(f"{'':<14}visual FFNs linear (cosine > {recipe.ffn.eta:g}) in layers {ranges(linear)}{paper}")
+    if calibration.effect is not None:
+        say(f"{'':<14}{calibration.effect.words}")

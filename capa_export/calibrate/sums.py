@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import FP16_MAX
 from capa_export.bundle.store import digest_of
+from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect
+from capa_export.config.recipe import FFN
 
 __all__ = ["CALIBRATION", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "scales_digest", "summed"]
 
@@ -94,6 +96,9 @@ class Calibration:
     and projections under `PATH.input`; an attention's `.query`, `.key` and `.value`, rotated, and its `.scores`,
     before the softmax, masked ones too."""
 
+    effect: FfnEffect | None = None
+    """What sets of scales do to the answers; None where that was not measured with these sums."""
+
     @property
     def mean_visual_tokens(self) -> float:
         """Mean number of visual tokens of a sample."""
@@ -103,9 +108,32 @@ class Calibration:
         """Layers whose visual FFN a scale may replace: mean cosine above eta."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.cosine > eta)
 
-    def scales(self, eta: float) -> dict[int, np.ndarray]:
-        """Layer -> alpha [D] FP64, of the linear layers."""
-        return {layer: self.layers[layer].alpha for layer in self.linear_layers(eta)}
+    def measured(self, ffn: FFN) -> bool:
+        """Whether the effect is known by which layers are chosen."""
+        return self.effect is not None and self.effect.answers(self.digest(), ffn)
+
+    def scaled_layers(self, ffn: FFN, eta: float | None = None) -> tuple[int, ...]:
+        """Layers whose visual FFN a scale replaces: the largest set within the budget.
+
+        Args:
+            ffn: the recipe's threshold and budget.
+            eta: another threshold, which then decides by cosine alone.
+
+        Raises:
+            CapaError: what sets of scales do to the answers was not measured.
+        """
+        if eta is not None and eta != ffn.eta:
+            return self.linear_layers(eta)
+        if self.effect is None or not self.measured(ffn):
+            raise CapaError(
+                f"the calibration does not say what scales cost at eta {ffn.eta:g} and {ffn.budget:g} nats; "
+                "run `capa-export calibrate` again with the same recipe"
+            )
+        return self.effect.chosen.layers
+
+    def alphas(self, layers: Iterable[int]) -> dict[int, np.ndarray]:
+        """Layer -> alpha [D] FP64."""
+        return {layer: self.layers[layer].alpha for layer in layers}
 
     @property
     def sink_channels(self) -> tuple[int, ...]:
@@ -118,15 +146,18 @@ class Calibration:
         channels = set(self.sink_channels)
         return sum(count for dims, count in self.layers[layer].sinks.items() if channels.intersection(dims))
 
-    def summary(self, eta: float, paper_layers: Sequence[int]) -> dict[str, Any]:
+    def summary(self, ffn: FFN) -> dict[str, Any]:
         """The figures that tables and `--json` show: per layer, then ranges and sinks."""
         worst, largest = max(self.absmax.items(), key=lambda item: item[1], default=("", 0.0))
         return {
             "samples": self.samples,
             "visual_tokens": self.layers[0].visual_tokens,
-            "eta": eta,
-            "linear_layers": list(self.linear_layers(eta)),
-            "paper_layers": list(paper_layers),
+            "eta": ffn.eta,
+            "budget": ffn.budget,
+            "linear_layers": list(self.linear_layers(ffn.eta)),
+            "scaled_layers": list(self.scaled_layers(ffn)) if self.measured(ffn) else None,
+            "scales_tried": [one.model_dump(mode="json") for one in self.effect.tried] if self.effect else [],
+            "paper_layers": list(ffn.paper_layers),
             "layers": [
                 {
                     "layer": index,
@@ -192,10 +223,15 @@ class Calibration:
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
         """
+        effect = None
         if path.is_dir():
             from capa_export.bundle.store import Bundle
 
-            Bundle.open(path).verify("calibrate")
+            bundle = Bundle.open(path)
+            bundle.verify("calibrate")
+            if "effect" in bundle.manifest["stages"]:
+                bundle.verify("effect")
+                effect = FfnEffect.load(path / EFFECT)
             path /= CALIBRATION
         try:
             with safe_open(path, framework="np") as file:
@@ -209,7 +245,7 @@ class Calibration:
                     )
                     for index, counts in enumerate(about["layers"])
                 ]
-            calibration = cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"])
+            calibration = cls(about["checkpoint_digest"], about["samples"], layers, about["absmax"], effect)
             # Calibrations of earlier versions have no digest.
             if metadata.get("digest", calibration.digest()) != calibration.digest():
                 raise ValueError("its digest differs from what it holds: it was changed since it was measured")
@@ -258,7 +294,7 @@ def summed(
         if keep is not None:
             keep(total)
     assert total is not None
-    return replace(total, absmax=dict(sorted(total.absmax.items())))
+    return replace(total, absmax=dict(sorted(total.absmax.items())), effect=None)
 
 
 def scales_digest(scales: Mapping[int, np.ndarray]) -> str:

@@ -145,8 +145,7 @@ def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
 
     calibration = merged([Calibration.load(part) for part in parts])
     adopt_calibration(Bundle(out), calibration)
-    ffn = load_recipe(recipe).ffn if recipe else FFN()
-    return calibration.summary(ffn.eta, ffn.paper_layers)
+    return calibration.summary(load_recipe(recipe).ffn if recipe else FFN())
 
 
 def export(

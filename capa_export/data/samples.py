@@ -22,8 +22,13 @@ from capa_export.data.scenes import samples
 from capa_export.data.sources import find_source, read_line, read_lines, wrong_line
 from capa_export.model.prompt import Turn, Video
 
-__all__ = ["Conversation", "Sample", "Samples", "samples_from"]
+__all__ = ["JUDGES", "Conversation", "Sample", "Samples", "samples_from"]
 
+Split = Literal["train", "judge", "held_out"]
+"""For the sums of a calibration, for its choice of layers, and for validation."""
+
+JUDGES = 8
+"""Samples that judge sets of scales."""
 _SEED = 2602
 
 
@@ -65,7 +70,7 @@ class Samples:
     has_answers: bool
     files: tuple[Path, ...] = ()
     question: str = ""
-    split: Literal["train", "held_out"] = "train"
+    split: Split = "train"
     conversations: tuple[Conversation, ...] = ()
     """Conversations, in place of files and a question."""
     folder: Path = Path()
@@ -80,7 +85,10 @@ class Samples:
         if self.files:
             files = islice(cycle(self.files), self.count)
             return (Sample([Turn("user", [open_picture(path), self.question])]) for path in files)
-        drawn = samples(self.count, seed=_SEED if self.seed is None else self.seed, split=self.split)
+        seed = _SEED if self.seed is None else self.seed
+        # Scenes have two streams: judges are of the one that calibrates, with a seed of their own.
+        split, seed = ("train", seed + 1) if self.split == "judge" else (self.split, seed)
+        drawn = samples(self.count, seed=seed, split=split)
         return (Sample([Turn("user", [scene.image, scene.question])], scene.answer) for scene in drawn)
 
     def digest(self) -> str:
@@ -108,7 +116,7 @@ def samples_from(
     recipe: Recipe,
     count: int,
     *,
-    split: Literal["train", "held_out"],
+    split: Split,
     repeat: bool = False,
     seed: int | None = None,
 ) -> Samples:
@@ -119,10 +127,10 @@ def samples_from(
             "question": ...}`, and may hold the `"answer"` too.
         recipe: says whether scenes stand in for a missing folder.
         count: how many samples at most.
-        split: the stream of scenes, disjoint from the other one.
+        split: the stream of scenes, disjoint from the others.
         repeat: go round the samples again to reach `count`.
-        seed: draws other scenes of the split; shuffles a folder or file before it is split, so that the two splits
-            are disjoint where both are made with the same one.
+        seed: draws other scenes of the split; shuffles a folder or file before it is split, so that the splits are
+            disjoint where all are made with the same one.
 
     Raises:
         CapaError: no folder where one is needed, no picture in it, a line that is no conversation with a picture, or
@@ -161,11 +169,14 @@ def _shuffled(items: tuple[T, ...], seed: int | None) -> tuple[T, ...]:
     return items if seed is None else tuple(items[i] for i in np.random.default_rng(seed).permutation(len(items)))
 
 
-def _split(items: tuple[T, ...], recipe: Recipe, split: Literal["train", "held_out"]) -> tuple[T, ...]:
-    """The samples of a split; where there are enough, validation sees others than calibration does."""
+def _split(items: tuple[T, ...], recipe: Recipe, split: Split) -> tuple[T, ...]:
+    """The samples of a split; where there are enough, each sees others than the others do."""
     if len(items) < 2 * recipe.parity.prompts:
         return items
-    return items[recipe.parity.prompts :] if split == "train" else items[: recipe.parity.prompts]
+    held_out, rest = items[: recipe.parity.prompts], items[recipe.parity.prompts :]
+    judges = min(JUDGES, len(rest) // 4)
+    parts = {"held_out": held_out, "judge": rest[len(rest) - judges :] or rest, "train": rest[: len(rest) - judges]}
+    return parts[split]
 
 
 def _conversations(path: Path) -> tuple[Conversation, ...]:

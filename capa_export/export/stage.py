@@ -101,7 +101,7 @@ def _calibrated(model: Model, bundle: Bundle, options: BuildOptions) -> tuple[Ca
         return None, {}
     calibration = Calibration.load(bundle.folder)
     check_owner(calibration, model, path)
-    return calibration, calibration.scales(model.recipe.ffn.eta) if options.ffn else {}
+    return calibration, calibration.alphas(calibration.scaled_layers(model.recipe.ffn)) if options.ffn else {}
 
 
 def _fp32_layers(model: Model, options: BuildOptions, calibration: Calibration | None) -> list[str]:

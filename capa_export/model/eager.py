@@ -4,7 +4,7 @@ T = prompt tokens, V = visual tokens, D = hidden size, H = query heads, G = KV h
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from capa_export.model.families import Family, require_selection
-from capa_export.model.lockstep import RESIDENT, Pass, WeightSource, run_pass, together
+from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, Pass, WeightSource, grouped, run_pass, together
 from capa_export.selectors.selector import (
     CAPA,
     TOKEN_AXIS,
@@ -171,6 +171,24 @@ class Eager:
         """Results of several passes that go through the model together, each part of it held once for all of them."""
         return run_pass(together(passes), partial(self.weights.holding, self.model))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in all layers, in FP32."""
+        config = self.text.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+
+    def grouped(self, items: Iterable[T], length: Callable[[T], int], *, caches: int) -> Iterator[list[T]]:
+        """Group what goes through the model together; one by one where the weights are in memory.
+
+        Args:
+            items: prompts in order, or what belongs to one each.
+            length: tokens of an item's prompt.
+            caches: number of caches held at once for each item.
+        """
+        size = caches * self.bytes_per_token
+        return grouped(items, lambda item: size * length(item), 0 if self.weights is RESIDENT else TOGETHER_BYTES)
+
     def prefill(
         self, inputs: EagerInputs, is_visual: Tensor, plan: EagerPlan, watch: Watch | None = None
     ) -> EagerPrefill:
@@ -270,6 +288,32 @@ class Eager:
                 watch(index, hidden[0], torch.empty(0, dtype=torch.long))
         yield "head"
         return self._logits(hidden)
+
+    def following(
+        self,
+        inputs: EagerInputs,
+        is_visual: Tensor,
+        plan: EagerPlan,
+        tokens: Sequence[int],
+        watch: Watch | None = None,
+    ) -> Pass[tuple[EagerPrefill, list[Tensor]]]:
+        """The pass of a prompt and of known tokens behind it, to the prefill and logits [V] before and behind each.
+
+        Args:
+            inputs: of the prompt.
+            is_visual: [T] bool.
+            plan: the pruning.
+            tokens: ids, which follow the prompt through the layers.
+            watch: told what leaves each layer.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        positions = (torch.full(inputs.position_shape, inputs.next_position + step) for step in range(len(tokens)))
+        passes: list[Pass[Any]] = [self.prefilling(inputs, is_visual, plan, cache, watch)]
+        passes += [self.stepping(cache, *step, watch) for step in zip(tokens, positions, strict=True)]
+        run, *behind = yield from together(passes)
+        return run, [run.logits, *behind]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.text.norm(hidden[:, -1]))[0].float()

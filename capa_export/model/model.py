@@ -164,6 +164,11 @@ class Model:
         except (ImportError, OSError, ValueError) as error:
             raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
+    @property
+    def holds_eager(self) -> bool:
+        """Whether the eager model is in memory."""
+        return "eager" in vars(self)
+
     def forget_eager(self) -> None:
         """Give the eager model's memory back; whoever asks for it loads it anew."""
         vars(self).pop("eager", None)

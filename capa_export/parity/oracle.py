@@ -12,7 +12,7 @@ from capa_export.config.schedule import Prune
 from capa_export.export.graphs import Graphs
 from capa_export.model.eager import Eager, EagerPlan
 from capa_export.model.families import Family
-from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, WeightSource, grouped
+from capa_export.model.lockstep import RESIDENT, WeightSource
 from capa_export.model.prompt import Prompt, Prompter
 
 __all__ = ["Oracle"]
@@ -53,15 +53,7 @@ class Oracle:
             prompted: prompts in order, each with any other value.
             answers: number of caches held at once for each prompt.
         """
-        size = answers * self._bytes_per_token()
-        limit = 0 if self.weights is RESIDENT else TOGETHER_BYTES
-        return grouped(prompted, lambda one: size * len(one[0].input_ids), limit)
-
-    def _bytes_per_token(self) -> int:
-        """Bytes of a token's keys and values in all layers, in FP32."""
-        config = self.model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return self.eager.grouped(prompted, lambda one: len(one[0].input_ids), caches=answers)
 
     @property
     def pruned_by(self) -> str:

@@ -124,7 +124,7 @@ class Validation:
             scratch / REPORT,
             manifest=self.bundle.manifest,
             parity=parity,
-            calibration=calibration.summary(recipe.ffn.eta, recipe.ffn.paper_layers) if calibration else None,
+            calibration=calibration.summary(recipe.ffn) if calibration else None,
             plan=dry_run(recipe, str(config), self.bundle.folder, self.precision, ffn=bool(exported["linear_layers"])),
             examples=examples,
             latency=latency,

@@ -68,4 +68,7 @@ def _alpha(recipe: Recipe, calibration: Path | None, *, ffn: bool) -> str | None
     """Digest of the scales that an export would take, as its record has it; None where they are yet to be measured."""
     if not ffn:
         return scales_digest({})
-    return None if calibration is None else scales_digest(Calibration.load(calibration).scales(recipe.ffn.eta))
+    found = None if calibration is None else Calibration.load(calibration)
+    if found is None or not found.measured(recipe.ffn):
+        return None
+    return scales_digest(found.alphas(found.scaled_layers(recipe.ffn)))

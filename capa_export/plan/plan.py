@@ -382,7 +382,10 @@ def _linear_layers(
     if not ffn:
         return (), "/full"
     if calibration is not None:
-        return Calibration.load(calibration).linear_layers(recipe.ffn.eta), "calibration"
+        found = Calibration.load(calibration)
+        if found.measured(recipe.ffn):
+            return found.scaled_layers(recipe.ffn), "calibration"
+        return found.linear_layers(recipe.ffn.eta), "calibration, by cosine alone"
     if not recipe.ffn.paper_layers:
         return (), UNKNOWN
     return tuple(layer for layer in recipe.ffn.paper_layers if layer < num_layers), "the paper, until calibrated"

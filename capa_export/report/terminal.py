@@ -53,7 +53,7 @@ def _gflops(number: float) -> str:
 
 def print_calibration(summary: dict[str, Any]) -> None:
     """Print linearity per layer, then ranges and sinks."""
-    table = make_table("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "paper")
+    table = make_table("layer", "cosine visual", "cosine text", "relative error", "sinks", "linear", "scale", "paper")
     for row in summary["layers"]:
         table.add_row(
             str(row["layer"]),
@@ -62,6 +62,7 @@ def print_calibration(summary: dict[str, Any]) -> None:
             f"{row['relative_error']:.4f}",
             str(row["sink_tokens"]),
             "yes" if row["layer"] in summary["linear_layers"] else "",
+            "yes" if row["layer"] in (summary["scaled_layers"] or ()) else "",
             "yes" if row["layer"] in summary["paper_layers"] else "",
         )
     print_table(f"Calibration on {summary['samples']} samples, {summary['visual_tokens']} visual tokens", table)

@@ -16,7 +16,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.calibrate.measure import _largest_product, calibrate
 from capa_export.calibrate.sums import Calibration, LayerSums, merged
 from capa_export.cli import main
-from capa_export.config.recipe import load_recipe
+from capa_export.config.recipe import FFN, load_recipe
 from capa_export.data.samples import Samples, samples_from
 from capa_export.model import memory
 from capa_export.model.families import qwen25vl
@@ -204,7 +204,7 @@ def test_sinks_count_tokens_with_any_sink_channel() -> None:
 
 
 def test_summary_is_json(calibration: Calibration) -> None:
-    summary = json.loads(json.dumps(calibration.summary(0.96, (2, 3))))
+    summary = json.loads(json.dumps(calibration.summary(FFN(paper_layers=(2, 3)))))
     assert summary["paper_layers"] == [2, 3]
     assert summary["largest"]["absmax"] == max(calibration.absmax.values())
 

@@ -35,7 +35,7 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(checkpoint)).replace("layer = 3,", "layer = 2,")
     text = text.replace("prompts = 32", "prompts = 4").replace("steps = 16", "steps = 4\naccuracy_samples = 4")
     # Random weights are linear nowhere near 0.96.
-    text = text.replace("eta = 0.96", "eta = 0.5").replace("alternatives = [11, 21]", "")
+    text = text.replace("eta = 0.96", "eta = 0.5\nbudget = 100").replace("alternatives = [11, 21]", "")
     path = tmp_path_factory.mktemp("recipe") / "small.toml"
     path.write_text(text, encoding="utf-8")
     return path

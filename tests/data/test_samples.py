@@ -73,12 +73,14 @@ def widths(samples: Samples) -> list[int]:
 def test_a_seed_shuffles_a_folder_before_it_is_split(folder: Path) -> None:
     num_held_out = RECIPE.parity.prompts
     assert widths(samples_from(folder, RECIPE, 99, split="held_out")) == list(range(num_held_out))
-    assert widths(samples_from(folder, RECIPE, 99, split="train")) == list(range(num_held_out, 2 * num_held_out + 6))
+    assert widths(samples_from(folder, RECIPE, 99, split="train")) == list(range(num_held_out, 2 * num_held_out - 2))
+    judges = list(range(2 * num_held_out - 2, 2 * num_held_out + 6))
+    assert widths(samples_from(folder, RECIPE, 99, split="judge")) == judges
     held_out = samples_from(folder, RECIPE, 99, split="held_out", seed=3)
     assert widths(held_out) == widths(samples_from(folder, RECIPE, 99, split="held_out", seed=3))
     assert widths(held_out) != widths(samples_from(folder, RECIPE, 99, split="held_out", seed=4))
-    train = samples_from(folder, RECIPE, 99, split="train", seed=3)
-    assert sorted(widths(held_out) + widths(train)) == list(range(2 * num_held_out + 6))
+    train, judge = (samples_from(folder, RECIPE, 99, split=split, seed=3) for split in ("train", "judge"))
+    assert sorted(widths(held_out) + widths(train) + widths(judge)) == list(range(2 * num_held_out + 6))
     assert widths(held_out) != sorted(widths(held_out))
 
 

@@ -147,7 +147,7 @@ def recipe() -> Recipe:
     """The shipped one, made small."""
     data = load_recipe("qwen25vl").model_dump()
     data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
-    data["ffn"] = {"eta": 0.5}
+    data["ffn"] = {"eta": 0.5, "budget": 100}
     data["parity"] |= {"prompts": 2, "steps": 3, "accuracy_samples": 2}
     return Recipe(**data)
 

@@ -29,7 +29,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = load_recipe("qwen25vl").model_dump()
     data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
-    data["ffn"] = {"eta": 0.5}
+    data["ffn"] = {"eta": 0.5, "budget": 100}
     data["parity"] |= {"prompts": 3, "steps": 3, "accuracy_samples": 3}
     folder = tmp_path_factory.mktemp("built") / "bundle"
     building = Building.of(Recipe(**data), Bundle(folder), checkpoint, images=pictures)

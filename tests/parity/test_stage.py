@@ -35,7 +35,7 @@ def built(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathFac
     """With two golden samples, and a checkpoint that is gone since."""
     data = load_recipe("qwen25vl").model_dump()
     data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
-    data["ffn"] = {"eta": 0.5}
+    data["ffn"] = {"eta": 0.5, "budget": 100}
     data["parity"] |= {"prompts": 3, "steps": 3, "accuracy_samples": 2}
     folder = tmp_path_factory.mktemp("stage")
     own = shutil.copytree(checkpoint, folder / "checkpoint")

@@ -56,7 +56,7 @@ def compared(bed: SelectionBed, texts: Sequence[str], count: int, pairs: Pairs) 
 def _linear(bed: SelectionBed, method: Method) -> Sequence[int]:
     if method.ffn == "full":
         return ()
-    return bed.calibration.linear_layers(method.eta or bed.model.recipe.ffn.eta)
+    return bed.calibration.scaled_layers(bed.model.recipe.ffn, method.eta)
 
 
 def _scores(bed: SelectionBed, evaluated: EvaluatedModel, count: int) -> tuple[list[str], dict[str, list[float]]]:

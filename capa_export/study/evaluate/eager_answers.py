@@ -98,12 +98,12 @@ class EagerMethods:
         calibration = self.given.calibration
         if method.ffn == "full" or calibration is None:
             return {}
-        eta = method.eta or self.model.recipe.ffn.eta
+        ffn = self.model.recipe.ffn
         if method.ffn == "per-image":
-            linear = [layer for layer, cosine in cosines.items() if cosine > eta]
+            scaled = [layer for layer, cosine in cosines.items() if cosine > (method.eta or ffn.eta)]
         else:
-            linear = calibration.linear_layers(eta)
-        alphas = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in linear}
+            scaled = calibration.scaled_layers(ffn, method.eta)
+        alphas = {layer: torch.from_numpy(alpha).float() for layer, alpha in calibration.alphas(scaled).items()}
         return {layer: torch.ones_like(alpha) for layer, alpha in alphas.items()} if method.ffn == "skip" else alphas
 
     def _answer(self, name: str, prompt: Prompt, inputs: EagerInputs, plan: EagerPlan, dense: EagerPrefill) -> Answer:

@@ -111,7 +111,8 @@ def eager_model(
         prune = method.prune(model.recipe.prune.min_keep_per_image)
         ffn: list[Any] = [method.ffn]
         if calibration is not None and method.ffn != "full":
-            ffn += [(method.eta or model.recipe.ffn.eta), calibration.digest()]
+            scaled = calibration.scaled_layers(model.recipe.ffn, method.eta)
+            ffn += [(method.eta or model.recipe.ffn.eta), scaled, calibration.digest()]
         return _key(EagerAnswers, prune and prune.model_dump(), ffn, max_new_tokens, model.recipe.pictures)
 
     return EvaluatedModel(
@@ -128,8 +129,9 @@ def eager_model(
 def _notes_on_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
     if calibration is None:
         return ()
-    eta = model.recipe.ffn.eta
-    return (f"visual FFNs are linear (cosine > {eta:g}) in layers {ranges(calibration.linear_layers(eta))}",)
+    ffn = model.recipe.ffn
+    linear = f"visual FFNs are linear (cosine > {ffn.eta:g}) in layers {ranges(calibration.linear_layers(ffn.eta))}"
+    return (linear, *([calibration.effect.words] if calibration.effect else []))
 
 
 def check_fits(model: Model, method: Method) -> None:

@@ -163,7 +163,8 @@ def _layer(model: Model, asked: int | None) -> int:
 def _own(model: Model, linear: tuple[int, ...], calibration: Calibration | None) -> Method:
     """The bundle's own method; `full` where it keeps the FFNs that a calibration finds linear, or has none."""
     stages = schedule_text(model.schedule)
-    if calibration is not None and calibration.linear_layers(model.recipe.ffn.eta) == linear:
+    ffn = model.recipe.ffn
+    if calibration is not None and calibration.measured(ffn) and calibration.scaled_layers(ffn) == linear:
         return Method(stages, model.schedule, "scale")
     return Method(f"{stages}/full", model.schedule, "full")
 

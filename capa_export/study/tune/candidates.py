@@ -44,14 +44,14 @@ def ffns(ffn: FFN, calibration: Calibration) -> list[float | None]:
     """One eta for every set of linear layers that can be had, the recipe's first; None for all FFNs as they are."""
     by_layers: dict[tuple[int, ...], float | None] = {}
     for eta in (ffn.eta, *_ETAS):
-        by_layers.setdefault(calibration.linear_layers(eta), eta)
+        by_layers.setdefault(calibration.scaled_layers(ffn, eta), eta)
     by_layers.setdefault((), None)
     return list(by_layers.values())
 
 
 def linear_layers(method: Method, recipe: Recipe, calibration: Calibration) -> tuple[int, ...]:
     """Layers in which a scale stands for the FFN of visual tokens."""
-    return calibration.linear_layers(method.eta or recipe.ffn.eta) if method.ffn == "scale" else ()
+    return calibration.scaled_layers(recipe.ffn, method.eta) if method.ffn == "scale" else ()
 
 
 @dataclass(frozen=True)

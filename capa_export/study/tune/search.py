@@ -14,7 +14,7 @@ from statistics import fmean
 
 from capa_export.base.progress import Report, say, tracked
 from capa_export.config.schedule import Method
-from capa_export.study.tune.agreement import Agreement, DenseSample
+from capa_export.model.agreement import Agreement, DenseAnswer
 from capa_export.study.tune.candidates import OTHER_MORE, Candidates
 
 __all__ = ["FEWEST", "Search", "SearchResult", "mean_kl", "rungs"]
@@ -54,12 +54,12 @@ class Search:
     candidates: Candidates
     etas: Sequence[float | None]
     """Etas that decide which visual FFNs become a scale; the recipe's first."""
-    agreement: Callable[[Method, DenseSample], Agreement]
+    agreement: Callable[[Method, DenseAnswer], Agreement]
     report: Report
     methods: dict[str, Method] = field(default_factory=dict)
     seen: dict[str, list[Agreement]] = field(default_factory=dict)
 
-    def run(self, own: Method | None, samples: Iterator[DenseSample], count: int) -> SearchResult:
+    def run(self, own: Method | None, samples: Iterator[DenseAnswer], count: int) -> SearchResult:
         """Find the best methods; `own` is in the final whatever it shows before."""
         few, more = rungs(count)
         always = [] if own is None else [own]
@@ -87,7 +87,7 @@ class Search:
         ranked = [method.name for method in self._ranked()]
         return SearchResult({name: self.seen[name] for name in ranked}, self.methods, tried)
 
-    def _try(self, methods: Sequence[Method], samples: Sequence[DenseSample], what: str) -> None:
+    def _try(self, methods: Sequence[Method], samples: Sequence[DenseAnswer], what: str) -> None:
         """Run the methods that were not tried yet on the samples."""
         fresh = [method for method in methods if method.name not in self.seen]
         self.methods |= {method.name: method for method in fresh}
@@ -95,7 +95,7 @@ class Search:
         for sample, method in tracked(pairs, what, len(pairs), self.report):
             self.seen.setdefault(method.name, []).append(self.agreement(method, sample))
 
-    def _measure(self, samples: Iterable[DenseSample], count: int, what: str) -> None:
+    def _measure(self, samples: Iterable[DenseAnswer], count: int, what: str) -> None:
         """Show further samples to all that are left."""
         for sample in tracked(samples, what, count, self.report):
             for name, method in self.methods.items():

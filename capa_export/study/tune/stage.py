@@ -13,9 +13,10 @@ from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import FFN, Recipe
 from capa_export.config.schedule import Method
 from capa_export.data.samples import samples_from
+from capa_export.model.agreement import Agreement
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
-from capa_export.study.tune.agreement import Agreement, Judge
+from capa_export.study.tune.agreement import Judge
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
 from capa_export.study.tune.costs import Costs, prompt_shapes
 from capa_export.study.tune.schema import Finalist, Tuning

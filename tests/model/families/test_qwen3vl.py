@@ -371,7 +371,7 @@ def recipe() -> Recipe:
     data = load_recipe("qwen3vl").model_dump()
     assert [stage["layer"] for stage in data["prune"]["schedule"]] == [3]
     data["prune"]["schedule"] = [{"layer": 1, "ratio": 0.75}]
-    data["ffn"] = {"eta": 0.5}
+    data["ffn"] = {"eta": 0.5, "budget": 100}
     data["parity"] |= {"prompts": 2, "steps": 3, "accuracy_samples": 2}
     return Recipe(**data)
 

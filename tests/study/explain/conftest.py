@@ -28,7 +28,7 @@ def recipe_of(*, eta: float = 0.5, **prune: Any) -> Recipe:
     """The shipped one, made small; random weights are linear nowhere near 0.96."""
     data = load_recipe("qwen25vl").model_dump()
     data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}], **prune}
-    data["ffn"] = {"eta": eta}
+    data["ffn"] = {"eta": eta, "budget": 100}
     data["calibration"] = {"samples": 1, "prompt": QUESTION}
     return Recipe(**data)
 

@@ -1,6 +1,7 @@
 """Candidates spend the budget and no more."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from capa_export.config.schedule import Prune, parse_method
 from capa_export.model.families import load_family
 from capa_export.selectors.selector import selectors
 from capa_export.study.tune.candidates import Candidates, ffns, linear_layers, offered
+from tests.calibrate.effects import harmless
 
 
 def with_schedule(candidates: Candidates, *stages: dict[str, object]) -> Candidates:
@@ -124,15 +126,20 @@ def test_linear_layers(recipe: Recipe, calibration: Calibration) -> None:
     assert of("capa@1:0.5/full") == ()
 
 
+def etas(calibration: Calibration, eta: float, **changes: Any) -> list[float | None]:
+    ffn = FFN(eta=eta)
+    return ffns(ffn, harmless(replace(calibration, **changes), ffn))
+
+
 def test_one_eta_for_every_set_of_layers(calibration: Calibration) -> None:
-    assert ffns(FFN(eta=0.5), calibration) == [0.5, 0.9, 0.93, 0.95, 0.97]
-    assert ffns(FFN(eta=0.96), calibration) == [0.96, 0.9, 0.93, 0.95]
-    assert ffns(FFN(eta=0.5), replace(calibration, layers=calibration.layers[-1:] * 2)) == [0.5, 0.97]
+    assert etas(calibration, 0.5) == [0.5, 0.9, 0.93, 0.95, 0.97]
+    assert etas(calibration, 0.96) == [0.96, 0.9, 0.93, 0.95]
+    assert etas(calibration, 0.5, layers=calibration.layers[-1:] * 2) == [0.5, 0.97]
 
 
 def test_no_eta_leaves_all_ffns(calibration: Calibration) -> None:
     layer = replace(calibration.layers[0], visual_cosine=0.995)
-    assert ffns(FFN(eta=0.5), replace(calibration, layers=[layer])) == [0.5, None]
+    assert etas(calibration, 0.5, layers=[layer]) == [0.5, None]
 
 
 def test_a_family_whose_tower_says_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from capa_export.base.progress import silent
 from capa_export.config.schedule import Method, parse_method
-from capa_export.study.tune.agreement import Agreement
+from capa_export.model.agreement import Agreement
 from capa_export.study.tune.candidates import Candidates
 from capa_export.study.tune.search import Search, SearchResult, rungs
 

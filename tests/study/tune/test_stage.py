@@ -14,9 +14,10 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Method, parse_method
+from capa_export.model.agreement import Agreement, DenseAnswer
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompter, Turn
-from capa_export.study.tune.agreement import Agreement, DenseSample, Judge
+from capa_export.study.tune.agreement import Judge
 from capa_export.study.tune.costs import Costs, PromptShape
 from capa_export.study.tune.recipe_file import write_recipe
 from capa_export.study.tune.schema import Finalist, Tuning
@@ -175,7 +176,7 @@ def test_what_is_no_number_is_not_chosen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def measured(_: Judge, method: Method, _sample: DenseSample) -> Agreement:
+    def measured(_: Judge, method: Method, _sample: DenseAnswer) -> Agreement:
         return Agreement(float("nan") if broken == "all" or method.name.startswith("capa@1") else 1, 0.5)
 
     monkeypatch.setattr(Judge, "agreement", measured)
