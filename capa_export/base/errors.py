@@ -19,6 +19,8 @@ class ExitCode(IntEnum):
     """TensorRT refused or crashed."""
     PARITY = 6
     """The artefacts do not compute what the eager model computes."""
+    METHOD = 7
+    """The artefacts are right, and the method changes more answers than its bound allows."""
     INTERRUPTED = 130
     TERMINATED = 143
 

@@ -279,7 +279,7 @@ def validate(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Hold a bundle against the eager model, or its golden samples. Exit code 6: they differ."""
+    """Hold a bundle against the eager model, or its golden samples. Exit code 6: they differ; 7: the method's loss."""
     from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
 
@@ -393,3 +393,9 @@ def finish(
         print_parity(parity)
     if not parity.passed:
         raise CapaError(f"{bundle.folder}: {parity.failures[0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)
+    if not parity.fit and parity.answers is not None:
+        raise CapaError(
+            f"{bundle.folder}: answers {parity.answers.words}; prune less or later (`capa-export tune` finds where), "
+            "lower --ffn-budget, or ship it all the same with --accept-method-loss",
+            ExitCode.METHOD,
+        )

@@ -64,6 +64,8 @@ class ValidationOptions:
     """Bounds in place of the recipe's."""
     strict: bool = False
     """Whether warnings are failures."""
+    accept_method_loss: bool = False
+    """Whether the bundle is fit to ship whatever the method does to the answers."""
     bisect: bool = False
     """Whether to look for the place where an artefact that failed leaves the eager model."""
     store_golden: int = 0

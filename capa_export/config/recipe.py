@@ -14,6 +14,7 @@ from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
     "FFN",
+    "MethodBounds",
     "Recipe",
     "check_layers",
     "load_recipe",
@@ -31,6 +32,13 @@ class FFN(Settings):
     """Nats that the scales of all chosen layers together may be from dense: mean KL of the next token."""
     paper_layers: tuple[int, ...] = ()
     """The layers the paper lists; printed beside the measured ones, never used."""
+
+
+class MethodBounds(Settings):
+    """What the method may change."""
+
+    least_agreement: float = Field(default=0.9, ge=0, le=1)
+    """Least share of the questions that are answered as dense answers them, token by token."""
 
 
 class Calibration(Settings):
@@ -61,6 +69,7 @@ class Recipe(Settings):
     """Whether calibration and validation use the built-in scenes when no pictures are given."""
     prune: Prune
     ffn: FFN = FFN()
+    method: MethodBounds = MethodBounds()
     fp32_layers: tuple[str, ...] = ()
     """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
     calibration: Calibration = Calibration()

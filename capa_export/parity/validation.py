@@ -11,7 +11,7 @@ from capa_export.config.recipe import Recipe
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.memory import exceeds_memory, validation_bytes
 from capa_export.model.model import Model
-from capa_export.report.schema import MethodError, ParityReport, Stage, write_parity
+from capa_export.report.schema import Answers, MethodError, ParityReport, Stage, write_parity
 
 if TYPE_CHECKING:
     from capa_export.base.precision import Precision
@@ -113,6 +113,7 @@ class Validation:
             export_error=tuple(errors),
             selection=tuple(selection),
             method_error=method_error,
+            answers=self._answers(method_error),
             notes=tuple(notes),
             **found,
         )
@@ -130,6 +131,18 @@ class Validation:
             latency=latency,
         )
         return parity
+
+    def _answers(self, found: MethodError) -> Answers | None:
+        """The verdict on the method; None where it was not measured."""
+        capa = next((method.same_answer for method in found.methods if method.name == "capa"), None)
+        if capa is None:
+            return None
+        return Answers(
+            same=round(capa.value * found.questions),
+            questions=found.questions,
+            least_agreement=self.recipe.method.least_agreement,
+            accepted=self.options.accept_method_loss,
+        )
 
 
 def stored_calibration(bundle: Bundle) -> Calibration | None:

@@ -34,7 +34,7 @@ def write_junit(path: Path, parity: ParityReport, bundle_name: str) -> None:
         (f"export error: {row.artefact} against {row.reference}", _checks(row.checks)) for row in parity.export_error
     ]
     suites += [(f"selection: {row.artefact} against {row.reference}", _stages(row)) for row in parity.selection]
-    suites += [("method error", [_method(parity)]), ("verdict", [_verdict(parity)])]
+    suites += [("method error", [_answers(parity), _method(parity)]), ("verdict", [_verdict(parity)])]
     cases = [case for _, found in suites for case in found]
     root = ET.Element("testsuites", {"name": _text(bundle_name), **_counts(cases)})
     for name, found in suites:
@@ -65,6 +65,14 @@ def _stages(row: Selection) -> list[_Case]:
         for stage, checks in by_stage(row)
         for check in checks
     ]
+
+
+def _answers(parity: ParityReport) -> _Case:
+    """The case of the answers, which fails where the method's loss is beyond its bound and not accepted."""
+    name, found = "answers as dense", parity.answers
+    if found is None:
+        return _Case(name, skipped="no question was asked of the eager model")
+    return _Case(name, failure="" if found.passed or found.accepted else found.words)
 
 
 def _method(parity: ParityReport) -> _Case:

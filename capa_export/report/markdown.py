@@ -14,6 +14,7 @@ from capa_export.report.words import (
     difference,
     open_warnings,
     rate,
+    verdict,
 )
 
 __all__ = ["markdown", "write_markdown"]
@@ -33,7 +34,9 @@ def markdown(parity: ParityReport, manifest: Mapping[str, Any]) -> str:
         manifest: the bundle's manifest, with its export done.
     """
     recipe, precision = manifest["recipe"]["name"], manifest["stages"]["export"]["result"]["precision"]
-    lines = [f"## {'Passed' if parity.passed else 'FAILED'}: {_text(recipe)}, {_text(precision)}", ""]
+    lines = [f"## {verdict(parity)}: {_text(recipe)}, {_text(precision)}", ""]
+    if parity.answers is not None:
+        lines += [f"answers: {parity.answers.words}", ""]
     lines += _sentences("**failed:** ", parity.failures, _MOST_FAILURES)
     lines += _sentences("**warning:** ", open_warnings(parity), _MOST_WARNINGS)
     if parity.bisection is not None:

@@ -94,6 +94,7 @@ def write_report(
     page = environment.get_template("report.html").render(
         manifest=manifest,
         parity=parity,
+        verdict=figures.verdict(parity),
         calibration=calibration,
         plan=plan,
         latency=latency,

@@ -16,6 +16,7 @@ from capa_export.base.toml import first_problem
 
 __all__ = [
     "PROMPTS",
+    "Answers",
     "Bisection",
     "Check",
     "ExportError",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 
+_FEW = 20
+"""Questions below which a share is written as a count."""
 PROMPTS = "prompts"
 """Artefact: what tokenizer and image processor make of the samples."""
 
@@ -154,6 +157,33 @@ class MethodError(Entry):
         return {"capa": self.pruned, "random": "random, same k"}.get(method, method)
 
 
+class Answers(Entry):
+    """Whether the method, in eager FP32, keeps dense's answers."""
+
+    same: int
+    """Questions that are answered as dense answers them."""
+    questions: int
+    least_agreement: float
+    """Least share of them that the recipe asks for."""
+    accepted: bool
+    """Whether the user takes whatever it is."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the share is met."""
+        return self.same >= self.least_agreement * self.questions
+
+    @property
+    def words(self) -> str:
+        """As `98 % as dense`, and what follows from it."""
+        share, least = (f"{100 * value:.3g} %" for value in (self.same / self.questions, self.least_agreement))
+        few = self.questions < _FEW
+        found = f"{self.same} of {self.questions} as dense" if few else f"{share} as dense"
+        if self.passed:
+            return found
+        return f"{found}: {'accepted' if self.accepted else 'not fit to ship'}, {least} are asked for"
+
+
 class Probe(Entry):
     """One place that a bisection looked at."""
 
@@ -219,8 +249,15 @@ class ParityReport(Entry):
     export_error: tuple[ExportError, ...]
     selection: tuple[Selection, ...]
     method_error: MethodError
+    answers: Answers | None = None
+    """The verdict on the method; None where no question was asked, or the eager model was not run."""
     bisection: Bisection | None = None
     notes: tuple[str, ...]
+
+    @property
+    def fit(self) -> bool:
+        """Whether the bundle is fit to ship: right, and its method keeps the answers, or its loss is accepted."""
+        return self.passed and (self.answers is None or self.answers.passed or self.answers.accepted)
 
 
 def write_parity(path: Path, parity: ParityReport) -> None:

@@ -99,6 +99,8 @@ def print_engines(result: dict[str, Any]) -> None:
 def print_parity(parity: ParityReport) -> None:
     """Print the verdict, then export error, selection, and the method's own effect."""
     print_line(f"parity: {'passed' if parity.passed else 'FAILED'}", "bold green" if parity.passed else "bold red")
+    if parity.answers is not None:
+        print_line(f"answers: {parity.answers.words}", "bold green" if parity.answers.passed else "bold red")
     for failure in parity.failures:
         print_line(f"  {failure}", "red")
     for warning in open_warnings(parity):

@@ -18,6 +18,7 @@ __all__ = [
     "percent",
     "rate",
     "smallest_overlap",
+    "verdict",
     "worst_error",
 ]
 
@@ -79,6 +80,15 @@ def by_stage(selection: Selection) -> list[tuple[Kept, list[Check]]]:
 def open_warnings(parity: ParityReport) -> list[str]:
     """Warnings that no failure repeats, as those of a strict run do."""
     return [warning for warning in parity.warnings if not any(warning in failure for failure in parity.failures)]
+
+
+def verdict(parity: ParityReport) -> str:
+    """In a word or two: what failed comes before what the method costs."""
+    if not parity.passed:
+        return "FAILED"
+    if not parity.fit:
+        return "Not fit to ship"
+    return "Passed"
 
 
 def worst_error(rows: Iterable[ExportError]) -> tuple[str, str] | None:

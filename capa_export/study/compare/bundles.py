@@ -146,7 +146,7 @@ def _own_validation(candidate: Bundle, parity: ParityReport | None) -> Check:
     failure = ""
     if parity is None:
         failure = f"{candidate.folder}: was not validated; `capa-export validate {candidate.folder}` does"
-    elif not parity.passed:
+    elif not parity.fit:
         failure = f"{candidate.folder}: failed its own validation: {', '.join(parity.failures[:1])}"
     return Check(name="passed its own validation", value=float(not failure), at_least=1, failure=failure)
 
