@@ -31,6 +31,7 @@ format: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/griffe2md capa_export -o docs/api.md
 	$(BIN)/griffe2md capa_export.api.builds >> docs/api.md
+	$(BIN)/griffe2md capa_export.api.stages >> docs/api.md
 
 wheel: .venv/dev.stamp
 	$(BIN)/python -m build

@@ -43,6 +43,13 @@ parser = trt.OnnxParser(network, log)
 sys.exit(not parser.parse_from_file(sys.argv[1]))
 """,
 }
+# In a process of its own, as all that imports much: see `measured`.
+_SCHEDULE = """
+import sys
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import schedule_text
+print(schedule_text(load_recipe(sys.argv[1]).prune.schedule), end="")
+"""
 
 
 def _cold() -> bool:
@@ -85,8 +92,10 @@ def machine() -> str:
 
 
 def export(model: str, checkpoint: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Export with the recipe's schedule and whole visual FFNs, which need no calibration."""
+    schedule = subprocess.check_output([sys.executable, "-c", _SCHEDULE, model], text=True)
     where = ["--model", model, "--checkpoint", checkpoint, "--out", out]
-    return measured([CAPA_EXPORT, "export", *where, "--no-ffn", *options])
+    return measured([CAPA_EXPORT, "export", *where, "--schedule", f"{schedule}/full", *options])
 
 
 def _engines(bundle: Path, weights: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capa_export.api.builds import build
     from capa_export.api.bundle import Bundle, open  # noqa: A004 - capa_export.open reads as it should.
+    from capa_export.api.studies import evaluate, tune
     from capa_export.base.errors import CapaError
     from capa_export.model.generation import GenerationOptions
     from capa_export.report.schema import ParityReport
@@ -31,7 +32,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "CapaError", "GenerationOptions", "ParityReport", "VisionLanguageModel", "build", "open"]
+__all__ = [
+    "Bundle",
+    "CapaError",
+    "GenerationOptions",
+    "ParityReport",
+    "VisionLanguageModel",
+    "build",
+    "evaluate",
+    "open",
+    "tune",
+]
 
 _HOMES = {
     "Bundle": "api.bundle",
@@ -40,7 +51,9 @@ _HOMES = {
     "ParityReport": "report.schema",
     "VisionLanguageModel": "run.answer",
     "build": "api.builds",
+    "evaluate": "api.studies",
     "open": "api.bundle",
+    "tune": "api.studies",
 }
 
 

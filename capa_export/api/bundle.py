@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from capa_export.base.progress import Report, silent
 from capa_export.base.toml import read_toml
+from capa_export.base.workers import Workers
 from capa_export.bundle import store
 from capa_export.config.gates import GateFile, Limits
 from capa_export.config.plugins import PluginWish
@@ -18,6 +19,7 @@ from capa_export.run.bundled import bundled_bounds
 if TYPE_CHECKING:
     from capa_export.run.answer import VisionLanguageModel
     from capa_export.study.compare.schema import BundleComparison
+    from capa_export.study.evaluate.schema import Evaluation
     from capa_export.study.explain.schema import Explanation
 
 __all__ = ["AnyPath", "Bundle", "open", "path_of"]
@@ -230,6 +232,77 @@ class Bundle:
             trust_remote_code=trust_remote_code,
             report=progress,
         )
+
+    def evaluate(
+        self,
+        data: AnyPath,
+        *,
+        out: AnyPath,
+        methods: Sequence[str] = (),
+        benchmark: str | None = None,
+        split: str | None = None,
+        instruction: str | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 32,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        workers: int | None = None,
+        ray: str | None = None,
+        trust_remote_code: bool = False,
+        progress: Report = silent,
+    ) -> "Evaluation":
+        """Ask the bundle's graphs the same questions at several ratios, and compare the answers with dense's.
+
+        Args:
+            data: questions with pictures, a .jsonl file or a dataset's folder; or pictures alone.
+            out: folder that takes the answers and `evaluation.json`; what it holds already is not asked again.
+            methods: the bundle's schedule at other ratios, as `capa@2:0.9`; its own where there is none.
+            benchmark: how rows are read and scored, as `vqav2`; None to tell by the columns.
+            split: part of a dataset that has several.
+            instruction: said behind every question; None for the benchmark's own.
+            limit: rows, drawn at random; None for all.
+            seed: of the rows drawn, and of the intervals.
+            max_new_tokens: longest answer.
+            min_pixels: least area that a picture is resized to, in place of the bundle's.
+            max_pixels: largest area, in place of the bundle's.
+            workers: processes that share the questions.
+            ray: address of a cluster that does.
+            trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
+            progress: told how far the work is.
+
+        Returns:
+            Every method's scores, dense first. Rows that cannot be asked raise nothing: `skipped` lists them.
+
+        Raises:
+            CapaError: the graphs do not do a method, a file of the bundle was changed, there is nothing to ask, or
+                `out` is of another model.
+        """
+        from capa_export.config.recipe import recipe_of
+        from capa_export.data.questions import questions_from
+        from capa_export.study.evaluate.models import bundle_model, parse_methods, product_of_methods
+        from capa_export.study.evaluate.stage import evaluate
+
+        recipe = recipe_of(self.manifest, self.folder)
+        bounds = recipe.pictures.for_bundle(min_pixels, max_pixels)
+        parsed = parse_methods(methods or product_of_methods(recipe))
+        questions = questions_from(
+            Path(data),
+            benchmark=benchmark,
+            split=split,
+            instruction=instruction,
+            question=recipe.calibration.prompt,
+            limit=limit,
+            seed=seed,
+        )
+        processes = Workers(count=workers, ray=ray)
+        evaluated = bundle_model(
+            *(self._store, parsed, max_new_tokens),
+            bounds=bounds,
+            workers=processes,
+            trust_remote_code=trust_remote_code,
+        )
+        return evaluate(evaluated, questions, Path(out), workers=processes, seed=seed, report=progress)
 
     def explain(
         self,

@@ -1,7 +1,7 @@
 """The command that measures methods on questions."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,72 +122,61 @@ def evaluate(
         )
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
-    from capa_export.api import builds
+    from capa_export.api import studies
+    from capa_export.api.bundle import Bundle
+    from capa_export.api.models import find_recipe_of
     from capa_export.base.progress import progress
-    from capa_export.base.workers import Workers
-    from capa_export.bundle.store import Bundle
-    from capa_export.config.options import BuildOptions
     from capa_export.config.recipe import recipe_of
-    from capa_export.data.questions import questions_from
-    from capa_export.study.evaluate.models import bundle_model, eager_model, parse_methods, product_of_methods
+    from capa_export.study.evaluate.models import product_of_methods
     from capa_export.study.evaluate.stage import MAX_SKIPPED
-    from capa_export.study.evaluate.stage import evaluate as ask
 
-    eager = None
-    if bundle is None:
-        opened = Bundle(out / "calibration")
-        eager = builds.find_model(
-            *(one_checkpoint(source, checkpoint), model),
-            revision=revision,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            trust_remote_code=trust_remote_code,
-        )
-        recipe = eager.recipe
-    else:
-        opened = Bundle.open(bundle)
-        recipe = recipe_of(opened.manifest, opened.folder)
-        pictures = recipe.pictures.for_bundle(min_pixels, max_pixels)
-        recipe = recipe.model_copy(update={"pictures": pictures})
-    methods = parse_methods(method or product_of_methods(recipe, selector or [], layer or [], ratio or [], ffn or []))
-    given = {"--calibration": calibration, "--images": images, "--samples": samples}
-    unread = next((option for option, value in given.items() if value is not None), None)
-    if unread and all(way.ffn == "full" for way in methods.values()):
-        raise CapaError(f"{unread}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE)
-    questions = questions_from(
-        data,
-        benchmark=benchmark,
-        split=split,
-        instruction=instruction,
-        question=recipe.calibration.prompt,
-        limit=limit,
-        seed=seed,
-    )
-    spread = Workers(count=workers, ray=ray)
+    opened = None if bundle is None else Bundle(bundle)
+    named = one_checkpoint(source, checkpoint)
+    methods = method or []
+    if selector or layer or ratio or ffn:
+        recipe = recipe_of(opened.manifest, opened.folder) if opened else find_recipe_of(named, model, revision)
+        methods = product_of_methods(recipe, selector or [], layer or [], ratio or [], ffn or [])
+    asked: dict[str, Any] = {
+        "methods": methods,
+        "benchmark": benchmark,
+        "split": split,
+        "instruction": instruction,
+        "limit": limit,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "workers": workers,
+        "ray": ray,
+        "trust_remote_code": trust_remote_code,
+    }
     with progress() as report:
-        if eager is not None:
-            eager.report = report
-            options = BuildOptions(images=images, calibration=calibration, samples=samples, workers=spread)
-            evaluated = eager_model(eager, opened, options, methods, max_new_tokens)
+        if opened is not None:
+            found = opened.evaluate(data, out=out, **asked, progress=report)
         else:
-            evaluated = bundle_model(
-                *(opened, methods, max_new_tokens),
-                bounds=recipe.pictures,
-                workers=spread,
-                trust_remote_code=trust_remote_code,
+            found = studies.evaluate(
+                named,
+                data=data,
+                out=out,
+                recipe=model,
+                revision=revision,
+                images=images,
+                samples=samples,
+                calibration=calibration,
+                **asked,
+                progress=report,
             )
-        found = ask(evaluated, questions, out, workers=spread, seed=seed, report=report)
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
         from capa_export.study.evaluate.table import evaluation_table
 
         evaluation_table(found)
-    asked = found.questions + len(found.skipped)
+    rows = found.questions + len(found.skipped)
     if found.skipped:
         first = "; ".join(f"row {entry.row}: {entry.reason}" for entry in found.skipped[:3])
-        words = f"{data}: {len(found.skipped)} of {asked} rows were skipped: {first}"
-        if len(found.skipped) > MAX_SKIPPED * asked:
+        words = f"{data}: {len(found.skipped)} of {rows} rows were skipped: {first}"
+        if len(found.skipped) > MAX_SKIPPED * rows:
             raise CapaError(f"{words}; repair the data, since more than 1 % makes the figures another benchmark's")
         typer.echo(f"warning: {words}", err=True)
 

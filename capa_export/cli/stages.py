@@ -109,11 +109,11 @@ def calibrate(
     else:
         if parts and len(parts) > 1:
             raise CapaError("calibrate takes one checkpoint; several calibrations are for --merge", ExitCode.USAGE)
-        from capa_export.api import builds
+        from capa_export.api import stages
         from capa_export.base.progress import progress
 
         with progress() as report:
-            summary = builds.calibrate(
+            summary = stages.calibrate(
                 one_checkpoint(parts[0] if parts else None, checkpoint),
                 out=out,
                 recipe=model,
@@ -170,13 +170,13 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
-    from capa_export.api import builds
+    from capa_export.api import stages
     from capa_export.base.progress import progress
 
     source = one_checkpoint(source, checkpoint)
     schedule, ratio = with_schedule(source, model, revision, schedule, ratio, prune_layer, selector, ffn)
     with progress() as report:
-        bundle = builds.export(
+        bundle = stages.export(
             source,
             out=out,
             recipe=model,
@@ -341,7 +341,7 @@ def with_schedule(
         raise CapaError(f"--schedule {schedule} says it all: drop {' '.join(given)}", ExitCode.USAGE)
     if (prune_layer, selector, ffn) == (None, None, None):
         return schedule, ratio
-    from capa_export.api.builds import find_recipe_of
+    from capa_export.api.models import find_recipe_of
     from capa_export.config.schedule import schedule_text
 
     recipe = find_recipe_of(source, model, revision)

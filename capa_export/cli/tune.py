@@ -1,13 +1,11 @@
 """The command that finds a schedule for a budget."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.quantities import parse_budget
 from capa_export.cli.options import (
     CALIBRATION,
@@ -58,36 +56,26 @@ def tune(
     as_json: JsonOpt = False,
 ) -> None:
     """Find the schedule closest to dense within a budget of FLOPs."""
-    if out.suffix != ".toml":
-        raise CapaError(f"{out}: a recipe is a .toml file", ExitCode.USAGE)
     check_places(out)
-    from tempfile import TemporaryDirectory
-
-    from capa_export.api import builds
+    from capa_export.api import studies
     from capa_export.base.progress import progress
-    from capa_export.bundle.store import Bundle
-    from capa_export.config.options import BuildOptions
-    from capa_export.study.tune.recipe_file import write_recipe
-    from capa_export.study.tune.stage import tune as find
 
-    with progress() as report, TemporaryDirectory() as scratch:
-        opened = builds.find_model(
-            *(one_checkpoint(source, checkpoint), model),
+    with progress() as report:
+        found = studies.tune(
+            one_checkpoint(source, checkpoint),
+            budget=budget,
+            out=out,
+            recipe=model,
             revision=revision,
+            images=images,
+            samples=samples,
+            calibration=calibration,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             trust_remote_code=trust_remote_code,
+            command=sys.argv[1:],
             progress=report,
         )
-        options = BuildOptions(images=images, calibration=calibration, samples=samples)
-        tuned, found = find(opened, Bundle(Path(scratch)), options, budget)
-    best = next(row for row in found.finalists if row.method == found.chosen)
-    figures = f"{best.flops:.3f} of dense's FLOPs, KL {best.kl:.3g} nats, top-1 {best.top1:.3f}"
-    write_recipe(
-        out,
-        tuned.for_any_target(),
-        f"Made by capa-export {shlex.join(sys.argv[1:])}\n{found.chosen}: {figures}\n{found.verdict}",
-    )
     if as_json:
         print(found.model_dump_json(indent=2))
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import capa_export
-from capa_export.api import builds
+from capa_export.api import builds, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "api.md"
@@ -24,12 +24,14 @@ def test_names_are_stable() -> None:
         "ParityReport",
         "VisionLanguageModel",
         "build",
+        "evaluate",
         "open",
+        "tune",
     ]
     assert all(getattr(capa_export, name) for name in capa_export.__all__)
     bundle = {name for name in vars(capa_export.Bundle) if name[0] != "_"}
     assert bundle == {
-        *("build_engines", "compare", "explain", "folder", "load", "manifest", "parity", "validate"),
+        *("build_engines", "compare", "evaluate", "explain", "folder", "load", "manifest", "parity", "validate"),
     }
     asked = {name for name in vars(capa_export.VisionLanguageModel) if name[0] != "_"}
     assert asked >= {"answer", "answers", "chat", "stream"}
@@ -38,7 +40,7 @@ def test_names_are_stable() -> None:
 
 def test_stages_take_what_a_build_takes() -> None:
     whole = inspect.signature(builds.build).parameters
-    for stage in (builds.calibrate, builds.export, builds.plan):
+    for stage in (stages.calibrate, stages.export, builds.plan):
         own = inspect.signature(stage).parameters
         assert own.keys() - whole.keys() <= {"workers", "ray", "in_place"}, stage
         for name in own.keys() & whole.keys() - {"out", "weights"}:
@@ -50,7 +52,7 @@ def test_the_document_is_that_of_the_docstrings() -> None:
         subprocess.run(
             [Path(sys.executable).with_name("griffe2md"), package], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
-        for package in ("capa_export", "capa_export.api.builds")
+        for package in re.findall(r"griffe2md (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     )
     assert DOC.read_text(encoding="utf-8").split() == written.split(), "run `make docs`"
 

@@ -54,7 +54,11 @@ def parse_methods(texts: Sequence[str]) -> dict[str, Method]:
 
 
 def product_of_methods(
-    recipe: Recipe, selectors: Sequence[str], layers: Sequence[int], ratios: Sequence[float], ffns: Sequence[str]
+    recipe: Recipe,
+    selectors: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    ratios: Sequence[float] = (),
+    ffns: Sequence[str] = (),
 ) -> list[str]:
     """Every selector at every layer and ratio, with every treatment of the visual FFNs; the recipe's own where empty.
 
