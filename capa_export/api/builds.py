@@ -1,6 +1,7 @@
 """The whole way from a checkpoint to a bundle, and what it would take."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,17 +9,22 @@ from capa_export.api.bundle import AnyPath, Bundle, path_of
 from capa_export.api.models import find_model, replaces_ffns
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import Precision
-from capa_export.base.progress import Report, silent
+from capa_export.base.progress import Report, say, silent
 from capa_export.bundle import store
 from capa_export.config.options import BuildOptions, ValidationOptions
 from capa_export.config.plugins import PluginWish
+from capa_export.config.schedule import Method, schedule_text
 from capa_export.config.target import Target, load_target
 from capa_export.config.weights import WeightsWish
+from capa_export.model.model import Model
 from capa_export.plan.plan import dry_run
 
 __all__ = ["build", "plan"]
 
 Weights = WeightsWish | Literal["in-place"]
+
+_TUNED_ON = 24
+"""Samples on which another schedule is looked for."""
 
 
 def build(
@@ -30,6 +36,7 @@ def build(
     schedule: str | None = None,
     ratio: float | None = None,
     min_keep_per_image: int | None = None,
+    ffn_budget: float | None = None,
     images: AnyPath | None = None,
     samples: int | None = None,
     min_pixels: int | None = None,
@@ -47,6 +54,7 @@ def build(
     validation_samples: int | None = None,
     gate: AnyPath | None = None,
     strict: bool = False,
+    accept_method_loss: bool = False,
     store_golden: int = 0,
     trust_remote_code: bool = False,
     command: Sequence[str] = (),
@@ -62,6 +70,7 @@ def build(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed, in place of the recipe's.
         min_keep_per_image: visual tokens that each image keeps at least.
+        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
         images: pictures and questions of calibration and validation; the recipe's scenes where there are none.
         samples: prompts of the calibration, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -79,13 +88,15 @@ def build(
         validation_samples: prompts to compare and questions to ask, in place of the recipe's numbers.
         gate: TOML file with bounds in place of the recipe's.
         strict: whether warnings are failures.
+        accept_method_loss: whether the bundle is fit to ship however many answers the method changes.
         store_golden: samples to leave in the bundle, to validate without a checkpoint.
         trust_remote_code: whether the checkpoint's own Python may run.
         command: a command line, for the manifest.
         progress: told how far the work is.
 
     Returns:
-        The bundle. Gates that do not hold raise nothing: `parity.passed` says so.
+        The bundle. Gates that do not hold raise nothing: `parity.passed` says so, and `parity.fit` whether the method
+        keeps the answers, too.
 
     Raises:
         CapaError: something stands in the way of a stage, which is found before the first where it can be; or a stage
@@ -98,6 +109,7 @@ def build(
         schedule=schedule,
         ratio=ratio,
         min_keep_per_image=min_keep_per_image,
+        ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -130,13 +142,36 @@ def build(
         samples=validation_samples,
         gate=path_of(gate),
         strict=strict,
+        accept_method_loss=accept_method_loss,
         bisect=auto_fp32,
         store_golden=store_golden,
     )
     from capa_export import pipeline
 
-    pipeline.build(model, store.Bundle(Path(out)), device, options, validation)
+    parity = pipeline.build(model, store.Bundle(Path(out)), device, options, validation)
+    if parity.passed and not parity.fit:
+        _say_alternative(model, options, Path(out))
     return Bundle(out)
+
+
+def _say_alternative(model: Model, options: BuildOptions, out: Path) -> None:
+    """Name the schedule that `tune` would take for what the bundle's own costs, where that changes too many answers."""
+    from tempfile import TemporaryDirectory
+
+    from capa_export.study.tune.stage import tune
+
+    own = Method(schedule_text(model.schedule), model.schedule, "scale" if options.ffn else "full")
+    options = replace(options, ffn=True, calibration=out if options.ffn else None, samples=_TUNED_ON)
+    say(f"{'tune':<14}the method changes too many answers; looking for another that costs no more")
+    try:
+        with TemporaryDirectory() as scratch:
+            _, tuning = tune(model, store.Bundle(Path(scratch)), options, own)
+    except CapaError as error:
+        say(f"{'':<14}{error}")
+        return
+    best = next(row for row in tuning.finalists if row.method == tuning.chosen)
+    say(f"{'':<14}{tuning.verdict}")
+    say(f"{'':<14}--schedule {tuning.chosen}: KL {best.kl:.3g} nats from dense, first tokens as dense {best.top1:.0%}")
 
 
 def plan(
@@ -148,6 +183,7 @@ def plan(
     schedule: str | None = None,
     ratio: float | None = None,
     min_keep_per_image: int | None = None,
+    ffn_budget: float | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     layer_by_layer: bool | None = None,
@@ -168,6 +204,7 @@ def plan(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
+        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         layer_by_layer: whether to hold one layer's weights in memory.
@@ -188,6 +225,7 @@ def plan(
         schedule=schedule,
         ratio=ratio,
         min_keep_per_image=min_keep_per_image,
+        ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

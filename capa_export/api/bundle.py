@@ -139,6 +139,7 @@ class Bundle:
         layer_by_layer: bool | None = None,
         gate: AnyPath | None = None,
         strict: bool = False,
+        accept_method_loss: bool = False,
         bisect: bool = False,
         store_golden: int = 0,
         engine: str | None = None,
@@ -158,6 +159,7 @@ class Bundle:
             layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
             gate: TOML file with bounds in place of the recipe's.
             strict: whether warnings are failures.
+            accept_method_loss: whether the bundle is fit to ship however many answers the method changes.
             bisect: whether to find the operator at fault where the gates fail.
             store_golden: samples to leave in the bundle, to validate without a checkpoint.
             engine: target whose engines are run on the GPU, too.
@@ -183,6 +185,7 @@ class Bundle:
             seed=seed,
             gate=path_of(gate),
             strict=strict,
+            accept_method_loss=accept_method_loss,
             bisect=bisect,
             store_golden=store_golden,
         )

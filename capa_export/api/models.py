@@ -34,6 +34,7 @@ def find_model(
     schedule: str | None = None,
     ratio: float | None = None,
     min_keep_per_image: int | None = None,
+    ffn_budget: float | None = None,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -50,6 +51,7 @@ def find_model(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
+        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
         fp32_layers: parts in FP32.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
@@ -65,6 +67,7 @@ def find_model(
         schedule=None if schedule is None else parse_schedule(schedule),
         ratio=ratio,
         min_keep_per_image=min_keep_per_image,
+        ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

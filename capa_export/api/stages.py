@@ -21,6 +21,7 @@ def calibrate(
     out: AnyPath,
     recipe: str | None = None,
     revision: str | None = None,
+    ffn_budget: float | None = None,
     images: AnyPath | None = None,
     samples: int | None = None,
     min_pixels: int | None = None,
@@ -31,13 +32,14 @@ def calibrate(
     trust_remote_code: bool = False,
     progress: Report = silent,
 ) -> dict[str, Any]:
-    """Measure which visual FFNs are linear, and their scales, into a bundle's folder; returns what was found.
+    """Measure which visual FFNs a scale may replace, into a bundle's folder; returns what was found.
 
     Args:
         checkpoint: local folder or hub id; None for the recipe's own.
         out: the bundle's folder.
         recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
         revision: of a hub id.
+        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
         images: pictures and questions; the recipe's scenes where there are none.
         samples: prompts, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -56,6 +58,7 @@ def calibrate(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        ffn_budget=ffn_budget,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
@@ -79,6 +82,8 @@ def export(
     schedule: str | None = None,
     ratio: float | None = None,
     min_keep_per_image: int | None = None,
+    ffn_budget: float | None = None,
+    images: AnyPath | None = None,
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     fp32_layers: Sequence[str] | None = None,
@@ -99,6 +104,8 @@ def export(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
+        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        images: pictures that a finished calibration is tried on, where it does not say what its scales cost.
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.
         fp32_layers: parts in FP32.
@@ -118,6 +125,7 @@ def export(
         schedule=schedule,
         ratio=ratio,
         min_keep_per_image=min_keep_per_image,
+        ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -128,6 +136,7 @@ def export(
     from capa_export.export.stage import export as write_graphs
 
     options = BuildOptions(
+        images=path_of(images),
         calibration=path_of(calibration),
         precision=precision,
         ffn=replaces_ffns(schedule),

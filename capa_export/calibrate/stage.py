@@ -45,7 +45,10 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         with bundle.claimed():
             adopt_calibration(bundle, calibration)
             model.record_digests(bundle)
-        return with_effect(model, bundle, options)
+        if not calibration.measured(model.recipe.ffn):
+            return with_effect(model, bundle, options)
+        _say_linear(calibration, model.recipe)
+        return calibration
 
     recipe = model.recipe
     samples = samples_from(options.images, recipe, options.samples or recipe.calibration.samples, split="train")
@@ -126,6 +129,13 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
 
     key = ["adopted", calibration.digest()]
     run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
+    if (effect := calibration.effect) is not None:
+
+        def copy(scratch: Path) -> dict[str, Any]:
+            effect.save(scratch / EFFECT)
+            return {"layers": effect.chosen.layers, "adopted": True}
+
+        run_stage(bundle, "effect", ["adopted", effect.model_dump(mode="json")], [EFFECT], copy)
 
 
 def check_owner(calibration: Calibration, model: Model, path: Path) -> None:

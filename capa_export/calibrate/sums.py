@@ -218,21 +218,22 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read a file that `save` wrote, given its path or that of the bundle folder it is in.
+        """Read a file that `save` wrote, and the effect beside it.
+
+        Args:
+            path: of the file, or of the bundle folder it is in.
 
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
         """
-        effect = None
         if path.is_dir():
             from capa_export.bundle.store import Bundle
 
             bundle = Bundle.open(path)
-            bundle.verify("calibrate")
-            if "effect" in bundle.manifest["stages"]:
-                bundle.verify("effect")
-                effect = FfnEffect.load(path / EFFECT)
+            bundle.verify("calibrate", *(["effect"] if "effect" in bundle.manifest["stages"] else []))
             path /= CALIBRATION
+        beside = path.with_name(EFFECT)
+        effect = FfnEffect.load(beside) if beside.is_file() else None
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}

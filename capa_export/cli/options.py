@@ -131,6 +131,14 @@ MinKeepOpt = Annotated[
         min=0, help="Visual tokens that each image keeps at least [default: the recipe's].", rich_help_panel=PRUNING
     ),
 ]
+FfnBudgetOpt = Annotated[
+    float | None,
+    typer.Option(
+        help="Nats of KL from dense that scales in the place of visual FFNs may cost, all layers together "
+        "[default: the recipe's].",
+        rich_help_panel=PRUNING,
+    ),
+]
 MinPixelsOpt = Annotated[
     int | None,
     typer.Option(
@@ -240,6 +248,14 @@ GateOpt = Annotated[
     Path | None, typer.Option("--gate", help="TOML with bounds in place of the recipe's.", rich_help_panel=VALIDATION)
 ]
 StrictOpt = Annotated[bool, typer.Option("--strict", help="Warnings are failures too.", rich_help_panel=VALIDATION)]
+AcceptMethodLossOpt = Annotated[
+    bool,
+    typer.Option(
+        "--accept-method-loss",
+        help="Fit to ship however many answers the method changes (else exit code 7).",
+        rich_help_panel=VALIDATION,
+    ),
+]
 BisectOpt = Annotated[
     bool,
     typer.Option(

@@ -13,12 +13,14 @@ from capa_export.cli.options import (
     CALIBRATION,
     ENGINE,
     VALIDATION,
+    AcceptMethodLossOpt,
     BisectOpt,
     BundleArg,
     CalibrationOpt,
     CheckpointOpt,
     EngineOpt,
     ExportWeightsOpt,
+    FfnBudgetOpt,
     FfnOpt,
     Fp32LayersOpt,
     GateOpt,
@@ -74,6 +76,7 @@ def calibrate(
     model: ModelOpt = None,
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
+    ffn_budget: FfnBudgetOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -100,7 +103,7 @@ def calibrate(
 ) -> None:
     """Measure which visual FFNs are linear, and their scales."""
     if merge:
-        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels)
+        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -118,6 +121,7 @@ def calibrate(
                 out=out,
                 recipe=model,
                 revision=revision,
+                ffn_budget=ffn_budget,
                 images=images,
                 samples=samples,
                 min_pixels=min_pixels,
@@ -159,7 +163,9 @@ def export(
     prune_layer: LayerOpt = None,
     selector: SelectorOpt = None,
     min_keep_per_image: MinKeepOpt = None,
+    ffn_budget: FfnBudgetOpt = None,
     ffn: FfnOpt = None,
+    images: ImagesOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
     fp32_layers: Fp32LayersOpt = None,
@@ -184,6 +190,8 @@ def export(
             schedule=schedule,
             ratio=ratio,
             min_keep_per_image=min_keep_per_image,
+            ffn_budget=ffn_budget,
+            images=images,
             calibration=calibration,
             precision=precision,
             fp32_layers=words(fp32_layers),
@@ -271,6 +279,7 @@ def validate(
     max_pixels: MaxPixelsOpt = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
+    accept_method_loss: AcceptMethodLossOpt = False,
     bisect: BisectOpt = False,
     store_golden: StoreGoldenOpt = 0,
     engine: EngineOpt = None,
@@ -297,6 +306,7 @@ def validate(
             layer_by_layer=layer_by_layer,
             gate=gate,
             strict=strict,
+            accept_method_loss=accept_method_loss,
             bisect=bisect,
             store_golden=store_golden,
             engine=engine,

@@ -83,6 +83,7 @@ class Recipe(Settings):
         prune_layer: int | None = None,
         selector: str | None = None,
         min_keep_per_image: int | None = None,
+        ffn_budget: float | None = None,
         fp32_layers: Sequence[str] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -103,6 +104,10 @@ class Recipe(Settings):
             prune = prune.model_copy(update={"schedule": schedule.stages})
             if schedule.eta is not None:
                 changed["ffn"] = self.ffn.model_copy(update={"eta": schedule.eta})
+        if ffn_budget is not None:
+            if not ffn_budget >= 0:
+                raise CapaError(f"--ffn-budget {ffn_budget:g}: nats of KL, 0 or more", ExitCode.USAGE)
+            changed["ffn"] = changed.get("ffn", self.ffn).model_copy(update={"budget": ffn_budget})
         if any(given is not None for given in (ratio, prune_layer, selector)):
             prune = prune.with_stage(ratio, prune_layer, selector)
         if min_keep_per_image is not None:

@@ -1,5 +1,6 @@
 """The choice of layers: KL by hand, bisection, budgets, streamed weights, and what a build makes of it."""
 
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -217,10 +218,13 @@ def test_a_calibration_without_an_effect_is_measured_when_it_is_adopted(
     recipe = load_recipe("qwen25vl").model_copy(update={"ffn": ALL})
     one = Building.of(recipe, Bundle(tmp_path / "one"), checkpoint, images=pictures, samples=2)
     whole = one.calibrate()
-    given = tmp_path / "one" / "calibration.safetensors"
-    two = Building.of(recipe, Bundle(tmp_path / "two"), checkpoint, images=pictures, samples=2, calibration=given)
-    assert Calibration.load(given).effect is None
+    given = shutil.copy(tmp_path / "one" / "calibration.safetensors", tmp_path)
+    two = Building.of(recipe, Bundle(tmp_path / "two"), checkpoint, images=pictures, samples=2, calibration=Path(given))
+    assert Calibration.load(Path(given)).effect is None
     assert two.calibrate().effect == whole.effect
+
+    never_asked = Building.of(recipe, Bundle(tmp_path / "three"), checkpoint, calibration=tmp_path / "two")
+    assert never_asked.calibrate().effect == whole.effect
 
 
 def test_a_calibration_that_does_not_say_is_refused(calibration: Calibration) -> None:

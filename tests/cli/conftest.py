@@ -34,7 +34,8 @@ def recipe(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (shipped("graphs") / "qwen25vl.toml").read_text(encoding="utf-8")
     text = text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(checkpoint)).replace("layer = 3,", "layer = 2,")
     text = text.replace("prompts = 32", "prompts = 4").replace("steps = 16", "steps = 4\naccuracy_samples = 4")
-    # Random weights are linear nowhere near 0.96.
+    # Random weights are linear nowhere near 0.96, and answer otherwise when a token is gone.
+    text = text.replace("least_agreement = 0.5", "least_agreement = 0")
     text = text.replace("eta = 0.96", "eta = 0.5\nbudget = 100").replace("alternatives = [11, 21]", "")
     path = tmp_path_factory.mktemp("recipe") / "small.toml"
     path.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from typing import Any
 
 from capa_export.base.statistics import Difference, Rate
 from capa_export.report.schema import (
+    Answers,
     Bisection,
     Check,
     ExportError,
@@ -109,6 +110,11 @@ def method_error(*, beats_random: bool = True, known: bool = True) -> MethodErro
         beats_random=beats_random,
         words=("CAPA beats random pruning.",) if beats_random else ("CAPA does not beat random pruning.",),
     )
+
+
+def answers(same: int = 182, **changes: Any) -> Answers:
+    """Of 200 questions, nine in ten of which must be as dense."""
+    return Answers(same=same, questions=200, least_agreement=0.9, accepted=False).model_copy(update=changes)
 
 
 def parity_of(*rows: ExportError, **changes: Any) -> ParityReport:

@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 
 from capa_export.report.junit import write_junit
 from capa_export.report.schema import MethodError, ParityReport
-from tests.report.results import EVIL, compared, method_error, parity_of, selected
+from tests.report.results import EVIL, answers, compared, method_error, parity_of, selected
 
 
 def written(folder: Path, parity: ParityReport, name: str = "demo") -> ET.Element:
@@ -68,7 +68,7 @@ def test_warnings_fail_only_a_strict_run(tmp_path: Path) -> None:
 
 def test_what_was_not_asked_is_skipped(tmp_path: Path) -> None:
     root = written(tmp_path, parity_of(method_error=MethodError(questions=0)))
-    assert len(list(root.iter("skipped"))) == 1
+    assert len(list(root.iter("skipped"))) == 2
     assert failed(root) == []
 
 
@@ -82,3 +82,14 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_junit(tmp_path / name, parity_of(), "demo")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_answers_that_changed_are_red_unless_accepted(tmp_path: Path) -> None:
+    assert failed(written(tmp_path, parity_of(answers=answers()))) == []
+    ruined = answers(100)
+    root = written(tmp_path, parity_of(answers=ruined))
+    assert failed(root) == ["answers as dense"]
+    (failure,) = root.iter("failure")
+    assert failure.text == "50 % as dense: not fit to ship, 90 % are asked for"
+    accepted = ruined.model_copy(update={"accepted": True})
+    assert failed(written(tmp_path, parity_of(answers=accepted))) == []

@@ -4,7 +4,7 @@ import re
 
 from capa_export.report.markdown import markdown
 from capa_export.report.schema import MethodError
-from tests.report.results import BISECTION, EVIL, MANIFEST, compared, parity_of, selected
+from tests.report.results import BISECTION, EVIL, MANIFEST, answers, compared, parity_of, selected
 
 PLAIN = {**MANIFEST, "recipe": {"name": "tiny"}}
 
@@ -60,3 +60,11 @@ def test_without_questions_and_selection() -> None:
     text = markdown(parity_of(method_error=MethodError(questions=0), selection=()), PLAIN)
     assert "method error" not in text
     assert "selection" not in text
+
+
+def test_the_method_has_a_verdict_of_its_own() -> None:
+    assert markdown(parity_of(answers=answers()), PLAIN).startswith("## Passed: tiny, fp16\n\nanswers: 91 % as dense\n")
+    text = markdown(parity_of(answers=answers(100)), PLAIN)
+    assert text.startswith("## Not fit to ship: tiny, fp16\n\nanswers: 50 % as dense: not fit to ship, 90 %")
+    failed = parity_of(compared(failure="cosine 0.5 below 0.999"), answers=answers(100))
+    assert markdown(failed, PLAIN).startswith("## FAILED: tiny")

@@ -13,7 +13,17 @@ from PIL import Image
 
 from capa_export.report.pages import Example, KeptMap, write_report
 from capa_export.report.schema import Check, MethodError
-from tests.report.results import BISECTION, EVIL, MANIFEST, compared, export_stage, method_error, parity_of, selected
+from tests.report.results import (
+    BISECTION,
+    EVIL,
+    MANIFEST,
+    answers,
+    compared,
+    export_stage,
+    method_error,
+    parity_of,
+    selected,
+)
 
 
 def inputs() -> dict[str, Any]:
@@ -131,6 +141,12 @@ def test_what_fails_is_said_first_and_marked_where_it_stands(tmp_path: Path) -> 
     assert page.count(" <b>failed</b>") == 2
     assert text_of(page).index("cosine off") < text_of(page).index("Export error")
     assert "furthest flip 0.80% failed" in text_of(page)
+
+
+def test_answers_that_changed_are_in_the_verdict(tmp_path: Path) -> None:
+    text = text_of(render(tmp_path, parity=parity_of(answers=answers(100))))
+    assert "Not fit to ship Answers: 50 % as dense: not fit to ship, 90 % are asked for." in text
+    assert "Passed Answers: 91 % as dense." in text_of(render(tmp_path, parity=parity_of(answers=answers())))
 
 
 def test_a_long_list_of_failures_is_folded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.report.schema import Check, ParityReport, read_parity, write_parity
-from tests.report.results import BISECTION, compared, parity_of
+from tests.report.results import BISECTION, answers, compared, parity_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,3 +62,12 @@ def test_the_json_schema_is_current() -> None:
     """`python -m capa_export.report.schema > docs/parity.schema.json` writes it."""
     shipped = json.loads((ROOT / "docs" / "parity.schema.json").read_text(encoding="utf-8"))
     assert shipped == ParityReport.model_json_schema(mode="serialization")
+
+
+def test_a_bundle_is_fit_where_it_is_right_and_keeps_the_answers() -> None:
+    assert parity_of().fit
+    assert parity_of(answers=answers()).fit
+    assert parity_of(answers=answers(180)).fit
+    assert not parity_of(answers=answers(179)).fit
+    assert parity_of(answers=answers(0, accepted=True)).fit
+    assert not parity_of(passed=False, answers=answers()).fit

@@ -4,7 +4,7 @@ import pytest
 
 from capa_export.report.schema import MethodError
 from capa_export.report.terminal import print_parity
-from tests.report.results import BISECTION, compared, method_error, parity_of, selected
+from tests.report.results import BISECTION, answers, compared, method_error, parity_of, selected
 
 
 def words(line: str) -> list[str]:
@@ -48,3 +48,14 @@ def test_without_selection_questions_and_answers(capsys: pytest.CaptureFixture[s
     assert "Method error" not in shown
     print_parity(parity_of(selection=(selected(layers=(1, 4)),), method_error=method_error(known=False)))
     assert "random, same k" in capsys.readouterr().out
+
+
+def test_what_the_method_costs_stands_under_what_the_export_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    print_parity(parity_of(answers=answers()))
+    assert capsys.readouterr().out.splitlines()[:2] == ["parity: passed", "answers: 91 % as dense"]
+    ruined = answers(0, questions=3)
+    print_parity(parity_of(answers=ruined))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["parity: passed", "answers: 0 of 3 as dense: not fit to ship, 90 % are asked for"]
+    print_parity(parity_of(answers=ruined.model_copy(update={"accepted": True})))
+    assert "answers: 0 of 3 as dense: accepted, 90 % are asked for" in capsys.readouterr().out

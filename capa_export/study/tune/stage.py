@@ -29,14 +29,15 @@ _FULL = 0.999999
 """An eta that no layer exceeds where none is to be linear; one that does would lose nothing by it."""
 
 
-def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> tuple[Recipe, Tuning]:
+def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float | Method) -> tuple[Recipe, Tuning]:
     """Find the recipe's best schedule on the samples that it calibrates on.
 
     Args:
         model: with the recipe.
         bundle: takes the calibration.
         options: pictures, samples at most, and a calibration where there is one; else one is run on the same samples.
-        budget: fraction of dense's FLOPs in the decoder's prefill, below 1, or FLOPs a prompt.
+        budget: fraction of dense's FLOPs in the decoder's prefill, below 1, or FLOPs a prompt; or a method
+            that costs as much.
 
     Raises:
         CapaError: no schedule meets the budget, there are too few samples, the calibration is another model's, the
@@ -48,8 +49,10 @@ def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float) -> 
     model.check_layers()
     require_eager_memory(model)
     costs = Costs(model.source.dims.decoder, model.recipe.prune.min_keep_per_image, prompt_shapes(model, samples))
-    share = costs.share_of(budget)
+    share = 0.0 if isinstance(budget, Method) else costs.share_of(budget)
     calibration = calibrate(model, bundle, options)
+    if isinstance(budget, Method):
+        share = costs.share(budget, linear_layers(budget, model.recipe, calibration))
     selectors, left_out = offered(model.family)
     candidates = Candidates(model.recipe, selectors, calibration, costs, share)
     own, earlier = candidates.own()
