@@ -91,13 +91,13 @@ def test_a_graph_that_went_wrong_fails_whatever_its_precision(building: Building
 
 def test_what_prompts_depend_on_runs_everything_again(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
     building.build()
-    assert ran(capsys) == {"calibrate", "export", "validate"}
+    assert ran(capsys) == {"calibrate", "effect", "export", "validate"}
     building.again().build()
     assert ran(capsys) == set()
     processor = Path(building.checkpoint) / "preprocessor_config.json"
     processor.write_text(json.dumps({**json.loads(processor.read_text()), "image_mean": [0.0, 0.0, 0.0]}))
     building.again().build()
-    assert ran(capsys) == {"calibrate", "export", "validate"}
+    assert ran(capsys) == {"calibrate", "effect", "export", "validate"}
 
 
 def test_changed_code_runs_again_what_it_made(
@@ -112,7 +112,8 @@ def test_changed_code_runs_again_what_it_made(
     for module, stages in {
         "capa_export.parity.against_eager": {"validate"},
         "capa_export.export.graphs": {"export", "validate"},
-        "capa_export.calibrate.measure": {"calibrate", "validate"},
+        "capa_export.calibrate.effect": {"effect", "validate"},
+        "capa_export.calibrate.measure": {"calibrate", "effect", "validate"},
     }.items():
         changed.add(module)
         building.again().build()
@@ -146,9 +147,9 @@ def test_a_setting_out_of_range_that_has_no_effect_is_none_of_ours(building: Bui
 
 def test_a_new_export_outdates_engines_and_parity(building: Building) -> None:
     building.build("rtx")
-    assert set(building.bundle.manifest["stages"]) == {"calibrate", "export", "engine/rtx", "validate"}
+    assert set(building.bundle.manifest["stages"]) == {"calibrate", "effect", "export", "engine/rtx", "validate"}
     building.again(precision="fp32").export()
-    assert set(building.bundle.manifest["stages"]) == {"calibrate", "export"}
+    assert set(building.bundle.manifest["stages"]) == {"calibrate", "effect", "export"}
     assert not (building.bundle.folder / "parity.json").exists()
     assert not list(building.bundle.folder.rglob("*.engine"))
 
