@@ -98,9 +98,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Rows, drawn at random [default: all].", rich_help_panel=QUESTIONS)
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the rows drawn, and of the intervals.", rich_help_panel=QUESTIONS)
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows drawn.", rich_help_panel=QUESTIONS)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=GENERATION)] = 32,
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,

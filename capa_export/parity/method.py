@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from capa_export.base.progress import Report, tracked
-from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
+from capa_export.base.statistics import difference_of_means, difference_of_shares, kl_divergence, wilson
 from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill, inputs_for
 from capa_export.model.lockstep import Pass, together
@@ -60,7 +60,7 @@ def measure_method(
     Args:
         oracle: the eager model and its pruning.
         questions: questions, with or without answers.
-        seed: seed of random pruning and of the intervals.
+        seed: seed of random pruning.
         steps: most tokens of an answer.
         report: told the progress.
     """
@@ -79,7 +79,7 @@ def measure_method(
                 texts = {name: answer.text for name, answer in answers.items()}
                 kept = _kept_maps(prompt, answers["capa"].prefill)
                 examples.append(Example(sample.image, sample.question, sample.answer, **texts, kept=kept))
-    found = _method_error(outcomes, answered=questions.has_answers, removed=removed, seed=seed)
+    found = _method_error(outcomes, answered=questions.has_answers, removed=removed)
     return _named(found, oracle.pruned_by), examples
 
 
@@ -152,22 +152,20 @@ def _kept_maps(prompt: Prompt, run: EagerPrefill) -> tuple[KeptMap, ...]:
     )
 
 
-def _method_error(
-    outcomes: Mapping[_Name, Sequence[_Outcome]], *, answered: bool, removed: bool, seed: int
-) -> MethodError:
+def _method_error(outcomes: Mapping[_Name, Sequence[_Outcome]], *, answered: bool, removed: bool) -> MethodError:
     count = len(outcomes["dense"])
     if not count:
         return MethodError(questions=0, words=("No question was asked: the method's error was not measured.",))
     capa, random = outcomes["capa"], outcomes["random"]
     capa_kl, random_kl = [outcome.kl for outcome in capa], [outcome.kl for outcome in random]
-    kl_gain = paired_bootstrap(random_kl, capa_kl, seed) if np.isfinite([capa_kl, random_kl]).all() else None
+    kl_gain = difference_of_means(random_kl, capa_kl) if np.isfinite([capa_kl, random_kl]).all() else None
     capa_right, random_right = [outcome.right for outcome in capa], [outcome.right for outcome in random]
     comparable = removed and count >= _FEWEST
     found = MethodError(
         questions=count,
         methods=tuple(_method(name, of_name, answered=answered) for name, of_name in outcomes.items()),
         kl_gain=kl_gain,
-        accuracy_gain=paired_bootstrap(capa_right, random_right, seed) if answered else None,
+        accuracy_gain=difference_of_shares(capa_right, random_right) if answered else None,
         beats_random=(kl_gain is not None and kl_gain.low > 0) if comparable else None,
     )
     return found.model_copy(update={"words": tuple(_words(found, removed=removed))})

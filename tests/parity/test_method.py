@@ -112,6 +112,15 @@ def test_pruning_that_keeps_the_least_is_said_not_to_beat_random(
     assert sentence.endswith(", which is not above 0.")
 
 
+def test_a_gain_on_the_mean_that_chance_explains_beats_nothing(trained: Oracle) -> None:
+    """Of six questions one speaks against CAPA: its mean is far better, and no test is sure of it."""
+    found, methods, _ = asked(trained, scenes(6))
+    assert found.kl_gain is not None and methods["capa"].kl is not None and methods["random"].kl is not None
+    assert found.kl_gain.low <= 0 < found.kl_gain.value and methods["capa"].kl < methods["random"].kl
+    assert found.beats_random is False
+    assert any(words.startswith("CAPA does not beat random pruning") for words in found.words)
+
+
 def test_nothing_removed_is_dense(oracle: Oracle) -> None:
     found, methods, _ = asked(replace(oracle, prune=pruned(0), scales={}), scenes(6))
     for method in (methods["capa"], methods["random"]):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.selection.bed import MAX_NEW_TOKENS, SelectionBed
 from benchmarks.selection.figures import Row, ScoreDifference
 from capa_export.base.errors import CapaError
-from capa_export.base.statistics import paired_bootstrap
+from capa_export.base.statistics import difference_of_shares
 from capa_export.config.schedule import Method, Stage
 from capa_export.data.metrics import METRICS
 from capa_export.study.evaluate.models import EvaluatedModel, eager_model, parse_methods, product_of_methods
@@ -78,9 +78,9 @@ def _against(own: Sequence[float], other: Sequence[float], kinds: Sequence[str],
     by_kind = {kind: [index for index, of in enumerate(kinds) if of == kind] for kind in sorted(set(kinds))}
     return ScoreDifference(
         method=method,
-        all=paired_bootstrap(own, other, 0),
+        all=difference_of_shares(own, other),
         kinds={
-            kind: paired_bootstrap([own[i] for i in rows], [other[i] for i in rows], 0)
+            kind: difference_of_shares([own[i] for i in rows], [other[i] for i in rows])
             for kind, rows in by_kind.items()
         },
     )

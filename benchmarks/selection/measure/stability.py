@@ -18,7 +18,7 @@ from benchmarks.selection.bed import SelectionBed
 from benchmarks.selection.figures import Drift, RankAgreement, Stability
 from benchmarks.selection.measure.compare import at_own_places
 from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
-from capa_export.base.statistics import paired_bootstrap
+from capa_export.base.statistics import difference_of_means
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
 from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill
@@ -78,8 +78,8 @@ def _drift(text: str, drift: Mapping[str, Sequence[Sequence[float]]]) -> Drift:
     return Drift(
         selector=stage.selector,
         ratio=stage.ratio,
-        steps=tuple(paired_bootstrap(values, [0.0] * len(values), 0) for values in steps),
-        to_capa=None if text == capa else paired_bootstrap(own_mean, capa_mean, 0),
+        steps=tuple(difference_of_means(values, [0.0] * len(values)) for values in steps),
+        to_capa=None if text == capa else difference_of_means(own_mean, capa_mean),
     )
 
 

@@ -82,7 +82,7 @@ def page(figures: AccuracyFigures) -> str:
     parts = [
         "Share of right answers in %, with its 95 % interval, FFNs full:",
         grid(names, ratios, lambda name, ratio: rate(rows[name, ratio].scored.score)),
-        "Points above capa at the same ratio (paired bootstrap):",
+        "Points above capa at the same ratio (paired):",
         grid(others, ratios, lambda name, ratio: points(rows[name, ratio].against["capa"].all, bare=True)),
         "Points above dense:",
         grid(names, ratios, lambda name, ratio: points(rows[name, ratio].scored.to_dense, bare=True)),

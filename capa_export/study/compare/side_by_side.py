@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from capa_export.base.statistics import kl_divergence, paired_bootstrap, wilson
+from capa_export.base.statistics import difference_of_shares, kl_divergence, wilson
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.recipe import Recipe, recipe_of
 from capa_export.model.generation import eos_token_ids
@@ -196,7 +196,7 @@ class SideBySide:
             questions=len(self._right),
             reference=wilson(reference),
             candidate=wilson(candidate),
-            difference=paired_bootstrap(candidate, reference, seed=0),
+            difference=difference_of_shares(candidate, reference),
         )
 
     def timings(self) -> Iterator[Timing]:

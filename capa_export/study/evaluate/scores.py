@@ -4,13 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from capa_export.base.statistics import Rate, paired_bootstrap, wilson
+from capa_export.base.statistics import Difference, Rate, difference_of_means, difference_of_shares, wilson
 from capa_export.data.metrics import METRICS, Metric, says_yes, yes_no_figures
 from capa_export.data.questions import Question
 from capa_export.study.evaluate.answers import DENSE, Answer
 from capa_export.study.evaluate.schema import MethodScores
 
 __all__ = ["AnsweredQuestion", "score_methods"]
+
+_YES_OR_NO = frozenset((0.0, 1.0))
+"""Scores of answers that are right or wrong; shares of people lie between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class AnsweredQuestion:
 
 
 def score_methods(
-    answered: Sequence[AnsweredQuestion], methods: Sequence[str], metric: Metric, seed: int
+    answered: Sequence[AnsweredQuestion], methods: Sequence[str], metric: Metric
 ) -> Iterator[MethodScores]:
     """Every method's figures, of at least one question.
 
@@ -30,7 +33,6 @@ def score_methods(
         answered: by all methods.
         methods: dense first.
         metric: the benchmark's.
-        seed: of the intervals' resamples.
     """
     known = [entry for entry in answered if entry.question.answers]
     scores = {method: [_score(entry, method, metric) for entry in known] for method in methods}
@@ -46,14 +48,12 @@ def score_methods(
             compared = {"to_dense": DENSE, "to_first": first}
             found = found.model_copy(
                 update={
-                    "score": _mean(own, seed),
-                    "exact": _mean([_score(entry, method, "exact") for entry in known], seed)
-                    if metric != "option"
-                    else None,
-                    "kinds": _by_kind(known, own, seed),
+                    "score": _mean(own),
+                    "exact": _mean([_score(entry, method, "exact") for entry in known]) if metric != "option" else None,
+                    "kinds": _by_kind(known, own),
                     "figures": _figures(known, method) if metric == "pope" else {},
                     **{
-                        name: paired_bootstrap(own, scores[other], seed)
+                        name: _difference(own, scores[other])
                         for name, other in compared.items()
                         if other is not None and method not in (DENSE, other)
                     },
@@ -67,21 +67,25 @@ def _score(entry: AnsweredQuestion, method: str, metric: Metric) -> float:
     return METRICS[metric](entry.answers[method].text, question.answers, question.options)
 
 
-def _mean(scores: Sequence[float], seed: int) -> Rate:
-    if set(scores) <= {0.0, 1.0}:
+def _mean(scores: Sequence[float]) -> Rate:
+    if _YES_OR_NO.issuperset(scores):
         return wilson([score == 1.0 for score in scores])
-    # Shares of people are no yes or no: their interval is bootstrapped too.
-    found = paired_bootstrap(scores, [0.0] * len(scores), seed)
+    found = difference_of_means(scores, [0.0] * len(scores))
     return Rate(value=found.value, low=found.low, high=found.high)
 
 
-def _by_kind(known: Sequence[AnsweredQuestion], scores: Sequence[float], seed: int) -> dict[str, Rate]:
+def _difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    between = difference_of_shares if _YES_OR_NO.issuperset([*first, *second]) else difference_of_means
+    return between(first, second)
+
+
+def _by_kind(known: Sequence[AnsweredQuestion], scores: Sequence[float]) -> dict[str, Rate]:
     kinds = sorted({entry.question.kind for entry in known} - {""})
     of_kind = {
         kind: [score for entry, score in zip(known, scores, strict=True) if entry.question.kind == kind]
         for kind in kinds
     }
-    return {kind: _mean(own, seed) for kind, own in of_kind.items()}
+    return {kind: _mean(own) for kind, own in of_kind.items()}
 
 
 def _figures(known: Sequence[AnsweredQuestion], method: str) -> dict[str, float]:

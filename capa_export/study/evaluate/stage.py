@@ -61,7 +61,7 @@ def evaluate(
         questions: with pictures.
         out: takes the answers as they come, and `evaluation.json`.
         workers: where the model runs.
-        seed: of the intervals.
+        seed: of the rows drawn; written down.
         report: progress.
 
     Raises:
@@ -86,7 +86,7 @@ def evaluate(
             questions=len(answered),
             answered=sum(bool(entry.question.answers) for entry in answered),
             skipped=skipped,
-            methods=tuple(score_methods(answered, list(evaluated.keys), benchmark.metric, seed)),
+            methods=tuple(score_methods(answered, list(evaluated.keys), benchmark.metric)),
             max_new_tokens=evaluated.max_new_tokens,
             seed=seed,
             notes=evaluated.notes,

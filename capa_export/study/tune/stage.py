@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 
 from capa_export.base.errors import CapaError
-from capa_export.base.statistics import Difference, paired_bootstrap
+from capa_export.base.statistics import Difference, difference_of_means
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.stage import calibrate
 from capa_export.config.options import BuildOptions
@@ -103,7 +103,7 @@ def tune(model: Model, bundle: Bundle, options: BuildOptions, budget: float | Me
 def _gain(finalists: Mapping[str, Sequence[Agreement]], own: str, name: str, level: float) -> Difference | None:
     """How much closer to dense a finalist is than the recipe's own method; None where a figure is no number."""
     of_own, of_other = ([agreement.kl for agreement in finalists[key]] for key in (own, name))
-    return paired_bootstrap(of_own, of_other, 0, level) if np.isfinite([of_own, of_other]).all() else None
+    return difference_of_means(of_own, of_other, level) if np.isfinite([of_own, of_other]).all() else None
 
 
 def _verdict(best: Finalist, own: Method | None, earlier: int, *, broken: bool) -> str:

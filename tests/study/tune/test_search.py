@@ -5,10 +5,11 @@ from typing import Any, cast
 import pytest
 
 from capa_export.base.progress import silent
+from capa_export.base.statistics import difference_of_means
 from capa_export.config.schedule import Method, parse_method
 from capa_export.model.agreement import Agreement
 from capa_export.study.tune.candidates import Candidates
-from capa_export.study.tune.search import Search, SearchResult, rungs
+from capa_export.study.tune.search import FEWEST, Search, SearchResult, rungs
 
 ETAS = (0.5, 0.93, None)
 COUNT = 48
@@ -96,7 +97,10 @@ def test_what_is_no_number_comes_last(candidates: Candidates) -> None:
     assert names[-1] == own.name
 
 
-def test_few_samples_still_leave_six_to_judge() -> None:
-    assert rungs(8) == (2, 2)
+def test_the_fewest_samples_leave_enough_to_judge_to_be_sure_of_one_finalist_of_four() -> None:
+    judges = FEWEST - rungs(FEWEST)[1]
+    assert difference_of_means([1.0] * judges, [0.0] * judges, 1 - 0.05 / 4).low > 0
+    judges = FEWEST - 1 - rungs(FEWEST - 1)[1]
+    assert difference_of_means([1.0] * judges, [0.0] * judges, 1 - 0.05 / 4).low == 0
     assert rungs(64) == (8, 21)
     assert rungs(256) == (16, 40)

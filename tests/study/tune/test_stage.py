@@ -26,12 +26,12 @@ from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
 
-COUNT = 10
+COUNT = 11
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of two sizes."""
+    """Eleven pictures of two sizes."""
     folder = tmp_path_factory.mktemp("images")
     for index in range(COUNT):
         noise(168, 140 + 28 * (index % 2), index).save(folder / f"{index}.png")
@@ -72,7 +72,7 @@ def found(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def test_tuned_recipe(found: tuple[Tuning, Path], recipe: Recipe, prompter: Prompter, calibrated: Path) -> None:
     tuning, path = found
-    assert (tuning.samples, tuning.judges, tuning.budget, tuning.left_out) == (COUNT, 7, 0.6, ())
+    assert (tuning.samples, tuning.judges, tuning.budget, tuning.left_out) == (COUNT, 8, 0.6, ())
     _check_costs(tuning, prompter, calibrated)
     by_name = {row.method: row for row in tuning.finalists}
     chosen, own = by_name[tuning.chosen], by_name[str(tuning.own)]
