@@ -9,7 +9,7 @@ from capa_export.base.code import versions
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
-from capa_export.calibrate.stage import check_owner
+from capa_export.calibrate.stage import check_owner, with_effect
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
 from capa_export.export.graphs import pruning, write_onnx
@@ -99,9 +99,14 @@ def _calibrated(model: Model, bundle: Bundle, options: BuildOptions) -> tuple[Ca
     path = bundle.folder / CALIBRATION
     if not (options.ffn or path.exists()):
         return None, {}
-    calibration = Calibration.load(bundle.folder)
+    calibration, ffn = Calibration.load(bundle.folder), model.recipe.ffn
     check_owner(calibration, model, path)
-    return calibration, calibration.alphas(calibration.scaled_layers(model.recipe.ffn)) if options.ffn else {}
+    if not options.ffn:
+        return calibration, {}
+    if not calibration.measured(ffn):
+        # As where several were added up.
+        calibration = with_effect(model, bundle, options)
+    return calibration, calibration.alphas(calibration.scaled_layers(ffn))
 
 
 def _fp32_layers(model: Model, options: BuildOptions, calibration: Calibration | None) -> list[str]:

@@ -1,8 +1,6 @@
 """A calibration that is killed goes on where it was, and measures what one that was not killed measures."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,34 +10,15 @@ import pytest
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibrate.measure import Measurement
+from capa_export.calibrate.scaled_sets import EFFECT
 from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.cli import main
+from tests.calibrate.killing import killed
 from tests.conftest import noise
 
 SAMPLES, LAYERS = 4, 5
 PARTS = {"--in-memory": 1, "--layer-by-layer": 1 + LAYERS + 1}
 """Steps a sample: the whole model; or a look at it, every layer, and the last norm."""
-
-RUN = """
-import os, signal, sys
-from capa_export.calibrate import measure
-from capa_export.cli import main
-
-steps, last = 0, int(sys.argv[1])
-add = measure.Measurement.add
-
-def counted(*arguments):
-    global steps
-    if steps == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(*arguments)
-    steps += 1
-
-measure.Measurement.add = counted
-code = main(sys.argv[2:])
-print(steps)
-sys.exit(code)
-"""
 
 Calibrate = Callable[..., list[str]]
 
@@ -58,21 +37,13 @@ def calibrate(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return command
 
 
-def killed(arguments: list[str], steps: int) -> tuple[int, int]:
-    """Run in a process that kills itself after so many steps; its exit code, and its steps if it came to the end."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(steps), *arguments], capture_output=True, text=True, check=False
-    )
-    return done.returncode, int(done.stdout.splitlines()[-1]) if done.returncode == 0 else 0
-
-
 @pytest.mark.parametrize(("option", "kills"), [("--in-memory", (3,)), ("--layer-by-layer", (2, 9, 14))])
 def test_nothing_is_measured_twice(calibrate: Calibrate, tmp_path: Path, option: str, kills: tuple[int, ...]) -> None:
     command = calibrate(tmp_path / "killed", option)
     for steps in kills:
         assert killed(command, steps) == (-signal.SIGKILL, 0)
     assert killed(command, 1000) == (0, PARTS[option] * SAMPLES - sum(kills))
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [CALIBRATION, MANIFEST]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [CALIBRATION, MANIFEST, EFFECT]
     assert main(calibrate(tmp_path / "whole", option)) == ExitCode.OK
     assert Calibration.load(tmp_path / "killed").digest() == Calibration.load(tmp_path / "whole").digest()
 

@@ -31,7 +31,7 @@ def test_a_bundle_holds_what_the_readme_lists(bundle: Path) -> None:
         "onnx/visual/preprocessor_config.json",
     } <= files
     manifest = json.loads((bundle / "capa_manifest.json").read_text())
-    assert set(manifest["stages"]) == {"calibrate", "export", "validate"}
+    assert set(manifest["stages"]) == {"calibrate", "effect", "export", "validate"}
     assert manifest["stages"]["export"]["result"]["linear_layers"]
 
 
@@ -41,13 +41,13 @@ def test_a_second_build_does_nothing_and_another_ratio_only_validates(
     options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", spare)
     code, _, err = cli("build", *options)
     assert code == 0
-    assert [line.split(maxsplit=1)[1] for line in err.splitlines() if line[0] != " "] == ["up to date"] * 3
+    assert [line.split(maxsplit=1)[1] for line in err.splitlines() if line[0] != " "] == ["up to date"] * 4
     code, out, err = cli("build", *options, "--ratio", 0.5, "--json")
     assert code == 0 and json.loads(out)["schedule"] == [{"layer": 2, "ratio": 0.5, "selector": "capa", "options": {}}]
     # On a slow machine, lines of progress stand between: `validate: eager: 3 of 4`.
     done = [line for line in err.splitlines() if line[0] != " " and ": " not in line]
     stages = {line.split()[0]: "up to date" in line for line in done}
-    assert stages == {"calibrate": True, "export": True, "validate": False}
+    assert stages == {"calibrate": True, "effect": True, "export": True, "validate": False}
     assert "ratio 0.5 after layer 2: kept 512 of 1024 visual tokens" in err
 
 
@@ -84,7 +84,10 @@ def test_calibrate_in_two_halves_and_merge(cli: Cli, recipe: Path, pictures: Pat
     code, out, _ = cli("calibrate", "-m", recipe, "--images", pictures, "-o", tmp_path / "whole", "--json")
     whole = json.loads(out)
     assert merged["linear_layers"] == whole["linear_layers"] and merged["absmax"] == whole["absmax"]
-    assert cli("export", "-m", recipe, "-o", tmp_path / "c")[0] == 0
+    assert merged["scaled_layers"] is None
+    code, _, err = cli("export", "-m", recipe, "-o", tmp_path / "c")
+    assert code == ExitCode.PREFLIGHT and "pass --images FOLDER" in err
+    assert cli("export", "-m", recipe, "-o", tmp_path / "c", "--images", pictures)[0] == 0
     other = ("export", "-m", recipe, "-o", tmp_path / "d", "--calibration", tmp_path / "c", "--precision", "fp32")
     assert cli(*other)[0] == 0
 
@@ -124,6 +127,7 @@ def test_interrupt_keeps_finished_stages(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "calibration.safetensors",
         "capa_manifest.json",
+        "ffn_effect.json",
     ]
 
 
@@ -204,7 +208,7 @@ def test_a_bundle_keeps_how_large_pictures_are_seen(
     assert "\n              and 6 of 22, the mean of the calibration's prompts" in err
     stages = {line.split()[0]: "up to date" in line for line in err.splitlines() if line[0] != " " and ": " not in line}
     # Other pictures make another calibration, whose scales are in the graphs.
-    assert stages == dict.fromkeys(("calibrate", "export", "validate"), False)
+    assert stages == dict.fromkeys(("calibrate", "effect", "export", "validate"), False)
     assert json.loads(manifest.read_text())["recipe"]["pictures"]["max_pixels"] == 20_000
     ask = ("run", spare, "--prompt", "what ?", "--image", pictures / "0.png", "--max-new-tokens", 1, "--json")
     assert json.loads(cli(*ask)[1])["stages"][0]["visual"] == 25
