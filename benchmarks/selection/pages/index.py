@@ -29,10 +29,16 @@ a number of two small digits, how many shapes have a colour, which of two shapes
 which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.
 
 [What follows](../findings.md), in a page. Sentences and tables here are generated from the [figures](figures).
-"Surely", "loses" and "beats" mean that the 95 % interval of the paired difference (bootstrap over the questions) lies
-on one side of 0. Of differences that are none, one in forty looks like a gain all the same, and one in forty like a
-loss: a page makes hundreds of comparisons, and nothing is corrected for that. CAPA's choice is made once, at prefill,
-where the paper makes it anew at every step."""
+"Surely", "loses" and "beats" mean that the 95 % interval of the paired difference lies on one side of 0; of right
+answers it does so only where McNemar's exact test does. Of differences that are none, at most one in forty looks like a
+gain all the same, and one in forty like a loss: a page makes hundreds of comparisons, and nothing is corrected for
+that. CAPA's choice is made once, at prefill, where the paper makes it anew at every step.
+
+Intervals in figures that were taken before 30 November 2026 are bootstrapped over the questions, whose single answers
+were not kept. Those of right answers were since widened to 0 wherever the exact test, on all counts of pairs that can
+have given net difference and interval, does not surely reject; the few that would have stayed open were asked again,
+with the same scores. Those of drift, over 72 prompts, and the words of `tune`
+itself rest on the bootstrap alone, which errs more often than one in forty."""
 
 
 def figures_file(folder: Path, part: str, bed: str) -> Path:
