@@ -111,9 +111,9 @@ def test_changed_code_runs_again_what_it_made(
     ran(capsys)
     for module, stages in {
         "capa_export.parity.against_eager": {"validate"},
-        "capa_export.export.graphs": {"export", "validate"},
+        "capa_export.export.folder": {"export", "validate"},
         "capa_export.calibrate.effect": {"effect", "validate"},
-        "capa_export.calibrate.measure": {"calibrate", "effect", "validate"},
+        "capa_export.calibrate.measurement": {"calibrate", "effect", "validate"},
     }.items():
         changed.add(module)
         building.again().build()

@@ -27,7 +27,7 @@ from capa_export.kernels.plugins.native import build_library
 from capa_export.passes.lower import NATIVE
 from capa_export.run.engine import BuiltEngines
 from capa_export.run.engine_model import EngineModel
-from capa_export.trt.stage import build_graphs
+from capa_export.trt.engines import build_graphs
 
 __all__ = ["NATIVE_VARIANTS", "VARIANTS", "Variant", "cases", "target_for"]
 

@@ -171,7 +171,7 @@ class Bundle:
                 nothing: the report says so.
         """
         from capa_export.config.options import ValidationOptions
-        from capa_export.parity.against_golden import GOLDEN
+        from capa_export.parity.golden import GOLDEN
         from capa_export.parity.stage import validate
 
         given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)

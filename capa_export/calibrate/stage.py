@@ -1,31 +1,28 @@
 """The calibration stage: measures the dense model, or adopts a calibration that was made elsewhere."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.progress import say, tracked
-from capa_export.base.workers import chunks, in_order, run_tasks
+from capa_export.base.progress import say
 from capa_export.bundle.store import Bundle, run_stage
+from capa_export.calibrate.measurement import measure_samples
 from capa_export.calibrate.scaled_sets import EFFECT
-from capa_export.calibrate.sums import CALIBRATION, Calibration, summed
+from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Recipe, ranges
-from capa_export.data.samples import JUDGES, Sample, Samples, samples_from
+from capa_export.data.samples import JUDGES, samples_from
+from capa_export.model.files import check_files
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.memory import calibration_bytes, exceeds_memory, require_eager_memory
 from capa_export.model.model import Model
 
 __all__ = ["adopt_calibration", "calibrate", "check_owner", "with_effect"]
 
-_CODE = ("capa_export.calibrate.layerwise", "capa_export.calibrate.measure", "capa_export.model.prompt")
+_CODE = ("capa_export.calibrate.measurement",)
 """Modules whose code a stored calibration depends on."""
-_SAMPLES_A_TASK = 4
 
 
 def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
@@ -35,7 +32,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         CapaError: the model does not load or does not fit, a sample cannot be used, or the given calibration is of
             another model.
     """
-    model.check_files()
+    check_files(model)
     _check_workers(model, options)
     model.check_pictures()
     model.remember_digests(bundle)
@@ -57,7 +54,11 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
     def work(scratch: Path) -> dict[str, Any]:
         by_layer = _goes_by_layer(model, bundle, options, key)
         with bundle.unfinished("calibrate", [key, by_layer]) as folder:
-            calibration = _measured(model, samples, options, UnfinishedSums(folder), by_layer=by_layer)
+            unfinished = UnfinishedSums(folder)
+            if unfinished.load() is not None:
+                option = "--layer-by-layer" if by_layer else "--in-memory"
+                say(f"{'':<14}goes on where it was interrupted, as with {option}")
+            calibration = measure_samples(model, samples, options.workers, unfinished, by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
         return calibration.summary(recipe.ffn)
 
@@ -168,44 +169,6 @@ def _goes_by_layer(model: Model, bundle: Bundle, options: BuildOptions, key: lis
         if folder is not None and UnfinishedSums(folder).load() is not None:
             return by_layer
     return exceeds_memory("the model takes {} in FP32", calibration_bytes(model.source.checkpoint.num_parameters))
-
-
-def _measured(
-    model: Model, samples: Samples, options: BuildOptions, unfinished: UnfinishedSums, *, by_layer: bool
-) -> Calibration:
-    """Measure the samples, from where an interrupted run stopped."""
-    from capa_export.calibrate.layerwise import calibrate_layerwise
-    from capa_export.calibrate.measure import calibrate as measure
-
-    if unfinished.load() is not None:
-        option = "--layer-by-layer" if by_layer else "--in-memory"
-        say(f"{'':<14}goes on where it was interrupted, as with {option}")
-    if not options.workers.here:
-        return _measured_by_workers(model, samples, options, unfinished)
-    about: Any = {"checkpoint_digest": model.digest, "unfinished": unfinished, "report": model.report}
-    if by_layer:
-        return calibrate_layerwise(model.source, model.prompter, samples, **about)
-    return measure(model.eager, model.family, model.prompter, samples, **about)
-
-
-def _measured_by_workers(
-    model: Model, samples: Samples, options: BuildOptions, unfinished: UnfinishedSums
-) -> Calibration:
-    """Measure the samples in several processes: equal to one process to the last bit where each has as many threads."""
-    before = unfinished.load()
-    done = before.samples if before else 0
-    tasks = chunks(islice(samples, done, None), _SAMPLES_A_TASK)
-    results = in_order(run_tasks(partial(_measurer, model.unopened(), model.digest), tasks, options.workers))
-    measured = tracked(chain.from_iterable(results), "calibrate", samples.count - done, model.report)
-    return summed(measured, before, unfinished.keep)
-
-
-def _measurer(model: Model, checkpoint_digest: str) -> Callable[[Sequence[Sample]], list[Calibration]]:
-    """Open the model in a worker process; returns a function that measures samples one by one."""
-    from capa_export.calibrate.measure import measure
-
-    eager, family, prompter = model.eager, model.family, model.prompter
-    return lambda samples: [measure(eager, family, prompter, sample, checkpoint_digest) for sample in samples]
 
 
 def _say_linear(calibration: Calibration, recipe: Recipe) -> None:

@@ -12,20 +12,17 @@ from capa_export.calibrate.audit import audit
 from capa_export.calibrate.stage import check_owner, with_effect
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
-from capa_export.export.graphs import pruning, write_onnx
-from capa_export.model.generation import eos_token_ids, read_generation
+from capa_export.export.folder import write_folder
+from capa_export.export.graphs import pruning
+from capa_export.model.files import check_files
+from capa_export.model.generation import read_generation
 from capa_export.model.model import Model
 
 __all__ = ["check_wishes", "export"]
 
 _PACKAGES = ("onnxscript", "onnx-ir", "onnx", "onnxruntime", "torch", "transformers")
-_CODE = (
-    "capa_export.export.genai",
-    "capa_export.export.graphs",
-    "capa_export.model.generation",
-    "capa_export.model.processors.resolved",
-)
-"""The modules that write."""
+_CODE = ("capa_export.export.folder",)
+"""Modules whose code the files depend on."""
 
 
 def check_wishes(model: Model) -> None:
@@ -46,7 +43,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         CapaError: an option or a file does not fit the model, or the disk or a dtype is too small for the weights.
     """
     check_wishes(model)
-    model.check_files()
+    check_files(model)
     model.remember_digests(bundle)
     calibration, scales = _calibrated(model, bundle, options)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
@@ -68,7 +65,18 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         ]
 
     def work(scratch: Path) -> dict[str, Any]:
-        files, facts = _write(model, options, scratch / ONNX, scales, fp32_layers)
+        # Before anything is written.
+        processors = model.prompter.tokenizer, model.prompter.image_processor
+        if not options.in_place:
+            model.hash_meanwhile()
+        files, facts = write_folder(
+            *(model.source, processors, model.recipe.prune, options.precision, scratch / ONNX),
+            scales=scales,
+            fp32_layers=fp32_layers,
+            in_place=options.in_place,
+            code=model.trust_remote_code,
+            report=model.report,
+        )
         known = digests()
         linked = {f"{ONNX}/{file}": known.get(entry["shard"]) for file, entry in files.items() if "shard" in entry}
         sha256 = {f"{ONNX}/{file}": entry["sha256"] for file, entry in files.items() if "sha256" in entry}
@@ -121,47 +129,6 @@ def _fp32_layers(model: Model, options: BuildOptions, calibration: Calibration |
     elif options.precision == "fp16":
         say("audit         no calibration, so whether FP16 holds every activation is not known")
     return sorted({*model.recipe.fp32_layers, *asked})
-
-
-def _write(
-    model: Model, options: BuildOptions, folder: Path, scales: Mapping[int, Any], fp32_layers: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write graphs, weights and the files beside them; returns an entry a file, and what else is to be recorded."""
-    from capa_export.export.genai import reason_against, write_genai
-    from capa_export.model.processors.resolved import PROCESSORS, write_processors
-    from capa_export.model.sidecars import copy_sidecars
-
-    # Before anything is written.
-    processors = model.prompter.tokenizer, model.prompter.image_processor
-    if not options.in_place:
-        model.hash_meanwhile()
-    source, prune = model.source, model.recipe.prune
-    files = write_onnx(
-        *(source, options.precision, folder),
-        **pruning(prune),
-        scales=scales,
-        fp32_layers=fp32_layers,
-        in_place=options.in_place,
-        report=model.report,
-    )
-    copy_sidecars(source.checkpoint, folder, code=model.trust_remote_code)
-    needs_transformers = write_processors(*processors, folder / PROCESSORS)
-    not_genai = reason_against(source, prune.selectors)
-    if not_genai is None:
-        files |= write_genai(
-            *(source, options.precision, folder),
-            selectors=prune.selectors,
-            linear_layers=sorted(scales),
-            eos_token_ids=eos_token_ids(folder / "llm"),
-            min_keep_per_image=prune.min_keep_per_image,
-            fp32_layers=fp32_layers,
-        )
-    return files, {
-        "precision": options.precision,
-        "not_for_genai": not_genai,
-        "needs_transformers": needs_transformers,
-        "searched_for_nan": not options.in_place,
-    }
 
 
 def _say_kept(model: Model, calibration: Calibration | None) -> None:

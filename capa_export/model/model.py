@@ -203,17 +203,6 @@ class Model:
         """
         _ = self.visual_tokens
 
-    def check_files(self) -> None:
-        """Hold weights, config, tokenizer, chat template and image processor against each other before any work.
-
-        Raises:
-            CapaError: one of them is missing, or does not belong to the others.
-        """
-        from capa_export.model.tensors import check_tensors
-
-        check_tensors(self.source)
-        self.prompter.check()
-
     def check_layers(self) -> None:
         """Refuse a schedule, or parts in FP32, that do not fit the model.
 

@@ -1,34 +1,22 @@
-"""Validates a bundle against golden samples, which hold the eager model's results, and stores such samples."""
+"""Validates a bundle against golden samples, which hold the eager model's results."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capa_export.base.code import versions
 from capa_export.base.errors import CapaError
-from capa_export.bundle.store import ONNX, Bundle, run_stage
+from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
 from capa_export.model.model import Model
-from capa_export.parity.validation import (
-    Validation,
-    goes_by_layer,
-    held_out,
-    layer_notes,
-    open_oracle,
-    scales_of,
-    sidecar_files,
-    stored_calibration,
-)
-from capa_export.report.schema import MethodError, ParityReport
+from capa_export.parity.golden import GOLDEN
+from capa_export.parity.validation import Validation, layer_notes, sidecar_files
+from capa_export.report.schema import MethodError
 
 if TYPE_CHECKING:
     from capa_export.run.engine import BuiltEngines
 
-__all__ = ["GOLDEN", "AgainstGolden", "store_golden"]
-
-GOLDEN = "golden"
-_GOLDEN_CODE = ("capa_export.parity.records", "capa_export.parity.validation")
+__all__ = ["AgainstGolden"]
 
 
 class AgainstGolden(Validation):
@@ -74,34 +62,6 @@ class AgainstGolden(Validation):
         method_error = MethodError.model_validate(stored["method_error"])
         self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
         return {"latency": stored["latency"]}
-
-
-def store_golden(
-    model: Model, bundle: Bundle, recipe: Recipe, options: ValidationOptions, parity: ParityReport
-) -> None:
-    """Store the eager model's results on the first few prompts in the bundle."""
-    exported = bundle.stage("export")["result"]
-    scales = scales_of(exported, stored_calibration(bundle))
-    samples = held_out(recipe, replace(options, samples=None), options.store_golden, repeat=True)
-    steps = recipe.parity.steps
-    prune, pictures = recipe.prune.model_dump(mode="json"), recipe.pictures.model_dump(exclude_none=True)
-    sidecars = sidecar_files(bundle)
-    method_error = parity.method_error.model_dump(mode="json")
-    made_by = versions("torch", "transformers", code_of=_GOLDEN_CODE)
-    key = [made_by, bundle.digest("export"), samples.digest(), steps, prune, model.prompt_settings, method_error]
-
-    def work(scratch: Path) -> dict[str, Any]:
-        from capa_export.parity.records import write_records
-
-        (scratch / GOLDEN).mkdir()
-        sliced = goes_by_layer(model, options, exported["precision"])
-        oracle = open_oracle(model, bundle, recipe, scales, bundle.folder / ONNX, sliced=sliced)
-        write_records(scratch / GOLDEN, oracle, samples, steps, model.report)
-        latency = bundle.stage("validate")["result"]["latency"]
-        seen = {"prune": prune, "pictures": pictures}
-        return {"method_error": method_error, "latency": latency, "sidecars": sidecars, **seen}
-
-    run_stage(bundle, GOLDEN, key, [GOLDEN], work)
 
 
 def _graphs_go_by_layer(bundle: Bundle, options: ValidationOptions) -> bool:

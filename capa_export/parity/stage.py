@@ -9,7 +9,8 @@ from capa_export.config.gates import with_gates
 from capa_export.config.options import ValidationOptions
 from capa_export.model.model import Model
 from capa_export.parity.against_eager import AgainstEager
-from capa_export.parity.against_golden import GOLDEN, AgainstGolden, store_golden
+from capa_export.parity.against_golden import AgainstGolden
+from capa_export.parity.golden import GOLDEN, store_golden
 from capa_export.report.schema import ParityReport, read_parity
 
 __all__ = ["validate"]

@@ -1,13 +1,9 @@
 """The engine stage: a bundle's three engines, or the kit that builds them on the device, and its build there."""
 
-import os
 import platform
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from capa_export.base.code import versions
@@ -18,23 +14,23 @@ from capa_export.bundle.confined import confined
 from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, run_stage
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.plugins import NO_PLUGINS, Plugins, PluginWish, choose_device_plugins, choose_plugins
+from capa_export.config.plugins import PluginWish, choose_device_plugins, choose_plugins
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
-from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt import builder
-from capa_export.trt.graphs import GRAPHS, write_graphs
+from capa_export.trt.engines import build_graphs, building_environment, read_engines
+from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
-from capa_export.trt.layers import read_engine
 
-__all__ = ["build_engines", "build_graphs", "build_kit", "check_engines", "check_runtime"]
+__all__ = ["build_engines", "build_kit", "check_engines", "check_runtime"]
 
-_BUILDER_CODE = ("capa_export.trt.builder", "capa_export.trt.worker", "capa_export.kernels.plugins.alias")
-_ENGINE_CODE = (*_BUILDER_CODE, "capa_export.trt.graphs", "capa_export.trt.layers")
-_KIT_CODE = (*_BUILDER_CODE, "capa_export.trt.kit")
+_ENGINE_CODE = ("capa_export.trt.engines",)
+"""Modules whose code engines depend on."""
+_KIT_CODE = ("capa_export.trt.kit", "capa_export.trt.worker", "capa_export.kernels.plugins.alias")
+"""Modules whose code a kit depends on: that which writes it, and that which is in it."""
 
 
 def check_runtime(target: Target) -> None:
@@ -177,61 +173,6 @@ def _largest_pictures(target: Target) -> dict[str, int]:
     return PixelBounds().on_target(target).model_dump(exclude_none=True)
 
 
-def build_graphs(
-    onnx: Path,
-    graphs: Mapping[str, str],
-    folder: Path,
-    target: Target,
-    *,
-    weights: Weights,
-    plugins: Plugins = NO_PLUGINS,
-    home: Path | None = None,
-    logs: Mapping[str, Path] = {},
-    say: Callable[[str], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
-    """Build the engines of graphs by way of a kit; its graphs go, its engines stay.
-
-    Args:
-        onnx: folder of the graphs.
-        graphs: name of the engine of each graph.
-        folder: the kit, which must not exist yet. Of every engine it gets `NAME.engine`, `NAME.layers.json`,
-            `NAME.log` and, with external weights, `NAME.weights.json`.
-        target: the device; supplies the limits of every dimension.
-        weights: whether the large weights are in the engines, or inputs of the networks.
-        plugins: what computes the CAPA nodes.
-        home: where the engines will be used, if the caller moves them: what `NAME.weights.json` is relative to.
-        logs: by engine where its log lies until the engine is whole, if that is elsewhere.
-        say: told what is being done.
-
-    Returns:
-        By engine what the manifest says of it.
-
-    Raises:
-        CapaError: the target is not possible, a graph is damaged, or TensorRT refused or crashed.
-    """
-    write_graphs(onnx, graphs, folder, target, weights=weights, plugins=plugins.kind, home=home)
-    try:
-        with _environment() as environment:
-            built = builder.build_engines(
-                folder,
-                builder.read_kit(folder),
-                folder,
-                worker=["-m", "capa_export.trt.worker"],
-                library=plugins.library,
-                environment=environment,
-                logs=logs,
-                say=say,
-            )
-            engines = _read(built, folder, folder)
-    except KeyboardInterrupt:
-        for log in logs.values():
-            log.unlink(missing_ok=True)
-        raise
-    for name in (builder.KIT, *graphs):
-        (folder / name).unlink()
-    return engines
-
-
 def build_kit(
     kit: Path,
     *,
@@ -265,7 +206,7 @@ def build_kit(
         step = next(done)
         report(line, step, step + 1)
 
-    with _environment() as environment:
+    with building_environment() as environment:
         built = builder.build(
             kit,
             tensorrt_include=tensorrt_include,
@@ -276,7 +217,7 @@ def build_kit(
             environment=environment,
             say=tell,
         )
-        engines = _read(built, kit, out or kit)
+        engines = read_engines(built, kit, out or kit)
     spec = builder.read_kit(kit)
     result = {
         "runtime": (runtime or spec["runtime"]).replace("_", "-"),
@@ -288,23 +229,6 @@ def build_kit(
     if out is None:
         _note(kit, result)
     return result
-
-
-@contextmanager
-def _environment() -> Generator[Mapping[str, str]]:
-    """Variables of the building processes."""
-    # Kernels run for real there, even where this process interprets them.
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with TemporaryDirectory() as links:
-        yield inherited | ensure_parser_library(Path(links))
-
-
-def _read(built: Iterable[tuple[str, dict[str, Any]]], kit: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of the engines that a builder leaves in a folder; each is read when it is whole."""
-    try:
-        return {name: read_engine(folder / name, said, kit / f"{name}.weights.json") for name, said in built}
-    except builder.KitError as error:
-        raise CapaError(str(error), ExitCode.ENGINE) from error
 
 
 def _note(kit: Path, result: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ def test_interrupt_keeps_finished_stages(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("capa_export.export.stage.write_onnx", interrupted)
+    monkeypatch.setattr("capa_export.export.folder.write_onnx", interrupted)
     code, _, err = cli("build", "-m", recipe, "--images", pictures, "-t", "onnx", "-o", tmp_path / "out")
     assert code == ExitCode.INTERRUPTED and "the same command goes on" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -17,6 +17,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
 from capa_export.model.checkpoint import canonical_name, open_checkpoint
 from capa_export.model.families import load_family
+from capa_export.model.files import check_files
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
 from capa_export.model.tensors import check_tensors
@@ -62,7 +63,7 @@ def _building(folder: Path, family: str) -> Building:
 def _compare(folder: Path, family: str) -> None:
     """Hold every parameter of the eager model against the tensor that its graph reads."""
     building = _building(folder, family)
-    building.model.check_files()
+    check_files(building.model)
     model = building.model.eager
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stored = building.model.source.tensors[canonical_name(name, building.model.family.RENAMES)]
@@ -187,7 +188,7 @@ def test_ties(copy: Callable[[str], Path], family: str, stored: str, *, root: bo
         stored
     ]
     with pytest.raises(CapaError, match=missing):
-        _building(folder, family).model.check_files()
+        check_files(_building(folder, family).model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,11 +217,11 @@ def test_a_table_of_another_size_is_refused(copy: Callable[[str], Path], family:
     with pytest.raises(
         CapaError, match=r"the embedding table .* has shape .*vocab_size and hidden_size in config.json make"
     ):
-        _building(folder, family).model.check_files()
+        check_files(_building(folder, family).model)
 
 
 def test_a_tensor_of_another_shape_is_refused_before_any_work(copy: Callable[[str], Path]) -> None:
     folder = copy("qwen25vl")
     _weights(folder, lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(96, 65)}))
     with pytest.raises(CapaError, match=r"has shape \[96, 65\], config.json implies \[96, 64\]"):
-        _building(folder, "qwen25vl").model.check_files()
+        check_files(_building(folder, "qwen25vl").model)

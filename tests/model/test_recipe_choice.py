@@ -11,8 +11,8 @@ from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import load_recipe
 from capa_export.model.families import load_family
 from capa_export.model.recipe_choice import find_recipe
+from tests.model.families.qwen3vl.test_dims import published as published_qwen3vl
 from tests.model.families.test_internvl3 import SIZES, published
-from tests.model.families.test_qwen3vl_dims import published as published_qwen3vl
 from tests.models import FAMILIES
 from tests.models.internvl3 import original_config, small_config
 

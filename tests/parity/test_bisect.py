@@ -90,7 +90,7 @@ def healthy(model: Any, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 def test_nothing_is_found_in_a_healthy_export(healthy: Exported, precision: str) -> None:
     found = healthy.bisected(healthy.folder / precision, precision)
     assert (found.graph, found.layer, found.block, found.node, found.fp32_layers) == ("", "", "", "", ())
-    assert all(probe.clean for probe in found.probes)
+    assert found.probes and all(probe.clean for probe in found.probes)
     assert (
         found.sentence
         == f"no graph of the {precision} ONNX leaves the eager model by more than its precision explains."

@@ -14,7 +14,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.parity.against_golden import GOLDEN
+from capa_export.parity.golden import GOLDEN
 from capa_export.report.schema import ParityReport, read_parity
 from tests.building import Building
 from tests.conftest import noise, recorded
@@ -113,7 +113,7 @@ def test_what_asks_for_the_eager_model_needs_the_checkpoint(
 ) -> None:
     for option in (["--samples", "2"], ["--seed", "3"], ["--bisect"], ["--images", str(pictures)]):
         assert main(["validate", str(bundle.folder), *option]) == ExitCode.PREFLIGHT
-        assert "no such folder" in capsys.readouterr().err or option
+        assert "no such folder" in capsys.readouterr().err, option
     options = ["--checkpoint", str(checkpoint), "--images", str(pictures), "--samples", "2", "--seed", "3"]
     assert main(["validate", str(bundle.folder), *options]) == ExitCode.OK
     parity = read_parity(bundle.folder / "parity.json")

@@ -26,7 +26,7 @@ from capa_export.passes.lower import LowerPass
 from capa_export.run import onnx as onnx_model
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.doctor import _graph
-from capa_export.trt.stage import build_graphs
+from capa_export.trt.engines import build_graphs
 from tests.conftest import noise
 from tests.models import FAMILIES
 from tests.passes.test_lower import inputs, run

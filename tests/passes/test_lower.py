@@ -16,7 +16,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.source import Source
 from capa_export.passes.lower import LowerPass
-from capa_export.trt.stage import build_graphs
+from capa_export.trt.engines import build_graphs
 from tests.models import FAMILIES
 from tests.targets import one_gpu
 

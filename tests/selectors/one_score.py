@@ -18,7 +18,7 @@ from onnxscript import OpBuilder
 from capa_export.config.target import DimRange
 from capa_export.graph.build import Input, Output, SelectorNodes, build_model, call
 from capa_export.selectors.selector import GraphView, SelectorChoice, TensorView, load_selector
-from capa_export.trt.stage import build_graphs
+from capa_export.trt.engines import build_graphs
 from tests.targets import one_gpu
 
 __all__ = ["Case", "build", "exact_rows", "graph_scores", "kept", "layout", "reference_scores", "same"]

@@ -119,5 +119,7 @@ def test_costs_follow_the_options() -> None:
 
 @pytest.mark.parametrize("name", ["adafv-style", "feather", "random", "vispruner"])
 def test_options_that_move_a_threshold_cost_nothing(name: str) -> None:
-    for option, setting in load_selector(name).options.items():
+    options = load_selector(name).options
+    assert options
+    for option, setting in options.items():
         assert cost(name, **{option: setting.default + 1}) == cost(name)

@@ -17,8 +17,8 @@ import pytest
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.target import DimRange, Target
 from capa_export.trt.builder import read_kit
+from capa_export.trt.engines import build_graphs
 from capa_export.trt.graphs import write_graphs
-from capa_export.trt.stage import build_graphs
 from tests.targets import one_gpu
 
 GRAPH = """

@@ -110,7 +110,9 @@ def test_a_disk_without_links_gets_a_copy(
 
 
 def test_older_tensorrt_has_graphs_without_functions(kit: Path) -> None:
-    for engine in described(kit)["engines"].values():
+    engines = described(kit)["engines"]
+    assert engines.keys() == set(ENGINES)
+    for engine in engines.values():
         newer, older = (onnx.load(kit / engine[which], load_external_data=False) for which in ("onnx", "lowered"))
         assert "Attention" in {node.op_type for node in newer.graph.node}
         assert not {"Attention", "RotaryEmbedding", "RMSNormalization", "CumSum"} & {

@@ -10,7 +10,7 @@ from capa_export.base.statistics import Rate
 from capa_export.bundle.store import PARITY, Bundle
 from capa_export.config.gates import Limits
 from capa_export.data.samples import samples_from
-from capa_export.parity.against_golden import GOLDEN
+from capa_export.parity.golden import GOLDEN
 from capa_export.report.schema import Check, ParityReport, read_parity
 from capa_export.run.bundled import require_memory
 from capa_export.study.compare.manifests import changes, engines, sizes

@@ -15,6 +15,7 @@ from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, schedule_text, stage_text
+from capa_export.model.files import check_files
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
@@ -103,7 +104,7 @@ def eager_model(
     for method in methods.values():
         check_fits(model, method)
     require_eager_memory(model, options.workers)
-    model.check_files()
+    check_files(model)
     calibration = (
         calibrate(model, bundle, options) if any(method.ffn != "full" for method in methods.values()) else None
     )

@@ -24,7 +24,7 @@ from capa_export.model.families.qwen25vl.dims import last_full_block
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.model.source import Source
 from capa_export.passes.fp32_parts import FP32PartsPass
-from capa_export.trt.stage import build_graphs
+from capa_export.trt.engines import build_graphs
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen25vl
 from tests.targets import one_gpu

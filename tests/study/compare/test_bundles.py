@@ -41,7 +41,7 @@ def test_a_copy_differs_in_nothing(compared: Comparison, spare: Bundle) -> None:
     assert (found.logits.kl_mean, found.logits.kl_max, found.logits.top1, found.logits.diverged) == (0, 0, 1, 0)
     assert found.logits.diverges_at is None
     assert [(kept.layer, kept.iou, kept.reference) for kept in found.kept] == [(2, 1.0, found.kept[0].candidate)]
-    assert all(size.reference == size.candidate for size in found.sizes)
+    assert found.sizes and all(size.reference == size.candidate for size in found.sizes)
     assert found.num_prompts == 2 and found.answers is None
     assert BundleComparison.model_validate_json(found.model_dump_json()) == found
 

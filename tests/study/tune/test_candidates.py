@@ -104,7 +104,7 @@ def test_other_shares_of_two_stages(candidates: Candidates) -> None:
     pair = next(method for method in tight.two_stages(ranked) if method.stages[1].selector == "capa")
     found = tight.other_shares([pair, *ranked])
     keeps = [(1 - method.stages[0].ratio) / (1 - ranked[0].stages[0].ratio) for method in found]
-    assert keeps == pytest.approx([1.2, 2.0, 3.0][: len(keeps)], rel=0.01)
+    assert keeps and keeps == pytest.approx([1.2, 2.0, 3.0][: len(keeps)], rel=0.01)
     assert all(method.stages[0].ratio < method.stages[1].ratio for method in found)
     assert all(tight.share(method) <= 0.18 for method in found)
 

@@ -1,0 +1,91 @@
+"""Engines of graphs, built by way of a kit on this machine."""
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from capa_export.base.errors import CapaError, ExitCode
+from capa_export.config.plugins import NO_PLUGINS, Plugins
+from capa_export.config.target import Target
+from capa_export.config.weights import Weights
+from capa_export.kernels.plugins.alias import ensure_parser_library
+from capa_export.trt import builder
+from capa_export.trt.graphs import write_graphs
+from capa_export.trt.layers import read_engine
+
+__all__ = ["build_graphs", "building_environment", "read_engines"]
+
+
+def build_graphs(
+    onnx: Path,
+    graphs: Mapping[str, str],
+    folder: Path,
+    target: Target,
+    *,
+    weights: Weights,
+    plugins: Plugins = NO_PLUGINS,
+    home: Path | None = None,
+    logs: Mapping[str, Path] = {},
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Build the engines of graphs by way of a kit; its graphs go, its engines stay.
+
+    Args:
+        onnx: folder of the graphs.
+        graphs: name of the engine of each graph.
+        folder: the kit, which must not exist yet. Of every engine it gets `NAME.engine`, `NAME.layers.json`,
+            `NAME.log` and, with external weights, `NAME.weights.json`.
+        target: the device; supplies the limits of every dimension.
+        weights: whether the large weights are in the engines, or inputs of the networks.
+        plugins: what computes the CAPA nodes.
+        home: where the engines will be used, if the caller moves them: what `NAME.weights.json` is relative to.
+        logs: by engine where its log lies until the engine is whole, if that is elsewhere.
+        say: told what is being done.
+
+    Returns:
+        By engine what the manifest says of it.
+
+    Raises:
+        CapaError: the target is not possible, a graph is damaged, or TensorRT refused or crashed.
+    """
+    write_graphs(onnx, graphs, folder, target, weights=weights, plugins=plugins.kind, home=home)
+    try:
+        with building_environment() as environment:
+            built = builder.build_engines(
+                folder,
+                builder.read_kit(folder),
+                folder,
+                worker=["-m", "capa_export.trt.worker"],
+                library=plugins.library,
+                environment=environment,
+                logs=logs,
+                say=say,
+            )
+            engines = read_engines(built, folder, folder)
+    except KeyboardInterrupt:
+        for log in logs.values():
+            log.unlink(missing_ok=True)
+        raise
+    for name in (builder.KIT, *graphs):
+        (folder / name).unlink()
+    return engines
+
+
+@contextmanager
+def building_environment() -> Generator[Mapping[str, str]]:
+    """Variables of the building processes."""
+    # Kernels run for real there, even where this process interprets them.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with TemporaryDirectory() as links:
+        yield inherited | ensure_parser_library(Path(links))
+
+
+def read_engines(built: Iterable[tuple[str, dict[str, Any]]], kit: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the engines that a builder leaves in a folder; each is read when it is whole."""
+    try:
+        return {name: read_engine(folder / name, said, kit / f"{name}.weights.json") for name, said in built}
+    except builder.KitError as error:
+        raise CapaError(str(error), ExitCode.ENGINE) from error

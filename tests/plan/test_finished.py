@@ -1,0 +1,94 @@
+"""Which stages a plan takes for done, by a manifest alone: none that would run again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capa_export.bundle.store import Bundle
+from capa_export.calibrate.sums import CALIBRATION, Calibration, LayerSums, scales_digest
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.plan.finished import finished_stages
+
+CHECKPOINT = {"source": "/model", "revision": None}
+ALL = {"calibrate", "export", "engine/rtx", "validate"}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return Recipe(**load_recipe("qwen25vl").model_dump() | {"ffn": {"eta": 0.5}})
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    layers = [LayerSums.zeros(8) for _ in range(3)]
+    for layer, cosine in zip(layers, (0.2, 0.7, 0.9), strict=True):
+        layer.visual_tokens, layer.visual_cosine = 1, cosine
+    return Calibration("digest", 1, layers, {})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, recipe: Recipe, calibration: Calibration) -> Bundle:
+    """Whole, with an engine whose weights are in it."""
+    bundle = Bundle(tmp_path / "bundle")
+    bundle.folder.mkdir()
+    calibration.save(bundle.folder / CALIBRATION)
+    hashes = {**CHECKPOINT, "files": {}, "sha256": {}}
+    bundle.update(recipe=recipe.model_dump(mode="json"), checkpoint=hashes, hashed=hashes)
+    alpha = scales_digest(calibration.scales(recipe.ffn.eta))
+    bundle.record("calibrate", "key", [CALIBRATION], result={})
+    bundle.record("export", "key", [], result={"precision": "fp16", "alpha": alpha})
+    bundle.record("engine/rtx", "key", [], result={"weights": "embedded"})
+    bundle.record("validate", "key", [], result={})
+    return bundle
+
+
+def done(bundle: Bundle | Path | None, recipe: Recipe, **changes: Any) -> set[str]:
+    usual = {"precision": "fp16", "ffn": True, "calibration": None, "in_place": False, "weights": "embedded"}
+    folder = bundle.folder if isinstance(bundle, Bundle) else bundle
+    return finished_stages(folder, recipe, **{**usual, "checkpoint": CHECKPOINT, **changes})
+
+
+def test_what_stays_as_it_is_is_done(bundle: Bundle, recipe: Recipe) -> None:
+    assert done(bundle, recipe) == ALL
+    assert done(bundle, recipe, checkpoint={"files": {}}) == ALL
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"weights": "external"}, ALL - {"engine/rtx"}),
+        ({"precision": "fp32"}, {"calibrate"}),
+        ({"in_place": True}, {"calibrate"}),
+        ({"ffn": False}, {"calibrate"}),
+        ({"checkpoint": {"source": "/other"}}, set[str]()),
+        ({"checkpoint": {**CHECKPOINT, "revision": "main"}}, set[str]()),
+    ],
+    ids=str,
+)
+def test_other_options_run_again(bundle: Bundle, recipe: Recipe, changes: dict[str, Any], left: set[str]) -> None:
+    assert done(bundle, recipe, **changes) == left
+
+
+def test_another_recipe_runs_again(bundle: Bundle, recipe: Recipe) -> None:
+    """Gates are the validation's alone; another eta without another linear layer is the same scales."""
+    assert done(bundle, recipe.with_options(ratio=0.5)) == {"calibrate"}
+    assert done(bundle, recipe.with_options(fp32_layers=["2.mlp"])) == {"calibrate"}
+    eta = [recipe.model_copy(update={"ffn": recipe.ffn.model_copy(update={"eta": eta})}) for eta in (0.6, 0.8)]
+    assert [done(bundle, one) for one in eta] == [ALL - {"validate"}, {"calibrate"}]
+
+
+def test_a_calibration_in_place_of_a_run(bundle: Bundle, recipe: Recipe, tmp_path: Path) -> None:
+    for folder in (None, tmp_path / "none"):
+        assert done(folder, recipe, calibration=bundle.folder) == {"calibrate"}
+        assert done(folder, recipe) == set()
+    assert done(bundle, recipe, calibration=bundle.folder) == ALL
+    (bundle.folder / CALIBRATION).unlink()
+    assert done(bundle, recipe) == set()
+
+
+def test_an_interrupted_export_is_not_done(bundle: Bundle, recipe: Recipe) -> None:
+    stages = bundle.manifest["stages"]
+    del stages["export"]
+    bundle.update(stages=stages)
+    assert done(bundle, recipe) == {"calibrate"}
