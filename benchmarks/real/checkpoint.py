@@ -15,14 +15,15 @@ from transformers import GenerationConfig, LlavaConfig
 
 from benchmarks.real.smollm2 import IMAGE, Decoder, fetch_wheel, read_decoder
 from benchmarks.real.trained import CLUTTER, TrainedParts, load_parts, merged
-from benchmarks.tiny.beds import CELLS, NUM_VISUAL
+from benchmarks.tiny.beds import NUM_VISUAL
 from benchmarks.tiny.tiny_llava15 import build_image_processor
 from capa_export.base.toml import shipped
 from capa_export.data.drawing import CELL
 
-__all__ = ["config_of", "main", "tensors_of", "write_checkpoint"]
+__all__ = ["TOWER", "config_of", "main", "tensors_of", "write_checkpoint"]
 
-_TOWER = shipped("graphs") / "checkpoints" / "tiny-llava15" / "config.json"
+TOWER = shipped("graphs") / "checkpoints" / "tiny-llava15"
+"""The checkpoint whose vision tower is taken."""
 _ROUNDED = 64
 """The embeddings' rows are a multiple of it, as LLaVA-1.5's are."""
 
@@ -56,7 +57,7 @@ def config_of(decoder: Decoder) -> LlavaConfig:
         architectures=["LlavaForConditionalGeneration"],
         dtype="float32",
         text_config={**decoder.config, "vocab_size": rows, "pad_token_id": tokenizer.pad_token_id},
-        vision_config=json.loads(_TOWER.read_text(encoding="utf-8"))["vision_config"],
+        vision_config=json.loads((TOWER / "config.json").read_text(encoding="utf-8"))["vision_config"],
         image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=NUM_VISUAL,
         tie_word_embeddings=True,

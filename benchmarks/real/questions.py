@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.tiny.dataset import write_dataset
 from capa_export.data.scenes import SceneSample, samples
 
-__all__ = ["LEARNT", "SCENES", "asked_in_words", "in_words", "main"]
+__all__ = ["CALIBRATION", "HELD_OUT", "LEARNT", "SCENES", "asked_in_words", "in_words", "main"]
 
 LEARNT = ("color_of", "shape_of")
 """Kinds of questions that are answered; the others of the test beds were not learnt."""
@@ -21,7 +21,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "clutter": {},
 }
 """Options of the drawing: two or three shapes alone, or four to seven among grey glyphs."""
-_HELD_OUT, _CALIBRATION = 11, 12
+HELD_OUT, CALIBRATION = 11, 12
 """Seeds of the drawing."""
 
 
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=100, help="pictures to calibrate on (default: 100)")
     args = parser.parse_args()
     for scenes in SCENES:
-        asked = asked_in_words(scenes, args.per_kind * len(LEARNT), seed=_HELD_OUT)
+        asked = asked_in_words(scenes, args.per_kind * len(LEARNT), seed=HELD_OUT)
         print(write_dataset(args.out / scenes, asked))
-        seen = asked_in_words(scenes, args.calibration, seed=_CALIBRATION)
+        seen = asked_in_words(scenes, args.calibration, seed=CALIBRATION)
         print(write_dataset(args.out / f"{scenes}-calibration", seen))
 
 
