@@ -7,7 +7,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks.real.page import RESULTS, RealFigures, write_pages
@@ -73,8 +72,7 @@ def main(arguments: Sequence[str]) -> None:
                 about = conditions(command, checkpoint=model.digest, questions=found.questions, seed=HELD_OUT)
                 figures = RealFigures(scenes=scenes, layers=model.source.dims.decoder.num_layers, methods=found.methods)
                 record = FigureRecord[RealFigures](about=about, figures=figures)
-                today = datetime.now(timezone.utc).date().isoformat()
-                write_whole(RESULTS / f"{today}-real-{scenes}.json", record.model_dump_json(indent=1) + "\n")
+                write_whole(RESULTS / f"{about.date}-real-{scenes}.json", record.model_dump_json(indent=1) + "\n")
     for path in write_pages():
         print(path)
 

@@ -14,12 +14,15 @@ from benchmarks.real.checkpoint import write_checkpoint
 from benchmarks.real.smollm2 import Decoder
 from benchmarks.real.train import start_parts
 from benchmarks.real.trained import CLUTTER, Change, TrainedParts, load_parts, merged, save_parts
+from capa_export.config.recipe import load_recipe
 from capa_export.data.scenes import samples
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
+from capa_export.model.recipe_choice import find_recipe
 from tests.benchmarks.real.conftest import HIDDEN
 
+CHECKOUT = Path(__file__).parents[3]
 PROJECTION = "layers.1.self_attn.o_proj"
 
 
@@ -101,6 +104,13 @@ def test_the_layout_is_that_of_published_checkpoints(folder: Path) -> None:
     assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
     names = {name.partition(".layers")[0] for name in load_file(folder / "model.safetensors") if ".layers." in name}
     assert names == {"language_model.model", "vision_tower.vision_model.encoder"}
+
+
+def test_it_is_built_by_the_familys_recipe_and_has_one_of_its_own(folder: Path) -> None:
+    assert find_recipe(str(folder)).name == "llava15"
+    own = load_recipe(str(CHECKOUT / "benchmarks" / "real" / "real.toml"))
+    assert own.family == find_recipe(str(folder)).family
+    assert [(stage.layer, stage.ratio) for stage in own.prune.schedule] == [(12, 0.75)]
 
 
 def test_transformers_finds_every_weight(folder: Path) -> None:
