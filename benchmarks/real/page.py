@@ -1,6 +1,6 @@
 """The page of the published decoder, from the records in benchmarks/results and the figures of `tiny-llava15`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.real.questions import SCENES
@@ -40,7 +40,7 @@ vision tower, a projector and changes of rank 16 of its attention
 ([how](../../benchmarks/real/README.md)). Its FFNs are the published ones. It is asked in plain English what color a
 shape is and what shape has a color, where two or three shapes are alone (easy) and where four to seven stand among grey
 glyphs (clutter); 64 visual tokens a picture, FFNs full. Tables and sentences are generated from the figures; "surely"
-means that the 95 % interval of the paired difference (bootstrap over the questions) lies on one side of 0."""
+means that the 95 % interval of the paired difference lies on one side of 0."""
 _NEAREST = f"""What is surely lost where, on the scenes with clutter and on those of {_TINY}, which was trained from
 nothing and is asked more kinds of questions about the same sort of scenes. Layers are compared that lie nearest by
 their share of the depth; that of {_TINY} is in brackets."""
@@ -48,6 +48,14 @@ _FFN = """## Scales for FFNs
 
 Not measured here yet: how many of the published FFNs may be scaled or left out depends on how the layers are
 chosen."""
+
+
+_CASES = (
+    "Lost on both",
+    "Lost on the published decoder alone",
+    f"Lost on {_TINY} alone",
+    "Surely lost on neither",
+)
 
 
 class RealFigures(Settings):
@@ -73,8 +81,11 @@ def _place(stage: Stage) -> tuple[str, int, float]:
     return stage.selector, stage.layer, stage.ratio
 
 
-def _where(layer: int) -> str:
-    return "before the decoder" if layer < 0 else f"behind layer {layer}"
+def _places(name: str, layers: Sequence[str]) -> str:
+    """A selector with the layers behind which it acts; none of them means before the decoder."""
+    if not layers:
+        return f"{name} before the decoder"
+    return f"{name} behind layer{'s' * (len(layers) > 1)} {joined(layers)}"
 
 
 def read_latest(results: Path = RESULTS) -> dict[str, FigureRecord[RealFigures]]:
@@ -83,26 +94,20 @@ def read_latest(results: Path = RESULTS) -> dict[str, FigureRecord[RealFigures]]
     return {scenes: read_record(path, RealFigures) for scenes, paths in last.items() for path in paths}
 
 
-def findings(figures: RealFigures) -> Iterator[str]:
+def findings(figures: RealFigures, questions: int) -> Iterator[str]:
     """Sentences on what is surely lost."""
-    dense = figures.dense
-    yield f"Dense answers {rate(dense.score)} % of the questions."
+    yield f"Dense answers {rate(figures.dense.score)} % of {questions} questions."
     rows = figures.stages
     for ratio in sorted({ratio for _, _, ratio in rows}):
-        lost = [
-            f"{name} {_where(layer)} by {points(scored.to_dense)}"
-            for (name, layer, at), scored in rows.items()
-            if at == ratio and scored.to_dense is not None and worse(scored.to_dense)
-        ]
-        held = [
-            f"{name} {_where(layer)}"
-            for (name, layer, at), scored in rows.items()
-            if at == ratio and scored.to_dense is not None and not worse(scored.to_dense)
-        ]
-        if lost:
-            yield f"With {100 * ratio:.0f} % removed surely below dense: {joined(lost)}."
-        if held:
-            yield f"With {100 * ratio:.0f} % removed not surely below dense: {joined(held)}."
+        found: dict[str, dict[str, list[str]]] = {"surely below dense": {}, "not surely below it": {}}
+        for (name, layer, at), scored in rows.items():
+            if at == ratio and scored.to_dense is not None:
+                said = "surely below dense" if worse(scored.to_dense) else "not surely below it"
+                found[said].setdefault(name, []).extend([str(layer)] * (layer >= 0))
+        for said, places in found.items():
+            if places:
+                where = joined([_places(name, layers) for name, layers in places.items()])
+                yield f"With {100 * ratio:.0f} % removed {said}: {where}."
 
 
 def _tables(figures: RealFigures) -> Iterator[str]:
@@ -154,26 +159,22 @@ def beside(figures: RealFigures, tiny: AccuracyFigures) -> Iterator[str]:
     """What is surely lost here and there, at the nearest depth that was measured there."""
     there = {_place(stage_of(row.scored.method)): row.scored.to_dense for row in tiny.rows[1:]}
     depths = sorted({layer for _, layer, _ in there})
-    lists: dict[str, list[str]] = {
-        "Lost on both": [],
-        "Lost on the published decoder alone": [],
-        f"Lost on {_TINY} alone": [],
-        "Lost on neither": [],
-    }
+    cases: list[dict[tuple[str, float], list[str]]] = [{} for _ in _CASES]
     rows: list[list[str]] = []
     for (name, layer, ratio), scored in figures.stages.items():
-        if layer < 0:
-            continue
         near = min(depths, key=lambda other: abs(other / tiny.layers - layer / figures.layers))
         other = there.get((name, near, ratio))
-        if scored.to_dense is None or other is None:
+        if layer < 0 or scored.to_dense is None or other is None:
             continue
-        where = f"{name}, {100 * ratio:.0f} %, behind layer {layer} ({near})"
-        names = list(lists)
-        lists[names[_case(scored.to_dense, other)]].append(where)
-        rows.append([where, points(scored.to_dense, bare=True), points(other, bare=True)])
-    yield listed(f"{said}: {'; '.join(found)}." for said, found in lists.items() if found)
-    yield table(["selector, removed, where", "published decoder", _TINY], rows)
+        cases[_case(scored.to_dense, other)].setdefault((name, ratio), []).append(f"{layer} ({near})")
+        place = f"{_places(name, [f'{layer} ({near})'])}, {100 * ratio:.0f} %"
+        rows.append([place, points(scored.to_dense, bare=True), points(other, bare=True)])
+    yield listed(
+        f"{said}: {'; '.join(f'{_places(name, at)}, {100 * ratio:.0f} %' for (name, ratio), at in found.items())}."
+        for said, found in zip(_CASES, cases, strict=True)
+        if found
+    )
+    yield table(["selector, where, removed", "published decoder", _TINY], rows)
 
 
 def _case(here: Difference, there: Difference) -> int:
@@ -186,7 +187,11 @@ def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures
     """The page."""
     parts = [_INTRODUCTION]
     for scenes, record in records.items():
-        parts += [f"## {scenes.capitalize()}", listed(findings(record.figures)), *_tables(record.figures)]
+        parts += [
+            f"## {scenes.capitalize()}",
+            listed(findings(record.figures, record.about.questions)),
+            *_tables(record.figures),
+        ]
     if "clutter" in records:
         parts += [
             "## What holds on a published decoder, and what only on ours",
