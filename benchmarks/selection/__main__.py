@@ -6,19 +6,15 @@ python -m benchmarks.selection --workers 2 --out out/selection
 """
 
 import argparse
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.selection.bed import SEED, SelectionBed, open_bed
-from benchmarks.selection.figures import Conditions, FigureRecord, read_record
+from benchmarks.selection.figures import FigureRecord, conditions, read_record
 from benchmarks.selection.measure import ffn, layer, linearity, ratio, sinks, stability, tuned
 from benchmarks.selection.pages.index import PAGES, figures_file, render
 from benchmarks.tiny.beds import BEDS
@@ -34,7 +30,6 @@ _DOCS = Path(__file__).parents[2] / "docs" / "results"
 _QUESTIONS = 180
 _SECONDS_A_PREFILL = 0.045
 """Seconds of a prefill with the steps that follow, on one core."""
-_PACKAGES = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -99,26 +94,11 @@ class _CachedFigures(Settings):
     figures: dict[str, Any]
 
 
-def _device() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, eager FP32, no GPU"
-
-
 def publish(docs: Path, bed: SelectionBed, part: str, figures: dict[str, Any], count: int, command: str) -> None:
     """Put figures where pages are made of them; the same ones keep their date."""
     path = figures_file(docs, part, bed.name)
     page = PAGES[part]
-    about = Conditions(
-        command=command,
-        date=datetime.now(timezone.utc).date().isoformat(),
-        device=_device(),
-        versions={"capa-export": version("capa-export"), **{name: version(name) for name in _PACKAGES}},
-        checkpoint=bed.model.digest[:12],
-        questions=count,
-        seed=SEED,
-    )
+    about = conditions(command, checkpoint=bed.model.digest, questions=count, seed=SEED)
     record: FigureRecord[Any] = FigureRecord[page.FIGURES](about=about, figures=figures)
     if path.is_file() and read_record(path, page.FIGURES).figures == record.figures:
         return

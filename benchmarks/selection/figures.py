@@ -1,5 +1,9 @@
 """The JSON of each part: what was measured on one bed, and how."""
 
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,8 +32,11 @@ __all__ = [
     "SinkLayer",
     "Spread",
     "Stability",
+    "conditions",
     "read_record",
 ]
+
+_PACKAGES = ("torch", "transformers", "numpy")
 
 
 class Conditions(Settings):
@@ -43,6 +50,26 @@ class Conditions(Settings):
     """First digits of the SHA-256 of config and weights."""
     questions: int
     seed: int
+
+
+def conditions(command: str, *, checkpoint: str, questions: int, seed: int) -> Conditions:
+    """The conditions of a measurement that is made here and today."""
+    return Conditions(
+        command=command,
+        date=datetime.now(timezone.utc).date().isoformat(),
+        device=_device(),
+        versions={"capa-export": version("capa-export"), **{name: version(name) for name in _PACKAGES}},
+        checkpoint=checkpoint[:12],
+        questions=questions,
+        seed=seed,
+    )
+
+
+def _device() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, eager FP32, no GPU"
 
 
 class ScoreDifference(Settings):

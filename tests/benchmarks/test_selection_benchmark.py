@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.real import page as real_page
 from benchmarks.selection import __main__ as benchmark
 from benchmarks.selection.bed import questions_drawn
 from benchmarks.selection.figures import (
@@ -217,7 +218,7 @@ def test_labels_do_not_lie_on_each_other() -> None:
 
 
 def test_results_in_git_are_what_their_figures_say() -> None:
-    files = render(DOCS)
+    files = render(DOCS) | real_page.render()
     pages = [path for pattern in ("*.md", "*.svg") for path in DOCS.glob(pattern)]
     assert {path.name: path.read_text(encoding="utf-8") for path in pages} == files
 

@@ -1,0 +1,1 @@
+"""A published language model that was taught to see drawn scenes, to measure pruning with."""
