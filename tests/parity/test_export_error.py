@@ -54,8 +54,14 @@ def test_tokens_that_the_last_bits_tell_apart_are_the_same_in_fp32() -> None:
 
 GATE = Gate.model_validate(
     {
-        **{"cosine": 0.999, "norm_ratio": 0.01, "kl": 1e-3, "relative_error": 0.01, "own_noise_ratio": 4.0},
-        **{"hidden_cosine": 0.99, "hidden_norm_ratio": 0.02, "flip_distance": 0.0},
+        "relative_error": 0.01,
+        "cosine": 0.999,
+        "norm_ratio": 0.01,
+        "kl": 1e-3,
+        "hidden_cosine": 0.99,
+        "hidden_norm_ratio": 0.02,
+        "own_noise_ratio": 4.0,
+        "flip_distance": 0.0,
     }
 )
 
