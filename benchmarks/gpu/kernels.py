@@ -91,7 +91,7 @@ def _launched(problem: Problem, launcher: Any) -> tuple[dict[str, torch.Tensor],
     from capa_export.kernels.plugins.launcher import scratch_offsets
 
     operator, size = problem.operator, problem.size
-    dtypes = {"half": HALVES[problem.half], "fp32": torch.float32, "int64": torch.int64}
+    dtypes = {"real": HALVES[problem.half], "fp32": torch.float32, "int64": torch.int64}
     calls = launcher.prepare(operator, problem.half, size)
     offsets, num_bytes = scratch_offsets(operator, size)
     scratch = _poisoned(num_bytes)

@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        dtype = f", {self.half}" if self.has_half else ""
+        dtype = f", {self.half}" if self.has_real else ""
         return f"{self.operator.name}, {self.model}{dtype}"
 
     @property
@@ -48,8 +48,8 @@ class Problem:
         return self.module.OPERATOR
 
     @property
-    def has_half(self) -> bool:
-        return any(tensor.dtype == "half" for tensor in self.operator.inputs.values())
+    def has_real(self) -> bool:
+        return any(tensor.dtype == "real" for tensor in self.operator.inputs.values())
 
     @cached_property
     def size(self) -> Any:
@@ -80,7 +80,7 @@ class Problem:
             if tensor.dtype == "int64":
                 return positions(shape[-1])
             values = torch.randn(shape, generator=generator, device=self.device)
-            if tensor.dtype == "half":
+            if tensor.dtype == "real":
                 return values.to(HALVES[self.half])
             return values.index_fill(1, positions(self.size.num_text)[0], torch.inf)
 
@@ -116,5 +116,5 @@ def problems(device: str = "cuda", sizes: Mapping[str, Mapping[str, int]] = SIZE
         for half in HALVES:
             for module in _MODULES:
                 problem = Problem(module, model, of_model, half, device)
-                if problem.has_half or half == "fp16":
+                if problem.has_real or half == "fp16":
                     yield problem

@@ -94,7 +94,7 @@ def figures(own: Trace, reference: Trace) -> dict[str, float]:
     if np.array_equal(own.kept[0], reference.kept[0]):
         comparison = ExportErrorMeter("engine", "ONNX Runtime fp16", gate)
         comparison.add(own, reference)
-        found |= {"cosine": comparison.logits.cosine, "norm_ratio": comparison.logits.norm_ratio}
+        found |= {"cosine": comparison.distance.logits.cosine, "norm_ratio": comparison.distance.logits.norm_ratio}
         met = met and found["cosine"] >= gate.cosine.limit and found["norm_ratio"] <= gate.norm_ratio.limit
     if not met:
         raise AssertionError(f"the gate is not met: {found}; {gate.model_dump(exclude_none=True)}")

@@ -46,6 +46,10 @@ class Gate(Settings):
     this precision."""
     typical_noise_ratio: Bound | None = None
     """The same of the logits, as the geometric mean over all steps: an error that is small, and everywhere."""
+    own_noise_ratio: Bound | None = None
+    """How many times the eager model's own figure in this precision may be reached where that is beyond a bound of
+    relative error, cosine, norm ratio or KL; of cosine's distance from 1 and of KL, which grow with the square of an
+    error, the square of it. Absent, those bounds are absolute."""
     flip_distance: Bound
     """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
     flip_noise_ratio: Bound | None = None

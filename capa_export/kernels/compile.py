@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that need not be here: `python -m capa_export.kernels.compile JOBS.json` is one process.
 
-A kernel is compiled once per GPU, and, where it matters to it, once per dtype of `half` and per head size.
+A kernel is compiled once per GPU, and, where it matters to it, once per dtype of `real` and per head size.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
-from capa_export.base.precision import HalfPrecision
+from capa_export.base.precision import Precision
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
 
@@ -39,7 +39,7 @@ __all__ = [
     "COMPUTE_CAPABILITIES",
     "CompiledKernel",
     "compile_kernels",
-    "has_half",
+    "has_real",
     "variant_name",
 ]
 
@@ -99,29 +99,29 @@ class _Job:
         return sha256(json.dumps([sources, asdict(self)]).encode()).hexdigest()[:32]
 
 
-def variant_name(launch: Launch, dtype: HalfPrecision | None, sizes: Mapping[str, int]) -> str:
+def variant_name(launch: Launch, dtype: Precision | None, sizes: Mapping[str, int]) -> str:
     """`<kernel>[.<dtype>][.<size>...]`, of what the kernel is compiled for.
 
     Args:
         launch: of an operator.
-        dtype: what `half` is; None where the launch has no such pointer (`has_half`).
+        dtype: what `real` is; None where the launch has no such pointer (`has_real`).
         sizes: the operator's compiled sizes.
     """
     compiled_for = [str(value) for name, value in sizes.items() if name.upper() in launch.constants]
     return ".".join([launch.kernel.__name__, *([dtype] if dtype else []), *compiled_for])
 
 
-def has_half(operator: Operator, launch: Launch) -> bool:
-    """Whether any pointer of the launch is to `half`."""
+def has_real(operator: Operator, launch: Launch) -> bool:
+    """Whether any pointer of the launch is to `real`."""
     pointers = _pointers(operator)
-    return any(isinstance(arg, str) and pointers.get(arg) == "half" for arg in launch.args)
+    return any(isinstance(arg, str) and pointers.get(arg) == "real" for arg in launch.args)
 
 
 def compile_kernels(
     operators: Sequence[Operator],
     compute_capabilities: Sequence[str],
     *,
-    dtypes: Sequence[HalfPrecision] = ("fp16", "bf16"),
+    dtypes: Sequence[Precision] = ("fp16", "bf16", "fp32"),
     head_sizes: Sequence[int] = HEAD_SIZES,
     ptx: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -133,7 +133,7 @@ def compile_kernels(
     Args:
         operators: whose kernels.
         compute_capabilities: GPUs, such as "8.6".
-        dtypes: what `half` may be.
+        dtypes: what `real` may be.
         head_sizes: of the models.
         ptx: add PTX for the lowest of the compute capabilities.
         progress: told how many of how many are done.
@@ -147,7 +147,7 @@ def compile_kernels(
     for capability, operator, dtype, head_size in product(compute_capabilities, operators, dtypes, head_sizes):
         sizes = {name: {"head_size": head_size}[name] for name in operator.compiled_sizes}
         for launch in operator.launches(operator.symbols(sizes)):
-            variant = variant_name(launch, dtype if has_half(operator, launch) else None, sizes)
+            variant = variant_name(launch, dtype if has_real(operator, launch) else None, sizes)
             job = operator.name, _job(operator, launch, dtype, capability)
             assert jobs.setdefault((variant, capability), job) == job, f"two kernels are called {variant}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capa-export" / "kernels"
@@ -185,9 +185,9 @@ def _pointers(operator: Operator) -> dict[str, str]:
     return {name: buffer.dtype for name, buffer in buffers.items()}
 
 
-def _job(operator: Operator, launch: Launch, dtype: HalfPrecision, capability: str) -> _Job:
+def _job(operator: Operator, launch: Launch, dtype: Precision, capability: str) -> _Job:
     pointers = _pointers(operator)
-    dtypes = {"half": dtype, "fp32": "fp32", "int32": "i32", "int64": "i64"}
+    dtypes = {"real": dtype, "fp32": "fp32", "int32": "i32", "int64": "i64"}
     signature: dict[str, str] = {}
     aligned: list[str] = []
     for name, arg in zip(launch.kernel.arg_names, launch.args, strict=False):

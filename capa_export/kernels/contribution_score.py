@@ -34,7 +34,7 @@ def reference(
     """What the kernels compute, all of it in FP32.
 
     Args:
-        query: [B, H, 1, d], fp16 or bf16, of the prompt's last token.
+        query: [B, H, 1, d], fp16, bf16 or fp32, of the prompt's last token.
         key: [B, G, T, d].
         value: [B, G, T, d].
         output_weight: [D, H * d].
@@ -120,29 +120,37 @@ def written_squares(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # In FP32 a step takes as many bytes as in half, and half the columns at a time, so that nothing spills.
+    WIDE: tl.constexpr = value.dtype.element_ty == tl.float32
+    STEP: tl.constexpr = CHUNK // 2 if WIDE and CHUNK > 16 else CHUNK
+    WIDTH: tl.constexpr = COLUMNS // 2 if WIDE else COLUMNS
     batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_token = token < num_tokens
-    is_column = column < hidden_size
-    depth = tl.arange(0, CHUNK)
+    depth = tl.arange(0, STEP)
     projection = num_heads * HEAD_SIZE
     value_at = value + token[:, None] * HEAD_SIZE + depth[None, :]
-    weight_at = output_weight + column[None, :].to(tl.int64) * projection + depth[:, None]
     group_size = num_heads // kv_heads
-    written = tl.full([TOKENS, COLUMNS], 0, tl.float32)
-    for at in range(0, projection, CHUNK):
-        head = at // HEAD_SIZE
-        group_row = (batch * kv_heads + head // group_size) * num_tokens
-        values = tl.load(value_at + (group_row * HEAD_SIZE + (at - head * HEAD_SIZE)), mask=is_token[:, None], other=0)
-        weights = tl.load(weight_at + at, mask=is_column[None, :], other=0)
-        share = tl.load(attention + (batch * num_heads + head) * num_tokens + token, mask=is_token, other=0)
-        # The share of attention meets the product in FP32: in half the smallest shares would be zero.
-        written += share[:, None] * tl.dot(values, weights)
-    # Beyond the hidden size stands 0 * value, which need not be 0.
-    written = tl.where(is_column[None, :], written, 0)
+    total = tl.full([TOKENS], 0, tl.float32)
+    for start in tl.static_range(0, COLUMNS, WIDTH):
+        column = tl.program_id(1) * COLUMNS + start + tl.arange(0, WIDTH)
+        is_column = column < hidden_size
+        weight_at = output_weight + column[None, :].to(tl.int64) * projection + depth[:, None]
+        written = tl.full([TOKENS, WIDTH], 0, tl.float32)
+        for at in range(0, projection, STEP):
+            head = at // HEAD_SIZE
+            group_row = (batch * kv_heads + head // group_size) * num_tokens
+            values_from = group_row * HEAD_SIZE + (at - head * HEAD_SIZE)
+            values = tl.load(value_at + values_from, mask=is_token[:, None], other=0)
+            weights = tl.load(weight_at + at, mask=is_column[None, :], other=0)
+            share = tl.load(attention + (batch * num_heads + head) * num_tokens + token, mask=is_token, other=0)
+            # The share of attention meets the product in FP32: in half the smallest shares would be zero.
+            written += share[:, None] * tl.dot(values, weights, input_precision="tf32x3")
+        # Beyond the hidden size stands 0 * value, which need not be 0.
+        written = tl.where(is_column[None, :], written, 0)
+        total += tl.sum(written * written, axis=1)
     square_at = (batch * tl.num_programs(1) + tl.program_id(1)) * num_tokens + token
-    tl.store(squares + square_at, tl.sum(written * written, axis=1), mask=is_token)
+    tl.store(squares + square_at, total, mask=is_token)
 
 
 @triton.jit
@@ -230,10 +238,10 @@ def _cost(size: Any) -> Cost:
 OPERATOR = Operator(
     name="ContributionScore",
     inputs={
-        "query": Tensor("half", ("batch", "heads", 1, "head_size"), has_batch=True),
-        "key": Tensor("half", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
-        "value": Tensor("half", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
-        "output_weight": Tensor("half", ("hidden_size", "projection")),
+        "query": Tensor("real", ("batch", "heads", 1, "head_size"), has_batch=True),
+        "key": Tensor("real", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
+        "value": Tensor("real", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
+        "output_weight": Tensor("real", ("hidden_size", "projection")),
         "text_positions": Tensor("int64", ("batch", "num_text")),
     },
     outputs={"scores": Tensor("fp32", ("batch", "tokens"))},

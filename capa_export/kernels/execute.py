@@ -27,8 +27,8 @@ def execute(operator: Operator, inputs: Mapping[str, torch.Tensor], **attributes
     values = {name: int(inputs[name]) for name in operator.value_inputs}
     size = operator.sizes({name: inputs[name].shape for name in operator.inputs}, values)
     device = next(tensor.device for name, tensor in inputs.items() if name not in values)
-    half = [inputs[name].dtype for name, tensor in operator.inputs.items() if tensor.dtype == "half"]
-    dtypes = {**_DTYPES, "half": half[0] if half else None}
+    real = [inputs[name].dtype for name, tensor in operator.inputs.items() if tensor.dtype == "real"]
+    dtypes = {**_DTYPES, "real": real[0] if real else None}
 
     def poisoned(dtype: str, *shape: int) -> torch.Tensor:
         # Not empty(): what a kernel forgets to write, or reads before it is written, then shows.

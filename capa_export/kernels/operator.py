@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 __all__ = ["Cost", "Count", "Dtype", "Launch", "Operator", "Scratch", "Symbol", "Tensor", "ceil_div"]
 
-Dtype = Literal["half", "fp32", "int32", "int64"]
-"""`half` stands for fp16 or bf16, the same throughout a call."""
+Dtype = Literal["real", "fp32", "int32", "int64"]
+"""`real` stands for fp16, bf16 or fp32, the same throughout a call."""
 
 
 @dataclass(frozen=True, slots=True)

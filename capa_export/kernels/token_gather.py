@@ -32,7 +32,7 @@ def reference(
     """What the kernel computes.
 
     Args:
-        hidden: [B, T, D], fp16 or bf16, as the next four.
+        hidden: [B, T, D], fp16, bf16 or fp32, as the next four.
         key: [B, G, T, d].
         value: [B, G, T, d].
         cos: [B, T, r].
@@ -131,19 +131,19 @@ def _cost(size: Any) -> Cost:
 OPERATOR = Operator(
     name="TokenGather",
     inputs={
-        "hidden": Tensor("half", ("batch", "tokens", "hidden_size")),
-        "key": Tensor("half", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
-        "value": Tensor("half", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
-        "cos": Tensor("half", ("batch", "tokens", "rotary_size"), has_batch=True),
-        "sin": Tensor("half", ("batch", "tokens", "rotary_size"), has_batch=True),
+        "hidden": Tensor("real", ("batch", "tokens", "hidden_size")),
+        "key": Tensor("real", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
+        "value": Tensor("real", ("batch", "kv_heads", "tokens", "head_size"), has_batch=True),
+        "cos": Tensor("real", ("batch", "tokens", "rotary_size"), has_batch=True),
+        "sin": Tensor("real", ("batch", "tokens", "rotary_size"), has_batch=True),
         "kept": Tensor("int64", ("batch", "kept")),
     },
     outputs={
-        "hidden_kept": Tensor("half", ("batch", "kept", "hidden_size")),
-        "key_kept": Tensor("half", ("batch", "kv_heads", "kept", "head_size"), has_batch=True),
-        "value_kept": Tensor("half", ("batch", "kv_heads", "kept", "head_size"), has_batch=True),
-        "cos_kept": Tensor("half", ("batch", "kept", "rotary_size"), has_batch=True),
-        "sin_kept": Tensor("half", ("batch", "kept", "rotary_size"), has_batch=True),
+        "hidden_kept": Tensor("real", ("batch", "kept", "hidden_size")),
+        "key_kept": Tensor("real", ("batch", "kv_heads", "kept", "head_size"), has_batch=True),
+        "value_kept": Tensor("real", ("batch", "kv_heads", "kept", "head_size"), has_batch=True),
+        "cos_kept": Tensor("real", ("batch", "kept", "rotary_size"), has_batch=True),
+        "sin_kept": Tensor("real", ("batch", "kept", "rotary_size"), has_batch=True),
     },
     attributes={},
     launches=_launches,

@@ -23,7 +23,7 @@ def reference(x: torch.Tensor, scale: torch.Tensor, text: torch.Tensor, text_row
     """What the kernel computes.
 
     Args:
-        x: [B, T, D], fp16 or bf16.
+        x: [B, T, D], fp16, bf16 or fp32.
         scale: [D].
         text: [B, X, D], the rows of text.
         text_rows: [B, X], where they stand; ascending, and -1 behind the last of a prompt with fewer.
@@ -92,12 +92,12 @@ def _cost(size: Any) -> Cost:
 OPERATOR = Operator(
     name="VisualScale",
     inputs={
-        "x": Tensor("half", ("batch", "tokens", "hidden_size")),
-        "scale": Tensor("half", ("hidden_size",)),
-        "text": Tensor("half", ("batch", "num_text", "hidden_size")),
+        "x": Tensor("real", ("batch", "tokens", "hidden_size")),
+        "scale": Tensor("real", ("hidden_size",)),
+        "text": Tensor("real", ("batch", "num_text", "hidden_size")),
         "text_rows": Tensor("int64", ("batch", "num_text")),
     },
-    outputs={"y": Tensor("half", ("batch", "tokens", "hidden_size"))},
+    outputs={"y": Tensor("real", ("batch", "tokens", "hidden_size"))},
     attributes={},
     launches=_launches,
     cost=_cost,

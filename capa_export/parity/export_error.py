@@ -4,37 +4,20 @@ S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D =
 """
 
 from dataclasses import dataclass, field
-from math import inf, isfinite, sqrt
+from math import isfinite, sqrt
 
 import numpy as np
 
-from capa_export.base.statistics import kl_divergence
 from capa_export.config.gates import Bound, Gate
-from capa_export.parity.records import Noise, relative_error, relative_errors
+from capa_export.parity.distance import Distance
+from capa_export.parity.records import Noise
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import Check, ExportError, LayerError
 
 __all__ = ["ExportErrorMeter", "bounded"]
 
-
-@dataclass
-class _Tokens:
-    """Worst cosine and norm ratio over pairs of vectors."""
-
-    cosine: float = 1.0
-    norm_ratio: float = 0.0
-
-    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
-        if not len(reference_XD):
-            # The last token is never dropped: a reference without it has overflowed.
-            self.cosine, self.norm_ratio = -inf, inf
-            return
-        norm, wanted = np.linalg.norm(own_XD, axis=-1), np.linalg.norm(reference_XD, axis=-1)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)
-            ratio = np.abs(norm / wanted - 1)
-        self.cosine = -worse(-self.cosine, float(-cosine.min()))
-        self.norm_ratio = worse(self.norm_ratio, float(ratio.max()))
+_LAST_BITS = 1e-5
+"""Lead of a logit, relative to the largest, that sums in another order may turn round in FP32."""
 
 
 @dataclass
@@ -45,24 +28,17 @@ class ExportErrorMeter:
     reference: str
     gate: Gate
     noise: Noise = field(default_factory=Noise)
-    """Noise of the precision alone; top-1 counts where the reference's margin exceeds twice that of the logits."""
+    """Noise of the precision alone."""
     prompts: int = 0
     steps: int = 0
-    difference: float = 0.0
-    """Largest absolute difference of a logit."""
-    relative_error: float = 0.0
-    kl: float = 0.0
-    logits: _Tokens = field(default_factory=_Tokens)
+    distance: Distance = field(default_factory=Distance)
     top1_counted: int = 0
+    """Steps at which the noise leaves a token that cannot be the likeliest."""
     top1_wrong: int = 0
     same_tokens: int = 0
-    """Number of prompts with the reference's token at every step."""
+    """Number of prompts with the reference's token at every step, or one that only the last bits tell from it."""
     log_ratios: list[float] = field(default_factory=list)
     """Per step, the logarithm of the logits' difference in units of the precision's own."""
-    features: _Tokens | None = None
-    features_error: float = 0.0
-    layers: list[_Tokens] = field(default_factory=list)
-    layer_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def add(self, trace: Trace, reference: Trace, states: Trace | None = None, noise: np.ndarray | None = None) -> None:
         """Count one prompt.
@@ -78,48 +54,38 @@ class ExportErrorMeter:
             with np.errstate(divide="ignore", invalid="ignore"):
                 self.log_ratios += np.log(own / np.linalg.norm(noise.astype(np.float64), axis=-1)).tolist()
         self.prompts += 1
+        same = True
         for own, wanted in zip(trace.logits.astype(np.float64), reference.logits.astype(np.float64), strict=True):
-            self._add_logits(own, wanted)
-        self.same_tokens += trace.tokens == reference.tokens
-        if states is None:
-            return
-        if states.features is not None and reference.features is not None:
-            self.features = self.features or _Tokens()
-            self.features.add(states.features.astype(np.float64), reference.features.astype(np.float64))
-            self.features_error = worse(self.features_error, relative_error(states.features, reference.features))
-        if states.hidden is not None and reference.hidden is not None:
-            self._add_hidden(states.hidden, reference.hidden, len(reference.logits))
+            same &= self._add_logits(own, wanted)
+        self.same_tokens += same
+        if states is not None:
+            self.distance.add_states(states, reference)
 
-    def _add_logits(self, own_V: np.ndarray, wanted_V: np.ndarray) -> None:
+    def _add_logits(self, own_V: np.ndarray, wanted_V: np.ndarray) -> bool:
+        """Count one step; whether the likeliest token is the reference's, but for the last bits."""
         self.steps += 1
-        difference = float(np.abs(own_V - wanted_V).max())
-        self.difference = worse(self.difference, difference)
-        self.relative_error = worse(self.relative_error, difference / float(np.abs(wanted_V).max()))
-        self.kl = worse(self.kl, kl_divergence(wanted_V, own_V))
-        self.logits.add(own_V, wanted_V)
-        second, first = np.partition(wanted_V, -2)[-2:]
-        if first - second > 2 * self.noise.logits:
+        self.distance.add_logits(own_V, wanted_V)
+        behind_V = wanted_V.max() - wanted_V
+        last_bits = _LAST_BITS * float(np.abs(wanted_V).max())
+        own = float(behind_V[own_V.argmax()])
+        clear = max(2 * self.noise.logits, last_bits)
+        if behind_V.max() > clear:
             self.top1_counted += 1
-            self.top1_wrong += int(own_V.argmax() != wanted_V.argmax())
-
-    def _add_hidden(self, own_LXD: np.ndarray, wanted_LXD: np.ndarray, steps: int) -> None:
-        self.layers = self.layers or [_Tokens() for _ in wanted_LXD]
-        for tokens, own, wanted in zip(self.layers, own_LXD, wanted_LXD, strict=True):
-            seen = ~np.isnan(wanted[:, 0])
-            tokens.add(own[seen].astype(np.float64), wanted[seen].astype(np.float64))
-        errors = relative_errors(own_LXD, wanted_LXD, steps)
-        errors[~np.isfinite(errors)] = inf
-        self.layer_errors = np.maximum(self.layer_errors, errors) if len(self.layer_errors) else errors
+            self.top1_wrong += not own <= clear
+        return own <= last_bits
 
     @property
     def times_the_noise(self) -> float:
         """The difference of the logits in units of the noise."""
-        return self.difference / self.noise.logits
+        return self.distance.difference / self.noise.logits
 
     @property
     def hidden_times_the_noise(self) -> float:
         """The largest error of a layer's hidden states in units of its noise."""
-        return float((self.layer_errors / np.maximum(self.noise.hidden, 1e-30)).max(initial=0.0))
+        noise = np.array(self.noise.hidden)
+        # Noise without a number excuses nothing.
+        noise = np.where(np.isfinite(noise), np.maximum(noise, 1e-30), 1e-30)
+        return float((self.distance.layer_errors / noise).max(initial=0.0))
 
     def result(self) -> ExportError:
         """The figures and their checks."""
@@ -138,7 +104,9 @@ class ExportErrorMeter:
                     norm_ratio=tokens.norm_ratio,
                     noise=self.noise.hidden[layer] if self.noise.hidden else 0.0,
                 )
-                for layer, (tokens, error) in enumerate(zip(self.layers, self.layer_errors, strict=True))
+                for layer, (tokens, error) in enumerate(
+                    zip(self.distance.layers, self.distance.layer_errors, strict=True)
+                )
             ),
         )
 
@@ -146,13 +114,14 @@ class ExportErrorMeter:
         gate, who = self.gate, f"{self.artefact} against {self.reference}"
         if not self.prompts:
             return [Check(name="prompts", value=0, at_least=1, failure=f"{who}: compared on no prompt at all")]
+        seen, noise = self.distance, self.noise
         checks = [
-            bounded(who, "relative error", self.relative_error, at_most=gate.relative_error),
-            bounded(who, "cosine", self.logits.cosine, at_least=gate.cosine),
-            bounded(who, "norm ratio", self.logits.norm_ratio, at_most=gate.norm_ratio),
-            bounded(who, "KL", self.kl, at_most=gate.kl),
+            self._absolute("relative error", gate.relative_error, (seen.relative_error, noise.relative_error)),
+            self._absolute("cosine", gate.cosine, (seen.logits.cosine, noise.cosine)),
+            self._absolute("norm ratio", gate.norm_ratio, (seen.logits.norm_ratio, noise.norm_ratio)),
+            self._absolute("KL", gate.kl, (seen.kl, noise.kl)),
         ]
-        measured = self.noise.logits > 0 or not isfinite(self.noise.logits)
+        measured = self._measured
         if measured and isfinite(self.noise.logits):
             checks.append(bounded(who, "times the noise", self.times_the_noise, at_most=gate.noise_ratio))
             if self.log_ratios and self.noise.logits:
@@ -160,37 +129,80 @@ class ExportErrorMeter:
                 typical_bound = gate.typical_noise_ratio
                 checks.append(bounded(who, "times the noise, typical", typical, at_most=typical_bound))
             # KL grows with the square of what is added to the logits.
-            times = sqrt(self.kl / self.noise.kl) if self.noise.kl else 0.0
+            times = sqrt(seen.kl / noise.kl) if noise.kl else 0.0
             checks.append(bounded(who, "root of KL, times the noise", times, at_most=gate.noise_ratio))
         elif measured:
             failure = f"{who}: the eager model itself overflows in this precision; --fp32-layers keeps parts in FP32"
             checks.append(Check(name="times the noise", value=None, failure=failure))
-        if self.features is not None:
+        if seen.features is not None:
             checks += [
-                bounded(who, "features cosine", self.features.cosine, at_least=gate.hidden_cosine),
-                bounded(who, "features norm ratio", self.features.norm_ratio, at_most=gate.hidden_norm_ratio),
+                self._absolute("features cosine", gate.hidden_cosine, (seen.features.cosine, noise.features_cosine)),
+                self._absolute(
+                    "features norm ratio",
+                    gate.hidden_norm_ratio,
+                    (seen.features.norm_ratio, noise.features_norm_ratio),
+                ),
             ]
-            if self.noise.features:
-                times = self.features_error / self.noise.features
+            if noise.features:
+                times = seen.features_error / noise.features
                 checks.append(bounded(who, "features, times the noise", times, at_most=gate.noise_ratio))
-        if self.layers:
-            cosine = min(tokens.cosine for tokens in self.layers)
-            norm_ratio = max(tokens.norm_ratio for tokens in self.layers)
+        if seen.layers:
+            cosines = noise.hidden_cosine or [1.0] * len(seen.layers)
+            ratios = noise.hidden_norm_ratio or [0.0] * len(seen.layers)
+            of_cosine = [(one.cosine, own) for one, own in zip(seen.layers, cosines, strict=True)]
+            of_norm = [(one.norm_ratio, own) for one, own in zip(seen.layers, ratios, strict=True)]
             checks += [
-                bounded(who, "hidden cosine", cosine, at_least=gate.hidden_cosine),
-                bounded(who, "hidden norm ratio", norm_ratio, at_most=gate.hidden_norm_ratio),
+                self._absolute("hidden cosine", gate.hidden_cosine, *of_cosine),
+                self._absolute("hidden norm ratio", gate.hidden_norm_ratio, *of_norm),
             ]
-            if self.noise.hidden:
+            if noise.hidden:
                 times = self.hidden_times_the_noise
                 checks.append(bounded(who, "hidden times the noise", times, at_most=gate.noise_ratio))
         return [*checks, self._top1(who), self._same_tokens(who)]
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the precision has noise."""
+        return self.noise.logits > 0 or not isfinite(self.noise.logits)
+
+    def _absolute(self, name: str, bound: Bound | None, *found: tuple[float, float]) -> Check:
+        """A check against an absolute bound, or a multiple of the eager model's own figure where that is wider.
+
+        Args:
+            name: of the figure.
+            bound: the absolute one, if there is one.
+            found: figures, each with the eager model's own in this precision; that furthest beyond its limit counts.
+        """
+        who, ratio = f"{self.artefact} against {self.reference}", self.gate.own_noise_ratio
+        is_cosine = name.endswith("cosine")
+
+        def error(figure: float) -> float:
+            return 1 - figure if is_cosine else figure
+
+        def limit(own: float) -> float:
+            assert bound is not None
+            # Noise without a number excuses nothing.
+            if ratio is None or not isfinite(own):
+                return bound.limit
+            excused = ratio.limit ** (2 if is_cosine or name == "KL" else 1) * error(own)
+            return error(excused) if excused > error(bound.limit) else bound.limit
+
+        if bound is None:
+            return bounded(who, name, max((value for value, _ in found), key=error))
+        limits = [limit(own) for _, own in found]
+        at = max(range(len(found)), key=lambda index: error(found[index][0]) - error(limits[index]))
+        (value, own), wide = found[at], bound.model_copy(update={"limit": limits[at]})
+        noise = own if self._measured else None
+        if is_cosine:
+            return bounded(who, name, value, at_least=wide, noise=noise)
+        return bounded(who, name, value, at_most=wide, noise=noise)
 
     def _top1(self, who: str) -> Check:
         failure = ""
         if self.top1_wrong:
             failure = f"{who}: top-1 differs at {self.top1_wrong} of {self.top1_counted} steps with a clear margin"
         elif not self.top1_counted and isfinite(self.noise.logits):
-            failure = f"{who}: no step has a margin above twice the precision noise of {self.noise.logits:.2e}"
+            failure = f"{who}: no logit is behind another by twice the precision noise of {self.noise.logits:.2e}"
         return Check(name="top-1 wrong", value=self.top1_wrong, at_most=0, of=self.top1_counted, failure=failure)
 
     def _same_tokens(self, who: str) -> Check:
@@ -201,24 +213,28 @@ class ExportErrorMeter:
         return Check(name="same tokens", value=self.same_tokens, at_least=at_least, of=self.prompts, failure=failure)
 
 
-def bounded(who: str, name: str, value: float, *, at_most: Bound | None = None, at_least: Bound | None = None) -> Check:
+def bounded(
+    who: str,
+    name: str,
+    value: float,
+    *,
+    at_most: Bound | None = None,
+    at_least: Bound | None = None,
+    noise: float | None = None,
+) -> Check:
     """A check of a figure against at most one bound, which NaN does not meet."""
     bound = at_most or at_least
     failure = ""
     if at_most is not None and not value <= at_most.limit:
-        failure = f"{who}: {name} {value:.3g}, above {at_most.limit:g}"
+        failure = f"{who}: {name} {value:.3g}, above {at_most.limit:.3g}"
     elif at_least is not None and not value >= at_least.limit:
-        failure = f"{who}: {name} {value:.6g}, below {at_least.limit:g}"
+        failure = f"{who}: {name} {value:.6g}, below {at_least.limit:.6g}"
     return Check(
         name=name,
         value=value,
         at_most=None if at_most is None else at_most.limit,
         at_least=None if at_least is None else at_least.limit,
         healthy=None if bound is None else bound.healthy,
+        noise=noise,
         failure=failure,
     )
-
-
-def worse(worst: float, value: float) -> float:
-    """The larger of two figures; infinity where `value` is not finite, since max() would drop a NaN."""
-    return max(worst, value) if isfinite(value) else inf

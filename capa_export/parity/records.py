@@ -20,12 +20,12 @@ from safetensors.numpy import save_file
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent, tracked
-from capa_export.base.statistics import kl_divergence
 from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import Eager, EagerPlan, best_rows, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.parity.distance import Distance, VectorDistance
 from capa_export.parity.oracle import Oracle
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.selectors.selector import load_selector
@@ -35,15 +35,13 @@ __all__ = [
     "Record",
     "Records",
     "forced_plan",
-    "relative_error",
-    "relative_errors",
     "score_errors",
     "tracing",
     "write_records",
 ]
 
 _ABOUT = "records.json"
-_VERSION = 3
+_VERSION = 4
 _LAST_BITS = 1e-6
 """Relative change of some ten units in the last place of FP32, by which sums in another order differ."""
 
@@ -56,13 +54,25 @@ class Noise:
     """
 
     logits: float = 0.0
-    """Largest difference of a logit; not a number where the eager model overflows."""
+    """Largest difference of a logit; not finite where the eager model overflows, as all below."""
     hidden: tuple[float, ...] = ()
     """Relative error of the hidden states that leave each layer."""
     features: float = 0.0
     """Relative error of the vision tower's output."""
     kl: float = 0.0
     """Largest KL(FP32 || this precision) of the next token, in nats."""
+    relative_error: float = 0.0
+    """Largest |logit difference| over the largest |logit|."""
+    cosine: float = 1.0
+    """Smallest cosine of the logits."""
+    norm_ratio: float = 0.0
+    """Largest | |logits| / |FP32's| - 1 |."""
+    hidden_cosine: tuple[float, ...] = ()
+    """The same of a token's hidden state that leaves each layer."""
+    hidden_norm_ratio: tuple[float, ...] = ()
+    features_cosine: float = 1.0
+    """The same of the vision tower's output."""
+    features_norm_ratio: float = 0.0
     scores: tuple[float, ...] = ()
     """Per stage, the largest relative change of a visual token's score that is at least half of the cut."""
     iou: tuple[tuple[float, ...], ...] = ()
@@ -323,30 +333,43 @@ class _NoiseMeter:
     """Collects the noise, worst over the prompts."""
 
     def __init__(self) -> None:
-        self._logits, self._features, self._kl = 0.0, 0.0, 0.0
-        self._hidden, self._scores = np.zeros(0), np.zeros(0)
+        self._distance = Distance()
+        self._scores = np.zeros(0)
         self._iou: list[list[float]] = []
         self._tie_iou: list[list[float]] = []
 
     def add(self, prompt: Prompt, plan: EagerPlan, fp32: Trace, low_precision: Trace) -> None:
-        assert fp32.hidden is not None and low_precision.hidden is not None
+        for pair in zip(low_precision.logits.astype(np.float64), fp32.logits.astype(np.float64), strict=True):
+            self._distance.add_logits(*pair)
+        self._distance.add_states(low_precision, fp32)
         # maximum() keeps a NaN, which max() would drop.
-        self._logits = float(np.maximum(self._logits, np.abs(low_precision.logits - fp32.logits).max()))
-        pairs = zip(fp32.logits, low_precision.logits, strict=True)
-        self._kl = float(np.maximum(self._kl, np.max([kl_divergence(*pair) for pair in pairs])))
-        if fp32.features is not None and low_precision.features is not None:
-            self._features = float(np.maximum(self._features, relative_error(low_precision.features, fp32.features)))
-        self._hidden = _maximum(self._hidden, relative_errors(low_precision.hidden, fp32.hidden, len(fp32.logits)))
-        self._scores = _maximum(self._scores, np.array(score_errors(prompt, fp32, low_precision)))
+        errors = np.array(score_errors(prompt, fp32, low_precision))
+        self._scores = np.maximum(self._scores, errors) if len(self._scores) else errors
         self._iou.append(list(_own_choice(prompt, plan, fp32, low_precision.scores)))
 
     def add_ties(self, prompt: Prompt, plan: EagerPlan, fp32: Trace, scores: Sequence[np.ndarray]) -> None:
         self._tie_iou.append(list(_own_choice(prompt, plan, fp32, scores)))
 
     def noise(self) -> Noise:
-        hidden, scores = (tuple(values.tolist()) for values in (self._hidden, self._scores))
+        seen = self._distance
+        features = VectorDistance() if seen.features is None else seen.features
         iou, tie_iou = (tuple(zip(*found, strict=True)) for found in (self._iou, self._tie_iou))
-        return Noise(self._logits, hidden, self._features, self._kl, scores, iou, tie_iou)
+        return Noise(
+            logits=seen.difference,
+            hidden=tuple(seen.layer_errors.tolist()),
+            features=seen.features_error,
+            kl=seen.kl,
+            relative_error=seen.relative_error,
+            cosine=seen.logits.cosine,
+            norm_ratio=seen.logits.norm_ratio,
+            hidden_cosine=tuple(layer.cosine for layer in seen.layers),
+            hidden_norm_ratio=tuple(layer.norm_ratio for layer in seen.layers),
+            features_cosine=features.cosine,
+            features_norm_ratio=features.norm_ratio,
+            scores=tuple(self._scores.tolist()),
+            iou=iou,
+            tie_iou=tie_iou,
+        )
 
 
 def _own_choice(
@@ -359,37 +382,6 @@ def _own_choice(
         own = best_rows(torch.from_numpy(scores), torch.from_numpy(is_visual), min(keep, int(is_visual.sum())), plan)
         yield overlap(entering[own.numpy()], kept, len(prompt.text_positions))
         entering = kept
-
-
-def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.maximum(a, b) if len(a) else b
-
-
-def relative_error(own: np.ndarray, reference: np.ndarray) -> float:
-    """|| difference || / || reference || of two arrays of one shape."""
-    difference = (own - reference).astype(np.float64)
-    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30))
-
-
-def relative_errors(hidden: np.ndarray, reference: np.ndarray, steps: int) -> np.ndarray:
-    """[L] || difference || / || reference || of the prompt's states or of the steps', whichever is larger.
-
-    A prompt has many states and an answer few, which would not show in one norm over all.
-
-    Args:
-        hidden: [L, R + S - 1, D].
-        reference: [L, R + S - 1, D], NaN where there is no state.
-        steps: S.
-    """
-    seen = ~np.isnan(reference[..., :1])
-    prompt = reference.shape[1] - (steps - 1)
-    difference, wanted = (np.where(seen, one, 0.0).astype(np.float64) for one in (hidden - reference, reference))
-    errors = [
-        np.linalg.norm(difference[:, part], axis=(1, 2))
-        / np.maximum(np.linalg.norm(wanted[:, part], axis=(1, 2)), 1e-30)
-        for part in (slice(None, prompt), slice(prompt, None))
-    ]
-    return np.maximum(*errors)
 
 
 def score_errors(prompt: Prompt, fp32: Trace, other: Trace) -> list[float]:

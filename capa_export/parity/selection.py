@@ -11,7 +11,8 @@ import numpy as np
 
 from capa_export.config.gates import Bound, Gate
 from capa_export.config.schedule import Stage
-from capa_export.parity.export_error import bounded, worse
+from capa_export.parity.distance import worse
+from capa_export.parity.export_error import bounded
 from capa_export.parity.records import Noise, Record, score_errors
 from capa_export.parity.trace import Trace, overlap
 from capa_export.report.schema import Check, Kept, Selection
@@ -39,6 +40,8 @@ class _StageFigures:
     score_error: float | None = None
     """Worst relative error of a score; None where the scores cannot be seen."""
     flipped: int = 0
+    malformed: int = 0
+    """Prompts whose kept positions are no choice: too few or many, not ascending, or not among those that entered."""
     chance: list[float] = field(default_factory=list)
     """Per prompt, the IoU that as many random tokens would have; of a choice made step by step."""
 
@@ -82,6 +85,7 @@ class SelectionMeter:
             stage.flipped += not np.array_equal(own, wanted)
             if not self._graded(index):
                 if len(own) != len(wanted) or (np.diff(own) <= 0).any() or not np.isin(own, entering).all():
+                    stage.malformed += 1
                     stage.iou[-1] = 0.0
                 num_text = len(record.prompt.text_positions)
                 stage.chance.append((len(wanted) - num_text) / max(1, 2 * len(entering) - len(wanted) - num_text))
@@ -104,8 +108,8 @@ class SelectionMeter:
         hanging = (
             f"{self.artefact}: what {entry.selector} keeps {entry.where} hangs on the last bits of these pictures, so "
             "that its choice could not be judged; smaller pictures or a smaller ratio can be"
-            for index, (entry, stage) in enumerate(zip(self.schedule, self.stages, strict=True))
-            if stage.chance and self._least(index) < (1 + 2 * float(np.mean(stage.chance))) / 3
+            for index, entry in enumerate(self.schedule)
+            if self._hangs(index)
         )
         return *hanging, *(words for count, words in self._unseen() if count == self.prompts)
 
@@ -126,6 +130,11 @@ class SelectionMeter:
     def _graded(self, stage: int) -> bool:
         """Whether the stage's scores are amounts, which compare."""
         return load_selector(self.schedule[stage].selector).graded
+
+    def _hangs(self, stage: int) -> bool:
+        """Whether a choice made step by step hangs on the last bits: little tells the explained from chance."""
+        chance = self.stages[stage].chance
+        return bool(chance) and self._least(stage) < (1 + 2 * float(np.mean(chance))) / 3
 
     def _least(self, stage: int) -> float:
         """The least mean IoU that near-ties and the precision's noise explain, of a choice made step by step."""
@@ -179,11 +188,13 @@ class SelectionMeter:
                 continue
             where = f"{who}, {'layer ' + str(entry.layer) if entry.layer >= 0 else 'before the decoder'}"
             if not self._graded(index):
-                least = Bound(limit=self._least(index))
                 lowest, limit = self._worst_prompt(index)
+                mean, of_prompt = Bound(limit=self._least(index)), Bound(limit=limit)
+                judged = not self._hangs(index)
                 checks += [
-                    bounded(where, "kept-set IoU", float(np.mean(stage.iou)), at_least=least),
-                    bounded(where, "kept-set IoU of a prompt", lowest, at_least=Bound(limit=limit)),
+                    bounded(where, "kept-set IoU", float(np.mean(stage.iou)), at_least=mean if judged else None),
+                    bounded(where, "kept-set IoU of a prompt", lowest, at_least=of_prompt if judged else None),
+                    bounded(where, "kept sets that are no choice", stage.malformed, at_most=Bound(limit=0)),
                 ]
                 continue
             worst = int(np.argmin(np.subtract(stage.iou, stage.bound)))

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.graph.functions import DOMAIN, PLUGIN
+from capa_export.graph.functions import DOMAIN, FUNCTIONS, PLUGIN
 from capa_export.passes.external_weights import ExternalWeightsPass, movable_weights
 from capa_export.passes.lower import NATIVE, LowerPass
 
@@ -25,8 +25,10 @@ class Prepared:
 
     weights: Sequence[dict[str, Any]]
     """Weights that became inputs of the network."""
+    num_nodes: int
+    """CAPA nodes that there are plugins for."""
     num_plugins: int
-    """Nodes that have to become plugin layers."""
+    """Those that have to become plugin layers: all or none."""
 
 
 def prepare(
@@ -42,13 +44,19 @@ def prepare(
         version: of the TensorRT that reads it; None for TensorRT-RTX, which knows all our operators.
 
     Raises:
-        CapaError: plugins are asked for in a precision that they do not take.
+        CapaError: plugins are asked for, and not every node takes one.
     """
     model = ir.load(onnx)
-    num_plugins = sum(map(_takes_plugin, model.graph))
-    if plugins and num_plugins and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in FUNCTIONS]
+    if plugins and nodes and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
         raise CapaError(
             f"{onnx}: is FP32, and the plugins take fp16 and bf16: build with --plugins none", ExitCode.ENGINE
+        )
+    if plugins and (without := sum(not _takes_plugin(node) for node in nodes)):
+        raise CapaError(
+            f"{onnx}: {without} of {len(nodes)} CAPA nodes take no plugin, as an earlier version wrote those in FP32: "
+            "export again, or build with --plugins none",
+            ExitCode.ENGINE,
         )
     passes: list[ir.passes.PassBase] = [DecomposableAttentionPass()]
     if version is not None and version < NATIVE:
@@ -58,7 +66,11 @@ def prepare(
     if external_weights:
         ExternalWeightsPass()(model)
     out.write_bytes(ir.to_proto(model).SerializeToString())
-    return Prepared(weights=[asdict(weight) for weight in weights], num_plugins=num_plugins if plugins else 0)
+    return Prepared(
+        weights=[asdict(weight) for weight in weights],
+        num_nodes=len(nodes),
+        num_plugins=len(nodes) if plugins else 0,
+    )
 
 
 class InlineBodiesPass(ir.passes.InPlacePass):
@@ -102,7 +114,6 @@ class DecomposableAttentionPass(ir.passes.InPlacePass):
 
 
 def _takes_plugin(node: ir.Node) -> bool:
-    # Those in an FP32 island have no plugin.
     return node.domain == DOMAIN and PLUGIN.keys() <= node.attributes.keys()
 
 

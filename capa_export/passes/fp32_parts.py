@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from capa_export.config.parts import Branch, Unit, address_of
-from capa_export.graph.functions import DOMAIN, PLUGIN
+from capa_export.graph.functions import DOMAIN
 
 __all__ = ["FP32PartsPass", "unit_of"]
 
@@ -20,8 +20,8 @@ _CHOOSE = ("TopKKeep", "TokenGather", "KeepText")
 class FP32PartsPass(ir.passes.InPlacePass):
     """Puts the units that are this graph's in FP32.
 
-    Weights that only they read become FP32 and are then bound as such. CAPA nodes among them lose the attributes that
-    make TensorRT take a plugin, since plugins take half precision alone.
+    Weights that only they read become FP32 and are then bound as such. CAPA nodes among them stay what they are: the
+    plugins take FP32 too.
 
     Requires a graph in half precision, without its weights and named as `build_model` names it. Ensures that inputs and
     outputs of the graph keep their dtypes.
@@ -39,10 +39,6 @@ class FP32PartsPass(ir.passes.InPlacePass):
         dtype = graph.inputs[0].dtype
         assert dtype is not None
         members = _members(graph, [unit for unit in self.units if unit.tower == (graph.name == "visual")])
-        for node in members:
-            if node.domain == DOMAIN and any(value is not None and value.dtype == dtype for value in node.inputs):
-                for name in PLUGIN.keys() & node.attributes.keys():
-                    del node.attributes[name]
         leaving = {value for node in members for value in node.outputs if value.dtype == dtype}
         for value in leaving:
             value.dtype = ir.DataType.FLOAT

@@ -51,6 +51,8 @@ class Check(Entry):
     """Where the figure is a count: out of how many."""
     healthy: float | None = None
     """Worst that healthy exports have shown: what the bound rests on."""
+    noise: Figure = None
+    """The eager model's own figure in this precision, where it was measured: the bound leaves room for a multiple."""
     failure: str = ""
     """One sentence where the bound is not met."""
 

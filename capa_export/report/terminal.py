@@ -90,7 +90,7 @@ def print_engines(result: dict[str, Any]) -> None:
             f"{row['seconds']:.1f}",
             f"{peak / 1e9:.2f}" if peak else "",
             str(row["layers"]),
-            str(row["custom_layers"]),
+            f"{row['custom_layers']} of {row['capa_nodes']}" if "capa_nodes" in row else str(row["custom_layers"]),
             str(row["weight_copies"]),
         )
     print_table(f"Engines, weights {result['weights']}", table)

@@ -31,6 +31,8 @@ class CheckText:
     value: str
     bound: str
     """Empty where no bound is set."""
+    noise: str
+    """The eager model's own figure in this precision; empty where it was not measured."""
     healthy: str
     """The worst figure of healthy exports; empty where nobody measured it."""
     failed: bool
@@ -57,6 +59,7 @@ def describe_check(check: Check) -> CheckText:
         name=f"1 - {check.name}" if from_one else check.name,
         value=figure(check.value),
         bound=_bound(check, from_one=from_one),
+        noise="" if check.noise is None else figure(check.noise),
         healthy="" if check.healthy is None else figure(check.healthy),
         failed=bool(check.failure),
     )

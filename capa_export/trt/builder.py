@@ -23,7 +23,7 @@ from typing import Any
 __all__ = ["FAILED", "KIT", "VERSION", "WORKER", "KitError", "build", "build_engines", "main", "read_kit"]
 
 KIT = "kit.json"
-VERSION = 2
+VERSION = 3
 """Of what `kit.json` says."""
 WORKER = "engine_worker.py"
 """File of a kit that builds one engine."""
@@ -176,7 +176,8 @@ def build_engines(
         say: told what is being done.
 
     Yields:
-        An engine's name; and its `onnx`, `seconds`, `bytes` and what the building process says, when it is whole.
+        An engine's name; and its `onnx`, `capa_nodes`, `seconds`, `bytes` and what the building process says, when it
+        is whole.
 
     Raises:
         KitError: TensorRT refused or crashed; the log stays.
@@ -211,7 +212,8 @@ def build_engines(
             # The plan comes last: where it is, the rest is.
             Path(files["plan"]).replace(path)
             seconds = round(time.monotonic() - start, 3)
-            yield name, {**result, "onnx": engine["onnx"], "seconds": seconds, "bytes": path.stat().st_size}
+            said = {key: engine[key] for key in ("onnx", "capa_nodes")}
+            yield name, {**result, **said, "seconds": seconds, "bytes": path.stat().st_size}
 
 
 def _run(

@@ -175,19 +175,13 @@ def _graph(path: Path, folder: Path) -> Iterator[Finding]:
             if node.domain == DOMAIN
         ]
     nodes = [node for node in model.graph if node.domain == DOMAIN]
-    is_half = model.graph.inputs[0].dtype != ir.DataType.FLOAT
     problems += [
         Finding(name, "problem", f"{node.name}: lacks {key}, so that no plugin is found", "export it again")
         for node in nodes
         for key in PLUGIN
-        if key not in node.attributes and not (is_half and _is_fp32(node))
+        if key not in node.attributes
     ]
     yield from problems or [Finding(name, "ok", f"{len(nodes)} CAPA nodes, each with a plugin's name and a body")]
-
-
-def _is_fp32(node: ir.Node) -> bool:
-    """Whether a CAPA node computes in FP32, for which there is no plugin."""
-    return node.op_type != "TopKKeep" and any(value and value.dtype == ir.DataType.FLOAT for value in node.inputs)
 
 
 def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -63,7 +63,13 @@ def write_graphs(
         prepared = prepare(source, place, external_weights=weights == "external", plugins=plugins != "none")
         if weights == "external":
             write_weights(kit / f"{name}.weights.json", source, (home or kit) / name, prepared.weights)
-        engines[name] = {"onnx": graph, "source": str(source), "plugins": prepared.num_plugins, **limits}
+        engines[name] = {
+            "onnx": graph,
+            "source": str(source),
+            "capa_nodes": prepared.num_nodes,
+            "plugins": prepared.num_plugins,
+            **limits,
+        }
     write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={})
 
 

@@ -204,6 +204,7 @@ def _engine(
     return {
         "onnx": f"{ONNX}/{onnx}",
         "lowered": lowered.relative_to(kit).as_posix(),
+        "capa_nodes": prepared.num_nodes,
         "plugins": prepared.num_plugins,
         **find_limits(source, target),
     }

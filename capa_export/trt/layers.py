@@ -75,6 +75,7 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
         "layers": len(layers),
         "layers_by_type": dict(sorted(types.items())),
         "custom_layers": types["custom_layer"],
+        "capa_nodes": built["capa_nodes"],
         "weight_copies": len(copies),
         "activation_bytes": _activation_bytes(engine.with_suffix(".log")),
         "runtime": built["version"],

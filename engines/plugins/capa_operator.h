@@ -49,7 +49,7 @@ private:
 
 enum class Dtype
 {
-    kHalf, //!< FP16 or BF16, the same throughout a call.
+    kReal, //!< FP16, BF16 or FP32, the same throughout a call.
     kFp32,
     kInt32,
     kInt64

@@ -69,21 +69,21 @@ inline size_t padded(size_t bytes)
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-inline DataType dataType(Dtype dtype, DataType half)
+inline DataType dataType(Dtype dtype, DataType real)
 {
     switch (dtype)
     {
-    case Dtype::kHalf: return half;
+    case Dtype::kReal: return real;
     case Dtype::kFp32: return DataType::kFLOAT;
     case Dtype::kInt32: return DataType::kINT32;
     case Dtype::kInt64: return DataType::kINT64;
     }
-    return half;
+    return real;
 }
 
-inline bool isHalf(DataType type)
+inline bool isReal(DataType type)
 {
-    return type == DataType::kHALF || type == DataType::kBF16;
+    return type == DataType::kHALF || type == DataType::kBF16 || type == DataType::kFLOAT;
 }
 
 //! The attributes as TensorRT takes them. \param values may be null.
@@ -151,14 +151,14 @@ public:
     int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes,
         int32_t nbInputs) const noexcept override
     {
-        DataType half = DataType::kHALF;
+        DataType real = DataType::kHALF;
         for (int32_t index = 0; index < std::min(nbInputs, mOperator.inputs.size()); ++index)
         {
-            half = mOperator.inputs[index].dtype == Dtype::kHalf ? inputTypes[index] : half;
+            real = mOperator.inputs[index].dtype == Dtype::kReal ? inputTypes[index] : real;
         }
         for (int32_t index = 0; index < nbOutputs; ++index)
         {
-            outputTypes[index] = dataType(mOperator.outputs[index].dtype, half);
+            outputTypes[index] = dataType(mOperator.outputs[index].dtype, real);
         }
         return 0;
     }
@@ -215,12 +215,12 @@ public:
             return (index < nbInputs ? mOperator.inputs[index] : mOperator.outputs[index - nbInputs]).dtype;
         };
         PluginTensorDesc const& desc = inOut[pos].desc;
-        DataType half = isHalf(desc.type) ? desc.type : DataType::kHALF;
+        DataType real = isReal(desc.type) ? desc.type : DataType::kHALF;
         for (int32_t index = pos - 1; index >= 0; --index)
         {
-            half = dtype(index) == Dtype::kHalf ? inOut[index].desc.type : half;
+            real = dtype(index) == Dtype::kReal ? inOut[index].desc.type : real;
         }
-        return desc.format == TensorFormat::kLINEAR && desc.type == dataType(dtype(pos), half);
+        return desc.format == TensorFormat::kLINEAR && desc.type == dataType(dtype(pos), real);
     }
 
     int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const* out,
@@ -332,7 +332,11 @@ private:
         char const* dtype = "fp16";
         for (int32_t index = 0; index < nbInputs; ++index)
         {
-            dtype = type(in[index]) == DataType::kBF16 ? "bf16" : dtype;
+            if (mOperator.inputs[index].dtype == Dtype::kReal)
+            {
+                DataType const real = type(in[index]);
+                dtype = real == DataType::kBF16 ? "bf16" : real == DataType::kFLOAT ? "fp32" : "fp16";
+            }
         }
         size_t const numBuffers = nbInputs + mOperator.outputs.size() + mOperator.numScratch;
         return {kKernels, sizes.data(), mAttributes.data(), dtype, std::vector<void*>(numBuffers), 0, nullptr, nullptr,

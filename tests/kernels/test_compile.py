@@ -14,7 +14,7 @@ import pytest
 from capa_export.base.errors import CapaError
 from capa_export.kernels import OPERATORS, visual_scale
 from capa_export.kernels import compile as compile_module
-from capa_export.kernels.compile import CompiledKernel, compile_kernels, has_half, variant_name
+from capa_export.kernels.compile import CompiledKernel, compile_kernels, has_real, variant_name
 
 VISUAL_SCALE = visual_scale.OPERATOR
 
@@ -40,10 +40,10 @@ def sm(image: bytes) -> int:
 def test_a_variant_is_one_image_for_one_gpu(kernels: list[CompiledKernel]) -> None:
     assert {(one.variant, one.compute_capability, one.kind) for one in kernels} == {
         (f"merge_rows.{dtype}", capability, kind)
-        for dtype in ("fp16", "bf16")
+        for dtype in ("fp16", "bf16", "fp32")
         for capability, kind in (("8.6", "cubin"), ("8.0", "cubin"), ("8.0", "ptx"))
     }
-    assert len({one.image for one in kernels}) == len(kernels) == 6
+    assert len({one.image for one in kernels}) == len(kernels) == 9
     for one in kernels:
         assert (one.operator, one.name, one.warps) == ("VisualScale", "merge_rows", 4)
         assert 16 <= one.registers <= 255
@@ -96,7 +96,7 @@ def test_changed_sources_or_another_triton_are_another_kernel(monkeypatch: pytes
 
 def test_names_hold_what_a_kernel_is_compiled_for() -> None:
     names = {
-        variant_name(launch, "bf16" if has_half(operator, launch) else None, {"head_size": 96})
+        variant_name(launch, "bf16" if has_real(operator, launch) else None, {"head_size": 96})
         for operator in OPERATORS
         for launch in operator.launches(operator.symbols(dict.fromkeys(operator.compiled_sizes, 96)))
     }

@@ -9,12 +9,12 @@ from capa_export.kernels.contribution_score import OPERATOR, reference
 from capa_export.kernels.execute import execute
 from tests.graph.test_functions import run
 
-HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+REALS = pytest.mark.parametrize("real", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 TEXT = torch.inf
 LARGEST = torch.finfo(torch.float32).max
 
 RTOL = 4e-6
-"""For both halves, whose products are exact in FP32: what is left is the order of FP32 sums: kernel and
+"""For the halves, whose products are exact in FP32: what is left is the order of FP32 sums: kernel and
 reference stay within 1.1e-6 of FP64 on such shapes."""
 
 
@@ -26,13 +26,13 @@ def case(
     hidden_size: int = 48,
     batch: int = 1,
     num_text: int = 2,
-    half: torch.dtype = torch.float16,
+    real: torch.dtype = torch.float16,
 ) -> dict[str, torch.Tensor]:
     """Random inputs, text spread over the prompt; the last prompt of a batch has one text token less."""
     generator = torch.Generator().manual_seed(heads * tokens + head_size)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(half)
+        return torch.randn(shape, generator=generator).to(real)
 
     order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(batch)])
     text = order[:, :num_text].sort().values
@@ -61,16 +61,16 @@ def checked(inputs: dict[str, torch.Tensor], scale: float = 0.125) -> torch.Tens
     return scores
 
 
-@HALVES
+@REALS
 @pytest.mark.parametrize("head_size", [16, 32, 64, 80, 96, 128])
-def test_every_head_size(head_size: int, half: torch.dtype) -> None:
-    checked(case(head_size=head_size, half=half))
+def test_every_head_size(head_size: int, real: torch.dtype) -> None:
+    checked(case(head_size=head_size, real=real))
 
 
-@HALVES
+@REALS
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (7, 1), (14, 2)])
-def test_groups_of_heads(heads: int, kv_heads: int, half: torch.dtype) -> None:
-    checked(case(heads, kv_heads, half=half))
+def test_groups_of_heads(heads: int, kv_heads: int, real: torch.dtype) -> None:
+    checked(case(heads, kv_heads, real=real))
 
 
 # Blocks are of 32 to 128 tokens and of 128 columns.
@@ -80,9 +80,9 @@ def test_odd_shapes(tokens: int, hidden_size: int) -> None:
     checked(case(tokens=tokens, hidden_size=hidden_size, num_text=min(tokens, 40) - 1))
 
 
-@HALVES
-def test_prompts_of_a_batch_do_not_mix(half: torch.dtype) -> None:
-    inputs = case(heads=6, kv_heads=2, tokens=150, hidden_size=144, batch=2, num_text=5, half=half)
+@REALS
+def test_prompts_of_a_batch_do_not_mix(real: torch.dtype) -> None:
+    inputs = case(heads=6, kv_heads=2, tokens=150, hidden_size=144, batch=2, num_text=5, real=real)
     scores = checked(inputs)
     assert scores.isinf().sum(dim=1).tolist() == [5, 4]
 
@@ -108,9 +108,9 @@ def test_equal_tokens_have_equal_scores() -> None:
     assert len(checked(inputs).unique()) == 1
 
 
-@HALVES
-def test_scores_far_beyond_half(half: torch.dtype) -> None:
-    inputs = case(half=half, num_text=0)
+@REALS
+def test_scores_far_beyond_half(real: torch.dtype) -> None:
+    inputs = case(real=real, num_text=0)
     for name in ("value", "output_weight"):
         inputs[name] = inputs[name].sign() * 65504
     scores = checked(inputs)
@@ -126,10 +126,10 @@ def test_logits_far_beyond_half() -> None:
     assert checked(inputs, scale=65504.0**-2).isfinite().all()
 
 
-@HALVES
-def test_attention_below_the_smallest_half_still_counts(half: torch.dtype) -> None:
+@REALS
+def test_attention_below_the_smallest_half_still_counts(real: torch.dtype) -> None:
     # Attention falls to 1e-14, and every token writes a vector of norm 1: the score is the attention.
-    inputs = case(heads=1, num_text=0, half=half)
+    inputs = case(heads=1, num_text=0, real=real)
     for name in ("query", "key", "value", "output_weight"):
         inputs[name].zero_()[..., 0] = 1
     inputs["key"][..., 0] = -torch.arange(63)
@@ -151,7 +151,7 @@ def test_tokens_are_told_apart_when_one_takes_all_attention() -> None:
 
 
 def test_an_overflowed_score_is_the_largest_finite_one() -> None:
-    inputs = case(num_text=0, half=torch.bfloat16)
+    inputs = case(num_text=0, real=torch.bfloat16)
     inputs["value"][:, :, 7] = 1e25
     assert (checked(inputs)[0] == LARGEST).nonzero().tolist() == [[7]]
 
@@ -163,11 +163,11 @@ def test_an_infinite_value_is_the_largest_score_too() -> None:
     assert (checked(inputs)[0] == LARGEST).nonzero().tolist() == [[40]]
 
 
-@HALVES
+@REALS
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("name", ["query", "key", "value", "output_weight"])
-def test_what_is_not_finite(name: str, value: float, half: torch.dtype) -> None:
-    inputs = case(heads=4, kv_heads=2, tokens=130, hidden_size=144, half=half)
+def test_what_is_not_finite(name: str, value: float, real: torch.dtype) -> None:
+    inputs = case(heads=4, kv_heads=2, tokens=130, hidden_size=144, real=real)
     index = {"query": (0, 3, 0, 5), "key": (0, 1, 40, 5), "value": (0, 1, 40, 5), "output_weight": (143, 70)}[name]
     inputs[name][index] = value
     scores = checked(inputs)

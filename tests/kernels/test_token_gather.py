@@ -25,11 +25,14 @@ def bits(
     }
 
 
-def check(inputs: dict[str, torch.Tensor], kept: torch.Tensor, half: torch.dtype = torch.float16) -> None:
-    halves = {name: x.view(half) for name, x in inputs.items()} | {"kept": kept}
-    outputs = {name: y.view(torch.int16) for name, y in execute(OPERATOR, halves).items()}
-    for (name, y), expected in zip(outputs.items(), reference(**halves), strict=True):
-        assert torch.equal(y, expected.view(torch.int16)), name
+def check(inputs: dict[str, torch.Tensor], kept: torch.Tensor, real: torch.dtype = torch.float16) -> None:
+    bits = torch.int32 if real == torch.float32 else torch.int16
+    # Of FP32, the lower bits repeat the upper.
+    inputs = {name: (x.to(bits) * 0x10001 if bits == torch.int32 else x) for name, x in inputs.items()}
+    reals = {name: x.view(real) for name, x in inputs.items()} | {"kept": kept}
+    outputs = {name: y.view(bits) for name, y in execute(OPERATOR, reals).items()}
+    for (name, y), expected in zip(outputs.items(), reference(**reals), strict=True):
+        assert torch.equal(y, expected.view(bits)), name
     for row, kept_K in enumerate(kept.numpy()):
         for name, axis in AXES.items():
             np.testing.assert_array_equal(
@@ -42,12 +45,12 @@ def check(inputs: dict[str, torch.Tensor], kept: torch.Tensor, half: torch.dtype
             np.testing.assert_array_equal(outputs[name][row].numpy(), expected[0])
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("real", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(("tokens", "num_keep"), [(1, 0), (1, 1), (63, 17), (63, 63), (1000, 0), (1000, 333)])
-def test_every_number_of_tokens(tokens: int, num_keep: int, half: torch.dtype) -> None:
+def test_every_number_of_tokens(tokens: int, num_keep: int, real: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(num_keep)
     kept = torch.randperm(tokens, generator=generator)[None, :num_keep].sort().values
-    check(bits(1, tokens, 48, 2, 16, 8), kept, half)
+    check(bits(1, tokens, 48, 2, 16, 8), kept, real)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from capa_export.kernels.execute import execute
 from capa_export.kernels.visual_scale import OPERATOR, reference
 from tests.graph.test_functions import run
 
-HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+REALS = pytest.mark.parametrize("real", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 
 
 def case(
@@ -15,13 +15,13 @@ def case(
     hidden_size: int = 48,
     batch: int = 1,
     num_text: int = 5,
-    half: torch.dtype = torch.float16,
+    real: torch.dtype = torch.float16,
 ) -> dict[str, torch.Tensor]:
     """Random inputs, text spread over the prompt; the last prompt of a batch has one text token less."""
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(half)
+        return torch.randn(shape, generator=generator).to(real)
 
     order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(batch)])
     rows = order[:, :num_text].sort().values
@@ -50,22 +50,22 @@ def checked(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 # A block is of 4 tokens, and text is searched 64 rows at a time.
-@HALVES
+@REALS
 @pytest.mark.parametrize(("tokens", "num_text"), [(1, 0), (1, 1), (63, 5), (150, 129), (1000, 3)])
-def test_odd_shapes(tokens: int, num_text: int, half: torch.dtype) -> None:
-    checked(case(tokens, num_text=num_text, half=half))
+def test_odd_shapes(tokens: int, num_text: int, real: torch.dtype) -> None:
+    checked(case(tokens, num_text=num_text, real=real))
 
 
 # A block is of 1024 columns.
-@HALVES
+@REALS
 @pytest.mark.parametrize("hidden_size", [16, 1024, 1040])
-def test_widths(hidden_size: int, half: torch.dtype) -> None:
-    checked(case(hidden_size=hidden_size, half=half))
+def test_widths(hidden_size: int, real: torch.dtype) -> None:
+    checked(case(hidden_size=hidden_size, real=real))
 
 
-@HALVES
-def test_prompts_of_a_batch_do_not_mix(half: torch.dtype) -> None:
-    checked(case(batch=3, half=half))
+@REALS
+def test_prompts_of_a_batch_do_not_mix(real: torch.dtype) -> None:
+    checked(case(batch=3, real=real))
 
 
 @pytest.mark.parametrize("num_text", [0, 63])
@@ -73,21 +73,21 @@ def test_no_text_and_all_text(num_text: int) -> None:
     checked(case(num_text=num_text))
 
 
-@HALVES
-def test_products_beyond_half_are_infinite_and_text_stays(half: torch.dtype) -> None:
-    inputs = case(half=half)
+@REALS
+def test_products_beyond_half_are_infinite_and_text_stays(real: torch.dtype) -> None:
+    inputs = case(real=real)
     for name in ("x", "scale", "text"):
         inputs[name] = inputs[name].sign() * 65504
     y = checked(inputs)
     rows = inputs["text_rows"][0]
     assert torch.equal(y[0, rows], inputs["text"][0])
-    assert y.isinf().sum() == ((63 - len(rows)) * 48 if half == torch.float16 else 0)
+    assert y.isinf().sum() == ((63 - len(rows)) * 48 if real == torch.float16 else 0)
 
 
-@HALVES
+@REALS
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_what_is_not_finite_stays_in_its_place(value: float, half: torch.dtype) -> None:
-    inputs = case(half=half)
+def test_what_is_not_finite_stays_in_its_place(value: float, real: torch.dtype) -> None:
+    inputs = case(real=real)
     is_text = torch.zeros(63, dtype=torch.bool)
     is_text[inputs["text_rows"][0]] = True
     visual = int((~is_text).nonzero()[0])

@@ -1,7 +1,7 @@
 """Healthy builds, drawn from a seed: small random models of all families, and ways to prune them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Prune, Stage
@@ -107,12 +108,24 @@ def _schedule(layers: int, rng: np.random.Generator) -> tuple[Stage, ...]:
     return tuple(Stage(layer=layer, ratio=ratio) for layer, ratio in zip(chosen, ratios, strict=True))
 
 
-def build(seed: int, folder: Path, *, prompts: int = 2, steps: int = 3) -> Build:
-    """The build of a seed, written into an empty folder with what the oracle makes of its prompts."""
+def build(
+    seed: int, folder: Path, *, prompts: int = 2, steps: int = 3, change: Callable[[Any], None] = lambda _: None
+) -> Build:
+    """The build of a seed, written into an empty folder with what the oracle makes of its prompts.
+
+    Args:
+        seed: of everything that is drawn.
+        folder: gets the checkpoint, the graphs and the records.
+        prompts: number of questions.
+        steps: logits compared per prompt.
+        change: changes the weights of the model that is drawn.
+    """
     rng = np.random.default_rng(seed)
     name = list(FAMILIES)[seed % len(FAMILIES)]
     precision = _PRECISIONS[seed // len(FAMILIES) % 3]
     model, shape = _varied(name, rng)
+    with torch.no_grad():
+        change(model)
     model.save_pretrained(folder / "checkpoint")
     family = load_family(name)
     source = Source.of(open_checkpoint(str(folder / "checkpoint")), family)

@@ -166,7 +166,11 @@ def test_one_wrong_prompt_of_many_does_not_hide_in_the_mean(shared: int, noise: 
 def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
     one = stepwise(Noise())
     one.add([np.array([*wrong, 5])], ranked(4))
-    assert one.result().stages[0].iou_min == 0 and failing(one) == {"kept-set IoU", "kept-set IoU of a prompt"}
+    assert one.result().stages[0].iou_min == 0 and failing(one) == {
+        "kept-set IoU",
+        "kept-set IoU of a prompt",
+        "kept sets that are no choice",
+    }
 
 
 def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:
@@ -178,5 +182,9 @@ def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None
     ):
         one = stepwise(noise)
         one.add([ranked(100).fp32.kept[0]], ranked(100))
-        assert (one.warnings() == ()) == judged
+        assert len(one.warnings()) == (not judged)
         assert failing(one) == set()
+        one.add([np.array([0, *range(51, 101), 101])], ranked(100))
+        assert failing(one) == ({"kept-set IoU", "kept-set IoU of a prompt"} if judged else set())
+        one.add([np.array([0, *range(1, 50), 49, 101])], ranked(100))
+        assert "kept sets that are no choice" in failing(one)

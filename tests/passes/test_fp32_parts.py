@@ -15,6 +15,7 @@ from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import prefill_model
+from capa_export.graph.functions import FUNCTIONS, PLUGIN
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
@@ -199,29 +200,37 @@ def test_a_second_run_changes_nothing(source: Callable[[str], Source]) -> None:
         assert ir.to_onnx_text(half, exclude_initializers=True) == text
 
 
-@pytest.mark.parametrize(
-    ("units", "plugins"),
-    [
-        ((), {"ContributionScore", "TopKKeep", "TokenGather", "VisualScale"}),
-        (("2.self_attn", "3.mlp"), {"TopKKeep", "TokenGather", "VisualScale"}),
-        (("residual",), {"ContributionScore", "TopKKeep"}),
-        (("2", "3"), {"TopKKeep"}),
-    ],
-)
-def test_nodes_in_an_island_ask_for_no_plugin(
-    graphs: Graphs, tmp_path: Path, units: tuple[str, ...], plugins: set[str]
-) -> None:
-    path = graphs("qwen25vl", units) / "llm/prefill.onnx"
+@pytest.mark.parametrize("units", [(), ("2.self_attn", "3.mlp"), ("residual",), ("2", "3")], ids=" ".join)
+def test_nodes_in_an_island_keep_their_plugins(graphs: Graphs, tmp_path: Path, units: tuple[str, ...]) -> None:
+    path, plugins = graphs("qwen25vl", units) / "llm/prefill.onnx", set(FUNCTIONS)
     nodes = [node for node in ir.load(path).graph if node.domain == "capa"]
     assert {node.op_type for node in nodes if "plugin_version" in node.attributes} == plugins
+    for node in nodes:
+        # A kernel takes one floating-point type a call.
+        dtypes = {value.dtype for value in node.inputs if value is not None and value.dtype in (HALF, FLOAT)}
+        assert len(dtypes) == 1, node.name
     prepared = prepare(path, tmp_path / "prepared.onnx", external_weights=False, plugins=True)
-    assert prepared.num_plugins == len(plugins)
-    # A TensorRT that would take bodies before plugins gets none of the bodies; what has no plugin is inlined.
+    assert (prepared.num_plugins, prepared.num_nodes) == (len(plugins), len(plugins))
+    prepared = prepare(path, tmp_path / "without.onnx", external_weights=False, plugins=False)
+    assert (prepared.num_plugins, prepared.num_nodes) == (0, len(plugins))
+    # A TensorRT that would take bodies before plugins gets none of the bodies.
     prepared = prepare(path, tmp_path / "old.onnx", external_weights=False, plugins=True, version=(10, 3))
     old = ir.load(tmp_path / "old.onnx")
     assert {node.op_type for node in old.graph if node.domain} == plugins
     assert (prepared.num_plugins, len(old.functions)) == (len(plugins), 0)
     assert {finding.verdict for finding in _graph(path, path.parent)} == {"ok"}
+
+
+def test_plugins_for_some_of_the_nodes_are_refused(graphs: Graphs, tmp_path: Path) -> None:
+    model = ir.load(graphs("qwen25vl") / "llm/prefill.onnx")
+    node = next(node for node in model.graph if node.op_type == "VisualScale")
+    for name in PLUGIN:
+        del node.attributes[name]
+    path = graphs("qwen25vl") / "llm/earlier.onnx"
+    ir.save(model, path)
+    with pytest.raises(CapaError, match=r"1 of 4 CAPA nodes take no plugin.*: export again, or build with --plugins n"):
+        prepare(path, tmp_path / "prepared.onnx", external_weights=False, plugins=True)
+    assert prepare(path, tmp_path / "prepared.onnx", external_weights=False, plugins=False).num_nodes == 4
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -260,7 +269,12 @@ def test_runs_with_attention_in_tiles(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "plugins"),
-    [(RESIDUAL, "python"), (("2.self_attn", "3.mlp", "visual.1"), "python"), (("2", "5", "visual.0.attn"), "none")],
+    [
+        (RESIDUAL, "python"),
+        (("2.self_attn", "3.mlp", "visual.1"), "python"),
+        (("2", "5", "visual.0.attn"), "python"),
+        (("2", "5", "visual.0.attn"), "none"),
+    ],
 )
 def test_tensorrt_builds_it(tmp_path: Path, units: tuple[str, ...], plugins: Any) -> None:
     """Of the shipped checkpoint, whose head size the plugins take; layer 2 prunes, and layer 5 has a scale."""
@@ -272,6 +286,7 @@ def test_tensorrt_builds_it(tmp_path: Path, units: tuple[str, ...], plugins: Any
         tmp_path, graphs, tmp_path / "engines", one_gpu(), weights="external", plugins=Plugins(plugins)
     )
     for file, name in graphs.items():
-        nodes = [node for node in ir.load(tmp_path / file).graph if "plugin_version" in node.attributes]
-        assert built[name]["custom_layers"] == (0 if plugins == "none" else len(nodes))
+        count = sum(node.domain == "capa" for node in ir.load(tmp_path / file).graph)
+        assert built[name]["capa_nodes"] == count == (4 if name.endswith("prefill") else 0)
+        assert built[name]["custom_layers"] == (0 if plugins == "none" else count)
         assert built[name]["weight_copies"] == 0

@@ -6,15 +6,15 @@ from itertools import groupby
 from typing import TypeVar
 
 from capa_export.config.plugins import HEAD_SIZES
-from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
+from capa_export.kernels.compile import CompiledKernel, has_real, variant_name
 from capa_export.kernels.operator import Launch, Operator, Scratch, Tensor
 
 __all__ = ["assembly", "header"]
 
 _T = TypeVar("_T")
 
-_DTYPES = {"half": "kHalf", "fp32": "kFp32", "int32": "kInt32", "int64": "kInt64"}
-_BYTES = {"half": 2, "fp32": 4, "int32": 4, "int64": 8}
+_DTYPES = {"real": "kReal", "fp32": "kFp32", "int32": "kInt32", "int64": "kInt64"}
+_BYTES = {"fp32": 4, "int32": 4, "int64": 8}
 
 _PTX = 0
 
@@ -218,7 +218,7 @@ def _launch(operator: Operator, launch: Launch) -> str:
     ]
     sizes = dict.fromkeys(operator.compiled_sizes, 1)
     kernel, *compiled_for = variant_name(launch, None, sizes).split(".")
-    dtype = "call.dtype" if has_half(operator, launch) else "nullptr"
+    dtype = "call.dtype" if has_real(operator, launch) else "nullptr"
     size = operator.compiled_sizes[0] if compiled_for else "0"
     grid = ", ".join(map(str, launch.grid))
     return f'call.launch({{"{kernel}", {dtype}, {size}}}, {{{grid}}}, {", ".join(args)})'

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.precision import HalfPrecision
+from capa_export.base.precision import Precision
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import (
     COMPUTE_CAPABILITIES,
     CompiledKernel,
     compile_kernels,
-    has_half,
+    has_real,
     variant_name,
 )
 from capa_export.kernels.cuda import call
@@ -21,7 +21,7 @@ from capa_export.kernels.operator import Operator
 
 __all__ = ["Call", "Launcher", "scratch_offsets"]
 
-_ITEM_BYTES = {"half": 2, "fp32": 4, "int32": 4, "int64": 8}
+_ITEM_BYTES = {"fp32": 4, "int32": 4, "int64": 8}
 _ALIGNMENT = 256
 _STATIC_SHARED_BYTES = 48 * 1024
 """A kernel has to be allowed more than this."""
@@ -59,12 +59,12 @@ class Launcher:
         self._images: dict[tuple[int, int], dict[str, CompiledKernel]] = {}
         self._functions: dict[tuple[int, str], tuple[Any, CompiledKernel]] = {}
 
-    def prepare(self, operator: Operator, dtype: HalfPrecision, size: Any) -> list[Call]:
+    def prepare(self, operator: Operator, dtype: Precision, size: Any) -> list[Call]:
         """The launches that compute `operator`, in order, kernels loaded.
 
         Args:
             operator: what to compute.
-            dtype: what `half` is.
+            dtype: what `real` is.
             size: as `Operator.sizes` returns it.
 
         Raises:
@@ -73,7 +73,7 @@ class Launcher:
         compiled_sizes = {name: getattr(size, name) for name in operator.compiled_sizes}
         calls: list[Call] = []
         for launch in operator.launches(size):
-            variant = variant_name(launch, dtype if has_half(operator, launch) else None, compiled_sizes)
+            variant = variant_name(launch, dtype if has_real(operator, launch) else None, compiled_sizes)
             function, kernel = self._load(variant)
             calls.append(Call(function, launch.grid, 32 * kernel.warps, kernel.shared_bytes, tuple(launch.args)))  # pyright: ignore[reportArgumentType]  # No symbols.
         return calls

@@ -21,7 +21,7 @@ from capa_export.kernels.operator import Operator, Tensor
 from capa_export.kernels.plugins.launcher import Call, Launcher, scratch_offsets
 
 if TYPE_CHECKING:
-    from capa_export.base.precision import HalfPrecision
+    from capa_export.base.precision import Precision
 
 __all__ = ["register"]
 
@@ -94,8 +94,8 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
     # TensorRT passes inputs on the host apart, and only where output shapes are asked for.
     inputs = {name: tensor for name, tensor in operator.inputs.items() if name not in operator.value_inputs}
     tensors = [*inputs.values(), *operator.outputs.values()]
-    first_half = next((index for index, tensor in enumerate(tensors) if tensor.dtype == "half"), 0)
-    halves: dict[Any, HalfPrecision] = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    first_real = next((index for index, tensor in enumerate(tensors) if tensor.dtype == "real"), 0)
+    reals: dict[Any, Precision] = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
     types = {"fp32": trt.DataType.FLOAT, "int32": trt.DataType.INT32, "int64": trt.DataType.INT64}
 
     def size_from(shapes: Sequence[Sequence[int]]) -> Any:
@@ -141,8 +141,8 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
             return _fields(trt, operator, self._arrays)
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            half = input_types[first_half]
-            return [half if one.dtype == "half" else types[one.dtype] for one in operator.outputs.values()]
+            real = input_types[first_real]
+            return [real if one.dtype == "real" else types[one.dtype] for one in operator.outputs.values()]
 
         def get_output_shapes(self, inputs_: Sequence[Any], values: Sequence[Any], builder: Any) -> list[Any]:
             sizes = {size: value[0] for size, value in zip(operator.value_inputs.values(), values, strict=True)}
@@ -164,8 +164,8 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
             tensor, this = tensors[position], descriptions[position].desc
             if this.format != trt.TensorFormat.LINEAR:
                 return False
-            if tensor.dtype == "half":
-                return this.type in halves and this.type == descriptions[first_half].desc.type
+            if tensor.dtype == "real":
+                return this.type in reals and this.type == descriptions[first_real].desc.type
             return this.type == types[tensor.dtype]
 
         def configure_plugin(self, inputs_: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -205,7 +205,7 @@ def _plugin_class(trt: Any, operator: Operator, launcher: Launcher) -> type:
             shapes = [tuple(one.dims) for one in (*inputs_, *outputs)]
             if shapes != self._shapes:
                 size = size_from(shapes)
-                self._calls = launcher.prepare(operator, halves.get(inputs_[first_half].type, "fp16"), size)
+                self._calls = launcher.prepare(operator, reals.get(inputs_[first_real].type, "fp16"), size)
                 self._offsets = scratch_offsets(operator, size)[0]
                 self._shapes = shapes
 

@@ -13,7 +13,7 @@ HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 TOKENS, TEXT = (1, 1024, 6144), (1, 64, 2048)
 
 
-def model(half: int, hidden_size: int) -> bytes:
+def model(real: int, hidden_size: int) -> bytes:
     def node(op: str, inputs: list[str], outputs: list[str], **attributes: object) -> NodeProto:
         plugin = {"domain": "capa", "plugin_namespace": "capa", "plugin_version": "1"}
         return helper.make_node(op, inputs, outputs, op, **plugin, **attributes)
@@ -40,7 +40,7 @@ def model(half: int, hidden_size: int) -> bytes:
     heads: list[int | str] = [1, KV_HEADS, "tokens", HEAD_SIZE]
     table: list[int | str] = [1, "tokens", HEAD_SIZE]
     inputs = tensors(
-        half,
+        real,
         query=[1, HEADS, 1, HEAD_SIZE],
         key=heads,
         value=heads,
@@ -51,7 +51,7 @@ def model(half: int, hidden_size: int) -> bytes:
         scale=[hidden_size],
         text=["text", hidden_size],
     ) + tensors(TensorProto.INT64, text_rows=["text"], num_keep=[1])
-    outputs = tensors(half, y=["kept", hidden_size]) + tensors(TensorProto.INT64, kept=["kept"])
+    outputs = tensors(real, y=["kept", hidden_size]) + tensors(TensorProto.INT64, kept=["kept"])
     graph = helper.make_graph(nodes, "capa", inputs, outputs)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid("capa", 1)]
     return helper.make_model(graph, opset_imports=opsets).SerializeToString()
@@ -83,8 +83,8 @@ builder = trt.Builder(log)
 trt.get_plugin_registry().load_library(library)
 network = builder.create_network(0)
 parser = trt.OnnxParser(network, log)
-half = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
-parsed = parser.parse(model(half, int(hidden_size)))
+real = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}[precision]
+parsed = parser.parse(model(real, int(hidden_size)))
 outputs = [network.get_output(index) for index in range(network.num_outputs)]
 result = {
     "parsed": parsed,

@@ -171,12 +171,12 @@ def test_an_unknown_cpu_and_a_missing_compiler_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.trt
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_tensorrt_builds_the_four_operators_as_plugin_layers(library: Path, precision: str, tmp_path: Path) -> None:
     built = build_with_tensorrt(library, precision, 64, tmp_path)
     assert built["parsed"], built
     assert built["layers"] == ["PLUGIN_V3"] * 4
-    assert built["types"] == {"y": "HALF" if precision == "fp16" else "BF16", "kept": "INT64"}
+    assert built["types"] == {"y": {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}[precision], "kept": "INT64"}
     assert built["shapes"] == {"y": [-1, 64], "kept": [-1]}
     # The library lies in the plan; the rest is alignment.
     assert 0 <= built["plan_with_library"] - built["plan"] - library.stat().st_size < 1024

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import pytest
 
-from capa_export.base.precision import HalfPrecision
+from capa_export.base.precision import Precision
 from capa_export.kernels import OPERATORS
-from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
+from capa_export.kernels.compile import CompiledKernel, has_real, variant_name
 from capa_export.kernels.operator import Launch, Operator
 from tests.kernels.plugins.conftest import HERE, shell
 
@@ -78,7 +78,7 @@ class Call:
     shapes: Shapes
     attributes: dict[str, float]
     kept: int
-    half: HalfPrecision
+    real: Precision
 
     def __post_init__(self) -> None:
         inputs = {name: tensor for name, tensor in self.operator.inputs.items() if name in self.shapes}
@@ -104,7 +104,7 @@ class Call:
             for name, tensor in tensors.items():
                 if name not in self.operator.value_inputs:
                     shape = [one if isinstance(one, int) else getattr(self.size, one) for one in tensor.graph_shape]
-                    lines.append(" ".join([kind, tensor.dtype.replace("half", self.half), *map(str, shape)]))
+                    lines.append(" ".join([kind, tensor.dtype.replace("real", self.real), *map(str, shape)]))
         return "\n".join([*lines, "run", ""])
 
     def bits(self, attribute: str) -> int:
@@ -124,7 +124,7 @@ class Call:
                 for arg in launch.args
             ]
             if 0 not in launch.grid:
-                variant = variant_name(launch, self.half if has_half(self.operator, launch) else None, known)
+                variant = variant_name(launch, self.real if has_real(self.operator, launch) else None, known)
                 # The last two are pointers to memory that Triton might need, and these kernels do not.
                 yield variant, launch, [*args, 0, 0]  # pyright: ignore[reportReturnType]  # No symbol.
 
@@ -160,7 +160,7 @@ def checksum(fatbin: bytes) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("real", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize(
     ("gpu", "image"),
     # Images of 8.6 run on 8.9, but not on Orin; those of 12.0 nowhere else.
@@ -171,7 +171,7 @@ def test_a_call_launches_what_the_operator_lists(
     driver: Path,
     sources: Path,
     kernels: list[CompiledKernel],
-    half: HalfPrecision,
+    real: Precision,
     gpu: str,
     image: str | None,
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_call_launches_what_the_operator_lists(
         one.variant: one for one in kernels if (one.compute_capability == image if image else one.kind == "ptx")
     }
     for name, shapes, attributes, kept in CALLS:
-        call = Call(OPERATOR[name], shapes, attributes, kept, half)
+        call = Call(OPERATOR[name], shapes, attributes, kept, real)
         said = enqueue(library, driver, call, kernels, gpu)
         expected, allowed, images = [], [], []
         for variant, launch, args in call.launches():

@@ -16,7 +16,7 @@ from cuda.bindings import driver as real
 from capa_export.base.errors import CapaError
 from capa_export.graph.functions import FUNCTIONS
 from capa_export.kernels import OPERATORS, cuda
-from capa_export.kernels.compile import CompiledKernel, has_half, variant_name
+from capa_export.kernels.compile import CompiledKernel, has_real, variant_name
 from capa_export.kernels.execute import execute
 from capa_export.kernels.operator import Operator
 from capa_export.kernels.plugins import launcher, python_plugins
@@ -125,9 +125,9 @@ def compiled(operator: Operator, capability: str, kind: Any = "cubin") -> list[C
     sizes = dict.fromkeys(operator.compiled_sizes, 80)
     launches = operator.launches(operator.symbols(sizes))
     variants = {
-        variant_name(launch, dtype if has_half(operator, launch) else None, sizes): launch
+        variant_name(launch, dtype if has_real(operator, launch) else None, sizes): launch
         for launch in launches
-        for dtype in ("fp16", "bf16")
+        for dtype in ("fp16", "bf16", "fp32")
     }
     return [
         CompiledKernel(
@@ -182,10 +182,10 @@ def _described(trt: SimpleNamespace, tensors: dict[str, torch.Tensor], operator:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torch.dtype, driver: Driver) -> None:
-    dtypes = {"half": dtype, "fp32": torch.float32, "int64": torch.int64}
+    dtypes = {"real": dtype, "fp32": torch.float32, "int64": torch.int64}
     inputs = {
         name: torch.full(SIZES[operator.name][name], 205, dtype=dtypes[tensor.dtype])
         for name, tensor in operator.inputs.items()
@@ -217,7 +217,7 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
         *([SimpleNamespace(max=one.dims) for one in side] for side in described)
     )
     scratch: dict[int, int] = {}
-    name_of_dtype = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    name_of_dtype = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     for call, (name, grid, warps, args) in zip(driver.launched, expected, strict=True):
         (image, symbol), *rest = call
         kernel = next(one for one in kernels if one.variant.encode() == image)
@@ -310,7 +310,7 @@ def test_attributes_are_fields_of_the_plugin() -> None:
     )
 
 
-def test_formats_are_linear_and_half_is_one_dtype_throughout() -> None:
+def test_formats_are_linear_and_real_is_one_dtype_throughout() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "VisualScale")
     plugin = _plugin(trt, operator, [])
@@ -321,7 +321,7 @@ def test_formats_are_linear_and_half_is_one_dtype_throughout() -> None:
         descriptions = [SimpleNamespace(desc=one if index == position else others) for index in range(5)]
         return plugin.supports_format_combination(position, descriptions, 4)
 
-    assert [supported(0, type_) for type_ in ("HALF", "BF16", "FLOAT")] == [True, True, False]
+    assert [supported(0, type_) for type_ in ("HALF", "BF16", "FLOAT", "INT64")] == [True, True, True, False]
     assert [supported(4, type_) for type_ in ("HALF", "BF16", "FLOAT")] == [False, True, False]
     assert [supported(3, type_) for type_ in ("INT64", "INT32")] == [True, False]
     assert not supported(4, "BF16", "CHW4")

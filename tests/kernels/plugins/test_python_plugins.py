@@ -107,15 +107,15 @@ def _build(folder: Path, dtype: str, head_size: int = 64, **spec: Any) -> tuple[
 
 
 @pytest.mark.trt
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float"])
 def test_every_node_becomes_one_plugin_layer(dtype: str, tmp_path: Path) -> None:
     result, log = _build(tmp_path, dtype, register=True)
     assert result["plugins"] == ["ContributionScore", "TokenGather", "TopKKeep", "VisualScale"], log
     assert result["custom"] == 4
     assert result["plan"] > 0, "the attributes are in the plan"
-    half = {"float16": "HALF", "bfloat16": "BF16"}[dtype]
-    assert result["outputs"]["y"] == [half, -1, 64]
-    assert result["outputs"]["key_kept"] == [half, 1, 2, -1, 64]
+    real = {"float16": "HALF", "bfloat16": "BF16", "float": "FLOAT"}[dtype]
+    assert result["outputs"]["y"] == [real, -1, 64]
+    assert result["outputs"]["key_kept"] == [real, 1, 2, -1, 64]
     assert result["outputs"]["kept"] == ["INT64", -1]
 
 

@@ -1,0 +1,109 @@
+"""Distances of one run's logits and states from another's: of an artefact from its reference, of a precision from FP32.
+
+S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size.
+"""
+
+from dataclasses import dataclass, field
+from math import inf, isfinite
+
+import numpy as np
+
+from capa_export.base.statistics import kl_divergence
+from capa_export.parity.trace import Trace
+
+__all__ = ["Distance", "VectorDistance", "worse"]
+
+
+@dataclass
+class VectorDistance:
+    """Worst cosine and norm ratio over pairs of vectors."""
+
+    cosine: float = 1.0
+    norm_ratio: float = 0.0
+
+    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
+        """Count pairs of rows."""
+        if not len(reference_XD):
+            # The last token is never dropped: a reference without it has overflowed.
+            self.cosine, self.norm_ratio = -inf, inf
+            return
+        norm, wanted = np.linalg.norm(own_XD, axis=-1), np.linalg.norm(reference_XD, axis=-1)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)
+            ratio = np.abs(norm / wanted - 1)
+        self.cosine = -worse(-self.cosine, float(-cosine.min()))
+        self.norm_ratio = worse(self.norm_ratio, float(ratio.max()))
+
+
+@dataclass
+class Distance:
+    """Collects the worst figures over prompts and steps; infinite where one is not finite."""
+
+    difference: float = 0.0
+    """Largest absolute difference of a logit."""
+    relative_error: float = 0.0
+    """Largest difference of a logit over the largest logit of its step."""
+    kl: float = 0.0
+    """Largest KL(reference || own) of the next token, in nats."""
+    logits: VectorDistance = field(default_factory=VectorDistance)
+    features: VectorDistance | None = None
+    features_error: float = 0.0
+    layers: list[VectorDistance] = field(default_factory=list)
+    layer_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """[L]"""
+
+    def add_logits(self, own_V: np.ndarray, wanted_V: np.ndarray) -> None:
+        """Count one step."""
+        difference = float(np.abs(own_V - wanted_V).max())
+        self.difference = worse(self.difference, difference)
+        self.relative_error = worse(self.relative_error, difference / float(np.abs(wanted_V).max()))
+        self.kl = worse(self.kl, kl_divergence(wanted_V, own_V))
+        self.logits.add(own_V, wanted_V)
+
+    def add_states(self, own: Trace, reference: Trace) -> None:
+        """Count the vision tower's output and the hidden states of one prompt, where both traces hold them."""
+        if own.features is not None and reference.features is not None:
+            self.features = self.features or VectorDistance()
+            self.features.add(own.features.astype(np.float64), reference.features.astype(np.float64))
+            self.features_error = worse(self.features_error, _relative_error(own.features, reference.features))
+        if own.hidden is None or reference.hidden is None:
+            return
+        self.layers = self.layers or [VectorDistance() for _ in reference.hidden]
+        for vectors, own_XD, wanted_XD in zip(self.layers, own.hidden, reference.hidden, strict=True):
+            seen = ~np.isnan(wanted_XD[:, 0])
+            vectors.add(own_XD[seen].astype(np.float64), wanted_XD[seen].astype(np.float64))
+        errors = _relative_errors(own.hidden, reference.hidden, len(reference.logits))
+        errors[~np.isfinite(errors)] = inf
+        self.layer_errors = np.maximum(self.layer_errors, errors) if len(self.layer_errors) else errors
+
+
+def worse(worst: float, value: float) -> float:
+    """The larger of two figures; infinity where `value` is not finite, since max() would drop a NaN."""
+    return max(worst, value) if isfinite(value) else inf
+
+
+def _relative_error(own: np.ndarray, reference: np.ndarray) -> float:
+    """|| difference || / || reference || of two arrays of one shape."""
+    difference = (own - reference).astype(np.float64)
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30))
+
+
+def _relative_errors(hidden: np.ndarray, reference: np.ndarray, steps: int) -> np.ndarray:
+    """[L] || difference || / || reference || of the prompt's states or of the steps', whichever is larger.
+
+    A prompt has many states and an answer few, which would not show in one norm over all.
+
+    Args:
+        hidden: [L, R + S - 1, D].
+        reference: [L, R + S - 1, D], NaN where there is no state.
+        steps: S.
+    """
+    seen = ~np.isnan(reference[..., :1])
+    prompt = reference.shape[1] - (steps - 1)
+    difference, wanted = (np.where(seen, one, 0.0).astype(np.float64) for one in (hidden - reference, reference))
+    errors = [
+        np.linalg.norm(difference[:, part], axis=(1, 2))
+        / np.maximum(np.linalg.norm(wanted[:, part], axis=(1, 2)), 1e-30)
+        for part in (slice(None, prompt), slice(prompt, None))
+    ]
+    return np.maximum(*errors)
