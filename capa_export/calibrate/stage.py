@@ -23,6 +23,8 @@ __all__ = ["adopt_calibration", "calibrate", "check_owner", "with_effect"]
 
 _CODE = ("capa_export.calibrate.measurement",)
 """Modules whose code a stored calibration depends on."""
+_EFFECT_CODE = ("capa_export.calibrate.effect", "capa_export.model.model", "capa_export.model.streamed")
+"""Modules whose code the layers that are taken depend on."""
 
 
 def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
@@ -83,7 +85,7 @@ def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibrat
     count = min(JUDGES, options.samples or model.recipe.calibration.samples)
     samples = samples_from(options.images, model.recipe, count, split="judge")
     key = [
-        versions("torch", "transformers", code_of=["capa_export.calibrate.effect"]),
+        versions("torch", "transformers", code_of=_EFFECT_CODE),
         [calibration.digest(), ffn.eta, ffn.budget],
         [model.prompt_settings, samples.digest()],
     ]

@@ -24,6 +24,7 @@ from capa_export.trt import stage as trt_stage
 
 STAGES: Mapping[str, tuple[str, ...]] = {
     "calibrate": calibrate_stage._CODE,
+    "effect": calibrate_stage._EFFECT_CODE,
     "export": export_stage._CODE,
     "engine": trt_stage._ENGINE_CODE,
     "kit": trt_stage._KIT_CODE,
