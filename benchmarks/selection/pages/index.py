@@ -37,9 +37,9 @@ that. CAPA's choice is made once, at prefill, where the paper makes it anew at e
 
 Intervals in figures that were taken before 30 November 2026 are bootstrapped over the questions, whose single answers
 were not kept. Those of right answers were since widened to 0 wherever the exact test, on all counts of pairs that can
-have given net difference and interval, does not surely reject; the few that would have stayed open were asked again,
-with the same scores. Those of drift, over 72 prompts, and the words of `tune`
-itself rest on the bootstrap alone, which errs more often than one in forty."""
+have given net difference and interval, does not surely reject; what would have stayed open on these pages was asked
+again, with the same scores. Those of drift, over 72 prompts, and the words of `tune` itself rest on the bootstrap
+alone, which errs more often than one in forty."""
 
 
 def figures_file(folder: Path, part: str, bed: str) -> Path:
