@@ -16,8 +16,8 @@ _REACH, _REACH_OF_FEW = 2.0, 4.0
 """How many times further other pictures may reach than those of a calibration of many samples, or of few.
 
 Of all values that `benchmarks/ranges.py` watches, 280 to 593 of a model, the worst was 1.84 where 40 samples were seen,
-2.12 where 32, 3.70 where 8 and 4.29 where 4. Those that come near FP16's end vary least: of each model's 20 largest, the
-worst was 1.10, and the massive activations of a pretrained decoder were the same on every picture.
+2.12 where 32, 3.70 where 8 and 4.29 where 4. Those that come near FP16's end vary least: of each model's 20 largest
+the worst was 1.10, and the massive activations of a pretrained decoder were the same on every picture.
 """
 
 
