@@ -1,7 +1,7 @@
 """How much further activations reach on other pictures than on those of a calibration: what the audit rests on.
 
 python -m benchmarks.ranges tiny-qwen25vl --samples 120
-python -m benchmarks.ranges CHECKPOINT --images DIR --samples 60
+python -m benchmarks.ranges llava15 --checkpoint CHECKPOINT --images DIR --samples 60
 """
 
 import argparse
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from capa_export.api.builds import find_recipe_of
 from capa_export.calibrate.measure import measure
+from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import samples_from
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
@@ -32,11 +32,11 @@ _LARGEST = 20
 """Number of the largest values that are looked at apart, since only they come near the end of FP16."""
 
 
-def measured(model_name: str, images: Path | None, count: int) -> list[dict[str, float]]:
+def measured(model_name: str, checkpoint: str | None, images: Path | None, count: int) -> list[dict[str, float]]:
     """The largest magnitude of every value that a calibration watches, on each sample by itself."""
-    recipe = find_recipe_of(model_name, None)
+    recipe = load_recipe(model_name)
     family = load_family(recipe.family)
-    source = Source.of(open_checkpoint(recipe.checkpoint), family)
+    source = Source.of(open_checkpoint(checkpoint or recipe.checkpoint), family)
     folder = source.checkpoint.folder
     architecture = getattr(transformers, family.ARCHITECTURE)
     model = architecture.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
@@ -77,7 +77,8 @@ def summary(name: str, rows: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a recipe's name, or a checkpoint")
+    parser.add_argument("model", help="a recipe's name")
+    parser.add_argument("--checkpoint")
     parser.add_argument("--images", type=Path)
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--date", default=datetime.now(timezone.utc).date().isoformat())
@@ -85,7 +86,8 @@ def main() -> None:
     torch.set_num_threads(1)
     path = _RESULTS / f"{arguments.date}-ranges.json"
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else []
-    found.append(summary(arguments.model, measured(arguments.model, arguments.images, arguments.samples)))
+    rows = measured(arguments.model, arguments.checkpoint, arguments.images, arguments.samples)
+    found.append(summary(arguments.checkpoint or arguments.model, rows))
     result = {"date": arguments.date, "versions": f"torch {version('torch')}, numpy {np.__version__}", "models": found}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
