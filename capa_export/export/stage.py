@@ -123,7 +123,7 @@ def _fp32_layers(model: Model, options: BuildOptions, calibration: Calibration |
         return []
     asked: tuple[str, ...] = ()
     if calibration is not None:
-        asked, findings = audit(calibration.absmax, options.precision, model.source.dims)
+        asked, findings = audit(calibration.absmax, options.precision, model.source.dims, calibration.samples)
         for finding in findings:
             say(f"audit         {finding}")
     elif options.precision == "fp16":

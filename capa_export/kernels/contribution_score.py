@@ -132,7 +132,7 @@ def written_squares(
     value_at = value + token[:, None] * HEAD_SIZE + depth[None, :]
     group_size = num_heads // kv_heads
     total = tl.full([TOKENS], 0, tl.float32)
-    for start in tl.static_range(0, COLUMNS, WIDTH):
+    for start in tl.static_range(0, COLUMNS, WIDTH):  # pyright: ignore[reportGeneralTypeIssues]  # Triton unrolls it.
         column = tl.program_id(1) * COLUMNS + start + tl.arange(0, WIDTH)
         is_column = column < hidden_size
         weight_at = output_weight + column[None, :].to(tl.int64) * projection + depth[:, None]

@@ -33,8 +33,8 @@ def dims() -> Any:
     return model_dims(random_model().config.to_dict())
 
 
-def asked(dims: Any, **absmax: float) -> tuple[str, ...]:
-    return audit({f"{LAYER}.self_attn.scores": 1.0, **absmax}, "fp16", dims)[0]
+def asked(dims: Any, *, samples: int = 40, **absmax: float) -> tuple[str, ...]:
+    return audit({f"{LAYER}.self_attn.scores": 1.0, **absmax}, "fp16", dims, samples)[0]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,12 @@ def asked(dims: Any, **absmax: float) -> tuple[str, ...]:
     ],
 )
 def test_what_becomes_an_island(dims: Any, name: str, unit: str) -> None:
-    assert asked(dims, **{name: 16376.0}) == ()
-    assert asked(dims, **{name: 16377.0}) == (unit,)
+    # Half of FP16's range for a calibration of many samples, a quarter for one of few.
+    for samples, largest in ((40, 32752.0), (39, 16376.0)):
+        assert asked(dims, samples=samples, **{name: largest}) == ()
+        assert asked(dims, samples=samples, **{name: largest + 1}) == (unit,)
     for precision in ("bf16", "fp32"):
-        assert audit({name: 1e30}, precision, dims) == ((), ())
+        assert audit({name: 1e30}, precision, dims, 40) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_what_is_refused(dims: Any, name: str, reason: str) -> None:
 
 def test_findings_name_the_worst_of_each_part(dims: Any) -> None:
     absmax = {f"{LAYER}.mlp": 2e5, f"{LAYER}.mlp.down_proj.input": 2e4, LAYER: 3e5, f"{LAYER}.self_attn.scores": 9.0}
-    units, findings = audit(absmax, "fp16", dims)
+    units, findings = audit(absmax, "fp16", dims, 4)
     assert units == ("3.mlp", "residual")
     assert findings == (
         f"3.mlp in FP32: {LAYER}.mlp reaches 2e+05, 305% of the largest FP16 number",
@@ -96,7 +98,7 @@ def test_findings_name_the_worst_of_each_part(dims: Any) -> None:
 
 
 def test_a_calibration_of_an_earlier_version_says_less(dims: Any) -> None:
-    units, [finding] = audit({LAYER: 1.0}, "fp16", dims)
+    units, [finding] = audit({LAYER: 1.0}, "fp16", dims, 4)
     assert (units, finding) == (
         (),
         "the calibration knows no norms, FFN products or attention scores; calibrate again to audit them",
@@ -137,7 +139,7 @@ def test_massive_activations_pass_the_gates_with_the_audit_and_not_without(
     recipe = load_recipe("qwen25vl").model_copy(update={"prune": prune})
     train, held_out = (samples_from(tmp_path / "pictures", recipe, 3, split=split) for split in ("train", "held_out"))
     calibration = calibrate(model, qwen25vl, prompter, train, checkpoint_digest="x")
-    units, findings = audit(calibration.absmax, "fp16", source.dims)
+    units, findings = audit(calibration.absmax, "fp16", source.dims, calibration.samples)
     assert (units, len(findings)) == (asked_for, len(asked_for))
 
     def failures(fp32_layers: tuple[str, ...]) -> list[str]:
