@@ -5,7 +5,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo bed-real test coverage check docs format wheel clean
+.PHONY: demo bed-real test test-all coverage check docs format wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
@@ -17,7 +17,11 @@ bed-real: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.real.questions --out out/bed-real-questions
 
 test: .venv/dev.stamp
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/benchmarks
+
+# What `make test` leaves out: training, peers, benchmarks and the real bed, of which 93 MB come from the package index.
+test-all: .venv/dev.stamp
+	$(PYTEST) tests/benchmarks
 
 # Takes half as long again.
 coverage: .venv/dev.stamp

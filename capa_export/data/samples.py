@@ -27,7 +27,7 @@ __all__ = ["JUDGES", "Conversation", "Sample", "Samples", "samples_from"]
 Split = Literal["train", "judge", "held_out"]
 """For the sums of a calibration, for its choice of layers, and for validation."""
 
-JUDGES = 8
+JUDGES = 32
 """Samples that judge sets of scales."""
 _SEED = 2602
 
