@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=2, help="Prompts of calibration and of validation.")
+    parser.add_argument("--max-pixels", type=int, help="Largest area of a picture, as `build` takes it.")
     parser.add_argument("--target", default="rtx")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +129,11 @@ def main() -> None:
         count = str(arguments.samples)
         build = [CAPA_EXPORT, "build", str(arguments.checkpoint), "--images", folder, "--ratio", "0.75"]
         build += ["--target", arguments.target, "--samples", count, "--validation-samples", count]
+        # The weights are random, and keep no answer.
+        build += [
+            "--accept-method-loss",
+            *(["--max-pixels", str(arguments.max_pixels)] if arguments.max_pixels else []),
+        ]
         built = run([*build, "--out", str(arguments.out)], arguments.out.parent)
         ask = [CAPA_EXPORT, "run", str(arguments.out), "--image", f"{folder}/0.jpg", "--prompt", "What is this?"]
         asked = run([*ask, "--max-new-tokens", "2"], arguments.out.parent)

@@ -149,6 +149,8 @@ class OnnxModel(RuntimeModel[KVCache]):
         if self.sliced:
             # A slice runs a few times: a packed copy of its weights is not worth its memory.
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # Each output that is kept would keep the whole arena of its slice.
+            options.enable_cpu_mem_arena = False
         source = str(path) if model is None else model.SerializeToString()
         try:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from capa_export.export.graphs import graphs_in_fp32, write_onnx
@@ -78,3 +79,32 @@ def test_graphs_that_are_not_written_say_what_the_files_say(made: Made) -> None:
     for (logits, _), (wanted, _) in zip(own, written, strict=True):
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
     assert {*made.folder.rglob("*")} - before <= {made.folder / "fp32", *(made.folder / "fp32").rglob("*")}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_an_output_that_is_kept_keeps_no_more_than_itself(tmp_path: Path) -> None:
+    """Each layer makes 64 MB on the way to one number, which is kept to the end."""
+    layers, columns = 8, 16_000_000
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="sums"), ir_version=10)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+    model.graph.inputs.append(x)
+    for index in range(layers):
+        size = ir.Value(name=f"size_{index}", const_value=ir.tensor(np.array([columns]), name=f"size_{index}"))
+        model.graph.initializers.add(size)
+        wide = ir.node("Expand", [x, size], name=f"model/layers.{index}/wide")
+        total = ir.node("ReduceSum", wide.outputs, {"keepdims": 0}, name=f"model/layers.{index}/sum")
+        total.outputs[0].name = f"y_{index}"
+        total.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.extend([wide, total])
+        model.graph.outputs.append(total.outputs[0])
+    ir.save(model, tmp_path / "sums.onnx")
+    session = OnnxModel(tmp_path, sliced=True)._session("sums.onnx")
+    before = _anonymous_bytes()
+    found = session.run([f"y_{index}" for index in range(layers)], {"x": np.ones(1, np.float32)})
+    assert [float(value) for value in found] == [columns] * layers
+    assert _anonymous_bytes() - before < 2 * 4 * columns
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
