@@ -70,7 +70,7 @@ def test_the_commands_for_your_own_checkpoint(
     assert main(explain[1:]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     # All that is left out is time.
-    assert main([*tune[1:], "--samples", "8"]) == 0
+    assert main([*tune[1:], "--samples", "11"]) == 0
     assert load_recipe(tune[tune.index("--out") + 1]).prune.schedule
 
 

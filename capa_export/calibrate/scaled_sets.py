@@ -13,12 +13,12 @@ EFFECT = "ffn_effect.json"
 
 
 class ScaledSet(Entry):
-    """A set of layers in which a scale stood for the FFN of visual tokens, all tokens kept."""
+    """A set of layers in which a scale stood for the FFN of visual tokens."""
 
     layers: tuple[int, ...]
     """Ascending."""
     kl: Figure
-    """Mean KL(dense || this) of the next token along dense's answers, in nats."""
+    """Mean KL(all FFNs || this) of the next token along dense's answers, tokens dropped alike, in nats."""
     agreement: float
     """Share of these next tokens that are dense's."""
 
@@ -37,6 +37,8 @@ class FfnEffect(Entry):
     """Cosine that a layer had to exceed to be tried."""
     budget: float
     """Largest mean KL, in nats."""
+    schedule: str
+    """What dropped tokens meanwhile."""
     samples: int
     """Prompts asked, none of which the calibration has seen where there were enough."""
     tried: tuple[ScaledSet, ...]
@@ -75,7 +77,7 @@ class FfnEffect(Entry):
             return "no layer is linear"
         every, chosen = self.tried[0], self.chosen
         layers = f"layers {ranges(chosen.layers)}" if chosen.layers else "none"
-        found = f"a scale in {layers}: KL from dense {_nats(chosen.kl)}, budget {self.budget:g}"
+        found = f"a scale in {layers}: KL {_nats(chosen.kl)} by them with {self.schedule}, budget {self.budget:g}"
         return found if chosen == every else f"{found}; in all {len(every.layers)} it would be {_nats(every.kl)}"
 
 

@@ -86,7 +86,7 @@ def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibrat
     samples = samples_from(options.images, model.recipe, count, split="judge")
     key = [
         versions("torch", "transformers", code_of=_EFFECT_CODE),
-        [calibration.digest(), ffn.eta, ffn.budget],
+        [calibration.digest(), ffn.eta, ffn.budget, model.recipe.prune.model_dump(mode="json")],
         [model.prompt_settings, samples.digest()],
     ]
 
@@ -96,7 +96,7 @@ def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibrat
         stop = eos_token_ids(model.source.checkpoint.sidecars)
         about: Any = {"stop": stop, "report": model.report}
         effect = measure_effect(
-            _eager(model, options), model.family, model.prompter, samples, calibration, ffn, **about
+            _eager(model, options), model.family, model.prompter, samples, calibration, model.recipe, **about
         )
         effect.save(scratch / EFFECT)
         return {"layers": effect.chosen.layers}

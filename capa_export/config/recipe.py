@@ -29,7 +29,7 @@ class FFN(Settings):
     eta: float = Field(default=0.96, gt=0, lt=1)
     """A layer is linear when the mean cosine(x, x + FFN(norm(x))) of its visual tokens exceeds this (CAPA's value)."""
     budget: float = Field(default=0.02, ge=0)
-    """Nats that the scales of all chosen layers together may be from dense: mean KL of the next token."""
+    """Nats that the scales of all chosen layers together may cost: mean KL of the next token."""
     paper_layers: tuple[int, ...] = ()
     """The layers the paper lists; printed beside the measured ones, never used."""
 

@@ -25,7 +25,7 @@ from tests.conftest import noise
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    for index in range(10):
+    for index in range(11):
         noise(112, 84 + 28 * (index % 2), index).save(folder / f"{index}.png")
     return folder
 

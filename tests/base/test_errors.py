@@ -21,8 +21,10 @@ def test_what_cannot_be_printed_is_escaped(message: str, line: str) -> None:
 
 def test_codes() -> None:
     """CI relies on the numbers."""
-    names = ("OK", "USAGE", "PREFLIGHT", "EXPORT", "ENGINE", "PARITY", "INTERRUPTED", "TERMINATED")
-    assert {code.name: code.value for code in ExitCode} == dict(zip(names, (0, 2, 3, 4, 5, 6, 130, 143), strict=True))
+    names = ("OK", "USAGE", "PREFLIGHT", "EXPORT", "ENGINE", "PARITY", "METHOD", "INTERRUPTED", "TERMINATED")
+    assert {code.name: code.value for code in ExitCode} == dict(
+        zip(names, (0, 2, 3, 4, 5, 6, 7, 130, 143), strict=True)
+    )
     assert CapaError("x").code == NotFiniteError("x").code == ExitCode.PREFLIGHT
     assert CapaError("x", ExitCode.ENGINE).code == ExitCode.ENGINE
     assert how_to_install("rtx").startswith('pip install ".[rtx]"')

@@ -14,6 +14,7 @@ def harmless(calibration: Calibration, ffn: FFN) -> Calibration:
         calibration=calibration.digest(),
         eta=ffn.eta,
         budget=ffn.budget,
+        schedule="capa@2:0.75",
         samples=1,
         tried=(every,) if every.layers else (),
     )

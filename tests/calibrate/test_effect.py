@@ -17,7 +17,7 @@ from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect, ScaledSet
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.model.eager import Eager, EagerInputs
+from capa_export.model.eager import Eager, EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
@@ -47,8 +47,11 @@ def calibration(model: Any, prompter: Prompter, pictures: Path) -> Calibration:
     return calibrate(model, qwen25vl, prompter, train, checkpoint_digest="x")
 
 
-def effect_of(eager: Eager, prompter: Prompter, samples: Samples, calibration: Calibration, ffn: FFN) -> FfnEffect:
-    return measure_effect(eager, qwen25vl, prompter, samples, calibration, ffn, stop=())
+def effect_of(
+    eager: Eager, prompter: Prompter, samples: Samples, calibration: Calibration, ffn: FFN, ratio: float = 0
+) -> FfnEffect:
+    recipe = load_recipe("qwen25vl").with_options(ratio=ratio, prune_layer=1).model_copy(update={"ffn": ffn})
+    return measure_effect(eager, qwen25vl, prompter, samples, calibration, recipe, stop=())
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,38 @@ def test_the_largest_set_within_the_budget(
     assert "in all" in found.words and "a scale in layer" in found.words
 
 
+def test_what_pruning_costs_is_not_counted(
+    every: FfnEffect, model: Any, prompter: Prompter, samples: Samples, calibration: Calibration
+) -> None:
+    eager, layers = Eager(model), calibration.linear_layers(0.5)
+    found = effect_of(eager, prompter, samples, calibration, ALL, ratio=0.75)
+    assert found.schedule == "capa@1:0.75" and every.schedule == "capa@1:0"
+    scales = {layer: torch.from_numpy(calibration.layers[layer].alpha).float() for layer in layers}
+    divergences = list[float]()
+    for sample in samples:
+        prompt = prompter.chat(sample.turns)
+        inputs = EagerInputs.of(qwen25vl.eager_inputs(model, prompt))
+        is_visual, keep = torch.from_numpy(prompt.is_visual), {1: -(-prompt.num_visual // 4)}
+        run, said = eager.prefill(inputs, is_visual, EagerPlan()), list[int]()
+        logits = run.logits
+        for step in range(3):
+            said.append(int(logits.argmax()))
+            logits = eager.step(run, said[-1], run.next_position + step)
+        plans = (EagerPlan(keep, min_keep_per_image=1), EagerPlan(keep, scales, min_keep_per_image=1))
+        full, scaled = (_along(eager, inputs, is_visual, plan, said) for plan in plans)
+        pairs = [(p.double().log_softmax(-1), q.double().log_softmax(-1)) for p, q in zip(full, scaled, strict=True)]
+        divergences += [sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / len(pairs)]
+    assert found.tried[0].kl == pytest.approx(sum(divergences) / len(divergences), rel=1e-6)
+    assert found.tried[0].kl != pytest.approx(every.tried[0].kl, rel=0.01)
+
+
+def _along(
+    eager: Eager, inputs: EagerInputs, is_visual: torch.Tensor, plan: EagerPlan, said: Sequence[int]
+) -> list[torch.Tensor]:
+    run = eager.prefill(inputs, is_visual, plan)
+    return [run.logits, *(eager.step(run, token, run.next_position + step) for step, token in enumerate(said))]
+
+
 def test_no_linear_layer_asks_nothing(model: Any, prompter: Prompter, calibration: Calibration) -> None:
     found = effect_of(Eager(model), prompter, nothing_asked(), calibration, FFN(eta=0.999999))
     assert (found.tried, found.chosen.layers, found.words) == ((), (), "no layer is linear")
@@ -179,7 +214,7 @@ def test_no_number_is_beyond_any_budget() -> None:
 def test_judges_are_kept_apart() -> None:
     recipe = load_recipe("qwen25vl")
     parts = {split: _part(recipe, split) for split in ("train", "judge", "held_out")}
-    assert [len(part) for part in parts.values()] == [60, 8, 32]
+    assert [len(part) for part in parts.values()] == [51, 17, 32]
     assert len(set.union(*parts.values())) == 100
 
 

@@ -73,8 +73,8 @@ def widths(samples: Samples) -> list[int]:
 def test_a_seed_shuffles_a_folder_before_it_is_split(folder: Path) -> None:
     num_held_out = RECIPE.parity.prompts
     assert widths(samples_from(folder, RECIPE, 99, split="held_out")) == list(range(num_held_out))
-    assert widths(samples_from(folder, RECIPE, 99, split="train")) == list(range(num_held_out, 2 * num_held_out - 2))
-    judges = list(range(2 * num_held_out - 2, 2 * num_held_out + 6))
+    assert widths(samples_from(folder, RECIPE, 99, split="train")) == list(range(num_held_out, 2 * num_held_out - 3))
+    judges = list(range(2 * num_held_out - 3, 2 * num_held_out + 6))
     assert widths(samples_from(folder, RECIPE, 99, split="judge")) == judges
     held_out = samples_from(folder, RECIPE, 99, split="held_out", seed=3)
     assert widths(held_out) == widths(samples_from(folder, RECIPE, 99, split="held_out", seed=3))
