@@ -77,7 +77,7 @@ class FfnEffect(Entry):
             return "no layer is linear"
         every, chosen = self.tried[0], self.chosen
         layers = f"layers {ranges(chosen.layers)}" if chosen.layers else "none"
-        found = f"a scale in {layers}: KL {_nats(chosen.kl)} by them with {self.schedule}, budget {self.budget:g}"
+        found = f"a scale in {layers}: KL {_nats(chosen.kl)} with {self.schedule}, budget {self.budget:g}"
         return found if chosen == every else f"{found}; in all {len(every.layers)} it would be {_nats(every.kl)}"
 
 
