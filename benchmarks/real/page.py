@@ -10,6 +10,8 @@ from benchmarks.selection.pages.words import grid, joined, listed, points, rate,
 from capa_export.base.files import write_whole
 from capa_export.base.statistics import Difference
 from capa_export.base.toml import Settings
+from capa_export.calibrate.scaled_sets import FfnEffect
+from capa_export.config.recipe import ranges
 from capa_export.config.schedule import Stage
 from capa_export.study.evaluate.schema import MethodScores
 
@@ -23,6 +25,7 @@ __all__ = [
     "page",
     "read_latest",
     "render",
+    "scaled",
     "write_pages",
 ]
 
@@ -44,10 +47,8 @@ means that the 95 % interval of the paired difference lies on one side of 0."""
 _NEAREST = f"""What is surely lost where, on the scenes with clutter and on those of {_TINY}, which was trained from
 nothing and is asked more kinds of questions about the same sort of scenes. Layers are compared that lie nearest by
 their share of the depth; that of {_TINY} is in brackets."""
-_FFN = """## Scales for FFNs
-
-Not measured here yet: how many of the published FFNs may be scaled or left out depends on how the layers are
-chosen."""
+_EFFECT = "*-effect-real-clutter.json"
+"""What `capa-export build` on the scenes with clutter left in its bundle as `ffn_effect.json`."""
 
 
 _CASES = (
@@ -183,7 +184,23 @@ def _case(here: Difference, there: Difference) -> int:
     return 2 if worse(there) else 3
 
 
-def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures) -> str:
+def scaled(effect: FfnEffect) -> Iterator[str]:
+    """What scales in the place of FFNs cost, by the number of layers."""
+    every, chosen = effect.tried[0], effect.chosen
+    yield (
+        f"Of 30 layers {len(every.layers)} have a mean cosine above {effect.eta:g}. A build with\n"
+        "[real.toml](../../benchmarks/real/real.toml) on the scenes with clutter tries sets of them on\n"
+        f"{effect.samples} prompts, under {effect.schedule}, and scales {len(chosen.layers)}: "
+        f"{ranges(chosen.layers)}.\nKL is that of the next token to the same pruning with all FFNs."
+    )
+    rows = [
+        [str(len(one.layers)), f"{one.kl:.4f}" if one.kl is not None else "not finite", f"{100 * one.agreement:.1f}"]
+        for one in sorted(effect.tried, key=lambda one: len(one.layers))
+    ]
+    yield table(["layers as scales", "KL, nats", "next tokens as dense, %"], rows)
+
+
+def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures, effect: FfnEffect | None) -> str:
     """The page."""
     parts = [_INTRODUCTION]
     for scenes, record in records.items():
@@ -198,7 +215,9 @@ def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures
             _NEAREST,
             *beside(records["clutter"].figures, tiny),
         ]
-    parts += [_FFN, "## How"]
+    if effect is not None:
+        parts += ["## Scales for FFNs", *scaled(effect)]
+    parts.append("## How")
     for scenes, record in records.items():
         about = record.about
         parts.append(
@@ -215,7 +234,8 @@ def render(results: Path = RESULTS) -> dict[str, str]:
     if not records:
         return {}
     tiny = read_record(figures_file(DOCS, "layer", _TINY), AccuracyFigures).figures
-    return {PAGE: page(records, tiny)}
+    effects = sorted(results.glob(_EFFECT))
+    return {PAGE: page(records, tiny, FfnEffect.load(effects[-1]) if effects else None)}
 
 
 def write_pages() -> list[Path]:

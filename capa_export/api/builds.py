@@ -23,7 +23,7 @@ __all__ = ["build", "plan"]
 
 Weights = WeightsWish | Literal["in-place"]
 
-_TUNED_ON = 24
+_TUNED_ON = 12
 """Samples on which another schedule is looked for."""
 
 

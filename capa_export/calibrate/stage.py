@@ -67,14 +67,20 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
     with bundle.claimed():
         run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
         model.record_digests(bundle)
-    calibration = with_effect(model, bundle, options)
+    calibration = with_effect(model, bundle, options, told=True)
     # The stages to come need the memory more than validation needs the second that loading takes.
     model.forget_eager()
     return calibration
 
 
-def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibration:
+def with_effect(model: Model, bundle: Bundle, options: BuildOptions, *, told: bool = False) -> Calibration:
     """The bundle's calibration, with what sets of its scales do to the answers: measured unless it is known.
+
+    Args:
+        model: the checkpoint with a recipe.
+        bundle: has a calibration.
+        options: pictures, the number of samples, and how to hold the model.
+        told: whether the user knows already that layers go one by one.
 
     Raises:
         CapaError: there is no calibration, a sample cannot be used, or the model does not load.
@@ -95,9 +101,8 @@ def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibrat
 
         stop = eos_token_ids(model.source.checkpoint.sidecars)
         about: Any = {"stop": stop, "report": model.report}
-        effect = measure_effect(
-            _eager(model, options), model.family, model.prompter, samples, calibration, model.recipe, **about
-        )
+        opened = _eager(model, options, told=told), model.family, model.prompter
+        effect = measure_effect(*opened, samples, calibration, model.recipe, **about)
         effect.save(scratch / EFFECT)
         return {"layers": effect.chosen.layers}
 
@@ -108,7 +113,7 @@ def with_effect(model: Model, bundle: Bundle, options: BuildOptions) -> Calibrat
     return calibration
 
 
-def _eager(model: Model, options: BuildOptions) -> Any:
+def _eager(model: Model, options: BuildOptions, *, told: bool) -> Any:
     """The model, run by hand: in memory, or from the checkpoint part by part where it does not fit."""
     from capa_export.model.eager import Eager
     from capa_export.model.streamed import StoredWeights, hollow_model
@@ -116,7 +121,7 @@ def _eager(model: Model, options: BuildOptions) -> Any:
     needed = calibration_bytes(model.source.checkpoint.num_parameters)
     by_layer = options.layer_by_layer
     if by_layer is None:
-        by_layer = not model.holds_eager and exceeds_memory("the model takes {} in FP32", needed)
+        by_layer = not model.holds_eager and exceeds_memory("the model takes {} in FP32", needed, told=told)
     if not by_layer:
         return Eager(model.eager)
     weights = StoredWeights(model.source, model.report)

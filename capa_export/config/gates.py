@@ -110,6 +110,9 @@ def _shipped_gate(precision: str) -> Gate:
 def with_gates(parity: Parity, path: Path | None) -> Parity:
     """The recipe's gates with those of a file in their place.
 
+    Where the file sets bounds of a precision, the eager model's own noise leaves no room beyond them unless the file
+    says how much.
+
     Raises:
         CapaError: the file is missing or malformed, or names a bound that there is not.
     """
@@ -120,7 +123,9 @@ def with_gates(parity: Parity, path: Path | None) -> Parity:
     for precision in FORMATS:
         gate: Gate = getattr(parity, precision)
         try:
-            changed[precision] = Gate.model_validate({**dict(gate), **getattr(given, precision)})
+            asked = getattr(given, precision)
+            room = {"own_noise_ratio": None} if asked else {}
+            changed[precision] = Gate.model_validate({**dict(gate), **room, **asked})
         except ValidationError as error:
             raise CapaError(f"{path}: {precision}: {first_problem(error, Gate)}", ExitCode.USAGE) from error
     return parity.model_copy(update=changed)

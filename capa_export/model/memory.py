@@ -46,15 +46,16 @@ def require_eager_memory(model: Model, workers: Workers | None = None) -> None:
         raise CapaError(f"{what} {needed / 1e9:.1f} GB in FP32, {available / 1e9:.1f} GB are free; {remedy}")
 
 
-def exceeds_memory(what: str, needed: int) -> bool:
+def exceeds_memory(what: str, needed: int, *, told: bool = False) -> bool:
     """Whether something takes more bytes than are available; if so, says that layers go one by one.
 
     Args:
         what: a sentence about it with `{}` in the place of the gigabytes.
         needed: bytes.
+        told: whether the user knows already.
     """
     available = available_memory()
-    if exceeds := needed > available:
+    if (exceeds := needed > available) and not told:
         takes = what.format(f"{needed / 1e9:.1f} GB")
         say(f"{'':<14}layer by layer: {takes}, {available / 1e9:.1f} GB are free; --in-memory tries all the same")
     return exceeds

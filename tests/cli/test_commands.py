@@ -35,7 +35,7 @@ def test_a_bundle_holds_what_the_readme_lists(bundle: Path) -> None:
     assert manifest["stages"]["export"]["result"]["linear_layers"]
 
 
-def test_a_second_build_does_nothing_and_another_ratio_only_validates(
+def test_a_second_build_does_nothing_and_another_ratio_calibrates_and_exports_nothing(
     cli: Cli, spare: Path, recipe: Path, pictures: Path
 ) -> None:
     options = ("-m", recipe, "--images", pictures, "-t", "onnx", "-o", spare)
@@ -47,7 +47,8 @@ def test_a_second_build_does_nothing_and_another_ratio_only_validates(
     # On a slow machine, lines of progress stand between: `validate: eager: 3 of 4`.
     done = [line for line in err.splitlines() if line[0] != " " and ": " not in line]
     stages = {line.split()[0]: "up to date" in line for line in done}
-    assert stages == {"calibrate": True, "effect": True, "export": True, "validate": False}
+    # What scales cost depends on the tokens that are left.
+    assert stages == {"calibrate": True, "effect": False, "export": True, "validate": False}
     assert "ratio 0.5 after layer 2: kept 512 of 1024 visual tokens" in err
 
 

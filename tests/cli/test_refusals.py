@@ -74,7 +74,7 @@ def test_recipe_errors_name_the_key(cli: Cli, recipe: Path, tmp_path: Path) -> N
     bad = tmp_path / "bad.toml"
     bad.write_text(recipe.read_text().replace("eta = 0.5", "etta = 0.5"))
     code, _, err = cli("plan", "-m", bad)
-    assert code == ExitCode.USAGE and "unknown key ffn.etta; known keys: eta, paper_layers" in err
+    assert code == ExitCode.USAGE and "unknown key ffn.etta; known keys: eta, budget, paper_layers" in err
     bad.write_text(recipe.read_text().replace("ratio = 0.75", "ratio = 1.75"))
     assert "prune.schedule.0.ratio" in cli("plan", "-m", bad)[2]
     bad.write_text("family = [")
@@ -269,7 +269,7 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
     code, _, err = cli("plan", "-m", bad)
     assert (
         code == ExitCode.USAGE
-        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, model_types, parity"
+        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, method, model_types"
         in err
     )
     bad.write_text(

@@ -7,6 +7,7 @@ from benchmarks.real.measure import method_texts
 from benchmarks.real.page import RealFigures, beside, findings, read_latest
 from benchmarks.selection.figures import AccuracyFigures, Conditions, FigureRecord, Row
 from capa_export.base.statistics import Difference, Rate
+from capa_export.calibrate.scaled_sets import FfnEffect, ScaledSet
 from capa_export.config.schedule import parse_method
 from capa_export.study.evaluate.schema import MethodScores
 
@@ -96,7 +97,7 @@ def test_the_page_has_a_section_for_each_sort_of_scenes(tmp_path: Path) -> None:
     (tmp_path / "2026-01-01-real-size-qwen.json").write_text("{}")
     records = read_latest(tmp_path)
     assert [(scenes, record.figures.layers) for scenes, record in records.items()] == [("clutter", 30)]
-    text = page.page(records, THERE)
+    text = page.page(records, THERE, effect())
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## Clutter",
@@ -110,3 +111,14 @@ def test_the_page_has_a_section_for_each_sort_of_scenes(tmp_path: Path) -> None:
 
 def test_there_is_no_page_of_nothing(tmp_path: Path) -> None:
     assert page.render(tmp_path) == {}
+
+
+def effect() -> FfnEffect:
+    sets = [ScaledSet(layers=layers, kl=kl, agreement=0.9) for layers, kl in (((1, 2, 3), 0.5), ((2,), 0.001))]
+    return FfnEffect(calibration="", eta=0.9, budget=0.02, schedule="capa@1:0.5", samples=7, tried=tuple(sets))
+
+
+def test_scales_by_the_number_of_layers() -> None:
+    words, figures = page.scaled(effect())
+    assert "3 have a mean cosine above 0.9" in words and "on\n7 prompts, under capa@1:0.5, and scales 1: 2." in words
+    assert [line.split(" | ")[0] for line in figures.splitlines()[2:]] == ["| 1", "| 3"]
