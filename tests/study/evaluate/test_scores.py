@@ -25,7 +25,7 @@ def answered(said: Sequence[str], right: Sequence[str] = ("red",), kind: str = "
 
 
 def scored(entries: Sequence[AnsweredQuestion], metric: Metric = "exact") -> dict[str, MethodScores]:
-    return {found.method: found for found in score_methods(entries, [DENSE, FEW, FEWER], metric, 0)}
+    return {found.method: found for found in score_methods(entries, [DENSE, FEW, FEWER], metric)}
 
 
 def test_scores_and_what_they_are_compared_with() -> None:
@@ -89,12 +89,12 @@ def test_letters_have_no_exact_match() -> None:
         method: Answer(method=method, text=text, tokens=1, kept=1, visual=1, kl=0)
         for method, text in ((DENSE, "B."), (FEW, "A"))
     }
-    dense, few = score_methods([AnsweredQuestion(question, said)], [DENSE, FEW], "option", 0)
+    dense, few = score_methods([AnsweredQuestion(question, said)], [DENSE, FEW], "option")
     assert dense.exact is few.exact is None
     assert dense.score == wilson([True]) and few.score == wilson([False])
 
 
 @pytest.mark.parametrize("metric", ["exact", "vqa", "pope"])
-def test_the_same_seed_gives_the_same_figures(metric: Metric) -> None:
+def test_the_same_answers_give_the_same_figures(metric: Metric) -> None:
     entries = [answered(["yes", "no", "yes"], ["yes"] * 3 + ["no"]) for _ in range(5)]
     assert scored(entries, metric) == scored(entries, metric)

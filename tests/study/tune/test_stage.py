@@ -121,7 +121,7 @@ def test_the_same_budget_in_flops_gives_the_same(
     assert main([*arguments, "--budget", str(0.6 * tuning.dense_flops), "--out", str(out)]) == ExitCode.OK
     said = capsys.readouterr()
     assert f"* {tuning.chosen}" in said.out and str(tuning.own) in said.out and tuning.verdict in said.out
-    assert "60.0% of dense's FLOPs, on 7 samples" in said.out
+    assert "60.0% of dense's FLOPs, on 8 samples" in said.out
     assert "schedules of one stage" in said.err and " min at the " in said.err
     assert out.read_text().splitlines()[1:] == path.read_text().splitlines()[1:]
 
