@@ -74,7 +74,7 @@ def test_recipe_errors_name_the_key(cli: Cli, recipe: Path, tmp_path: Path) -> N
     bad = tmp_path / "bad.toml"
     bad.write_text(recipe.read_text().replace("eta = 0.5", "etta = 0.5"))
     code, _, err = cli("plan", "-m", bad)
-    assert code == ExitCode.USAGE and "unknown key ffn.etta; known keys: eta, budget, paper_layers" in err
+    assert code == ExitCode.USAGE and "unknown key ffn.etta; known keys: budget, eta, paper_layers" in err
     bad.write_text(recipe.read_text().replace("ratio = 0.75", "ratio = 1.75"))
     assert "prune.schedule.0.ratio" in cli("plan", "-m", bad)[2]
     bad.write_text("family = [")
