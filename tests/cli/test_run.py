@@ -194,7 +194,7 @@ def test_an_answer_is_generated_as_the_checkpoint_asks(cli: Cli, spare: Path, pi
         "eos_token_id": stop,
     }
     code, out, err = cli("run", spare, *ask, "--seed", seed)
-    assert out.strip() == sampled["answer"] and err.endswith(f"; sampled with --seed {seed}\n")
+    assert out.strip() == sampled["answer"].strip() and err.endswith(f"; sampled with --seed {seed}\n")
     assert len({cli("run", spare, *ask, "--seed", other)[1] for other in range(4)}) > 1
     assert json.loads(cli("run", spare, *ask, "--greedy", "--json")[1])["answer"] == plain["answer"]
     penalized = json.loads(cli("run", spare, *ask, "--greedy", "--repetition-penalty", 3, "--json")[1])
