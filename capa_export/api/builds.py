@@ -70,7 +70,7 @@ def build(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed, in place of the recipe's.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         images: pictures and questions of calibration and validation; the recipe's scenes where there are none.
         samples: prompts of the calibration, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -204,7 +204,7 @@ def plan(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         layer_by_layer: whether to hold one layer's weights in memory.

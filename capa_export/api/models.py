@@ -51,7 +51,7 @@ def find_model(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         fp32_layers: parts in FP32.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.

@@ -39,7 +39,7 @@ def calibrate(
         out: the bundle's folder.
         recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
         revision: of a hub id.
-        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         images: pictures and questions; the recipe's scenes where there are none.
         samples: prompts, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -104,7 +104,7 @@ def export(
         schedule: as `capa@2:0.75`, in place of the recipe's; with `/full`, visual FFNs stay as they are.
         ratio: fraction of visual tokens removed.
         min_keep_per_image: visual tokens that each image keeps at least.
-        ffn_budget: nats that scales in the place of visual FFNs may be from dense, in place of the recipe's.
+        ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         images: pictures that a finished calibration is tried on, where it does not say what its scales cost.
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.

@@ -134,7 +134,7 @@ MinKeepOpt = Annotated[
 FfnBudgetOpt = Annotated[
     float | None,
     typer.Option(
-        help="Nats of KL from dense that scales in the place of visual FFNs may cost, all layers together "
+        help="Nats of KL that scales in the place of visual FFNs may cost, all layers together "
         "[default: the recipe's].",
         rich_help_panel=PRUNING,
     ),

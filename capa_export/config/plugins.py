@@ -108,7 +108,7 @@ def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims
 def _unfit(precision: str, decoder: DecoderDims) -> str:
     """Why there are no kernels for a model, if there are none."""
     if precision == "fp32":
-        return "the plugins take fp16 and bf16"
+        return "plugins are for graphs in fp16 and bf16"
     if decoder.head_dim not in HEAD_SIZES:
         return f"the plugins have no kernels for head size {decoder.head_dim}"
     return f"the plugins need a hidden size in sixteens, not {decoder.hidden_size}" if decoder.hidden_size % 16 else ""

@@ -22,7 +22,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager import Eager, EagerPlan, best_rows, inputs_for
-from capa_export.model.lockstep import Pass, together
+from capa_export.model.lockstep import Pass
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.parity.distance import Distance, VectorDistance
@@ -124,8 +124,6 @@ def tracing(
         tokens: tokens to feed first; greedy ones follow.
         rows: prompt positions whose hidden states the trace holds, with the vision tower's output; None for neither.
     """
-    from transformers import DynamicCache
-
     yield "tower"
     inputs = inputs_for(plan, oracle.family, eager.model, prompt)
     is_visual = torch.from_numpy(prompt.is_visual)
@@ -139,18 +137,13 @@ def tracing(
         else:
             states.add_step(layer, hidden_XD[0].float().numpy())
 
-    cache, fed = DynamicCache(), list(tokens[: steps - 1])
-
-    def stepping(step: int) -> Pass[torch.Tensor]:
-        position_ids = torch.full(inputs.position_shape, inputs.next_position + step)
-        return eager.stepping(cache, fed[step], position_ids, watch)
-
-    passes: list[Pass[Any]] = [eager.prefilling(inputs, is_visual, plan, cache, watch)]
-    run, *known = yield from together([*passes, *(stepping(step) for step in range(len(fed)))])
-    logits = [run.logits.numpy(), *(of_step.numpy() for of_step in known)]
+    fed = list(tokens[: steps - 1])
+    run, known = yield from eager.following(inputs, is_visual, plan, fed, watch)
+    logits = [of_step.numpy() for of_step in known]
     while len(logits) < steps:
         fed.append(int(logits[-1].argmax()))
-        logits.append((yield from stepping(len(fed) - 1)).numpy())
+        position_ids = torch.full(run.position_shape, run.next_position + len(fed) - 1)
+        logits.append((yield from eager.stepping(run.cache, fed[-1], position_ids, watch)).numpy())
     trace = Trace(
         np.stack(logits),
         [run.kept[layer].numpy() for layer in plan.keep],

@@ -50,7 +50,7 @@ def prepare(
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type in FUNCTIONS]
     if plugins and nodes and model.graph.inputs[0].dtype == ir.DataType.FLOAT:
         raise CapaError(
-            f"{onnx}: is FP32, and the plugins take fp16 and bf16: build with --plugins none", ExitCode.ENGINE
+            f"{onnx}: is FP32, and plugins are for graphs in fp16 and bf16: build with --plugins none", ExitCode.ENGINE
         )
     if plugins and (without := sum(not _takes_plugin(node) for node in nodes)):
         raise CapaError(

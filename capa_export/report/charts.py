@@ -86,9 +86,11 @@ def linearity(calibration: Mapping[str, Any]) -> dict[str, Any]:
 def alpha(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """The chart of alpha's spread over the channels of each layer.
 
-    The axis holds 90 % of the channels of every linear layer, where alpha is used, and 1; what lies beyond is cut off.
+    The axis holds 90 % of the channels of every layer in which alpha is used, and 1; what lies beyond is cut off.
     """
-    layers, linear = calibration["layers"], calibration["linear_layers"]
+    layers, linear = calibration["layers"], calibration["scaled_layers"]
+    if linear is None:
+        linear = calibration["linear_layers"]
     used = [layer["alpha"] for layer in layers if layer["layer"] in linear or not linear]
     low = min([1.0, *(spread["p05"] for spread in used)])
     high = max([1.0, *(spread["p95"] for spread in used)])

@@ -41,7 +41,9 @@ def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(*, has_tr
     without = choose_plugins("auto", "bf16", DECODER, None)
     assert without.kind == ("python" if has_triton else "none")
     assert ("triton is not installed" in without.reason) != has_triton
-    assert choose_plugins("auto", "fp32", DECODER, None) == Plugins("none", reason="the plugins take fp16 and bf16")
+    assert choose_plugins("auto", "fp32", DECODER, None) == Plugins(
+        "none", reason="plugins are for graphs in fp16 and bf16"
+    )
     odd = choose_plugins("auto", "fp16", replace(DECODER, head_dim=24), None)
     assert odd == Plugins("none", reason="the plugins have no kernels for head size 24")
     ragged = choose_plugins("auto", "fp16", replace(DECODER, hidden_size=72), None)
@@ -55,8 +57,8 @@ def test_auto_takes_the_library_then_python_and_says_why_it_takes_none(*, has_tr
         ("native", "fp16", False, "needs --plugin-library FILE; `capa-export plugins build` makes it"),
         ("python", "fp16", True, "--plugin-library and --plugins python exclude each other"),
         ("none", "fp16", True, "--plugin-library and --plugins none exclude each other"),
-        ("native", "fp32", True, "the plugins take fp16 and bf16"),
-        ("auto", "fp32", True, "the plugins take fp16 and bf16: build these engines with --plugins none"),
+        ("native", "fp32", True, "plugins are for graphs in fp16 and bf16"),
+        ("auto", "fp32", True, "plugins are for graphs in fp16 and bf16: build these engines with --plugins none"),
     ],
 )
 def test_what_contradicts_itself_is_refused(
@@ -87,5 +89,7 @@ def test_a_device_builds_with_native_plugins_or_none(*, has_triton: bool) -> Non
     assert choose_device_plugins("auto", "fp32", DECODER).kind == "none"
     with pytest.raises(CapaError, match="a device builds with native plugins, or none"):
         choose_device_plugins("python", "fp16", DECODER)
-    with pytest.raises(CapaError, match="take fp16 and bf16" if has_triton else "--plugins native needs triton"):
+    with pytest.raises(
+        CapaError, match="are for graphs in fp16 and bf16" if has_triton else "--plugins native needs triton"
+    ):
         choose_device_plugins("native", "fp32", DECODER)

@@ -60,6 +60,7 @@ def test_labels_have_room(layers: int, labels: int) -> None:
 CALIBRATION: dict[str, Any] = {
     "eta": 0.9,
     "linear_layers": [1],
+    "scaled_layers": [1],
     "paper_layers": [0, 1],
     "layers": [
         {
@@ -84,11 +85,13 @@ def test_linearity() -> None:
 
 
 def test_alpha_shows_the_layers_that_are_used() -> None:
-    """Layer 0 is not linear, so that its channels are cut off at the edges."""
+    """Layer 0 is not used, so that its channels are cut off at the edges."""
     chart = alpha(CALIBRATION)
     first, second = chart["points"]
     assert (percent(first["p95"]), percent(first["p05"])) == (0, 100)
     assert 0 < percent(second["p95"]) < percent(chart["one"]) < percent(second["p05"]) < 100
     assert percent(second["median"]) == percent(chart["one"])
-    every = alpha({**CALIBRATION, "linear_layers": []})
+    # Which are used is not measured yet: the linear ones stand for them.
+    assert alpha({**CALIBRATION, "scaled_layers": None}) == chart
+    every = alpha({**CALIBRATION, "scaled_layers": []})
     assert 0 < percent(every["points"][0]["p95"]) < percent(every["points"][0]["p05"]) < 100

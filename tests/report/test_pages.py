@@ -52,6 +52,7 @@ def inputs() -> dict[str, Any]:
             "visual_tokens": 64,
             "eta": 0.96,
             "linear_layers": [0, 1],
+            "scaled_layers": [0, 1],
             "paper_layers": [1, 2],
             "layers": [
                 {
