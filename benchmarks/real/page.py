@@ -12,13 +12,15 @@ from capa_export.base.statistics import Difference
 from capa_export.base.toml import Settings
 from capa_export.calibrate.scaled_sets import FfnEffect
 from capa_export.config.recipe import ranges
-from capa_export.config.schedule import Stage
+from capa_export.config.schedule import FFNs, Stage
 from capa_export.study.evaluate.schema import MethodScores
 
 __all__ = [
     "DOCS",
     "PAGE",
     "RESULTS",
+    "FfnFigures",
+    "FfnScores",
     "RealFigures",
     "beside",
     "findings",
@@ -26,6 +28,7 @@ __all__ = [
     "read_latest",
     "render",
     "scaled",
+    "treated",
     "write_pages",
 ]
 
@@ -49,7 +52,8 @@ nothing and is asked more kinds of questions about the same sort of scenes. Laye
 their share of the depth; that of {_TINY} is in brackets."""
 _EFFECT = "*-effect-real-clutter.json"
 """What `capa-export build` on the scenes with clutter left in its bundle as `ffn_effect.json`."""
-
+_FFNS = "*-ffn-real-clutter.json"
+"""What `python -m benchmarks.real.ffn` writes."""
 
 _CASES = (
     "Lost on both",
@@ -76,6 +80,30 @@ class RealFigures(Settings):
     def stages(self) -> dict[tuple[str, int, float], MethodScores]:
         """Scores by selector, layer and ratio."""
         return {_place(stage_of(scored.method)): scored for scored in self.methods[1:]}
+
+
+class FfnScores(Settings):
+    """One treatment of the visual FFNs of a set of layers, and its scores."""
+
+    schedule: str
+    """What drops tokens meanwhile, or `dense`."""
+    treatment: FFNs
+    layers: tuple[int, ...]
+    """Where FFNs are treated so, ascending."""
+    scored: MethodScores | None = None
+
+    @property
+    def name(self) -> str:
+        """`dense` where nothing is changed."""
+        return f"{self.schedule}, {self.treatment} in {ranges(self.layers)}" if self.layers else self.schedule
+
+
+class FfnFigures(Settings):
+    """Scores by what becomes of visual FFNs, on one sort of scenes."""
+
+    scenes: str
+    rows: tuple[FfnScores, ...]
+    """Dense with all FFNs first."""
 
 
 def _place(stage: Stage) -> tuple[str, int, float]:
@@ -200,7 +228,38 @@ def scaled(effect: FfnEffect) -> Iterator[str]:
     yield table(["layers as scales", "KL, nats", "next tokens as dense, %"], rows)
 
 
-def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures, effect: FfnEffect | None) -> str:
+def treated(record: FigureRecord[FfnFigures]) -> Iterator[str]:
+    """What scales cost beside FFNs that are left out, by the number of layers."""
+    rows = {(row.schedule, row.treatment, len(row.layers)): row.scored for row in record.figures.rows}
+    schedules = list(dict.fromkeys(schedule for schedule, _, _ in rows))
+    sizes = sorted({size for _, _, size in rows if size})
+    yield (
+        f"Right answers of {record.about.questions} in %, and KL(dense || this) of the first token, by the number of\n"
+        "layers whose visual FFNs are treated so, in the order of their relative error:"
+    )
+    columns = [f"{schedule.removesuffix('/full')}, {said}" for schedule in schedules for said in ("right", "KL")]
+    cells = [["all whole", *(say(rows[schedule, "full", 0]) for schedule in schedules for say in (_rate, _kl))]]
+    for treatment, said in (("scale", "as scales"), ("skip", "left out")):
+        for size in sizes:
+            found = [rows[schedule, treatment, size] for schedule in schedules]
+            cells.append([f"{size} {said}", *(say(scored) for scored in found for say in (_rate, _kl))])
+    yield table(["visual FFNs", *columns], cells)
+
+
+def _rate(scored: MethodScores | None) -> str:
+    return "" if scored is None else _right(scored)
+
+
+def _kl(scored: MethodScores | None) -> str:
+    return "" if scored is None else _nats(scored)
+
+
+def page(
+    records: Mapping[str, FigureRecord[RealFigures]],
+    tiny: AccuracyFigures,
+    effect: FfnEffect | None,
+    ffns: FigureRecord[FfnFigures] | None = None,
+) -> str:
     """The page."""
     parts = [_INTRODUCTION]
     for scenes, record in records.items():
@@ -217,8 +276,11 @@ def page(records: Mapping[str, FigureRecord[RealFigures]], tiny: AccuracyFigures
         ]
     if effect is not None:
         parts += ["## Scales for FFNs", *scaled(effect)]
+    if ffns is not None:
+        parts += treated(ffns)
     parts.append("## How")
-    for scenes, record in records.items():
+    named = {**records, **({"scales for FFNs": ffns} if ffns is not None else {})}
+    for scenes, record in named.items():
         about = record.about
         parts.append(
             f"{scenes}: {about.questions} questions, seed {about.seed}, checkpoint `{about.checkpoint}`; "
@@ -235,7 +297,8 @@ def render(results: Path = RESULTS) -> dict[str, str]:
         return {}
     tiny = read_record(figures_file(DOCS, "layer", _TINY), AccuracyFigures).figures
     effects = sorted(results.glob(_EFFECT))
-    return {PAGE: page(records, tiny, FfnEffect.load(effects[-1]) if effects else None)}
+    ffns = [read_record(path, FfnFigures) for path in sorted(results.glob(_FFNS))[-1:]]
+    return {PAGE: page(records, tiny, FfnEffect.load(effects[-1]) if effects else None, ffns[0] if ffns else None)}
 
 
 def write_pages() -> list[Path]:

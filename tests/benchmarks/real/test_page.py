@@ -4,11 +4,11 @@ from pathlib import Path
 
 from benchmarks.real import page
 from benchmarks.real.measure import method_texts
-from benchmarks.real.page import RealFigures, beside, findings, read_latest
+from benchmarks.real.page import FfnFigures, FfnScores, RealFigures, beside, findings, read_latest, treated
 from benchmarks.selection.figures import AccuracyFigures, Conditions, FigureRecord, Row
 from capa_export.base.statistics import Difference, Rate
 from capa_export.calibrate.scaled_sets import FfnEffect, ScaledSet
-from capa_export.config.schedule import parse_method
+from capa_export.config.schedule import FFNs, parse_method
 from capa_export.study.evaluate.schema import MethodScores
 
 LOST, HELD = Difference(value=-0.3, low=-0.5, high=-0.1), Difference(value=-0.1, low=-0.2, high=0.0)
@@ -48,6 +48,16 @@ THERE = AccuracyFigures(
     ),
 )
 
+ABOUT = Conditions(
+    command="measure",
+    date="2026-01-01",
+    device="a core",
+    versions={"numpy": "2"},
+    checkpoint="abc",
+    questions=3,
+    seed=1,
+)
+
 
 def test_every_method_is_measured_at_every_place_with_full_ffns() -> None:
     methods = [parse_method(text) for text in method_texts()]
@@ -82,17 +92,8 @@ def test_what_only_the_test_bed_loses_is_told_apart() -> None:
 
 
 def test_the_page_has_a_section_for_each_sort_of_scenes(tmp_path: Path) -> None:
-    about = Conditions(
-        command="measure",
-        date="2026-01-01",
-        device="a core",
-        versions={"numpy": "2"},
-        checkpoint="abc",
-        questions=3,
-        seed=1,
-    )
     for date, figures in (("2026-01-01", HERE.model_copy(update={"layers": 2})), ("2026-01-02", HERE)):
-        record = FigureRecord[RealFigures](about=about, figures=figures)
+        record = FigureRecord[RealFigures](about=ABOUT, figures=figures)
         (tmp_path / f"{date}-real-clutter.json").write_text(record.model_dump_json())
     (tmp_path / "2026-01-01-real-size-qwen.json").write_text("{}")
     records = read_latest(tmp_path)
@@ -107,6 +108,23 @@ def test_the_page_has_a_section_for_each_sort_of_scenes(tmp_path: Path) -> None:
     ]
     assert "| capa | 0.123 | 0.123 |" in text.splitlines()
     assert "clutter: 3 questions, seed 1, checkpoint `abc`; `measure`, 2026-01-01, a core; numpy 2." in text
+
+
+def test_scales_stand_beside_ffns_left_out_by_the_number_of_layers() -> None:
+    def row(treatment: FFNs, layers: tuple[int, ...], kl: float | None) -> FfnScores:
+        found = MethodScores(method="any", score=Rate(value=0.9, low=0.8, high=0.95), kl=kl, kept=1.0)
+        return FfnScores(schedule="dense", treatment=treatment, layers=layers, scored=found)
+
+    rows = (row("full", (), None), row("scale", (1, 2), 0.01), row("skip", (1, 2), 0.5))
+    assert [one.name for one in rows] == ["dense", "dense, scale in 1-2", "dense, skip in 1-2"]
+    record = FigureRecord[FfnFigures](about=ABOUT, figures=FfnFigures(scenes="clutter", rows=rows))
+    _, table = treated(record)
+    assert table.splitlines()[2:] == [
+        "| all whole | 90.0 (80-95) |  |",
+        "| 2 as scales | 90.0 (80-95) | 0.010 |",
+        "| 2 left out | 90.0 (80-95) | 0.500 |",
+    ]
+    assert "## How\n\nscales for FFNs: 3 questions" in page.page({}, THERE, None, record)
 
 
 def test_there_is_no_page_of_nothing(tmp_path: Path) -> None:
