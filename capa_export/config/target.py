@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,8 +10,9 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import Precision
 from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
 
-__all__ = ["DimRange", "Engine", "Target", "load_target", "version_parts"]
+__all__ = ["Device", "DimRange", "Engine", "Target", "load_target", "version_parts"]
 
+Positive = Annotated[float, Field(gt=0)]
 Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 
@@ -65,12 +66,28 @@ class Engine(Settings):
         return self
 
 
+class Device(Settings):
+    """The data sheet of a board or card; a number alone is its memory."""
+
+    memory: Positive
+    """GB as sold."""
+    bandwidth: Positive | None = None
+    """GB of memory read a second."""
+    tflops: Positive | None = None
+    """Dense FP16 matrix products in the tensor cores, in TFLOP a second."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _memory_alone(cls, given: Any) -> Any:
+        return {"memory": given} if isinstance(given, int | float) else given
+
+
 class Target(Settings):
     """One kind of device."""
 
     name: str
-    devices: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Name of each such device, smallest first -> GB of memory that it is sold with."""
+    devices: dict[str, Device] = Field(default_factory=dict)
+    """Each such device by its name, smallest first."""
     shares_memory: bool = False
     """Whether CPU and GPU share that memory."""
     engine: Engine | None = None

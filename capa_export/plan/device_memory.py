@@ -140,7 +140,7 @@ def devices_with_room(target: Target, needed: int) -> dict[str, bool]:
 
     A card of 8 GB has a little more than 8e9 bytes, which its driver takes.
     """
-    return {name: needed <= size * 1e9 for name, size in target.devices.items()}
+    return {name: needed <= device.memory * 1e9 for name, device in target.devices.items()}
 
 
 def choose_weights(

@@ -38,6 +38,7 @@ from capa_export.plan.flops import (
     kv_cache,
     parameters,
 )
+from capa_export.plan.forecast import forecasts
 
 __all__ = [
     "UNKNOWN",
@@ -110,6 +111,8 @@ def dry_run(
     kept = recipe.prune.num_keep([visual])
     stages = [(stage.layer, count) for stage, count in zip(recipe.prune.schedule, kept, strict=True)]
     sizes: dict[str, Any] = {"num_visual": visual, "num_text": _TEXT_TOKENS, "schedule": stages}
+    prefill = flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)
+    cache = kv_cache(dims.decoder, **sizes, element_bytes=FORMATS[precision].num_bytes)
     return {
         "model": recipe.name,
         "checkpoint": checkpoint,
@@ -131,10 +134,11 @@ def dry_run(
         "linear_layers": list(linear),
         "linear_layers_from": basis,
         "parameters": asdict(parameters(dims)),
-        "prefill": asdict(flops(dims.decoder, **sizes, linear_layers=linear, selectors=recipe.prune.selectors)),
+        "prefill": asdict(prefill),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),
-        "kv_cache": asdict(kv_cache(dims.decoder, **sizes, element_bytes=FORMATS[precision].num_bytes)),
+        "kv_cache": asdict(cache),
         "vision": {"total": dims.vision.flops(visual)},
+        "forecast": [] if target is None else forecasts(target, dims, precision, prefill, cache),
         **room(recipe, visual, dims, precision, out, **room_options),
     }
 
@@ -246,7 +250,9 @@ def _device(
         "target": target.name,
         **asdict(held),
         "total": held.total,
-        "devices": [(name, target.devices[name], fits) for name, fits in devices_with_room(target, held.total).items()],
+        "devices": [
+            (name, target.devices[name].memory, fits) for name, fits in devices_with_room(target, held.total).items()
+        ],
         "given": memory,
         "remedy": enough[0] if enough else None,
     }

@@ -204,6 +204,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     """Print the result of `dry_run`."""
     from capa_export.plan.plan import UNKNOWN
 
+    if plan["forecast"]:
+        _print_forecast(plan)
     for stage in plan["stages"]:
         print_line(f"{stage['where']}: kept {stage['kept']} of {stage['visual']} visual tokens")
     basis = plan["linear_layers_from"]
@@ -234,6 +236,37 @@ def print_plan(plan: dict[str, Any]) -> None:
         _print_device(plan)
     for refusal in plan["refusals"]:
         print_line(f"a build would be refused: {refusal}", "red")
+
+
+def _print_forecast(plan: dict[str, Any]) -> None:
+    """Print how long the target's devices take, as far as their data sheets tell."""
+    from capa_export.plan.forecast import ANSWER
+
+    room = {name: fits for name, _, fits in plan["device"]["devices"]}
+    last = f"{ANSWER} tokens"
+    table = make_table(
+        "ms", "vision", "first token", "CAPA", "sooner", "a token", "CAPA", last, "CAPA", "sooner", "room"
+    )
+    for one in plan["forecast"]:
+        dense, capa = one["dense"], one["capa"]
+        table.add_row(
+            one["device"],
+            _ms(dense["vision"]),
+            *_sooner(dense["first"], capa["first"]),
+            _ms(dense["token"]),
+            _ms(capa["token"]),
+            *_sooner(dense["last"], capa["last"]),
+            "" if room[one["device"]] else "too small",
+        )
+    print_table(f"Forecast from data sheets, not measured: {plan['visual_tokens']} visual tokens", table)
+
+
+def _sooner(dense: float, capa: float) -> tuple[str, str, str]:
+    return _ms(dense), _ms(capa), f"{dense / capa:.1f}x"
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _print_device(plan: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
-from capa_export.config.target import DimRange, Target, load_target
+from capa_export.config.target import Device, DimRange, Target, load_target
 from capa_export.trt import doctor
 from capa_export.trt.doctor import Finding, examine
 from tests.building import Building
@@ -109,7 +109,7 @@ def test_what_is_missing_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_too_small_for_the_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PICTURES", {})
-    small = load_target("rtx").model_copy(update={"devices": {"Toy": 1e-6}})
+    small = load_target("rtx").model_copy(update={"devices": {"Toy": Device(memory=1e-6)}})
     memory = found(examine(small, bundle), "run memory")
     assert memory.verdict == "problem"
     assert "a smaller model" in memory.remedy
