@@ -10,6 +10,7 @@ from capa_export.base.workers import Workers
 from capa_export.bundle import store
 from capa_export.config.gates import GateFile, Limits
 from capa_export.config.plugins import PluginWish
+from capa_export.config.provider import Provider
 from capa_export.config.target import load_target
 from capa_export.config.weights import WeightsWish
 from capa_export.model.model import recorded_model
@@ -72,6 +73,7 @@ class Bundle:
         self,
         *,
         engine: str | None = None,
+        provider: Provider = "cpu",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         trust_remote_code: bool = False,
@@ -80,7 +82,8 @@ class Bundle:
         """Load graphs or engines, tokenizer and image processor, to be asked as often as wished.
 
         Args:
-            engine: target whose engines are run on the GPU; None for ONNX Runtime on the CPU.
+            engine: target whose engines are run on the GPU; None for ONNX Runtime.
+            provider: of ONNX Runtime, as `cuda`.
             min_pixels: least area that a picture is resized to, in place of the bundle's.
             max_pixels: largest area, in place of the bundle's.
             trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
@@ -93,7 +96,9 @@ class Bundle:
 
         opened = store.Bundle.open(self.folder, read_all=verify)
         bounds = bundled_bounds(opened, min_pixels, max_pixels, engine=engine)
-        return VisionLanguageModel(opened, engine=engine, bounds=bounds, trust_remote_code=trust_remote_code)
+        return VisionLanguageModel(
+            opened, engine=engine, provider=provider, bounds=bounds, trust_remote_code=trust_remote_code
+        )
 
     def build_engines(
         self,
@@ -143,6 +148,7 @@ class Bundle:
         bisect: bool = False,
         store_golden: int = 0,
         engine: str | None = None,
+        provider: Provider = "cpu",
         trust_remote_code: bool = False,
         progress: Report = silent,
     ) -> ParityReport:
@@ -163,6 +169,7 @@ class Bundle:
             bisect: whether to find the operator at fault where the gates fail.
             store_golden: samples to leave in the bundle, to validate without a checkpoint.
             engine: target whose engines are run on the GPU, too.
+            provider: of ONNX Runtime, which runs the graphs.
             trust_remote_code: whether the checkpoint's own Python may run.
             progress: told how far the work is.
 
@@ -188,6 +195,7 @@ class Bundle:
             accept_method_loss=accept_method_loss,
             bisect=bisect,
             store_golden=store_golden,
+            provider=provider,
         )
         bounds = bundled_bounds(self._store, min_pixels, max_pixels, engine=engine)
         model = recorded_model(
@@ -250,6 +258,7 @@ class Bundle:
         max_new_tokens: int = 32,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        provider: Provider = "cpu",
         workers: int | None = None,
         ray: str | None = None,
         trust_remote_code: bool = False,
@@ -269,6 +278,7 @@ class Bundle:
             max_new_tokens: longest answer.
             min_pixels: least area that a picture is resized to, in place of the bundle's.
             max_pixels: largest area, in place of the bundle's.
+            provider: of ONNX Runtime.
             workers: processes that share the questions.
             ray: address of a cluster that does.
             trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
@@ -302,6 +312,7 @@ class Bundle:
         evaluated = bundle_model(
             *(self._store, parsed, max_new_tokens),
             bounds=bounds,
+            provider=provider,
             workers=processes,
             trust_remote_code=trust_remote_code,
         )

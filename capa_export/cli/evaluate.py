@@ -18,6 +18,7 @@ from capa_export.cli.options import (
     MaxPixelsOpt,
     MinPixelsOpt,
     ModelOpt,
+    ProviderOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -105,6 +106,7 @@ def evaluate(
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
+    provider: ProviderOpt = "cpu",
     workers: WorkersOpt = None,
     ray: RayOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -116,6 +118,11 @@ def evaluate(
         raise CapaError(
             "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images and --samples are for "
             "a checkpoint",
+            ExitCode.USAGE,
+        )
+    if bundle is None and provider != "cpu":
+        raise CapaError(
+            f"--provider {provider}: a checkpoint is asked as it is in PyTorch; build it, and evaluate the bundle",
             ExitCode.USAGE,
         )
     if method and (selector or layer or ratio or ffn):
@@ -150,7 +157,7 @@ def evaluate(
     }
     with progress() as report:
         if opened is not None:
-            found = opened.evaluate(data, out=out, **asked, progress=report)
+            found = opened.evaluate(data, out=out, provider=provider, **asked, progress=report)
         else:
             found = studies.evaluate(
                 named,

@@ -8,6 +8,7 @@ import typer
 from capa_export.base.precision import Precision
 from capa_export.base.quantities import parse_bytes
 from capa_export.config.plugins import PluginWish
+from capa_export.config.provider import Provider
 from capa_export.config.weights import WeightsWish
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "PluginLibraryOpt",
     "PluginsOpt",
     "PrecisionOpt",
+    "ProviderOpt",
     "RatioOpt",
     "RayOpt",
     "RevisionOpt",
@@ -235,6 +237,10 @@ EngineOpt = Annotated[
     typer.Option(
         help="Run this target's engines on the GPU [default: ONNX Runtime on the CPU].", rich_help_panel=ENGINE
     ),
+]
+ProviderOpt = Annotated[
+    Provider,
+    typer.Option(help="ONNX Runtime's execution provider; a GPU's needs onnxruntime-gpu.", rich_help_panel=ENGINE),
 ]
 Fp32LayersOpt = Annotated[
     str | None,

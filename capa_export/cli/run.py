@@ -15,6 +15,7 @@ from capa_export.cli.options import (
     JsonOpt,
     MaxPixelsOpt,
     MinPixelsOpt,
+    ProviderOpt,
     TrustOpt,
     VerifyOpt,
 )
@@ -88,6 +89,7 @@ def run(
         typer.Option(help="Longest answer [default: generation_config.json's, or 64].", rich_help_panel=GENERATION),
     ] = None,
     engine: EngineOpt = None,
+    provider: ProviderOpt = "cpu",
     verify: VerifyOpt = False,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
@@ -115,6 +117,7 @@ def run(
     several = len(asked) > 1
     loaded = opened.load(
         engine=engine,
+        provider=provider,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,

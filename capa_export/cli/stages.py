@@ -38,6 +38,7 @@ from capa_export.cli.options import (
     PluginLibraryOpt,
     PluginsOpt,
     PrecisionOpt,
+    ProviderOpt,
     RatioOpt,
     RayOpt,
     RevisionOpt,
@@ -283,6 +284,7 @@ def validate(
     bisect: BisectOpt = False,
     store_golden: StoreGoldenOpt = 0,
     engine: EngineOpt = None,
+    provider: ProviderOpt = "cpu",
     junit: JunitOpt = None,
     markdown: MarkdownOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -310,6 +312,7 @@ def validate(
             bisect=bisect,
             store_golden=store_golden,
             engine=engine,
+            provider=provider,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

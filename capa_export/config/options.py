@@ -7,6 +7,7 @@ from pathlib import Path
 from capa_export.base.precision import Precision
 from capa_export.base.workers import Workers
 from capa_export.config.plugins import PluginWish
+from capa_export.config.provider import Provider
 from capa_export.config.weights import WeightsWish
 
 __all__ = ["BuildOptions", "ValidationOptions"]
@@ -70,3 +71,5 @@ class ValidationOptions:
     """Whether to look for the place where an artefact that failed leaves the eager model."""
     store_golden: int = 0
     """Samples to leave in the bundle."""
+    provider: Provider = "cpu"
+    """Of ONNX Runtime, which runs the graphs."""

@@ -83,6 +83,7 @@ class AgainstEager(Validation):
             kept = Path(folder) / "records"
             kept.mkdir()
             reference = self._reference_graphs(Path(folder) / "reference", sliced=sliced)
+            shipped: Any = {"sliced": sliced, "provider": self.options.provider}
             oracle = open_oracle(model, self.bundle, recipe, self.scales, reference, sliced=sliced)
             # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
             fp32 = oracle.onnx if self.precision == "fp32" else reference
@@ -90,10 +91,14 @@ class AgainstEager(Validation):
             compared = [
                 compare_prompts(model.prompter, bundled, self.prompts, self._changed_sidecars()),
                 dense := compare_dense(oracle, records, recipe, report),
-                capa := compare_onnx(fp32, "fp32", records, recipe, report, sliced=sliced),
+                capa := compare_onnx(
+                    *(fp32, "fp32", records, recipe, report),
+                    sliced=sliced,
+                    provider=self.options.provider if fp32 == oracle.onnx else "cpu",
+                ),
             ]
             if fp32 != oracle.onnx:
-                compared.append(compare_onnx(oracle.onnx, self.precision, records, recipe, report, sliced=sliced))
+                compared.append(compare_onnx(oracle.onnx, self.precision, records, recipe, report, **shipped))
             if self.built is not None:
                 replay = make_replay(oracle)
                 engines = (self.engine_model(), oracle.onnx, self.precision)

@@ -52,7 +52,8 @@ class AgainstGolden(Validation):
         stored = self.bundle.stage(GOLDEN)["result"]
         records = Records(self.bundle.folder / GOLDEN)
         sliced = _graphs_go_by_layer(self.bundle, self.options)
-        compared = [compare_onnx(onnx, self.precision, records, recipe, report, sliced=sliced)]
+        shipped: Any = {"sliced": sliced, "provider": self.options.provider}
+        compared = [compare_onnx(onnx, self.precision, records, recipe, report, **shipped)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
             compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from capa_export.config.provider import Provider
 from capa_export.export.graphs import Graphs
 from capa_export.graph.contract import INPUTS_EMBEDS, LOGITS
 from capa_export.parity.records import Record
@@ -66,8 +67,10 @@ def force_kept(model: ir.Model) -> list[str]:
 class ProbedModel(OnnxModel):
     """Runs the graphs of an `onnx/` folder on given kept positions, with the layers' outputs seen."""
 
-    def __init__(self, graphs: Path | Graphs, *, threads: int = 0, sliced: bool = False) -> None:
-        super().__init__(graphs, threads=threads, sliced=sliced)
+    def __init__(
+        self, graphs: Path | Graphs, *, threads: int = 0, sliced: bool = False, provider: Provider = "cpu"
+    ) -> None:
+        super().__init__(graphs, threads=threads, sliced=sliced, provider=provider)
         self._layers: dict[str, list[str]] = {}
         self._chosen: list[str] = []
         self._scores: list[str] = []

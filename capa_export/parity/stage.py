@@ -12,6 +12,7 @@ from capa_export.parity.against_eager import AgainstEager
 from capa_export.parity.against_golden import AgainstGolden
 from capa_export.parity.golden import GOLDEN, store_golden
 from capa_export.report.schema import ParityReport, read_parity
+from capa_export.run.providers import require_provider
 
 __all__ = ["validate"]
 
@@ -30,6 +31,7 @@ def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> Parity
     Raises:
         CapaError: a file of the bundle was changed, or the checkpoint is another.
     """
+    require_provider(options.provider)
     bundle = replace(bundle, read_all=True)
     built = None
     if options.engine is not None:
@@ -46,6 +48,7 @@ def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> Parity
         recipe.model_dump(mode="json"),
         [options.strict, options.seed, options.bisect, options.accept_method_loss],
         validation.key(),
+        *([] if options.provider == "cpu" else [options.provider]),
         *([] if built is None else [bundle.digest(f"engine/{options.engine}"), built.gpu.name]),
     ]
     run_stage(bundle, "validate", key, [PARITY, REPORT], validation.run)

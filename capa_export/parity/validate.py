@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from capa_export.base.progress import Report, silent, tracked
+from capa_export.config.provider import Provider
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import Samples
 from capa_export.export.graphs import DENSE, Graphs
@@ -70,6 +71,7 @@ def compare_onnx(
     report: Report = silent,
     *,
     sliced: bool = False,
+    provider: Provider = "cpu",
 ) -> Comparison:
     """Compare ONNX files with eager CAPA in FP32, and in their own precision.
 
@@ -83,11 +85,13 @@ def compare_onnx(
         recipe: the schedule, and the gates.
         report: told the progress.
         sliced: whether to hold no more than a layer's weights in memory.
+        provider: of ONNX Runtime.
     """
     what = f"{precision} ONNX"
     meters = _meters(what, precision, records, recipe)
     selection = _selection_meter(what, precision, records, recipe)
-    plain, probed, clock = OnnxModel(graphs, sliced=sliced), ProbedModel(graphs, sliced=sliced), _Clock()
+    plain = OnnxModel(graphs, sliced=sliced, provider=provider)
+    probed, clock = ProbedModel(graphs, sliced=sliced, provider=provider), _Clock()
     index = 0
     for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
         try:

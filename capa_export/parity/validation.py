@@ -94,7 +94,7 @@ class Validation:
             warnings = [*warnings, *method_error.words[:1]]
         if self.options.strict:
             failures += [f"--strict: {warning}" for warning in warnings]
-        notes = [_ON_CPU[self.precision], *notes, *(note for one in compared for note in one.notes)]
+        notes = [self._ran_on, *notes, *(note for one in compared for note in one.notes)]
         if self.built is None:
             notes.append("No engine was run.")
         parity = ParityReport(
@@ -131,6 +131,13 @@ class Validation:
             latency=latency,
         )
         return parity
+
+    @property
+    def _ran_on(self) -> str:
+        """What computed the bundle's graphs."""
+        if self.options.provider == "cpu":
+            return _ON_CPU[self.precision]
+        return f"ONNX Runtime's {self.options.provider} provider ran the bundle's graphs, its CPU provider the others."
 
     def _answers(self, found: MethodError) -> Answers | None:
         """The verdict on the method; None where it was not measured."""

@@ -16,6 +16,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
+from capa_export.config.provider import Provider
 from capa_export.config.recipe import recipe_of
 from capa_export.config.schedule import Prune
 from capa_export.data.conversation import turns_of
@@ -30,6 +31,7 @@ from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.run.bundled import bundled_prompter, require_memory
 from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
+from capa_export.run.providers import require_one_runtime
 from capa_export.run.runtime import PrefillRun, RuntimeModel
 
 __all__ = ["VisionLanguageModel", "run_to_end", "runtime_errors"]
@@ -40,7 +42,8 @@ class VisionLanguageModel:
 
     Args:
         bundle: with its `onnx` folder as it was built.
-        engine: target whose engines are run on the GPU, in place of ONNX Runtime on the CPU.
+        engine: target whose engines are run on the GPU, in place of ONNX Runtime.
+        provider: of ONNX Runtime.
         bounds: of pictures, in place of the bundle's.
         trust_remote_code: whether Python in the bundle may run, for its tokenizer and image processor.
 
@@ -53,10 +56,13 @@ class VisionLanguageModel:
         bundle: Bundle,
         *,
         engine: str | None = None,
+        provider: Provider = "cpu",
         bounds: PixelBounds | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.bundle, self.bounds, self.trust_remote_code = bundle, bounds, trust_remote_code
+        self.provider: Provider = provider
+        require_one_runtime(engine, provider)
         self._built = None
         if engine is not None:
             from capa_export.run.engine import require_engines
@@ -77,7 +83,7 @@ class VisionLanguageModel:
     def runtime(self) -> RuntimeModel[Any]:
         """The model in its runtime, loaded when the first prompt is there."""
         if self._built is None:
-            return OnnxModel(self.bundle.folder / ONNX)
+            return OnnxModel(self.bundle.folder / ONNX, provider=self.provider)
         from capa_export.run.engine_model import EngineModel
 
         return EngineModel(self._built)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider runs a bundle's graphs, whole or in slices.
+"""ONNX Runtime runs a bundle's graphs, whole or in slices.
 
 B = batch, T = prompt tokens, D = hidden size, V = vocabulary.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.config.provider import Provider
 from capa_export.graph.contract import (
     DEEPSTACK_EMBEDS,
     INPUTS_EMBEDS,
@@ -27,6 +28,7 @@ from capa_export.graph.contract import (
     past_of,
 )
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.run.providers import check_used, require_provider, run_bound, used_provider
 from capa_export.run.runtime import KVCache, RuntimeModel
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
@@ -50,18 +52,33 @@ _ATTENTION_LIMIT = 1 << 30
 
 
 class OnnxModel(RuntimeModel[KVCache]):
-    """The graphs of one `onnx/` folder on the CPU; bf16 graphs compute in FP32 over their bf16 weights.
+    """The graphs of one `onnx/` folder; on the CPU bf16 graphs compute in FP32 over their bf16 weights.
+
+    On a GPU's provider, and wherever `binds` says so, caches stay on its device between runs.
 
     Args:
         graphs: the folder, or graphs that are not written, which are always run in slices.
         prefill: the file that stands for prefill's.
         threads: of ONNX Runtime; 0 for its own choice.
         sliced: whether no more than a layer's weights are to be in memory.
+        provider: of ONNX Runtime.
+
+    Raises:
+        CapaError: it is not installed here.
     """
 
     def __init__(
-        self, graphs: "Path | Graphs", *, prefill: str = "prefill.onnx", threads: int = 0, sliced: bool = False
+        self,
+        graphs: "Path | Graphs",
+        *,
+        prefill: str = "prefill.onnx",
+        threads: int = 0,
+        sliced: bool = False,
+        provider: Provider = "cpu",
     ) -> None:
+        require_provider(provider)
+        self.provider: Provider = provider
+        self.binds = provider != "cpu" and not sliced
         self.unwritten = None if isinstance(graphs, Path) else graphs
         self.folder = graphs if isinstance(graphs, Path) else Path()
         self.sliced = sliced or self.unwritten is not None
@@ -108,7 +125,7 @@ class OnnxModel(RuntimeModel[KVCache]):
 
     def _session(self, file: str, *, in_tiles: bool = False) -> Any:
         path = self.folder / file
-        bfloat16 = self.unwritten is None and _is_bfloat16(path)
+        bfloat16 = self.provider == "cpu" and self.unwritten is None and _is_bfloat16(path)
         if not (bfloat16 or in_tiles or self.sliced or self._changes(file)):
             return self._connected(path)
         # Slow to import, and seldom needed to run a bundle.
@@ -153,9 +170,11 @@ class OnnxModel(RuntimeModel[KVCache]):
             options.enable_cpu_mem_arena = False
         source = str(path) if model is None else model.SerializeToString()
         try:
-            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(source, options, providers=used_provider(self.provider))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+        check_used(self.provider, session, path)
+        return session
 
     def _changes(self, file: str) -> Sequence[Callable[["ir.Model"], object]]:  # noqa: ARG002
         """Changes to make in a graph before it is run; none, unless a subclass wants to look inside."""
@@ -200,11 +219,18 @@ class OnnxModel(RuntimeModel[KVCache]):
         return next((entry.shape[0] for entry in entries if entry.name == DEEPSTACK_EMBEDS), 0)
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
-        return _run(self._visual(picture), {PIXEL_VALUES: picture.patches.astype(self.dtype)})
+        return self._run(self._visual(picture), {PIXEL_VALUES: picture.patches.astype(self.dtype)})
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         session = self._prefill(prompt)
-        return _run(session, self._taken(session, prompt, feed))
+        return self._run(session, self._taken(session, prompt, feed))
+
+    def _run(self, session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """All outputs; keys and values stay on the device where the session binds them."""
+        names = [entry.name for entry in session.get_outputs()]
+        if self.binds:
+            return run_bound(session, feed, self.provider, kept=[name for name in names if is_present(name)])
+        return dict(zip(names, session.run(names, feed), strict=True))
 
     def _taken(self, session: Any, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs that prefill's session takes."""
@@ -278,7 +304,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         return KVCache(past, lengths)
 
     def batch(self, caches: Sequence[KVCache], new_tokens: int) -> KVCache:  # noqa: ARG002 - it grows by itself.
-        return KVCache.stacked(caches)
+        return caches[0] if len(caches) == 1 else KVCache.stacked([_on_host(cache) for cache in caches])
 
     def append(
         self, cache: KVCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
@@ -289,7 +315,7 @@ class OnnxModel(RuntimeModel[KVCache]):
 
     def _append(self, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Decode's outputs."""
-        return _run(self._decode, feed)
+        return self._run(self._decode, feed)
 
 
 def _proto(path: Path) -> "onnx.ModelProto":
@@ -307,6 +333,7 @@ def _is_bfloat16(path: Path) -> bool:
     return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
 
 
-def _run(session: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = [entry.name for entry in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed), strict=True))
+def _on_host(cache: KVCache) -> KVCache:
+    """The cache as arrays."""
+    tensors = {name: held if isinstance(held, np.ndarray) else held.numpy() for name, held in cache.tensors.items()}
+    return KVCache(tensors, cache.lengths)

@@ -38,8 +38,8 @@ Cache = TypeVar("Cache")
 class KVCache:
     """Keys and values of a batch of prompts; shorter rows are padded in front, so that new tokens go behind all."""
 
-    tensors: dict[str, np.ndarray]
-    """Decode's past inputs by name, [B, G, P, d] each."""
+    tensors: dict[str, Any]
+    """Decode's past inputs by name, [B, G, P, d] each: arrays, or what ONNX Runtime holds on a device."""
     lengths: np.ndarray
     """[1 + stages, B] int64: rows that are a prompt's own, before the first stage and behind each."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from capa_export.base.errors import ExitCode
-from tests.cli.conftest import Cli
+from capa_export.run import providers
+from tests.cli.conftest import Cli, preflight
 
 
 def test_a_bundle_holds_what_the_readme_lists(bundle: Path) -> None:
@@ -218,3 +219,29 @@ def test_a_bundle_keeps_how_large_pictures_are_seen(
     code, _, err = cli("build", *options[:-1], tmp_path / "none", "--max-pixels", 9)
     assert code == ExitCode.USAGE and err.count("\n") == 1 and not (tmp_path / "none").exists()
     assert "kept 7 of 25" in cli("plan", "-m", recipe, "--max-pixels", 20_000)[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run", "BUNDLE", "--prompt", "What?"], ["validate", "BUNDLE"], ["evaluate", "BUNDLE", "-d", "PICTURES"]],
+)
+def test_a_provider_that_is_not_there_is_refused(
+    cli: Cli, bundle: Path, pictures: Path, tmp_path: Path, command: list[str]
+) -> None:
+    places = {"BUNDLE": str(bundle), "PICTURES": str(pictures)}
+    words = [places.get(word, word) for word in command] + (["-o", str(tmp_path)] if command[0] == "evaluate" else [])
+    preflight(cli, "--provider cuda: ONNX Runtime", *words, "--provider", "cuda")
+
+
+def test_a_validation_says_which_provider_ran_the_graphs(
+    cli: Cli, spare: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's provider does here what CUDA's is asked to."""
+    monkeypatch.setattr(providers, "_NAMES", {**providers._NAMES, "cuda": "CPUExecutionProvider"})
+    monkeypatch.setattr(providers, "_DEVICES", {**providers._DEVICES, "cuda": "cpu"})
+    monkeypatch.setattr(providers, "_OPTIONS", {})
+    code, out, err = cli("validate", spare, "--images", pictures, "--provider", "cuda", "--json")
+    assert code == ExitCode.OK, err
+    assert (
+        "ONNX Runtime's cuda provider ran the bundle's graphs, its CPU provider the others." in json.loads(out)["notes"]
+    )

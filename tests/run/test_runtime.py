@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from capa_export.config.recipe import load_recipe
@@ -40,6 +41,21 @@ def test_a_batch_generates_what_each_prompt_does_alone(trained: tuple[OnnxModel,
     alone = [answers(onnx, [prompt], [])[0] for prompt in prompts]
     assert len({tuple(answer) for answer in alone}) > 2
     assert answers(onnx, prompts, []) == alone
+
+
+def test_caches_that_stay_on_the_device_give_the_same_answers(
+    trained: tuple[OnnxModel, list[Prompt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx, prompts = trained
+    expected = answers(onnx, prompts, [])
+    monkeypatch.setattr(onnx, "binds", True)
+    run = onnx.prefill(prompts[0], [4])
+    assert {type(held).__name__ for held in run.cache.tensors.values()} == {"OrtValue"}
+    assert type(run.logits) is np.ndarray
+    _, grown = onnx.step(run.cache, 5, prompts[0].next_position)
+    assert {type(held).__name__ for held in grown.tensors.values()} == {"OrtValue"}
+    assert answers(onnx, prompts[:1], []) == expected[:1]
+    assert answers(onnx, prompts, []) == expected
 
 
 def test_rows_go_on_when_another_has_ended(trained: tuple[OnnxModel, list[Prompt]]) -> None:

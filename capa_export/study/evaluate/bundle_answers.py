@@ -8,6 +8,7 @@ from pathlib import Path
 from capa_export.base.statistics import kl_divergence
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
+from capa_export.config.provider import Provider
 from capa_export.config.recipe import recipe_of
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
@@ -31,6 +32,8 @@ class BundleAnswers:
     max_new_tokens: int
     bounds: PixelBounds | None = None
     """Bounds of pictures, in place of the bundle's."""
+    provider: Provider = "cpu"
+    """Of ONNX Runtime."""
     trust_remote_code: bool = False
 
     def __call__(self) -> Answerer:
@@ -43,7 +46,7 @@ class _OpenBundle:
         bundle = Bundle.open(given.folder)
         self.prune = recipe_of(bundle.manifest, bundle.folder).prune
         self.prompter = bundled_prompter(bundle, bounds=given.bounds, trust_remote_code=given.trust_remote_code)
-        self.model = OnnxModel(given.folder / ONNX, threads=_threads())
+        self.model = OnnxModel(given.folder / ONNX, threads=_threads(), provider=given.provider)
         self.stop = eos_token_ids(given.folder / ONNX / "llm")
 
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:

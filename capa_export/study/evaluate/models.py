@@ -13,12 +13,14 @@ from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
+from capa_export.config.provider import Provider
 from capa_export.config.recipe import Recipe, ranges, recipe_of
 from capa_export.config.schedule import Method, parse_method, schedule_text, stage_text
 from capa_export.model.files import check_files
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
 from capa_export.run.bundled import require_memory
+from capa_export.run.providers import require_provider
 from capa_export.selectors.selector import load_selector
 from capa_export.study.evaluate.answers import DENSE, Answerer
 
@@ -161,6 +163,7 @@ def bundle_model(
     max_new_tokens: int,
     *,
     bounds: PixelBounds | None = None,
+    provider: Provider = "cpu",
     workers: Workers | None = None,
     trust_remote_code: bool = False,
 ) -> EvaluatedModel:
@@ -171,6 +174,7 @@ def bundle_model(
     """
     from capa_export.study.evaluate.bundle_answers import BundleAnswers
 
+    require_provider(provider)
     if workers is None or workers.ray is None:
         require_memory(bundle, copies=(workers and workers.count) or 1)
 
@@ -195,6 +199,8 @@ def bundle_model(
                 "leave out what comes after the slash",
                 ExitCode.USAGE,
             )
+    # Another provider rounds otherwise.
+    own_key = [] if provider == "cpu" else [provider]
     note = "the scales of the bundle's visual FFNs are part of its graphs: its dense keeps all tokens, and has them too"
     return EvaluatedModel(
         source=str(bundle.folder.resolve()),
@@ -202,7 +208,7 @@ def bundle_model(
         runs="onnx",
         keys={
             name: _key(
-                BundleAnswers, [stage.ratio for stage in method.stages], [], max_new_tokens, bounds, "onnxruntime"
+                BundleAnswers, [stage.ratio for stage in method.stages], own_key, max_new_tokens, bounds, "onnxruntime"
             )
             for name, method in methods.items()
         },
@@ -211,6 +217,7 @@ def bundle_model(
             methods=methods,
             max_new_tokens=max_new_tokens,
             bounds=bounds,
+            provider=provider,
             trust_remote_code=trust_remote_code,
         ),
         max_new_tokens=max_new_tokens,
