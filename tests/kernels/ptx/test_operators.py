@@ -85,6 +85,14 @@ def test_topk_keep_of_one_visual_token_among_text() -> None:
         check(topk_keep, {"scores": scores, "num_keep": torch.tensor([num_keep])}, min_keep_per_image=0)
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_topk_keep_of_more_than_there_are_repeats_the_last(tokens: int) -> None:
+    inputs = {"scores": prompts(tokens, seed=tokens), "num_keep": torch.tensor([tokens + 3])}
+    check(topk_keep, inputs, min_keep_per_image=0)
+    kept = outputs_of(topk_keep.OPERATOR, inputs, min_keep_per_image=0)["kept"]
+    assert kept.tolist() == [[*range(tokens), *[tokens - 1] * 3]]
+
+
 @REALS
 @pytest.mark.parametrize(
     ("tokens", "kept"), [(1, [0]), (20, []), (45, range(45)), (45, [44]), (33, [0, 1, 7, 15, 16, 31, 32])], ids=str
