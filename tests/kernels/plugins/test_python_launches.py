@@ -139,6 +139,7 @@ def compiled(operator: Operator, capability: str, kind: Any = "cubin") -> list[C
             image=variant.encode(),
             warps=launch.warps,
             shared_bytes=[64, 49153][index % 2],
+            null_pointers=2 + index % 2,
             registers=32,
             spill_bytes=0,
             stack_bytes=0,
@@ -227,9 +228,9 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
         assert rest[3:8] == [32 * warps, 1, 1, kernel.shared_bytes, 77]
         (values, types), extra = rest[8:]
         assert extra == 0
-        assert values[-2:] == (0, 0)
-        assert types[-2:] == (ctypes.c_void_p, ctypes.c_void_p)
-        for value, type_, wanted in zip(values[:-2], types[:-2], args, strict=True):
+        assert values[len(args) :] == (0,) * kernel.null_pointers
+        assert types[len(args) :] == (ctypes.c_void_p,) * kernel.null_pointers
+        for value, type_, wanted in zip(values[: len(args)], types[: len(args)], args, strict=True):
             if type_ is ctypes.c_void_p and workspace <= value < limit:
                 # `execute` has a buffer for each piece of scratch memory.
                 assert scratch.setdefault(wanted, value) == value

@@ -95,8 +95,7 @@ def outputs_of(
                 continue
             kernel = only
         given = [arguments[arg] if isinstance(arg, str) else arg for arg in one.args]
-        # Triton's own follow, for memory that these kernels do not use.
-        given += [0] * (len(kernel.parameters) - len(given))
+        given += [0] * compiled(capability)[variant].null_pointers
         if 0 not in one.grid:
             launch(kernel, memory, pack(kernel, given), one.grid, compiled(capability)[variant].shared_bytes)
     for name in operator.outputs:
