@@ -155,16 +155,22 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     return stand_in
 
 
-def _plugin(trt: SimpleNamespace, operator: Operator, kernels: list[CompiledKernel]) -> Any:
+def make_plugin(
+    trt: SimpleNamespace,
+    operator: Operator,
+    kernels: list[CompiledKernel],
+    attributes: dict[str, float] = ATTRIBUTES,
+) -> Any:
+    """A plugin as TensorRT makes it."""
     python_plugins.register(trt, kernels)
     creator = trt.creators[operator.name]
     # As the parser hands them over: all attributes of the node, its own among them.
-    values = {name: ATTRIBUTES[name] for name in operator.attributes}
+    values = {name: attributes[name] for name in operator.attributes}
     fields = [field("plugin_version", "1", None), *(field(name, [value], None) for name, value in values.items())]
     return creator.create_plugin("node", fields, None).attach_to_context(None)
 
 
-def _described(trt: SimpleNamespace, tensors: dict[str, torch.Tensor], operator: Operator) -> list[Any]:
+def describe(trt: SimpleNamespace, tensors: dict[str, torch.Tensor], operator: Operator) -> list[Any]:
     """As TensorRT describes them: the batch axis is there where the graph has it."""
     types = {
         torch.float16: trt.DataType.HALF,
@@ -203,9 +209,9 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
 
     trt = stand_in_tensorrt()
     kernels = compiled(operator, "8.6")
-    plugin = _plugin(trt, operator, kernels)
+    plugin = make_plugin(trt, operator, kernels)
     on_device = {name: tensor for name, tensor in inputs.items() if name not in operator.value_inputs}
-    described = _described(trt, on_device, operator), _described(trt, outputs, operator)
+    described = describe(trt, on_device, operator), describe(trt, outputs, operator)
     plugin.on_shape_change(*described)
     loaded = len(driver.loaded)
     addresses = [[tensor.data_ptr() for tensor in tensors.values()] for tensors in (on_device, outputs)]
@@ -249,10 +255,10 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
 def test_kernels_are_loaded_once_per_context_and_prepared_once_per_shape(driver: Driver) -> None:
     operator = next(one for one in OPERATORS if one.name == "VisualScale")
     trt = stand_in_tensorrt()
-    plugin = _plugin(trt, operator, compiled(operator, "8.6"))
+    plugin = make_plugin(trt, operator, compiled(operator, "8.6"))
     tensors = {name: torch.empty(shape, dtype=torch.float16) for name, shape in SIZES["VisualScale"].items()}
     tensors |= {"text_rows": torch.empty(1, 33, dtype=torch.int64), "y": tensors["x"]}
-    described = _described(trt, tensors, operator)
+    described = describe(trt, tensors, operator)
     for _ in range(3):
         plugin.enqueue(described[:4], described[4:], [1, 2, 3, 4], [5], 0, 7)
     assert len(driver.loaded) == 1
@@ -304,7 +310,7 @@ def test_plugins_are_registered_under_the_names_on_the_nodes_and_once() -> None:
 def test_attributes_are_fields_of_the_plugin() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "ContributionScore")
-    (field,) = _plugin(trt, operator, []).get_fields_to_serialize()
+    (field,) = make_plugin(trt, operator, []).get_fields_to_serialize()
     assert (field.name, field.type, field.data.dtype.name, list(field.data)) == (
         *("scale", trt.PluginFieldType.FLOAT32, "float32"),
         [0.125],
@@ -314,7 +320,7 @@ def test_attributes_are_fields_of_the_plugin() -> None:
 def test_formats_are_linear_and_real_is_one_dtype_throughout() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "VisualScale")
-    plugin = _plugin(trt, operator, [])
+    plugin = make_plugin(trt, operator, [])
 
     def supported(position: int, type_: str, layout: str = "LINEAR", first: str = "BF16") -> bool:
         one = SimpleNamespace(type=trt.DataType[type_], format=trt.TensorFormat[layout])
