@@ -9,6 +9,7 @@ from tests.kernels.ptx.access import ACCESS
 from tests.kernels.ptx.machine import Machine
 from tests.kernels.ptx.memory import GlobalMemory
 from tests.kernels.ptx.parse import Kernel
+from tests.kernels.ptx.warpgroups import WARPGROUPS
 from tests.kernels.ptx.warps import WARPS
 
 __all__ = ["launch", "pack"]
@@ -35,4 +36,4 @@ def launch(
     at_once = max(1, _LANES_AT_ONCE // kernel.threads)
     parameters = dict(zip(kernel.parameters, arguments, strict=True))
     for part in np.split(blocks, range(at_once, blocks.size, at_once)):
-        Machine(kernel, memory, parameters, grid, part, shared_bytes, ACCESS | WARPS).run()
+        Machine(kernel, memory, parameters, grid, part, shared_bytes, ACCESS | WARPS | WARPGROUPS).run()

@@ -139,12 +139,21 @@ class Machine:
 
     def _do(self, instruction: Instruction, lanes: Lanes) -> None:
         opcode = instruction.opcode
+        if opcode == "mov" and isinstance(instruction.operands[1], tuple):
+            self._poison_unwritten(instruction.operands[1])
         if opcode in ARITHMETIC:
             self.write(instruction.operands[0], ARITHMETIC[opcode](instruction, self.read), lanes)
         elif opcode in self._operations:
             self._operations[opcode](self, instruction, lanes)
-        elif opcode != "nop":
+        elif opcode not in ("nop", "fence"):
             raise KernelError("unknown")
+
+    def _poison_unwritten(self, registers: tuple[str, ...]) -> None:
+        """Make unwritten registers no numbers: of a pair, the compiler may leave one half open that nobody reads."""
+        for register in registers:
+            if register.startswith("%") and register not in self._registers:
+                poison = np.array(_POISON, np.uint64).astype(self._width(register))
+                self._registers[register] = np.broadcast_to(poison, (self.num_lanes,))
 
     def whole_warps(self, lanes: Lanes) -> np.ndarray:
         """The lanes' indices [warps, 32].

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Access", "GlobalMemory", "KernelError", "Races", "SharedMemory"]
+__all__ = ["MANY", "Access", "GlobalMemory", "KernelError", "Races", "SharedMemory"]
 
 _SPACING = 1 << 36
 _ACTORS = 1 << 32
-_MANY = _ACTORS - 1
+MANY = _ACTORS - 1
 
 
 class KernelError(Exception):
@@ -51,11 +51,11 @@ class Races:
         if ((written >= now) & (written != stamp)).any():
             raise KernelError(f"race: {where} is read, and another thread writes it, with no barrier between")
         before = self.read[at]
-        after = np.where((before < now) | (before == stamp), stamp, now + _MANY)
+        after = np.where((before < now) | (before == stamp), stamp, now + MANY)
         self.read[at] = after
         # Two lanes of this access may read the same byte.
         others = self.read[at] != after
-        self.read[at[others]] = np.broadcast_to(now + _MANY, at.shape)[others]
+        self.read[at[others]] = np.broadcast_to(now + MANY, at.shape)[others]
 
     def note_write(self, at: np.ndarray, access: Access, where: str, changed: np.ndarray) -> None:
         """Note a write.

@@ -100,17 +100,17 @@ def test_topk_keep_of_more_than_there_are_repeats_the_last(tokens: int) -> None:
 @pytest.mark.parametrize("head_size", [32, 80])
 def test_token_gather_of_every_number(head_size: int, tokens: int, kept: list[int], real: torch.dtype) -> None:
     inputs = gather_bits(1, tokens, 48, 2, head_size, head_size // 2)
-    check(token_gather, _reals(inputs, real) | {"kept": torch.tensor([list(kept)], dtype=torch.int64)})
+    check(token_gather, as_reals(inputs, real) | {"kept": torch.tensor([list(kept)], dtype=torch.int64)})
 
 
 @REALS
 @pytest.mark.parametrize("head_size", [64, 96, 128, 144])
 def test_token_gather_of_large_heads(head_size: int, real: torch.dtype) -> None:
     inputs = gather_bits(2, 33, 272, 1, head_size, head_size)
-    check(token_gather, _reals(inputs, real) | {"kept": torch.tensor([[0, 1, 7, 15, 32], [5, 6, 9, 10, 11]])})
+    check(token_gather, as_reals(inputs, real) | {"kept": torch.tensor([[0, 1, 7, 15, 32], [5, 6, 9, 10, 11]])})
 
 
-def _reals(inputs: dict[str, torch.Tensor], real: torch.dtype) -> dict[str, torch.Tensor]:
+def as_reals(inputs: dict[str, torch.Tensor], real: torch.dtype) -> dict[str, torch.Tensor]:
     if real == torch.float32:
         return {name: (x.to(torch.int32) * 0x10001).view(real) for name, x in inputs.items()}
     return {name: x.view(real) for name, x in inputs.items()}
