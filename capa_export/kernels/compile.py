@@ -58,8 +58,7 @@ _FIGURES = (r"(\d+) bytes stack", r"(\d+) bytes spill stores", r"(\d+) bytes spi
 class CompiledKernel:
     """One variant of a kernel for one GPU.
 
-    A launch has `32 * warps` threads and `shared_bytes` of dynamic shared memory. Behind the kernel's own parameters
-    stand two pointers of Triton's, both null. Pointers are multiples of 16.
+    A launch has `32 * warps` threads and `shared_bytes` of dynamic shared memory. Pointers are multiples of 16.
     """
 
     operator: str
@@ -73,6 +72,8 @@ class CompiledKernel:
     image: bytes
     warps: int
     shared_bytes: int
+    null_pointers: int
+    """Triton's own parameters behind the kernel's, for memory that these kernels do not use."""
     registers: int
     """Per thread, of the cubin that PTX gives for `compute_capability`."""
     spill_bytes: int
@@ -293,12 +294,22 @@ def _compile(job: _Job) -> dict[str, Any]:
         "name": kernel.metadata.name,
         "warps": kernel.metadata.num_warps,
         "shared_bytes": kernel.metadata.shared,
+        "null_pointers": _null_pointers(kernel.asm["ptx"], len(job.signature)),
         "registers": registers,
         "spill_bytes": stores + loads,
         "stack_bytes": stack,
         "cubin": b64encode(kernel.asm["cubin"]).decode("ascii"),
         "ptx": b64encode(kernel.asm["ptx"].encode()).decode("ascii"),
     }
+
+
+def _null_pointers(ptx: str, num_own: int) -> int:
+    """How many parameters a kernel has behind the first `num_own`."""
+    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
+    assert entry, ptx
+    parameters = re.findall(r"\.param \.(\w+)", entry[1])
+    assert len(parameters) >= num_own and set(parameters[num_own:]) <= {"u64"}, parameters
+    return len(parameters) - num_own
 
 
 @cache

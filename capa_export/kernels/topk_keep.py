@@ -29,12 +29,12 @@ def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: 
 
     Args:
         scores: [B, T], FP32; +inf for text, NaN ranks as -inf.
-        num_keep: [1], rows of either kind, at most T; the graph's input of this name counts visual tokens alone.
+        num_keep: [1], rows of either kind; the graph's input of this name counts visual tokens alone.
         min_keep_per_image: so many of each image come right behind text, the best first. An image is a run of tokens
             between two of text.
 
     Returns:
-        [B, K], int64, ascending. Ties go to the lowest position.
+        [B, K], int64, ascending. Ties go to the lowest position; rows beyond T repeat the last one.
     """
     kept: list[torch.Tensor] = []
     for row in scores:
@@ -45,7 +45,8 @@ def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: 
         for one in image.unique():
             is_first[best[(image == one)[best] & ~is_text[best]][:min_keep_per_image]] = True
         first, rest = best[is_first[best]], best[~is_first[best]]
-        kept.append(torch.cat([first, rest])[: int(num_keep)].sort().values)
+        chosen = torch.cat([first, rest])[: int(num_keep)].sort().values
+        kept.append(torch.cat([chosen, chosen.new_full((int(num_keep) - len(chosen),), len(row) - 1)]))
     return torch.stack(kept)
 
 
@@ -123,6 +124,10 @@ def keep_best(order, kept, num_tokens, num_rows, BLOCK: tl.constexpr):
         tl.store(kept + slot, column.to(tl.int64), mask=keep)
         num_kept += tl.sum(keep.to(tl.int32))
         num_tied += tl.sum(tied)
+    # The next kernel reads as many rows as were asked for, whether there are tokens for them or not.
+    for start in range(num_tokens, num_rows, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        tl.store(kept + slot, tl.full([BLOCK], 0, tl.int64) + num_tokens - 1, mask=slot < num_rows)
 
 
 def _launches(size: Any) -> list[Launch]:

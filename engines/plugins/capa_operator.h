@@ -115,14 +115,14 @@ struct Call
         {
             if (name == kernel.variant)
             {
-                // Behind a kernel's own parameters stand two pointers of Triton's, for memory that ours do not need.
-                uint64_t slots[] = {slot(args)..., 0, 0};
-                void* params[sizeof...(args) + 2];
-                for (size_t index = 0; index < sizeof...(args) + 2; ++index)
+                std::vector<uint64_t> slots{slot(args)...};
+                slots.resize(slots.size() + kernel.nullPointers);
+                std::vector<void*> params;
+                for (uint64_t& one : slots)
                 {
-                    params[index] = &slots[index];
+                    params.push_back(&one);
                 }
-                error = driver ? driver->launch(kernel, block(kernel), grid, stream, params) : "";
+                error = driver ? driver->launch(kernel, block(kernel), grid, stream, params.data()) : "";
                 error = error.empty() ? "" : "kernel " + name + ": " + error;
                 return error.empty();
             }

@@ -30,6 +30,7 @@ struct Kernel
     char const* variant;
     char const* symbol;         //!< In the images.
     unsigned char const* fatbin;
+    int nullPointers;           //!< Triton's own parameters behind the kernel's, for memory that ours do not need.
     Block blocks[kMaxBlocks];   //!< The first is that of PTX; each also goes for the images up to the next.
 };
 

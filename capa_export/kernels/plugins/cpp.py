@@ -64,7 +64,7 @@ def _kernel_tables(kernels: Sequence[CompiledKernel]) -> list[str]:
         by_variant.setdefault(kernel.variant, []).append(kernel)
     symbols = [f"    extern unsigned char const {_fatbin_symbol(variant)}[];" for variant in by_variant]
     rows = [
-        f'"{variant}", "{group[0].name}", {_fatbin_symbol(variant)}, {{{_blocks(group)}}}'
+        f'"{variant}", "{group[0].name}", {_fatbin_symbol(variant)}, {group[0].null_pointers}, {{{_blocks(group)}}}'
         for variant, group in by_variant.items()
     ]
     return [
@@ -83,7 +83,7 @@ def _kernel_tables(kernels: Sequence[CompiledKernel]) -> list[str]:
 
 def _blocks(kernels: Sequence[CompiledKernel]) -> str:
     """PTX first, then cubins by compute capability, each with all that follow and are launched alike."""
-    assert len({kernel.name for kernel in kernels}) == 1
+    assert len({(kernel.name, kernel.null_pointers) for kernel in kernels}) == 1
     groups = groupby(sorted(kernels, key=_image), key=lambda kernel: (kernel.warps, kernel.shared_bytes))
     firsts = [next(group) for _, group in groups]
     assert _image(firsts[0]) == _PTX

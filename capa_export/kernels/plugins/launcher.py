@@ -35,6 +35,8 @@ class Call:
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
+    null_pointers: int
+    """Behind the arguments."""
     args: tuple[str | int, ...]
     """Names of buffers and attributes, and counts."""
 
@@ -75,7 +77,8 @@ class Launcher:
         for launch in operator.launches(size):
             variant = variant_name(launch, dtype if has_real(operator, launch) else None, compiled_sizes)
             function, kernel = self._load(variant)
-            calls.append(Call(function, launch.grid, 32 * kernel.warps, kernel.shared_bytes, tuple(launch.args)))  # pyright: ignore[reportArgumentType]  # No symbols.
+            threads, args = 32 * kernel.warps, tuple(launch.args)
+            calls.append(Call(function, launch.grid, threads, kernel.shared_bytes, kernel.null_pointers, args))  # pyright: ignore[reportArgumentType]  # No symbols.
         return calls
 
     def launch(self, operator: Operator, calls: Sequence[Call], buffers: Mapping[str, float], stream: int) -> None:
@@ -100,9 +103,8 @@ class Launcher:
             for arg in one.args:
                 values.append(buffers[arg] if isinstance(arg, str) else arg)
                 ctypes_.append(types.get(arg, ctypes.c_void_p) if isinstance(arg, str) else ctypes.c_int32)
-            # Triton's own: global and profile scratch, which these kernels do not use.
-            values += [0, 0]
-            ctypes_ += [ctypes.c_void_p] * 2
+            values += [0] * one.null_pointers
+            ctypes_ += [ctypes.c_void_p] * one.null_pointers
             threads = (one.threads, 1, 1)
             params = (tuple(values), tuple(ctypes_))
             call("cuLaunchKernel", one.function, *one.grid, *threads, one.shared_bytes, stream, params, 0)

@@ -112,7 +112,7 @@ class Call:
         return struct.unpack("<I", struct.pack(f"<{kind}", self.attributes[attribute]))[0]
 
     def launches(self) -> Iterator[tuple[str, Launch, list[int]]]:
-        """Variant, launch, and parameters, those with work only."""
+        """Variant, launch, and arguments, those with work only."""
         known = {name: getattr(self.size, name) for name in self.operator.compiled_sizes}
         for launch in self.operator.launches(self.size):
             args = [
@@ -125,8 +125,7 @@ class Call:
             ]
             if 0 not in launch.grid:
                 variant = variant_name(launch, self.real if has_real(self.operator, launch) else None, known)
-                # The last two are pointers to memory that Triton might need, and these kernels do not.
-                yield variant, launch, [*args, 0, 0]  # pyright: ignore[reportReturnType]  # No symbol.
+                yield variant, launch, args  # pyright: ignore[reportReturnType]  # No symbol.
 
 
 def enqueue(library: Path, driver: Path, call: Call, kernels: list[CompiledKernel], gpu: str, **env: str) -> Said:
@@ -185,7 +184,8 @@ def test_a_call_launches_what_the_operator_lists(
         for variant, launch, args in call.launches():
             kernel = compiled[variant]
             assert kernel.warps == launch.warps
-            numbers = (*launch.grid, 32 * launch.warps, 1, 1, kernel.shared_bytes, 0x77, 0, *args)
+            null_pointers = [0] * kernel.null_pointers
+            numbers = (*launch.grid, 32 * launch.warps, 1, 1, kernel.shared_bytes, 0x77, 0, *args, *null_pointers)
             expected.append(" ".join(map(str, (kernel.name, *numbers))))
             images.append(checksum((sources / "kernels" / f"{variant}.fatbin").read_bytes()))
             if kernel.shared_bytes > 48 * 1024:

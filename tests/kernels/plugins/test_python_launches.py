@@ -139,6 +139,7 @@ def compiled(operator: Operator, capability: str, kind: Any = "cubin") -> list[C
             image=variant.encode(),
             warps=launch.warps,
             shared_bytes=[64, 49153][index % 2],
+            null_pointers=2 + index % 2,
             registers=32,
             spill_bytes=0,
             stack_bytes=0,
@@ -154,16 +155,22 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     return stand_in
 
 
-def _plugin(trt: SimpleNamespace, operator: Operator, kernels: list[CompiledKernel]) -> Any:
+def make_plugin(
+    trt: SimpleNamespace,
+    operator: Operator,
+    kernels: list[CompiledKernel],
+    attributes: dict[str, float] = ATTRIBUTES,
+) -> Any:
+    """A plugin as TensorRT makes it."""
     python_plugins.register(trt, kernels)
     creator = trt.creators[operator.name]
     # As the parser hands them over: all attributes of the node, its own among them.
-    values = {name: ATTRIBUTES[name] for name in operator.attributes}
+    values = {name: attributes[name] for name in operator.attributes}
     fields = [field("plugin_version", "1", None), *(field(name, [value], None) for name, value in values.items())]
     return creator.create_plugin("node", fields, None).attach_to_context(None)
 
 
-def _described(trt: SimpleNamespace, tensors: dict[str, torch.Tensor], operator: Operator) -> list[Any]:
+def describe(trt: SimpleNamespace, tensors: dict[str, torch.Tensor], operator: Operator) -> list[Any]:
     """As TensorRT describes them: the batch axis is there where the graph has it."""
     types = {
         torch.float16: trt.DataType.HALF,
@@ -202,9 +209,9 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
 
     trt = stand_in_tensorrt()
     kernels = compiled(operator, "8.6")
-    plugin = _plugin(trt, operator, kernels)
+    plugin = make_plugin(trt, operator, kernels)
     on_device = {name: tensor for name, tensor in inputs.items() if name not in operator.value_inputs}
-    described = _described(trt, on_device, operator), _described(trt, outputs, operator)
+    described = describe(trt, on_device, operator), describe(trt, outputs, operator)
     plugin.on_shape_change(*described)
     loaded = len(driver.loaded)
     addresses = [[tensor.data_ptr() for tensor in tensors.values()] for tensors in (on_device, outputs)]
@@ -227,9 +234,9 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
         assert rest[3:8] == [32 * warps, 1, 1, kernel.shared_bytes, 77]
         (values, types), extra = rest[8:]
         assert extra == 0
-        assert values[-2:] == (0, 0)
-        assert types[-2:] == (ctypes.c_void_p, ctypes.c_void_p)
-        for value, type_, wanted in zip(values[:-2], types[:-2], args, strict=True):
+        assert values[len(args) :] == (0,) * kernel.null_pointers
+        assert types[len(args) :] == (ctypes.c_void_p,) * kernel.null_pointers
+        for value, type_, wanted in zip(values[: len(args)], types[: len(args)], args, strict=True):
             if type_ is ctypes.c_void_p and workspace <= value < limit:
                 # `execute` has a buffer for each piece of scratch memory.
                 assert scratch.setdefault(wanted, value) == value
@@ -248,10 +255,10 @@ def test_a_plugin_launches_what_execute_launches(operator: Operator, dtype: torc
 def test_kernels_are_loaded_once_per_context_and_prepared_once_per_shape(driver: Driver) -> None:
     operator = next(one for one in OPERATORS if one.name == "VisualScale")
     trt = stand_in_tensorrt()
-    plugin = _plugin(trt, operator, compiled(operator, "8.6"))
+    plugin = make_plugin(trt, operator, compiled(operator, "8.6"))
     tensors = {name: torch.empty(shape, dtype=torch.float16) for name, shape in SIZES["VisualScale"].items()}
     tensors |= {"text_rows": torch.empty(1, 33, dtype=torch.int64), "y": tensors["x"]}
-    described = _described(trt, tensors, operator)
+    described = describe(trt, tensors, operator)
     for _ in range(3):
         plugin.enqueue(described[:4], described[4:], [1, 2, 3, 4], [5], 0, 7)
     assert len(driver.loaded) == 1
@@ -303,7 +310,7 @@ def test_plugins_are_registered_under_the_names_on_the_nodes_and_once() -> None:
 def test_attributes_are_fields_of_the_plugin() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "ContributionScore")
-    (field,) = _plugin(trt, operator, []).get_fields_to_serialize()
+    (field,) = make_plugin(trt, operator, []).get_fields_to_serialize()
     assert (field.name, field.type, field.data.dtype.name, list(field.data)) == (
         *("scale", trt.PluginFieldType.FLOAT32, "float32"),
         [0.125],
@@ -313,7 +320,7 @@ def test_attributes_are_fields_of_the_plugin() -> None:
 def test_formats_are_linear_and_real_is_one_dtype_throughout() -> None:
     trt = stand_in_tensorrt()
     operator = next(one for one in OPERATORS if one.name == "VisualScale")
-    plugin = _plugin(trt, operator, [])
+    plugin = make_plugin(trt, operator, [])
 
     def supported(position: int, type_: str, layout: str = "LINEAR", first: str = "BF16") -> bool:
         one = SimpleNamespace(type=trt.DataType[type_], format=trt.TensorFormat[layout])
