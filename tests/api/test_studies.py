@@ -157,7 +157,7 @@ def test_mistakes(recipe: Path, bundle: Path, questions: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("function", "command", "by_command"),
     [
-        (capa_export.evaluate, evaluate_command, {"method", "selector", "layer", "ratio", "ffn"}),
+        (capa_export.evaluate, evaluate_command, {"method", "selector", "layer", "ratio", "ffn", "provider"}),
         (capa_export.tune, tune_command, set[str]()),
     ],
 )
@@ -174,7 +174,8 @@ def test_functions_take_what_commands_take(
 def test_a_bundle_takes_what_a_checkpoint_takes() -> None:
     whole = inspect.signature(capa_export.evaluate).parameters
     own = inspect.signature(capa_export.Bundle.evaluate).parameters
-    assert own.keys() - whole.keys() == {"self"}
+    # A checkpoint is asked in PyTorch.
+    assert own.keys() - whole.keys() == {"self", "provider"}
     assert whole.keys() - own.keys() == {"checkpoint", "recipe", "revision", "images", "samples", "calibration"}
     for name in own.keys() & whole.keys():
         assert own[name].default == whole[name].default, name
