@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from capa_export.config.gates import Gate
+from capa_export.config.gates import Bound, Gate
 from capa_export.config.recipe import load_recipe
-from capa_export.parity.export_error import ExportErrorMeter
+from capa_export.parity.export_error import ExportErrorMeter, bounded
 from capa_export.parity.records import Noise
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
 from capa_export.report.schema import Check, ExportError
@@ -50,6 +50,79 @@ def test_tokens_that_the_last_bits_tell_apart_are_the_same_in_fp32() -> None:
         Trace(np.array([[3.0, 3.002, 1.0]], np.float32), []), Trace(np.array([[3.002, 3.0, 1.0]], np.float32), [])
     )
     assert {"same tokens", "top-1 wrong"} <= set(failing(meter))
+
+
+@pytest.mark.parametrize(("behind", "tied"), [(0.9e-5, True), (1.1e-5, False)])
+def test_a_tie_is_within_a_hundred_thousandth_of_the_largest_logit(behind: float, *, tied: bool) -> None:
+    """Of the largest magnitude, which here is that of a logit far below 0."""
+    reference = np.array([[10.0, 10.0 - 40 * behind, -40.0]])
+    meter = ExportErrorMeter("x", "y", PARITY.fp32)
+    meter.add(Trace(reference[:, [1, 0, 2]], []), Trace(reference, []))
+    assert {"same tokens", "top-1 wrong"} & set(failing(meter)) == (set() if tied else {"same tokens", "top-1 wrong"})
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_one_wrong_step_of_one_prompt_of_many_fails(wrong: int) -> None:
+    reference = np.repeat(LOGITS, 2, axis=0)
+    own = reference.copy()
+    own[wrong] = own[wrong, [1, 0, 2]]
+    meter = ExportErrorMeter("x", "y", PARITY.fp32)
+    for logits in (*[reference] * 4, own, *[reference] * 4):
+        meter.add(Trace(logits, []), Trace(reference, []))
+    found = failing(meter)
+    assert found["same tokens"].failure == "x against y: greedy tokens differ on 1 of 9 prompts"
+    assert (found["same tokens"].value, found["same tokens"].at_least, found["same tokens"].of) == (8, 9, 9)
+    assert (found["top-1 wrong"].value, found["top-1 wrong"].of) == (1, 18)
+
+
+def test_a_bound_takes_its_own_limit_and_nothing_beyond_it() -> None:
+    limit = Bound(limit=0.5, healthy=0.25)
+    for value, above, below in ((0.5, False, False), (0.501, True, False), (0.499, False, True), (np.nan, True, True)):
+        most, least = bounded("x", "y", value, at_most=limit), bounded("x", "y", value, at_least=limit)
+        assert (bool(most.failure), bool(least.failure)) == (above, below)
+        assert (most.at_most, most.at_least, most.healthy) == (0.5, None, 0.25)
+        assert (least.at_most, least.at_least, least.healthy) == (None, 0.5, 0.25)
+    assert not bounded("x", "y", 1e9).failure
+
+
+@pytest.mark.parametrize(
+    ("noisy", "limit"),
+    [
+        ("times the noise", 8.0),
+        ("times the noise, typical", 1.5),
+        ("root of KL, times the noise", 8.0),
+        ("features, times the noise", 8.0),
+        ("hidden times the noise", 8.0),
+    ],
+)
+def test_every_figure_is_held_to_a_multiple_of_its_own_noise(noisy: str, limit: float) -> None:
+    """The others are all as large as the noise; the second layer's error is the smaller one, as its noise is."""
+    rng = np.random.default_rng(0)
+    names = ["times the noise", "times the noise, typical", "root of KL, times the noise"]
+    names += ["features, times the noise", "hidden times the noise"]
+    logits, features, hidden = (rng.normal(size=size) for size in ((2, 9), (4, 5), (2, 7, 5)))
+    changed = [one + 1e-4 * rng.normal(size=one.shape) for one in (logits, features, hidden)]
+    changed[2][1] = hidden[1] + (changed[2][1] - hidden[1]) / 10
+    reference = Trace(logits, [], hidden=hidden, features=features)
+    own = Trace(changed[0], [], hidden=changed[2], features=changed[1])
+    plain = ExportErrorMeter("x", "y", PARITY.fp16)
+    plain.add(own, reference, own)
+    seen = plain.distance
+    for share, fails in ((1.01, True), (0.99, False)):
+        times = {name: limit * share if name == noisy else 1.0 for name in names}
+        noise = Noise(
+            logits=seen.difference / times["times the noise"],
+            kl=seen.kl / times["root of KL, times the noise"] ** 2,
+            features=seen.features_error / times["features, times the noise"],
+            hidden=(seen.layer_errors[0], seen.layer_errors[1] / times["hidden times the noise"]),
+        )
+        meter = ExportErrorMeter("x", "y", PARITY.fp16, noise)
+        # A geometric mean: of one step whose error is ten times the noise and one of a tenth.
+        steps = times["times the noise, typical"] * np.array([[10.0], [0.1]])
+        meter.add(own, reference, own, (changed[0] - logits) / steps)
+        assert set(failing(meter)) == ({noisy} if fails else set())
+        values = {check.name: check.value for check in meter.result().checks}
+        assert {name: values[name] for name in names} == pytest.approx(times, rel=1e-3)
 
 
 GATE = Gate.model_validate(

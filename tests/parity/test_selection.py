@@ -61,6 +61,55 @@ def test_a_flip_is_explained_by_noise_or_wrong(own: list[int], noise: float, fai
     assert stage.flipped == (own != [0, 1, 2, 6])
 
 
+@pytest.mark.parametrize(
+    ("score", "noise", "fails"),
+    [
+        # 3.00 for 2.30 is a lead of 23 %, for 2.20 of 27 %: a quarter is the most that any noise explains.
+        (2.3, 5.0, set()),
+        (2.2, 5.0, {"kept-set IoU", "furthest flip"}),
+        # Noise without a number explains nothing.
+        (2.97, INF, {"kept-set IoU", "furthest flip"}),
+        (2.97, np.nan, {"kept-set IoU", "furthest flip"}),
+        # Twice the noise, and no less than the gate's own distance.
+        (2.97, 0.0051, set()),
+        (2.97, 0.0049, {"kept-set IoU", "furthest flip"}),
+        (2.9998, 0.0, set()),
+        (2.9996, 0.0, {"kept-set IoU", "furthest flip"}),
+    ],
+)
+def test_no_noise_explains_every_flip(score: float, noise: float, fails: set[str]) -> None:
+    one = choice(noise)
+    one.add([np.array([0, 1, 3, 6])], record([INF, 9.0, 3.0, score, 1.0, 0.5, INF], [0, 1, 2, 6]))
+    assert failing(one) == fails
+
+
+@pytest.mark.parametrize(("share", "fails"), [(0.99, False), (1.01, True)])
+@pytest.mark.parametrize(
+    ("precision", "noise", "limit", "name"),
+    [
+        ("fp16", Noise(scores=(0.001,)), 8.0 * 0.001, "scores, times the noise"),
+        ("bf16", Noise(scores=(0.01,)), 2.0 * 0.01, "scores, times the noise"),
+        ("fp32", Noise(), 1e-3, "score error"),
+    ],
+)
+def test_scores_are_right_near_the_cut(
+    precision: str, noise: Noise, limit: float, name: str, share: float, *, fails: bool
+) -> None:
+    scores, error = [INF, 9.0, 3.0, 2.97, 1.6, 1.4, INF], limit * share
+    kept = record(scores, [0, 1, 2, 6])
+    gate = getattr(load_recipe("qwen25vl").parity, precision)
+    for changed, counts in ((4, True), (5, False)):
+        # 1.6 is more than half of the last score kept, 1.4 is less.
+        own = np.array(scores)
+        own[changed] *= 1 - error
+        one = SelectionMeter("x", "y", [Stage(layer=2, ratio=0.5)], gate, noise, 0)
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [np.array(scores)]))
+        assert failing(one) == set()
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [own]))
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [np.array(scores)]))
+        assert failing(one) == ({name} if fails and counts else set())
+
+
 def test_iou_leaves_text_out() -> None:
     one = choice(0.0)
     one.add([np.array([0, 1, 5, 9])], record([INF, INF, 9, 1, 2, 4, 3, 0, 5.0, INF], [0, 1, 8, 9]))
@@ -119,7 +168,7 @@ def stepwise(noise: Noise) -> SelectionMeter:
     return SelectionMeter("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
 
 
-def ranked(count: int) -> SimpleNamespace:
+def ranked(count: int) -> Any:
     """So many tokens, the first half kept, between two of text."""
     half = count // 2
     return record([INF, *range(half, 0, -1), *[0] * half, INF], [0, *range(1, half + 1), count + 1])
