@@ -41,6 +41,16 @@ def test_top1_is_among_those_that_the_noise_does_not_tell_apart() -> None:
         assert (failure in check.failure) and bool(check.failure) == bool(failure)
 
 
+@pytest.mark.parametrize(("noise", "counted"), [(0.99, 1), (1.01, 0)])
+def test_a_margin_is_clear_from_twice_the_noise_on(noise: float, counted: int) -> None:
+    meter = ExportErrorMeter("x", "y", PARITY.fp16, Noise(logits=noise))
+    meter.add(Trace(np.array([[1.0, 3.0]]), []), Trace(np.array([[3.0, 1.0]]), []))
+    found = {check.name: check for check in meter.result().checks}
+    assert (found["top-1 wrong"].value, found["top-1 wrong"].of) == (counted, counted)
+    # A token is the same or another, whatever the noise.
+    assert (found["same tokens"].value, found["same tokens"].of) == (0, 1)
+
+
 def test_tokens_that_the_last_bits_tell_apart_are_the_same_in_fp32() -> None:
     tied, other = np.array([[3.0, 3.0 - 1e-6, 1.0]], np.float32), np.array([[3.0 - 1e-6, 3.0, 1.0]], np.float32)
     meter = ExportErrorMeter("x", "y", PARITY.fp32)
@@ -169,6 +179,29 @@ def test_a_bound_leaves_room_for_the_noise_of_the_eager_model_in_this_layer(
     absolute = ExportErrorMeter("x", "y", GATE.model_copy(update={"own_noise_ratio": None}), meter.noise)
     absolute.add(own, reference, own)
     assert set(failing(absolute)) == {"hidden cosine", "hidden norm ratio"}
+
+
+def test_the_layer_furthest_beyond_its_own_limit_counts() -> None:
+    """The first layer's error is the larger one, and its noise excuses it."""
+    reference = Trace(LOGITS, [], hidden=np.stack([turned(0, 1), turned(0, 1)]))
+    own = Trace(LOGITS, [], hidden=np.stack([turned(0, 1.3), turned(0, 1.1)]))
+    meter = ExportErrorMeter("x", "y", GATE, Noise(1e-3, hidden_cosine=(1.0, 1.0), hidden_norm_ratio=(0.1, 0.01)))
+    meter.add(own, reference, own)
+    found = failing(meter)
+    assert set(found) == {"hidden norm ratio"}
+    assert (found["hidden norm ratio"].value, found["hidden norm ratio"].noise) == pytest.approx((0.1, 0.01), rel=1e-5)
+    assert found["hidden norm ratio"].at_most == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("noise", [np.inf, np.nan])
+def test_noise_without_a_number_excuses_no_layer(noise: float) -> None:
+    hidden = np.ones((1, 3, 4))
+    meter = ExportErrorMeter("x", "y", PARITY.fp16, Noise(1e-3, hidden=(noise,)))
+    meter.add(Trace(LOGITS, [], hidden=hidden), Trace(LOGITS, [], hidden=hidden), Trace(LOGITS, [], hidden=hidden))
+    assert failing(meter) == {}
+    near = Trace(LOGITS, [], hidden=hidden + 1e-6)
+    meter.add(near, Trace(LOGITS, [], hidden=hidden), near)
+    assert set(failing(meter)) == {"hidden times the noise"}
 
 
 def test_bounds_on_logits_leave_room_too() -> None:

@@ -134,6 +134,54 @@ def test_an_image_that_is_guaranteed_its_best_is_cut_for_itself() -> None:
     assert failing(wrong) == {"furthest flip"}
 
 
+def test_the_furthest_of_all_flips_counts() -> None:
+    """Of two on one prompt, whatever prompts come behind it."""
+    kept = record([INF, 3.0, 2.0, 1.99, 1.0, INF], [0, 1, 2, 5])
+    one = choice(0.0)
+    one.add([np.array([0, 3, 4, 5])], kept)
+    one.add(kept.fp32.kept, kept)
+    (flip,) = (check for check in one.result().checks if check.name == "furthest flip")
+    assert flip.value == pytest.approx(0.5) and flip.failure
+
+
+def test_as_many_tokens_change_places_as_fall_and_rise() -> None:
+    one = choice(0.01)
+    one.add([np.array([0, 1, 2, 6])], record([INF, 9.0, 3.0, 2.97, 2.96, 2.95, INF], [0, 1, 2, 6]))
+    assert one.result().stages[0].iou_bound == pytest.approx(1 / 3)
+
+
+def test_the_prompt_furthest_below_its_own_bound_counts() -> None:
+    """On the first prompt nothing kept is shared, which near-ties explain."""
+    one = choice(0.01)
+    one.add([np.array([0, 2, 4])], record([INF, 3.0, 2.97, 1.0, INF], [0, 1, 4]))
+    assert failing(one) == set()
+    one.add([np.array([0, 1, 4, 6])], record([INF, 9.0, 3.0, 2.0, 1.0, 0.5, INF], [0, 1, 2, 6]))
+    for _ in range(8):
+        one.add([np.array([0, 1, 4])], record([INF, 3.0, 2.97, 1.0, INF], [0, 1, 4]))
+    (iou,) = (check for check in one.result().checks if check.name == "kept-set IoU")
+    assert (iou.value, iou.at_least) == (pytest.approx(1 / 3), 1) and iou.failure
+
+
+def two_stages(second: Stage) -> tuple[Any, SelectionMeter]:
+    """Four tokens of which three stay, then two of those."""
+    kept = record([INF, 4.0, 3.0, 2.0, 1.0, INF], [0, 1, 2, 3, 5])
+    kept.fp32.kept.append(np.array([0, 1, 3, 5]))
+    kept.fp32.scores.append(np.array([INF, 8.0, 5.0, 6.0, INF]))
+    return kept, SelectionMeter("x", "y", [Stage(layer=1, ratio=0.25), second], GATE, Noise(), 0)
+
+
+def test_a_later_stage_is_held_to_the_tokens_that_the_oracle_left() -> None:
+    kept, one = two_stages(Stage(layer=2, ratio=0.5))
+    one.add([np.array([0, 1, 2, 4, 5]), kept.fp32.kept[1]], kept)
+    assert failing(one) == {"kept-set IoU", "furthest flip"}
+    first, second = one.result().stages
+    assert (first.flipped, second.flipped) == (1, 0)
+    assert second.margin_min == pytest.approx(1 / 6)
+    kept, steps = two_stages(Stage(selector="capa-mmr", layer=2, ratio=0.5))
+    steps.add([kept.fp32.kept[0], np.array([0, 1, 4, 5])], kept)
+    assert "kept sets that are no choice" in failing(steps)
+
+
 def test_nothing_dropped_has_no_margin() -> None:
     one = choice(0.0)
     one.add([np.arange(4)], record([INF, 2.0, 1.0, INF], [0, 1, 2, 3]))
@@ -220,6 +268,25 @@ def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
         "kept-set IoU of a prompt",
         "kept sets that are no choice",
     }
+
+
+@pytest.mark.parametrize(
+    ("iou", "ties", "least", "judged"),
+    [
+        (1.0, 1.0, 0.98, True),
+        # Twice the loss of either, and not of both.
+        (0.9, 0.97, 0.78, True),
+        (0.97, 0.9, 0.78, True),
+        # Two thirds of the way from all to chance, which is a third.
+        (1.0, 0.79, 0.56, True),
+        (1.0, 0.785, 0.55, False),
+    ],
+)
+def test_the_least_overlap_of_a_choice_by_steps(iou: float, ties: float, least: float, *, judged: bool) -> None:
+    one = stepwise(Noise(iou=((iou,),), tie_iou=((ties,),)))
+    one.add(ranked(100).fp32.kept, ranked(100))
+    assert one.result().stages[0].iou_bound == pytest.approx(least)
+    assert len(one.warnings()) == (not judged)
 
 
 def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:
