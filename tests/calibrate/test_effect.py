@@ -211,6 +211,14 @@ def test_no_number_is_beyond_any_budget() -> None:
     assert broken.kl is None and not broken.within(100)
 
 
+def test_the_set_of_most_layers_within_the_budget_is_chosen() -> None:
+    tried = [
+        ScaledSet(layers=layers, kl=kl, agreement=1) for layers, kl in (((1, 2, 3), 0.2), ((1,), 0), ((1, 2), 0.1))
+    ]
+    found = FfnEffect(calibration="x", eta=0.5, budget=0.1, schedule="", samples=1, tried=tuple(tried))
+    assert found.chosen == tried[2]
+
+
 def test_judges_are_kept_apart() -> None:
     recipe = load_recipe("qwen25vl")
     parts = {split: _part(recipe, split) for split in ("train", "judge", "held_out")}

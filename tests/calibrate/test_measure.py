@@ -46,7 +46,7 @@ def calibration(model: Any, prompter: Prompter, pictures: Path) -> Calibration:
 def test_sums_are_those_of_the_hidden_states(model: Any, prompter: Prompter, pictures: Path) -> None:
     samples = samples_from(pictures, load_recipe("qwen25vl"), 2, split="train")
     measured = run(model, prompter, samples)
-    xs, ys = [], []
+    xs, ys, of_text = [], [], []
     layer = model.model.language_model.layers[3]
     for sample in samples:
         prompt = prompter(sample.question, [sample.image])
@@ -61,12 +61,17 @@ def test_sums_are_those_of_the_hidden_states(model: Any, prompter: Prompter, pic
             )
         xs.append((states[3] + mixed)[0, prompt.is_visual].double())
         ys.append(states[4][0, prompt.is_visual].double())
+        cosines = torch.cosine_similarity((states[3] + mixed)[0].double(), states[4][0].double(), dim=-1)
+        of_text.append(cosines[~prompt.is_visual])
     x, y = torch.cat(xs), torch.cat(ys)
     sums = measured.layers[3]
     np.testing.assert_allclose(sums.xx, (x * x).sum(0), rtol=1e-5)
     np.testing.assert_allclose(sums.xy, (x * y).sum(0), rtol=1e-4, atol=1e-3)
     assert sums.visual_tokens == len(x)
     assert sums.cosine == pytest.approx(float(torch.cosine_similarity(x, y).mean()), abs=1e-6)
+    text = torch.cat(of_text)
+    assert sums.text_tokens == len(text)
+    assert measured.summary(FFN())["layers"][3]["cosine_text"] == pytest.approx(float(text.mean()), abs=1e-6)
     alpha = torch.stack([torch.linalg.lstsq(x[:, c : c + 1], y[:, c : c + 1]).solution[0, 0] for c in range(64)])
     np.testing.assert_allclose(sums.alpha, alpha, rtol=1e-3, atol=1e-4)
     error = (y - x * alpha).norm() / y.norm()
@@ -114,6 +119,13 @@ def test_linear_layers_follow_eta(calibration: Calibration) -> None:
     middle = sorted(cosines)[2]
     assert calibration.linear_layers(middle) == tuple(i for i, cosine in enumerate(cosines) if cosine > middle)
     assert calibration.linear_layers(0.999999) == ()
+
+
+def test_any_layer_may_be_linear_and_only_beyond_eta() -> None:
+    layers = [LayerSums.zeros(4) for _ in range(4)]
+    for sums, cosine in zip(layers, (0.75, 0.5, 0.25, 0.625), strict=True):
+        sums.visual_tokens, sums.visual_cosine = 2, 2 * cosine
+    assert Calibration("x", 1, layers, {}).linear_layers(0.5) == (0, 3)
 
 
 def test_every_block_is_watched(calibration: Calibration) -> None:
@@ -168,6 +180,15 @@ def test_the_largest_score_is_found_in_tiles(monkeypatch: pytest.MonkeyPatch, ti
         query, key = lengths * torch.randn(6, 37, 8), torch.randn(2, 19, 8)
         products = query @ key.repeat_interleave(3, dim=0).mT
         assert float(_largest_product(query, key)) == pytest.approx(float(products.abs().max()), rel=1e-6)
+
+
+def test_the_longest_key_bounds_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long key that the longest queries do not meet, and a short query does."""
+    monkeypatch.setattr("capa_export.calibrate.measure._TILE", 1)
+    key, query = torch.zeros(1, 19, 2), torch.zeros(1, 4, 2)
+    key[0, :, 1], key[0, 5] = 0.5, torch.tensor([10.0, 0.0])
+    query[0, :, 1], query[0, 2] = 3.0, torch.tensor([1.0, 0.0])
+    assert _largest_product(query, key) == 10
 
 
 def test_the_attention_is_left_as_it_was(model: Any, prompter: Prompter, pictures: Path) -> None:

@@ -100,6 +100,12 @@ def test_a_numbered_dimension_has_the_limits_of_its_kind() -> None:
     target = load_target("rtx")
     assert target.dim("past_kept_1") == target.require_engine().dims["past_kept"]
     assert target.dim("past") != target.dim("past_kept_1")
+    engine = target.require_engine()
+    own = engine.dims["past_kept"].model_copy(update={"max": 7})
+    with_own = target.model_copy(
+        update={"engine": engine.model_copy(update={"dims": {**engine.dims, "past_kept_1": own}})}
+    )
+    assert (with_own.dim("past_kept_1"), with_own.dim("past_kept_2")) == (own, engine.dims["past_kept"])
     with pytest.raises(CapaError, match="target rtx: no limits for dimension rings"):
         target.dim("rings")
 

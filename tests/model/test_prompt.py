@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_a_chat_template_that_is_none(checkpoint: Path, source: Source, tmp_path
     (folder / "chat_template.json").write_text(text)
     with pytest.raises(CapaError, match=r"chat_template\.json: holds no chat template"):
         Prompter(folder, folder, qwen25vl, source.dims)
+
+
+def test_a_prompt_may_fill_the_context_and_not_exceed_it(checkpoint: Path, source: Source) -> None:
+    def limited(limit: int | None) -> Prompter:
+        decoder = replace(source.dims.decoder, rope_limit=limit)
+        return Prompter(checkpoint, checkpoint, qwen25vl, replace(source.dims, decoder=decoder))
+
+    question = "what color is the star ?"
+    length = limited(None)(question, []).next_position
+    assert limited(length)(question, []).next_position == length
+    with pytest.raises(CapaError, match=f"has {length} tokens, more than the {length - 1} of this decoder's context"):
+        limited(length - 1)(question, [])
 
 
 Change = Callable[[Path], object]

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from capa_export.config.gates import Gate
+from capa_export.config.gates import Bound, Gate
 from capa_export.config.recipe import load_recipe
-from capa_export.parity.export_error import ExportErrorMeter
+from capa_export.parity.export_error import ExportErrorMeter, bounded
 from capa_export.parity.records import Noise
 from capa_export.parity.trace import HiddenStates, Trace, rows_of_positions, sampled_rows
 from capa_export.report.schema import Check, ExportError
@@ -41,6 +41,16 @@ def test_top1_is_among_those_that_the_noise_does_not_tell_apart() -> None:
         assert (failure in check.failure) and bool(check.failure) == bool(failure)
 
 
+@pytest.mark.parametrize(("noise", "counted"), [(0.99, 1), (1.01, 0)])
+def test_a_margin_is_clear_from_twice_the_noise_on(noise: float, counted: int) -> None:
+    meter = ExportErrorMeter("x", "y", PARITY.fp16, Noise(logits=noise))
+    meter.add(Trace(np.array([[1.0, 3.0]]), []), Trace(np.array([[3.0, 1.0]]), []))
+    found = {check.name: check for check in meter.result().checks}
+    assert (found["top-1 wrong"].value, found["top-1 wrong"].of) == (counted, counted)
+    # A token is the same or another, whatever the noise.
+    assert (found["same tokens"].value, found["same tokens"].of) == (0, 1)
+
+
 def test_tokens_that_the_last_bits_tell_apart_are_the_same_in_fp32() -> None:
     tied, other = np.array([[3.0, 3.0 - 1e-6, 1.0]], np.float32), np.array([[3.0 - 1e-6, 3.0, 1.0]], np.float32)
     meter = ExportErrorMeter("x", "y", PARITY.fp32)
@@ -50,6 +60,79 @@ def test_tokens_that_the_last_bits_tell_apart_are_the_same_in_fp32() -> None:
         Trace(np.array([[3.0, 3.002, 1.0]], np.float32), []), Trace(np.array([[3.002, 3.0, 1.0]], np.float32), [])
     )
     assert {"same tokens", "top-1 wrong"} <= set(failing(meter))
+
+
+@pytest.mark.parametrize(("behind", "tied"), [(0.9e-5, True), (1.1e-5, False)])
+def test_a_tie_is_within_a_hundred_thousandth_of_the_largest_logit(behind: float, *, tied: bool) -> None:
+    """Of the largest magnitude, which here is that of a logit far below 0."""
+    reference = np.array([[10.0, 10.0 - 40 * behind, -40.0]])
+    meter = ExportErrorMeter("x", "y", PARITY.fp32)
+    meter.add(Trace(reference[:, [1, 0, 2]], []), Trace(reference, []))
+    assert {"same tokens", "top-1 wrong"} & set(failing(meter)) == (set() if tied else {"same tokens", "top-1 wrong"})
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_one_wrong_step_of_one_prompt_of_many_fails(wrong: int) -> None:
+    reference = np.repeat(LOGITS, 2, axis=0)
+    own = reference.copy()
+    own[wrong] = own[wrong, [1, 0, 2]]
+    meter = ExportErrorMeter("x", "y", PARITY.fp32)
+    for logits in (*[reference] * 4, own, *[reference] * 4):
+        meter.add(Trace(logits, []), Trace(reference, []))
+    found = failing(meter)
+    assert found["same tokens"].failure == "x against y: greedy tokens differ on 1 of 9 prompts"
+    assert (found["same tokens"].value, found["same tokens"].at_least, found["same tokens"].of) == (8, 9, 9)
+    assert (found["top-1 wrong"].value, found["top-1 wrong"].of) == (1, 18)
+
+
+def test_a_bound_takes_its_own_limit_and_nothing_beyond_it() -> None:
+    limit = Bound(limit=0.5, healthy=0.25)
+    for value, above, below in ((0.5, False, False), (0.501, True, False), (0.499, False, True), (np.nan, True, True)):
+        most, least = bounded("x", "y", value, at_most=limit), bounded("x", "y", value, at_least=limit)
+        assert (bool(most.failure), bool(least.failure)) == (above, below)
+        assert (most.at_most, most.at_least, most.healthy) == (0.5, None, 0.25)
+        assert (least.at_most, least.at_least, least.healthy) == (None, 0.5, 0.25)
+    assert not bounded("x", "y", 1e9).failure
+
+
+@pytest.mark.parametrize(
+    ("noisy", "limit"),
+    [
+        ("times the noise", 8.0),
+        ("times the noise, typical", 1.5),
+        ("root of KL, times the noise", 8.0),
+        ("features, times the noise", 8.0),
+        ("hidden times the noise", 8.0),
+    ],
+)
+def test_every_figure_is_held_to_a_multiple_of_its_own_noise(noisy: str, limit: float) -> None:
+    """The others are all as large as the noise; the second layer's error is the smaller one, as its noise is."""
+    rng = np.random.default_rng(0)
+    names = ["times the noise", "times the noise, typical", "root of KL, times the noise"]
+    names += ["features, times the noise", "hidden times the noise"]
+    logits, features, hidden = (rng.normal(size=size) for size in ((2, 9), (4, 5), (2, 7, 5)))
+    changed = [one + 1e-4 * rng.normal(size=one.shape) for one in (logits, features, hidden)]
+    changed[2][1] = hidden[1] + (changed[2][1] - hidden[1]) / 10
+    reference = Trace(logits, [], hidden=hidden, features=features)
+    own = Trace(changed[0], [], hidden=changed[2], features=changed[1])
+    plain = ExportErrorMeter("x", "y", PARITY.fp16)
+    plain.add(own, reference, own)
+    seen = plain.distance
+    for share, fails in ((1.01, True), (0.99, False)):
+        times = {name: limit * share if name == noisy else 1.0 for name in names}
+        noise = Noise(
+            logits=seen.difference / times["times the noise"],
+            kl=seen.kl / times["root of KL, times the noise"] ** 2,
+            features=seen.features_error / times["features, times the noise"],
+            hidden=(seen.layer_errors[0], seen.layer_errors[1] / times["hidden times the noise"]),
+        )
+        meter = ExportErrorMeter("x", "y", PARITY.fp16, noise)
+        # A geometric mean: of one step whose error is ten times the noise and one of a tenth.
+        steps = times["times the noise, typical"] * np.array([[10.0], [0.1]])
+        meter.add(own, reference, own, (changed[0] - logits) / steps)
+        assert set(failing(meter)) == ({noisy} if fails else set())
+        values = {check.name: check.value for check in meter.result().checks}
+        assert {name: values[name] for name in names} == pytest.approx(times, rel=1e-3)
 
 
 GATE = Gate.model_validate(
@@ -96,6 +179,29 @@ def test_a_bound_leaves_room_for_the_noise_of_the_eager_model_in_this_layer(
     absolute = ExportErrorMeter("x", "y", GATE.model_copy(update={"own_noise_ratio": None}), meter.noise)
     absolute.add(own, reference, own)
     assert set(failing(absolute)) == {"hidden cosine", "hidden norm ratio"}
+
+
+def test_the_layer_furthest_beyond_its_own_limit_counts() -> None:
+    """The first layer's error is the larger one, and its noise excuses it."""
+    reference = Trace(LOGITS, [], hidden=np.stack([turned(0, 1), turned(0, 1)]))
+    own = Trace(LOGITS, [], hidden=np.stack([turned(0, 1.3), turned(0, 1.1)]))
+    meter = ExportErrorMeter("x", "y", GATE, Noise(1e-3, hidden_cosine=(1.0, 1.0), hidden_norm_ratio=(0.1, 0.01)))
+    meter.add(own, reference, own)
+    found = failing(meter)
+    assert set(found) == {"hidden norm ratio"}
+    assert (found["hidden norm ratio"].value, found["hidden norm ratio"].noise) == pytest.approx((0.1, 0.01), rel=1e-5)
+    assert found["hidden norm ratio"].at_most == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("noise", [np.inf, np.nan])
+def test_noise_without_a_number_excuses_no_layer(noise: float) -> None:
+    hidden = np.ones((1, 3, 4))
+    meter = ExportErrorMeter("x", "y", PARITY.fp16, Noise(1e-3, hidden=(noise,)))
+    meter.add(Trace(LOGITS, [], hidden=hidden), Trace(LOGITS, [], hidden=hidden), Trace(LOGITS, [], hidden=hidden))
+    assert failing(meter) == {}
+    near = Trace(LOGITS, [], hidden=hidden + 1e-6)
+    meter.add(near, Trace(LOGITS, [], hidden=hidden), near)
+    assert set(failing(meter)) == {"hidden times the noise"}
 
 
 def test_bounds_on_logits_leave_room_too() -> None:

@@ -61,6 +61,55 @@ def test_a_flip_is_explained_by_noise_or_wrong(own: list[int], noise: float, fai
     assert stage.flipped == (own != [0, 1, 2, 6])
 
 
+@pytest.mark.parametrize(
+    ("score", "noise", "fails"),
+    [
+        # 3.00 for 2.30 is a lead of 23 %, for 2.20 of 27 %: a quarter is the most that any noise explains.
+        (2.3, 5.0, set()),
+        (2.2, 5.0, {"kept-set IoU", "furthest flip"}),
+        # Noise without a number explains nothing.
+        (2.97, INF, {"kept-set IoU", "furthest flip"}),
+        (2.97, np.nan, {"kept-set IoU", "furthest flip"}),
+        # Twice the noise, and no less than the gate's own distance.
+        (2.97, 0.0051, set()),
+        (2.97, 0.0049, {"kept-set IoU", "furthest flip"}),
+        (2.9998, 0.0, set()),
+        (2.9996, 0.0, {"kept-set IoU", "furthest flip"}),
+    ],
+)
+def test_no_noise_explains_every_flip(score: float, noise: float, fails: set[str]) -> None:
+    one = choice(noise)
+    one.add([np.array([0, 1, 3, 6])], record([INF, 9.0, 3.0, score, 1.0, 0.5, INF], [0, 1, 2, 6]))
+    assert failing(one) == fails
+
+
+@pytest.mark.parametrize(("share", "fails"), [(0.99, False), (1.01, True)])
+@pytest.mark.parametrize(
+    ("precision", "noise", "limit", "name"),
+    [
+        ("fp16", Noise(scores=(0.001,)), 8.0 * 0.001, "scores, times the noise"),
+        ("bf16", Noise(scores=(0.01,)), 2.0 * 0.01, "scores, times the noise"),
+        ("fp32", Noise(), 1e-3, "score error"),
+    ],
+)
+def test_scores_are_right_near_the_cut(
+    precision: str, noise: Noise, limit: float, name: str, share: float, *, fails: bool
+) -> None:
+    scores, error = [INF, 9.0, 3.0, 2.97, 1.6, 1.4, INF], limit * share
+    kept = record(scores, [0, 1, 2, 6])
+    gate = getattr(load_recipe("qwen25vl").parity, precision)
+    for changed, counts in ((4, True), (5, False)):
+        # 1.6 is more than half of the last score kept, 1.4 is less.
+        own = np.array(scores)
+        own[changed] *= 1 - error
+        one = SelectionMeter("x", "y", [Stage(layer=2, ratio=0.5)], gate, noise, 0)
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [np.array(scores)]))
+        assert failing(one) == set()
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [own]))
+        one.add(kept.fp32.kept, kept, Trace(LOGITS, kept.fp32.kept, [np.array(scores)]))
+        assert failing(one) == ({name} if fails and counts else set())
+
+
 def test_iou_leaves_text_out() -> None:
     one = choice(0.0)
     one.add([np.array([0, 1, 5, 9])], record([INF, INF, 9, 1, 2, 4, 3, 0, 5.0, INF], [0, 1, 8, 9]))
@@ -83,6 +132,54 @@ def test_an_image_that_is_guaranteed_its_best_is_cut_for_itself() -> None:
     wrong = choice(0.01, min_keep=1)
     wrong.add([np.array([0, 1, 2, 3, 4, 7])], kept)
     assert failing(wrong) == {"furthest flip"}
+
+
+def test_the_furthest_of_all_flips_counts() -> None:
+    """Of two on one prompt, whatever prompts come behind it."""
+    kept = record([INF, 3.0, 2.0, 1.99, 1.0, INF], [0, 1, 2, 5])
+    one = choice(0.0)
+    one.add([np.array([0, 3, 4, 5])], kept)
+    one.add([np.array([0, 1, 3, 5])], kept)
+    (flip,) = (check for check in one.result().checks if check.name == "furthest flip")
+    assert flip.value == pytest.approx(0.5) and flip.failure
+
+
+def test_as_many_tokens_change_places_as_fall_and_rise() -> None:
+    one = choice(0.01)
+    one.add([np.array([0, 1, 2, 6])], record([INF, 9.0, 3.0, 2.97, 2.96, 2.95, INF], [0, 1, 2, 6]))
+    assert one.result().stages[0].iou_bound == pytest.approx(1 / 3)
+
+
+def test_the_prompt_furthest_below_its_own_bound_counts() -> None:
+    """On the first prompt nothing kept is shared, which near-ties explain."""
+    one = choice(0.01)
+    one.add([np.array([0, 2, 4])], record([INF, 3.0, 2.97, 1.0, INF], [0, 1, 4]))
+    assert failing(one) == set()
+    one.add([np.array([0, 1, 4, 6])], record([INF, 9.0, 3.0, 2.0, 1.0, 0.5, INF], [0, 1, 2, 6]))
+    for _ in range(8):
+        one.add([np.array([0, 1, 4])], record([INF, 3.0, 2.97, 1.0, INF], [0, 1, 4]))
+    (iou,) = (check for check in one.result().checks if check.name == "kept-set IoU")
+    assert (iou.value, iou.at_least) == (pytest.approx(1 / 3), 1) and iou.failure
+
+
+def two_stages(second: Stage) -> tuple[Any, SelectionMeter]:
+    """Four tokens of which three stay, then two of those."""
+    kept = record([INF, 4.0, 3.0, 2.0, 1.0, INF], [0, 1, 2, 3, 5])
+    kept.fp32.kept.append(np.array([0, 1, 3, 5]))
+    kept.fp32.scores.append(np.array([INF, 8.0, 5.0, 6.0, INF]))
+    return kept, SelectionMeter("x", "y", [Stage(layer=1, ratio=0.25), second], GATE, Noise(), 0)
+
+
+def test_a_later_stage_is_held_to_the_tokens_that_the_oracle_left() -> None:
+    kept, one = two_stages(Stage(layer=2, ratio=0.5))
+    one.add([np.array([0, 1, 2, 4, 5]), kept.fp32.kept[1]], kept)
+    assert failing(one) == {"kept-set IoU", "furthest flip"}
+    first, second = one.result().stages
+    assert (first.flipped, second.flipped) == (1, 0)
+    assert second.margin_min == pytest.approx(1 / 6)
+    kept, steps = two_stages(Stage(selector="capa-mmr", layer=2, ratio=0.5))
+    steps.add([kept.fp32.kept[0], np.array([0, 1, 4, 5])], kept)
+    assert "kept sets that are no choice" in failing(steps)
 
 
 def test_nothing_dropped_has_no_margin() -> None:
@@ -119,7 +216,7 @@ def stepwise(noise: Noise) -> SelectionMeter:
     return SelectionMeter("x", "y", [Stage(selector="divprune", ratio=0.5)], GATE, noise, 0)
 
 
-def ranked(count: int) -> SimpleNamespace:
+def ranked(count: int) -> Any:
     """So many tokens, the first half kept, between two of text."""
     half = count // 2
     return record([INF, *range(half, 0, -1), *[0] * half, INF], [0, *range(1, half + 1), count + 1])
@@ -171,6 +268,25 @@ def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
         "kept-set IoU of a prompt",
         "kept sets that are no choice",
     }
+
+
+@pytest.mark.parametrize(
+    ("iou", "ties", "least", "judged"),
+    [
+        (1.0, 1.0, 0.98, True),
+        # Twice the loss of either, and not of both.
+        (0.9, 0.97, 0.78, True),
+        (0.97, 0.9, 0.78, True),
+        # Two thirds of the way from all to chance, which is a third.
+        (1.0, 0.79, 0.56, True),
+        (1.0, 0.785, 0.55, False),
+    ],
+)
+def test_the_least_overlap_of_a_choice_by_steps(iou: float, ties: float, least: float, *, judged: bool) -> None:
+    one = stepwise(Noise(iou=((iou,),), tie_iou=((ties,),)))
+    one.add(ranked(100).fp32.kept, ranked(100))
+    assert one.result().stages[0].iou_bound == pytest.approx(least)
+    assert len(one.warnings()) == (not judged)
 
 
 def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:

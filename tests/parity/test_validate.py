@@ -100,8 +100,12 @@ def test_a_healthy_export_passes(oracle: Oracle, records: Records) -> None:
     assert set(fp16.milliseconds) == {"prefill", "decode"}
 
 
-def test_flips_and_numeric_drift_are_told_apart(oracle: Oracle, records: Records, tmp_path: Path) -> None:
-    """A graph that scores wrongly: the right numbers where it is made to keep the right tokens."""
+@pytest.mark.parametrize("replayed", [8, 0])
+def test_flips_and_numeric_drift_are_told_apart(
+    oracle: Oracle, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replayed: int
+) -> None:
+    """A graph that scores wrongly: the right numbers where it is made to keep the right tokens, on every prompt."""
+    monkeypatch.setattr("capa_export.parity.validate._REPLAYED", replayed)
     folder = shutil.copytree(oracle.fp32_onnx, tmp_path / "onnx")
     model = ir.load(folder / "llm/prefill.onnx")
     score = next(node for node in model.graph if node.op_type == "ContributionScore")

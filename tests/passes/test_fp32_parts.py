@@ -188,6 +188,19 @@ def test_weights_are_those_of_the_checkpoint_and_shared(graphs: Graphs, source: 
         np.testing.assert_array_equal(ours.numpy().reshape(-1), stored.astype(dtype.numpy()))
 
 
+def test_a_weight_that_others_read_too_keeps_its_dtype(source: Callable[[str], Source]) -> None:
+    """Two layers share one: what is in FP32 reads it through a cast."""
+    dims = source("qwen25vl").dims
+    half = prefill_model(dims.decoder, HALF, rotary_tables(dims), prune_layers=(), linear_layers=())
+    weights = [half.graph.initializers[f"model.layers.{layer}.mlp.down_proj.weight"] for layer in (1, 3)]
+    ((other, at),) = weights[0].uses()
+    other.replace_input_with(at, weights[1])
+    assert FP32PartsPass([parse_unit("3.mlp")])(half).modified
+    assert weights[1].dtype == HALF and other.inputs[at] is weights[1]
+    assert {use.node.op_type for use in weights[1].uses()} == {other.op_type, "Cast"}
+    assert half.graph.initializers["model.layers.3.mlp.up_proj.weight"].dtype == FLOAT
+
+
 def test_a_second_run_changes_nothing(source: Callable[[str], Source]) -> None:
     dims = source("qwen25vl").dims
     options: Any = {"prune_layers": (2,), "linear_layers": (3,)}

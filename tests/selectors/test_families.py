@@ -90,7 +90,7 @@ SCHEDULES = {
     "before, at and inside": [stage("vispruner", 0.3), stage("fastv", 0.5, 2), stage("capa-mmr", 0.75, 3)],
     "feather in two stages": [
         Stage(layer=1, ratio=0.5, selector="feather"),
-        Stage(layer=3, ratio=0.8, selector="feather", options={"grid": 0}),
+        Stage(layer=3, ratio=0.8, selector="feather", options={"stride": 2}),
     ],
     "the same twice": [stage("divprune", 0.5), stage("iwp-style", 0.7, 1)],
 }

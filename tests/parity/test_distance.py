@@ -1,0 +1,60 @@
+"""Distances are the worst of all tokens, steps and prompts; an answer's few states are not lost among a prompt's."""
+
+import numpy as np
+import pytest
+
+from capa_export.parity.distance import Distance, VectorDistance
+from capa_export.parity.trace import Trace
+
+LOGITS = np.zeros((2, 3))
+"""Of two steps."""
+
+
+def test_one_wrong_vector_of_many_counts() -> None:
+    reference = np.tile([1.0, 0.0], (9, 1))
+    turned, longer = reference.copy(), reference.copy()
+    turned[4] = np.cos(0.3), np.sin(0.3)
+    longer[7] *= 1.3
+    for found, wanted in ((turned, (np.cos(0.3), 0)), (longer, (1, 0.3))):
+        seen = VectorDistance()
+        for own in (reference, found, reference):
+            seen.add(own, reference)
+        assert (seen.cosine, seen.norm_ratio) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        # Of three rows of the prompt, one of which was dropped; and of the one that is the answer's.
+        (0, 0.1 / 2**0.5),
+        (2, 0.1 / 2**0.5),
+        (3, 0.1),
+    ],
+)
+def test_states_of_an_answer_have_a_norm_of_their_own(row: int, error: float) -> None:
+    hidden = np.tile([0.6, 0.8], (2, 4, 1))
+    hidden[1, 1] = np.nan
+    wrong = hidden.copy()
+    wrong[1, row] *= 1.1
+    reference, seen = Trace(LOGITS, [], hidden=hidden), Distance()
+    for own in (hidden, wrong, hidden):
+        seen.add_states(Trace(LOGITS, [], hidden=own), reference)
+    assert seen.layer_errors == pytest.approx([0, error])
+    assert [layer.norm_ratio for layer in seen.layers] == pytest.approx([0, 0.1])
+
+
+def test_the_worst_prompts_features_count() -> None:
+    features = np.tile([0.6, 0.8], (4, 1))
+    reference, seen = Trace(LOGITS, [], features=features), Distance()
+    for scale in (1.0, 1.2, 1.0):
+        seen.add_states(Trace(LOGITS, [], features=scale * features), reference)
+    assert seen.features_error == pytest.approx(0.2)
+    assert seen.features is not None and seen.features.norm_ratio == pytest.approx(0.2)
+
+
+def test_the_worst_step_counts() -> None:
+    reference, seen = np.array([4.0, 0.0, -8.0]), Distance()
+    for change in (0.0, 0.4, 0.1):
+        seen.add_logits(reference + np.array([0, change, 0]), reference)
+    assert (seen.difference, seen.relative_error) == pytest.approx((0.4, 0.05))
+    assert seen.kl > 0
