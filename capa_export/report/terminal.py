@@ -242,27 +242,13 @@ def _print_forecast(plan: dict[str, Any]) -> None:
     """Print how long the target's devices take, as far as their data sheets tell."""
     from capa_export.plan.forecast import ANSWER
 
-    room = {name: fits for name, _, fits in plan["device"]["devices"]}
-    last = f"{ANSWER} tokens"
-    table = make_table(
-        "ms", "vision", "first token", "CAPA", "sooner", "a token", "CAPA", last, "CAPA", "sooner", "room"
-    )
+    table = make_table("ms", "vision", "first", "CAPA", "token", "CAPA", f"{ANSWER}th", "CAPA")
     for one in plan["forecast"]:
         dense, capa = one["dense"], one["capa"]
-        table.add_row(
-            one["device"],
-            _ms(dense["vision"]),
-            *_sooner(dense["first"], capa["first"]),
-            _ms(dense["token"]),
-            _ms(capa["token"]),
-            *_sooner(dense["last"], capa["last"]),
-            "" if room[one["device"]] else "too small",
-        )
-    print_table(f"Forecast from data sheets, not measured: {plan['visual_tokens']} visual tokens", table)
-
-
-def _sooner(dense: float, capa: float) -> tuple[str, str, str]:
-    return _ms(dense), _ms(capa), f"{dense / capa:.1f}x"
+        pairs = [_ms(way[key]) for key in ("first", "token", "last") for way in (dense, capa)]
+        table.add_row(one["device"], _ms(dense["vision"]), *pairs)
+    title = f"to the first token, a token, and to the {ANSWER}th; {plan['visual_tokens']} visual tokens"
+    print_table(f"Forecast from data sheets, not measured: {title}", table)
 
 
 def _ms(milliseconds: float) -> str:

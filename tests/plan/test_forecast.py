@@ -84,9 +84,10 @@ def test_a_plan_leads_with_the_time_to_the_first_and_the_last_token(
     command = ["plan", "--model", "qwen25vl", "--checkpoint", str(tmp_path), "-t", "orin", "--ratio", "0.75"]
     main(command)
     first, header, nano, *_ = capsys.readouterr().out.splitlines()
-    assert first == "Forecast from data sheets, not measured: 1024 visual tokens"
-    assert header.split()[:3] == ["ms", "vision", "first"]
-    assert nano.startswith("Orin Nano 4GB") and nano.endswith("too small")
+    said = "to the first token, a token, and to the 64th; 1024 visual tokens"
+    assert first == f"Forecast from data sheets, not measured: {said}"
+    assert header.split() == ["ms", "vision", "first", "CAPA", "token", "CAPA", "64th", "CAPA"]
+    assert nano.split() == ["Orin", "Nano", "4GB", "2,509", "8,932", "4,177", "531", "524", "42,398", "37,187"]
     main([*command, "--json"])
     found = {one["device"]: one for one in json.loads(capsys.readouterr().out)["forecast"]}
     large = found["AGX Orin 64GB"]
