@@ -126,8 +126,12 @@ def page() -> str:
 
 `capa-export plan --target DEVICE` forecasts, for each board or card of a target, the milliseconds to the first token
 and of each one behind it, dense and with CAPA. It counts the FLOPs and bytes of the model's graphs and divides them by
-the bandwidth and the FP16 throughput of the data sheet (`[devices]` in [engines/](../engines)), of which it takes 80
-and 45 % to be attained. A decode step is taken to move the cache five times. None of it was measured on a GPU by us.
+the device's bandwidth and FP16 throughput (`[devices]` in [engines/](../engines)), of which it takes 80 and 45 % to be
+attained. A decode step is taken to move the cache five times. None of it was measured on a GPU by us.
+
+The devices' figures were put in by hand. Held against what is published of them elsewhere were the throughput of Orin
+Nano, AGX Orin 64GB, RTX 4090, RTX PRO 5000 72GB and RTX PRO 6000, and the bandwidth of Orin Nano 8GB, RTX 4090 and the
+two RTX PRO; **the others were not checked**. A target of your own may say otherwise.
 
 Beside it what NVIDIA publishes of TensorRT-Edge-LLM 0.9 (JetPack 7.2, batch 1, INT4 weights, products in FP16),
 with the ratio of the forecast to it. The share that is attained was chosen by these very figures of Orin, so
@@ -137,8 +141,8 @@ they say how far such a rule reaches, not that it is right.
 
 - Orin is met within a factor of 1.4. Where Orin Nano and NX ran in their "super" modes, which the source does not
   say, the data sheet's figures are too low.
-- Thor's prefill of so few tokens takes several times longer than its throughput would have it: INT4 kernels there are
-  far from the tensor cores' peak. For Thor take the forecast of prefill as a lower bound.
+- Thor's prefill of so few tokens takes more than four times longer than its throughput would have it, and its vision
+  tower nearly twice; why is not known here. For Thor take the forecast of both as a lower bound.
 - Pruning and engines of our own are in none of these figures; what CAPA saves is counted, by the same rule.
 """
 

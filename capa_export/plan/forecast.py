@@ -16,9 +16,9 @@ __all__ = ["ANSWER", "AnswerTimes", "AnswerWork", "forecast", "forecasts", "step
 ANSWER = 64
 """Tokens of the answer whose last one is forecast."""
 _ATTAINED_FLOPS = 0.45
-"""Share of a data sheet's throughput that matrix products attain: 42 to 59 % in published prefills on Orin."""
+"""Share of a device's throughput that matrix products attain: 43 to 62 % in published prefills on Orin, counted so."""
 _ATTAINED_BANDWIDTH = 0.8
-"""Share of a data sheet's bandwidth that decode attains: 73 to 89 % in published figures of Orin and Thor."""
+"""Share of a device's bandwidth that decode attains: 79 to 93 % in published figures of Orin and Thor, counted so."""
 _CACHE_PASSES = 5
 """Times that a step moves the cache: it is copied with the new row, read by attention, and shifted."""
 

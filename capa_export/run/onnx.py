@@ -52,9 +52,9 @@ _ATTENTION_LIMIT = 1 << 30
 
 
 class OnnxModel(RuntimeModel[KVCache]):
-    """The graphs of one `onnx/` folder; on the CPU bf16 graphs compute in FP32 over their bf16 weights.
+    """The graphs of one `onnx/` folder; bf16 graphs compute in FP32 over their bf16 weights.
 
-    On a GPU's provider, and wherever `binds` says so, caches stay on its device between runs.
+    Where `binds` says so, as on a GPU, an answer's cache stays on the device between its steps; `follow` copies it.
 
     Args:
         graphs: the folder, or graphs that are not written, which are always run in slices.
@@ -87,6 +87,10 @@ class OnnxModel(RuntimeModel[KVCache]):
         self._sessions: dict[str, tuple[Any, bool]] = {}
         """File -> session, and whether its attention runs in tiles."""
         self._attention: dict[tuple[str, object], int] = {}
+
+    @property
+    def device(self) -> dict[str, Any]:
+        return {} if self.provider == "cpu" else {"provider": self.provider}
 
     def _opened(self, file: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Any:
         """The session of a graph; from the first inputs on that are too large for it, one with attention in tiles."""
@@ -125,7 +129,7 @@ class OnnxModel(RuntimeModel[KVCache]):
 
     def _session(self, file: str, *, in_tiles: bool = False) -> Any:
         path = self.folder / file
-        bfloat16 = self.provider == "cpu" and self.unwritten is None and _is_bfloat16(path)
+        bfloat16 = self.unwritten is None and _is_bfloat16(path)
         if not (bfloat16 or in_tiles or self.sliced or self._changes(file)):
             return self._connected(path)
         # Slow to import, and seldom needed to run a bundle.
@@ -204,9 +208,7 @@ class OnnxModel(RuntimeModel[KVCache]):
     def dtype(self) -> type[np.floating[Any]]:
         name = self._decode.get_inputs()[0].type
         if name not in NUMPY_TYPES:
-            raise CapaError(
-                f"{self.folder}: ONNX Runtime's CPU provider does not run {name}; build with --precision fp16"
-            )
+            raise CapaError(f"{self.folder}: ONNX Runtime is not given {name} here; build with --precision fp16")
         return NUMPY_TYPES[name]
 
     @cached_property

@@ -12,6 +12,7 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
+from capa_export.run import providers
 from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
 
@@ -56,6 +57,21 @@ def test_caches_that_stay_on_the_device_give_the_same_answers(
     assert {type(held).__name__ for held in grown.tensors.values()} == {"OrtValue"}
     assert answers(onnx, prompts[:1], []) == expected[:1]
     assert answers(onnx, prompts, []) == expected
+
+
+def test_bf16_graphs_run_on_a_provider_as_they_do_on_the_cpu(
+    trained: tuple[OnnxModel, list[Prompt]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's provider does here what CUDA's is asked to: arrays of bf16 can be given to neither."""
+    source = Source.of(open_checkpoint(str(Path(load_recipe("tiny-qwen25vl").checkpoint))), qwen25vl)
+    write_onnx(source, "bf16", tmp_path, prune_layers=(2,), scales={})
+    monkeypatch.setattr(providers, "_NAMES", {**providers._NAMES, "cuda": "CPUExecutionProvider"})
+    monkeypatch.setattr(providers, "_DEVICES", {**providers._DEVICES, "cuda": "cpu"})
+    monkeypatch.setattr(providers, "_OPTIONS", {})
+    prompts = trained[1][:2]
+    there, here = OnnxModel(tmp_path, threads=1, provider="cuda"), OnnxModel(tmp_path, threads=1)
+    assert (there.device, here.device) == ({"provider": "cuda"}, {})
+    assert answers(there, prompts, []) == answers(here, prompts, [])
 
 
 def test_rows_go_on_when_another_has_ended(trained: tuple[OnnxModel, list[Prompt]]) -> None:
