@@ -252,6 +252,8 @@ def _print_forecast(plan: dict[str, Any]) -> None:
 
 
 def _ms(milliseconds: float) -> str:
+    if milliseconds < 1:
+        return f"{milliseconds:.2f}" if milliseconds >= 0.01 else "<0.01"
     return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
