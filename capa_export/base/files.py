@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["file_digest", "fingerprint", "replacing", "write_whole"]
+__all__ = ["file_digest", "fingerprint", "is_special", "replacing", "write_whole"]
 
 
 @contextmanager
@@ -35,6 +36,15 @@ def write_whole(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is a pipe, a socket or a device at a path, which to read might never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def file_digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import talk, talks
 
-__all__ = ["Workers", "chunks", "in_order", "run_tasks"]
+__all__ = ["Workers", "chunks", "in_order", "module_arguments", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,6 +27,11 @@ Prepare = Callable[[], Callable[[Task], Result]]
 
 _AHEAD = 2
 """Tasks handed out for each process, so that none waits for the next."""
+_START = """import sys
+sys.path[:] = filter(None, sys.path)
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 _RETRIES = 5
 """Nodes that a task may lose before its failure is the task's own fault."""
 
@@ -44,6 +49,11 @@ class Workers:
     def here(self) -> bool:
         """Whether this process does all the work."""
         return self.ray is None and (self.count or 1) == 1
+
+
+def module_arguments(module: str) -> tuple[str, ...]:
+    """Arguments of Python that run a module as `-m` does, but import nothing from the current folder."""
+    return "-c", _START, module
 
 
 def chunks(items: Iterable[Task], size: int) -> Iterator[list[Task]]:

@@ -9,8 +9,9 @@ from typing import Any, cast
 from google.protobuf.message import DecodeError, Message
 
 from capa_export.base.errors import CapaError
+from capa_export.base.files import is_special
 
-__all__ = ["WEIGHTS_TABLE", "confined", "is_name", "references"]
+__all__ = ["WEIGHTS_TABLE", "confined", "is_name", "references", "require_own"]
 
 WEIGHTS_TABLE = ".weights.json"
 """Ending of the name of the table that says where an engine's weight inputs lie."""
@@ -38,15 +39,32 @@ def confined(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`, wherever symbolic links lead; it need not exist.
 
     Raises:
-        CapaError: it is not below it.
+        CapaError: it is not below it, or is neither a file nor a folder.
     """
     if not is_name(name):
         raise CapaError(f"{folder}: {name!r} is no name of a file in it; build the bundle again")
-    path = folder / name
-    inside, real = (Path(os.path.realpath(one)) for one in (folder, path))
-    if not real.is_relative_to(inside):
+    require_own(folder / name, folder)
+    return folder / name
+
+
+def require_own(path: Path, folder: Path, blobs: Path | None = None) -> None:
+    """Hold a path to what lies in its folder, before anything is opened.
+
+    Args:
+        path: below `folder`; it need not exist.
+        folder: which no link may leave.
+        blobs: a folder that links may lead to all the same, and that is no link itself.
+
+    Raises:
+        CapaError: a link on the way leads elsewhere, or the path is a pipe, a socket or a device.
+    """
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(folder)) and not (
+        blobs and real.is_relative_to(Path(os.path.realpath(blobs.parent), blobs.name))
+    ):
         raise CapaError(f"{path}: is a link that leads outside of {folder}; put what it leads to in its place (cp -rL)")
-    return path
+    if is_special(path):
+        raise CapaError(f"{path}: is a pipe, a socket or a device; put a file in its place")
 
 
 def references(path: Path) -> list[str]:

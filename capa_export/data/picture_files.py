@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from capa_export.base.errors import CapaError
+from capa_export.base.files import is_special
 from capa_export.base.progress import say
 
 __all__ = ["PICTURE_SUFFIXES", "open_picture", "pictures_among", "upright_rgb"]
@@ -42,6 +43,8 @@ def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
     Raises:
         CapaError: there is none, or it does not decode.
     """
+    if data is None and is_special(path):
+        raise CapaError(f"{path}: is no file; replace or remove it")
     try:
         with Image.open(path if data is None else BytesIO(data)) as image:
             if getattr(image, "is_animated", False) and image.format in _ANIMATED:

@@ -32,6 +32,7 @@ from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
 from capa_export.base.precision import Precision
+from capa_export.base.workers import module_arguments
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
 
@@ -235,7 +236,7 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
                 share = list(missing.items())[index :: os.cpu_count() or 1]
                 spec.write_text(json.dumps([{"path": str(path), **asdict(job)} for path, job in share]), "ascii")
                 output = stack.enter_context(log.open("wb"))
-                command = [sys.executable, "-m", "capa_export.kernels.compile", str(spec)]
+                command = [sys.executable, *module_arguments("capa_export.kernels.compile"), str(spec)]
                 child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
                 )

@@ -7,8 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.bundle.confined import require_own
 
-__all__ = ["find_folder", "full_source", "refetch"]
+__all__ = ["find_folder", "full_source", "refetch", "require_own_file"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
@@ -31,7 +32,8 @@ def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> P
         patterns: of the files to download, and of those that a local folder must not lack where it links to them.
 
     Raises:
-        CapaError: it cannot be found, or one of these files is a link to a download that was not finished.
+        CapaError: it cannot be found, or one of these files is a link to a download that was not finished, or to what
+            is none of the checkpoint's.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -44,9 +46,20 @@ def find_folder(source: str, revision: str | None, patterns: Sequence[str]) -> P
     else:
         raise CapaError(f"{source}: no such folder; pass a folder that holds config.json, or a hub id like owner/name")
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.exists() and any(fnmatch(path.name, pattern) for pattern in patterns):
-            raise CapaError(f"{path}: is a link to a file that is not there; {refetch(folder)}")
+        if any(fnmatch(path.name, pattern) for pattern in patterns):
+            if path.is_symlink() and not path.exists():
+                raise CapaError(f"{path}: is a link to a file that is not there; {refetch(folder)}")
+            require_own_file(path, folder)
     return folder
+
+
+def require_own_file(path: Path, folder: Path) -> None:
+    """Hold a file of a checkpoint to its folder, or to the blobs of the hub's cache where the folder is a snapshot.
+
+    Raises:
+        CapaError: it leads elsewhere, as to a file that is none of the checkpoint's, or is no file.
+    """
+    require_own(path, folder, folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None)
 
 
 def refetch(folder: Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint
+from capa_export.model.hub import require_own_file
 
 __all__ = ["copy_sidecars", "sidecars"]
 
@@ -24,10 +25,16 @@ def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
     Args:
         folder: of the checkpoint.
         code: whether its own Python belongs to them.
+
+    Raises:
+        CapaError: one is a link that leaves the checkpoint, or no file.
     """
     own = ("*.py",) if code else ()
     parts = {"llm": (*_SIDECARS, *_TEXT_SIDECARS, *own), "visual": (*_VISUAL_SIDECARS, *own)}
-    return {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
+    found = {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
+    for path in set[Path]().union(*found.values()):
+        require_own_file(path, folder)
+    return found
 
 
 def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -> None:

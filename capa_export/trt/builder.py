@@ -5,7 +5,6 @@ It needs the standard library and TensorRT, and no GPU code of its own.
 
 import argparse
 import ctypes
-import hashlib
 import importlib
 import json
 import os
@@ -18,27 +17,35 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["FAILED", "KIT", "VERSION", "WORKER", "KitError", "build", "build_engines", "main", "read_kit"]
+if TYPE_CHECKING or __package__:
+    from capa_export.trt.kit_file import KitError, check_files, check_graphs, check_places, read_kit
+else:
+    # Beside this file in a kit, which is to stay as it is.
+    sys.dont_write_bytecode = True
+    from kit_file import KitError, check_files, check_graphs, check_places, read_kit
 
-KIT = "kit.json"
-VERSION = 3
-"""Of what `kit.json` says."""
+__all__ = ["FAILED", "WORKER", "build", "build_engines", "main"]
+
 WORKER = "engine_worker.py"
 """File of a kit that builds one engine."""
 FAILED = 5
 """Exit code of whatever keeps an engine from being built."""
+_RUNTIMES = ("tensorrt", "tensorrt_rtx")
+_PRINT_VERSION = """import sys
+sys.path[:] = filter(None, sys.path)
+import importlib
+print(importlib.import_module(sys.argv[1]).__version__)
+"""
+_OUTPUTS = (".engine", ".log", ".layers.txt", ".layers.json")
+"""Endings of the names of what is written of an engine."""
 _HEADER = "NvInferVersion.h"
 _INCLUDES = tuple(Path(f"/usr/include/{arch}-linux-gnu") for arch in ("aarch64", "x86_64"))
 _MAJOR, _MINOR = 75, 76
 """The driver's numbers of the attributes that hold the compute capability."""
 
 Say = Callable[[str], None]
-
-
-class KitError(Exception):
-    """Why there are no engines, in one line."""
 
 
 def main() -> int:
@@ -56,8 +63,6 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as links:
             environment: Mapping[str, str] = os.environ
             if given["runtime"] == "tensorrt_rtx":
-                # Beside this file in a kit, which is to stay as it is.
-                sys.dont_write_bytecode = True
                 finder = importlib.import_module("parser_library")
                 environment = {**os.environ, **finder.ensure_parser_library(Path(links))}
             for _ in build(Path(__file__).resolve().parent, **given, environment=environment):
@@ -72,7 +77,8 @@ def main() -> int:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    # A kit of another version may say anything.
+    sys.stderr.write("".join(char if char.isprintable() else "?" for char in line) + "\n")
     sys.stderr.flush()
 
 
@@ -85,10 +91,14 @@ def build(
     compute_capability: str | None = None,
     lowered: bool = False,
     out: Path | None = None,
+    worker: Sequence[str] | None = None,
+    write_plugins: Callable[[Path, Sequence[str]], None] | None = None,
     environment: Mapping[str, str] = os.environ,
     say: Say = _say,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Check device, TensorRT and files, compile the plugins, and build every engine.
+
+    What `kit.json` says is data until it is checked. The kit's own code is run where the caller brings none.
 
     Args:
         kit: the folder.
@@ -98,6 +108,8 @@ def build(
         compute_capability: GPU to build for in a trial.
         lowered: whether a trial takes the graphs for older TensorRT.
         out: where the engines of a trial go; those of the device go into the kit.
+        worker: arguments of Python that start the building process; None starts the kit's own.
+        write_plugins: writes the sources of the plugins into a folder, for GPUs; None takes the kit's own.
         environment: variables of the building processes.
         say: told what is being done.
 
@@ -114,19 +126,27 @@ def build(
     if lowered and not runtime:
         raise KitError("--lowered is for a trial, with --runtime; on the device its TensorRT decides")
     module = runtime or spec["runtime"]
+    if module not in _RUNTIMES:
+        raise KitError(f"no runtime {module!r}; there are {' and '.join(_RUNTIMES)}")
+    check_graphs(kit, spec)
+    folder = (out or kit).resolve()
+    for name in spec["engines"]:
+        check_places(folder, [name, *(f"{name}{ending}" for ending in _OUTPUTS)])
     if not runtime:
         _check_device(spec)
     version = _version(module, environment)
     if not runtime:
         _check_version(spec, version)
         lowered = _numbers(version) < _numbers(spec["lowered_below"])
-    _check_files(kit, spec["files"], say)
+    say(f"checking {len(spec['files'])} files")
+    check_files(kit, spec["files"])
     include = None
     if spec["plugins"] == "native":
         include = _headers(tensorrt_include, None if runtime else version)
     if check:
         say(f"this is {spec['target']}, with {module} {version}")
         return
+    capabilities = [compute_capability] if compute_capability else spec["compute_capabilities"]
     spec |= {
         "runtime": module,
         # TensorRT builds for the GPU that it finds.
@@ -134,13 +154,17 @@ def build(
         "version_min": version,
         "version_below": f"{_numbers(version)[0] + 1}",
     }
-    folder = (out or kit).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        library = _compile(kit, include, Path(scratch), say) if include else None
+        library, sources = None, kit / "plugins"
+        if include:
+            if write_plugins:
+                sources = Path(scratch, "plugins")
+                write_plugins(sources, capabilities)
+            library = _compile(sources, include, Path(scratch), say)
         yield from build_engines(
             *(kit, spec, folder),
-            worker=[str(kit / WORKER)],
+            worker=worker or [str(kit / WORKER)],
             library=library,
             lowered=lowered,
             environment=environment,
@@ -258,26 +282,6 @@ def _crash(returncode: int, log: Path, install: str) -> str:
     return f"the building process ended with status {returncode}: {last}"
 
 
-def read_kit(kit: Path) -> dict[str, Any]:
-    """What the `kit.json` of a kit says.
-
-    Raises:
-        KitError: there is none, or it is damaged, or of another version.
-    """
-    try:
-        spec = json.loads((kit / KIT).read_text(encoding="utf-8"))
-        digest = spec.pop("digest")
-        if digest != hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest():
-            raise ValueError("its digest differs from what it holds")
-    except OSError as error:
-        raise KitError(f"{kit}: no kit ({KIT}: {error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KitError(f"{kit / KIT}: damaged: copy the kit again") from error
-    if spec["version"] != VERSION:
-        raise KitError(f"{kit}: written by {spec['tool']}, another version: build it with its own build.sh")
-    return spec
-
-
 def _check_device(spec: Mapping[str, Any]) -> None:
     """Hold CPU and GPU against the kit's."""
     cpu, wanted = platform.machine(), spec["cpu"]
@@ -308,8 +312,8 @@ def _compute_capability() -> str:
 
 def _version(module: str, env: Mapping[str, str]) -> str:
     """Of the runtime, imported in a process of its own, since it may abort the one that imports it."""
-    code = f"import {module}; print({module}.__version__)"
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _PRINT_VERSION, module]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
         where = "; JetPack has it in python3-libnvinfer" if module == "tensorrt" else ""
@@ -326,20 +330,6 @@ def _check_version(spec: Mapping[str, Any], version: str) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _check_files(kit: Path, files: Mapping[str, str], say: Say) -> None:
-    say(f"checking {len(files)} files")
-    for name, sha256 in files.items():
-        path = kit / name
-        if not path.is_file():
-            raise KitError(f"{path}: missing: copy the kit again")
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise KitError(f"{path}: changed since the kit was made (sha256 differs): copy the kit again")
 
 
 def _headers(given: Path | None, version: str | None) -> Path:
@@ -361,11 +351,11 @@ def _headers(given: Path | None, version: str | None) -> Path:
     return found
 
 
-def _compile(kit: Path, include: Path, scratch: Path, say: Say) -> Path:
+def _compile(sources: Path, include: Path, scratch: Path, say: Say) -> Path:
     """The plugin library, compiled against the device's headers."""
     say("compiling the plugins")
     library = scratch / "libcapa_plugins.so"
-    command = ["/bin/sh", str(kit / "plugins" / "build.sh"), str(include.resolve()), str(library)]
+    command = ["/bin/sh", str(sources / "build.sh"), str(include.resolve()), str(library)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         lines = (run.stderr or run.stdout).strip().splitlines() or [f"exit code {run.returncode}"]

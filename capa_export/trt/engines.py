@@ -8,15 +8,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.workers import module_arguments
 from capa_export.config.plugins import NO_PLUGINS, Plugins
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.trt import builder
 from capa_export.trt.graphs import write_graphs
+from capa_export.trt.kit_file import KIT, KitError, read_kit
 from capa_export.trt.layers import read_engine
 
-__all__ = ["build_graphs", "building_environment", "read_engines"]
+__all__ = ["WORKER", "build_graphs", "building_environment", "read_engines"]
+
+WORKER = module_arguments("capa_export.trt.worker")
+"""Arguments of Python that start the process which builds an engine."""
 
 
 def build_graphs(
@@ -56,9 +61,9 @@ def build_graphs(
         with building_environment() as environment:
             built = builder.build_engines(
                 folder,
-                builder.read_kit(folder),
+                read_kit(folder),
                 folder,
-                worker=["-m", "capa_export.trt.worker"],
+                worker=WORKER,
                 library=plugins.library,
                 environment=environment,
                 logs=logs,
@@ -69,7 +74,7 @@ def build_graphs(
         for log in logs.values():
             log.unlink(missing_ok=True)
         raise
-    for name in (builder.KIT, *graphs):
+    for name in (KIT, *graphs):
         (folder / name).unlink()
     return engines
 
@@ -87,5 +92,5 @@ def read_engines(built: Iterable[tuple[str, dict[str, Any]]], kit: Path, folder:
     """What the manifest says of the engines that a builder leaves in a folder; each is read when it is whole."""
     try:
         return {name: read_engine(folder / name, said, kit / f"{name}.weights.json") for name, said in built}
-    except builder.KitError as error:
+    except KitError as error:
         raise CapaError(str(error), ExitCode.ENGINE) from error

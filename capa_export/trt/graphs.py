@@ -16,7 +16,7 @@ from capa_export.config.plugins import PluginKind
 from capa_export.config.target import DimRange, Target
 from capa_export.config.weights import Weights
 from capa_export.passes.for_tensorrt import prepare
-from capa_export.trt.builder import KIT, VERSION
+from capa_export.trt.kit_file import KIT, VERSION
 
 __all__ = ["GRAPHS", "find_limits", "write_graphs", "write_manifest", "write_weights"]
 

@@ -19,14 +19,16 @@ from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.builder import KIT, WORKER
+from capa_export.trt.builder import WORKER
 from capa_export.trt.golden import write_golden
 from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
+from capa_export.trt.kit_file import KIT
 
 __all__ = ["write_kit"]
 
 _BUILDER = {
     "trt/builder.py": "builder.py",
+    "trt/kit_file.py": "kit_file.py",
     "trt/worker.py": WORKER,
     "kernels/plugins/alias.py": "parser_library.py",
 }
@@ -48,7 +50,7 @@ wrong is said in one line, with exit code 5, before anything is built. `./build.
 
 | file | what it is |
 |---|---|
-| `build.sh`, `builder.py`, `engine_worker.py`, `parser_library.py` | what builds; Python's standard library alone |
+| `build.sh` and what ends in `.py` | what builds; Python's standard library alone |
 | `kit.json` | device, versions, limits of every input, SHA-256 of every file |
 | `onnx/` | the graphs, and their weights. `*.lowered.onnx` are for TensorRT before {native} |
 | `plugins/` | sources of the plugin library, kernels included, if the engines have plugins |

@@ -3,14 +3,15 @@
 import platform
 from importlib.util import find_spec
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from capa_export.base.code import versions
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report, say, silent
-from capa_export.bundle.confined import confined
+from capa_export.bundle.confined import confined, references
 from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, run_stage
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
@@ -21,9 +22,10 @@ from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt import builder
-from capa_export.trt.engines import build_graphs, building_environment, read_engines
+from capa_export.trt.engines import WORKER, build_graphs, building_environment, read_engines
 from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
+from capa_export.trt.kit_file import KitError, read_kit
 
 __all__ = ["build_engines", "build_kit", "check_engines", "check_runtime"]
 
@@ -185,6 +187,9 @@ def build_kit(
 ) -> dict[str, Any]:
     """Build the engines of a kit as its own `build.sh` does, and look through them for copies of weights.
 
+    Nothing that the kit brings is run, whoever wrote it: builder, worker and sources of plugins are those of this
+    package.
+
     Args:
         kit: the folder.
         tensorrt_include: folder of TensorRT's headers; None looks where packages put them.
@@ -198,8 +203,12 @@ def build_kit(
         What the manifest of a bundle says of engines built here: where weights are, and what each engine took.
 
     Raises:
-        CapaError: this is not the device, a file or TensorRT is missing or another, or TensorRT refused.
+        CapaError: this is not the device, a file or TensorRT is missing or another, the kit reads what is not in it,
+            or TensorRT refused.
     """
+    from capa_export.kernels.plugins.native import write_sources
+
+    spec = _read_kit(kit)
     done = count()
 
     def tell(line: str) -> None:
@@ -214,11 +223,12 @@ def build_kit(
             compute_capability=compute_capability,
             lowered=lowered,
             out=out,
+            worker=WORKER,
+            write_plugins=write_sources,
             environment=environment,
             say=tell,
         )
         engines = read_engines(built, kit, out or kit)
-    spec = builder.read_kit(kit)
     result = {
         "runtime": (runtime or spec["runtime"]).replace("_", "-"),
         "compute_capabilities": [compute_capability] if compute_capability else spec["compute_capabilities"],
@@ -229,6 +239,24 @@ def build_kit(
     if out is None:
         _note(kit, result)
     return result
+
+
+def _read_kit(kit: Path) -> dict[str, Any]:
+    """What a kit says; what its graphs and tables read is in it.
+
+    Raises:
+        CapaError: there is no kit, or it is damaged, or reads other files.
+    """
+    try:
+        spec = read_kit(kit)
+    except KitError as error:
+        raise CapaError(str(error), ExitCode.ENGINE) from error
+    for name in spec["files"]:
+        # The builder says of a pipe that it is missing; to open it would be to wait for ever.
+        for read in references(kit / name) if (kit / name).is_file() else ():
+            if normpath(PurePosixPath(name).parent / read) not in spec["files"]:
+                raise CapaError(f"{kit / name}: reads {read}, which is no file of this kit", ExitCode.ENGINE)
+    return spec
 
 
 def _note(kit: Path, result: dict[str, Any]) -> None:

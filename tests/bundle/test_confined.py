@@ -66,6 +66,14 @@ def test_links_are_followed_before_they_are_judged(tmp_path: Path) -> None:
     assert confined(tmp_path / "alias", "real/x") == tmp_path / "alias/real/x"
 
 
+@pytest.mark.parametrize("name", ["onnx/y", MANIFEST])
+def test_pipes_are_refused_before_they_are_opened(tmp_path: Path, name: str) -> None:
+    bundle = bundled(tmp_path / "bundle", {"onnx/y": SECRET})
+    (bundle.folder / name).unlink()
+    os.mkfifo(bundle.folder / name)
+    assert f"{name}: is a pipe, a socket or a device" in refusal(bundle)
+
+
 def external(location: str | None, **numbers: str) -> TensorProto:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     for key, value in {**({} if location is None else {"location": location}), **numbers}.items():

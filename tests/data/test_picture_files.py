@@ -1,5 +1,6 @@
 """Pictures of every kind are decoded as a viewer shows them, or it is said that they are not."""
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -172,3 +173,9 @@ def test_bytes_are_a_file_too() -> None:
     buffer = BytesIO()
     Image.new("RGBA", (3, 2), (0, 0, 0, 0)).save(buffer, "PNG")
     assert np.asarray(open_picture(Path("given.png"), buffer.getvalue())).min() == 255
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(CapaError, match=r"x\.png: is no file"):
+        open_picture(tmp_path / "x.png")

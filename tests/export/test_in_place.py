@@ -184,9 +184,9 @@ def test_another_disk_is_refused_and_nothing_left(
 
 
 def test_a_hub_cache_is_linked_behind_its_symbolic_links(building: Building, tmp_path: Path) -> None:
-    blobs = tmp_path / "checkpoint"
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "checkpoint").rename(blobs)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
     building.again(checkpoint=str(snapshot), ffn=False).export()

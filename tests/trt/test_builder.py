@@ -16,9 +16,9 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.target import DimRange, Target
-from capa_export.trt.builder import read_kit
 from capa_export.trt.engines import build_graphs
 from capa_export.trt.graphs import write_graphs
+from capa_export.trt.kit_file import read_kit
 from tests.targets import one_gpu
 
 GRAPH = """
@@ -51,7 +51,8 @@ Front (x, count) => (y) {
 """
 
 
-def _graph(folder: Path, dtype: str = "float16", text: str = GRAPH) -> Path:
+def tiny_graph(folder: Path, dtype: str = "float16", text: str = GRAPH) -> Path:
+    """Write the graph with random weights beside it."""
     model = ir.from_onnx_text(text.replace("DTYPE", dtype))
     random = np.random.default_rng(0)
     weights = model.graph.inputs[2:]
@@ -92,7 +93,7 @@ def _layers(tmp_path: Path) -> list[dict[str, Any]]:
 
 def test_an_engine_and_its_entry(tmp_path: Path, build: Build) -> None:
     said: list[str] = []
-    built = build(_graph(tmp_path), say=said.append)
+    built = build(tiny_graph(tmp_path), say=said.append)
     assert said == ["building tiny.engine from tiny.onnx"]
     assert (tmp_path / "out" / "tiny.engine").stat().st_size == built["bytes"] > 400_000
     assert built["onnx"] == "tiny.onnx"
@@ -112,7 +113,7 @@ def test_an_engine_and_its_entry(tmp_path: Path, build: Build) -> None:
 
 
 def test_external_weights_stay_out_of_the_plan(tmp_path: Path, build: Build) -> None:
-    graph = _graph(tmp_path)
+    graph = tiny_graph(tmp_path)
     embedded = build(graph)
     (tmp_path / "out").rename(tmp_path / "embedded")
     external = build(graph, weights="external")
@@ -128,7 +129,7 @@ def test_external_weights_stay_out_of_the_plan(tmp_path: Path, build: Build) -> 
 
 def test_an_engine_that_will_be_moved(tmp_path: Path, build: Build) -> None:
     home, log = tmp_path / "bundle" / "engines" / "rtx", tmp_path / "kept.log"
-    build(_graph(tmp_path), weights="external", home=home, logs={"tiny": log})
+    build(tiny_graph(tmp_path), weights="external", home=home, logs={"tiny": log})
     entries = json.loads((tmp_path / "out" / "tiny.weights.json").read_text(encoding="utf-8"))
     assert entries["qkv"]["file"] == "../../../tiny.onnx.data"
     assert not log.exists()
@@ -137,7 +138,7 @@ def test_an_engine_that_will_be_moved(tmp_path: Path, build: Build) -> None:
 
 def test_a_kit_holds_no_copy_of_the_weights(tmp_path: Path) -> None:
     text = GRAPH.replace("int64[1] num_keep", "int64[2] num_keep")
-    graph, kit = _graph(tmp_path, text=text), tmp_path / "kit"
+    graph, kit = tiny_graph(tmp_path, text=text), tmp_path / "kit"
     target = one_gpu(values=NUM_KEEP)
     write_graphs(tmp_path, {graph.name: "tiny"}, kit, target, weights="external", plugins="none")
     assert {path.name for path in kit.iterdir()} == {"kit.json", "tiny.onnx", "tiny.weights.json"}
@@ -150,13 +151,13 @@ def test_a_kit_holds_no_copy_of_the_weights(tmp_path: Path) -> None:
 
 def test_fp32_attention_builds_without_a_fused_kernel(tmp_path: Path, build: Build) -> None:
     target = one_gpu(values=NUM_KEEP, dims={"sequence": DimRange(min=1, opt=16, max=32)})
-    build(_graph(tmp_path, "float"), target)
+    build(tiny_graph(tmp_path, "float"), target)
     assert not any("mha" in layer["name"] for layer in _layers(tmp_path))
 
 
 def test_a_gpu_the_builder_refuses_starts_nothing(tmp_path: Path, build: Build) -> None:
     with pytest.raises(CapaError, match=r"compute capability 9\.0; it can for 8\.0"):
-        build(_graph(tmp_path), one_gpu(compute_capabilities=("8.6", "9.0")))
+        build(tiny_graph(tmp_path), one_gpu(compute_capabilities=("8.6", "9.0")))
     assert not (tmp_path / "out").exists()
 
 
@@ -167,14 +168,14 @@ def test_a_missing_graph(tmp_path: Path, build: Build) -> None:
 
 
 def test_missing_weights(tmp_path: Path, build: Build) -> None:
-    graph = _graph(tmp_path)
+    graph = tiny_graph(tmp_path)
     (tmp_path / "tiny.onnx.data").unlink()
     with pytest.raises(CapaError, match=r"tiny\.onnx: its weights are missing: .*tiny\.onnx\.data"):
         build(graph)
 
 
 def test_weights_that_end_too_soon(tmp_path: Path, build: Build) -> None:
-    graph = _graph(tmp_path)
+    graph = tiny_graph(tmp_path)
     (tmp_path / "tiny.onnx.data").write_bytes(b"short")
     with pytest.raises(CapaError, match=r"tiny\.onnx: .*log: .*tiny\.log"):
         build(graph)
@@ -184,7 +185,7 @@ def test_weights_that_end_too_soon(tmp_path: Path, build: Build) -> None:
 def test_an_operator_the_parser_refuses_is_named(tmp_path: Path, build: Build) -> None:
     text = GRAPH.replace("normed = RMSNorm", "unread = NonZero (x_TD)\n    normed = RMSNorm")
     with pytest.raises(CapaError, match=r"NonZero") as caught:
-        build(_graph(tmp_path, text=text))
+        build(tiny_graph(tmp_path, text=text))
     assert "\n" not in str(caught.value)
     assert "NonZero" in (tmp_path / "out" / "tiny.log").read_text(encoding="utf-8")
 
@@ -199,7 +200,7 @@ def test_a_builder_error_is_quoted(tmp_path: Path, build: Build) -> None:
     )
     with pytest.raises(CapaError, match="Error Code") as caught:
         build(
-            _graph(tmp_path, text=text),
+            tiny_graph(tmp_path, text=text),
             one_gpu(values=NUM_KEEP, dims={"sequence": DimRange(min=4000, opt=4096, max=4096)}),
         )
     assert "\n" not in str(caught.value)
@@ -208,12 +209,12 @@ def test_a_builder_error_is_quoted(tmp_path: Path, build: Build) -> None:
 
 def test_sizes_need_a_range(tmp_path: Path, build: Build) -> None:
     with pytest.raises(CapaError, match="the values of input num_keep are sizes"):
-        build(_graph(tmp_path), one_gpu(values={}))
+        build(tiny_graph(tmp_path), one_gpu(values={}))
 
 
 def test_a_version_outside_the_target_s_range(tmp_path: Path, build: Build) -> None:
     with pytest.raises(CapaError, match=r"tensorrt_rtx is .*; the target takes >=1\.99,<2"):
-        build(_graph(tmp_path), one_gpu(values=NUM_KEEP, version_min="1.99"))
+        build(tiny_graph(tmp_path), one_gpu(values=NUM_KEEP, version_min="1.99"))
 
 
 def _shadow_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -244,7 +245,7 @@ def _shadow_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str)
 def test_a_worker_that_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Build, code: str, message: str
 ) -> None:
-    graph = _graph(tmp_path)
+    graph = tiny_graph(tmp_path)
     _shadow_tensorrt(tmp_path, monkeypatch, code)
     with pytest.raises(CapaError, match=message) as caught:
         build(graph)
@@ -268,7 +269,7 @@ def test_ctrl_c_kills_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     thread = Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        build(_graph(tmp_path), logs={"tiny": log})
+        build(tiny_graph(tmp_path), logs={"tiny": log})
     thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
@@ -277,7 +278,7 @@ def test_ctrl_c_kills_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_plan_that_cannot_be_written(tmp_path: Path, build: Build) -> None:
-    graph = _graph(tmp_path)
+    graph = tiny_graph(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:

@@ -21,6 +21,7 @@ from capa_export.config.recipe import load_recipe
 from capa_export.config.target import Target, load_target
 from capa_export.trt import builder as kit_builder
 from capa_export.trt.kit import write_kit
+from capa_export.trt.kit_file import KIT
 from capa_export.trt.layers import parse_layers, weight_copies
 from capa_export.trt.stage import build_kit
 from tests.building import Building
@@ -67,19 +68,19 @@ def spare(kit: Path, tmp_path: Path) -> Path:
 
 
 def described(kit: Path) -> dict[str, Any]:
-    return json.loads((kit / kit_builder.KIT).read_text(encoding="utf-8"))
+    return json.loads((kit / KIT).read_text(encoding="utf-8"))
 
 
 def describe(kit: Path, spec: dict[str, Any]) -> None:
     """Make a kit say something else, and say that this is what was made."""
     kept = {name: value for name, value in spec.items() if name != "digest"}
-    (kit / kit_builder.KIT).write_text(json.dumps({**kept, "digest": digest_of(kept)}), encoding="utf-8")
+    (kit / KIT).write_text(json.dumps({**kept, "digest": digest_of(kept)}), encoding="utf-8")
 
 
 def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
     spec = described(kit)
     files = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
-    assert files == {kit_builder.KIT, *spec["files"]}
+    assert files == {KIT, *spec["files"]}
     assert {name: file_digest(kit / name) for name in spec["files"]} == spec["files"]
     assert files >= {"README.md", "build.sh", "builder.py", "engine_worker.py", "onnx/llm/model.onnx.data"}
     assert os.access(kit / "build.sh", os.X_OK)
@@ -289,8 +290,8 @@ def test_a_missing_file_is_refused(device: Device) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "{}", None], ids=["cut", "list", "empty", "changed"])
 def test_a_damaged_manifest_is_refused(device: Device, text: str | None) -> None:
     changed = json.dumps({**described(device.kit), "version_min": "9.0"})
-    (device.kit / kit_builder.KIT).write_text(changed if text is None else text)
-    assert device.run() == (5, f"error: {device.kit / kit_builder.KIT}: damaged: copy the kit again")
+    (device.kit / KIT).write_text(changed if text is None else text)
+    assert device.run() == (5, f"error: {device.kit / KIT}: damaged: copy the kit again")
 
 
 def test_a_kit_of_another_version_is_refused(device: Device) -> None:
@@ -330,7 +331,7 @@ def test_a_trial_is_said_in_full(device: Device) -> None:
 
 
 def test_through_capa_export_an_error_is_its_own(spare: Path) -> None:
-    (spare / kit_builder.KIT).unlink()
+    (spare / KIT).unlink()
     with pytest.raises(CapaError, match="no kit") as caught:
         build_kit(spare)
     assert caught.value.code is ExitCode.ENGINE
@@ -398,7 +399,7 @@ def test_a_bare_python_builds_the_kit(
     if library.exists():
         assert library.stat().st_size < (out / "llm" / "prefill.engine").stat().st_size, "is not in the engine"
     files = {path.relative_to(kit).as_posix() for path in kit.rglob("*") if path.is_file()}
-    assert files - {kit_builder.KIT} == set(described(kit)["files"]), "a trial leaves the kit as it was"
+    assert files - {KIT} == set(described(kit)["files"]), "a trial leaves the kit as it was"
 
 
 @pytest.mark.trt

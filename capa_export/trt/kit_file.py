@@ -1,0 +1,103 @@
+"""What the `kit.json` of a kit says, data until it is checked; with the standard library alone, as in a kit."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+__all__ = ["KIT", "VERSION", "KitError", "check_files", "check_graphs", "check_places", "read_kit"]
+
+KIT = "kit.json"
+VERSION = 3
+"""Of what `kit.json` says."""
+_TEXTS = ("tool", "target", "runtime", "install", "version_min", "version_below", "weights", "plugins")
+
+
+class KitError(Exception):
+    """Why there are no engines, in one line."""
+
+
+def read_kit(kit: Path) -> dict[str, Any]:
+    """What the `kit.json` of a kit says: names of files in it, and words that are fit to be printed.
+
+    Raises:
+        KitError: there is none, or it is damaged, or of another version, or says what no build writes.
+    """
+    try:
+        spec = json.loads((kit / KIT).read_text(encoding="utf-8"))
+        digest = spec.pop("digest")
+        if digest != hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest():
+            raise ValueError("its digest differs from what it holds")
+    except OSError as error:
+        raise KitError(f"{kit}: no kit ({KIT}: {error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise KitError(f"{kit / KIT}: damaged: copy the kit again") from error
+    if spec.get("version") != VERSION:
+        raise KitError(f"{kit}: written by {spec.get('tool')}, another version: build it with its own build.sh")
+    try:
+        _check_types(spec)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KitError(f"{kit / KIT}: says what no build writes ({error}): copy the kit again") from error
+    check_places(kit, spec["files"])
+    return spec
+
+
+def _check_types(spec: Mapping[str, Any]) -> None:
+    """Raise any error of a value where what a kit says is of another kind than what a build writes."""
+    files = spec["files"]
+    for text in [*(spec[key] for key in _TEXTS), *files.values()]:
+        if not text.isprintable():
+            raise ValueError(f"{text!r}")
+    if spec["plugins"] not in ("none", "native", "python"):
+        raise ValueError(f"plugins {spec['plugins']!r}")
+    capabilities = spec["compute_capabilities"]
+    if not capabilities or not all(re.fullmatch(r"\d+\.\d+", one) for one in capabilities):
+        raise ValueError(f"compute capabilities {capabilities!r}")
+    for engine in spec["engines"].values():
+        _ = engine["onnx"].strip, engine["shapes"].keys(), engine["shape_inputs"].keys()
+
+
+def check_graphs(kit: Path, spec: Mapping[str, Any]) -> None:
+    """Hold graphs and plugins to what is in a kit that was written to be sent."""
+    for name, engine in spec["engines"].items():
+        if "source" in engine:
+            raise KitError(f"{kit / KIT}: {name}: says where it came from, as no kit that is sent: copy the kit again")
+        for graph in (engine["onnx"], engine["lowered"]):
+            if graph not in spec["files"]:
+                raise KitError(f"{kit / KIT}: {graph!r} is none of the files that it lists: copy the kit again")
+    if spec["plugins"] == "python":
+        raise KitError(f"{kit / KIT}: python plugins, which no kit that is sent has: copy the kit again")
+
+
+def check_places(folder: Path, names: Iterable[str]) -> None:
+    """Raise where a name is none of a file in a folder, or a link there leads out of it; it need not exist."""
+    for name in names:
+        path = PurePosixPath(name)
+        if (
+            not name.isprintable()
+            or "\\" in name
+            or path.as_posix() != name
+            or path.is_absolute()
+            or {".", ".."} & {name, *path.parts}
+        ):
+            raise KitError(f"{folder}: {name!r} is no name of a file in it: copy the kit again")
+        inside, real = (Path(os.path.realpath(one)) for one in (folder, folder / name))
+        if not real.is_relative_to(inside):
+            raise KitError(f"{folder / name}: is a link that leads outside of {folder}: put a file in its place")
+
+
+def check_files(kit: Path, files: Mapping[str, str]) -> None:
+    """Raise where a file of a kit is missing, or is another than when the kit was made."""
+    for name, sha256 in files.items():
+        path = kit / name
+        if not path.is_file():
+            raise KitError(f"{path}: missing: copy the kit again")
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise KitError(f"{path}: changed since the kit was made (sha256 differs): copy the kit again")
