@@ -231,9 +231,9 @@ def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Find
 
 
 def _contexts(built: dict[str, Any] | None) -> int | None:
-    """What TensorRT reported for a bundle's engines, if they are built and it did."""
+    """The most that TensorRT reported for one of a bundle's engines, if they are built and it did."""
     sizes = [engine.get("activation_bytes") for engine in (built or {}).get("engines", {}).values()]
-    return sum(sizes) if sizes and None not in sizes else None
+    return max(sizes) if sizes and None not in sizes else None
 
 
 def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:
