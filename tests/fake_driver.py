@@ -24,6 +24,7 @@ from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
+from capa_export.selectors.selector import SelectorChoice
 
 __all__ = ["GRAPHS", "PRUNE_LAYER", "FakeDriver", "FakeTensorRT", "has_driver", "write_bundle"]
 
@@ -485,9 +486,12 @@ def has_driver() -> bool:
     return True
 
 
-def write_bundle(source: Source, folder: Path, *, external_weights: bool = False) -> Bundle:
+def write_bundle(
+    source: Source, folder: Path, *, external_weights: bool = False, selector: str | None = None
+) -> Bundle:
     """A bundle with real ONNX files, and plans of theirs for FakeTensorRT."""
-    write_onnx(source, "fp16", folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={})
+    selectors = {} if selector is None else {PRUNE_LAYER: SelectorChoice(selector)}
+    write_onnx(source, "fp16", folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={}, selectors=selectors)
     copy_sidecars(source.checkpoint, folder / "onnx")
     for name, onnx in GRAPHS.items():
         _write_engine(folder / "onnx" / onnx, folder / "engines/rtx" / f"{name}.engine", name, external_weights)

@@ -483,3 +483,14 @@ def test_caches_padded_in_front_and_shifted_compute_what_growing_ones_do(
         lengths = lengths + 1
     # The room was made for this many and one more.
     assert (lengths.max(axis=1) <= rows).all()
+
+
+@pytest.mark.parametrize("selector", ["vispruner", "adafv-style"])
+def test_a_selector_that_looks_at_the_tower_takes_a_prompt_without_pictures(
+    source: Source, prompter: Prompter, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, selector: str
+) -> None:
+    engines = EngineModel(require_engines(write_bundle(source, tmp_path, selector=selector), "rtx"))
+    prompt = prompter("what color is the star ?", [])
+    run = engines.prefill(prompt, [0])
+    assert "visual_saliency" in trt.contexts["llm/prefill"].shapes
+    assert run.cache.lengths[0].tolist() == [len(prompt.input_ids)]
