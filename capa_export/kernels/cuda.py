@@ -1,5 +1,8 @@
 """The little of the CUDA driver that running engines takes: device memory, one stream, copies and graphs."""
 
+import ctypes
+import gc
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import numpy as np
 
 from capa_export.base.errors import CapaError, how_to_install
 
-__all__ = ["Buffer", "Gpu", "Graph", "Rows", "Stream", "call", "require_gpu"]
+__all__ = ["Buffer", "Gpu", "Graph", "Memory", "PinnedBuffer", "Rows", "Stream", "call", "enter_context", "require_gpu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +45,55 @@ def call(function: str, *args: Any) -> Any:
     Raises:
         CapaError: the status is not success.
     """
-    status, *values = getattr(_driver(), function)(*args)
+    return _checked(function, getattr(_driver(), function)(*args))
+
+
+def _checked(function: str, result: tuple[Any, ...]) -> Any:
+    status, *values = result
     if status:
         raise CapaError(f"the GPU failed: {function}: {status.name}")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+class _Thread(threading.local):
+    """What is current in a thread."""
+
+    driver: Any = None
+    """The driver that has the first GPU's primary context there."""
+
+
+_thread = _Thread()
+
+
+def enter_context(driver: Any = None) -> Any:
+    """Make the first GPU's primary context, which is the one that TensorRT uses, current in this thread.
+
+    A context is current in the thread alone that made it so; whoever comes from another would be refused.
+
+    Returns:
+        The driver.
+
+    Raises:
+        CapaError: the driver refuses.
+    """
+    driver = driver or _driver()
+    if _thread.driver is not driver:
+        _checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(_retained(driver)))
+        _thread.driver = driver
+    return driver
+
+
+@cache
+def _retained(driver: Any) -> Any:
+    """The first GPU's primary context, kept for as long as there is a process."""
+    device = _checked("cuDeviceGet", driver.cuDeviceGet(0))
+    return _checked("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
+
+
+def _release(driver: Any, function: str, handle: Any) -> None:
+    """Give something back to the driver, in whichever thread its last reference went."""
+    with suppress(CapaError):
+        getattr(enter_context(driver), function)(handle)
 
 
 def require_gpu() -> Gpu:
@@ -76,8 +124,20 @@ def require_gpu() -> Gpu:
     )
 
 
-class Buffer:
-    """Device memory, freed with the last reference to it."""
+class Memory:
+    """A piece of device memory, which stays allocated for as long as it is referred to."""
+
+    def __init__(self, address: int, num_bytes: int, owner: "Memory | None" = None) -> None:
+        self.address, self.num_bytes, self._owner = address, num_bytes, owner
+
+    def part(self, at: int, num_bytes: int) -> "Memory":
+        """The bytes from `at` on."""
+        assert at + num_bytes <= self.num_bytes
+        return Memory(self.address + at, num_bytes, self)
+
+
+class Buffer(Memory):
+    """Device memory of its own, freed with the last reference to it or a part of it."""
 
     def __init__(self, num_bytes: int) -> None:
         """Allocate.
@@ -85,17 +145,39 @@ class Buffer:
         Raises:
             CapaError: the GPU has not that much left.
         """
-        self.num_bytes = num_bytes
+        driver = enter_context()
         # An empty tensor needs an address too.
-        status, pointer = _driver().cuMemAlloc(max(num_bytes, 1))
+        status, pointer = driver.cuMemAlloc(max(num_bytes, 1))
         if status:
             free, total = call("cuMemGetInfo")
             raise CapaError(
                 f"the GPU has {free / 1e9:.2f} of its {total / 1e9:.2f} GB left and {num_bytes / 1e9:.2f} GB more are "
                 f"needed (cuMemAlloc: {status.name}); use a smaller picture or a shorter answer"
             )
-        self.address = int(pointer)
-        finalize(self, _driver().cuMemFree, pointer)
+        super().__init__(int(pointer), num_bytes)
+        finalize(self, _release, driver, "cuMemFree", pointer)
+
+
+class PinnedBuffer:
+    """Host memory that the GPU itself reads and writes, freed with the last reference to it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Allocate.
+
+        Raises:
+            CapaError: the system does not pin that much.
+        """
+        driver, size = enter_context(), max(num_bytes, 1)
+        pointer = call("cuMemHostAlloc", size, 0)
+        self.num_bytes, self.address = num_bytes, int(pointer)
+        finalize(self, _release, driver, "cuMemFreeHost", pointer)
+
+    def view(self, at: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """The memory from byte `at` on as an array, which must not outlive it."""
+        num_bytes = prod(shape) * np.dtype(dtype).itemsize
+        assert at + num_bytes <= self.num_bytes
+        room = (ctypes.c_uint8 * num_bytes).from_address(self.address + at)
+        return np.ctypeslib.as_array(room).view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,41 +197,55 @@ class Graph:
             self._executable = call("cuGraphInstantiate", graph, 0)
         finally:
             call("cuGraphDestroy", graph)
-        finalize(self, _driver().cuGraphExecDestroy, self._executable)
+        finalize(self, _release, _driver(), "cuGraphExecDestroy", self._executable)
 
     def launch(self, stream: "Stream") -> None:
+        enter_context()
         call("cuGraphLaunch", self._executable, stream.handle)
 
 
 class Stream:
-    """A stream of the first GPU's primary context, which is the one that TensorRT uses."""
+    """A stream of the first GPU, for whichever thread has work for it; not for two at a time."""
 
     def __init__(self) -> None:
-        context = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", 0))
-        call("cuCtxSetCurrent", context)
-        self.handle: Any = call("cuStreamCreate", int(_driver().CUstream_flags.CU_STREAM_NON_BLOCKING))
-        finalize(self, _driver().cuStreamDestroy, self.handle)
+        driver = enter_context()
+        self.handle: Any = call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        finalize(self, _release, driver, "cuStreamDestroy", self.handle)
 
-    def upload(self, buffer: Buffer, array: np.ndarray, *, at: int = 0) -> None:
+    def _call(self, function: str, *args: Any) -> Any:
+        enter_context()
+        return call(function, *args)
+
+    def upload(self, buffer: Memory, array: np.ndarray, *, at: int = 0) -> None:
         """Copy a contiguous array to byte `at` of a buffer; it may change as soon as this returns."""
         assert array.flags.c_contiguous and at + array.nbytes <= buffer.num_bytes
         if array.nbytes:
-            call("cuMemcpyHtoDAsync", buffer.address + at, array.ctypes.data, array.nbytes, self.handle)
+            self._call("cuMemcpyHtoDAsync", buffer.address + at, array.ctypes.data, array.nbytes, self.handle)
             # Where CPU and GPU share memory, the copy may still read the array itself.
             self.synchronize()
 
-    def download(self, buffer: Buffer, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def download(self, buffer: Memory, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """The first elements of a buffer, once all work before is done."""
         array = np.empty(shape, dtype)
         assert array.nbytes == prod(shape) * array.itemsize <= buffer.num_bytes
         if array.nbytes:
-            call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.address, array.nbytes, self.handle)
+            self._call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.address, array.nbytes, self.handle)
         self.synchronize()
         return array
 
-    def zero(self, buffer: Buffer) -> None:
+    def copy_in(self, buffer: Memory, pinned: PinnedBuffer) -> None:
+        """Copy pinned memory to a buffer, without waiting: it must not change before `synchronize`."""
+        assert pinned.num_bytes <= buffer.num_bytes
+        self._call("cuMemcpyHtoDAsync", buffer.address, pinned.address, pinned.num_bytes, self.handle)
+
+    def copy_out(self, pinned: PinnedBuffer, buffer: Memory) -> None:
+        """Copy a buffer to pinned memory, without waiting: it is there after `synchronize`."""
+        assert pinned.num_bytes <= buffer.num_bytes
+        self._call("cuMemcpyDtoHAsync", pinned.address, buffer.address, pinned.num_bytes, self.handle)
+
+    def zero(self, buffer: Memory) -> None:
         if buffer.num_bytes:
-            call("cuMemsetD8Async", buffer.address, 0, buffer.num_bytes, self.handle)
+            self._call("cuMemsetD8Async", buffer.address, 0, buffer.num_bytes, self.handle)
 
     def copy_rows(self, target: Rows, source: Rows, width: int, count: int) -> None:
         """Copy `count` rows of `width` bytes from one place of the device to another."""
@@ -161,23 +257,31 @@ class Stream:
         copy.srcDevice, copy.srcPitch = source.address, source.pitch
         copy.dstDevice, copy.dstPitch = target.address, target.pitch
         copy.WidthInBytes, copy.Height = width, count
-        call("cuMemcpy2DAsync", copy, self.handle)
+        self._call("cuMemcpy2DAsync", copy, self.handle)
 
     def synchronize(self) -> None:
-        call("cuStreamSynchronize", self.handle)
+        self._call("cuStreamSynchronize", self.handle)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """The graph of what `work` puts on this stream; nothing of it runs yet.
+        """The graph of what `work` puts on this stream; nothing of it runs yet. `work` neither allocates nor waits.
 
         Raises:
             CapaError: some of it cannot be captured.
         """
-        call("cuStreamBeginCapture", self.handle, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        mode = _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        enter_context()
+        # What is freed meanwhile, as a collection may do at any line, ends a capture.
+        collects = gc.isenabled()
+        gc.disable()
         try:
+            call("cuStreamBeginCapture", self.handle, mode)
             work()
-        except CapaError:
-            # The stream must leave capture mode; what was captured up to here, if anything, is of no use.
+        except BaseException:
+            # Also where the user interrupts, the stream must leave capture mode; what was captured is of no use.
             with suppress(CapaError):
                 call("cuGraphDestroy", call("cuStreamEndCapture", self.handle))
             raise
+        finally:
+            if collects:
+                gc.enable()
         return Graph(call("cuStreamEndCapture", self.handle))

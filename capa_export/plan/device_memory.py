@@ -53,7 +53,7 @@ class DeviceMemory:
     weights: int
     kv_cache: int
     contexts: int
-    """Activations of every engine at the largest shapes of its profile, taken for good when it is loaded."""
+    """Activations at the largest shapes of the profile, taken for good; of one engine, since all share the memory."""
     runtime: int
     """Bytes of the runtime and the system."""
 
@@ -78,7 +78,7 @@ def device_memory(
         weights: whether engines share them.
         target: the device; one without engines runs ONNX Runtime.
         cache: of the prompt.
-        contexts: what TensorRT reported for the engines, if they are built.
+        contexts: the most that TensorRT reported for one of the engines, if they are built.
 
     Raises:
         CapaError: the target lacks a limit that the model's graphs need.
@@ -122,7 +122,7 @@ def _held(cache: KVCacheSize, *, step: int) -> int:
 
 
 def _context_bytes(dims: ModelDims[Any], width: int, target: Target) -> int:
-    """Activations of the three engines; within 7% of what TensorRT-RTX 1.7 reports for decoders of 1B to 8B."""
+    """Activations of the hungriest engine; within 7% of what TensorRT-RTX 1.7 reports for decoders of 1B to 8B."""
     decoder, engine = dims.decoder, target.require_engine()
 
     def limit(name: str) -> int:
@@ -132,7 +132,7 @@ def _context_bytes(dims: ModelDims[Any], width: int, target: Target) -> int:
     tokens = max(limit("sequence"), kept + limit("text"))
     projected = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     prefill = tokens * (2 * decoder.intermediate_size + projected + 3 * decoder.hidden_size)
-    return (prefill + dims.vision.activations(limit)) * width + 3 * _CONTEXT
+    return max(prefill, dims.vision.activations(limit)) * width + _CONTEXT
 
 
 def devices_with_room(target: Target, needed: int) -> dict[str, bool]:

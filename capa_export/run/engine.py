@@ -1,4 +1,4 @@
-"""One engine on the GPU: loaded, its tensors at their addresses, executed; and the weights that engines share."""
+"""Engines loaded for the GPU that is here, and the weights that they share."""
 
 import json
 import mmap
@@ -8,7 +8,6 @@ from functools import cache
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +19,8 @@ from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.graph.contract import NUM_KEEP
 from capa_export.graph.functions import DOMAIN
-from capa_export.kernels.cuda import Buffer, Gpu, Stream, require_gpu
+from capa_export.kernels.cuda import Buffer, Gpu, Stream, enter_context, require_gpu
+from capa_export.run.execution import Execution, KernelCache
 
 __all__ = ["BuiltEngines", "DeviceWeights", "LoadedEngine", "TensorRTRuntime", "require_engines"]
 
@@ -32,8 +32,6 @@ _DTYPES: Mapping[str, Any] = {
     "INT32": np.int32,
     "BOOL": np.bool_,
 }
-_ALIGNMENT = 256
-"""Bytes that every address is a multiple of, as TensorRT asks."""
 _UPLOAD_BYTES = 16 << 20
 _TOO_OLD = "CUDA driver version is insufficient"
 
@@ -118,6 +116,7 @@ class TensorRTRuntime:
     def deserialize(self, path: Path) -> Any:
         """An ICudaEngine; the file is mapped, not read into memory."""
         self.forget()
+        enter_context()
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 engine = self._runtime.deserialize_cuda_engine(plan)
@@ -221,7 +220,7 @@ class DeviceWeights:
 
 
 class LoadedEngine:
-    """A loaded engine and its execution context."""
+    """A loaded engine, and the facts about its inputs and outputs."""
 
     def __init__(self, runtime: TensorRTRuntime, name: str, weights: DeviceWeights, *, one_shape: bool = False) -> None:
         """Load an engine and the weights it reads.
@@ -230,47 +229,73 @@ class LoadedEngine:
             runtime: TensorRT.
             name: of the engine, as `llm/prefill`.
             weights: on the device; what is missing is uploaded.
-            one_shape: whether the engine will run many times in one shape, worth compiling kernels for it.
+            one_shape: whether each execution will run many times in one shape, worth compiling kernels for it.
 
         Raises:
             CapaError: the engine does not load, or the GPU has no room.
         """
         built, trt = runtime.built, runtime.trt
         self.path = built.folder / f"{name}.engine"
-        self._runtime = runtime
+        self.runtime = runtime
         self._engine = runtime.deserialize(self.path)
-        self._context = self._new_context(trt, one_shape=one_shape)
+        self._config = self._runtime_config(trt, one_shape=one_shape)
         self._shapes = _symbolic_shapes(built.onnx / built.files[name])
-        self._weights = weights.of(self.path)
+        self.weights = weights.of(self.path)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
-        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT and name not in self._weights]
+        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT and name not in self.weights]
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
-        self._on_host = {name for name in names if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST}
-        self._values: dict[str, np.ndarray] = {}
-        """Inputs that the engine reads from host memory, which must stay where they are."""
+        self.on_host = {name for name in names if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         self.limits = self._limits()
-        for weight, buffer in self._weights.items():
-            self._set_address(weight, buffer.address)
 
-    def _new_context(self, trt: Any, *, one_shape: bool) -> Any:
-        if one_shape and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+    def _runtime_config(self, trt: Any, *, one_shape: bool) -> Any:
+        """What contexts are created with; TensorRT takes the strategy of their memory alone."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.kernels: KernelCache | None = None
+        if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        if one_shape:
             # TensorRT-RTX would compile them while a graph with its kernels for any shape is captured and replayed.
-            config = self._engine.create_runtime_config()
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            context = self._engine.create_execution_context(config)
-        else:
-            context = self._engine.create_execution_context()
+        self.kernels = KernelCache(self.path.with_suffix(".kernels"), config.create_runtime_cache())
+        if not config.set_runtime_cache(self.kernels.cache):
+            self.kernels = None
+        return config
+
+    def execution(self, stream: Stream, activations: Buffer) -> Execution:
+        """A new execution context.
+
+        Args:
+            stream: that it runs on.
+            activations: memory of `activation_bytes` at least, which executions on one stream may share.
+
+        Raises:
+            CapaError: TensorRT makes none.
+        """
+        self.runtime.forget()
+        enter_context()
+        context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise self._runtime.failure(f"{self.path}: the GPU has no room for its activations")
-        return context
+            raise self.failure("no execution context can be made")
+        return Execution(self, context, stream, activations)
+
+    def save_kernels(self) -> None:
+        """Keep what was compiled for this GPU for the next process."""
+        if self.kernels is not None:
+            self.kernels.save()
+
+    def failure(self, what: str) -> CapaError:
+        """An error with what TensorRT said first."""
+        return self.runtime.failure(f"{self.path}: {what}")
 
     def _limits(self) -> dict[str, tuple[int, int]]:
         """Smallest and largest size of each symbolic dimension."""
         limits: dict[str, tuple[int, int]] = {}
         for name in self.inputs:
-            if name not in self._on_host:
+            if name not in self.on_host:
                 smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
                 for size, least, most in zip(self._shapes[name], smallest, largest, strict=True):
                     if isinstance(size, str):
@@ -282,8 +307,8 @@ class LoadedEngine:
         return self.path.stat().st_size
 
     @property
-    def context_bytes(self) -> int:
-        """Activations at the largest shapes."""
+    def activation_bytes(self) -> int:
+        """Memory that an execution needs between inputs and outputs, at the largest shapes."""
         return self._engine.device_memory_size_v2
 
     def sizes(self, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -305,7 +330,7 @@ class LoadedEngine:
             CapaError: a dimension or a number of kept tokens is outside its limits.
         """
         found = [(f"dimension {name}", size, *self.limits[name]) for name, size in sizes.items() if name in self.limits]
-        if NUM_KEEP in self._on_host:
+        if NUM_KEEP in self.on_host:
             # The arguments are swapped in the bindings' own documentation.
             smallest, _, largest = self._engine.get_tensor_profile_values(0, NUM_KEEP)
             found += [(NUM_KEEP, *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]
@@ -316,74 +341,9 @@ class LoadedEngine:
                     "shorter answer, or widen the target's limits and build the engines again"
                 )
 
-    def bind(
-        self,
-        feed: Mapping[str, np.ndarray],
-        sizes: Mapping[str, int],
-        given: Mapping[str, Buffer] = MappingProxyType({}),
-    ) -> dict[str, Buffer]:
-        """Set every shape and address; returns the memory of all inputs and outputs on the device.
-
-        Args:
-            feed: inputs; those that lie on the device are only given memory, not uploaded.
-            sizes: of the symbolic dimensions that the shapes of `feed` do not show.
-            given: memory that some tensors already have.
-        """
-        self._runtime.forget()
-        sizes = {**self.sizes({name: feed[name] for name in self.inputs if name in feed}), **sizes}
-        shapes = {name: self.shape(name, sizes) for name in (*self.inputs, *self.outputs)}
-        for name in self.inputs:
-            assert name not in feed or feed[name].dtype == self.dtypes[name], name
-            if not self._context.set_input_shape(name, shapes[name]):
-                raise self._runtime.failure(f"{self.path}: does not take {name} of shape {shapes[name]}")
-            if name in self._on_host:
-                self._values[name] = _aligned(feed[name])
-                self._set_address(name, self._values[name].ctypes.data)
-        buffers: dict[str, Buffer] = {}
-        for name, shape in shapes.items():
-            if name in self._on_host:
-                continue
-            # A shape that TensorRT takes for larger would be written past the end.
-            known = tuple(self._context.get_tensor_shape(name))
-            assert all(size in (-1, length) for size, length in zip(known, shape, strict=True)), (name, known, shape)
-            buffers[name] = given.get(name) or Buffer(self.num_bytes(name, shape))
-            self._set_address(name, buffers[name].address)
-        return buffers
-
-    def _set_address(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise self._runtime.failure(f"{self.path}: does not take the memory of {name}")
-
     def num_bytes(self, name: str, shape: Sequence[int]) -> int:
+        """Bytes of a tensor in this shape."""
         return prod(shape) * np.dtype(self.dtypes[name]).itemsize
-
-    def run(self, feed: Mapping[str, np.ndarray], sizes: Mapping[str, int], stream: Stream) -> dict[str, Buffer]:
-        """Upload the inputs and execute once; returns the outputs, which may still be in the making."""
-        buffers = self.bind(feed, sizes)
-        for name in set(self.inputs) - self._on_host:
-            stream.upload(buffers[name], np.ascontiguousarray(feed[name]))
-        self.enqueue(stream)
-        return {name: buffers[name] for name in self.outputs}
-
-    def enqueue(self, stream: Stream) -> None:
-        if not self._context.execute_async_v3(int(stream.handle)):
-            raise self._runtime.failure(f"{self.path}: failed to run")
-
-    def require_capturable(self, stream: Stream) -> None:
-        """Refuse an engine that says of itself that a CUDA graph cannot hold it; TensorRT does not tell, only RTX."""
-        if hasattr(self._context, "is_stream_capturable") and not self._context.is_stream_capturable(
-            int(stream.handle)
-        ):
-            raise CapaError("the engine allocates memory of its own while it runs")
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at an address that TensorRT takes."""
-    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _symbolic_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:

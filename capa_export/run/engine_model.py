@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -22,28 +23,36 @@ from capa_export.graph.contract import (
     POSITION_IDS,
     cache_length,
     is_cache,
+    is_past,
     is_present,
     present_name,
 )
-from capa_export.kernels.cuda import Buffer, Graph, Rows, Stream
+from capa_export.kernels.cuda import Buffer, Graph, Memory, PinnedBuffer, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
 from capa_export.plan.device_memory import CACHE_ROWS
 from capa_export.run.engine import BuiltEngines, DeviceWeights, LoadedEngine, TensorRTRuntime
+from capa_export.run.execution import Arena, Execution, PinnedInputs
 from capa_export.run.runtime import RuntimeModel
+from capa_export.selectors.selector import TOWER_OUTPUTS
 
 __all__ = ["DeviceCache", "EngineModel"]
+
+_MOST_STEPS = 16
+"""CUDA graphs that are kept: a few megabytes each, and the caches of a conversation have few lengths."""
 
 
 @dataclass(eq=False)
 class DeviceCache:
     """Keys and values on the device; the rows that count are the last ones, those before them are zero."""
 
-    tensors: dict[str, Buffer]
+    tensors: Mapping[str, Memory]
     """Decode's past inputs by name, [B, G, P, d] each."""
     lengths: np.ndarray
     """[1 + S, B] int64: rows that are a prompt's own, before the first stage and behind each."""
     rows: tuple[int, ...]
     """P before the first stage and behind each; more than the lengths, where there is room for an answer."""
+    steps: "_Steps | None" = None
+    """What appends tokens, where there is room for them."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,19 +78,28 @@ class EngineModel(RuntimeModel[DeviceCache]):
         self._visual = LoadedEngine(runtime, "visual/visual", self._weights)
         self._prefill = LoadedEngine(runtime, "llm/prefill", self._weights)
         self._decode = LoadedEngine(runtime, "llm/decode", self._weights, one_shape=True)
-        self._decoding: _Decoding | None = None
+        self._engines = (self._visual, self._prefill, self._decode)
+        # One after the other on one stream, they are never at work together.
+        self._activations = Buffer(max(engine.activation_bytes for engine in self._engines))
+        self._seeing, self._filling = (
+            engine.execution(self._stream, self._activations) for engine in (self._visual, self._prefill)
+        )
+        self._arena = Arena()
+        self._steps: dict[tuple[int, ...], _Steps] = {}
+        """By batch and rows of the caches; their memory is the arena's, which one cache has at a time."""
+        self._owner: ref[DeviceCache] | None = None
+        """The cache that has the arena."""
         self.captures = True
         """Whether decode makes a CUDA graph of a step; False from the first that it cannot make."""
 
     @property
     def memory(self) -> dict[str, int]:
         """Bytes on the device; embedded weights are in the plans, and those that engines share in `weights`."""
-        engines = (self._visual, self._prefill, self._decode)
         return {
             "weights": self._weights.num_bytes,
-            "plans": sum(engine.plan_bytes for engine in engines),
-            "contexts": sum(engine.context_bytes for engine in engines),
-            "kv_cache": self._decoding.num_bytes if self._decoding else 0,
+            "plans": sum(engine.plan_bytes for engine in self._engines),
+            "contexts": self._activations.num_bytes,
+            "kv_cache": self._arena.num_bytes,
         }
 
     @property
@@ -123,17 +141,23 @@ class EngineModel(RuntimeModel[DeviceCache]):
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
         feed, sizes = {PIXEL_VALUES: picture.patches.astype(self.dtype)}, {"tokens": picture.num_tokens}
-        outputs = self._visual.run(feed, sizes, self._stream)
+        outputs = self._seeing.run(feed, sizes)
         return {name: self._download(self._visual, name, buffer, sizes) for name, buffer in outputs.items()}
 
-    def _download(self, engine: LoadedEngine, name: str, buffer: Buffer, sizes: Mapping[str, int]) -> np.ndarray:
+    def _download(self, engine: LoadedEngine, name: str, buffer: Memory, sizes: Mapping[str, int]) -> np.ndarray:
         return self._stream.download(buffer, engine.shape(name, sizes), engine.dtypes[name])
 
     def _fill(self, prompt: Prompt, feed: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Prefill's outputs; the keys and values stay on the device."""
         rows = prompt.num_rows(feed[NUM_KEEP].tolist())
         sizes = {cache_length("sequence", stage): count for stage, count in enumerate(rows, start=1)}
-        outputs = self._prefill.run(feed, sizes, self._stream)
+        # Where no picture is shown, the tower has said nothing.
+        blank = {
+            name: np.zeros(self._prefill.shape(name, {"sequence": len(prompt.input_ids)}), self._prefill.dtypes[name])
+            for name in self._prefill.inputs
+            if name in TOWER_OUTPUTS and name not in feed
+        }
+        outputs = self._filling.run({**feed, **blank}, sizes)
         return {
             name: buffer if is_present(name) else self._download(self._prefill, name, buffer, sizes)
             for name, buffer in outputs.items()
@@ -146,21 +170,38 @@ class EngineModel(RuntimeModel[DeviceCache]):
         cache = _with_room(np.concatenate([cache.lengths for cache in caches], axis=1), new_tokens)
         self._decode.check(cache.sizes)
         cache.rows = tuple(self._rounded(rows, stage) for stage, rows in enumerate(cache.rows))
-        for name in caches[0].tensors:
-            cache.tensors[name] = self._stacked(name, caches, cache.sizes)
+        cache.steps = self._steps_of(cache)
+        cache.tensors = cache.steps.past
+        for name, stacked in cache.tensors.items():
+            self._stack(name, stacked, caches, cache.sizes)
         return cache
+
+    def _steps_of(self, cache: DeviceCache) -> "_Steps":
+        """What runs steps behind a cache of this shape, with the memory for it."""
+        if self._owner is not None and self._owner() is not None:
+            # The other cache is still in use: this one is served, and nothing of it kept.
+            return _Steps(self._decode, self._stream, self._activations, Arena(), cache.sizes)
+        key = (cache.lengths.shape[1], *cache.rows)
+        if self._arena.num_bytes < _Steps.cache_bytes(self._decode, cache.sizes):
+            self._steps.clear()
+        if key not in self._steps:
+            if len(self._steps) == _MOST_STEPS:
+                # The oldest.
+                del self._steps[next(iter(self._steps))]
+            self._steps[key] = _Steps(self._decode, self._stream, self._activations, self._arena, cache.sizes)
+        self._owner = ref(cache)
+        return self._steps[key]
 
     def _rounded(self, rows: int, stage: int) -> int:
         # Where the first layer prunes, no cache has the length before the first stage.
         _, most = self._decode.limits.get(cache_length("past", stage), (0, rows))
         return min(-(-rows // CACHE_ROWS) * CACHE_ROWS, most)
 
-    def _stacked(self, name: str, caches: Sequence[DeviceCache], sizes: Mapping[str, int]) -> Buffer:
-        """One past input of a batch, each prompt's rows at the end."""
+    def _stack(self, name: str, stacked: Memory, caches: Sequence[DeviceCache], sizes: Mapping[str, int]) -> None:
+        """Fill one past input of a batch, each prompt's rows at the end."""
         engine, stream = self._decode, self._stream
-        batch, heads, rows, head_size = engine.shape(name, sizes)
+        _, heads, rows, head_size = engine.shape(name, sizes)
         row = engine.num_bytes(name, (head_size,))
-        stacked = Buffer(batch * heads * rows * row)
         # Masked, but 0 x NaN would be NaN.
         stream.zero(stacked)
         for index, cache in enumerate(caches):
@@ -168,26 +209,30 @@ class EngineModel(RuntimeModel[DeviceCache]):
             start = stacked.address + (index * heads * rows + rows - own) * row
             source = Rows(cache.tensors[name].address, own * row)
             stream.copy_rows(Rows(start, rows * row), source, own * row, heads)
-        return stacked
 
     def append(
         self, cache: DeviceCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
     ) -> tuple[np.ndarray, DeviceCache]:
-        """Logits [B, V] after one more token [B, 1] of each row, and the cache, which grew in place."""
+        """Logits [B, V] after one more token [B, 1] of each row, and the cache, which grew in place.
+
+        The next step writes its logits over these.
+        """
+        steps = cache.steps
+        assert steps is not None, "batch() makes room"
         assert (cache.lengths.max(axis=1) <= cache.rows).all(), "batch() was asked for fewer tokens"
         feed = {**self._token_feed(tokens, positions), PAST_LENGTHS: cache.lengths}
-        if self._decoding is None or self._decoding.cache is not cache:
-            # The memory of the last one first.
-            self._decoding = None
-            self._decoding = _Decoding(self._decode, self._stream, cache, feed)
-        decoding = self._decoding
-        if self.captures and decoding.warm and decoding.graph is None:
+        if self.captures and steps.warm and steps.graph is None:
             try:
-                decoding.capture()
+                steps.capture()
             except CapaError as error:
                 self.captures = False
                 say(f"decode runs without a CUDA graph, which is slower: {error}")
-        logits = decoding.step(feed)
+        logits, was_warm = steps.run(feed), steps.warm
+        steps.warm = True
+        if not was_warm:
+            # All three have now compiled what these shapes need.
+            for engine in self._engines:
+                engine.save_kernels()
         cache.lengths = cache.lengths + 1
         return logits, cache
 
@@ -204,23 +249,45 @@ def _with_room(lengths: np.ndarray, new_tokens: int) -> DeviceCache:
     return DeviceCache({}, lengths, tuple(rows.tolist()))
 
 
-class _Decoding:
-    """Steps behind one cache: the same shapes and addresses each time, so that one CUDA graph holds any of them."""
+class _Steps:
+    """Steps behind caches of one shape: the same addresses each time, so that one CUDA graph holds any of them.
+
+    Args:
+        engine: decode.
+        stream: that they run on.
+        activations: memory between inputs and outputs.
+        arena: memory of the cache.
+        sizes: of decode's symbolic dimensions.
+
+    Raises:
+        CapaError: TensorRT refuses, or the GPU has no room.
+    """
 
     def __init__(
-        self, engine: LoadedEngine, stream: Stream, cache: DeviceCache, feed: Mapping[str, np.ndarray]
+        self, engine: LoadedEngine, stream: Stream, activations: Buffer, arena: Arena, sizes: Mapping[str, int]
     ) -> None:
-        self.cache = cache
         self.graph: Graph | None = None
         self.warm = False
         """Whether a step has run: TensorRT prepares for new shapes in the first, which cannot be captured."""
-        self._engine, self._stream, self._sizes = engine, stream, cache.sizes
-        self._buffers = engine.bind(feed, self._sizes, cache.tensors)
+        self._engine, self._stream, self._sizes = engine, stream, sizes
+        shapes = {name: engine.shape(name, sizes) for name in (*engine.inputs, *engine.outputs)}
+        caches = _cache_sizes(engine, sizes)
+        places = arena.regions(caches)
+        self.past = {name: place for name, place in places.items() if is_past(name)}
+        self._inputs = PinnedInputs(
+            {name: (shapes[name], engine.dtypes[name]) for name in engine.inputs if name not in places}
+        )
+        # A context of its own: what it prepares for its shapes is part of the graph.
+        self._execution: Execution = engine.execution(stream, activations)
+        self._buffers = self._execution.bind({}, sizes, {**places, **self._inputs.regions})
+        self._pinned = PinnedBuffer(engine.num_bytes(LOGITS, shapes[LOGITS]))
+        self._logits = self._pinned.view(0, shapes[LOGITS], engine.dtypes[LOGITS])
+        self._logits.flags.writeable = False
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the cache, and of its copy with one more row that a step writes."""
-        return sum(buffer.num_bytes for name, buffer in self._buffers.items() if is_cache(name))
+    @staticmethod
+    def cache_bytes(engine: LoadedEngine, sizes: Mapping[str, int]) -> int:
+        """Bytes of a cache, and of its copy with one more row that a step writes."""
+        return Arena.bytes_of(_cache_sizes(engine, sizes))
 
     def capture(self) -> None:
         """Make the graph of a step.
@@ -228,27 +295,33 @@ class _Decoding:
         Raises:
             CapaError: it cannot be captured.
         """
-        self._engine.require_capturable(self._stream)
+        if not self._execution.can_be_captured():
+            raise CapaError("the engine allocates memory of its own while it runs")
         self.graph = self._stream.capture(self._enqueue)
 
-    def step(self, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+    def run(self, feed: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits [B, V] of one more token of each row, whose keys and values are then the cache's last rows."""
-        for name, array in feed.items():
-            self._stream.upload(self._buffers[name], np.ascontiguousarray(array))
+        self._inputs.fill(feed)
         if self.graph is not None:
             self.graph.launch(self._stream)
         else:
             self._enqueue()
-        self.warm = True
-        shape = self._engine.shape(LOGITS, self._sizes)
-        return self._stream.download(self._buffers[LOGITS], shape, self._engine.dtypes[LOGITS])
+        self._stream.synchronize()
+        return self._logits
 
     def _enqueue(self) -> None:
-        self._engine.enqueue(self._stream)
-        for name, past in self.cache.tensors.items():
+        self._inputs.copy_in(self._stream)
+        self._execution.enqueue()
+        for name, past in self.past.items():
             # What a step writes is the cache with one row behind it; without its first row it is the next step's.
             present = self._buffers[present_name(name)]
             batch, heads, rows, head_size = self._engine.shape(name, self._sizes)
             row = self._engine.num_bytes(name, (head_size,))
             grown = Rows(present.address + row, (rows + 1) * row)
             self._stream.copy_rows(Rows(past.address, rows * row), grown, rows * row, batch * heads)
+        self._stream.copy_out(self._pinned, self._buffers[LOGITS])
+
+
+def _cache_sizes(engine: LoadedEngine, sizes: Mapping[str, int]) -> dict[str, int]:
+    names = [name for name in (*engine.inputs, *engine.outputs) if is_cache(name)]
+    return {name: engine.num_bytes(name, engine.shape(name, sizes)) for name in names}

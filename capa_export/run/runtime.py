@@ -116,7 +116,10 @@ class RuntimeModel(ABC, Generic[Cache]):
     def append(
         self, cache: Cache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
     ) -> tuple[np.ndarray, Cache]:
-        """Logits [B, V] after more text tokens [B, S], each row's first at its position, and the grown cache."""
+        """Logits [B, V] after more text tokens [B, S], each row's first at its position, and the grown cache.
+
+        The next call may write over the logits.
+        """
 
     @cached_property
     def _embedding(self) -> np.ndarray:
@@ -185,7 +188,7 @@ class RuntimeModel(ABC, Generic[Cache]):
     def step(self, cache: Cache, token: int, position: int) -> tuple[np.ndarray, Cache]:
         """Logits [V] after one more token of a batch of one, and the grown cache."""
         logits, cache = self.append(cache, [[token]], [position])
-        return logits[0], cache
+        return logits[0].copy(), cache
 
 
 def _at_visual(prompt: Prompt, rows: np.ndarray) -> np.ndarray:

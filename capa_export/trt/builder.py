@@ -26,7 +26,7 @@ else:
     sys.dont_write_bytecode = True
     from kit_file import KitError, check_files, check_graphs, check_places, read_kit
 
-__all__ = ["FAILED", "WORKER", "build", "build_engines", "main"]
+__all__ = ["FAILED", "SWITCHES", "WORKER", "build", "build_engines", "main", "switches"]
 
 WORKER = "engine_worker.py"
 """File of a kit that builds one engine."""
@@ -40,6 +40,18 @@ print(importlib.import_module(sys.argv[1]).__version__)
 """
 _OUTPUTS = (".engine", ".log", ".layers.txt", ".layers.json")
 """Endings of the names of what is written of an engine."""
+SWITCHES = "__LUNOWUD"
+"""The environment variable of TensorRT's compiler."""
+_SWITCHES = (
+    ((10, 13), (10, 15), 0, False, "-peep:match_dual_gemm=off"),
+    ((11,), (99,), 100, False, "-peep:match_dual_gemm=off"),
+    ((10, 13), (99,), 0, True, "-peep:fc_h_fusion=off"),
+    ((10, 15), (99,), 0, False, "-mlir:autotune:num_threads=1 -mlir:collective:fp4=off -cask_fusion:async_policy=1"),
+)
+"""The first TensorRT, the first that is later, least SM, whether for one prompt only, and what NVIDIA's builder sets.
+
+FP16 products that share an input come out wrong for one prompt (TensorRT-Edge-LLM issues 40, 105, 151, 185).
+"""
 _HEADER = "NvInferVersion.h"
 _INCLUDES = tuple(Path(f"/usr/include/{arch}-linux-gnu") for arch in ("aarch64", "x86_64"))
 _MAJOR, _MINOR = 75, 76
@@ -149,6 +161,7 @@ def build(
     capabilities = [compute_capability] if compute_capability else spec["compute_capabilities"]
     spec |= {
         "runtime": module,
+        "gpus": spec["compute_capabilities"],
         # TensorRT builds for the GPU that it finds.
         "compute_capabilities": [compute_capability] if compute_capability else [],
         "version_min": version,
@@ -227,8 +240,11 @@ def build_engines(
                 "shapes": engine["shapes"],
                 "shape_inputs": engine["shape_inputs"],
             }
+            switched = {} if SWITCHES in environment else _switched(spec, engine["shapes"], say)
             try:
-                result = _run(worker, task, Path(scratch, "task.json"), environment, log, spec["install"])
+                result = _run(
+                    worker, task, Path(scratch, "task.json"), {**environment, **switched}, log, spec["install"]
+                )
             except KitError as error:
                 raise KitError(f"{engine.get('source', name)}: {error}; log: {log}") from error
             Path(files["layers"]).replace(path.with_suffix(".layers.txt"))
@@ -238,6 +254,33 @@ def build_engines(
             seconds = round(time.monotonic() - start, 3)
             said = {key: engine[key] for key in ("onnx", "capa_nodes")}
             yield name, {**result, **said, "seconds": seconds, "bytes": path.stat().st_size}
+
+
+def switches(version: Sequence[int], capability: str, *, one_prompt: bool) -> str:
+    """What turns off the optimizations of a TensorRT that make wrong code.
+
+    Args:
+        version: of TensorRT.
+        capability: of the GPU, as `8.7`.
+        one_prompt: whether the engine takes a batch of one.
+    """
+    sm = int(capability.replace(".", "")) if capability else 0
+    return " ".join(
+        switch
+        for least, below, least_sm, alone, switch in _SWITCHES
+        if least <= tuple(version) < below and sm >= least_sm and (one_prompt or not alone)
+    )
+
+
+def _switched(spec: Mapping[str, Any], shapes: Mapping[str, Any], say: Say) -> dict[str, str]:
+    """The variable that an engine is built with; nothing for TensorRT-RTX, which is not known to need it."""
+    if spec["runtime"] != "tensorrt":
+        return {}
+    one_prompt = any(least[:1] == [1] for least, *_ in shapes.values())
+    found = switches(_numbers(spec["version_min"]), spec["gpus"][0], one_prompt=one_prompt)
+    if found:
+        say(f"{SWITCHES}={found}")
+    return {SWITCHES: found} if found else {}
 
 
 def _run(

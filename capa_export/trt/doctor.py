@@ -21,6 +21,7 @@ from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import choose_weights, device_memory, devices_with_room
 from capa_export.plan.flops import kv_cache
+from capa_export.trt.builder import SWITCHES, switches
 from capa_export.trt.graphs import GRAPHS
 
 __all__ = ["Finding", "examine"]
@@ -28,6 +29,8 @@ __all__ = ["Finding", "examine"]
 TENSORRT_TOPK_LIMIT = 3840
 """The largest K of TensorRT's own TopK."""
 
+_SWITCHED_FROM = ((10, 13), (10, 15), (11, 0))
+"""Versions of TensorRT from which a kit sets other switches."""
 _PICTURES = {"smallest": (8, 8), "largest": (4200, 4200), "widest": (4200, 60), "tallest": (60, 4200)}
 """Pixels: from far below to far above what any image processor lets through, and strips."""
 
@@ -74,6 +77,7 @@ def _tools(target: Target) -> Iterator[Finding]:
     wanted = f">={engine.version_min},<{engine.version_below}"
     if engine.built == "on-device":
         yield Finding("runtime", "ok", f"{engine.runtime} {wanted} is the device's own; build writes a kit for it")
+        yield from _switches(engine.compute_capabilities[0], version_parts(engine.version_below))
         if version_parts(engine.version_min) < NATIVE:
             below = ".".join(map(str, NATIVE))
             yield Finding(
@@ -95,6 +99,13 @@ def _tools(target: Target) -> Iterator[Finding]:
     with TemporaryDirectory() as folder:
         lacks = ensure_parser_library(Path(folder))
     yield Finding("parser", "ok", f"finds plugins{', with a link that this wheel lacks' if lacks else ''}")
+
+
+def _switches(capability: str, below: tuple[int, ...]) -> Iterator[Finding]:
+    """What a kit turns off in which TensorRT, since it makes wrong code there."""
+    of_each = {version: switches(version, capability, one_prompt=True) for version in _SWITCHED_FROM if version < below}
+    told = "; ".join(f"from {'.'.join(map(str, version))} {found}" for version, found in of_each.items())
+    yield Finding("wrong code", "ok", f"the kit sets {SWITCHES} against fusions that compute wrongly: {told}")
 
 
 def _kernels(target: Target) -> Iterator[Finding]:
@@ -231,9 +242,9 @@ def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Find
 
 
 def _contexts(built: dict[str, Any] | None) -> int | None:
-    """What TensorRT reported for a bundle's engines, if they are built and it did."""
+    """The most that TensorRT reported for one of a bundle's engines, if they are built and it did."""
     sizes = [engine.get("activation_bytes") for engine in (built or {}).get("engines", {}).values()]
-    return sum(sizes) if sizes and None not in sizes else None
+    return max(sizes) if sizes and None not in sizes else None
 
 
 def _pictures(target: Target, bundle: Bundle) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.builder import WORKER
+from capa_export.trt.builder import SWITCHES, WORKER
 from capa_export.trt.golden import write_golden
 from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
 from capa_export.trt.kit_file import KIT
@@ -59,12 +59,20 @@ wrong is said in one line, with exit code 5, before anything is built. `./build.
 
 The engines are for precision {precision}; their weights are {weights}. {plugins}
 
-{golden}## To try it elsewhere
+{golden}## Switches against wrong code
+
+From 10.13 on TensorRT fuses FP16 products that share an input, and for one prompt at a time the result is wrong
+(NVIDIA/TensorRT-Edge-LLM issues 40, 105, 151 and 185). The build turns that off by the environment variable
+`{variable}` and says so. A variable that is set is left as it is: to see whether a later version has it mended, build
+with `{variable}= ./build.sh`, and compare the logits of prefill with the golden's: wrong code is far off.
+
+## To try it elsewhere
 
     ./build.sh --runtime tensorrt_rtx --compute-capability 8.6 --out /tmp/trial [--tensorrt-include DIR] [--lowered]
 
 builds with TensorRT-RTX, which needs no GPU, to show that the kit is whole. Those engines are not for the device.
-`PYTHON` names the interpreter, such as that of a virtual environment; DIR holds the headers of any TensorRT from 10.3.
+`PYTHON` names the interpreter, such as that of a virtual environment; DIR holds the headers of TensorRT 11
+or later, or of TensorRT-RTX.
 """
 
 
@@ -235,6 +243,7 @@ def _write_builder(
         compiler=", its headers, and g++" if native else "",
         native=".".join(map(str, NATIVE)),
         golden=_GOLDEN if golden else "",
+        variable=SWITCHES,
         precision=precision,
         weights="in the engines" if weights == "embedded" else "inputs: `*.weights.json` says where their bytes lie",
         plugins=(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import say
 from capa_export.passes.external_weights import MIN_WEIGHT_BYTES
 
 __all__ = ["Layer", "Tensor", "parse_layers", "read_engine", "weight_copies"]
@@ -66,6 +67,8 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
             "this is a defect of the graph, please report it",
             ExitCode.ENGINE,
         )
+    if not layers:
+        say(f"{engine}: this TensorRT lists no layers, so whether weights are copied at every run is not known")
     types = Counter(layer.type for layer in layers)
     return {
         "onnx": built["onnx"],

@@ -8,6 +8,7 @@ that a kit can carry it to a device where nothing else is installed.
 # The bindings carry no types.
 # pyright: reportAttributeAccessIssue=false, reportUnknownParameterType=false, reportUntypedBaseClass=false
 
+import ctypes
 import importlib
 import json
 import re
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 __all__ = ["BuildError", "main"]
+
+
+_NEW_LOGGER = 11
+"""The first TensorRT whose logger has its functions in other places; all of TensorRT-RTX counts as later."""
 
 
 class BuildError(Exception):
@@ -114,9 +119,29 @@ def _register_plugins(trt: Any, kind: str, library: str, log: Any) -> None:
         from capa_export.kernels.plugins.python_plugins import register
 
         register(trt)
-    elif kind == "native" and trt.get_plugin_registry().load_library(library) is None:
+        return
+    if kind != "native":
+        return
+    _check_headers(trt, library)
+    if trt.get_plugin_registry().load_library(library) is None:
         reason = _first_line(log.errors, "TensorRT gives no reason")
         raise BuildError(f"{library}: does not load as a plugin library: {reason}")
+
+
+def _check_headers(trt: Any, library: str) -> None:
+    """Refuse a library that would call TensorRT's logger by the layout of another version, and crash."""
+    try:
+        headers = ctypes.CDLL(library).capaTensorRTHeaders()
+    except (OSError, AttributeError):
+        # It does not load, which TensorRT says, or is not ours.
+        return
+    newer = trt.__name__ == "tensorrt_rtx" or _parts(trt.__version__)[0] >= _NEW_LOGGER
+    if newer != (headers >= 100 * _NEW_LOGGER):
+        wanted = f"{_NEW_LOGGER} or later" if newer else "10"
+        raise BuildError(
+            f"{library}: compiled against TensorRT {headers // 100}.{headers % 100}; {trt.__name__} {trt.__version__} "
+            f"takes libraries of headers of {wanted}"
+        )
 
 
 def _parse(trt: Any, spec: dict[str, Any], network: Any, log: Any) -> None:

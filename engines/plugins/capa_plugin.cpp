@@ -97,6 +97,12 @@ private:
 
 #define CAPA_EXPORT extern "C" __attribute__((visibility("default")))
 
+//! Version of the headers, 1003 for 10.3: TensorRT 11 and TensorRT-RTX lay out a logger otherwise than 10 does.
+CAPA_EXPORT int32_t capaTensorRTHeaders()
+{
+    return TRT_MAJOR_ENTERPRISE * 100 + TRT_MINOR_ENTERPRISE;
+}
+
 CAPA_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
 {
     capa::gLoggerFinder = finder;

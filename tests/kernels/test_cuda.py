@@ -1,6 +1,7 @@
 """What is asked of the CUDA driver, and what its refusals become."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from cuda.bindings import driver as real
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.kernels.cuda import Buffer, Rows, Stream, require_gpu
+from capa_export.kernels.cuda import Buffer, PinnedBuffer, Rows, Stream, require_gpu
 from tests.fake_driver import FakeDriver, has_driver
 
 Result = real.CUresult
@@ -152,3 +153,79 @@ def test_the_stand_in_refuses_what_the_driver_would(driver: FakeDriver) -> None:
         stream.copy_rows(Rows(buffer.address, 4), Rows(buffer.address, 4), 4, 3)
     with pytest.raises(AssertionError, match="not allocated"):
         stream.copy_rows(Rows(64, 4), Rows(buffer.address, 4), 4, 2)
+
+
+def test_pinned_memory_is_written_and_read_by_the_gpu(driver: FakeDriver) -> None:
+    stream, buffer, pinned = Stream(), Buffer(64), PinnedBuffer(64)
+    pinned.view(16, (2, 3), np.int64)[...] = 5
+    assert bytes(driver.pinned[pinned.address]) == bytes(16) + np.full(6, 5).tobytes()
+
+    def there_and_back() -> None:
+        stream.copy_in(buffer, pinned)
+        stream.copy_out(pinned, buffer)
+
+    stream.capture(there_and_back).launch(stream)
+    with pytest.raises(AssertionError):
+        pinned.view(16, (7,), np.int64)
+    other = PinnedBuffer(8)
+    del other
+    gc.collect()
+    assert list(driver.pinned) == [pinned.address]
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), ValueError(), CapaError("no")])
+def test_whatever_comes_between_ends_the_capture(driver: FakeDriver, what: BaseException) -> None:
+    def work() -> None:
+        raise what
+
+    stream, buffer = Stream(), Buffer(8)
+    with pytest.raises(type(what)):
+        stream.capture(work)
+    assert driver.capturing is None and gc.isenabled()
+    stream.capture(lambda: stream.zero(buffer))
+
+
+@pytest.mark.parametrize("function", ["cuMemAlloc", "cuStreamSynchronize"])
+def test_what_a_capture_does_not_survive_is_an_error(driver: FakeDriver, function: str) -> None:
+    stream = Stream()
+
+    def work() -> None:
+        if function == "cuMemAlloc":
+            Buffer(8)
+        else:
+            stream.synchronize()
+
+    with pytest.raises(CapaError, match="STREAM_CAPTURE_UNSUPPORTED"):
+        stream.capture(work)
+    assert driver.capturing is None and not driver.graphs
+
+
+def test_no_collection_comes_between(driver: FakeDriver) -> None:
+    """One may free memory, whichever line it happens at."""
+    stream, cycle = Stream(), [Buffer(8)]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    del cycle
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        stream.capture(lambda: [[] for _ in range(100)] and None)
+    finally:
+        gc.set_threshold(*threshold)
+    assert len(driver.graphs) == 1
+
+
+def test_memory_may_be_used_and_freed_in_any_thread(driver: FakeDriver) -> None:
+    stream, held = Stream(), [Buffer(8)]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stream.zero, held[0]).result()
+        held.append(pool.submit(Buffer, 8).result())
+        pool.submit(held.clear).result()
+    gc.collect()
+    assert not driver.buffers
+
+
+def test_the_stand_in_wants_a_context_in_each_thread(driver: FakeDriver) -> None:
+    Stream()
+    with ThreadPoolExecutor(1) as pool:
+        (status, _) = pool.submit(driver.cuMemAlloc, 8).result()
+    assert status == Result.CUDA_ERROR_INVALID_CONTEXT

@@ -58,8 +58,11 @@ def held(dims: ModelDims[Any], weights: Any = "external", target: Any = RTX, tok
     ids=["7B", "3B"],
 )
 def test_contexts_are_what_tensorrt_reports_and_little_more(dims: ModelDims[Any], reported: tuple[int, ...]) -> None:
-    """Engines of true dimensions for rtx: vision, prefill and decode, as the builder logs `Total Activation Memory`."""
-    assert sum(reported) <= held(dims).contexts <= 1.07 * sum(reported)
+    """Engines of true dimensions for rtx: vision, prefill and decode, as the builder logs `Total Activation Memory`.
+
+    They share one block.
+    """
+    assert max(reported) <= held(dims).contexts <= 1.07 * max(reported)
 
 
 def test_embedded_weights_hold_the_decoder_twice() -> None:

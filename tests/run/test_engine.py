@@ -169,6 +169,7 @@ def test_weights_are_uploaded_once_for_both_decoder_engines(
     shared = set(entries["llm/prefill"]) & set(entries["llm/decode"])
     # Seven matrices in each of five layers, and the head.
     assert len(shared) >= 36
+    engines._decode.execution(engines._stream, engines._activations)
     addresses = {name: trt.contexts[name].addresses for name in GRAPHS}
     for weight in shared:
         assert addresses["llm/prefill"][weight] == addresses["llm/decode"][weight]
@@ -217,6 +218,59 @@ def test_embedded_weights_are_in_the_plans(built: Bundle, driver: FakeDriver, tr
     assert memory == {
         "weights": 0,
         "plans": sum(path.stat().st_size for path in plans),
-        "contexts": 3000,
+        "contexts": 3000,  # Of the tower, which needs the most.
         "kv_cache": 0,
     }
+
+
+def test_why_no_context_can_be_made_is_said(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+    trt.refuses_context = "no kernel image is available\nmore of it"
+    with pytest.raises(CapaError) as error:
+        EngineModel(require_engines(built, "rtx"))
+    assert str(error.value).endswith(
+        "visual.engine: no execution context can be made (tensorrt_rtx: no kernel image is available)"
+    )
+    assert error.value.code == ExitCode.ENGINE
+
+
+def test_an_engine_that_allocates_for_itself_would_be_refused(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT
+) -> None:
+    """As TensorRT-RTX refuses it, of engines that our builder makes; so the stand-in has to."""
+    engines = EngineModel(require_engines(built, "rtx"))
+    engine = engines._decode._engine
+    assert engine.create_execution_context() is None
+    assert engine.create_execution_context(engine.create_runtime_config()) is None
+    assert "requires ExecutionContextAllocationStrategy::kUSER_MANAGED" in engine.logger.errors[-1]
+
+
+@pytest.mark.parametrize("stored", [b"", b"of another", b'{"gpu": "Other", "compiled": []}'])
+def test_compiled_kernels_are_kept_beside_the_engine(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, stored: bytes
+) -> None:
+    copy = changed(built, tmp_path)
+    path = copy.folder / "engines/rtx/llm/decode.kernels"
+    path.write_bytes(stored)
+
+    def load() -> Any:
+        return EngineModel(require_engines(copy, "rtx"))._decode
+
+    decode = load()
+    assert decode.kernels.cache.compiled == []
+    decode.kernels.cache.compiled.append("shapes")
+    decode.save_kernels()
+    assert load().kernels.cache.compiled == ["shapes"]
+    written = path.stat().st_mtime_ns
+    load().save_kernels()
+    assert path.stat().st_mtime_ns == written
+    copy.verify("engine/rtx")
+
+
+def test_kernels_that_cannot_be_kept_are_said_and_no_error(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = changed(built, tmp_path)
+    decode = EngineModel(require_engines(copy, "rtx"))._decode
+    (copy.folder / "engines/rtx/llm/decode.kernels").mkdir()
+    decode.save_kernels()
+    assert "decode.kernels: compiled kernels are not kept for the next time (Is a directory)" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from capa_export.run import engine_model as engine_runtime
 from capa_export.run.decoding import greedy
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
+from capa_export.run.execution import Arena, Execution
 from capa_export.run.onnx import OnnxModel
 from tests.building import answer
 from tests.conftest import noise, recorded
@@ -155,8 +157,8 @@ def test_decode_is_captured_once_and_replayed(
     ]
     plain, captured = driver.named("executeAsync")[-2:]
     assert plain == captured
-    assert trt.contexts["llm/decode"].config.dynamic_shapes_kernel_specialization_strategy == "eager"
-    assert trt.contexts["llm/prefill"].config is None
+    strategies = {name: one.config.dynamic_shapes_kernel_specialization_strategy for name, one in trt.contexts.items()}
+    assert strategies == {"visual/visual": "lazy", "llm/prefill": "lazy", "llm/decode": "eager"}
 
 
 def test_a_step_leaves_the_cache_without_its_first_row(
@@ -164,7 +166,8 @@ def test_a_step_leaves_the_cache_without_its_first_row(
 ) -> None:
     generate(engines, prompts)
     (graph,) = driver.graphs.values()
-    execution_call, *shifts = graph
+    upload, execution_call, *shifts, download = graph
+    assert (upload[0], download[0]) == ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync")
     addresses, shapes = execution_call[3], execution_call[2]
     assert execution_call[0] == "executeAsync"
     assert [call[0] for call in shifts] == ["cuMemcpy2DAsync"] * (2 * LAYERS)
@@ -178,9 +181,18 @@ def test_a_step_leaves_the_cache_without_its_first_row(
             assert int(copy.srcDevice) == addresses[present] + ROW
             assert (copy.srcPitch, copy.dstPitch, copy.WidthInBytes) == ((rows + 1) * ROW, rows * ROW, rows * ROW)
             assert copy.Height == 2 * HEADS
-            assert driver.buffers[addresses[present]] == 2 * HEADS * (rows + 1) * ROW
-    expected = 2 * HEADS * ROW * 2 * sum(2 * rows + 1 for rows in (512, 512, 256, 256, 256))
-    assert engines.memory["kv_cache"] == expected
+    # In one block, in which nothing lies in the place of another.
+    sizes = {addresses[name]: 2 * HEADS * rows * ROW for name, rows in rows_of(shapes).items()}
+    ends = [address + size for address, size in sorted(sizes.items())]
+    assert len(sizes) == 4 * LAYERS and all(end <= start for end, start in zip(ends, sorted(sizes)[1:], strict=False))
+    assert driver.buffers[min(sizes)] == engines.memory["kv_cache"]
+    assert sum(sizes.values()) <= engines.memory["kv_cache"] < sum(sizes.values()) + 256 * len(sizes)
+
+
+def rows_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Rows of decode's caches, in and out, by name."""
+    past = {name: shape[2] for name, shape in shapes.items() if name.startswith("past_key_values")}
+    return {**past, **{name.replace("past_key_values", "present"): rows + 1 for name, rows in past.items()}}
 
 
 def test_only_three_small_inputs_change_from_step_to_step(
@@ -196,14 +208,14 @@ def test_only_three_small_inputs_change_from_step_to_step(
     runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
     driver._cuMemcpyHtoDAsync = copied  # type: ignore[method-assign]
     list(greedy(engines, prompts, runs, [], LIMIT))
-    addresses = trt.contexts["llm/decode"].addresses
-    assert len(fed) == 3 * (LIMIT - 1)
-    assert {target for target, _ in fed} == {
-        addresses[name] for name in ("inputs_embeds", "position_ids", "past_lengths")
-    }
+    shapes, addresses = (vars(trt.contexts["llm/decode"])[name] for name in ("shapes", "addresses"))
+    # In one copy.
+    assert len(fed) == LIMIT - 1
+    assert len({(target, len(data)) for target, data in fed}) == 1
 
     def values(name: str) -> list[list[int]]:
-        return [np.frombuffer(data, np.int64).tolist() for target, data in fed if target == addresses[name]]
+        start, count = addresses[name] - fed[0][0], int(np.prod(shapes[name]))
+        return [np.frombuffer(data, np.int64, count, start).tolist() for _, data in fed]
 
     full, kept = [len(prompt.input_ids) for prompt in prompts], [len(run.kept[0]) for run in runs]
     assert values("past_lengths") == [[n + step for n in (*full, *kept)] for step in range(LIMIT - 1)]
@@ -221,7 +233,7 @@ def test_without_a_graph_it_goes_on_and_says_so_once(
     obstacle: str,
 ) -> None:
     if obstacle == "engine":
-        trt.contexts["llm/decode"].fails_while_capturing = True
+        trt.fails_while_capturing = True
     elif obstacle == "driver":
         driver.fails["cuStreamEndCapture"] = real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
     else:
@@ -240,10 +252,13 @@ def test_without_a_graph_it_goes_on_and_says_so_once(
     assert len(ran) == 2 * (LIMIT - 1) + (obstacle != "allocations")
 
 
-def test_tensorrt_has_no_kernels_to_specialize(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
+def test_tensorrt_has_no_kernels_to_specialize(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
     del trt.DynamicShapesKernelSpecializationStrategy
-    EngineModel(require_engines(built, "rtx"))
-    assert trt.contexts["llm/decode"].config is None
+    engines = EngineModel(require_engines(built, "rtx"))
+    assert generate(engines, prompts) == LIMIT
+    assert [context.config for context in trt.contexts.values()] == [None] * 3
 
 
 def test_a_failing_engine_is_one_line(
@@ -261,19 +276,104 @@ def test_every_buffer_is_freed(engines: EngineModel, driver: FakeDriver, prompts
     assert len(driver.buffers) == len(before) + len(prompts) * 2 * LAYERS
     list(greedy(engines, prompts, runs, [], LIMIT))
     del runs
-    engines._decoding = None
+    engines._steps.clear()
+    engines._arena = Arena()
     gc.collect()
     assert driver.buffers == before
 
 
-def test_a_second_answer_has_the_memory_of_the_first(
+def test_a_second_answer_has_memory_and_graph_of_the_first(
     engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
 ) -> None:
     generate(engines, prompts)
     used = sum(driver.buffers.values())
+    driver.calls.clear()
     generate(engines, prompts)
     assert sum(driver.buffers.values()) == used
+    assert len(driver.graphs) == 1
+    assert len(driver.named("cuGraphLaunch")) == LIMIT - 1
+    assert not driver.named("cuMemHostAlloc")
+
+
+def test_an_answer_of_another_length_has_a_graph_of_its_own_in_the_same_memory(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    used = []
+    for asked in (prompts, prompts[1:], prompts, prompts[1:]):
+        generate(engines, asked)
+        used.append(engines.memory["kv_cache"])
     assert len(driver.graphs) == 2
+    assert len(set(used)) == 1
+
+
+def test_a_longer_answer_makes_room_and_drops_what_was_captured(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    generate(engines, prompts[1:])
+    small = engines.memory["kv_cache"]
+    generate(engines, prompts)
+    assert engines.memory["kv_cache"] > small
+    assert len(driver.named("cuGraphExecDestroy")) == 1
+    generate(engines, prompts[1:])
+    assert len(driver.graphs) == 3
+
+
+def test_a_cache_that_is_in_use_keeps_its_memory(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    first = engines.batch([run.cache for run in runs], LIMIT)
+    other = engines.batch([run.cache for run in runs], LIMIT)
+    assert not {one.address for one in first.tensors.values()} & {one.address for one in other.tensors.values()}
+    del first, other
+    third = engines.batch([run.cache for run in runs], LIMIT)
+    assert [third.steps] == list(engines._steps.values())
+
+
+def test_a_step_neither_allocates_nor_copies_what_is_not_pinned(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
+    steps = greedy(engines, prompts, runs, [], LIMIT)
+    for _ in range(3):
+        next(steps)
+    driver.calls.clear()
+    assert len(list(steps)) == LIMIT - 3
+    assert {call[0] for call in driver.calls} == {"cuGraphLaunch", "cuStreamSynchronize"}
+
+
+def test_all_engines_share_the_activations_of_the_largest(
+    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
+) -> None:
+    generate(engines, prompts)
+    (memory,) = {context.memory for context in trt.contexts.values()}
+    assert memory is not None and driver.buffers[memory[0]] == memory[1] == engines.memory["contexts"] == 3000
+
+
+def test_another_thread_goes_on_with_what_one_began(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        runs = [pool.submit(engines.prefill, prompt, num_keep(prompt)).result() for prompt in prompts]
+    assert len(list(greedy(engines, prompts, runs, [], LIMIT))) == LIMIT
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(generate, engines, prompts).result() == LIMIT
+
+
+def test_an_interrupt_while_a_step_is_captured_leaves_engines_that_run(
+    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = Execution.enqueue
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Execution, "enqueue", lambda self: enqueue(self) if driver.capturing is None else interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            generate(engines, prompts)
+    assert driver.capturing is None
+    assert generate(engines, prompts) == LIMIT
 
 
 @pytest.mark.parametrize(
@@ -383,3 +483,14 @@ def test_caches_padded_in_front_and_shifted_compute_what_growing_ones_do(
         lengths = lengths + 1
     # The room was made for this many and one more.
     assert (lengths.max(axis=1) <= rows).all()
+
+
+@pytest.mark.parametrize("selector", ["vispruner", "adafv-style"])
+def test_a_selector_that_looks_at_the_tower_takes_a_prompt_without_pictures(
+    source: Source, prompter: Prompter, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, selector: str
+) -> None:
+    engines = EngineModel(require_engines(write_bundle(source, tmp_path, selector=selector), "rtx"))
+    prompt = prompter("what color is the star ?", [])
+    run = engines.prefill(prompt, [0])
+    assert "visual_saliency" in trt.contexts["llm/prefill"].shapes
+    assert run.cache.lengths[0].tolist() == [len(prompt.input_ids)]

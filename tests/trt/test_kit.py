@@ -345,7 +345,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables for a Python that finds TensorRT-RTX, and no other package."""
     tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="needs the extra rtx")
     packages = tmp_path_factory.mktemp("packages")
-    site = Path(tensorrt_rtx.__file__).parents[2]
+    site = Path(tensorrt_rtx.__file__).parents[1]
     for name in ("tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
         if (site / name).exists():
             (packages / name).symlink_to(site / name)

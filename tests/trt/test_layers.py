@@ -1,6 +1,10 @@
 """What is read of an engine: its fused layers, and which of them copy weights."""
 
-from capa_export.trt.layers import parse_layers, weight_copies
+from pathlib import Path
+
+import pytest
+
+from capa_export.trt.layers import parse_layers, read_engine, weight_copies
 
 # Two real lines, shortened: [in, out] weights are copied in every step, those of a Gemm are not.
 _COPY = (
@@ -29,3 +33,16 @@ def test_a_weight_copy_is_told_from_a_multiplication() -> None:
     assert weight_copies(layers, set()) == [], "moving activations is no copy of a weight"
     constant = parse_layers(_COPY.replace("Inputs: [ {", "Constants: [ {").replace(", Constants: []", ", Inputs: []"))
     assert weight_copies(constant, set()) == constant
+
+
+@pytest.mark.parametrize("text", ["", f"Layers:\n{_GEMM}\n"])
+def test_an_engine_without_a_list_of_layers_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    engine = tmp_path / "decode"
+    engine.with_suffix(".layers.txt").write_text(text, encoding="utf-8")
+    engine.with_suffix(".log").write_text("", encoding="utf-8")
+    built = dict.fromkeys(("onnx", "bytes", "seconds", "peak_rss_bytes", "capa_nodes", "version"))
+    read_engine(engine, {**built, "warnings": []}, tmp_path / "none")
+    said = "lists no layers, so whether weights are copied at every run is not known"
+    assert (said in capsys.readouterr().err) == (text == "")

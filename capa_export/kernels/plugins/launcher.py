@@ -23,6 +23,8 @@ __all__ = ["Call", "Launcher", "scratch_offsets"]
 
 _ITEM_BYTES = {"fp32": 4, "int32": 4, "int64": 8}
 _ALIGNMENT = 256
+_POINTER_ALIGNMENT = 16
+"""Bytes that the kernels were promised every address to be a multiple of."""
 _STATIC_SHARED_BYTES = 48 * 1024
 """A kernel has to be allowed more than this."""
 
@@ -91,10 +93,13 @@ class Launcher:
             stream: a CUstream.
 
         Raises:
-            CapaError: the driver refused.
+            CapaError: an address is not aligned as the kernels read it, or the driver refused.
         """
         of_python = {int: ctypes.c_int32, float: ctypes.c_float}
         types = {name: of_python[kind] for name, kind in operator.attributes.items()}
+        for name, value in buffers.items():
+            if name not in types and int(value) % _POINTER_ALIGNMENT:
+                raise CapaError(f"{operator.name}: {name} lies at {int(value):#x}, no multiple of {_POINTER_ALIGNMENT}")
         for one in calls:
             if 0 in one.grid:
                 continue

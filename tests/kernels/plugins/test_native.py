@@ -18,7 +18,7 @@ from capa_export.kernels.plugins.native import build_library, find_headers, writ
 from tests.kernels.plugins.conftest import CAPABILITIES, HERE, shell
 
 IMAGE_HEADER_BYTES = 16
-ENTRY_POINTS = {"getCreators", "setLoggerFinder"}
+ENTRY_POINTS = {"capaTensorRTHeaders", "getCreators", "setLoggerFinder"}
 JETPACK_6_GLIBC = (2, 35)
 
 

@@ -260,7 +260,7 @@ def test_kernels_are_loaded_once_per_context_and_prepared_once_per_shape(driver:
     tensors |= {"text_rows": torch.empty(1, 33, dtype=torch.int64), "y": tensors["x"]}
     described = describe(trt, tensors, operator)
     for _ in range(3):
-        plugin.enqueue(described[:4], described[4:], [1, 2, 3, 4], [5], 0, 7)
+        plugin.enqueue(described[:4], described[4:], [16, 32, 48, 64], [80], 0, 7)
     assert len(driver.loaded) == 1
     assert len(driver.launched) == 3
     driver.context = 2
@@ -332,3 +332,9 @@ def test_formats_are_linear_and_real_is_one_dtype_throughout() -> None:
     assert [supported(4, type_) for type_ in ("HALF", "BF16", "FLOAT")] == [False, True, False]
     assert [supported(3, type_) for type_ in ("INT64", "INT32")] == [True, False]
     assert not supported(4, "BF16", "CHW4")
+
+
+def test_an_address_that_the_kernels_cannot_read_is_refused() -> None:
+    (operator,) = (one for one in OPERATORS if one.name == "TokenGather")
+    with pytest.raises(CapaError, match=r"TokenGather: x lies at 0x1008, no multiple of 16"):
+        launcher.Launcher([]).launch(operator, [], {"x": 0x1008}, 0)
