@@ -28,6 +28,7 @@ def commands(section: str) -> list[list[str]]:
     return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.giant
 @pytest.mark.slow
 def test_the_demo_prints_what_the_readme_shows() -> None:
     (command,) = commands("Try it")
@@ -43,6 +44,7 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
     assert visual in done.stderr.splitlines()
 
 
+@pytest.mark.giant
 def test_the_commands_for_your_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
