@@ -28,6 +28,7 @@ def commands(section: str) -> list[list[str]]:
     return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.giant
 @pytest.mark.slow
 def test_the_demo_prints_what_the_readme_shows() -> None:
     (command,) = commands("Try it")
@@ -43,6 +44,7 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
     assert visual in done.stderr.splitlines()
 
 
+@pytest.mark.giant
 def test_the_commands_for_your_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,13 +66,14 @@ def test_the_commands_for_your_own_checkpoint(
     evaluate, explain, tune = commands("Which method, and why")
     questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
     Path(evaluate[evaluate.index("--data") + 1]).write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
-    assert main(evaluate[1:]) == 0
+    # All that is left out of these commands is time.
+    fewer = ["--samples", "11"]
+    assert main([*evaluate[1:], *fewer]) == 0
     assert "capa@2:0.75" in capsys.readouterr().out
     explain[2] = build[build.index("--out") + 1]
     assert main(explain[1:]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
-    # All that is left out is time.
-    assert main([*tune[1:], "--samples", "11"]) == 0
+    assert main([*tune[1:], *fewer]) == 0
     assert load_recipe(tune[tune.index("--out") + 1]).prune.schedule
 
 

@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
+from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.graph.decoder import decode_model
 from capa_export.graph.rotary import rotary_tables
@@ -41,9 +43,8 @@ def check_tensors(source: Source) -> None:
     Raises:
         CapaError: a tensor is missing or superfluous, or has another shape than `config.json` implies.
     """
-    dims, dtype, folder = source.dims, ir.DataType.FLOAT, source.checkpoint.folder
-    decoder = decode_model(dims.decoder, dtype, rotary_tables(dims), prune_layers=())
-    models = [decoder, source.family.vision_model(dims.vision, dtype)]
+    dims, folder = source.dims, source.checkpoint.folder
+    models = _graphs(dims, source.family.vision_model)
     wanted = {name for model in models for name, value in model.graph.initializers.items() if value.const_value is None}
     if missing := sorted((wanted | {EMBEDDING}) - set(source.tensors)):
         raise CapaError(f"{folder}: tensor {_first(missing)} {_why_missing(missing, source)}")
@@ -66,6 +67,13 @@ def check_tensors(source: Source) -> None:
             f"{source.checkpoint.folder}: tensor {_first(extra)} has no place in {source.family.ARCHITECTURE}; "
             "merge adapters into the weights and re-save with save_pretrained"
         )
+
+
+@lru_cache(maxsize=8)
+def _graphs(dims: ModelDims[Any], vision_model: Callable[[Any, ir.DataType], ir.Model]) -> tuple[ir.Model, ...]:
+    """The graphs that between them read every weight; they depend on nothing else, and nobody may change them."""
+    dtype = ir.DataType.FLOAT
+    return decode_model(dims.decoder, dtype, rotary_tables(dims), prune_layers=()), vision_model(dims.vision, dtype)
 
 
 def _why_missing(missing: Sequence[str], source: Source) -> str:
