@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from capa_export.base.errors import CapaError
 
-__all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims", "refuse_quantized"]
+__all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,15 +78,6 @@ class ModelDims(Generic[V]):
     vision: V
     image_token_id: int
     """Token that stands in the prompt for every visual token."""
-
-
-def refuse_quantized(*sections: "Section") -> None:
-    """Refuse a config whose weights are not plain numbers."""
-    for section in sections:
-        if section.data.get("quantization_config") is not None:
-            raise section.refused(
-                "quantization_config", "use the checkpoint in bf16, fp16 or fp32 that it was made from"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

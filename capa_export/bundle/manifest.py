@@ -76,6 +76,8 @@ class _CheckpointRecord(_Record):
     revision: str | None
     files: dict[str, Any]
     sha256: dict[str, str]
+    quantization: str | None = None
+    """What the weights were before they were expanded; None for plain ones."""
 
 
 class _HashesRecord(_Record):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import FORMATS
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, open_tensors
+from capa_export.model.quantized.expanded import quantization
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,8 +34,14 @@ class Shards:
             precision: fp16, bf16 or fp32, of the graphs.
 
         Raises:
-            CapaError: most weights are of another precision, or one lies where its dtype cannot be read.
+            CapaError: most weights are of another precision, some are quantized, or one lies where its dtype cannot
+                be read.
         """
+        if (quantized := quantization(checkpoint)) is not None:
+            raise CapaError(
+                f"{checkpoint.folder}: {quantized} are expanded to {precision} as they are written; "
+                "leave --weights in-place away"
+            )
         self._folder = checkpoint.folder
         self._shards = sorted({tensor.path for tensor in checkpoint.tensors.values()})
         sizes: Counter[str] = Counter()

@@ -17,6 +17,7 @@ from capa_export.export.graphs import pruning
 from capa_export.model.files import check_files
 from capa_export.model.generation import read_generation
 from capa_export.model.model import Model
+from capa_export.model.quantized.expanded import quantization
 
 __all__ = ["check_wishes", "export"]
 
@@ -46,6 +47,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     check_files(model)
     model.remember_digests(bundle)
     calibration, scales = _calibrated(model, bundle, options)
+    quantized = quantization(model.source.checkpoint)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
 
     def digests() -> dict[str, str]:
@@ -85,6 +87,8 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
     with bundle.claimed():
         run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"])
+        if quantized is not None:
+            say(f"{'':<14}{quantized}: expanded to {options.precision}, inputs not quantized")
         _say_kept(model, calibration)
         bundle.update(
             tool={"capa-export": capa_export.__version__, **versions(*_PACKAGES, code_of=_CODE)},
@@ -95,6 +99,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
                 "revision": model.revision,
                 "files": model.fingerprints,
                 "sha256": digests(),
+                "quantization": quantized,
             },
             calibration_samples=calibration.samples if calibration else 0,
         )

@@ -43,6 +43,17 @@ CHUNK_ELEMENTS = 1 << 20
 
 # NumPy itself has no bfloat16.
 _DTYPES = {form.safetensors: np.dtype(getattr(ml_dtypes, form.array, form.array)) for form in FORMATS.values()}
+_PACKED = {
+    name: np.dtype(getattr(ml_dtypes, array, array))
+    for name, array in {
+        "I32": "int32",
+        "I64": "int64",
+        "I8": "int8",
+        "U8": "uint8",
+        "F8_E4M3": "float8_e4m3fn",
+    }.items()
+}
+"""Dtypes, by safetensors' names, of the tensors that formats of quantized weights are made of."""
 _FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer*", "*.model")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
@@ -67,6 +78,11 @@ class StoredTensor:
     offset: int
     """Bytes from the start of the shard."""
     nbytes: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the elements are read from."""
+        return (self.path,)
 
     @property
     def dtype(self) -> "ir.DataType":
@@ -113,8 +129,10 @@ class Checkpoint:
     """Tensors by stored name, in the order of shards and of offsets."""
     passed_over: Mapping[str, str] = field(default_factory=dict[str, str])
     """Stored name -> dtype, of what is neither BF16, F16 nor F32: no graph reads it."""
+    packed: Mapping[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    """Those of what is passed over that quantized weights may be made of, by stored name."""
     translation: Path | None = None
-    """Folder of the config, tokenizer and processor files that a family translated, where `folder` has others."""
+    """Folder of config, tokenizer and processor files as transformers would have them, where `folder` has others."""
 
     @property
     def sidecars(self) -> Path:
@@ -134,7 +152,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The config and the shards, sorted by name."""
-        shards = {tensor.path for tensor in self.tensors.values()}
+        shards = {path for tensor in self.tensors.values() for path in tensor.paths}
         return [self.folder / "config.json", *sorted(shards)]
 
     def sha256(self, progress: Progress | None = None) -> dict[str, str]:
@@ -189,18 +207,20 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     config = _config(folder)
     shards, weight_map = _shards(folder, config)
     tensors: dict[str, StoredTensor] = {}
+    packed: dict[str, StoredTensor] = {}
     passed_over: dict[str, str] = {}
     places: dict[str, str] = {}
     for shard in shards:
         found, others = _read_header(folder / shard)
-        for name in (*found, *others):
+        for name in found:
             if name in places:
                 raise CapaError(
                     f"{folder}: tensor {name} is in {places[name]} and in {shard}; "
                     "remove the file that does not belong to this checkpoint"
                 )
             places[name] = shard
-        tensors |= found
+        tensors |= {name: tensor for name, tensor in found.items() if name not in others}
+        packed |= {name: found[name] for name, dtype in others.items() if dtype in _PACKED}
         passed_over |= others
     for name, shard in weight_map.items():
         if places.get(name) != shard:
@@ -215,6 +235,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
         config=config,
         tensors=MappingProxyType(tensors),
         passed_over=MappingProxyType(passed_over),
+        packed=MappingProxyType(packed),
     )
 
 
@@ -251,7 +272,8 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CapaError: the file is missing, truncated or corrupt.
     """
-    return _read_header(path)[0]
+    tensors, others = _read_header(path)
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -379,12 +401,12 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if size != end:
         state = "truncated" if size < end else "too long"
         raise CapaError(f"{path}: {state}: {size} bytes, its header says {end}; download it again")
-    return {tensor.name: tensor for tensor in tensors if tensor.name not in others}, others
+    return {tensor.name: tensor for tensor in tensors}, others
 
 
 def _stored_tensor(path: Path, data_start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"])
+    dtype = (_DTYPES | _PACKED).get(entry["dtype"])
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a bad shape or offset")
     needed = end - begin if dtype is None else prod(shape) * dtype.itemsize

@@ -1,13 +1,18 @@
 """The files beside a checkpoint's weights: config, tokenizer, chat template and image processor."""
 
+import json
 import shutil
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
 
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint
 from capa_export.model.hub import require_own_file
 
-__all__ = ["copy_sidecars", "sidecars"]
+__all__ = ["copy_sidecars", "scratch_folder", "sidecars", "write_json"]
 
 _SIDECARS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 _TEXT_SIDECARS = (*TEMPLATE_FILES, "merges.txt", "vocab.json", "*.model")
@@ -44,3 +49,18 @@ def copy_sidecars(checkpoint: Checkpoint, folder: Path, *, code: bool = False) -
             place = folder / part / path.relative_to(checkpoint.sidecars)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+
+
+def scratch_folder() -> Path:
+    """A new folder that goes when the process ends."""
+    return Path(mkdtemp(dir=_scratch().name))
+
+
+@cache
+def _scratch() -> "TemporaryDirectory[str]":
+    return TemporaryDirectory(prefix="capa-export-")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a file as transformers writes its own."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

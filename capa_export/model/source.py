@@ -8,6 +8,7 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.model.checkpoint import Checkpoint, StoredTensor
 from capa_export.model.families import Family, LayoutFamily
+from capa_export.model.quantized.expanded import expanded
 
 __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
 
@@ -27,11 +28,12 @@ class Source:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":
-        """Read the dimensions and name the tensors.
+        """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
         Raises:
-            CapaError: the checkpoint is another architecture, or lacks something.
+            CapaError: the checkpoint is another architecture or in another format, or lacks something.
         """
+        checkpoint = expanded(checkpoint)
         if isinstance(family, LayoutFamily):
             checkpoint = family.translated(checkpoint)
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))

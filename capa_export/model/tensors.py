@@ -16,6 +16,7 @@ from capa_export.base.errors import CapaError
 from capa_export.graph.decoder import decode_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import StoredTensor, canonical_name
+from capa_export.model.quantized.expanded import check_scales
 from capa_export.model.source import EMBEDDING, HEAD, Source
 
 __all__ = ["check_tensors", "checked_shape", "unbound", "unused_tensors"]
@@ -41,7 +42,8 @@ def check_tensors(source: Source) -> None:
     """Hold the checkpoint's tensor names against the graphs', before any weight is read.
 
     Raises:
-        CapaError: a tensor is missing or superfluous, or has another shape than `config.json` implies.
+        CapaError: a tensor is missing or superfluous, has another shape than `config.json` implies, or scales are
+            damaged.
     """
     dims, folder = source.dims, source.checkpoint.folder
     models = _graphs(dims, source.family.vision_model)
@@ -49,6 +51,7 @@ def check_tensors(source: Source) -> None:
     if missing := sorted((wanted | {EMBEDDING}) - set(source.tensors)):
         raise CapaError(f"{folder}: tensor {_first(missing)} {_why_missing(missing, source)}")
     _check_shapes(models, source.tensors)
+    check_scales(source.tensors.values())
     table, shape = source.tensors[EMBEDDING], (dims.decoder.vocab_size, dims.decoder.hidden_size)
     if table.shape != shape:
         raise CapaError(

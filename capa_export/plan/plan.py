@@ -20,6 +20,7 @@ from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
+from capa_export.model.quantized.formats import find_format
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     choose_weights,
@@ -95,7 +96,9 @@ def dry_run(
         CapaError: the config or the calibration cannot be read, or does not fit the recipe.
     """
     config = fetch_config(checkpoint, revision=revision)
-    dims = load_family(recipe.family).model_dims(config, where=f"{checkpoint}: config.json")
+    where = f"{checkpoint}: config.json"
+    find_format(config, where)
+    dims = load_family(recipe.family).model_dims(config, where=where)
     check_layers(recipe, dims.decoder.num_layers)
     room_options: dict[str, Any] = {
         "target": target,

@@ -10,7 +10,6 @@ from capa_export.base.dims import (
     Section,
     TextDefaults,
     decoder_dims,
-    refuse_quantized,
 )
 from capa_export.base.errors import CapaError
 from capa_export.model.families.internvl3.original import ORIGINAL, translated_config
@@ -139,7 +138,6 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
             f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'internvl' and {ORIGINAL!r}"
         )
     text = replace(root.section("text_config"), name=key)
-    refuse_quantized(root, text)
     decoder = text.data.get("model_type", "qwen2")
     if not isinstance(decoder, str) or decoder not in _DECODERS:
         raise text.refused(

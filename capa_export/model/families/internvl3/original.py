@@ -4,18 +4,17 @@ transformers' conversion of these checkpoints is followed: names, settings, chat
 the published `-hf` checkpoints.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from capa_export.base.dims import Section
 from capa_export.base.errors import CapaError
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, read_json
+from capa_export.model.quantized.expanded import ExpandedTensor
+from capa_export.model.sidecars import scratch_folder, write_json
 
 __all__ = ["ORIGINAL", "PREPROCESSOR", "preprocessor_config", "translated", "translated_config"]
 
@@ -124,7 +123,7 @@ def translated_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     decoder = text.data.get("model_type") or _decoder(text)
     ratio = root.number("downsample_ratio", 0.5)
     return {
-        **{key: config[key] for key in ("torch_dtype", "dtype", "quantization_config") if key in config},
+        **{key: config[key] for key in ("torch_dtype", "dtype") if key in config},
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "downsample_ratio": ratio,
@@ -151,31 +150,25 @@ def translated(checkpoint: Checkpoint) -> Checkpoint:
         CapaError: a file is missing or malformed, or the tokenizer lacks a token that prompts need.
     """
     config = translated_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    folder = Path(mkdtemp(dir=_scratch().name))
+    folder = scratch_folder()
     for pattern in _TOKENIZER_FILES:
         for path in checkpoint.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     # Its template is for text alone, or writes pictures as the authors' own code takes them.
     tokenizer_config = _optional(checkpoint.folder / "tokenizer_config.json")
-    _write(folder / "tokenizer_config.json", {**tokenizer_config, "chat_template": _CHAT_TEMPLATE})
+    write_json(folder / "tokenizer_config.json", {**tokenizer_config, "chat_template": _CHAT_TEMPLATE})
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     given = read_json(checkpoint.folder / PREPROCESSOR)
-    _write(folder / PREPROCESSOR, preprocessor_config(checkpoint.config, given))
-    _write(folder / "config.json", config)
+    write_json(folder / PREPROCESSOR, preprocessor_config(checkpoint.config, given))
+    write_json(folder / "config.json", config)
     ids = _token_ids(folder, checkpoint.folder)
     config["image_token_id"] = ids[_IMAGE_TOKEN]
     config["text_config"]["eos_token_id"] = ids[_END_OF_TURN]
-    _write(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     # The authors' chat ends at the end of a turn, whatever their files say.
     generation = _optional(checkpoint.folder / "generation_config.json")
-    _write(folder / "generation_config.json", {**generation, "eos_token_id": ids[_END_OF_TURN]})
+    write_json(folder / "generation_config.json", {**generation, "eos_token_id": ids[_END_OF_TURN]})
     return replace(checkpoint, config=config, tensors=_tensors(checkpoint), translation=folder)
-
-
-@cache
-def _scratch() -> "TemporaryDirectory[str]":
-    """A folder that goes when the process ends."""
-    return TemporaryDirectory(prefix="capa-export-")
 
 
 def preprocessor_config(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +217,10 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         if ".attention.qkv." not in name:
             tensors[name] = tensor
             continue
+        if isinstance(tensor, ExpandedTensor):
+            raise CapaError(
+                f"{tensor.path}: {tensor.name} is quantized; of InternVL in its authors' layout only the decoder may be"
+            )
         rows, *rest = tensor.shape
         if rows % 3:
             raise CapaError(f"{tensor.path}: tensor {tensor.name} has {rows} rows, which are not three projections")
@@ -239,7 +236,3 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _write(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from capa_export.base.dims import (
     Section,
     TextDefaults,
     decoder_dims,
-    refuse_quantized,
 )
 from capa_export.base.errors import CapaError
 
@@ -116,7 +115,6 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     if config.get("model_type") != "llava":
         raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'llava'")
     text, vision = root.section("text_config"), root.section("vision_config")
-    refuse_quantized(root, text, vision)
     text.expect("model_type", "llama")
     text.expect("attention_bias", supported=False)
     text.expect("mlp_bias", supported=False)

@@ -10,7 +10,6 @@ from capa_export.base.dims import (
     Section,
     TextDefaults,
     decoder_dims,
-    refuse_quantized,
 )
 from capa_export.base.errors import CapaError, ExitCode
 
@@ -120,7 +119,6 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     if config.get("model_type") != "qwen2_5_vl":
         raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'qwen2_5_vl'")
     text = root.section("text_config") if config.get("text_config") is not None else root
-    refuse_quantized(root, text)
     return ModelDims(
         decoder=decoder_dims(root, text, _TEXT),
         vision=_vision(root, text.count("hidden_size")),

@@ -11,7 +11,6 @@ from capa_export.base.dims import (
     Section,
     TextDefaults,
     decoder_dims,
-    refuse_quantized,
 )
 from capa_export.base.errors import CapaError
 from capa_export.model.families.qwen25vl.dims import expect_plain_vision_rope
@@ -117,7 +116,6 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     if config.get("model_type") != "qwen3_vl":
         raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'qwen3_vl'")
     text, vision = root.section("text_config"), root.section("vision_config")
-    refuse_quantized(root, text, vision)
     text.expect("attention_bias", supported=False)
     decoder = decoder_dims(root, text, _TEXT)
     tower = _vision(vision, decoder)

@@ -1,0 +1,1 @@
+"""Published quantized checkpoints: a decoder a format, into one canonical form of a weight."""

@@ -1,0 +1,187 @@
+"""A quantized checkpoint as one of plain FP32 weights, which are decoded a layer at a time, when they are read."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from capa_export.base.dims import Section
+from capa_export.base.errors import CapaError
+from capa_export.model.checkpoint import CHUNK_ELEMENTS, Checkpoint, StoredTensor, read_json
+from capa_export.model.quantized.formats import FOREIGN, HF_QUANT_CONFIG, KEY, TEXT_SECTIONS, find_format
+from capa_export.model.quantized.parts import Format, Parts
+from capa_export.model.quantized.weight import Array, QuantizedWeight
+from capa_export.model.sidecars import scratch_folder, write_json
+
+__all__ = ["ExpandedTensor", "check_scales", "expanded", "quantization"]
+
+_CACHE_SCALES = re.compile(r"\.(?:k_proj\.k_scale|v_proj\.v_scale|self_attn\.[kv]_scale)$")
+"""Scales of a quantized KV cache, which no weight depends on."""
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpandedTensor(StoredTensor):
+    """A quantized layer's weight, in the place of a stored one; it is decoded whenever it is read."""
+
+    form: Format
+    parts: Parts
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(part.path for part in self.parts.tensors.values())
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight in the canonical form.
+
+        Raises:
+            CapaError: its scales are damaged.
+        """
+        return self.form.decode(self.parts)
+
+    def mapped(self) -> Array:
+        """The weight [out, in] in FP32, in memory of its own."""
+        return self.quantized().dequantized()
+
+    def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator[Array]:
+        """Yield the elements in storage order, flat, `size` at a time."""
+        flat = self.mapped().reshape(-1)
+        return (flat[start : start + size] for start in range(0, flat.size, size))
+
+
+def quantization(checkpoint: Checkpoint) -> str | None:
+    """What the weights of an expanded checkpoint were, in words; None where they are as they were stored."""
+    weights = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, ExpandedTensor)]
+    return f"{len(weights)} layers of {weights[0].form.name}" if weights else None
+
+
+def check_scales(tensors: Iterable[StoredTensor]) -> None:
+    """Read the scales of all quantized layers, which are few bytes.
+
+    Raises:
+        CapaError: one is NaN, infinite or zero.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, ExpandedTensor):
+            for part in tensor.form.SCALES:
+                if part in tensor.parts:
+                    tensor.parts.scales(part)
+
+
+def expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a weight in place of the tensors that stand for one, and a config that says nothing of them.
+
+    Raises:
+        CapaError: the format is not supported, or tensors are missing, of another format or do not fit each other.
+    """
+    folder = checkpoint.folder
+    beside = None
+    if (path := folder / HF_QUANT_CONFIG).is_file():
+        beside = Section(read_json(path), str(path), "")
+    form = find_format(checkpoint.config, str(folder / "config.json"), beside)
+    stored = {**checkpoint.tensors, **checkpoint.packed}
+    if form is None:
+        if unexplained := next((name for name in stored if name.rpartition(".")[2] in FOREIGN), None):
+            raise CapaError(
+                f"{folder}: tensor {unexplained} is of a quantized layer, and config.json has no {KEY}; "
+                "use the config.json that was published with the weights"
+            )
+        return checkpoint
+    weights = dict(_weights(folder, stored, form))
+    consumed = {part.name for weight in weights.values() for part in weight.parts.tensors.values()}
+    plain = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name not in consumed and not _CACHE_SCALES.search(name)
+    }
+    if doubled := next((name for name in weights if name in plain), None):
+        raise CapaError(
+            f"{folder}: tensor {doubled} is stored beside its quantized form; download the checkpoint again"
+        )
+    config = _without_key(checkpoint.config)
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=MappingProxyType({**plain, **weights}),
+        packed=MappingProxyType({}),
+        passed_over={name: dtype for name, dtype in checkpoint.passed_over.items() if name not in consumed},
+        translation=_translation(folder, config),
+    )
+
+
+def _weights(folder: Path, stored: Mapping[str, StoredTensor], form: Format) -> Iterator[tuple[str, ExpandedTensor]]:
+    """The weights of a format's layers, by name."""
+    for module, tensors in _layers(stored, form).items():
+        if form.excludes(module):
+            raise CapaError(f"{folder}: {module} is quantized, though the config leaves it out; download them again")
+        if absent := [part for part in form.REQUIRED if part not in tensors]:
+            raise CapaError(f"{folder}: tensor {module}.{absent[0]} is missing; download the checkpoint again")
+        parts, main = Parts(module, MappingProxyType(tensors)), tensors[form.REQUIRED[0]]
+        shape = form.shape(parts)
+        name = f"{module}.weight"
+        yield (
+            name,
+            ExpandedTensor(
+                name=name,
+                path=main.path,
+                numpy_dtype=np.dtype(np.float32),
+                shape=shape,
+                offset=main.offset,
+                nbytes=4 * shape[0] * shape[1],
+                form=form,
+                parts=parts,
+            ),
+        )
+
+
+def _layers(stored: Mapping[str, StoredTensor], form: Format) -> Mapping[str, dict[str, StoredTensor]]:
+    """The tensors of quantized layers, by layer and by the last word of their names.
+
+    Raises:
+        CapaError: there are none, or one is of another format.
+    """
+    own = {*form.REQUIRED, *form.OPTIONAL}
+    layers = defaultdict[str, dict[str, StoredTensor]](dict)
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        whole = part == "weight" and part in own and tensor.numpy_dtype.name in ("uint8", "float8_e4m3fn")
+        if part in FOREIGN and part not in own:
+            raise CapaError(
+                f"{tensor.path}: tensor {name} is of another format than {form.name}, which the config names; "
+                "only one format in a checkpoint is supported"
+            )
+        if part in FOREIGN or whole:
+            layers[module][part] = tensor
+    for module, parts in layers.items():
+        if "weight" in own and f"{module}.weight" in stored:
+            parts["weight"] = stored[f"{module}.weight"]
+    if not layers:
+        raise CapaError(
+            f"the config says {form.name}, and no tensor is quantized; "
+            f"take {KEY} out of it if the weights were expanded"
+        )
+    return layers
+
+
+def _without_key(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says nothing of quantization, for whoever would look for the format's own library."""
+    plain = {key: value for key, value in config.items() if key != KEY}
+    for name in TEXT_SECTIONS:
+        if isinstance(plain.get(name), dict):
+            plain[name] = {key: value for key, value in plain[name].items() if key != KEY}
+    return plain
+
+
+def _translation(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A folder of the checkpoint's files but the weights, with another config."""
+    scratch = scratch_folder()
+    for path in folder.iterdir():
+        if path.suffix not in _WEIGHT_FILES and path.name not in ("config.json", HF_QUANT_CONFIG):
+            (scratch / path.name).symlink_to(path.absolute())
+    write_json(scratch / "config.json", config)
+    return scratch

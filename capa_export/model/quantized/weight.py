@@ -1,0 +1,55 @@
+"""The canonical form of a quantized weight, into which every format is decoded."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+__all__ = ["Array", "QuantizedWeight"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedWeight:
+    """The weight of a linear layer as numbers of few bits and what they are multiplied with.
+
+    Of input i and output o in group g: pre_scale[i] * outer_scale * scales[o, g] * (values[o, i] - zero_points[o, g]).
+    """
+
+    values: Array
+    """Whole numbers, or FP8 or FP4 numbers, [out, in]; a group's columns lie side by side."""
+    scales: Array
+    """Scales [out, groups] in their stored dtype; one group is a scale a channel."""
+    group_size: int
+    """Columns of a group; the last group may have fewer."""
+    zero_points: Array | None = None
+    """Whole numbers [out, groups]; None where the values are symmetric."""
+    outer_scale: float = 1.0
+    """FP32 scale of the scales."""
+    pre_scale: Array | None = None
+    """Factors [in] of the layer's input."""
+    input_order: Array | None = None
+    """The input [in] that every column belongs to; None where column i is of input i."""
+    input_scale: float | None = None
+    """Scale that the format quantizes the layer's input with; the weight does not depend on it."""
+
+    def dequantized(self) -> Array:
+        """The weight [out, in] in FP32, by inputs in their own order."""
+        numbers = self.values.astype(np.float32)
+        if self.zero_points is not None:
+            numbers -= self._by_column(self.zero_points.astype(np.float32))
+        numbers *= self._by_column(self.scales.astype(np.float32) * np.float32(self.outer_scale))
+        if self.input_order is not None:
+            ordered = np.empty_like(numbers)
+            ordered[:, self.input_order] = numbers
+            numbers = ordered
+        if self.pre_scale is not None:
+            numbers *= self.pre_scale.astype(np.float32)
+        return numbers
+
+    def _by_column(self, by_group: Array) -> Array:
+        """What is said a group, [out, groups], said a column."""
+        if by_group.shape[1] == 1:
+            return by_group
+        return np.repeat(by_group, self.group_size, axis=1)[:, : self.values.shape[1]]
