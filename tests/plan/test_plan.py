@@ -117,7 +117,6 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}}, "rope_scaling.mrope_section"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": 64}}, "must be a list"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, "24"]}}, "rope_scaling.mrope_section[2]"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act: is 'gelu', only 'silu'"),
         ({"num_attention_heads": 24}, "24 heads of 149 must make 3584"),
         ({"head_dim": 64}, "28 heads of 64 must make 3584"),

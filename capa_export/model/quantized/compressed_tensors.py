@@ -76,6 +76,8 @@ class PackQuantized:
         parts.expect("weight_scale", FLOATS, *scales)
         parts.expect("weight_zero_point", ("int32",), (num_words(num_outputs, self.bits), groups))
         parts.expect("weight_g_idx", ("int32", "int64"), (num_inputs,))
+        if "weight_g_idx" in parts:
+            input_order(parts, "weight_g_idx", num_inputs // groups)
         if self.symmetric != ("weight_zero_point" not in parts):
             state = "is there, though weights are symmetric" if self.symmetric else "is missing"
             path = parts.tensors["weight_packed"].path

@@ -31,10 +31,12 @@ class ExpandedTensor(StoredTensor):
 
     form: Format
     parts: Parts
+    settings: tuple[Path, ...] = ()
+    """The file of the format's settings, where it is not `config.json`."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(part.path for part in self.parts.tensors.values())
+        return (*self.settings, *(part.path for part in self.parts.tensors.values()))
 
     def quantized(self) -> QuantizedWeight:
         """The weight in the canonical form.
@@ -92,7 +94,10 @@ def expanded(checkpoint: Checkpoint) -> Checkpoint:
                 "use the config.json that was published with the weights"
             )
         return checkpoint
-    weights = dict(_weights(folder, stored, form))
+    weights = {
+        name: weight if beside is None else replace(weight, settings=(path,))
+        for name, weight in _weights(folder, stored, form)
+    }
     consumed = {part.name for weight in weights.values() for part in weight.parts.tensors.values()}
     plain = {
         name: tensor

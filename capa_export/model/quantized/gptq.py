@@ -79,6 +79,8 @@ class Gptq:
         parts.expect("g_idx", ("int32", "int64"), (num_inputs,))
         if num_outputs * self.bits % 32:
             raise parts.refused("qweight", f"has {num_outputs} outputs, whose zero points fill no words of 32 bits")
+        if "g_idx" in parts:
+            input_order(parts, "g_idx", num_inputs // groups)
         if self.ordered and "g_idx" not in parts:
             raise parts.refused("qweight", "has no g_idx beside it, though desc_act is set; download it again")
         return num_outputs, num_inputs

@@ -103,7 +103,7 @@ class Format(Protocol):
         ...
 
     def shape(self, parts: Parts) -> tuple[int, int]:
-        """Outputs and inputs of a layer; refuses parts that disagree, by their headers alone."""
+        """Outputs and inputs of a layer; refuses parts that disagree, and reads none that is large."""
         ...
 
     def decode(self, parts: Parts) -> QuantizedWeight:

@@ -333,7 +333,6 @@ REFUSED = {
         {"text_config.model_type": "qwen3", "text_config.attention_bias": True},
         "text_config.attention_bias: is True, only False",
     ),
-    "quantized": ({"quantization_config": {}}, "use the checkpoint in bf16"),
     "another ratio": ({"downsample_ratio": 0.25}, "downsample_ratio: is 0.25, only 0.5"),
     "another layer": ({"vision_feature_layer": -2}, "vision_feature_layer: is -2, only -1"),
     "[CLS] kept": ({"vision_feature_select_strategy": "full"}, "is 'full', only 'default'"),

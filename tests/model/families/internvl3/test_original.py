@@ -141,7 +141,7 @@ REFUSED = {
     "a list": ({"llm_config.model_type": ["qwen2"]}, "llm_config.model_type: is .'qwen2'., and the graphs hold"),
     "padding": ({"pad2square": True}, "pad2square: is True, only False"),
     "another size": ({"force_image_size": 896}, "force_image_size: is 896, but the vision tower has positions for 56"),
-    "quantized": ({"quantization_config": {}}, "quantization_config: use the checkpoint in bf16"),
+    "quantized": ({"quantization_config": {}}, "quantization_config.quant_method: is missing"),
     "a text size": ({"vision_config.image_size": "448"}, "vision_config.image_size: must be a whole number"),
     "another ratio": ({"downsample_ratio": 0.25}, "downsample_ratio: is 0.25, only 0.5"),
 }

@@ -118,7 +118,6 @@ def text(**changes: Any) -> dict[str, Any]:
         ({"vision_feature_layer": 0}, "vision_feature_layer: 0 is none of the 24 layers"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy: is 'cls'"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act: is 'relu', only 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: use the checkpoint in bf16"),
         (text(model_type="mistral"), "text_config.model_type: is 'mistral', only 'llama'"),
         (text(attention_bias=True), "text_config.attention_bias: is True, only False"),
         (text(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.rope_type: is 'linear', only 'default'"),

@@ -109,7 +109,6 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
         ({"model_type": "qwen3_vl_moe"}, "model_type is 'qwen3_vl_moe', a mixture of experts, .* use a dense Qwen3-VL"),
         ({"text_config": None}, "text_config: is missing"),
         ({"text": {"attention_bias": True}}, "text_config.attention_bias: is True, only False"),
-        ({"text": {"quantization_config": {"bits": 4}}}, "quantization_config: use the checkpoint in bf16"),
         ({"text": {"rope_scaling": {"rope_type": "yarn"}}}, "rope_type: is 'yarn', only 'default' and 'mrope'"),
         ({"text": {"rope_scaling": {"mrope_section": [24, 20]}}}, "mrope_section: .* three numbers that make 64"),
         ({"text": {"rope_scaling": {"mrope_interleaved": False}}}, "mrope_interleaved: is False, only True"),

@@ -1,0 +1,73 @@
+"""A published AWQ checkpoint built from end to end, on weights that stand expanded in the bundle."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.torch import load_file, save_file
+
+from capa_export.base.errors import CapaError
+from capa_export.bundle.store import Bundle
+from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.plan.plan import dry_run
+from tests.building import Building
+from tests.conftest import noise
+from tests.quantizing import FORMATS, quantize
+
+
+@pytest.fixture
+def building(checkpoint: Path, tmp_path: Path) -> Building:
+    data = load_recipe("qwen25vl").model_dump()
+    data["prune"] = {"schedule": [{"layer": 2, "ratio": 0.75}]}
+    data["ffn"] = {"eta": 0.5, "budget": 100}
+    data["parity"] |= {"prompts": 1, "steps": 2, "accuracy_samples": 1}
+    noise(224, 224).save(tmp_path / "picture.png")
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    return Building.of(
+        Recipe(**data), Bundle(tmp_path / "out"), folder, images=tmp_path / "picture.png", precision="fp16"
+    )
+
+
+def test_a_bundle_has_the_expanded_weights_and_says_so(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = quantize(Path(building.checkpoint), FORMATS["AutoAWQ"])
+    assert building.build().passed
+    what = "35 layers of AutoAWQ, 4 bits, groups of 32, with zero points"
+    assert f"{what}: expanded to fp16, inputs not quantized" in capsys.readouterr().err
+    assert building.bundle.manifest["checkpoint"]["quantization"] == what
+    onnx = building.bundle.folder / "onnx"
+    graph = ir.load(onnx / "llm/prefill.onnx").graph
+    name = "model.layers.4.mlp.down_proj.weight"
+    weight = graph.initializers[name].const_value
+    assert weight is not None
+    stored = next(weight for stored, weight in expected.items() if stored.endswith("layers.4.mlp.down_proj.weight"))
+    np.testing.assert_array_equal(weight.numpy(), stored.numpy().astype(np.float16))
+    for part in ("llm", "visual"):
+        assert "quantization_config" not in json.loads((onnx / part / "config.json").read_text())
+
+
+def test_damaged_scales_are_refused_before_anything_is_written(building: Building) -> None:
+    folder = Path(building.checkpoint)
+    quantize(folder, FORMATS["AutoAWQ"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.scales"][1, 2] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CapaError, match=r"layers\.3\.mlp\.up_proj\.scales holds scales that are NaN"):
+        building.build()
+    assert not [path for path in building.bundle.folder.rglob("*") if path.suffix not in (".lock", "")]
+
+
+def test_a_plan_reads_the_config_and_refuses_what_a_build_would(building: Building) -> None:
+    folder = Path(building.checkpoint)
+    options: dict[str, Any] = {"out": None, "precision": "fp16", "ffn": False}
+    plain = dry_run(building.recipe, str(folder), **options)["flops"]
+    quantize(folder, FORMATS["AutoAWQ"])
+    assert dry_run(building.recipe, str(folder), **options)["flops"] == plain
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CapaError, match="quant_method: is 'bitsandbytes'"):
+        dry_run(building.recipe, str(folder), **options)
