@@ -36,10 +36,14 @@ class QuantizedWeight:
 
     def dequantized(self) -> Array:
         """The weight [out, in] in FP32, by inputs in their own order."""
-        numbers = self.values.astype(np.float32)
-        if self.zero_points is not None:
-            numbers -= self._by_column(self.zero_points.astype(np.float32))
-        numbers *= self._by_column(self.scales.astype(np.float32) * np.float32(self.outer_scale))
+        # Row by row even where the values lie column by column.
+        numbers = np.ascontiguousarray(self.values).astype(np.float32)
+        scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
+        for group in range(scales.shape[1]):
+            columns = numbers[:, group * self.group_size : (group + 1) * self.group_size]
+            if self.zero_points is not None:
+                columns -= self.zero_points[:, group, None].astype(np.float32)
+            columns *= scales[:, group, None]
         if self.input_order is not None:
             ordered = np.empty_like(numbers)
             ordered[:, self.input_order] = numbers
@@ -47,9 +51,3 @@ class QuantizedWeight:
         if self.pre_scale is not None:
             numbers *= self.pre_scale.astype(np.float32)
         return numbers
-
-    def _by_column(self, by_group: Array) -> Array:
-        """What is said a group, [out, groups], said a column."""
-        if by_group.shape[1] == 1:
-            return by_group
-        return np.repeat(by_group, self.group_size, axis=1)[:, : self.values.shape[1]]
