@@ -38,8 +38,8 @@ from the published dimensions, as `capa-export plan` counts them, and `python -m
 - **with text**: the decoder with {_TEXT} tokens of text, which nothing is saved of, and the logits.
 - **to the first token**: the vision tower too, which CAPA leaves as it is.
 
-The 78 % come out as {{best}} % at most: at the earliest layer of the model where most is saved, visual tokens alone. All
-else is less. The work until the first token falls by {{least}} to {{most}} % at each model's earliest layer."""
+The 78 % come out as {{best}} % at most: at the earliest layer of the model where most is saved, visual tokens alone.
+All else is less. The work until the first token falls by {{least}} to {{most}} % at each model's earliest layer."""
 
 
 def counted() -> list[dict[str, Any]]:
