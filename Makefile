@@ -32,12 +32,14 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/dev.stamp
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 docs: .venv/dev.stamp
+	$(BIN)/typer capa_export.cli utils docs --name capa-export --title "Every command" --output docs/commands.md
 	$(BIN)/griffe2md capa_export -o docs/api.md
 	$(BIN)/griffe2md capa_export.api.builds >> docs/api.md
 	$(BIN)/griffe2md capa_export.api.stages >> docs/api.md

@@ -1,15 +1,20 @@
 """The commands of README and docs do what they say, and their links lead somewhere."""
 
+import ast
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import capa_export
 from benchmarks import front
 from capa_export.api.bundle import Bundle
 from capa_export.base.errors import ExitCode
@@ -92,7 +97,11 @@ def test_the_commands_for_your_own_checkpoint(
                 assert main(["engine", "out/qwen", "--target", target]) == 0
                 assert (tmp_path / "out/qwen/engines" / target / "build.sh").is_file()
                 assert command[2] == f"{other[-1]}/engines/{target}"
-    capsys.readouterr()
+    shutil.copy(front.PICTURE, "scene.png")
+    names: dict[str, Any] = {"capa_export": capa_export}
+    for block in re.findall(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)[1:]:
+        exec(block.replace("out/python", "out/qwen"), names)  # noqa: S102 - it is the page's code that is tested.
+    assert "\ncapa@2:0.75 " in capsys.readouterr().out
 
     evaluate, explain, tune = commands(doc("methods.md"))
     questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
@@ -135,3 +144,30 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", ["jetson", "your-data"])
+def test_the_tutorials_commands_have_the_options_they_name(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = doc(f"tutorials/{page}.md").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    own = [shlex.split(line)[1:] for line in lines if line.startswith("capa-export ")]
+    assert len(own) > 1
+    for verb, *words in own:
+        assert main([verb, "--help"]) == 0
+        assert {word for word in words if word.startswith("--")} <= set(
+            re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)
+        )
+
+
+def test_python_tutorial_builds_with_arguments_that_there_are() -> None:
+    first = re.search(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)
+    assert first is not None
+    (call,) = (node for node in ast.walk(ast.parse(first[1])) if isinstance(node, ast.Call))
+    signature(capa_export.build).bind(**{word.arg: None for word in call.keywords if word.arg})
+
+
+def test_every_command_is_documented_as_it_is() -> None:
+    command = [sys.executable, "-m", "typer", "capa_export.cli", "utils", "docs", "--name", "capa-export"]
+    done = subprocess.run([*command, "--title", "Every command"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # The help's sentences keep the spaces that ended their lines.
+    assert doc("commands.md").split() == done.stdout.split(), "run `make docs`"
