@@ -101,7 +101,7 @@ def test_the_commands_for_your_own_checkpoint(
     names: dict[str, Any] = {"capa_export": capa_export}
     for block in re.findall(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)[1:]:
         exec(block.replace("out/python", "out/qwen"), names)  # noqa: S102 - it is the page's code that is tested.
-    assert "\ncapa@2:0.75 " in capsys.readouterr().out
+    assert "\ncapa@3:0.75 2\n" in capsys.readouterr().out
 
     evaluate, explain, tune = commands(doc("methods.md"))
     questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
