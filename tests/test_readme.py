@@ -1,15 +1,22 @@
-"""The README's commands do what the README says."""
+"""The commands of README and docs do what they say, and their links lead somewhere."""
 
+import ast
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import capa_export
+from benchmarks import front
+from capa_export.api.bundle import Bundle
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
@@ -20,9 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands(section: str) -> list[list[str]]:
-    """The words of each command in the first shell block of a section."""
-    text = README.split(f"\n## {section}\n")[1]
+def doc(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def commands(text: str, section: str = "") -> list[list[str]]:
+    """The words of each command in the first shell block of a page, or of a section of it."""
+    text = text.split(f"\n## {section}\n")[1] if section else text
     block = re.search(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     assert block is not None
     return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
@@ -30,8 +41,8 @@ def commands(section: str) -> list[list[str]]:
 
 @pytest.mark.giant
 @pytest.mark.slow
-def test_the_demo_prints_what_the_readme_shows() -> None:
-    (command,) = commands("Try it")
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    (command,) = commands(README, "Try it")
     # As from a shell: inside `make test`, make would talk of the folders it enters.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -42,13 +53,23 @@ def test_the_demo_prints_what_the_readme_shows() -> None:
     _, visual, answer, *_ = shown[1].splitlines()
     assert done.stdout.splitlines()[-1] == answer
     assert visual in done.stderr.splitlines()
+    # The picture at the head shows what this bundle's model answers.
+    found = Bundle(ROOT / "out" / "demo").explain(front.QUESTION, [front.PICTURE], page=tmp_path / "explain.html")
+    drawn = json.loads((front.FOLDER / "kept.json").read_text(encoding="utf-8"))
+    answers = {method.method: method.answer for method in found.methods}
+    assert answers == {method["method"]: method["answer"] for method in drawn["methods"]}
+    assert answers["dense"] == answers["capa@2:0.75"] == answer != answers["random@2:0.75"]
+    wrong = {name.partition("@")[0].partition(":")[0] for name, said in answers.items() if said != answer}
+    named = re.search(r"of (\w+) methods at the same ratio, (.*?)\s+miscount", README, flags=re.DOTALL)
+    assert named is not None and named[1] == "twelve" and len(answers) == 13
+    assert set(re.findall(r"`([\w-]+)`", named[2])) == wrong
 
 
 @pytest.mark.giant
 def test_the_commands_for_your_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install, build, run = commands("Use it on your own checkpoint")
+    install, build, run = commands(README, "On an RTX card")
     assert install[:2] == ["pip", "install"]
     monkeypatch.chdir(tmp_path)
     # The shipped checkpoint is of the same architecture: it stands where the user's would.
@@ -60,10 +81,31 @@ def test_the_commands_for_your_own_checkpoint(
     noise(224, 140).convert("RGB").save(run[run.index("--image") + 1])
     assert main(build[1:]) == 0
     assert "parity: passed" in capsys.readouterr().out
-    assert main(run[1:]) == 0
+    on_gpu = run.index("--engine")
+    assert main([*run[1:on_gpu], *run[on_gpu + 2 :]]) == 0
     assert capsys.readouterr().out.strip()
+    assert commands(doc("building.md")) == [install, build, [*run[:on_gpu], *run[on_gpu + 2 :]]]
 
-    evaluate, explain, tune = commands("Which method, and why")
+    # The other devices' builds differ in target and folder alone.
+    for section, target in (("On a Jetson Orin", "orin"), ("On a Jetson Thor", "thor"), ("Without a GPU", "onnx")):
+        blocks = commands(README, section)
+        (other,) = (command for command in blocks if command[:2] == ["capa-export", "build"])
+        assert [*other[: other.index("--target")], "--target", "rtx", "--out", "out/qwen"] == build
+        assert other[other.index("--target") + 1] == target
+        for command in blocks:
+            if command[:2] == ["capa-export", "plan"]:
+                assert main(command[1:]) == 0
+            if command[0] == "scp":
+                assert main(["engine", "out/qwen", "--target", target]) == 0
+                assert (tmp_path / "out/qwen/engines" / target / "build.sh").is_file()
+                assert command[2] == f"{other[-1]}/engines/{target}"
+    shutil.copy(front.PICTURE, "scene.png")
+    names: dict[str, Any] = {"capa_export": capa_export}
+    for block in re.findall(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)[1:]:
+        exec(block.replace("out/python", "out/qwen"), names)  # noqa: S102 - it is the page's code that is tested.
+    assert "\ncapa@3:0.75 2\n" in capsys.readouterr().out
+
+    evaluate, explain, tune = commands(doc("methods.md"))
     questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
     Path(evaluate[evaluate.index("--data") + 1]).write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
     # All that is left out of these commands is time.
@@ -80,9 +122,9 @@ def test_the_commands_for_your_own_checkpoint(
 def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixture[str]) -> None:
     main(["build", "--help"])
     known = capsys.readouterr().out
-    for option in re.findall(r"^\| `(--[\w-]+)", README, flags=re.MULTILINE):
+    for option in re.findall(r"^\| `(--[\w-]+)", doc("building.md"), flags=re.MULTILINE):
         assert option in known, option
-    codes = re.findall(r"^\| ([\d, ]+) \|", README, flags=re.MULTILINE)
+    codes = re.findall(r"^\| ([\d, ]+) \|", doc("building.md"), flags=re.MULTILINE)
     assert {int(code) for cell in codes for code in cell.split(",")} == set(ExitCode)
     layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
     for path in re.findall(r"^  ([\w/.]+)", layout, flags=re.MULTILINE):
@@ -92,3 +134,43 @@ def test_every_option_and_path_of_the_tables_exists(capsys: pytest.CaptureFixtur
         path.name for path in (ROOT / "capa_export").iterdir() if path.name[0] not in "_." and path.name != "py.typed"
     }
     assert named == inside
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: path.name
+)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert ":" in target or (page.parent / target).exists(), target
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", ["jetson", "your-data"])
+def test_the_tutorials_commands_have_the_options_they_name(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = doc(f"tutorials/{page}.md").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    own = [shlex.split(line)[1:] for line in lines if line.startswith("capa-export ")]
+    assert len(own) > 1
+    for verb, *words in own:
+        assert main([verb, "--help"]) == 0
+        assert {word for word in words if word.startswith("--")} <= set(
+            re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)
+        )
+
+
+def test_python_tutorial_builds_with_arguments_that_there_are() -> None:
+    first = re.search(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)
+    assert first is not None
+    (call,) = (node for node in ast.walk(ast.parse(first[1])) if isinstance(node, ast.Call))
+    signature(capa_export.build).bind(**{word.arg: None for word in call.keywords if word.arg})
+
+
+def test_every_command_is_documented_as_it_is() -> None:
+    command = [sys.executable, "-m", "typer", "capa_export.cli", "utils", "docs", "--name", "capa-export"]
+    done = subprocess.run([*command, "--title", "Every command"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # The help's sentences keep the spaces that ended their lines.
+    assert doc("commands.md").split() == done.stdout.split(), "run `make docs`"

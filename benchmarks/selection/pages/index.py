@@ -28,7 +28,8 @@ Asked are, in turn, the colour of a shape, the shape of a colour, whether someth
 a number of two small digits, how many shapes have a colour, which of two shapes that are alike is further up, and
 which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.
 
-[What follows](../findings.md), in a page; [a published decoder](real.md) that was taught to see is measured apart.
+[What follows](../findings.md), in a page; [a published decoder](real.md) that was taught to see is measured apart, and
+[what CAPA saves](flops.md) is counted.
 Sentences and tables here are generated from the [figures](figures).
 "Surely", "loses" and "beats" mean that the 95 % interval of the paired difference lies on one side of 0; of right
 answers it does so only where McNemar's exact test does. Of differences that are none, at most one in forty looks like a
