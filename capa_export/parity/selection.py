@@ -44,6 +44,8 @@ class _StageFigures:
     """Prompts whose kept positions are no choice: too few or many, not ascending, or not among those that entered."""
     chance: list[float] = field(default_factory=list)
     """Per prompt, the IoU that as many random tokens would have; of a choice made step by step."""
+    swap: list[float] = field(default_factory=list)
+    """Per prompt, the IoU that one token in the place of another costs; of a choice made step by step."""
 
 
 @dataclass
@@ -88,7 +90,9 @@ class SelectionMeter:
                     stage.malformed += 1
                     stage.iou[-1] = 0.0
                 num_text = len(record.prompt.text_positions)
-                stage.chance.append((len(wanted) - num_text) / max(1, 2 * len(entering) - len(wanted) - num_text))
+                chosen = len(wanted) - num_text
+                stage.chance.append(chosen / max(1, 2 * len(entering) - len(wanted) - num_text))
+                stage.swap.append(2 / (chosen + 1))
                 entering = wanted
                 continue
             cut = _Cutoff.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
@@ -134,14 +138,20 @@ class SelectionMeter:
     def _hangs(self, stage: int) -> bool:
         """Whether a choice made step by step hangs on the last bits: little tells the explained from chance."""
         chance = self.stages[stage].chance
-        return bool(chance) and self._least(stage) < (1 + 2 * float(np.mean(chance))) / 3
+        return bool(chance) and self._explained(stage, _TIES) < (1 + 2 * float(np.mean(chance))) / 3
 
     def _least(self, stage: int) -> float:
-        """The least mean IoU that near-ties and the precision's noise explain, of a choice made step by step."""
+        """The least mean IoU of a choice made step by step that near-ties and the precision's noise explain."""
+        # Of few prompts, one token of one prompt is more than one in fifty.
+        one = max(self.stages[stage].swap, default=0.0) / max(1, self.prompts)
+        return self._explained(stage, max(_TIES, one))
+
+    def _explained(self, stage: int, unseen: float) -> float:
+        """The mean IoU that what near-ties and noise cost the eager model, and some that were not seen, leave."""
         ratio = 1.0 if self.gate.flip_noise_ratio is None else self.gate.flip_noise_ratio.limit
         noise = ratio * (1.0 - float(np.mean(self.noise.iou[stage]))) if self.noise.iou else 0.0
         ties = _TIE_RATIO * (1.0 - float(np.mean(self.noise.tie_iou[stage]))) if self.noise.tie_iou else 0.0
-        return max(0.0, 1.0 - max(noise, ties) - _TIES)
+        return max(0.0, 1.0 - max(noise, ties) - unseen)
 
     def _worst_prompt(self, stage: int) -> tuple[float, float]:
         """IoU and bound of the prompt that is furthest below its bound, or nearest to it.

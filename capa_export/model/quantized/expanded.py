@@ -1,6 +1,7 @@
 """A quantized checkpoint as one of plain FP32 weights, which are decoded a layer at a time, when they are read."""
 
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +17,12 @@ from capa_export.model.checkpoint import CHUNK_ELEMENTS, Checkpoint, StoredTenso
 from capa_export.model.quantized.formats import FOREIGN, HF_QUANT_CONFIG, KEY, TEXT_SECTIONS, find_format
 from capa_export.model.quantized.parts import Format, Parts
 from capa_export.model.quantized.weight import Array, QuantizedWeight
-from capa_export.model.sidecars import scratch_folder, write_json
+from capa_export.model.sidecars import scratch_folder, sidecars, write_json
 
 __all__ = ["ExpandedTensor", "check_scales", "expanded", "quantization"]
 
 _CACHE_SCALES = re.compile(r"\.(?:k_proj\.k_scale|v_proj\.v_scale|self_attn\.[kv]_scale)$")
 """Scales of a quantized KV cache, which no weight depends on."""
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,10 +183,16 @@ def _without_key(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translation(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A folder of the checkpoint's files but the weights, with another config."""
+    """A folder of the checkpoint's files but the weights, with another config.
+
+    Raises:
+        CapaError: one of them is a link that leaves the checkpoint, or no file.
+    """
     scratch = scratch_folder()
-    for path in folder.iterdir():
-        if path.suffix not in _WEIGHT_FILES and path.name not in ("config.json", HF_QUANT_CONFIG):
-            (scratch / path.name).symlink_to(path.absolute())
+    for path in set[Path]().union(*sidecars(folder, code=True).values()):
+        if path.name != "config.json":
+            place = scratch / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
     write_json(scratch / "config.json", config)
     return scratch
