@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from capa_export.model.eager import Eager, EagerPlan, inputs_for
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompt
 from capa_export.run.onnx import OnnxModel

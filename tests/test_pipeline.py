@@ -25,7 +25,8 @@ from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
 from capa_export.model.checkpoint import Checkpoint
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.generation import GenerationOptions, eos_token_ids
 from capa_export.model.prompt import Prompter

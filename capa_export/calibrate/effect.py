@@ -17,7 +17,8 @@ from capa_export.config.recipe import Recipe
 from capa_export.config.schedule import Prune, schedule_text
 from capa_export.data.samples import Samples
 from capa_export.model.agreement import STEPS, Agreement, DenseAnswer, agreeing, answering
-from capa_export.model.eager import Eager, EagerPlan, EagerPrefill
+from capa_export.model.eager import Eager, EagerPrefill
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.families import Family
 from capa_export.model.lockstep import Pass
 from capa_export.model.prompt import Prompter

@@ -19,7 +19,7 @@ from capa_export.calibrate.measure import Measurement, measuring
 from capa_export.calibrate.sums import Calibration
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.data.samples import Samples
-from capa_export.model.eager import EagerInputs
+from capa_export.model.eager_plan import EagerInputs
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.model.streamed import DECODER, StoredWeights, hollow_model

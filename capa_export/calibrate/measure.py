@@ -21,7 +21,7 @@ from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration, LayerSums, s
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.config.parts import ATTENTION, address_of, in_tower
 from capa_export.data.samples import Sample, Samples
-from capa_export.model.eager import EagerInputs
+from capa_export.model.eager_plan import EagerInputs
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompter
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from capa_export.base.statistics import kl_divergence
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import Family
 from capa_export.model.lockstep import Pass
 from capa_export.model.prompt import Prompt

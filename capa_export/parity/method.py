@@ -15,7 +15,8 @@ import torch
 from capa_export.base.progress import Report, tracked
 from capa_export.base.statistics import difference_of_means, difference_of_shares, kl_divergence, wilson
 from capa_export.data.samples import Sample, Samples
-from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill, inputs_for
+from capa_export.model.eager import EagerPrefill
+from capa_export.model.eager_plan import EagerInputs, EagerPlan, inputs_for
 from capa_export.model.lockstep import Pass, together
 from capa_export.model.prompt import Prompt
 from capa_export.parity.oracle import Oracle

@@ -10,7 +10,8 @@ import torch
 
 from capa_export.config.schedule import Prune
 from capa_export.export.graphs import Graphs
-from capa_export.model.eager import Eager, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.families import Family
 from capa_export.model.lockstep import RESIDENT, WeightSource
 from capa_export.model.prompt import Prompt, Prompter

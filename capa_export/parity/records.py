@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.data.samples import Sample, Samples
-from capa_export.model.eager import Eager, EagerPlan, best_rows, inputs_for
+from capa_export.model.eager import Eager, best_rows
+from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.lockstep import Pass
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt

@@ -17,7 +17,7 @@ from capa_export.config.recipe import Recipe
 from capa_export.data.samples import Samples
 from capa_export.export.graphs import DENSE, Graphs
 from capa_export.graph.contract import LOGITS, kept_name
-from capa_export.model.eager import EagerInputs
+from capa_export.model.eager_plan import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.parity.export_error import ExportErrorMeter

@@ -11,7 +11,8 @@ from benchmarks.selection.figures import SinkDefinition, SinkFigures
 from benchmarks.selection.measure import sinks, stability
 from benchmarks.selection.measure.statistics import bimodality, hellinger, overlap, spearman, split, spread_of
 from benchmarks.selection.pages import sinks as sinks_page
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.selectors.selector import SelectorChoice
 from tests.conftest import noise

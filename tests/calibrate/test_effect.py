@@ -17,7 +17,8 @@ from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect, ScaledSet
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, EagerPrefill
+from capa_export.model.eager import Eager, EagerPrefill
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
 from tests.conftest import noise

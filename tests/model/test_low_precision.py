@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import load_family
 from capa_export.model.low_precision import lowered
 from capa_export.model.prompt import Prompt, Prompter

@@ -12,7 +12,8 @@ import transformers
 
 from capa_export.config.schedule import Prune
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, inputs_for
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan, inputs_for
 from capa_export.model.families import load_family
 from capa_export.model.lockstep import run_pass, together
 from capa_export.model.low_precision import lowered

@@ -19,7 +19,8 @@ from capa_export.config.schedule import Prune, Stage
 from capa_export.data.samples import Conversation, Samples, samples_from
 from capa_export.data.scenes import samples
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompter

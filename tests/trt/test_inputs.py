@@ -15,7 +15,8 @@ from capa_export.base.errors import CapaError
 from capa_export.config.schedule import Prune, Stage
 from capa_export.export.graphs import write_onnx
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import load_family, qwen25vl
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
 from capa_export.model.source import Source

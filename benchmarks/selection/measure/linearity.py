@@ -16,7 +16,7 @@ from benchmarks.selection.figures import LayerFigures, Linearity
 from benchmarks.selection.measure.statistics import spread_of
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.data.questions import Question
-from capa_export.model.eager import EagerPlan
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.study.evaluate.eager_answers import EagerMethods
 
 __all__ = ["measure", "prefills"]

@@ -15,7 +15,7 @@ from benchmarks.selection.figures import SinkDefinition, SinkFigures, SinkLayer
 from benchmarks.selection.measure.statistics import FEWEST, bimodality, split
 from capa_export.calibrate.sums import SINK_THRESHOLD
 from capa_export.data.questions import Question
-from capa_export.model.eager import EagerPlan
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.selectors.selector import SelectorChoice
 from capa_export.study.evaluate.eager_answers import EagerMethods
 

@@ -21,7 +21,8 @@ from benchmarks.selection.measure.statistics import hellinger, overlap, spearman
 from capa_export.base.statistics import difference_of_means
 from capa_export.config.schedule import parse_method
 from capa_export.data.questions import Question
-from capa_export.model.eager import EagerInputs, EagerPlan, EagerPrefill
+from capa_export.model.eager import EagerPrefill
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.study.evaluate.answers import max_answer_tokens
 from capa_export.study.evaluate.eager_answers import EagerMethods
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from capa_export.model.checkpoint import Checkpoint
-    from capa_export.model.eager import EagerInputs
+    from capa_export.model.eager_plan import EagerInputs
     from capa_export.model.prompt import Picture, Prompt, Video
 
 __all__ = ["Family", "LayoutFamily", "SelectionFamily", "VideoFamily", "load_family", "require_selection"]

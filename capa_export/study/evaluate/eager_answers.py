@@ -14,7 +14,8 @@ from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.questions import Question
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, EagerPrefill, inputs_for
+from capa_export.model.eager import Eager, EagerPrefill
+from capa_export.model.eager_plan import EagerInputs, EagerPlan, inputs_for
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt

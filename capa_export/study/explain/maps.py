@@ -14,7 +14,8 @@ from torch import Tensor
 
 from capa_export.calibrate.measure import watching_ffns
 from capa_export.calibrate.sums import SINK_THRESHOLD, Calibration
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan, best_rows
+from capa_export.model.eager import Eager, best_rows
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.selectors.selector import CAPA, SelectorChoice
 from capa_export.study.explain.schema import Maps, Sinks
 

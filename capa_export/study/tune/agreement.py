@@ -8,7 +8,8 @@ from capa_export.calibrate.sums import Calibration
 from capa_export.config.schedule import Method
 from capa_export.data.samples import Sample
 from capa_export.model.agreement import Agreement, DenseAnswer, agreeing, answering
-from capa_export.model.eager import Eager, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.selectors.selector import SelectorChoice

@@ -24,7 +24,8 @@ from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.eager import Eager, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.families import qwen3vl
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Picture, Prompt, Prompter

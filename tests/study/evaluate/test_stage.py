@@ -17,7 +17,8 @@ from capa_export.base.workers import Workers
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.data.conversation import conversations
 from capa_export.data.questions import questions_from
-from capa_export.model.eager import Eager, EagerPlan, inputs_for
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.selectors import attention
 from capa_export.study.evaluate import answers as answers_module

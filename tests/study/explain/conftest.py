@@ -11,7 +11,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.study.explain.stage import explain

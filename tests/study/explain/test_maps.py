@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.study.explain.maps import maps_of

@@ -9,7 +9,8 @@ import torch
 from capa_export.base.errors import CapaError
 from capa_export.calibrate.sums import Calibration
 from capa_export.data.picture_files import open_picture
-from capa_export.model.eager import Eager, EagerPlan, inputs_for
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Turn
 from capa_export.selectors.selector import SelectorChoice, selectors

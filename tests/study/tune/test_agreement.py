@@ -11,7 +11,8 @@ from capa_export.config.recipe import Recipe
 from capa_export.config.schedule import parse_method
 from capa_export.data.samples import Sample
 from capa_export.model.agreement import STEPS, DenseAnswer
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.model import Model
 from capa_export.model.prompt import Turn

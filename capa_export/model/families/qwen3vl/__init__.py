@@ -21,7 +21,7 @@ from capa_export.model.prompt import Prompt
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from capa_export.model.eager import EagerInputs
+    from capa_export.model.eager_plan import EagerInputs
 
 __all__ = [
     "ARCHITECTURE",
@@ -54,7 +54,7 @@ def eager_inputs(model: Any, prompt: Prompt) -> "EagerInputs":
     """Embeddings, mRoPE positions and DeepStack features, by the model's own methods alone."""
     import torch
 
-    from capa_export.model.eager import EagerInputs
+    from capa_export.model.eager_plan import EagerInputs
 
     inner = model.model
     input_ids = torch.from_numpy(prompt.input_ids)[None]

@@ -17,7 +17,8 @@ from transformers.image_utils import SizeDict
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.config.pixels import PixelBounds
 from capa_export.export.graphs import write_onnx
-from capa_export.model.eager import Eager, EagerInputs, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.families.qwen25vl.video import video as picture_from_video
 from capa_export.model.prompt import Prompt, Prompter, Turn, Video
