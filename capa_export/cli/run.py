@@ -1,6 +1,7 @@
 """The command that asks a bundle."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +114,9 @@ def run(
         max_new_tokens=max_new_tokens,
     )
     opened = Bundle(bundle)
+    began = time.perf_counter()
     asked = conversations(prompt, image or [], video, fps, messages or [])
+    opening = {"pictures_ms": round(1e3 * (time.perf_counter() - began), 3)}
     several = len(asked) > 1
     loaded = opened.load(
         engine=engine,
@@ -124,7 +127,7 @@ def run(
         verify=verify,
     )
     told = None if as_json or several else stream
-    results = run_to_end(loaded.answers(asked, ratio=ratio, options=options), told)
+    results = [opening | result for result in run_to_end(loaded.answers(asked, ratio=ratio, options=options), told)]
     if as_json:
         print_json(results if several else results[0])
         return
@@ -138,10 +141,12 @@ def _say_cost(result: dict[str, Any]) -> None:
     kept = ", ".join(
         f"kept {stage['kept']} of {stage['visual']} visual tokens {stage['where']}" for stage in result["stages"]
     )
-    per_token = result["decode_ms_per_token"]
-    decode = f", decode {per_token:.1f} ms a token" if per_token is not None else ""
+    pictures, per_token = result["pictures_ms"], result["decode_ms_per_token"]
+    parts = ", ".join(f"{part} {result[f'{part}_ms']:.0f}" for part in ("pictures", "processor", "vision", "prefill"))
+    decode = f" ({per_token:.1f} a token)" if per_token is not None else ""
     sampled = f"; sampled with --seed {seed}" if (seed := result["generation"].get("seed")) is not None else ""
     print(
-        f"{kept}; vision {result['vision_ms']:.0f} ms, prefill {result['prefill_ms']:.0f} ms{decode}{sampled}",
+        f"{kept}; first token after {pictures + result['first_token_ms']:.0f} ms ({parts}), "
+        f"whole answer after {pictures + result['answer_ms']:.0f} ms{decode}{sampled}",
         file=sys.stderr,
     )

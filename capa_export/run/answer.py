@@ -161,7 +161,8 @@ class VisionLanguageModel:
             Each new piece of the first answer's text.
 
         Returns:
-            Every answer with what it took.
+            Every answer with what it took: `first_token_ms` and `answer_ms` from conversations whose pictures are
+            open, on a model that is loaded; `processor_ms` for all of them, `vision_ms` and `prefill_ms` for each.
 
         Raises:
             CapaError: an option contradicts the bundle, or the model or this machine does not take a conversation.
@@ -169,7 +170,9 @@ class VisionLanguageModel:
         prune = self.recipe.with_options(ratio=ratio).prune
         generation = read_generation(self._text).with_options(options)
         prompter = self.prompter
+        began = time.perf_counter()
         prompts = [prompter.chat(turns) for turns in conversations]
+        processed = time.perf_counter() - began
         for turns, prompt in zip(conversations, prompts, strict=True):
             if prompt.num_visual:
                 say(_expected_tokens(turns, prompt, prune))
@@ -185,6 +188,7 @@ class VisionLanguageModel:
         if generation.ignored:
             say(f"{generation.source}: not supported, and without effect: {', '.join(generation.ignored)}")
         starts = [_prefill(model, prompt, prune) for prompt in prompts]
+        first = processed + sum(facts["vision_ms"] + facts["prefill_ms"] for _, facts in starts) / 1e3
 
         answers = [_Answer(prompter) for _ in prompts]
         started = time.perf_counter()
@@ -210,8 +214,11 @@ class VisionLanguageModel:
                     "max_new_tokens": limit,
                     "eos_token_id": stop,
                 },
+                "processor_ms": _milliseconds(processed),
                 **facts,
+                "first_token_ms": _milliseconds(first),
                 "decode_ms_per_token": per_token,
+                "answer_ms": _milliseconds(first + seconds),
                 **model.device,
             }
             for said, (_, facts) in zip(answers, starts, strict=True)

@@ -1,6 +1,7 @@
 """`run`: questions, conversations, pictures and videos."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def test_an_answer_keeps_its_tail_and_its_times(cli: Cli, bundle: Path, monkeypa
     assert cli(*ask)[1] == "\ufffd\n"
     result = json.loads(cli(*ask, "--json")[1])
     assert result["decode_ms_per_token"] is None and result["prefill_ms"] == round(result["prefill_ms"], 3)
+    parts = [result[f"{part}_ms"] for part in ("processor", "vision", "prefill")]
+    assert all(parts) and result["first_token_ms"] == pytest.approx(sum(parts), abs=0.01)
+    assert result["answer_ms"] > result["first_token_ms"] and result["pictures_ms"] < result["first_token_ms"]
+    cost = cli(*ask)[2].splitlines()[-1]
+    assert re.fullmatch(
+        r"kept 0 of 0 visual tokens after layer 2; first token after \d+ ms "
+        r"\(pictures \d+, processor \d+, vision \d+, prefill \d+\), whole answer after \d+ ms",
+        cost,
+    )
 
 
 def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, pictures: Path, tmp_path: Path) -> None:
@@ -89,7 +99,7 @@ def test_a_conversation_and_a_video_are_answered(cli: Cli, bundle: Path, picture
     code, out, err = cli("run", bundle, *options)
     assert code == 0 and out.strip()
     assert err.startswith("visual tokens: 36 (video of 112 x 84); keeping 9 after layer 2; ")
-    assert "\nkept 9 of 36 visual tokens after layer 2; vision " in err
+    assert "\nkept 9 of 36 visual tokens after layer 2; first token after " in err
 
 
 def test_several_conversations_are_answered_as_each_alone(
