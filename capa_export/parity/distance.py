@@ -16,23 +16,28 @@ __all__ = ["Distance", "VectorDistance", "worse"]
 
 @dataclass
 class VectorDistance:
-    """Worst cosine and norm ratio over pairs of vectors."""
+    """Worst cosine, norm ratio and length of the difference over pairs of vectors."""
 
     cosine: float = 1.0
     norm_ratio: float = 0.0
+    """Largest | |own| / |reference| - 1 |."""
+    length: float = 0.0
+    """Largest |own - reference| / |reference|: how far the norms would be apart if the difference lay along one."""
 
     def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
         """Count pairs of rows."""
         if not len(reference_XD):
             # The last token is never dropped: a reference without it has overflowed.
-            self.cosine, self.norm_ratio = -inf, inf
+            self.cosine, self.norm_ratio, self.length = -inf, inf, inf
             return
         norm, wanted = np.linalg.norm(own_XD, axis=-1), np.linalg.norm(reference_XD, axis=-1)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)
             ratio = np.abs(norm / wanted - 1)
+            length = np.linalg.norm(own_XD - reference_XD, axis=-1) / wanted
         self.cosine = -worse(-self.cosine, float(-cosine.min()))
         self.norm_ratio = worse(self.norm_ratio, float(ratio.max()))
+        self.length = worse(self.length, float(length.max()))
 
 
 @dataclass

@@ -67,7 +67,8 @@ class Noise:
     cosine: float = 1.0
     """Smallest cosine of the logits."""
     norm_ratio: float = 0.0
-    """Largest | |logits| / |FP32's| - 1 |."""
+    """Largest |difference of the logits| / |FP32's|, which is how far it can move their norm: how much of it does is
+    chance."""
     hidden_cosine: tuple[float, ...] = ()
     """The same of a token's hidden state that leaves each layer."""
     hidden_norm_ratio: tuple[float, ...] = ()
@@ -355,11 +356,11 @@ class _NoiseMeter:
             kl=seen.kl,
             relative_error=seen.relative_error,
             cosine=seen.logits.cosine,
-            norm_ratio=seen.logits.norm_ratio,
+            norm_ratio=seen.logits.length,
             hidden_cosine=tuple(layer.cosine for layer in seen.layers),
-            hidden_norm_ratio=tuple(layer.norm_ratio for layer in seen.layers),
+            hidden_norm_ratio=tuple(layer.length for layer in seen.layers),
             features_cosine=features.cosine,
-            features_norm_ratio=features.norm_ratio,
+            features_norm_ratio=features.length,
             scores=tuple(self._scores.tolist()),
             iou=iou,
             tie_iou=tie_iou,

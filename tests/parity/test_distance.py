@@ -15,11 +15,11 @@ def test_one_wrong_vector_of_many_counts() -> None:
     turned, longer = reference.copy(), reference.copy()
     turned[4] = np.cos(0.3), np.sin(0.3)
     longer[7] *= 1.3
-    for found, wanted in ((turned, (np.cos(0.3), 0)), (longer, (1, 0.3))):
+    for found, wanted in ((turned, (np.cos(0.3), 0, 2 * np.sin(0.15))), (longer, (1, 0.3, 0.3))):
         seen = VectorDistance()
         for own in (reference, found, reference):
             seen.add(own, reference)
-        assert (seen.cosine, seen.norm_ratio) == pytest.approx(wanted)
+        assert (seen.cosine, seen.norm_ratio, seen.length) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
