@@ -44,8 +44,6 @@ class _StageFigures:
     """Prompts whose kept positions are no choice: too few or many, not ascending, or not among those that entered."""
     chance: list[float] = field(default_factory=list)
     """Per prompt, the IoU that as many random tokens would have; of a choice made step by step."""
-    swap: list[float] = field(default_factory=list)
-    """Per prompt, the IoU that one token in the place of another costs; of a choice made step by step."""
 
 
 @dataclass
@@ -90,9 +88,7 @@ class SelectionMeter:
                     stage.malformed += 1
                     stage.iou[-1] = 0.0
                 num_text = len(record.prompt.text_positions)
-                chosen = len(wanted) - num_text
-                stage.chance.append(chosen / max(1, 2 * len(entering) - len(wanted) - num_text))
-                stage.swap.append(2 / (chosen + 1))
+                stage.chance.append((len(wanted) - num_text) / max(1, 2 * len(entering) - len(wanted) - num_text))
                 entering = wanted
                 continue
             cut = _Cutoff.of(entering, wanted, scores, record.prompt.is_visual, self.min_keep_per_image)
@@ -142,9 +138,9 @@ class SelectionMeter:
 
     def _least(self, stage: int) -> float:
         """The least mean IoU of a choice made step by step that near-ties and the precision's noise explain."""
-        # Of few prompts, one token of one prompt is more than one in fifty.
-        one = max(self.stages[stage].swap, default=0.0) / max(1, self.prompts)
-        return self._explained(stage, max(_TIES, one))
+        # Of few prompts, one that its own bound lets pass may lose more than that, and is luck.
+        one = 1.0 - float(np.mean(self._of_prompts(stage)))
+        return self._explained(stage, max(_TIES, one / max(1, self.prompts)))
 
     def _explained(self, stage: int, unseen: float) -> float:
         """The mean IoU that what near-ties and noise cost the eager model, and some that were not seen, leave."""
@@ -154,16 +150,20 @@ class SelectionMeter:
         return max(0.0, 1.0 - max(noise, ties) - unseen)
 
     def _worst_prompt(self, stage: int) -> tuple[float, float]:
-        """IoU and bound of the prompt that is furthest below its bound, or nearest to it.
+        """IoU and bound of the prompt that is furthest below its bound, or nearest to it."""
+        return min(
+            zip(self.stages[stage].iou, self._of_prompts(stage), strict=True), key=lambda pair: pair[0] - pair[1]
+        )
 
-        The bound is half way from chance to the lowest IoU that noise shows on any prompt. A mean hides one wrong
-        prompt; and as a lost near-tie costs little or nearly all, which prompt pays is luck, and not a gate of its own.
+    def _of_prompts(self, stage: int) -> list[float]:
+        """The least IoU of each prompt, of a choice made step by step.
+
+        It is half way from chance to the lowest IoU that noise shows on any prompt. A mean hides one wrong prompt; and
+        as a lost near-tie costs little or nearly all, which prompt pays is luck, and not a gate of its own.
         """
         noise = (seen for seen in (self.noise.iou, self.noise.tie_iou) if seen)
         lowest = min((min(seen[stage]) for seen in noise), default=1.0)
-        found = self.stages[stage]
-        bounds = [(lowest + chance) / 2 for chance in found.chance]
-        return min(zip(found.iou, bounds, strict=True), key=lambda pair: pair[0] - pair[1])
+        return [(lowest + chance) / 2 for chance in self.stages[stage].chance]
 
     def result(self) -> Selection:
         """The figures and their checks."""

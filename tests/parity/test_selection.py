@@ -284,22 +284,22 @@ def test_a_choice_by_steps_that_is_no_choice_is_none(wrong: list[int]) -> None:
 )
 def test_the_least_overlap_of_a_choice_by_steps(iou: float, ties: float, least: float, *, judged: bool) -> None:
     one = stepwise(Noise(iou=((iou,),), tie_iou=((ties,),)))
-    for _ in range(2):
+    for _ in range(64):
         one.add(ranked(100).fp32.kept, ranked(100))
     assert one.result().stages[0].iou_bound == pytest.approx(least)
     assert len(one.warnings()) == (not judged)
 
 
-@pytest.mark.parametrize("wrong", [1, 2])
-def test_of_few_prompts_one_token_of_one_prompt_may_be_another(wrong: int) -> None:
-    """A healthy export in FP16 loses a near-tie on one of four prompts that the eager model's own noise does not."""
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_of_few_prompts_one_may_lose_what_its_own_bound_lets_pass(wrong: int) -> None:
+    """A healthy export in FP16 loses near-ties on two of eight prompts that the eager model's own noise does not."""
     one, kept = stepwise(Noise()), ranked(32)
     for prompt in range(4):
         own = kept.fp32.kept[0].copy()
         own[-2] += prompt < wrong
         one.add([own], kept)
-    assert one.result().stages[0].iou_bound == pytest.approx(1 - (1 - 15 / 17) / 4)
-    assert failing(one) == ({"kept-set IoU"} if wrong > 1 else set())
+    assert one.result().stages[0].iou_bound == pytest.approx(1 - (1 - (1 + 1 / 3) / 2) / 4)
+    assert failing(one) == ({"kept-set IoU"} if wrong > 2 else set())
 
 
 def test_a_choice_that_hangs_on_the_last_bits_is_said_not_to_be_judged() -> None:
