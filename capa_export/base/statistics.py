@@ -19,6 +19,7 @@ __all__ = [
     "difference_of_shares",
     "kl_divergence",
     "sign_test",
+    "spread",
     "wilson",
 ]
 
@@ -174,6 +175,11 @@ def kl_divergence(reference_V: ArrayLike, other_V: ArrayLike) -> float:
         divergence = float((np.exp(p) * (p - q)).sum())
     # Rounding leaves a little below 0; max() would make 0 of a NaN.
     return 0.0 if divergence < 0 else divergence
+
+
+def spread(logits_V: ArrayLike) -> float:
+    """1 - the sum of squared probabilities of the next token, from logits [V]: 0 where one token is sure."""
+    return float(1 - np.exp(2 * _log_softmax(np.asarray(logits_V, np.float64))).sum())
 
 
 def _log_softmax(logits_V: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from math import inf, isfinite
 
 import numpy as np
 
-from capa_export.base.statistics import kl_divergence
+from capa_export.base.statistics import kl_divergence, spread
 from capa_export.parity.trace import Trace
 
 __all__ = ["Distance", "VectorDistance", "worse"]
@@ -50,6 +50,10 @@ class Distance:
     """Largest difference of a logit over the largest logit of its step."""
     kl: float = 0.0
     """Largest KL(reference || own) of the next token, in nats."""
+    squares: list[float] = field(default_factory=list[float])
+    """Of each step, the mean square of the difference of a logit."""
+    spread: float = 0.0
+    """The largest of any step of the reference, as `base.statistics.spread` has it."""
     logits: VectorDistance = field(default_factory=VectorDistance)
     features: VectorDistance | None = None
     features_error: float = 0.0
@@ -63,7 +67,17 @@ class Distance:
         self.difference = worse(self.difference, difference)
         self.relative_error = worse(self.relative_error, difference / float(np.abs(wanted_V).max()))
         self.kl = worse(self.kl, kl_divergence(wanted_V, own_V))
+        self.squares.append(float(np.square(own_V - wanted_V).mean()))
+        self.spread = max(self.spread, spread(wanted_V))
         self.logits.add(own_V, wanted_V)
+
+    @property
+    def expected_kl(self) -> float:
+        """KL in nats of differences as large, on average over where they fall, at the step where they matter most.
+
+        Of independent changes with variance v, it is v (1 - sum p^2) / 2 to the second order.
+        """
+        return self.spread * float(np.mean(self.squares)) / 2 if self.squares else 0.0
 
     def add_states(self, own: Trace, reference: Trace) -> None:
         """Count the vision tower's output and the hidden states of one prompt, where both traces hold them."""

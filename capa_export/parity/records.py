@@ -26,7 +26,7 @@ from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.lockstep import Pass
 from capa_export.model.low_precision import HALF, lowered
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.parity.distance import Distance, VectorDistance
+from capa_export.parity.distance import Distance, VectorDistance, worse
 from capa_export.parity.oracle import Oracle
 from capa_export.parity.trace import HiddenStates, Trace, overlap, sampled_rows
 from capa_export.selectors.selector import load_selector
@@ -61,7 +61,8 @@ class Noise:
     features: float = 0.0
     """Relative error of the vision tower's output."""
     kl: float = 0.0
-    """Largest KL(FP32 || this precision) of the next token, in nats."""
+    """Largest KL(FP32 || this precision) of the next token in nats, or what changes as large would be expected to do
+    at the step where they matter most: which step they fall on is chance."""
     relative_error: float = 0.0
     """Largest |logit difference| over the largest |logit|."""
     cosine: float = 1.0
@@ -353,7 +354,7 @@ class _NoiseMeter:
             logits=seen.difference,
             hidden=tuple(seen.layer_errors.tolist()),
             features=seen.features_error,
-            kl=seen.kl,
+            kl=worse(seen.kl, seen.expected_kl),
             relative_error=seen.relative_error,
             cosine=seen.logits.cosine,
             norm_ratio=seen.logits.length,

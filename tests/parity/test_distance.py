@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from capa_export.base.statistics import kl_divergence
 from capa_export.parity.distance import Distance, VectorDistance
 from capa_export.parity.trace import Trace
 
@@ -58,3 +59,16 @@ def test_the_worst_step_counts() -> None:
         seen.add_logits(reference + np.array([0, change, 0]), reference)
     assert (seen.difference, seen.relative_error) == pytest.approx((0.4, 0.05))
     assert seen.kl > 0
+
+
+def test_the_kl_to_expect_is_that_of_differences_as_large_at_the_step_that_they_matter_to() -> None:
+    """One step is sure of its token and takes the noise; at the other, the same noise would have shown."""
+    sure, open_ = np.array([9.0, 0.0, 0.0, 0.0]), np.array([2.0, 1.5, 1.0, 0.0])
+    random, seen = np.random.default_rng(0), Distance()
+    noise = random.normal(0, 0.01, (400, 4))
+    for change in noise:
+        seen.add_logits(sure + change, sure)
+        seen.add_logits(open_, open_)
+    meant = np.mean([kl_divergence(open_, open_ + change) for change in noise])
+    # Half of the steps took no noise.
+    assert seen.expected_kl == pytest.approx(meant / 2, rel=0.1) and seen.kl < seen.expected_kl / 5
