@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["KIT", "VERSION", "KitError", "check_files", "check_graphs", "check_places", "read_kit"]
 
 KIT = "kit.json"
-VERSION = 3
+VERSION = 4
 """Of what `kit.json` says."""
 _TEXTS = ("tool", "target", "runtime", "install", "version_min", "version_below", "weights", "plugins")
 
@@ -56,6 +56,10 @@ def _check_types(spec: Mapping[str, Any]) -> None:
     capabilities = spec["compute_capabilities"]
     if not capabilities or not all(re.fullmatch(r"\d+\.\d+", one) for one in capabilities):
         raise ValueError(f"compute capabilities {capabilities!r}")
+    if spec["golden"] is not None:
+        bounds = spec["golden"]
+        _ = [bounds[part][of] + 0.0 for part in ("logits", "hidden") for of in ("cosine", "norm_ratio")]
+        _ = bounds["share"] + 0.0
     for engine in spec["engines"].values():
         _ = engine["onnx"].strip, engine["shapes"].keys(), engine["shape_inputs"].keys()
 
