@@ -21,6 +21,8 @@ EXPECTED = {
     "capa_export/cli/__init__.py",
     "capa_export/trt/worker.py",
     "capa_export/trt/builder.py",
+    "capa_export/trt/golden_run.py",
+    "capa_export/trt/kit_device.py",
     "capa_export/trt/kit_file.py",
     *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "internvl35", "qwen3vl")),
     "capa_export/graphs/gates.toml",
