@@ -18,7 +18,7 @@ from capa_export.run.onnx import OnnxModel
 if TYPE_CHECKING:
     from capa_export.config.gates import Gate
 
-__all__ = ["write_golden"]
+__all__ = ["Run", "golden_bounds", "run_golden", "write_golden"]
 
 _STEPS = 2
 _SIDE = 224
@@ -58,18 +58,8 @@ class _Noted(OnnxModel):
         return _Session(super()._opened(file, shapes), file, self.runs)
 
 
-def write_golden(folder: Path, bundle: Bundle) -> dict[str, Any]:
-    """Write `golden.safetensors` and `golden.json`: vision, prefill and two decode steps, in the order they ran.
-
-    Of caches there are only the shapes: each run of decode takes what the run before it returned as `present`.
-
-    Args:
-        folder: to write into.
-        bundle: with its ONNX files.
-
-    Returns:
-        How close engines must come: of `logits` and of `hidden` states, which features are held to as well, the least
-        `cosine` and the largest `norm_ratio`; and the `share` of kept positions that may be others.
+def run_golden(bundle: Bundle) -> list[Run]:
+    """Run vision, prefill and two decode steps of one prompt; returns the runs in their order.
 
     Raises:
         CapaError: ONNX Runtime cannot run the graphs.
@@ -81,6 +71,14 @@ def write_golden(folder: Path, bundle: Bundle) -> dict[str, Any]:
     logits, cache = run.logits, run.cache
     for step in range(_STEPS):
         logits, cache = model.step(cache, int(logits.argmax()), prompt.next_position + step)
+    return model.runs
+
+
+def write_golden(folder: Path, runs: Sequence[Run]) -> None:
+    """Write `golden.safetensors` and `golden.json`: the runs in their order.
+
+    Of caches there are only the shapes: each run of decode takes what the run before it returned as `present`.
+    """
     tensors: dict[str, np.ndarray] = {}
 
     def kept(index: int, values: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -88,17 +86,27 @@ def write_golden(folder: Path, bundle: Bundle) -> dict[str, Any]:
         tensors.update({key: np.ascontiguousarray(values[name]) for name, key in keys.items()})
         return keys
 
-    runs = [
+    said = [
         {
             "onnx": file,
             "inputs": kept(index, inputs),
             "outputs": kept(index, outputs),
             "caches": {name: list(array.shape) for name, array in (inputs | outputs).items() if is_cache(name)},
         }
-        for index, (file, inputs, outputs) in enumerate(model.runs)
+        for index, (file, inputs, outputs) in enumerate(runs)
     ]
     save_file(tensors, folder / "golden.safetensors")
-    (folder / "golden.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    (folder / "golden.json").write_text(json.dumps({"runs": said}, indent=1) + "\n", encoding="utf-8")
+
+
+def golden_bounds(bundle: Bundle) -> dict[str, Any]:
+    """How close engines must come to the golden, by the gates of the bundle's recipe.
+
+    Returns:
+        Of `logits` and of `hidden` states, which features are held to as well, the least `cosine` and the largest
+        `norm_ratio`; and the `share` of kept positions that may be others.
+    """
+    recipe = recipe_of(bundle.manifest, bundle.folder)
     gate: Gate = getattr(recipe.parity, bundle.stage("export")["result"]["precision"])
     return {
         "logits": {"cosine": gate.cosine.limit, "norm_ratio": gate.norm_ratio.limit},

@@ -21,9 +21,10 @@ from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.builder import CHECKER, SWITCHES, UNCHECKED, WORKER
-from capa_export.trt.golden import write_golden
+from capa_export.trt.golden import golden_bounds, run_golden, write_golden
 from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
 from capa_export.trt.kit_file import KIT
+from capa_export.trt.polygraphy import INPUTS, POLYGRAPHY, PolygraphyKit, write_polygraphy
 
 __all__ = ["write_kit"]
 
@@ -101,9 +102,13 @@ and output; the engines stay as `NAME{unchecked}`, and what was there before is 
 
 `golden/golden.json` lists runs in their order: the graph, its inputs and its outputs, as names of tensors in
 `golden/golden.safetensors`. Inputs called `past_key_values.*` are left out: they are what the run before returned as
-`present.*`. Tensors of bf16 graphs are stored in FP32.
+`present.*`. Tensors of bf16 graphs are stored in FP32. {polygraphy}
 
 """
+
+
+_FOR_POLYGRAPHY = "`golden/polygraphy/` has them for Polygraphy, with\nits commands."
+_NO_BF16 = "Polygraphy takes none of\nthem: its arrays are NumPy's, which have no bf16."
 
 
 def write_kit(
@@ -156,7 +161,16 @@ def write_kit(
         if onnx_runtime_bytes(dims) <= available_memory():
             report("kit: golden", 2, 3)
             (kit / "golden").mkdir()
-            bounds = write_golden(kit / "golden", bundle)
+            runs, bounds = run_golden(bundle), golden_bounds(bundle)
+            write_golden(kit / "golden", runs)
+            if precision != "bf16":
+                external = weights == "external"
+                about = PolygraphyKit(
+                    engines=engines, external=external, plugins=native, native=".".join(map(str, NATIVE))
+                )
+                write_polygraphy(kit / "golden" / POLYGRAPHY, runs, bounds, about)
+                if external:
+                    shutil.copyfile(Path(__file__).with_name(INPUTS), kit / "golden" / POLYGRAPHY / INPUTS)
         else:
             needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
             say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
@@ -270,7 +284,7 @@ def _write_builder(
         version_below=settings.version_below,
         compiler=", its headers, and g++" if native else "",
         native=".".join(map(str, NATIVE)),
-        golden=_golden_text(bounds) if bounds else "",
+        golden=_golden_text(bounds, bf16=precision == "bf16") if bounds else "",
         mended=_MENDED if bounds else _UNKNOWN,
         variable=SWITCHES,
         precision=precision,
@@ -284,9 +298,11 @@ def _write_builder(
     (kit / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _golden_text(bounds: Mapping[str, Any]) -> str:
+def _golden_text(bounds: Mapping[str, Any], *, bf16: bool) -> str:
     close = {
         part: f"a cosine of {bounds[part]['cosine']:g} and a norm within {bounds[part]['norm_ratio']:g}"
         for part in ("logits", "hidden")
     }
-    return _GOLDEN.format(unchecked=UNCHECKED, share=bounds["share"], **close)
+    return _GOLDEN.format(
+        unchecked=UNCHECKED, share=bounds["share"], polygraphy=_NO_BF16 if bf16 else _FOR_POLYGRAPHY, **close
+    )

@@ -35,6 +35,7 @@ _KIT_CODE = (
     "capa_export.trt.kit",
     "capa_export.trt.worker",
     "capa_export.trt.golden_run",
+    "capa_export.trt.kit_inputs",
     "capa_export.kernels.plugins.alias",
 )
 """Modules whose code a kit depends on: that which writes it, and that which is in it."""
