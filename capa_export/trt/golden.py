@@ -23,9 +23,9 @@ __all__ = ["Run", "golden_bounds", "run_golden", "write_golden"]
 _STEPS = 2
 _SIDE = 224
 """Of the picture, in pixels."""
-_SHARE = 0.05
-"""Of the kept positions that an engine may change: 0.1 % of noise leaves an overlap of 97 % in random scores, and wrong
-code none but what chance leaves."""
+_SHARE = 0.01
+"""Of the kept positions that an engine may change, or one: FP16 at the cut has moved less in exports of random models.
+"""
 
 
 Run = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]
