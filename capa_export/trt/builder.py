@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from capa_export.trt.kit_device import check_device, check_version, find_headers, numbers_of, read_version
-    from capa_export.trt.kit_file import KitError, check_files, check_graphs, check_places, read_kit
+    from capa_export.trt.kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
 else:
     # Beside this file in a kit, which is to stay as it is.
     sys.dont_write_bytecode = True
     from kit_device import check_device, check_version, find_headers, numbers_of, read_version
-    from kit_file import KitError, check_files, check_graphs, check_places, read_kit
+    from kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
 
 __all__ = ["CHECKER", "FAILED", "SWITCHES", "UNCHECKED", "WORKER", "build", "build_engines", "main", "switches"]
 
@@ -283,14 +283,19 @@ def _check_golden(
         KitError: an engine computes something else, or cannot be run.
     """
     say("running the golden")
-    graphs = {entry["onnx"].partition("/")[2]: name for name, entry in spec["engines"].items()}
+    # A table that is none of the kit's files could lead out of it.
+    tables = {name: f"{name}.weights.json" for name in spec["engines"]}
     task = {
         **{key: spec[key] for key in ("runtime", "plugins")},
         "bounds": spec["golden"],
-        "golden": str(kit / "golden"),
+        "golden": [str(kit / name) for name in GOLDEN],
         "engines": {
-            name: {"onnx": onnx, "plan": str(kit / f"{name}{UNCHECKED}"), "weights": str(kit / f"{name}.weights.json")}
-            for onnx, name in graphs.items()
+            name: {
+                "onnx": entry["onnx"].partition("/")[2],
+                "plan": str(kit / f"{name}{UNCHECKED}"),
+                "weights": str(kit / tables[name]) if tables[name] in spec["files"] else None,
+            }
+            for name, entry in spec["engines"].items()
         },
         "result": str(scratch / "golden-result"),
     }

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from capa_export.config.recipe import recipe_of
 from capa_export.graph.contract import is_cache
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.onnx import OnnxModel
+from capa_export.trt.kit_file import GOLDEN
 
 if TYPE_CHECKING:
     from capa_export.config.gates import Gate
@@ -95,8 +96,9 @@ def write_golden(folder: Path, runs: Sequence[Run]) -> None:
         }
         for index, (file, inputs, outputs) in enumerate(runs)
     ]
-    save_file(tensors, folder / "golden.safetensors")
-    (folder / "golden.json").write_text(json.dumps({"runs": said}, indent=1) + "\n", encoding="utf-8")
+    names = [PurePosixPath(name).name for name in GOLDEN]
+    save_file(tensors, folder / names[1])
+    (folder / names[0]).write_text(json.dumps({"runs": said}, indent=1) + "\n", encoding="utf-8")
 
 
 def golden_bounds(bundle: Bundle) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _findings(trt: Any, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     Engines are loaded one after the other: a device may have room for no two.
     """
-    golden = _Golden(Path(task["golden"]))
+    golden = _Golden(*map(Path, task["golden"]))
     driver, log = _Driver(), _logger(trt)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = task["plugins"] == "native"
@@ -142,11 +142,11 @@ class _Golden:
         GoldenError: a file is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, runs: Path, tensors: Path) -> None:
+        self._path = runs
         try:
-            self.runs = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["runs"]
-            with (folder / "golden.safetensors").open("rb") as file:
+            self.runs = json.loads(runs.read_text(encoding="utf-8"))["runs"]
+            with tensors.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 self._entries = json.loads(file.read(length))
                 self._data = file.read()
@@ -154,7 +154,7 @@ class _Golden:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> GoldenError:
-        return GoldenError(f"{self._folder}: damaged: copy the kit again ({type(error).__name__})")
+        return GoldenError(f"{self._path}: damaged: copy the kit again ({type(error).__name__})")
 
     def tensor(self, key: str) -> tuple[str, tuple[int, ...], bytes]:
         """TensorRT's name of its type, its shape, and its bytes."""
@@ -267,7 +267,7 @@ class _Engine:
         self._given(self._context.set_optimization_profile_async(0, driver.stream), "does not take its own profile")
         self._activations = _Memory(driver, self._engine.device_memory_size_v2)
         self._context.set_device_memory(self._activations.address, self._activations.num_bytes)
-        self._weights = self._uploaded(Path(entry["weights"]))
+        self._weights = self._uploaded(Path(entry["weights"])) if entry["weights"] else {}
 
     def _given(self, answer: Any, what: str) -> Any:
         """What TensorRT answers, unless it refuses."""
@@ -277,9 +277,7 @@ class _Engine:
         return answer
 
     def _uploaded(self, table: Path) -> dict[str, _Memory]:
-        """The weights that are inputs."""
-        if not table.is_file():
-            return {}
+        """The weights that are inputs, as a table says where they lie."""
         weights: dict[str, _Memory] = {}
         for name, entry in json.loads(table.read_text(encoding="utf-8")).items():
             weights[name] = _Memory(self._driver, entry["length"])
@@ -327,7 +325,11 @@ class _Engine:
                 memory.upload(data)
                 held.append(memory)
                 self._address(name, memory.address)
-        self._given(not self._context.infer_shapes(), "lacks an input")
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise GoldenError(f"{self.name}.engine: does not take these shapes ({error})") from error
+        self._given(not missing, f"lacks {missing}")
         outputs: dict[str, tuple[_Memory, str]] = {}
         for name in self._outputs:
             shape = shapes[name] if name in shapes else golden.tensor(run["outputs"][name])[1]

@@ -91,9 +91,9 @@ _GOLDEN = """## The golden run
 
 Before an engine gets its name, all three are run on what is in `golden/`. Logits and features must lie as close to
 those of the golden as the gates of the bundle's recipe ask of every prompt: logits by {logits}, features
-by {hidden}. The same token must come first, unless two tie, and {share:.0%} of the kept
-positions may be others. `kit.json` has these bounds. Where one fails, `build.sh` ends with exit code 5 and names engine
-and output; the engines stay as `NAME{unchecked}`, and what was there before is there still. Then
+by {hidden}. The same token must come first, unless two tie, and one in {share} of the kept
+positions may be another. `kit.json` has these bounds. Where one fails, `build.sh` ends with exit code 5 and names
+engine and output; the engines stay as `NAME{unchecked}`, and what was there before is there still. Then
 
 1. build with other switches, as below: what is far off, or NaN, is most likely wrong code;
 2. build with another TensorRT of the range;
@@ -304,5 +304,5 @@ def _golden_text(bounds: Mapping[str, Any], *, bf16: bool) -> str:
         for part in ("logits", "hidden")
     }
     return _GOLDEN.format(
-        unchecked=UNCHECKED, share=bounds["share"], polygraphy=_NO_BF16 if bf16 else _FOR_POLYGRAPHY, **close
+        unchecked=UNCHECKED, share=round(1 / bounds["share"]), polygraphy=_NO_BF16 if bf16 else _FOR_POLYGRAPHY, **close
     )

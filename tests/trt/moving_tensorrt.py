@@ -171,7 +171,9 @@ class _Context:
         return address % _ALIGNMENT == 0
 
     def infer_shapes(self) -> list[str]:
-        return [name for name in self._engine.inputs if name not in self._shapes]
+        fixed = {name for name, one in self._engine.inputs.items() if all(isinstance(n, int) for n in one.shape)}
+        given = self._shapes.keys() | fixed
+        return [name for name in self._engine.inputs if name not in given or name not in self._addresses]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self._engine.tensors[name].shape)
@@ -182,8 +184,8 @@ class _Context:
         if wrong == "crash":
             os.abort()
         feed: dict[str, Any] = {}
-        for name, shape in self._shapes.items():
-            dtype = np.dtype(_TYPES[engine.inputs[name].type][1])
+        for name, entry in engine.inputs.items():
+            shape, dtype = self._shapes.get(name, entry.shape), np.dtype(_TYPES[entry.type][1])
             data = ctypes.string_at(self._addresses[name], int(np.prod(shape)) * dtype.itemsize)
             feed[name] = np.frombuffer(data, dtype).reshape(shape)
         names = [*engine.outputs]

@@ -167,6 +167,8 @@ def test_nothing_is_written_through_a_link(kit: Path, tmp_path: Path, ending: st
     assert victim.read_text() == "mine"
 
 
+_BOUND = {"cosine": 0.99, "norm_ratio": 0.1}
+BOUNDS = {"logits": _BOUND, "hidden": _BOUND, "share": 0.01}
 WRONG: dict[str, Lie] = {
     "files": lambda spec: spec.update(files=dict.fromkeys(spec["files"], 3)),
     "engines": lambda spec: spec.update(engines=["llm/tiny"]),
@@ -178,6 +180,7 @@ WRONG: dict[str, Lie] = {
     "target": lambda spec: spec.update(target="orin\x1b]0;mine\x07"),
     "install": lambda spec: spec.update(install="pip install x\nok"),
     "golden": lambda spec: spec.update(golden={"logits": {"cosine": "none"}}),
+    "golden's files": lambda spec: spec.update(golden=BOUNDS),
     "no word of the golden": lambda spec: spec.pop("golden"),
 }
 

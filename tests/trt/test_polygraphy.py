@@ -177,6 +177,16 @@ def test_bf16_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_kit_of_bf16_says_why_it_has_none(tmp_path: Path) -> None:
+    stages.export(recipe="tiny-qwen25vl", out=tmp_path / "out", schedule="capa@2:0.75/full", precision="bf16")
+    write_kit(Bundle(tmp_path / "out"), load_target("orin"), tmp_path / "kit", plugins="none")
+    assert [path.name for path in sorted((tmp_path / "kit" / "golden").iterdir())] == [
+        "golden.json",
+        "golden.safetensors",
+    ]
+    assert "Polygraphy takes none of\nthem: its arrays are NumPy's" in (tmp_path / "kit" / "README.md").read_text()
+
+
 def test_the_files_are_a_stage_of_the_bundle(bundle: Bundle) -> None:
     stage = bundle.stage(POLYGRAPHY)
     assert {
