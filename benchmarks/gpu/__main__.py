@@ -184,6 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--first", action="store_true", help="the first checks on a new GPU, in place of all")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     options = parser.parse_args(arguments)
+    if options.first and options.only != list(PARTS):
+        parser.error("--only names some of the parts without --first")
     if options.dry_run:
         dry_run()
         return 0
