@@ -1,8 +1,14 @@
 """Everything that needs a GPU, in under nine minutes and without a network: one table, and JSON.
 
+With --first, what is most telling on a GPU that nothing has run on yet, in three and a half minutes: kernels from
+cubins and PTX by value, the C++ plugin's enqueue, kernels in CUDA graphs, what a step of decode costs beside its
+engine; then the same, small, under compute-sanitizer.
+
 Install (carry the wheels): a torch with CUDA, `capa-export[rtx]` (triton, cuda-bindings, tensorrt-rtx), and a C
 compiler for triton; `tensorrt` where TensorRT-RTX does not take the GPU, TENSORRT_INCLUDE=DIR for native plugins.
-Run: python benchmarks/gpu --out FILE.json. Exit code 1: something failed, the table says what; 3: there is no GPU.
+What a machine lacks is skipped, and the table says what.
+Run: python benchmarks/gpu [--first] --out FILE.json. Exit code 1: something failed, the table says what; 3: there is
+no GPU.
 """
 
 import argparse
@@ -25,7 +31,7 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parents[1]), str(_HERE.parent / "peer")]
 
 # Found by the line above only.
-from cases import Case, rows  # noqa: E402
+from cases import Case, installed, rows  # noqa: E402
 from processes import measured_run  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 _PACKAGES = ("torch", "triton", "cuda-bindings", "transformers", "onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -68,6 +74,20 @@ PARTS: Mapping[str, Part] = {
 """Parts by name, in order: what is skipped early leaves its time to the last."""
 
 
+def _small(work: Path) -> Iterator[Case]:
+    first = import_module("first")
+    return first.cases(work, first.SMALL, {"small": (2, 2, 16)}, rounds=0)
+
+
+FIRST: Mapping[str, Part] = {
+    "first": Part(120, lambda work: import_module("first").cases(work)),
+    "sanitizer": Part(90, lambda work: import_module("sanitizer").cases(work)),
+}
+"""Parts of --first."""
+_UNDER_SANITIZER = {"first, small": Part(0, _small)}
+"""Started by the sanitizer's part."""
+
+
 def run_part(name: str, work: Path, seconds: float) -> dict[str, Any]:
     """Rows of a part, as far as it came, and why it came no further."""
     if seconds <= 0:
@@ -83,7 +103,8 @@ def print_rows(name: str, work: Path) -> None:
     # Libraries talk, and stdout is for rows.
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
-        for row in rows(PARTS[name].cases(work)):
+        part = {**PARTS, **FIRST, **_UNDER_SANITIZER}[name]
+        for row in rows(installed(name, part.cases, work)):
             print(json.dumps(row), file=out, flush=True)
 
 
@@ -116,7 +137,8 @@ def dry_run() -> None:
     from problem import problems
     from timing import CHIPS
 
-    print("parts: " + ", ".join(f"{name} ({part.seconds:g} s)" for name, part in PARTS.items()))
+    for option, parts in ("", PARTS), (" of --first", FIRST):
+        print(f"parts{option}: " + ", ".join(f"{name} ({part.seconds:g} s)" for name, part in parts.items()))
     print("\nfloor of the kernels, microseconds: " + ", ".join(CHIPS))
     for problem in problems():
         cost = problem.operator.cost(problem.size)
@@ -159,8 +181,11 @@ def main(arguments: Sequence[str]) -> int:
     what.add_argument("--out", type=Path, help="the JSON; written anew after every part")
     what.add_argument("--dry-run", action="store_true", help="list parts, sizes and floors; needs no GPU")
     what.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--first", action="store_true", help="the first checks on a new GPU, in place of all")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     options = parser.parse_args(arguments)
+    if options.first and options.only != list(PARTS):
+        parser.error("--only names some of the parts without --first")
     if options.dry_run:
         dry_run()
         return 0
@@ -174,11 +199,13 @@ def main(arguments: Sequence[str]) -> int:
         return 3
     about = _about(device, ["python", "benchmarks/gpu", *arguments])
     parts: dict[str, Any] = {}
-    left = sum(part.seconds for part in PARTS.values())
+    chosen = FIRST if options.first else PARTS
+    names = list(FIRST) if options.first else options.only
+    left = sum(part.seconds for part in chosen.values())
     with TemporaryDirectory() as work:
-        for index, name in enumerate(options.only):
+        for index, name in enumerate(names):
             started = time.perf_counter()
-            seconds = left - sum(PARTS[later].seconds for later in options.only[index + 1 :])
+            seconds = left - sum(chosen[later].seconds for later in names[index + 1 :])
             parts[name] = run_part(name, Path(work), seconds)
             left -= time.perf_counter() - started
             print(f"{name}: {parts[name]['seconds']:.0f} of {seconds:.0f} s", file=sys.stderr)

@@ -90,6 +90,7 @@ def export(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     in_place: bool = False,
+    polygraphy: bool = False,
     trust_remote_code: bool = False,
     command: Sequence[str] = (),
     progress: Report = silent,
@@ -112,13 +113,19 @@ def export(
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         in_place: whether the ONNX files read the checkpoint's own shards instead of a copy.
+        polygraphy: whether to run the graphs on one prompt, and leave what goes in and what comes out for Polygraphy.
         trust_remote_code: whether the checkpoint's own Python may run.
         command: a command line, for the manifest.
         progress: told how far the work is.
 
     Raises:
-        CapaError: an option or a file does not fit the model, or the disk has no room for the weights.
+        CapaError: an option or a file does not fit the model, the disk has no room for the weights, or memory none
+            for the graphs.
     """
+    if polygraphy:
+        from capa_export.trt.polygraphy import check_polygraphy
+
+        check_polygraphy(precision)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
@@ -147,4 +154,8 @@ def export(
     if calibration is not None:
         measure(model, bundle, options)
     write_graphs(model, bundle, options)
+    if polygraphy:
+        from capa_export.trt.polygraphy import store_polygraphy
+
+        store_polygraphy(bundle)
     return Bundle(out)

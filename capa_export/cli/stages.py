@@ -12,6 +12,7 @@ from capa_export.base.progress import say
 from capa_export.cli.options import (
     CALIBRATION,
     ENGINE,
+    OUTPUT,
     VALIDATION,
     AcceptMethodLossOpt,
     BisectOpt,
@@ -173,6 +174,14 @@ def export(
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     weights: ExportWeightsOpt = "copied",
+    polygraphy: Annotated[
+        bool,
+        typer.Option(
+            "--polygraphy",
+            help="Leave inputs and outputs of one prompt for Polygraphy, and its commands.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -199,6 +208,7 @@ def export(
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             in_place=weights == "in-place",
+            polygraphy=polygraphy,
             trust_remote_code=trust_remote_code,
             command=sys.argv[1:],
             progress=report,

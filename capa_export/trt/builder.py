@@ -4,11 +4,9 @@ It needs the standard library and TensorRT, and no GPU code of its own.
 """
 
 import argparse
-import ctypes
 import importlib
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -20,25 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from capa_export.trt.kit_file import KitError, check_files, check_graphs, check_places, read_kit
+    from capa_export.trt.kit_device import check_device, check_version, find_headers, numbers_of, read_version
+    from capa_export.trt.kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
 else:
     # Beside this file in a kit, which is to stay as it is.
     sys.dont_write_bytecode = True
-    from kit_file import KitError, check_files, check_graphs, check_places, read_kit
+    from kit_device import check_device, check_version, find_headers, numbers_of, read_version
+    from kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
 
-__all__ = ["FAILED", "SWITCHES", "WORKER", "build", "build_engines", "main", "switches"]
+__all__ = ["CHECKER", "FAILED", "SWITCHES", "UNCHECKED", "WORKER", "build", "build_engines", "main", "switches"]
 
 WORKER = "engine_worker.py"
 """File of a kit that builds one engine."""
+CHECKER = "golden_run.py"
+"""File of a kit that holds its engines against its golden."""
+UNCHECKED = ".engine.unchecked"
+"""Ending of the name of an engine that the golden run has not passed, or not yet."""
 FAILED = 5
 """Exit code of whatever keeps an engine from being built."""
 _RUNTIMES = ("tensorrt", "tensorrt_rtx")
-_PRINT_VERSION = """import sys
-sys.path[:] = filter(None, sys.path)
-import importlib
-print(importlib.import_module(sys.argv[1]).__version__)
-"""
-_OUTPUTS = (".engine", ".log", ".layers.txt", ".layers.json")
+_GOLDEN_LOG = "golden.log"
+_OUTPUTS = (".engine", UNCHECKED, ".log", ".layers.txt", ".layers.json")
 """Endings of the names of what is written of an engine."""
 SWITCHES = "__LUNOWUD"
 """The environment variable of TensorRT's compiler."""
@@ -52,11 +52,7 @@ _SWITCHES = (
 
 FP16 products that share an input come out wrong for one prompt (TensorRT-Edge-LLM issues 40, 105, 151, 185).
 """
-_HEADER = "NvInferVersion.h"
-_INCLUDES = tuple(Path(f"/usr/include/{arch}-linux-gnu") for arch in ("aarch64", "x86_64"))
-_MAJOR, _MINOR = 75, 76
-"""The driver's numbers of the attributes that hold the compute capability."""
-
+_EVERY_SWITCH = " ".join(dict.fromkeys(switch for *_, switch in _SWITCHES))
 Say = Callable[[str], None]
 
 
@@ -104,13 +100,15 @@ def build(
     lowered: bool = False,
     out: Path | None = None,
     worker: Sequence[str] | None = None,
+    checker: Sequence[str] | None = None,
     write_plugins: Callable[[Path, Sequence[str]], None] | None = None,
     environment: Mapping[str, str] = os.environ,
     say: Say = _say,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Check device, TensorRT and files, compile the plugins, and build every engine.
+    """Check device, TensorRT and files, compile the plugins, build every engine, and hold them against the golden.
 
-    What `kit.json` says is data until it is checked. The kit's own code is run where the caller brings none.
+    What `kit.json` says is data until it is checked. The kit's own code is run where the caller brings none. On the
+    device no engine has its final name before all have passed: what was there before stays, if one fails.
 
     Args:
         kit: the folder.
@@ -121,6 +119,7 @@ def build(
         lowered: whether a trial takes the graphs for older TensorRT.
         out: where the engines of a trial go; those of the device go into the kit.
         worker: arguments of Python that start the building process; None starts the kit's own.
+        checker: the same of the process that runs the golden.
         write_plugins: writes the sources of the plugins into a folder, for GPUs; None takes the kit's own.
         environment: variables of the building processes.
         say: told what is being done.
@@ -129,7 +128,8 @@ def build(
         As `build_engines` does.
 
     Raises:
-        KitError: this is not the device, a file or TensorRT is missing or another, or TensorRT refused.
+        KitError: this is not the device, a file or TensorRT is missing or another, TensorRT refused, or an engine
+            computes something else than the golden.
     """
     spec = read_kit(kit)
     trial = (runtime, compute_capability, out)
@@ -142,19 +142,20 @@ def build(
         raise KitError(f"no runtime {module!r}; there are {' and '.join(_RUNTIMES)}")
     check_graphs(kit, spec)
     folder = (out or kit).resolve()
+    check_places(folder, [_GOLDEN_LOG])
     for name in spec["engines"]:
         check_places(folder, [name, *(f"{name}{ending}" for ending in _OUTPUTS)])
     if not runtime:
-        _check_device(spec)
-    version = _version(module, environment)
+        check_device(spec)
+    version = read_version(module, environment)
     if not runtime:
-        _check_version(spec, version)
-        lowered = _numbers(version) < _numbers(spec["lowered_below"])
+        check_version(spec, version)
+        lowered = numbers_of(version) < numbers_of(spec["lowered_below"])
     say(f"checking {len(spec['files'])} files")
     check_files(kit, spec["files"])
     include = None
     if spec["plugins"] == "native":
-        include = _headers(tensorrt_include, None if runtime else version)
+        include = find_headers(tensorrt_include, None if runtime else version)
     if check:
         say(f"this is {spec['target']}, with {module} {version}")
         return
@@ -165,8 +166,9 @@ def build(
         # TensorRT builds for the GPU that it finds.
         "compute_capabilities": [compute_capability] if compute_capability else [],
         "version_min": version,
-        "version_below": f"{_numbers(version)[0] + 1}",
+        "version_below": f"{numbers_of(version)[0] + 1}",
     }
+    checked = spec["golden"] is not None and not runtime
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         library, sources = None, kit / "plugins"
@@ -180,9 +182,17 @@ def build(
             worker=worker or [str(kit / WORKER)],
             library=library,
             lowered=lowered,
+            ending=UNCHECKED if checked else ".engine",
             environment=environment,
             say=say,
         )
+        if checked:
+            checker = checker or [str(kit / CHECKER)]
+            _check_golden(kit, spec, checker, Path(scratch), environment, say)
+            for name in spec["engines"]:
+                (kit / f"{name}{UNCHECKED}").replace(kit / f"{name}.engine")
+        elif not runtime:
+            say("the kit has no golden: what the engines compute is not checked")
         if library:
             library.replace(folder / library.name)
 
@@ -195,6 +205,7 @@ def build_engines(
     worker: Sequence[str],
     library: Path | None = None,
     lowered: bool = False,
+    ending: str = ".engine",
     environment: Mapping[str, str] = os.environ,
     logs: Mapping[str, Path] = {},
     say: Say = _say,
@@ -208,6 +219,7 @@ def build_engines(
         worker: arguments of Python that start the building process.
         library: of the plugins, where they are native.
         lowered: whether to take the graphs for older TensorRT.
+        ending: of the engines' names.
         environment: variables of the building processes.
         logs: by engine where its log lies until the engine is whole, if that is elsewhere.
         say: told what is being done.
@@ -250,10 +262,73 @@ def build_engines(
             Path(files["layers"]).replace(path.with_suffix(".layers.txt"))
             log.replace(path.with_suffix(".log"))
             # The plan comes last: where it is, the rest is.
+            path = path.with_suffix(ending)
             Path(files["plan"]).replace(path)
             seconds = round(time.monotonic() - start, 3)
             said = {key: engine[key] for key in ("onnx", "capa_nodes")}
             yield name, {**result, **said, "seconds": seconds, "bytes": path.stat().st_size}
+
+
+def _check_golden(
+    kit: Path,
+    spec: Mapping[str, Any],
+    checker: Sequence[str],
+    scratch: Path,
+    environment: Mapping[str, str],
+    say: Say,
+) -> None:
+    """Run the golden through the engines that were built in the kit.
+
+    Raises:
+        KitError: an engine computes something else, or cannot be run.
+    """
+    say("running the golden")
+    # A table that is none of the kit's files could lead out of it.
+    tables = {name: f"{name}.weights.json" for name in spec["engines"]}
+    task = {
+        **{key: spec[key] for key in ("runtime", "plugins")},
+        "bounds": spec["golden"],
+        "golden": [str(kit / name) for name in GOLDEN],
+        "engines": {
+            name: {
+                "onnx": entry["onnx"].partition("/")[2],
+                "plan": str(kit / f"{name}{UNCHECKED}"),
+                "weights": str(kit / tables[name]) if tables[name] in spec["files"] else None,
+            }
+            for name, entry in spec["engines"].items()
+        },
+        "result": str(scratch / "golden-result"),
+    }
+    log = kit / _GOLDEN_LOG
+    after = f"the engines are left as NAME{UNCHECKED}; README.md says what to try; log: {log}"
+    try:
+        found = _run(checker, task, scratch / "golden.json", environment, log, spec["install"])["outputs"]
+    except KitError as error:
+        raise KitError(f"golden run: {error}; {after}") from error
+    for one in found:
+        say(f"{one['engine']}.engine: {one['output']}: {_figures(one)}")
+    if wrong := [one for one in found if one["problem"]]:
+        first, others = wrong[0], f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise KitError(
+            f"{first['engine']}.engine computes something else than the golden: {first['output']}: "
+            f"{first['problem']}{others}; {_advice(environment)}; {after}"
+        )
+
+
+def _figures(found: Mapping[str, Any]) -> str:
+    if "moved" in found:
+        return f"{found['of'] - found['moved']} of {found['of']} as in the golden"
+    return f"cosine {found['cosine']:.6f}, norm off by {found['norm_ratio']:.2g}"
+
+
+def _advice(environment: Mapping[str, str]) -> str:
+    """What to try where TensorRT makes wrong code."""
+    if SWITCHES in environment:
+        return f"it was built with {SWITCHES}={environment[SWITCHES]!r}: unset that, and build again"
+    return (
+        f"build again with {SWITCHES}='{_EVERY_SWITCH}', or with another TensorRT, and see by capa-export validate "
+        "BUNDLE --bisect whether the graphs are at fault"
+    )
 
 
 def switches(version: Sequence[int], capability: str, *, one_prompt: bool) -> str:
@@ -277,7 +352,7 @@ def _switched(spec: Mapping[str, Any], shapes: Mapping[str, Any], say: Say) -> d
     if spec["runtime"] != "tensorrt":
         return {}
     one_prompt = any(least[:1] == [1] for least, *_ in shapes.values())
-    found = switches(_numbers(spec["version_min"]), spec["gpus"][0], one_prompt=one_prompt)
+    found = switches(numbers_of(spec["version_min"]), spec["gpus"][0], one_prompt=one_prompt)
     if found:
         say(f"{SWITCHES}={found}")
     return {SWITCHES: found} if found else {}
@@ -313,7 +388,7 @@ def _run(
 
 
 def _crash(returncode: int, log: Path, install: str) -> str:
-    """Why the building process ended without a word."""
+    """Why a process ended without a word."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     last = next((line for line in reversed(lines) if line), "it said nothing")
     if missing := re.match(r"(?:ModuleNotFound|Import)Error: .*\b(tensorrt\w*)", last):
@@ -321,77 +396,8 @@ def _crash(returncode: int, log: Path, install: str) -> str:
     if returncode < 0:
         name = signal.Signals(-returncode).name
         cause = ", most likely for want of memory" if -returncode == getattr(signal, "SIGKILL", None) else ""
-        return f"the building process died of {name}{cause}: {last}"
-    return f"the building process ended with status {returncode}: {last}"
-
-
-def _check_device(spec: Mapping[str, Any]) -> None:
-    """Hold CPU and GPU against the kit's."""
-    cpu, wanted = platform.machine(), spec["cpu"]
-    if wanted and cpu != wanted:
-        raise KitError(f"this machine is {cpu}, the kit is for {spec['target']}, which is {wanted}: copy it there")
-    capability, (wanted,) = _compute_capability(), spec["compute_capabilities"]
-    if capability != wanted:
-        raise KitError(
-            f"the GPU here has compute capability {capability}, the kit is for {spec['target']}, which has "
-            f"{wanted}: make one with build --target for this device"
-        )
-
-
-def _compute_capability() -> str:
-    """Of the first GPU, as `8.7`."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise KitError("no NVIDIA driver here (libcuda.so.1): run this on the device") from error
-    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
-    status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-    for attribute, number in zip((_MAJOR, _MINOR), numbers, strict=True):
-        status = status or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-    if status:
-        raise KitError(f"the NVIDIA driver finds no GPU here (CUDA error {status}): run this on the device")
-    return ".".join(str(number.value) for number in numbers)
-
-
-def _version(module: str, env: Mapping[str, str]) -> str:
-    """Of the runtime, imported in a process of its own, since it may abort the one that imports it."""
-    command = [sys.executable, "-c", _PRINT_VERSION, module]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        where = "; JetPack has it in python3-libnvinfer" if module == "tensorrt" else ""
-        raise KitError(f"{sys.executable} cannot import {module} ({lines[-1]}){where}")
-    return run.stdout.split()[-1]
-
-
-def _check_version(spec: Mapping[str, Any], version: str) -> None:
-    if not _numbers(spec["version_min"]) <= _numbers(version) < _numbers(spec["version_below"]):
-        jetpack = f", as JetPack {spec['jetpack']} has it" if spec["jetpack"] else ""
-        wanted = f">={spec['version_min']},<{spec['version_below']}{jetpack}"
-        raise KitError(f"TensorRT here is {version}, {spec['target']} takes {wanted}")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _headers(given: Path | None, version: str | None) -> Path:
-    """The folder of TensorRT's headers, which are of the given version if there is one."""
-    places = [given] if given else list(_INCLUDES)
-    found = next((place for place in places if (place / _HEADER).is_file()), None)
-    if found is None:
-        raise KitError(
-            f"no {_HEADER} in {' or '.join(map(str, places))}: install libnvinfer-headers-dev, or pass "
-            "--tensorrt-include DIR"
-        )
-    text = (found / _HEADER).read_text(encoding="utf-8", errors="replace")
-    numbers = [
-        re.search(rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")
-    ]
-    have = ".".join(number[1] for number in numbers if number)
-    if version and _numbers(have) != _numbers(version)[:2]:
-        raise KitError(f"{found} has the headers of TensorRT {have}, and Python the runtime {version}: they must agree")
-    return found
+        return f"its process died of {name}{cause}: {last}"
+    return f"its process ended with status {returncode}: {last}"
 
 
 def _compile(sources: Path, include: Path, scratch: Path, say: Say) -> Path:

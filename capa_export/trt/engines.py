@@ -18,10 +18,12 @@ from capa_export.trt.graphs import write_graphs
 from capa_export.trt.kit_file import KIT, KitError, read_kit
 from capa_export.trt.layers import read_engine
 
-__all__ = ["WORKER", "build_graphs", "building_environment", "read_engines"]
+__all__ = ["CHECKER", "WORKER", "build_graphs", "building_environment", "read_engines"]
 
 WORKER = module_arguments("capa_export.trt.worker")
 """Arguments of Python that start the process which builds an engine."""
+CHECKER = module_arguments("capa_export.trt.golden_run")
+"""The same of the process that holds a kit's engines against its golden."""
 
 
 def build_graphs(

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -14,15 +14,22 @@ from capa_export.config.recipe import recipe_of
 from capa_export.graph.contract import is_cache
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.onnx import OnnxModel
+from capa_export.trt.kit_file import GOLDEN
 
-__all__ = ["write_golden"]
+if TYPE_CHECKING:
+    from capa_export.config.gates import Gate
+
+__all__ = ["Run", "golden_bounds", "run_golden", "write_golden"]
 
 _STEPS = 2
 _SIDE = 224
 """Of the picture, in pixels."""
+_SHARE = 0.01
+"""Of the kept positions that an engine may change, or one: FP16 at the cut has moved less in exports of random models.
+"""
 
 
-Run = tuple[str, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+Run = tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]
 """File of a graph, what went in, and what came out."""
 
 
@@ -37,7 +44,7 @@ class _Session:
 
     def run(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         outputs = self._session.run(names, feed)
-        self._runs.append((self._file, feed, dict(zip(names, outputs, strict=True))))
+        self._runs.append((self._file, dict(feed), dict(zip(names, outputs, strict=True))))
         return outputs
 
 
@@ -52,14 +59,8 @@ class _Noted(OnnxModel):
         return _Session(super()._opened(file, shapes), file, self.runs)
 
 
-def write_golden(folder: Path, bundle: Bundle) -> None:
-    """Write `golden.safetensors` and `golden.json`: vision, prefill and two decode steps, in the order they ran.
-
-    Caches are left out: each run of decode takes what the run before it returned as `present`.
-
-    Args:
-        folder: to write into.
-        bundle: with its ONNX files.
+def run_golden(bundle: Bundle) -> list[Run]:
+    """Run vision, prefill and two decode steps of one prompt; returns the runs in their order.
 
     Raises:
         CapaError: ONNX Runtime cannot run the graphs.
@@ -71,6 +72,14 @@ def write_golden(folder: Path, bundle: Bundle) -> None:
     logits, cache = run.logits, run.cache
     for step in range(_STEPS):
         logits, cache = model.step(cache, int(logits.argmax()), prompt.next_position + step)
+    return model.runs
+
+
+def write_golden(folder: Path, runs: Sequence[Run]) -> None:
+    """Write `golden.safetensors` and `golden.json`: the runs in their order.
+
+    Of caches there are only the shapes: each run of decode takes what the run before it returned as `present`.
+    """
     tensors: dict[str, np.ndarray] = {}
 
     def kept(index: int, values: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -78,12 +87,34 @@ def write_golden(folder: Path, bundle: Bundle) -> None:
         tensors.update({key: np.ascontiguousarray(values[name]) for name, key in keys.items()})
         return keys
 
-    runs = [
-        {"onnx": file, "inputs": kept(index, inputs), "outputs": kept(index, outputs)}
-        for index, (file, inputs, outputs) in enumerate(model.runs)
+    said = [
+        {
+            "onnx": file,
+            "inputs": kept(index, inputs),
+            "outputs": kept(index, outputs),
+            "caches": {name: list(array.shape) for name, array in (inputs | outputs).items() if is_cache(name)},
+        }
+        for index, (file, inputs, outputs) in enumerate(runs)
     ]
-    save_file(tensors, folder / "golden.safetensors")
-    (folder / "golden.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    names = [PurePosixPath(name).name for name in GOLDEN]
+    save_file(tensors, folder / names[1])
+    (folder / names[0]).write_text(json.dumps({"runs": said}, indent=1) + "\n", encoding="utf-8")
+
+
+def golden_bounds(bundle: Bundle) -> dict[str, Any]:
+    """How close engines must come to the golden, by the gates of the bundle's recipe.
+
+    Returns:
+        Of `logits` and of `hidden` states, which features are held to as well, the least `cosine` and the largest
+        `norm_ratio`; and the `share` of kept positions that may be others.
+    """
+    recipe = recipe_of(bundle.manifest, bundle.folder)
+    gate: Gate = getattr(recipe.parity, bundle.stage("export")["result"]["precision"])
+    return {
+        "logits": {"cosine": gate.cosine.limit, "norm_ratio": gate.norm_ratio.limit},
+        "hidden": {"cosine": gate.hidden_cosine.limit, "norm_ratio": gate.hidden_norm_ratio.limit},
+        "share": _SHARE,
+    }
 
 
 def _picture() -> Image.Image:

@@ -70,7 +70,7 @@ def write_graphs(
             "plugins": prepared.num_plugins,
             **limits,
         }
-    write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={})
+    write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={}, golden=None)
 
 
 def find_limits(onnx: Path, target: Target) -> dict[str, dict[str, list[list[int]]]]:

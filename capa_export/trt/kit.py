@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.builder import SWITCHES, WORKER
-from capa_export.trt.golden import write_golden
+from capa_export.trt.builder import CHECKER, SWITCHES, UNCHECKED, WORKER
+from capa_export.trt.golden import golden_bounds, run_golden, write_golden
 from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
 from capa_export.trt.kit_file import KIT
+from capa_export.trt.polygraphy import INPUTS, POLYGRAPHY, PolygraphyKit, write_polygraphy
 
 __all__ = ["write_kit"]
 
 _BUILDER = {
     "trt/builder.py": "builder.py",
     "trt/kit_file.py": "kit_file.py",
+    "trt/kit_device.py": "kit_device.py",
     "trt/worker.py": WORKER,
+    "trt/golden_run.py": CHECKER,
     "kernels/plugins/alias.py": "parser_library.py",
 }
 _SCRIPT = """#!/bin/sh
@@ -63,8 +67,10 @@ The engines are for precision {precision}; their weights are {weights}. {plugins
 
 From 10.13 on TensorRT fuses FP16 products that share an input, and for one prompt at a time the result is wrong
 (NVIDIA/TensorRT-Edge-LLM issues 40, 105, 151 and 185). The build turns that off by the environment variable
-`{variable}` and says so. A variable that is set is left as it is: to see whether a later version has it mended, build
-with `{variable}= ./build.sh`, and compare the logits of prefill with the golden's: wrong code is far off.
+`{variable}` and says so. A variable that is set is left as it is: `{variable}='SWITCHES' ./build.sh` tries others.
+
+To see whether a later version has it mended, build once with the variable set and empty, `{variable}= ./build.sh`,
+{mended}
 
 ## To try it elsewhere
 
@@ -76,14 +82,33 @@ or later, or of TensorRT-RTX.
 """
 
 
-_GOLDEN = """## The golden
+_MENDED = """and see the golden run pass: then the switches are needed no more. If it fails, the engines that were there
+before are there still."""
+
+_UNKNOWN = "and see whether the engines answer as the bundle does: this kit has no golden to tell."
+
+_GOLDEN = """## The golden run
+
+Before an engine gets its name, all three are run on what is in `golden/`. Logits and features must lie as close to
+those of the golden as the gates of the bundle's recipe ask of every prompt: logits by {logits}, features
+by {hidden}. The same token must come first, unless two tie, and one in {share} of the kept
+positions may be another. `kit.json` has these bounds. Where one fails, `build.sh` ends with exit code 5 and names
+engine and output; the engines stay as `NAME{unchecked}`, and what was there before is there still. Then
+
+1. build with other switches, as below: what is far off, or NaN, is most likely wrong code;
+2. build with another TensorRT of the range;
+3. where the bundle is, `capa-export validate BUNDLE --bisect` says whether the graphs themselves are at fault, and
+   which part should be in FP32.
 
 `golden/golden.json` lists runs in their order: the graph, its inputs and its outputs, as names of tensors in
 `golden/golden.safetensors`. Inputs called `past_key_values.*` are left out: they are what the run before returned as
-`present.*`. `kept_positions.*` must be equal; the rest is as close as the precision lets it be. Tensors of bf16 graphs
-are stored in FP32.
+`present.*`. Tensors of bf16 graphs are stored in FP32. {polygraphy}
 
 """
+
+
+_FOR_POLYGRAPHY = "`golden/polygraphy/` has them for Polygraphy, with\nits commands."
+_NO_BF16 = "Polygraphy takes none of\nthem: its arrays are NumPy's, which have no bf16."
 
 
 def write_kit(
@@ -132,15 +157,24 @@ def write_kit(
         if native:
             report("kit: plugins", 1, 3)
             _write_plugins(kit / "plugins", settings)
-        has_golden = onnx_runtime_bytes(dims) <= available_memory()
-        if has_golden:
+        bounds: dict[str, Any] | None = None
+        if onnx_runtime_bytes(dims) <= available_memory():
             report("kit: golden", 2, 3)
             (kit / "golden").mkdir()
-            write_golden(kit / "golden", bundle)
+            runs, bounds = run_golden(bundle), golden_bounds(bundle)
+            write_golden(kit / "golden", runs)
+            if precision != "bf16":
+                external = weights == "external"
+                about = PolygraphyKit(
+                    engines=engines, external=external, plugins=native, native=".".join(map(str, NATIVE))
+                )
+                write_polygraphy(kit / "golden" / POLYGRAPHY, runs, bounds, about)
+                if external:
+                    shutil.copyfile(Path(__file__).with_name(INPUTS), kit / "golden" / POLYGRAPHY / INPUTS)
         else:
             needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
             say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
-        _write_builder(kit, target.name, settings, precision, weights, native=native, golden=has_golden)
+        _write_builder(kit, target.name, settings, precision, weights, native=native, bounds=bounds)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}
         write_manifest(
@@ -153,6 +187,7 @@ def write_kit(
             **settings.model_dump(include={"jetpack", "cpu"}),
             engines=engines,
             files=digests,
+            golden=bounds,
         )
         digests[KIT] = file_digest(kit / KIT)
         kit.rename(folder)
@@ -227,7 +262,14 @@ def _write_plugins(folder: Path, settings: Engine) -> None:
 
 
 def _write_builder(
-    kit: Path, target: str, settings: Engine, precision: str, weights: str, *, native: bool, golden: bool
+    kit: Path,
+    target: str,
+    settings: Engine,
+    precision: str,
+    weights: str,
+    *,
+    native: bool,
+    bounds: Mapping[str, Any] | None,
 ) -> None:
     for source, name in _BUILDER.items():
         shutil.copyfile(Path(__file__).parents[1] / source, kit / name)
@@ -242,7 +284,8 @@ def _write_builder(
         version_below=settings.version_below,
         compiler=", its headers, and g++" if native else "",
         native=".".join(map(str, NATIVE)),
-        golden=_GOLDEN if golden else "",
+        golden=_golden_text(bounds, bf16=precision == "bf16") if bounds else "",
+        mended=_MENDED if bounds else _UNKNOWN,
         variable=SWITCHES,
         precision=precision,
         weights="in the engines" if weights == "embedded" else "inputs: `*.weights.json` says where their bytes lie",
@@ -253,3 +296,13 @@ def _write_builder(
         ),
     )
     (kit / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _golden_text(bounds: Mapping[str, Any], *, bf16: bool) -> str:
+    close = {
+        part: f"a cosine of {bounds[part]['cosine']:g} and a norm within {bounds[part]['norm_ratio']:g}"
+        for part in ("logits", "hidden")
+    }
+    return _GOLDEN.format(
+        unchecked=UNCHECKED, share=round(1 / bounds["share"]), polygraphy=_NO_BF16 if bf16 else _FOR_POLYGRAPHY, **close
+    )

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-__all__ = ["KIT", "VERSION", "KitError", "check_files", "check_graphs", "check_places", "read_kit"]
+__all__ = ["GOLDEN", "KIT", "VERSION", "KitError", "check_files", "check_graphs", "check_places", "read_kit"]
 
 KIT = "kit.json"
-VERSION = 3
+GOLDEN = ("golden/golden.json", "golden/golden.safetensors")
+"""Files of the golden: its runs, and their tensors."""
+VERSION = 4
 """Of what `kit.json` says."""
 _TEXTS = ("tool", "target", "runtime", "install", "version_min", "version_below", "weights", "plugins")
 
@@ -56,18 +58,24 @@ def _check_types(spec: Mapping[str, Any]) -> None:
     capabilities = spec["compute_capabilities"]
     if not capabilities or not all(re.fullmatch(r"\d+\.\d+", one) for one in capabilities):
         raise ValueError(f"compute capabilities {capabilities!r}")
+    if spec["golden"] is not None:
+        bounds = spec["golden"]
+        _ = [bounds[part][of] + 0.0 for part in ("logits", "hidden") for of in ("cosine", "norm_ratio")]
+        _ = bounds["share"] + 0.0
     for engine in spec["engines"].values():
         _ = engine["onnx"].strip, engine["shapes"].keys(), engine["shape_inputs"].keys()
 
 
 def check_graphs(kit: Path, spec: Mapping[str, Any]) -> None:
-    """Hold graphs and plugins to what is in a kit that was written to be sent."""
+    """Hold graphs, plugins and golden to what is in a kit that was written to be sent."""
     for name, engine in spec["engines"].items():
         if "source" in engine:
             raise KitError(f"{kit / KIT}: {name}: says where it came from, as no kit that is sent: copy the kit again")
         for graph in (engine["onnx"], engine["lowered"]):
             if graph not in spec["files"]:
                 raise KitError(f"{kit / KIT}: {graph!r} is none of the files that it lists: copy the kit again")
+    if spec["golden"] is not None and not spec["files"].keys() >= set(GOLDEN):
+        raise KitError(f"{kit / KIT}: the golden is none of the files that it lists: copy the kit again")
     if spec["plugins"] == "python":
         raise KitError(f"{kit / KIT}: python plugins, which no kit that is sent has: copy the kit again")
 

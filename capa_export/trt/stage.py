@@ -22,7 +22,7 @@ from capa_export.plan.device_memory import choose_weights, say_weights
 from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt import builder
-from capa_export.trt.engines import WORKER, build_graphs, building_environment, read_engines
+from capa_export.trt.engines import CHECKER, WORKER, build_graphs, building_environment, read_engines
 from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_file import KitError, read_kit
@@ -31,7 +31,13 @@ __all__ = ["build_engines", "build_kit", "check_engines", "check_runtime"]
 
 _ENGINE_CODE = ("capa_export.trt.engines",)
 """Modules whose code engines depend on."""
-_KIT_CODE = ("capa_export.trt.kit", "capa_export.trt.worker", "capa_export.kernels.plugins.alias")
+_KIT_CODE = (
+    "capa_export.trt.kit",
+    "capa_export.trt.worker",
+    "capa_export.trt.golden_run",
+    "capa_export.trt.kit_inputs",
+    "capa_export.kernels.plugins.alias",
+)
 """Modules whose code a kit depends on: that which writes it, and that which is in it."""
 
 
@@ -224,6 +230,7 @@ def build_kit(
             lowered=lowered,
             out=out,
             worker=WORKER,
+            checker=CHECKER,
             write_plugins=write_sources,
             environment=environment,
             say=tell,

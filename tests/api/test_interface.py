@@ -42,7 +42,7 @@ def test_stages_take_what_a_build_takes() -> None:
     whole = inspect.signature(builds.build).parameters
     for stage in (stages.calibrate, stages.export, builds.plan):
         own = inspect.signature(stage).parameters
-        assert own.keys() - whole.keys() <= {"workers", "ray", "in_place"}, stage
+        assert own.keys() - whole.keys() <= {"workers", "ray", "in_place", "polygraphy"}, stage
         for name in own.keys() & whole.keys() - {"out", "weights"}:
             assert own[name].default == whole[name].default, (stage, name)
 

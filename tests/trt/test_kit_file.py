@@ -52,6 +52,7 @@ def kit(tmp_path: Path, target: Target) -> Path:
             | find_limits(graph, target)
         },
         files={name: file_digest(folder / name) for name in names},
+        golden=None,
     )
     return folder
 
@@ -86,7 +87,7 @@ def refusal(kit: Path, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("check", [True, False])
 def test_a_runtime_is_one_of_two(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, check: bool) -> None:
-    monkeypatch.setattr(builder, "_check_device", lambda _: None)
+    monkeypatch.setattr(builder, "check_device", lambda _: None)
     code = f"os;open({str(tmp_path / 'ran')!r},'w')#"
     rewrite(kit, lambda spec: spec.update(runtime=code))
     with pytest.raises(KitError, match=r"no runtime .os;open"):
@@ -166,6 +167,8 @@ def test_nothing_is_written_through_a_link(kit: Path, tmp_path: Path, ending: st
     assert victim.read_text() == "mine"
 
 
+_BOUND = {"cosine": 0.99, "norm_ratio": 0.1}
+BOUNDS = {"logits": _BOUND, "hidden": _BOUND, "share": 0.01}
 WRONG: dict[str, Lie] = {
     "files": lambda spec: spec.update(files=dict.fromkeys(spec["files"], 3)),
     "engines": lambda spec: spec.update(engines=["llm/tiny"]),
@@ -176,6 +179,9 @@ WRONG: dict[str, Lie] = {
     "version": lambda spec: spec.update(version_min=None),
     "target": lambda spec: spec.update(target="orin\x1b]0;mine\x07"),
     "install": lambda spec: spec.update(install="pip install x\nok"),
+    "golden": lambda spec: spec.update(golden={"logits": {"cosine": "none"}}),
+    "golden's files": lambda spec: spec.update(golden=BOUNDS),
+    "no word of the golden": lambda spec: spec.pop("golden"),
 }
 
 

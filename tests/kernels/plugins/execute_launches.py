@@ -24,23 +24,15 @@ from tests.kernels.ptx.memory import GlobalMemory, KernelError
 from tests.kernels.ptx.parse import Kernel, parse
 from tests.kernels.ptx.run import compiled
 
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "gpu"
 _FATBIN = b"\x50\xed\x55\xba"
 _SIZES = {"u64": 8, "u32": 4, "f32": 4}
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int64: 8}
-"""nvinfer1::DataType."""
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class _Record(ctypes.Structure):
     _fields_ = (("address", ctypes.c_uint64), ("size", ctypes.c_uint64), ("uploaded", ctypes.c_uint64))
-
-
-class _TensorAt(ctypes.Structure):
-    _fields_ = (
-        *(("type", ctypes.c_int), ("rank", ctypes.c_int)),
-        *(("dims", ctypes.c_long * 5), ("address", ctypes.c_void_p)),
-    )
 
 
 @cache
@@ -102,7 +94,7 @@ def _run_in_python(
 
 
 def _run_in_cpp(
-    plugin: ctypes.CDLL,
+    plugins: Any,
     operator: Operator,
     device: Tensors,
     outputs: Tensors,
@@ -110,29 +102,15 @@ def _run_in_cpp(
     call: Any,
     stream: int,
 ) -> None:
-    spec = {**operator.inputs, **operator.outputs}
-    tensors: list[_TensorAt] = []
-    for (name, tensor), address in zip({**device, **outputs}.items(), addresses, strict=True):
-        dims = tensor.shape[len(spec[name].shape) - len(spec[name].graph_shape) :]
-        tensors.append(_TensorAt(_TYPES[tensor.dtype], len(dims), (ctypes.c_long * 5)(*dims), address))
-    name, value = next(iter(call["attributes"].items()), (None, 0))
+    shapes = [(one.dtype, tuple(one.shape)) for one in (*device.values(), *outputs.values())]
+    tensors = [(*one, address) for one, address in zip(shapes, addresses, strict=True)]
     held: list[Buffer] = []
 
     def allocate(num_bytes: int) -> int:
         held.append(Buffer(num_bytes))
         return held[-1].address
 
-    status = plugin.run_plugin(
-        *(
-            os.environ["LIBRARY"].encode(),
-            operator.name.encode(),
-            name and name.encode(),
-            int(isinstance(value, float)),
-        ),
-        *(ctypes.c_double(value), (_TensorAt * len(tensors))(*tensors), len(device), len(outputs)),
-        *(ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(allocate), ctypes.c_void_p(stream)),
-    )
-    assert status == 0, f"{operator.name}: {status}"
+    plugins.run(operator, tensors, call["attributes"], allocate, stream)
 
 
 def main(folder: Path) -> None:
@@ -142,8 +120,11 @@ def main(folder: Path) -> None:
     stream = Stream()
     run: Callable[..., None] = _run_in_python
     if (folder / "plugin.so").exists():
-        plugin = ctypes.CDLL(str(folder / "plugin.so"))
-        run = lambda *args: _run_in_cpp(plugin, *args)  # noqa: E731  # The library before the rest.
+        sys.path.insert(0, str(BENCHMARK))
+        from enqueue import NativePlugins  # pyright: ignore[reportMissingImports]
+
+        plugins = NativePlugins(Path(os.environ["LIBRARY"]), folder / "plugin.so")
+        run = lambda *args: _run_in_cpp(plugins, *args)  # noqa: E731  # The library before the rest.
     results: list[dict[str, torch.Tensor]] = []
     for call in torch.load(folder / "calls.pt"):
         operator = next(one for one in OPERATORS if one.name == call["operator"])

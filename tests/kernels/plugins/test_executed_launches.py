@@ -9,6 +9,7 @@ import torch
 
 from capa_export.kernels import contribution_score, token_gather, topk_keep, visual_scale
 from tests.kernels.plugins.conftest import HERE, shell
+from tests.kernels.plugins.execute_launches import BENCHMARK
 from tests.kernels.test_contribution_score import case as score_case
 from tests.kernels.test_token_gather import bits as gather_bits
 from tests.kernels.test_topk_keep import prompts
@@ -77,5 +78,5 @@ def test_python_plugins_compute_the_operators(driver: Path) -> None:
 def test_the_plugins_of_the_library_compute_the_operators(driver: Path, library: Path, include: Path) -> None:
     stubs = ROOT / "engines" / "plugins" / "stubs"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{stubs}", "-isystem", include]
-    shell("g++", *flags, HERE / "plugin.cpp", "-o", driver / "plugin.so", "-ldl")
+    shell("g++", *flags, BENCHMARK / "plugin.cpp", "-o", driver / "plugin.so", "-ldl")
     run(driver, LIBRARY=str(library))
