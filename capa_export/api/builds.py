@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from capa_export.api.bundle import AnyPath, Bundle, path_of
 from capa_export.api.models import find_model, replaces_ffns
+from capa_export.api.signing import signer_of
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import Precision
 from capa_export.base.progress import Report, say, silent
@@ -57,6 +58,7 @@ def build(
     accept_method_loss: bool = False,
     store_golden: int = 0,
     trust_remote_code: bool = False,
+    sign: AnyPath | None = None,
     command: Sequence[str] = (),
     progress: Report = silent,
 ) -> Bundle:
@@ -91,6 +93,7 @@ def build(
         accept_method_loss: whether the bundle is fit to ship however many answers the method changes.
         store_golden: samples to leave in the bundle, to validate without a checkpoint.
         trust_remote_code: whether the checkpoint's own Python may run.
+        sign: file of the Ed25519 private key that signs the bundle, and a kit in it, where it is found fit to ship.
         command: a command line, for the manifest.
         progress: told how far the work is.
 
@@ -103,6 +106,7 @@ def build(
             failed, and those before it are kept.
     """
     device = load_target(target)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
@@ -148,7 +152,9 @@ def build(
     )
     from capa_export import pipeline
 
-    parity = pipeline.build(model, store.Bundle(Path(out)), device, options, validation)
+    parity = pipeline.build(model, bundle, device, options, validation)
+    if signer is not None:
+        signer.sign(fit=parity.fit)
     if parity.passed and not parity.fit:
         _say_alternative(model, options, Path(out))
     return Bundle(out)

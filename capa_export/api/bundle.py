@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capa_export.api.signing import signer_of
 from capa_export.base.progress import Report, silent
 from capa_export.base.toml import read_toml
 from capa_export.base.workers import Workers
@@ -38,13 +39,15 @@ class Bundle:
 
     Args:
         folder: with a manifest.
+        verify_key: file of the Ed25519 public key that must have signed it; every file is then read when it is used.
 
     Raises:
-        CapaError: it is no bundle, or its manifest is damaged.
+        CapaError: it is no bundle, or its manifest is damaged, or not signed with that key.
     """
 
-    def __init__(self, folder: AnyPath) -> None:
-        self._store = store.Bundle.open(Path(folder))
+    def __init__(self, folder: AnyPath, *, verify_key: AnyPath | None = None) -> None:
+        self._verify_key = path_of(verify_key)
+        self._store = store.Bundle.open(Path(folder), verify_key=self._verify_key)
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.folder)!r})"
@@ -64,9 +67,9 @@ class Bundle:
         """The last validation's report, as `parity.json` has it.
 
         Raises:
-            CapaError: the bundle was not validated.
+            CapaError: the bundle was not validated, or the report was changed since.
         """
-        self._store.stage("validate")
+        self._store.verify("validate")
         return read_parity(self.folder / store.PARITY)
 
     def load(
@@ -94,7 +97,7 @@ class Bundle:
         """
         from capa_export.run.answer import VisionLanguageModel
 
-        opened = store.Bundle.open(self.folder, read_all=verify)
+        opened = store.Bundle.open(self.folder, read_all=verify, verify_key=self._verify_key)
         bounds = bundled_bounds(opened, min_pixels, max_pixels, engine=engine)
         return VisionLanguageModel(
             opened, engine=engine, provider=provider, bounds=bounds, trust_remote_code=trust_remote_code
@@ -107,6 +110,7 @@ class Bundle:
         weights: WeightsWish = "auto",
         plugins: PluginWish = "auto",
         plugin_library: AnyPath | None = None,
+        sign: AnyPath | None = None,
         progress: Report = silent,
     ) -> dict[str, Any]:
         """Build the engines for a target, or the kit that builds them on the device; returns what became of them.
@@ -116,6 +120,7 @@ class Bundle:
             weights: where engines find theirs.
             plugins: what computes the CAPA nodes.
             plugin_library: the library of native plugins.
+            sign: file of the Ed25519 private key that signs the bundle, and a kit in it, when it is done.
             progress: told how far the work is.
 
         Raises:
@@ -123,13 +128,17 @@ class Bundle:
         """
         from capa_export.trt.stage import build_engines
 
-        return build_engines(
-            *(self._store, load_target(target)),
+        bundle, signer = signer_of(self._store, sign, self._verify_key)
+        built = build_engines(
+            *(bundle, load_target(target)),
             weights=weights,
             plugins=plugins,
             plugin_library=path_of(plugin_library),
             report=progress,
         )
+        if signer is not None:
+            signer.sign()
+        return built
 
     def validate(
         self,
@@ -150,6 +159,7 @@ class Bundle:
         engine: str | None = None,
         provider: Provider = "cpu",
         trust_remote_code: bool = False,
+        sign: AnyPath | None = None,
         progress: Report = silent,
     ) -> ParityReport:
         """Hold the bundle against the eager model; where nothing is asked, against golden samples if there are any.
@@ -171,6 +181,7 @@ class Bundle:
             engine: target whose engines are run on the GPU, too.
             provider: of ONNX Runtime, which runs the graphs.
             trust_remote_code: whether the checkpoint's own Python may run.
+            sign: file of the Ed25519 private key that signs the bundle where it is found fit to ship.
             progress: told how far the work is.
 
         Raises:
@@ -181,6 +192,7 @@ class Bundle:
         from capa_export.parity.golden import GOLDEN
         from capa_export.parity.stage import validate
 
+        bundle, signer = signer_of(self._store, sign, self._verify_key)
         given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)
         live = bisect or store_golden or any(option is not None for option in given)
         options = ValidationOptions(
@@ -197,16 +209,19 @@ class Bundle:
             store_golden=store_golden,
             provider=provider,
         )
-        bounds = bundled_bounds(self._store, min_pixels, max_pixels, engine=engine)
+        bounds = bundled_bounds(bundle, min_pixels, max_pixels, engine=engine)
         model = recorded_model(
-            self._store,
+            bundle,
             checkpoint=checkpoint,
             revision=revision,
             bounds=bounds,
             trust_remote_code=trust_remote_code,
             report=progress,
         )
-        return validate(model, self._store, options)
+        parity = validate(model, bundle, options)
+        if signer is not None:
+            signer.sign(fit=parity.fit)
+        return parity
 
     def compare(
         self,
@@ -221,7 +236,7 @@ class Bundle:
         """Say what a candidate would change: recipe, kept tokens, logits, answers, size and speed.
 
         Args:
-            candidate: the bundle that is to take this one's place.
+            candidate: the bundle that is to take this one's place; a folder must have been signed as this one was.
             images: pictures and questions; where neither these nor `samples` are given, a bundle's golden samples.
             samples: how many to ask about.
             gate: TOML file with a table [compare] of what may be lost.
@@ -234,7 +249,7 @@ class Bundle:
         """
         from capa_export.study.compare.bundles import compare
 
-        other = candidate if isinstance(candidate, Bundle) else Bundle(candidate)
+        other = candidate if isinstance(candidate, Bundle) else Bundle(candidate, verify_key=self._verify_key)
         return compare(
             *(self._store, other._store),  # noqa: SLF001 - its own kind.
             images=path_of(images),
@@ -373,10 +388,14 @@ class Bundle:
         return found
 
 
-def open(folder: AnyPath) -> Bundle:  # noqa: A001 - capa_export.open reads as it should.
+def open(folder: AnyPath, *, verify_key: AnyPath | None = None) -> Bundle:  # noqa: A001 - capa_export.open reads as it should.
     """Open a bundle.
 
+    Args:
+        folder: with a manifest.
+        verify_key: file of the Ed25519 public key that must have signed it.
+
     Raises:
-        CapaError: there is none in the folder, or its manifest is damaged.
+        CapaError: there is none in the folder, or its manifest is damaged, or not signed with that key.
     """
-    return Bundle(folder)
+    return Bundle(folder, verify_key=verify_key)

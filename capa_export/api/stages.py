@@ -6,6 +6,7 @@ from typing import Any
 
 from capa_export.api.bundle import AnyPath, Bundle, path_of
 from capa_export.api.models import find_model, replaces_ffns
+from capa_export.api.signing import signer_of
 from capa_export.base.precision import Precision
 from capa_export.base.progress import Report, silent
 from capa_export.base.workers import Workers
@@ -92,6 +93,7 @@ def export(
     in_place: bool = False,
     polygraphy: bool = False,
     trust_remote_code: bool = False,
+    sign: AnyPath | None = None,
     command: Sequence[str] = (),
     progress: Report = silent,
 ) -> Bundle:
@@ -115,6 +117,7 @@ def export(
         in_place: whether the ONNX files read the checkpoint's own shards instead of a copy.
         polygraphy: whether to run the graphs on one prompt, and leave what goes in and what comes out for Polygraphy.
         trust_remote_code: whether the checkpoint's own Python may run.
+        sign: file of the Ed25519 private key that signs the bundle when it is done.
         command: a command line, for the manifest.
         progress: told how far the work is.
 
@@ -126,6 +129,7 @@ def export(
         from capa_export.trt.polygraphy import check_polygraphy
 
         check_polygraphy(precision)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
@@ -150,7 +154,6 @@ def export(
         in_place=in_place,
         command=command,
     )
-    bundle = store.Bundle(Path(out))
     if calibration is not None:
         measure(model, bundle, options)
     write_graphs(model, bundle, options)
@@ -158,4 +161,6 @@ def export(
         from capa_export.trt.polygraphy import store_polygraphy
 
         store_polygraphy(bundle)
+    if signer is not None:
+        signer.sign()
     return Bundle(out)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["file_digest", "fingerprint", "is_special", "replacing", "write_whole"]
+__all__ = ["file_digest", "fingerprint", "is_special", "replacing", "user_cache", "write_whole"]
 
 
 @contextmanager
@@ -63,3 +63,9 @@ def fingerprint(path: Path) -> dict[str, int | str]:
         length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else status.st_size
         header = hashlib.sha256(file.read(length)).hexdigest()
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "header_sha256": header}
+
+
+def user_cache(name: str) -> Path:
+    """The folder of the user's cache for one kind of file; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - fails nowhere.
+    return Path(cache) / "capa-export" / name

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
@@ -11,8 +11,10 @@ from google.protobuf.message import DecodeError, Message
 from capa_export.base.errors import CapaError
 from capa_export.base.files import is_special
 
-__all__ = ["WEIGHTS_TABLE", "confined", "is_name", "references", "require_own"]
+__all__ = ["ONNX", "WEIGHTS_TABLE", "beside", "confined", "is_name", "references", "require_own"]
 
+ONNX = "onnx"
+"""Folder of the graphs."""
 WEIGHTS_TABLE = ".weights.json"
 """Ending of the name of the table that says where an engine's weight inputs lie."""
 
@@ -87,6 +89,26 @@ def references(path: Path) -> list[str]:
     for entry in found:
         _check_range(path, entry)
     return sorted({str(entry["file"]) for entry in found})
+
+
+def beside(folder: Path, files: Sequence[str]) -> list[Path]:
+    """What readers would find beside files of a bundle: in the folder of all graphs, and tables of engines' weights.
+
+    Args:
+        folder: of the bundle.
+        files: names in it; graphs and engines among them count.
+    """
+    roots = {folder.joinpath(*_root(PurePosixPath(file))) for file in files if file.endswith(".onnx")}
+    paths = {path for root in roots for path in root.rglob("*")}
+    found = {path for path in paths if (path.is_symlink() or not path.is_dir()) and path.name[0] != "."}
+    tables = ((folder / file).with_suffix(WEIGHTS_TABLE) for file in files if file.endswith(".engine"))
+    return sorted({*found, *(path for path in tables if path.is_symlink() or path.exists())})
+
+
+def _root(graph: PurePosixPath) -> tuple[str, ...]:
+    """The folder of all graphs that one lies in, or else its own."""
+    parts = graph.parent.parts
+    return parts[: parts.index(ONNX) + 1] if ONNX in parts else parts
 
 
 def _check_range(path: Path, entry: Mapping[str, Any]) -> None:

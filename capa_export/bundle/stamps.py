@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from capa_export.base.files import file_digest, write_whole
+from capa_export.base.files import file_digest, user_cache, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -33,8 +33,7 @@ class Stamps:
         """Number of files that were trusted by their stamps."""
         # The folder's own path, so that a copy of it starts anew.
         name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - fails nowhere.
-        self._path = Path(cache) / "capa-export" / "stamps" / f"{name}.json"
+        self._path = user_cache("stamps") / f"{name}.json"
         self._known = self._read()
         self._stored = dict(self._known)
 

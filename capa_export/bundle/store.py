@@ -15,16 +15,15 @@ from typing import Any
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.base.files import file_digest, fingerprint
 from capa_export.base.progress import say
-from capa_export.bundle.confined import confined, references
+from capa_export.bundle.confined import ONNX, beside, confined, references
 from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import VERSION, digest_of, encode_manifest, parse_manifest
+from capa_export.bundle.signature import check_signature, read_public_key, signature_of
 from capa_export.bundle.stamps import Stamps
 
 __all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "run_stage"]
 
 MANIFEST = "capa_manifest.json"
-ONNX = "onnx"
-"""Folder of the graphs."""
 PARITY = "parity.json"
 REPORT = "report.html"
 _PARTIAL = ".partial"
@@ -38,23 +37,32 @@ class Bundle:
     """A folder with a manifest; every stage's outputs are recorded with the key of what they were made from.
 
     Digests show what changed since it was built, the manifest's own included. They say nothing about who built it:
-    whoever can write the folder can write digests that fit.
+    whoever can write the folder can write digests that fit. A signature of the manifest does.
     """
 
     folder: Path
     read_all: bool = False
     """Whether to read even files whose size, time and inode are as they were when they were last read."""
+    signing: bool = False
+    """Whether a change may take the manifest's signature away, since it is signed anew when the work is done."""
 
     @classmethod
-    def open(cls, folder: Path, *, read_all: bool = False) -> "Bundle":
+    def open(cls, folder: Path, *, read_all: bool = False, verify_key: Path | None = None) -> "Bundle":
         """A bundle that exists.
 
+        Args:
+            folder: with a manifest.
+            read_all: whether to read even files that seem unchanged since they were last read.
+            verify_key: file of the public key that must have signed the manifest; every file is then read.
+
         Raises:
-            CapaError: there is no manifest, or it is damaged, or of another version.
+            CapaError: there is no manifest, or it is damaged, or of another version, or not signed with that key.
         """
-        bundle = cls(folder, read_all)
+        bundle = cls(folder, read_all or verify_key is not None)
         if not (folder / MANIFEST).is_file():
             raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build` makes one")
+        if verify_key is not None:
+            check_signature(folder / MANIFEST, read_public_key(verify_key, folder), verify_key)
         _ = bundle.manifest
         return bundle
 
@@ -74,13 +82,44 @@ class Bundle:
             raise CapaError(f"{path}: damaged manifest ({error}); delete the folder and build it again") from error
 
     def update(self, **entries: Any) -> None:
-        """Set top-level entries of the manifest, atomically."""
+        """Set top-level entries of the manifest, atomically.
+
+        Raises:
+            CapaError: the manifest is signed, and would change.
+        """
+        before = self.manifest
+        data, path = encode_manifest({**before, **entries}), self.folder / MANIFEST
+        if path.is_file() and data == encode_manifest(before):
+            return
+        self.unsign()
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{MANIFEST}{_PARTIAL}"
         # What lies there may be a link.
         _remove(partial)
-        partial.write_bytes(encode_manifest({**self.manifest, **entries}))
-        os.replace(partial, self.folder / MANIFEST)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+
+    def require_unsigned(self) -> None:
+        """Refuse, before the work, what would take a signature away that is not written anew.
+
+        Raises:
+            CapaError: the manifest is signed, and the caller will not sign it.
+        """
+        signature = signature_of(self.folder / MANIFEST)
+        if not self.signing and (signature.is_symlink() or signature.exists()):
+            raise CapaError(
+                f"{self.folder}: is signed, and this would change it; sign it again with --sign KEY, or remove "
+                f"{signature.name}"
+            )
+
+    def unsign(self) -> None:
+        """Take the manifest's signature away.
+
+        Raises:
+            CapaError: the manifest is signed, and the caller will not sign it.
+        """
+        self.require_unsigned()
+        _remove(signature_of(self.folder / MANIFEST))
 
     def stage(self, name: str) -> dict[str, Any]:
         """Record of a finished stage.
@@ -191,15 +230,9 @@ class Bundle:
                     raise CapaError(
                         f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
                     )
-        for path in self._beside_graphs(files):
+        for path in beside(self.folder, files):
             if path.relative_to(self.folder).as_posix() not in known:
                 raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
-
-    def _beside_graphs(self, files: Sequence[str]) -> list[Path]:
-        """Files that readers of a graph's folder find: a tokenizer, a template, an embedding."""
-        folders = {self.folder / PurePosixPath(file).parent for file in files if file.endswith(".onnx")}
-        paths = {path for folder in folders for path in folder.rglob("*")}
-        return sorted(path for path in paths if (path.is_symlink() or not path.is_dir()) and path.name[0] != ".")
 
     def _changed(self, record: Mapping[str, Any]) -> bool:
         with Stamps.of(self.folder, read_all=self.read_all) as stamps:
@@ -344,6 +377,7 @@ class Bundle:
 
         if name in self.manifest["stages"] and self.is_current(name, digest()):
             return self.stage(name), False
+        self.require_unsigned()
         from capa_export.base.machine import measured
 
         with self.claimed():

@@ -226,14 +226,16 @@ class Calibration:
         Raises:
             CapaError: the file is missing, damaged, or no calibration.
         """
+        has_effect = True
         if path.is_dir():
             from capa_export.bundle.store import Bundle
 
             bundle = Bundle.open(path)
-            bundle.verify("calibrate", *(["effect"] if "effect" in bundle.manifest["stages"] else []))
+            has_effect = "effect" in bundle.manifest["stages"]
+            bundle.verify("calibrate", *(["effect"] if has_effect else []))
             path /= CALIBRATION
         beside = path.with_name(EFFECT)
-        effect = FfnEffect.load(beside) if beside.is_file() else None
+        effect = FfnEffect.load(beside) if has_effect and beside.is_file() else None
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}

@@ -37,6 +37,7 @@ from capa_export.cli.options import (
     SamplesOpt,
     ScheduleOpt,
     SelectorOpt,
+    SignOpt,
     SourceArg,
     StoreGoldenOpt,
     StrictOpt,
@@ -92,6 +93,7 @@ def build(
     strict: StrictOpt = False,
     accept_method_loss: AcceptMethodLossOpt = False,
     store_golden: StoreGoldenOpt = 0,
+    sign: SignOpt = None,
     junit: JunitOpt = None,
     markdown: MarkdownOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -144,6 +146,7 @@ def build(
             accept_method_loss=accept_method_loss,
             store_golden=store_golden,
             trust_remote_code=trust_remote_code,
+            sign=sign,
             command=sys.argv[1:],
             progress=report,
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli.options import VALIDATION, ImagesOpt, JsonOpt, TrustOpt
+from capa_export.cli.options import VALIDATION, ImagesOpt, JsonOpt, TrustOpt, VerifyKeyOpt
 
 __all__ = ["compare"]
 
@@ -27,6 +27,7 @@ def compare(
         Path | None,
         typer.Option(help="TOML file with a table [compare]: what may be lost.", rich_help_panel=VALIDATION),
     ] = None,
+    verify_key: VerifyKeyOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -35,7 +36,7 @@ def compare(
     from capa_export.base.progress import progress
 
     with progress() as report:
-        found = Bundle(reference).compare(
+        found = Bundle(reference, verify_key=verify_key).compare(
             candidate, images=images, samples=samples, gate=gate, trust_remote_code=trust_remote_code, progress=report
         )
     if as_json:

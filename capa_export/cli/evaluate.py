@@ -23,6 +23,7 @@ from capa_export.cli.options import (
     RevisionOpt,
     SamplesOpt,
     TrustOpt,
+    VerifyKeyOpt,
     WorkersOpt,
 )
 from capa_export.cli.stages import one_checkpoint
@@ -109,6 +110,7 @@ def evaluate(
     provider: ProviderOpt = "cpu",
     workers: WorkersOpt = None,
     ray: RayOpt = None,
+    verify_key: VerifyKeyOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -125,6 +127,8 @@ def evaluate(
             f"--provider {provider}: a checkpoint is asked as it is in PyTorch; build it, and evaluate the bundle",
             ExitCode.USAGE,
         )
+    if bundle is None and verify_key is not None:
+        raise CapaError("--verify-key: a checkpoint is not signed; build it, and evaluate the bundle", ExitCode.USAGE)
     if method and (selector or layer or ratio or ffn):
         raise CapaError("--method says it all: it takes no --selector, --layer, --ratio or --ffn", ExitCode.USAGE)
     from capa_export.api import studies
@@ -135,7 +139,7 @@ def evaluate(
     from capa_export.study.evaluate.models import product_of_methods
     from capa_export.study.evaluate.stage import MAX_SKIPPED
 
-    opened = None if bundle is None else Bundle(bundle)
+    opened = None if bundle is None else Bundle(bundle, verify_key=verify_key)
     named = one_checkpoint(source, checkpoint)
     methods = method or []
     if selector or layer or ratio or ffn:

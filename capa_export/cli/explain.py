@@ -18,6 +18,7 @@ from capa_export.cli.options import (
     MinPixelsOpt,
     RevisionOpt,
     TrustOpt,
+    VerifyKeyOpt,
 )
 
 __all__ = ["explain"]
@@ -50,6 +51,7 @@ def explain(
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=GENERATION)] = 64,
+    verify_key: VerifyKeyOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -60,7 +62,7 @@ def explain(
     from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
 
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, verify_key=verify_key)
     if not page.parent.is_dir():
         raise CapaError(f"--out {page}: there is no folder {page.parent}; make it first", ExitCode.USAGE)
     with progress() as report:

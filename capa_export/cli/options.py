@@ -56,12 +56,14 @@ __all__ = [
     "SamplesOpt",
     "ScheduleOpt",
     "SelectorOpt",
+    "SignOpt",
     "SourceArg",
     "StoreGoldenOpt",
     "StrictOpt",
     "TargetOpt",
     "TrustOpt",
     "ValidationSamplesOpt",
+    "VerifyKeyOpt",
     "VerifyOpt",
     "WeightsOpt",
     "WorkersOpt",
@@ -311,6 +313,24 @@ VerifyOpt = Annotated[
         "--verify",
         help="Read every file of the bundle, also what has not changed since it was read.",
         rich_help_panel=VALIDATION,
+    ),
+]
+VerifyKeyOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--verify-key",
+        metavar="PUB",
+        help="Ed25519 public key, in PEM, that must have signed the bundle; every file that is used is read.",
+        rich_help_panel=VALIDATION,
+    ),
+]
+SignOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY",
+        help="Ed25519 private key, in PEM, that signs the bundle when it is done.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)]

@@ -18,6 +18,7 @@ from capa_export.cli.options import (
     MinPixelsOpt,
     ProviderOpt,
     TrustOpt,
+    VerifyKeyOpt,
     VerifyOpt,
 )
 from capa_export.cli.show import print_json
@@ -92,6 +93,7 @@ def run(
     engine: EngineOpt = None,
     provider: ProviderOpt = "cpu",
     verify: VerifyOpt = False,
+    verify_key: VerifyKeyOpt = None,
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -113,7 +115,7 @@ def run(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, verify_key=verify_key)
     began = time.perf_counter()
     asked = conversations(prompt, image or [], video, fps, messages or [])
     opening = {"pictures_ms": round(1e3 * (time.perf_counter() - began), 3)}

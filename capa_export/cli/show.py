@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.cli.options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyOpt
+from capa_export.cli.options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyKeyOpt, VerifyOpt
 
 __all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
 
@@ -18,12 +18,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def inspect(bundle: BundleArg, verify: VerifyOpt = False, as_json: JsonOpt = False) -> None:
+def inspect(
+    bundle: BundleArg, verify: VerifyOpt = False, verify_key: VerifyKeyOpt = None, as_json: JsonOpt = False
+) -> None:
     """Show what a bundle holds and what made it; check its files."""
     from capa_export.bundle.store import Bundle
     from capa_export.report.terminal import print_bundle
 
-    opened = Bundle.open(bundle, read_all=verify)
+    opened = Bundle.open(bundle, read_all=verify, verify_key=verify_key)
     manifest = opened.manifest
     num_unread = opened.verify(*manifest["stages"])
     if as_json:
@@ -36,6 +38,7 @@ def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder, to examine its graphs too.")] = None,
     target: TargetOpt = "rtx",
     memory: MemoryOpt = None,
+    verify_key: VerifyKeyOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Say beforehand what would fail late. Tools, GPU, a bundle's graphs, profile, memory; exit code 3: a problem."""
@@ -49,7 +52,9 @@ def doctor(
     device = load_target(target)
     if memory is not None and (bundle is None or device.engine is None):
         raise CapaError("--memory: give a bundle, and a target with engines, to hold against it", ExitCode.USAGE)
-    found = examine(device, None if bundle is None else Bundle.open(bundle), memory)
+    if verify_key is not None and bundle is None:
+        raise CapaError("--verify-key: give a bundle that it is to have signed", ExitCode.USAGE)
+    found = examine(device, None if bundle is None else Bundle.open(bundle, verify_key=verify_key), memory)
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:

@@ -46,11 +46,13 @@ from capa_export.cli.options import (
     SamplesOpt,
     ScheduleOpt,
     SelectorOpt,
+    SignOpt,
     SourceArg,
     StoreGoldenOpt,
     StrictOpt,
     TargetOpt,
     TrustOpt,
+    VerifyKeyOpt,
     WeightsOpt,
     WorkersOpt,
 )
@@ -183,6 +185,7 @@ def export(
         ),
     ] = False,
     trust_remote_code: TrustOpt = False,
+    sign: SignOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Write the ONNX files of a calibrated bundle."""
@@ -210,6 +213,7 @@ def export(
             in_place=weights == "in-place",
             polygraphy=polygraphy,
             trust_remote_code=trust_remote_code,
+            sign=sign,
             command=sys.argv[1:],
             progress=report,
         )
@@ -237,6 +241,8 @@ def engine(
             help="With --on-device: folder of TensorRT's headers [default: the usual places].", rich_help_panel=ENGINE
         ),
     ] = None,
+    verify_key: VerifyKeyOpt = None,
+    sign: SignOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Build a bundle's TensorRT engines, or a kit that builds them. A kit is for the device itself to run."""
@@ -246,21 +252,23 @@ def engine(
     if on_device:
         if (target, weights, plugins, plugin_library) != ("rtx", "auto", "auto", None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
-        from capa_export.trt.stage import build_kit
+        from capa_export.api.kits import build_kit
 
+        asked: dict[str, Any] = {"tensorrt_include": tensorrt_include, "verify_key": verify_key, "sign": sign}
         with progress() as report:
-            result: dict[str, Any] = build_kit(bundle, tensorrt_include=tensorrt_include, report=report)
+            result = build_kit(bundle, **asked, progress=report)
     else:
         if tensorrt_include is not None:
             raise CapaError("--tensorrt-include is for --on-device", ExitCode.USAGE)
         from capa_export.api.bundle import Bundle
 
         with progress() as report:
-            result = Bundle(bundle).build_engines(
+            result = Bundle(bundle, verify_key=verify_key).build_engines(
                 target,
                 weights=weights,
                 plugins=plugins,
                 plugin_library=plugin_library,
+                sign=sign,
                 progress=report,
             )
     if as_json:
@@ -293,6 +301,8 @@ def validate(
     accept_method_loss: AcceptMethodLossOpt = False,
     bisect: BisectOpt = False,
     store_golden: StoreGoldenOpt = 0,
+    verify_key: VerifyKeyOpt = None,
+    sign: SignOpt = None,
     engine: EngineOpt = None,
     provider: ProviderOpt = "cpu",
     junit: JunitOpt = None,
@@ -304,7 +314,7 @@ def validate(
     from capa_export.api.bundle import Bundle
     from capa_export.base.progress import progress
 
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, verify_key=verify_key)
     check_places(junit, markdown)
     with progress() as report:
         parity = opened.validate(
@@ -324,6 +334,7 @@ def validate(
             engine=engine,
             provider=provider,
             trust_remote_code=trust_remote_code,
+            sign=sign,
             progress=report,
         )
     finish(opened, parity, junit=junit, markdown=markdown, as_json=as_json)

@@ -260,7 +260,7 @@ class LoadedEngine:
         if one_shape:
             # TensorRT-RTX would compile them while a graph with its kernels for any shape is captured and replayed.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        self.kernels = KernelCache(self.path.with_suffix(".kernels"), config.create_runtime_cache())
+        self.kernels = KernelCache(self.path, config.create_runtime_cache())
         if not config.set_runtime_cache(self.kernels.cache):
             self.kernels = None
         return config

@@ -1,5 +1,6 @@
 """One engine executed on the GPU: its context, its tensors at their addresses, and the kernels compiled for it."""
 
+import os
 from collections.abc import Mapping
 from hashlib import sha256
 from math import prod
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capa_export.base.files import replacing
+from capa_export.base.files import replacing, user_cache
 from capa_export.base.progress import say
 from capa_export.kernels.cuda import Buffer, Memory, PinnedBuffer, Stream, enter_context
 
@@ -23,20 +24,25 @@ _ALIGNMENT = 256
 
 
 class KernelCache:
-    """The kernels that TensorRT-RTX compiled for an engine on this GPU, in a file beside it.
+    """The kernels that TensorRT-RTX compiled for an engine on this GPU, in a file of the user's cache.
 
-    Without it every process compiles them again, and once more for each new shape.
+    Without it every process compiles them again, and once more for each new shape. It holds code, and no digest of the
+    bundle covers it: one that came with a bundle would be somebody else's.
 
     Args:
-        path: of the file.
+        engine: file of the engine.
         cache: TensorRT-RTX's IRuntimeCache.
     """
 
-    def __init__(self, path: Path, cache: Any) -> None:
-        self.path, self.cache = path, cache
+    def __init__(self, engine: Path, cache: Any) -> None:
+        name = sha256(os.fsencode(os.path.realpath(engine))).hexdigest()
+        self.path, self.cache = user_cache("engine-kernels") / name, cache
         self._known = b""
         try:
-            stored = path.read_bytes()
+            stored = self.path.read_bytes()
+            if self.path.stat().st_mtime_ns < engine.stat().st_mtime_ns:
+                # Of an engine that was there before.
+                return
         except OSError:
             return
         # One of another GPU, driver or version is refused, and written anew.
@@ -44,7 +50,7 @@ class KernelCache:
             self._known = sha256(stored).digest()
 
     def save(self) -> None:
-        """Write what is new; a folder that cannot be written has none."""
+        """Write what is new; a cache that cannot be written has none."""
         compiled = self.cache.serialize()
         if compiled is None or sha256(compiled).digest() == self._known:
             return

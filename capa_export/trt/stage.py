@@ -27,7 +27,7 @@ from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_file import KitError, read_kit
 
-__all__ = ["build_engines", "build_kit", "check_engines", "check_runtime"]
+__all__ = ["build_engines", "build_kit", "check_engines", "check_runtime", "home_of"]
 
 _ENGINE_CODE = ("capa_export.trt.engines",)
 """Modules whose code engines depend on."""
@@ -189,6 +189,7 @@ def build_kit(
     compute_capability: str | None = None,
     lowered: bool = False,
     out: Path | None = None,
+    home: Bundle | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Build the engines of a kit as its own `build.sh` does, and look through them for copies of weights.
@@ -203,6 +204,7 @@ def build_kit(
         compute_capability: in a trial, the GPU to build for.
         lowered: in a trial, whether to take the graphs for older TensorRT.
         out: in a trial, where the engines go.
+        home: the bundle that the kit lies in, if it is known.
         report: progress.
 
     Returns:
@@ -210,11 +212,14 @@ def build_kit(
 
     Raises:
         CapaError: this is not the device, a file or TensorRT is missing or another, the kit reads what is not in it,
-            or TensorRT refused.
+            the bundle that it lies in is signed, or TensorRT refused.
     """
     from capa_export.kernels.plugins.native import write_sources
 
     spec = _read_kit(kit)
+    home = None if out is not None else home or home_of(kit)
+    if home is not None:
+        home.require_unsigned()
     done = count()
 
     def tell(line: str) -> None:
@@ -243,9 +248,19 @@ def build_kit(
         "plugins": {"kind": spec["plugins"]},
         "engines": engines,
     }
-    if out is None:
-        _note(kit, result)
+    if home is not None:
+        _note(home, kit, result)
     return result
+
+
+def home_of(kit: Path) -> Bundle | None:
+    """The bundle that a kit lies in, if it does and lists it."""
+    folder = kit.resolve().parents[1]
+    if not (folder / MANIFEST).is_file():
+        return None
+    bundle = Bundle.open(folder)
+    stage = bundle.manifest["stages"].get(f"engine/{kit.resolve().name}", {})
+    return bundle if "kit" in stage.get("result", {}) else None
 
 
 def _read_kit(kit: Path) -> dict[str, Any]:
@@ -266,20 +281,15 @@ def _read_kit(kit: Path) -> dict[str, Any]:
     return spec
 
 
-def _note(kit: Path, result: dict[str, Any]) -> None:
-    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
-    folder = kit.resolve().parents[1]
-    if not (folder / MANIFEST).is_file():
-        return
-    bundle = Bundle.open(folder)
-    stages, stage = bundle.manifest["stages"], f"engine/{kit.resolve().name}"
-    if "kit" in stages.get(stage, {}).get("result", {}):
-        built = [kit / f"{name}.engine" for name in result["engines"]]
-        stages[stage]["result"] |= result
-        stages[stage]["files"] |= {
-            f"{stages[stage]['result']['kit']}/{path.relative_to(kit).as_posix()}": file_digest(path) for path in built
-        }
-        bundle.update(stages=stages)
+def _note(home: Bundle, kit: Path, result: dict[str, Any]) -> None:
+    """Tell the bundle that a kit lies in what was built: its engines can then be run from there."""
+    stages = home.manifest["stages"]
+    stage = stages[f"engine/{kit.resolve().name}"]
+    stage["result"] |= result
+    stage["files"] |= {
+        f"{stage['result']['kit']}/{name}.engine": file_digest(kit / f"{name}.engine") for name in result["engines"]
+    }
+    home.update(stages=stages)
 
 
 def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:

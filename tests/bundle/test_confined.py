@@ -297,11 +297,19 @@ def test_what_is_added_beside_a_graph(tmp_path: Path) -> None:
     (bundle.folder / "a.log").touch()
     (bundle.folder / "onnx/llm/.DS_Store").touch()
     bundle.verify("export")
-    for name in ("embedding.json", "chat_template.jinja", "additional_chat_templates/x.jinja"):
-        added = bundle.folder / "onnx/llm" / name
+    for name in ("llm/embedding.json", "llm/additional_chat_templates/x.jinja", "processors/processors.json"):
+        added = bundle.folder / "onnx" / name
         added.parent.mkdir(exist_ok=True)
         added.touch()
         assert f"{name}: was added since the bundle was built" in refusal(bundle)
         added.unlink()
     (bundle.folder / "onnx/llm/templates").symlink_to(tmp_path)
     assert "templates: was added" in refusal(bundle)
+
+
+def test_a_table_of_weights_that_is_added_beside_an_engine(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path / "bundle", {"engines/rtx/llm/prefill.engine": SECRET})
+    (bundle.folder / "engines/rtx/llm/prefill.layers.txt").touch()
+    bundle.verify("export")
+    (bundle.folder / "engines/rtx/llm/prefill.weights.json").write_text("{}")
+    assert "prefill.weights.json: was added since the bundle was built" in refusal(bundle)

@@ -14,6 +14,7 @@ from capa_export.bundle.store import Bundle
 from capa_export.calibrate.effect import measure_effect
 from capa_export.calibrate.measure import calibrate
 from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect, ScaledSet
+from capa_export.calibrate.stage import adopt_calibration
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.recipe import FFN, Recipe, load_recipe
 from capa_export.data.samples import Samples, samples_from
@@ -24,6 +25,7 @@ from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
 from tests.building import Building
+from tests.calibrate.effects import harmless
 from tests.conftest import noise
 
 ALL = FFN(eta=0.5, budget=100)
@@ -285,3 +287,14 @@ def test_a_changed_effect_is_refused(checkpoint: Path, pictures: Path, tmp_path:
     path.write_text(path.read_text().replace('"samples":1', '"samples":2').replace('"samples": 1', '"samples": 2'))
     with pytest.raises(CapaError, match=EFFECT):
         Calibration.load(tmp_path / "out")
+
+
+def test_an_effect_that_was_added_to_a_bundle_is_not_read(calibration: Calibration, tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path / "bundle")
+    adopt_calibration(bundle, calibration)
+    effect = harmless(calibration, ALL).effect
+    assert effect is not None
+    effect.save(bundle.folder / EFFECT)
+    assert Calibration.load(bundle.folder).effect is None
+    adopt_calibration(bundle, harmless(calibration, ALL))
+    assert Calibration.load(bundle.folder).effect == effect

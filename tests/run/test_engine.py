@@ -244,33 +244,66 @@ def test_an_engine_that_allocates_for_itself_would_be_refused(
     assert "requires ExecutionContextAllocationStrategy::kUSER_MANAGED" in engine.logger.errors[-1]
 
 
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kernels_of(decode: Any) -> Any:
+    """The kernels of a decode engine, which are kept anew."""
+    decode.kernels.cache.compiled.append("shapes")
+    decode.save_kernels()
+    return decode.kernels
+
+
 @pytest.mark.parametrize("stored", [b"", b"of another", b'{"gpu": "Other", "compiled": []}'])
-def test_compiled_kernels_are_kept_beside_the_engine(
-    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, stored: bytes
+def test_compiled_kernels_are_kept_in_the_users_cache(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, stored: bytes, cached: Path
 ) -> None:
     copy = changed(built, tmp_path)
-    path = copy.folder / "engines/rtx/llm/decode.kernels"
-    path.write_bytes(stored)
+    before = set(copy.folder.rglob("*"))
 
     def load() -> Any:
         return EngineModel(require_engines(copy, "rtx"))._decode
 
+    path = load().kernels.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(stored)
     decode = load()
     assert decode.kernels.cache.compiled == []
-    decode.kernels.cache.compiled.append("shapes")
-    decode.save_kernels()
+    assert kernels_of(decode).path == path and path.is_relative_to(cached)
     assert load().kernels.cache.compiled == ["shapes"]
     written = path.stat().st_mtime_ns
     load().save_kernels()
     assert path.stat().st_mtime_ns == written
-    copy.verify("engine/rtx")
+    assert set(copy.folder.rglob("*")) == before
+    # Of an engine that took the place of the one that they are of.
+    (copy.folder / "engines/rtx/llm/decode.engine").touch()
+    assert load().kernels.cache.compiled == []
+
+
+def test_compiled_kernels_that_come_with_a_bundle_are_not_loaded(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, cached: Path
+) -> None:
+    copy = changed(built, tmp_path)
+    stored = kernels_of(EngineModel(require_engines(copy, "rtx"))._decode).path
+    shutil.copyfile(stored, copy.folder / "engines/rtx/llm/decode.kernels")
+    shutil.rmtree(cached)
+    assert EngineModel(require_engines(copy, "rtx"))._decode.kernels.cache.compiled == []
 
 
 def test_kernels_that_cannot_be_kept_are_said_and_no_error(
-    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Bundle,
+    driver: FakeDriver,
+    trt: FakeTensorRT,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    cached: Path,
 ) -> None:
     copy = changed(built, tmp_path)
     decode = EngineModel(require_engines(copy, "rtx"))._decode
-    (copy.folder / "engines/rtx/llm/decode.kernels").mkdir()
+    decode.kernels.path.mkdir(parents=True)
     decode.save_kernels()
-    assert "decode.kernels: compiled kernels are not kept for the next time (Is a directory)" in capsys.readouterr().err
+    assert f"{decode.kernels.path}: compiled kernels are not kept for the next time (Is a" in capsys.readouterr().err
