@@ -3,10 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests start dozens of interpreters: without bytecode each of them would compile torch and transformers anew.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# A CPU build of torch and one for each CUDA have one version and files of their own, so that no hash would fit: it comes
+# behind all that is held to its hashes, with the CUDA libraries that a GPU build asks for.
+INSTALL := $(PIP) -c constraints.txt --no-build-isolation
+UNLOCKED := torch cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile \
+	curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in --extra rtx -c constraints.txt --universal \
+	--python-version 3.10 --generate-hashes --no-annotate --custom-compile-command "make lock" \
+	$(addprefix --no-emit-package ,$(UNLOCKED))
 
 .DELETE_ON_ERROR:
-.PHONY: demo bed-real test test-all coverage check docs format wheel clean
+.PHONY: demo bed-real test test-all coverage check docs format lock wheel release clean
 
 demo: .venv/demo.stamp
 	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
@@ -48,6 +56,20 @@ docs: .venv/dev.stamp
 wheel: .venv/dev.stamp
 	$(BIN)/python -m build
 
+# Beside sdist and wheel a bill of materials: what they were made and tested with.
+release: wheel
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		-o dist/capa-export.cdx.json
+
+# The versions of constraints.txt with the hashes of their files; and the licences of what users install.
+lock: .venv/dev.stamp
+	$(PIP) "uv>=0.9"
+	$(LOCK) -o requirements/demo.txt
+	$(LOCK) --extra dev -o requirements/dev.txt
+	{ printf '# Licences\n\nOf the packages that users install, as these say themselves; written by `make lock`.\n\n' && \
+	  $(BIN)/pip-licenses --from=mixed --format=markdown --packages torch cryptography cffi pycparser \
+		$$(sed -n 's/^\([a-z0-9_.-]*\)==.*/\1/p' requirements/demo.txt | sort -u); } > docs/licences.md
+
 # Leaves .venv and the bundles you built.
 clean:
 	rm -rf build dist out/demo htmlcov .coverage .coverage.* .pytest_cache .ruff_cache
@@ -56,10 +78,12 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[rtx]"
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt requirements/demo.txt
+	$(PIP) --require-hashes --no-deps -r requirements/demo.txt
+	$(INSTALL) -e ".[rtx]"
 	touch $@
 
-.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[dev,rtx]"
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt requirements/dev.txt
+	$(PIP) --require-hashes --no-deps -r requirements/dev.txt
+	$(INSTALL) -e ".[dev,rtx]"
 	touch $@ .venv/demo.stamp

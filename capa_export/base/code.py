@@ -16,6 +16,7 @@ _APART = tuple(
     f"{_PACKAGE}.{name}."
     for name in (
         "base.code",
+        "base.components",
         "base.disk",
         "base.errors",
         "base.files",

@@ -6,6 +6,7 @@ from typing import Any
 
 import capa_export
 from capa_export.base.code import versions
+from capa_export.base.components import bill_of_materials
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
@@ -83,7 +84,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         linked = {f"{ONNX}/{file}": known.get(entry["shard"]) for file, entry in files.items() if "shard" in entry}
         sha256 = {f"{ONNX}/{file}": entry["sha256"] for file, entry in files.items() if "sha256" in entry}
         made = {"files": files, "linear_layers": sorted(scales), "alpha": alpha, "fp32_layers": fp32_layers, **facts}
-        return {**made, "linked": linked, "sha256": sha256}
+        return {**made, "sbom": bill_of_materials(), "linked": linked, "sha256": sha256}
 
     with bundle.claimed():
         run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"])

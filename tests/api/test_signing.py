@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +298,14 @@ def test_only_what_is_fit_to_ship_is_signed(
 
 
 def test_weights_that_were_never_read_cannot_be_signed(build: Callable[..., Path], keys: Path) -> None:
-    with pytest.raises(CapaError, match=r"cannot be signed, since onnx/llm/weights/\S+ stays in the checkpoint and was"):
+    with pytest.raises(CapaError, match=r"cannot be signed, since onnx/llm/weights/\S+ stays in the checkpoint"):
         build(0.75, in_place=True, precision="fp32", sign=keys / "own")
+
+
+def test_what_is_signed_says_which_packages_made_it(signed: Path) -> None:
+    bill = Bundle.open(signed).stage("export")["result"]["sbom"]
+    made_by = {component["name"]: component["version"] for component in bill["components"]}
+    assert {name: made_by[name] for name in ("onnx", "torch")} == {name: version(name) for name in ("onnx", "torch")}
 
 
 def test_keys_and_signatures_of_openssl(spare: Path, tmp_path: Path) -> None:

@@ -157,7 +157,11 @@ def test_mistakes(recipe: Path, bundle: Path, questions: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("function", "command", "by_command"),
     [
-        (capa_export.evaluate, evaluate_command, {"method", "selector", "layer", "ratio", "ffn", "provider", "verify_key"}),
+        (
+            capa_export.evaluate,
+            evaluate_command,
+            {"method", "selector", "layer", "ratio", "ffn", "provider", "verify_key"},
+        ),
         (capa_export.tune, tune_command, set[str]()),
     ],
 )

@@ -1,0 +1,40 @@
+"""The software bill of materials of a process: the packages that it has loaded, as CycloneDX lists them."""
+
+import sys
+from importlib.metadata import PackageMetadata, distribution, packages_distributions
+from typing import Any
+
+__all__ = ["bill_of_materials"]
+
+_CLASSIFIER = "License :: "
+_LONGEST = 64
+"""Characters of a licence's name; some packages put its whole text there."""
+
+
+def bill_of_materials() -> dict[str, Any]:
+    """Name, version and licence of every package of which a module is loaded, as a CycloneDX 1.6 document.
+
+    Packages that share a namespace with a loaded one are among them.
+    """
+    owners = packages_distributions()
+    loaded = {module.partition(".")[0] for module in list(sys.modules)}
+    names = {name for module in loaded for name in owners.get(module, ())}
+    found = sorted((_component(distribution(name).metadata) for name in names), key=lambda one: one["purl"])
+    return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": found}
+
+
+def _component(metadata: PackageMetadata) -> dict[str, Any]:
+    name, version = metadata["Name"], metadata["Version"]
+    component = {"type": "library", "name": name, "version": version}
+    licences = _licences(metadata)
+    purl = f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"
+    return {**component, "purl": purl, **({"licenses": licences} if licences else {})}
+
+
+def _licences(metadata: PackageMetadata) -> list[dict[str, Any]]:
+    """What a package says of its licence, the SPDX expression first; empty where it says nothing short."""
+    if expression := metadata.get("License-Expression"):
+        return [{"expression": expression}]
+    classifiers = [text for text in metadata.get_all("Classifier") or [] if text.startswith(_CLASSIFIER)]
+    named = [text.rpartition(" :: ")[2] for text in classifiers] or [(metadata.get("License") or "").strip()]
+    return [{"license": {"name": name}} for name in named if name and len(name) <= _LONGEST and "\n" not in name]
