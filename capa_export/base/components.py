@@ -33,8 +33,11 @@ def _component(metadata: PackageMetadata) -> dict[str, Any]:
 
 def _licences(metadata: PackageMetadata) -> list[dict[str, Any]]:
     """What a package says of its licence, the SPDX expression first; empty where it says nothing short."""
-    if expression := metadata.get("License-Expression"):
-        return [{"expression": expression}]
-    classifiers = [text for text in metadata.get_all("Classifier") or [] if text.startswith(_CLASSIFIER)]
-    named = [text.rpartition(" :: ")[2] for text in classifiers] or [(metadata.get("License") or "").strip()]
-    return [{"license": {"name": name}} for name in named if name and len(name) <= _LONGEST and "\n" not in name]
+    expressions, classifiers, texts = (
+        metadata.get_all(field) or [] for field in ("License-Expression", "Classifier", "License")
+    )
+    if expressions:
+        return [{"expression": expressions[0]}]
+    named = [text.rpartition(" :: ")[2] for text in classifiers if text.startswith(_CLASSIFIER)]
+    names = [name for name in named or texts if name and len(name) <= _LONGEST and "\n" not in name]
+    return [{"license": {"name": name}} for name in names]
