@@ -184,6 +184,7 @@ class Bundle:
         _remove(self._unfinished(name))
         for path in outdated:
             path.unlink(missing_ok=True)
+            signature_of(path).unlink(missing_ok=True)
             for parent in path.relative_to(self.folder).parents[:-1]:
                 with suppress(OSError):
                     # Only succeeds where nothing is left.

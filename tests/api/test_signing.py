@@ -268,6 +268,10 @@ def test_a_signed_bundle_changes_only_where_it_is_signed_again(
     assert openssl_verifies(spare / MANIFEST, keys / "own.pub")
     assert openssl_verifies(spare / "engines/orin" / KIT, keys / "own.pub")
     assert not openssl_verifies(spare / MANIFEST, keys / "other.pub")
+    # A new export takes the kit away, with all that is its own.
+    copy = Bundle(Path(shutil.copytree(spare, spare.with_name("copy"))), signing=True)
+    copy.record("export", "new", list(copy.stage("export")["files"]), outdates=["engine/"])
+    assert not (copy.folder / "engines").exists()
     # What is current changes nothing.
     assert main(list(kit)) == ExitCode.OK
     assert openssl_verifies(spare / MANIFEST, keys / "own.pub")

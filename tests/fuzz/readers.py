@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from capa_export.base.toml import shipped
 from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import encode_manifest
+from capa_export.bundle.signature import read_public_key
 from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.gates import with_gates
@@ -208,9 +209,15 @@ def _json(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
+_PUBLIC_KEY = b"""-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAO2onvM62pC1io6jQKm8Nc2UyFXcd4kOmOsBIoYtZ2ik=
+-----END PUBLIC KEY-----
+"""
+
 READERS: Mapping[str, Reader] = {
     "manifest": Reader(MANIFEST, _manifest, encode_manifest(_ENTRIES), "json"),
     "signed manifest": Reader(MANIFEST, _signed_manifest, _json(_ENTRIES), "json", {"x": b"x"}),
+    "public key": Reader("k.pem", lambda path: read_public_key(path, path / "elsewhere"), _PUBLIC_KEY, "binary"),
     "recipe": Reader("r.toml", _recipe, _shipped("graphs/qwen25vl.toml"), "toml"),
     "target": Reader("t.toml", _target, _shipped("engines/orin.toml"), "toml"),
     "gates": Reader("g.toml", lambda path: with_gates(_SAMPLES.parity, path), b"[fp16]\ncosine = 0.9\n", "toml"),

@@ -1,12 +1,14 @@
 """Answers of a bundle's graphs on ONNX Runtime, at any ratio of the schedule that they were exported with."""
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from capa_export.base.errors import CapaError
 from capa_export.base.statistics import kl_divergence
-from capa_export.bundle.store import ONNX, Bundle
+from capa_export.bundle.store import ONNX, Bundle, digest_of
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.provider import Provider
 from capa_export.config.recipe import recipe_of
@@ -20,7 +22,7 @@ from capa_export.run.decoding import greedy
 from capa_export.run.onnx import OnnxModel
 from capa_export.study.evaluate.answers import Answer, Answerer, answerer, max_answer_tokens
 
-__all__ = ["BundleAnswers"]
+__all__ = ["BundleAnswers", "digest_to_ask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class BundleAnswers:
     """A picklable recipe of an answerer: a call opens the graphs in the process that it is made in."""
 
     folder: Path
+    digest: str
+    """Digest of the bundle, which another machine of a cluster might hold another of."""
     methods: Mapping[str, Method]
     max_new_tokens: int
     bounds: PixelBounds | None = None
@@ -44,6 +48,12 @@ class _OpenBundle:
     def __init__(self, given: BundleAnswers) -> None:
         self.given = given
         bundle = Bundle.open(given.folder)
+        bundle.verify("export")
+        if digest_to_ask(bundle) != given.digest:
+            raise CapaError(
+                f"{given.folder}: on {platform.node()} it holds another bundle than where the evaluation was started; "
+                "copy that there"
+            )
         self.prune = recipe_of(bundle.manifest, bundle.folder).prune
         self.prompter = bundled_prompter(bundle, bounds=given.bounds, trust_remote_code=given.trust_remote_code)
         self.model = OnnxModel(given.folder / ONNX, threads=_threads(), provider=given.provider)
@@ -74,6 +84,11 @@ class _OpenBundle:
         if prune is None:
             return [prompt.num_visual] * len(self.prune.schedule)
         return prune.num_keep(prompt.image_lengths)
+
+
+def digest_to_ask(bundle: Bundle) -> str:
+    """Digest of all of a bundle that answers depend on."""
+    return digest_of([bundle.manifest.get("recipe"), bundle.digest("export")])
 
 
 def _threads() -> int:

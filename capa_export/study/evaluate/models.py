@@ -172,7 +172,7 @@ def bundle_model(
     Raises:
         CapaError: a method is none of them, a file of the bundle was changed, or this machine's memory is too small.
     """
-    from capa_export.study.evaluate.bundle_answers import BundleAnswers
+    from capa_export.study.evaluate.bundle_answers import BundleAnswers, digest_to_ask
 
     require_provider(provider)
     if workers is None or workers.ray is None:
@@ -214,6 +214,7 @@ def bundle_model(
         },
         prepare=BundleAnswers(
             folder=bundle.folder.resolve(),
+            digest=digest_to_ask(bundle),
             methods=methods,
             max_new_tokens=max_new_tokens,
             bounds=bounds,

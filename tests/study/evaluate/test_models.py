@@ -1,5 +1,6 @@
 """Which methods a model or a bundle can do, and that a bundle says what the model does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,20 @@ def test_a_bundle_says_what_the_model_does(
 def test_what_a_bundle_cannot_do(bundle: Bundle, method: str, problem: str) -> None:
     with pytest.raises(CapaError, match=problem):
         bundle_model(bundle, parse_methods([method]), 4)
+
+
+def test_another_bundle_on_the_machine_of_a_worker(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Bundle(Path(shutil.copytree(bundle.folder, tmp_path / "copy")))
+    prepare = bundle_model(copy, parse_methods(["capa@2:0.75"]), 4).prepare
+    prepare()
+    recipe = copy.manifest["recipe"]
+    recipe["prune"]["min_keep_per_image"] = 3
+    copy.update(recipe=recipe)
+    with pytest.raises(CapaError, match=r"on \S+ it holds another bundle than where the evaluation was started"):
+        prepare()
+    (copy.folder / "onnx/llm/config.json").write_text("{}")
+    with pytest.raises(CapaError, match=r"config\.json: missing or changed"):
+        prepare()
 
 
 def test_the_recipes_own_selector_keeps_its_options_and_its_ratio_its_digits() -> None:
