@@ -248,8 +248,8 @@ def build_kit(
         "plugins": {"kind": spec["plugins"]},
         "engines": engines,
     }
-    if home is not None:
-        _note(home, kit, result)
+    if out is None:
+        _note(kit, result, home)
     return result
 
 
@@ -281,15 +281,17 @@ def _read_kit(kit: Path) -> dict[str, Any]:
     return spec
 
 
-def _note(home: Bundle, kit: Path, result: dict[str, Any]) -> None:
-    """Tell the bundle that a kit lies in what was built: its engines can then be run from there."""
-    stages = home.manifest["stages"]
+def _note(kit: Path, result: dict[str, Any], home: Bundle | None = None) -> None:
+    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
+    if (bundle := home or home_of(kit)) is None:
+        return
+    stages = bundle.manifest["stages"]
     stage = stages[f"engine/{kit.resolve().name}"]
     stage["result"] |= result
     stage["files"] |= {
         f"{stage['result']['kit']}/{name}.engine": file_digest(kit / f"{name}.engine") for name in result["engines"]
     }
-    home.update(stages=stages)
+    bundle.update(stages=stages)
 
 
 def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
