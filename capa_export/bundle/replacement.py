@@ -19,7 +19,7 @@ from capa_export.bundle.confined import confined
 from capa_export.bundle.lock import LOCK_FILES
 from capa_export.bundle.manifest import MANIFEST, Name, encode_manifest, parse_manifest
 
-__all__ = ["COMMIT", "SCRATCH", "commit", "finish", "is_committed", "sweep"]
+__all__ = ["COMMIT", "SCRATCH", "commit", "finish", "is_committed", "leftovers", "sweep"]
 
 SCRATCH, COMMIT = PARTIAL, ".commit"
 _CHANGES = "changes.json"
@@ -92,13 +92,18 @@ def finish(folder: Path) -> None:
         _sync_parents(folder, [*changes.outputs, *changes.removed])
         os.replace(committed / MANIFEST, folder / MANIFEST)
         sync(folder)
-    if os.path.lexists(committed):
         remove(committed)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What commands that were killed left in a bundle, or the one at work needs."""
+    return [*folder.glob(f".*{PARTIAL}"), *folder.glob(COMMIT)]
 
 
 def sweep(folder: Path) -> None:
     """Remove what commands that were killed left in a bundle that this process has just locked."""
-    for path in folder.glob(f".*{PARTIAL}"):
+    finish(folder)
+    for path in leftovers(folder):
         if path.name not in LOCK_FILES:
             remove(path)
 

@@ -17,7 +17,7 @@ from capa_export.base.progress import say
 from capa_export.bundle.confined import confined, references
 from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import MANIFEST, VERSION, digest_of, encode_manifest, parse_manifest
-from capa_export.bundle.replacement import COMMIT, SCRATCH, commit, finish, is_committed, sweep
+from capa_export.bundle.replacement import COMMIT, SCRATCH, commit, is_committed, leftovers, sweep
 from capa_export.bundle.stamps import Stamps
 
 __all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "files_under", "run_stage"]
@@ -308,12 +308,16 @@ class Bundle:
             with locked(self.folder) as outermost:
                 if outermost:
                     sweep(self.folder)
-                finish(self.folder)
                 yield
         finally:
             with suppress(OSError):
                 # Only succeeds where nothing was made.
                 self.folder.rmdir()
+
+    def _tidy(self) -> None:
+        """Remove what is left of commands that were killed, unless one is at work."""
+        with suppress(CapaError), self.claimed():
+            pass
 
     def _refuse_foreign(self) -> None:
         try:
@@ -384,6 +388,8 @@ class Bundle:
         if name in self.manifest["stages"] and self.is_current(name, digest()):
             if entries := about():
                 self.update(**entries)
+            elif leftovers(self.folder):
+                self._tidy()
             return self.stage(name), False
         from capa_export.base.machine import measured
 
