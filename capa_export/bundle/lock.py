@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capa_export.base.errors import CapaError
+from capa_export.base.files import remove
 
 __all__ = ["LOCK", "LOCK_FILES", "locked"]
 
@@ -36,6 +37,9 @@ def locked(folder: Path) -> Generator[bool]:
 
     path, holder = folder.resolve() / LOCK, folder.resolve() / _HOLDER
     lock = FileLock(path, is_singleton=True, thread_local=False, timeout=_PATIENCE)
+    if path.is_symlink():
+        # Somebody else's doing: a lock is a file.
+        path.unlink()
     try:
         lock.acquire()
     except Timeout as error:
@@ -48,6 +52,7 @@ def locked(folder: Path) -> Generator[bool]:
     try:
         if outermost:
             command = f"process {os.getpid()} ({shlex.join(sys.argv)})"
+            remove(holder)
             # Arguments need not be UTF-8.
             holder.write_text(command, encoding="utf-8", errors="backslashreplace")
         yield outermost

@@ -246,7 +246,7 @@ def made(scratch: Path) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("planted", ["made", "made.partial", ".partial", f"{MANIFEST}.partial", MANIFEST])
+@pytest.mark.parametrize("planted", ["made", ".commit", ".partial", ".lock.partial", ".holder.partial", MANIFEST])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_nothing_is_written_through_a_link(tmp_path: Path, planted: str, kind: str) -> None:
     bundle = Bundle(tmp_path / "bundle")
