@@ -161,9 +161,11 @@ class _Disk:
 
     folder: Path
     steps: list[_Step] = field(default_factory=list)
+    _folders: set[int] = field(default_factory=set)
     _held: dict[int, int] = field(default_factory=dict)
     """Inode -> a descriptor, so that no other file gets its number."""
-    _files: set[int] = field(default_factory=set)
+    _read: dict[tuple[int, int, int], tuple[bytes, int]] = field(default_factory=dict)
+    """Files by inode, size and time, each held in memory once."""
 
     def note(self, synced: int | None) -> None:
         """Note the folder as it is, before a change."""
@@ -173,13 +175,17 @@ class _Disk:
 
     def _walk(self, folder: Path, step: _Step) -> None:
         entries = step.entries[self._hold(folder)] = {}
+        self._folders.add(folder.stat().st_ino)
         for path in folder.iterdir():
             inode = entries[path.name] = self._hold(path)
             if path.is_dir():
                 self._walk(path, step)
             else:
-                self._files.add(inode)
-                step.contents[inode] = path.read_bytes(), path.stat().st_mtime_ns
+                status = path.stat()
+                key = inode, status.st_size, status.st_mtime_ns
+                if key not in self._read:
+                    self._read[key] = path.read_bytes(), status.st_mtime_ns
+                step.contents[inode] = self._read[key]
 
     def _hold(self, path: Path) -> int:
         inode = path.stat().st_ino
@@ -206,7 +212,7 @@ class _Disk:
 
         def walk(inode: int, prefix: str) -> None:
             for name, below in sorted(entries.get(inode, {}).items()):
-                if below not in self._files:
+                if below in self._folders:
                     folders.append(prefix + name)
                     walk(below, f"{prefix}{name}/")
                 else:
