@@ -208,18 +208,17 @@ class Bundle:
             CapaError: a file is missing, was changed or added, or leads to one that is no file of the bundle, or a
                 stage has not run.
         """
-        while True:
-            before = self.manifest["stages"]
+        before = self.manifest["stages"]
+        with Stamps.of(self.folder, read_all=self.read_all) as stamps:
             try:
-                with Stamps.of(self.folder, read_all=self.read_all) as stamps:
-                    for name in names:
-                        self._verify_stage(name, stamps, weights=weights)
+                for name in names:
+                    self._verify_stage(name, stamps, weights=weights)
             except (CapaError, OSError):
                 if self.manifest["stages"] == before:
                     raise
-            # Another command may have replaced a stage in the meantime.
-            if self.manifest["stages"] == before:
-                return stamps.num_unread
+        # Another command may have replaced a stage in the meantime.
+        same = self.manifest["stages"] == before
+        return stamps.num_unread if same else self.verify(*names, weights=weights)
 
     def _verify_stage(self, name: str, stamps: Stamps, *, weights: bool) -> None:
         known = {MANIFEST, *_recorded(self.manifest)}

@@ -180,7 +180,7 @@ def test_engines_of_one_target_are_compared(reference: Bundle, pictures: Path, t
     for bundle, layers in zip(bundles, (9, 12), strict=True):
         facts = {"onnx": "llm/prefill.onnx", "bytes": 1000, "layers": layers, "custom_layers": 3, "weight_copies": 0}
         result = {"runtime": "tensorrt-rtx", "weights": "embedded", "engines": {"llm/prefill": facts}}
-        bundle.record("engine/rtx", "key", [], result=result, seconds=0.0, peak_memory_bytes=0)
+        record(bundle.folder, "engine/rtx", [], result=result, seconds=0.0, peak_memory_bytes=0)
     found = compare(*bundles, images=pictures)
     (engine,) = found.engines
     assert (engine.engine, engine.reference.layers, engine.candidate.layers) == ("rtx/llm/prefill", 9, 12)
