@@ -15,8 +15,8 @@ from onnx import helper
 
 from capa_export.base.errors import CapaError
 from capa_export.bundle import replacement
-from capa_export.bundle.store import Bundle
-from tests.cut_short import DiskState, Recording, recorded
+from capa_export.bundle.store import MANIFEST, Bundle
+from tests.cut_short import DiskState, Recording, killed_at, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +205,7 @@ def slow(*stages: Stage, before: Sequence[Stage] = STAGES) -> Any:
         *map(slow, (calibrate, kit, validate, golden)),
         slow(engine, note),
     ],
+    ids=lambda stages: "+".join(stage.__name__ for stage in stages) or "none",
 )
 def test_killed_anywhere_or_without_power(
     tmp_path: Path, shard: Path, stages: Sequence[Stage], before: Sequence[Stage]
@@ -216,6 +217,20 @@ def test_killed_anywhere_or_without_power(
     assert found == sorted(found) and not found[0] and found[-2] == last
     assert {change.check(state) for state in recording.without_power} == set(range(last + 1))
     assert change.check(recording.afterwards) == last, "a command that has ended has nothing left to lose"
+
+
+def test_a_kill_leaves_what_was_recorded(tmp_path: Path, shard: Path) -> None:
+    change = changed(tmp_path, shard, (export,), STAGES)
+    states = change.recorded().killed
+    for point in (*range(0, len(states) - 1, 8), len(states) - 2):
+        folder = Path(shutil.copytree(change.old, tmp_path / f"killed {point}"))
+        assert killed_at(partial(change.run, folder), point)
+        found = {name: (folder / name).read_bytes() for name in files_of(folder) if (folder / name).is_file()}
+        recorded = {name: content for name, content, _ in states[point].files}
+        assert found.keys() == recorded.keys()
+        # They say which process has the lock, and how long the work took.
+        others = {Path(name).name for name in found if found[name] != recorded[name]}
+        assert others <= {".holder.partial", MANIFEST}
 
 
 @pytest.mark.parametrize(
