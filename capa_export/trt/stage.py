@@ -227,9 +227,7 @@ def build_kit(
         step = next(done)
         report(line, step, step + 1)
 
-    home = kit.resolve().parent.parent
-    claim = Bundle(home).claimed() if out is None and (home / MANIFEST).is_file() else nullcontext()
-    with claim, building_environment() as environment:
+    with nullcontext() if home is None else home.claimed(), building_environment() as environment:
         built = builder.build(
             kit,
             tensorrt_include=tensorrt_include,
