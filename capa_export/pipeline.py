@@ -36,7 +36,7 @@ def build(
     options = _with_room(model, bundle, target, options)
     with bundle.claimed():
         if options.in_place:
-            with bundle.replacing() as scratch:
+            with bundle.scratch() as scratch:
                 Shards(model.source.checkpoint, options.precision).try_to_link(scratch)
         calibrate(model, bundle, options)
         parity = _validated(model, bundle, target, options, validation)

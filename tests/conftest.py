@@ -22,6 +22,7 @@ from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompter
 from capa_export.model.source import Source
 from tests.models.qwen25vl import random_model, save_model
+from tests.recorded import record
 
 if TYPE_CHECKING:
     from tests.fake_driver import FakeDriver, FakeTensorRT
@@ -69,10 +70,10 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def recorded(bundle: Bundle) -> None:
     """Make the manifest say that the export is what was built."""
-    record = dict(bundle.stage("export"))
-    names = [*record.pop("files")]
-    record.pop("linked")
-    bundle.record("export", record.pop("key"), names, **record)
+    entry = dict(bundle.stage("export"))
+    names = [*entry.pop("files")]
+    entry.pop("linked")
+    record(bundle.folder, "export", names, **entry)
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ import numpy as np
 import onnx_ir as ir
 from cuda.bindings import driver as real
 
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.selectors.selector import SelectorChoice
+from tests.recorded import record
 
 __all__ = ["GRAPHS", "PRUNE_LAYER", "FakeDriver", "FakeTensorRT", "has_driver", "write_bundle"]
 
@@ -495,18 +496,17 @@ def write_bundle(
     copy_sidecars(source.checkpoint, folder / "onnx")
     for name, onnx in GRAPHS.items():
         _write_engine(folder / "onnx" / onnx, folder / "engines/rtx" / f"{name}.engine", name, external_weights)
-    bundle = Bundle(folder)
     recipe = load_recipe("qwen25vl").model_dump(mode="json")
-    bundle.update(recipe={**recipe, "prune": {"schedule": [{"layer": PRUNE_LAYER, "ratio": 0.75}]}})
-    bundle.record("export", "key", bundle.files_under("onnx"), result={"precision": "fp16"})
+    recipe = {**recipe, "prune": {"schedule": [{"layer": PRUNE_LAYER, "ratio": 0.75}]}}
+    files = files_under(folder, "onnx")
+    record(folder, "export", files, entries={"recipe": recipe}, result={"precision": "fp16"})
     result = {
         "runtime": "tensorrt-rtx",
         "compute_capabilities": ["8.6", "8.9"],
         "plugins": {"kind": "none", "library_sha256": None},
         "engines": {name: {"onnx": onnx, "runtime": FakeTensorRT.__version__} for name, onnx in GRAPHS.items()},
     }
-    bundle.record("engine/rtx", "key", bundle.files_under("engines"), result=result)
-    return bundle
+    return record(folder, "engine/rtx", files_under(folder, "engines"), result=result)
 
 
 def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -> None:  # noqa: FBT001

@@ -17,6 +17,7 @@ from capa_export.config.recipe import Recipe, load_recipe
 from tests.building import Building
 from tests.conftest import noise
 from tests.fake_driver import GRAPHS, FakeTensorRT
+from tests.recorded import record
 
 UNREAD = {"llm-prefill.rtx.log": "the log of a build that failed: for people, no command reads it"}
 """Files of the bundle below that nothing holds against a digest, and why."""
@@ -62,7 +63,7 @@ def built(recipe: Recipe, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     }
     cost = {"seconds": 0.0, "peak_memory_bytes": 0}
     for name, files in stages.items():
-        bundle.record(name, "key", files, **cost, result=result if name == "engine/rtx" else {})
+        record(bundle.folder, name, files, **cost, result=result if name == "engine/rtx" else {})
     for file in UNREAD:
         (bundle.folder / file).write_text("it said nothing")
     return bundle.folder

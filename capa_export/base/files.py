@@ -1,31 +1,54 @@
 """Writing of files whole or not at all, and digests that tell one file from another."""
 
+import errno
 import hashlib
 import os
+import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["file_digest", "fingerprint", "is_special", "replacing", "user_cache", "write_whole"]
+__all__ = [
+    "PARTIAL",
+    "file_digest",
+    "fingerprint",
+    "is_special",
+    "remove",
+    "replacing",
+    "sync",
+    "sync_tree",
+    "user_cache",
+    "write_whole",
+]
+
+PARTIAL = ".partial"
+"""Ending of the names of what is being written."""
+_SYNCS = 16
+"""Files that are synced at a time: a file system puts several on the disk in little more time than one."""
 
 
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    """Open a file that takes its name only when it is complete.
+    """Open a file that takes its name only when it is complete and on the disk.
 
     Raises:
         OSError: the folder, which is made, or the file cannot be written; an older file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own the file gets the permissions that the user's umask gives.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as folder:
         temporary = Path(folder) / path.name
         with temporary.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    sync(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -36,6 +59,38 @@ def write_whole(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Put a file's bytes or a folder's names on the disk before anything that follows, where the system can."""
+    if sys.platform == "win32":
+        # It opens no folder, and syncs no file that is open for reading.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync files, but no folders.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Put all that lies in a folder on the disk, and what it is called."""
+    below = [path for path in folder.rglob("*") if not path.is_symlink()]
+    with ThreadPoolExecutor(_SYNCS) as pool:
+        for _ in pool.map(sync, [*below, folder]):
+            pass
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there; the target of a link stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def is_special(path: Path) -> bool:

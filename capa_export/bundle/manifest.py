@@ -10,8 +10,9 @@ from capa_export.base.precision import Precision
 from capa_export.base.toml import first_problem
 from capa_export.bundle.confined import is_name
 
-__all__ = ["VERSION", "digest_of", "encode_manifest", "parse_manifest"]
+__all__ = ["MANIFEST", "VERSION", "Name", "digest_of", "encode_manifest", "parse_manifest"]
 
+MANIFEST = "capa_manifest.json"
 VERSION = 2
 
 

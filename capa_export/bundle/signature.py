@@ -3,8 +3,8 @@
 A signature lies beside its file, and is the 64 bytes that openssl makes of the file's bytes, and checks.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from capa_export.base.errors import CapaError, how_to_install
 from capa_export.base.files import replacing
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check_signature", "read_private_key", "read_public_key", "sign_file", "signature_of"]
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
+
 _LONGEST = 1 << 16
 """Bytes that are read of a file of a key."""
 
 
-def signature_of(path: Path) -> Path:
+def signature_of(path: AnyPath) -> AnyPath:
     """Where the signature of a file lies."""
     return path.with_name(f"{path.name}.sig")
 

@@ -3,8 +3,7 @@
 import errno
 import os
 import shlex
-import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,20 +12,22 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
-from capa_export.base.files import file_digest, fingerprint
+from capa_export.base.files import PARTIAL, file_digest, fingerprint, remove, replacing
 from capa_export.base.progress import say
 from capa_export.bundle.confined import ONNX, beside, confined, references
 from capa_export.bundle.lock import locked
-from capa_export.bundle.manifest import VERSION, digest_of, encode_manifest, parse_manifest
+from capa_export.bundle.manifest import MANIFEST, VERSION, digest_of, encode_manifest, parse_manifest
+from capa_export.bundle.replacement import COMMIT, SCRATCH, commit, is_committed, leftovers, sweep
 from capa_export.bundle.signature import check_signature, read_public_key, signature_of
 from capa_export.bundle.stamps import Stamps
 
-__all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "run_stage"]
+__all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "files_under", "run_stage"]
 
-MANIFEST = "capa_manifest.json"
 PARITY = "parity.json"
 REPORT = "report.html"
-_PARTIAL = ".partial"
+_UNFINISHED = ".unfinished"
+_OWN = (PARTIAL, _UNFINISHED, COMMIT)
+"""Endings of the names of what an interruption leaves behind, which makes no folder somebody's own."""
 _WEIGHTS = (".data", ".safetensors")
 """Endings of the names of large files."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -59,10 +60,14 @@ class Bundle:
             CapaError: there is no manifest, or it is damaged, or of another version, or not signed with that key.
         """
         bundle = cls(folder, read_all or verify_key is not None)
+        if verify_key is None:
+            bundle.settle()
         if not (folder / MANIFEST).is_file():
             raise CapaError(f"{folder}: not a bundle (no {MANIFEST}); `capa-export build` makes one")
         if verify_key is not None:
             check_signature(folder / MANIFEST, read_public_key(verify_key, folder), verify_key)
+            if is_committed(folder):
+                raise CapaError(f"{folder}: a change of what was signed was interrupted; sign it anew when it is done")
         _ = bundle.manifest
         return bundle
 
@@ -73,6 +78,7 @@ class Bundle:
         Raises:
             CapaError: the manifest is damaged, was changed, or is of another version.
         """
+        self.settle()
         path = confined(self.folder, MANIFEST)
         if not path.exists():
             return {"version": VERSION, "stages": {}}
@@ -81,23 +87,61 @@ class Bundle:
         except (OSError, ValueError, RecursionError) as error:
             raise CapaError(f"{path}: damaged manifest ({error}); delete the folder and build it again") from error
 
-    def update(self, **entries: Any) -> None:
-        """Set top-level entries of the manifest, atomically.
+    def settle(self) -> None:
+        """Finish the replacement of a stage that was interrupted, so that the files are those of the manifest.
 
         Raises:
-            CapaError: the manifest is signed, and would change.
+            CapaError: another process is at work in the folder, or it cannot be written.
         """
-        before = self.manifest
-        data, path = encode_manifest({**before, **entries}), self.folder / MANIFEST
-        if path.is_file() and data == encode_manifest(before):
+        if not is_committed(self.folder):
             return
-        self.unsign()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{MANIFEST}{_PARTIAL}"
-        # What lies there may be a link.
-        _remove(partial)
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        if not os.access(self.folder, os.W_OK):
+            raise CapaError(
+                f"{self.folder}: a command was interrupted while it put files into their places; "
+                f"`capa-export inspect {shlex.quote(str(self.folder))}` does the rest where the folder can be written"
+            )
+        try:
+            with self.claimed():
+                pass
+        except CapaError:
+            # The process at work has put them there by now.
+            if is_committed(self.folder):
+                raise
+
+    def update(self, **entries: Any) -> None:
+        """Set top-level entries of the manifest, all or none.
+
+        Raises:
+            CapaError: the folder is somebody's own, or cannot be written, or another process is at work in it, or the
+                manifest is signed, and would change.
+        """
+        with self.claimed():
+            before = self.manifest
+            if (after := {**before, **entries}) != before:
+                self.unsign()
+                with replacing(self.folder / MANIFEST) as file:
+                    file.write(encode_manifest(after))
+
+    def replace(self, outputs: Iterable[str], *, drops: Iterable[str] = (), **entries: Any) -> None:
+        """Put outputs in their places, set top-level entries of the manifest, and remove what it lists no more.
+
+        All of it is done or nothing, whenever this process or the machine ends. Signatures go with their files.
+
+        Args:
+            outputs: files and folders, relative to the scratch folder, which is used up, and to the bundle's.
+            drops: other files and folders that go.
+            entries: of the manifest.
+
+        Raises:
+            CapaError: the manifest is signed, and the caller will not sign it.
+        """
+        self.require_unsigned()
+        before = self.manifest
+        after = {**before, **entries}
+        gone = _recorded(before) - _recorded(after)
+        signatures = (signature_of(PurePosixPath(name)).as_posix() for name in (MANIFEST, *gone))
+        signed = [name for name in signatures if os.path.lexists(self.folder / name)]
+        commit(self.folder, after, outputs, [*sorted(gone), *signed, *drops])
 
     def require_unsigned(self) -> None:
         """Refuse, before the work, what would take a signature away that is not written anew.
@@ -106,7 +150,7 @@ class Bundle:
             CapaError: the manifest is signed, and the caller will not sign it.
         """
         signature = signature_of(self.folder / MANIFEST)
-        if not self.signing and (signature.is_symlink() or signature.exists()):
+        if not self.signing and os.path.lexists(signature):
             raise CapaError(
                 f"{self.folder}: is signed, and this would change it; sign it again with --sign KEY, or remove "
                 f"{signature.name}"
@@ -119,7 +163,7 @@ class Bundle:
             CapaError: the manifest is signed, and the caller will not sign it.
         """
         self.require_unsigned()
-        _remove(signature_of(self.folder / MANIFEST))
+        remove(signature_of(self.folder / MANIFEST))
 
     def stage(self, name: str) -> dict[str, Any]:
         """Record of a finished stage.
@@ -154,41 +198,39 @@ class Bundle:
         self,
         name: str,
         key: str,
-        files: Sequence[str],
+        outputs: Sequence[str],
         *,
         outdates: Sequence[str] = (),
+        about: Mapping[str, Any] = MappingProxyType({}),
         linked: Mapping[str, str | None] = MappingProxyType({}),
         sha256: Mapping[str, str] = MappingProxyType({}),
         **entries: Any,
     ) -> None:
-        """Note that a stage is done, and drop the stages that were made from what it replaced.
+        """Replace a stage: its outputs, its record, and the stages that were made from what it replaces, which go.
 
         Args:
             name: of the stage.
             key: digest of its inputs.
-            files: what it wrote, relative to the folder.
+            outputs: files and folders, relative to the scratch folder, which is used up, and to the bundle's.
             outdates: beginnings of the names of later stages.
+            about: top-level entries of the manifest that belong to it.
             linked: those of the files that are links to the checkpoint's, and their SHA-256 where it is known; they
                 are not read.
             sha256: of files where the writer took it on the way; the others are read.
             entries: whatever else is worth keeping.
         """
-        stages = self.manifest["stages"]
-        old = {other for other in stages if other != name and other.startswith(tuple(outdates))}
-        own = sorted(set(files) - set(linked))
-        digests = {file: sha256.get(file) or file_digest(self.folder / file) for file in own}
-        links = {file: {**fingerprint(self.folder / file), "sha256": digest} for file, digest in linked.items()}
-        kept = {other: record for other, record in stages.items() if other not in old}
-        outdated = [confined(self.folder, file) for other in old for file in _files(stages[other])]
-        self.update(stages={**kept, name: {"key": key, **entries, "files": digests, "linked": links}})
-        _remove(self._unfinished(name))
-        for path in outdated:
-            path.unlink(missing_ok=True)
-            signature_of(path).unlink(missing_ok=True)
-            for parent in path.relative_to(self.folder).parents[:-1]:
-                with suppress(OSError):
-                    # Only succeeds where nothing is left.
-                    (self.folder / parent).rmdir()
+        scratch = self.folder / SCRATCH
+        own = [file for file in files_under(scratch, *outputs) if file not in linked]
+        digests = {file: sha256.get(file) or file_digest(scratch / file) for file in own}
+        links = {file: {**fingerprint(scratch / file), "sha256": digest} for file, digest in linked.items()}
+        record = {"key": key, **entries, "files": digests, "linked": links}
+        stages = {
+            other: kept
+            for other, kept in self.manifest["stages"].items()
+            if other == name or not other.startswith(tuple(outdates))
+        }
+        drops = [path.name for path in [self._unfinished(name)] if path.exists()]
+        self.replace(outputs, drops=drops, **about, stages={**stages, name: record})
 
     def verify(self, *names: str, weights: bool = True) -> int:
         """Check that the files of these stages are what was built, that they lead nowhere else, and are all there is.
@@ -207,14 +249,20 @@ class Bundle:
             CapaError: a file is missing, was changed or added, or leads to one that is no file of the bundle, or a
                 stage has not run.
         """
+        before = self.manifest["stages"]
         with Stamps.of(self.folder, read_all=self.read_all) as stamps:
-            for name in names:
-                self._verify_stage(name, stamps, weights=weights)
-        return stamps.num_unread
+            try:
+                for name in names:
+                    self._verify_stage(name, stamps, weights=weights)
+            except (CapaError, OSError):
+                if self.manifest["stages"] == before:
+                    raise
+        # Another command may have replaced a stage in the meantime.
+        same = self.manifest["stages"] == before
+        return stamps.num_unread if same else self.verify(*names, weights=weights)
 
     def _verify_stage(self, name: str, stamps: Stamps, *, weights: bool) -> None:
-        stages = self.manifest["stages"]
-        known = {MANIFEST, *(file for record in stages.values() for file in _files(record))}
+        known = {MANIFEST, *_recorded(self.manifest)}
         record = self.stage(name)
         files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
         for file in files:
@@ -261,22 +309,20 @@ class Bundle:
         return fingerprint(path) == known
 
     @contextmanager
-    def replacing(self, *outputs: str) -> Generator[Path]:
-        """A scratch folder whose `outputs` take their place in the bundle if the block succeeds, and vanish if not.
+    def scratch(self, *outputs: str) -> Generator[Path]:
+        """A folder for outputs of the bundle, which vanishes when the block ends, unless they took their places.
 
         Raises:
             CapaError: the folder is somebody's own, or cannot be written, or the disk is full.
         """
-        scratch = self.folder / _PARTIAL
+        scratch = self.folder / SCRATCH
         for output in outputs:
             confined(self.folder, output)
         with self.claimed():
             try:
-                _remove(scratch)
+                remove(scratch)
                 scratch.mkdir()
                 yield scratch
-                for output in outputs:
-                    _put(scratch / output, confined(self.folder, output))
             except OSError as error:
                 if error.errno not in _DISK_ERRORS:
                     raise
@@ -284,11 +330,13 @@ class Bundle:
                     f"{self.folder}: {error.strerror}; free some space and run the same command again", ExitCode.EXPORT
                 ) from error
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                remove(scratch)
 
     @contextmanager
     def claimed(self) -> Generator[None]:
         """Keep other processes from writing into the folder until the block ends; blocks may be nested.
+
+        What an interruption left behind is put in order first.
 
         Raises:
             CapaError: the folder is somebody's own, or cannot be written, or another process is at work in it.
@@ -299,21 +347,28 @@ class Bundle:
         except OSError as error:
             raise CapaError(f"{self.folder}: {error.strerror}; choose a folder that can be written") from error
         try:
-            with locked(self.folder):
+            with locked(self.folder) as outermost:
+                if outermost:
+                    sweep(self.folder)
                 yield
         finally:
             with suppress(OSError):
                 # Only succeeds where nothing was made.
                 self.folder.rmdir()
 
+    def _tidy(self) -> None:
+        """Remove what is left of commands that were killed, unless one is at work."""
+        with suppress(CapaError), self.claimed():
+            pass
+
     def _refuse_foreign(self) -> None:
         try:
-            foreign = [path for path in self.folder.iterdir() if not path.name.endswith(_PARTIAL)]
+            foreign = [path for path in self.folder.iterdir() if not path.name.endswith(_OWN)]
         except FileNotFoundError:
             return
         except OSError as error:
             raise CapaError(f"{self.folder}: {error.strerror}; choose another folder") from error
-        if foreign and not (self.folder / MANIFEST).is_file():
+        if foreign and not (self.folder / MANIFEST).is_file() and not is_committed(self.folder):
             raise CapaError(
                 f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
                 ExitCode.USAGE,
@@ -331,14 +386,14 @@ class Bundle:
         """
         folder, begun = self._unfinished(name), self._begun(name, key)
         if not begun.is_file():
-            _remove(folder)
+            remove(folder)
             folder.mkdir(parents=True)
             begun.touch()
         try:
             yield folder
         except CapaError as error:
             if isinstance(error, NotFiniteError) or list(folder.iterdir()) == [begun]:
-                _remove(folder)
+                remove(folder)
             raise
 
     def interrupted(self, name: str, key: object) -> Path | None:
@@ -350,13 +405,7 @@ class Bundle:
         return self._unfinished(name) / digest_of(key)
 
     def _unfinished(self, name: str) -> Path:
-        return self.folder / f".{name.replace('/', '-')}{_PARTIAL}"
-
-    def files_under(self, *outputs: str) -> list[str]:
-        """Relative names of all files at or below the given outputs."""
-        roots = [self.folder / output for output in outputs]
-        files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()]
-        return sorted(file.relative_to(self.folder).as_posix() for file in files)
+        return self.folder / f".{name.replace('/', '-')}{_UNFINISHED}"
 
     def run_stage(
         self,
@@ -366,31 +415,33 @@ class Bundle:
         work: Callable[[Path], dict[str, Any]],
         *,
         outdates: Sequence[str] = (),
+        about: Callable[[], dict[str, Any]] = dict,
     ) -> tuple[dict[str, Any], bool]:
         """Do the work unless its outputs are current; returns the stage's record and whether it ran.
 
         `key` may be a function, which is then called before the work only where it may make the work superfluous.
-        Of what `work` returns, `linked` and `sha256` are for `record`.
+        Of what `work` returns, `linked` and `sha256` are for `record`. `about` says, after the work, what else the
+        manifest is to hold.
         """
 
         def digest() -> str:
             return digest_of(key() if callable(key) else key)
 
         if name in self.manifest["stages"] and self.is_current(name, digest()):
+            if entries := about():
+                self.update(**entries)
+            elif leftovers(self.folder):
+                self._tidy()
             return self.stage(name), False
         self.require_unsigned()
         from capa_export.base.machine import measured
 
-        with self.claimed():
-            with self.replacing(*outputs) as scratch, measured() as cost:
+        with self.scratch(*outputs) as scratch:
+            with measured() as cost:
                 result = work(scratch)
-            files = self.files_under(*outputs)
-            entries: dict[str, Any] = {
-                "linked": result.pop("linked", {}),
-                "sha256": result.pop("sha256", {}),
-                **cost.as_dict(),
-            }
-            self.record(name, digest(), files, outdates=outdates, result=result, **entries)
+            given = {part: result.pop(part, {}) for part in ("linked", "sha256")}
+            recorded: Any = {"about": about(), "outdates": outdates, **given, "result": result, **cost.as_dict()}
+            self.record(name, digest(), outputs, **recorded)
             return self.stage(name), True
 
 
@@ -402,34 +453,26 @@ def run_stage(
     work: Callable[[Path], dict[str, Any]],
     *,
     outdates: Sequence[str] = (),
+    about: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Run a stage of a bundle unless it is current, and say what it took; returns its result."""
-    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates)
+    record, ran = bundle.run_stage(name, key, outputs, work, outdates=outdates, about=about)
     took = f"{record['seconds']:.1f} s, {record['peak_memory_bytes'] / 1e9:.2f} GB" if ran else "up to date"
     say(f"{name:<14}{took}")
     return record["result"]
+
+
+def files_under(folder: Path, *outputs: str) -> list[str]:
+    """Names of all files at or below the given outputs, relative to their folder."""
+    roots = [folder / output for output in outputs]
+    files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()]
+    return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
 def _files(record: Mapping[str, Any]) -> list[str]:
     return [*record["files"], *record.get("linked", ())]
 
 
-def _put(source: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir():
-        old = place.with_name(f"{place.name}{_PARTIAL}")
-        # Left behind by an interruption.
-        _remove(old)
-        place.rename(old)
-        source.rename(place)
-        shutil.rmtree(old)
-    else:
-        os.replace(source, place)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder; the target of a link stays."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+def _recorded(manifest: Mapping[str, Any]) -> set[str]:
+    """Names of the files that all stages of a manifest wrote or linked to."""
+    return {file for record in manifest["stages"].values() for file in _files(record)}

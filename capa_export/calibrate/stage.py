@@ -65,8 +65,8 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         return calibration.summary(recipe.ffn)
 
     with bundle.claimed():
-        run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
-        model.record_digests(bundle)
+        about: Any = {"outdates": ["effect", "validate"], "about": lambda: {"hashed": model.hashed}}
+        run_stage(bundle, "calibrate", key, [CALIBRATION], work, **about)
     calibration = with_effect(model, bundle, options, told=True)
     # The stages to come need the memory more than validation needs the second that loading takes.
     model.forget_eager()

@@ -46,6 +46,11 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     """
     check_wishes(model)
     check_files(model)
+    with bundle.claimed():
+        _export(model, bundle, options)
+
+
+def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     model.remember_digests(bundle)
     calibration, scales = _calibrated(model, bundle, options)
     quantized = quantization(model.source.checkpoint)
@@ -86,26 +91,26 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         made = {"files": files, "linear_layers": sorted(scales), "alpha": alpha, "fp32_layers": fp32_layers, **facts}
         return {**made, "sbom": bill_of_materials(), "linked": linked, "sha256": sha256}
 
-    with bundle.claimed():
-        run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"])
-        if quantized is not None:
-            say(f"{'':<14}{quantized}: expanded to {options.precision}, inputs not quantized")
-        _say_kept(model, calibration)
-        bundle.update(
-            tool={"capa-export": capa_export.__version__, **versions(*_PACKAGES, code_of=_CODE)},
-            command=list(options.command),
-            recipe=model.recipe.model_dump(mode="json"),
-            checkpoint={
+    def about() -> dict[str, Any]:
+        return {
+            "tool": {"capa-export": capa_export.__version__, **versions(*_PACKAGES, code_of=_CODE)},
+            "command": list(options.command),
+            "recipe": model.recipe.model_dump(mode="json"),
+            "checkpoint": {
                 "source": model.checkpoint_source,
                 "revision": model.revision,
                 "files": model.fingerprints,
                 "sha256": digests(),
                 "quantization": quantized,
             },
-            calibration_samples=calibration.samples if calibration else 0,
-        )
-        if digests():
-            model.record_digests(bundle)
+            "calibration_samples": calibration.samples if calibration else 0,
+            **({"hashed": model.hashed} if digests() else {}),
+        }
+
+    run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"], about=about)
+    if quantized is not None:
+        say(f"{'':<14}{quantized}: expanded to {options.precision}, inputs not quantized")
+    _say_kept(model, calibration)
 
 
 def _calibrated(model: Model, bundle: Bundle, options: BuildOptions) -> tuple[Calibration | None, Mapping[int, Any]]:

@@ -32,7 +32,7 @@ from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
 from capa_export.base.precision import Precision
-from capa_export.base.workers import module_arguments
+from capa_export.base.workers import end_with, module_arguments
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
 
@@ -236,7 +236,12 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
                 share = list(missing.items())[index :: os.cpu_count() or 1]
                 spec.write_text(json.dumps([{"path": str(path), **asdict(job)} for path, job in share]), "ascii")
                 output = stack.enter_context(log.open("wb"))
-                command = [sys.executable, *module_arguments("capa_export.kernels.compile"), str(spec)]
+                command = [
+                    sys.executable,
+                    *module_arguments("capa_export.kernels.compile"),
+                    str(spec),
+                    str(os.getpid()),
+                ]
                 child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
                 )
@@ -258,8 +263,9 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
         progress(len(jobs), len(jobs))
 
 
-def main(spec: str) -> int:
-    """Do the jobs in the file, each into a file of its own."""
+def main(spec: str, parent: str) -> int:
+    """Do the jobs in the file, each into a file of its own, as long as the process that asks for them lives."""
+    end_with(int(parent))
     for entry in json.loads(Path(spec).read_text(encoding="ascii")):
         path = Path(entry.pop("path"))
         result = _compile(_Job(**entry))
@@ -327,4 +333,4 @@ def _number(pattern: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

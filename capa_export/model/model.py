@@ -80,9 +80,13 @@ class Model:
     def record_digests(self, bundle: Bundle) -> None:
         """Spare the next command on a bundle reading the whole checkpoint."""
         self.remember_digests(bundle)
-        with bundle.claimed():
-            known = {"source": self.checkpoint_source, "revision": self.revision}
-            bundle.update(hashed={**known, "files": self.fingerprints, "sha256": self.digests})
+        bundle.update(hashed=self.hashed)
+
+    @property
+    def hashed(self) -> dict[str, Any]:
+        """What a manifest says of the digests, so that they can be remembered."""
+        known = {"source": self.checkpoint_source, "revision": self.revision}
+        return {**known, "files": self.fingerprints, "sha256": self.digests}
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -364,7 +364,7 @@ def _run(
     """Build one engine in a process of its own; returns what that says."""
     result = Path(task["result"])
     result.unlink(missing_ok=True)
-    file.write_text(json.dumps(task), encoding="utf-8")
+    file.write_text(json.dumps({**task, "parent": os.getpid()}), encoding="utf-8")
     with log.open("wb") as output:
         child = subprocess.Popen(
             [sys.executable, *worker, str(file)],

@@ -1,6 +1,7 @@
 """The engine stage: a bundle's three engines, or the kit that builds them on the device, and its build there."""
 
 import platform
+from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -226,7 +227,7 @@ def build_kit(
         step = next(done)
         report(line, step, step + 1)
 
-    with building_environment() as environment:
+    with nullcontext() if home is None else home.claimed(), building_environment() as environment:
         built = builder.build(
             kit,
             tensorrt_include=tensorrt_include,
@@ -241,15 +242,15 @@ def build_kit(
             say=tell,
         )
         engines = read_engines(built, kit, out or kit)
-    result = {
-        "runtime": (runtime or spec["runtime"]).replace("_", "-"),
-        "compute_capabilities": [compute_capability] if compute_capability else spec["compute_capabilities"],
-        "weights": spec["weights"],
-        "plugins": {"kind": spec["plugins"]},
-        "engines": engines,
-    }
-    if out is None:
-        _note(kit, result, home)
+        result = {
+            "runtime": (runtime or spec["runtime"]).replace("_", "-"),
+            "compute_capabilities": [compute_capability] if compute_capability else spec["compute_capabilities"],
+            "weights": spec["weights"],
+            "plugins": {"kind": spec["plugins"]},
+            "engines": engines,
+        }
+        if out is None:
+            _note(kit, result, home)
     return result
 
 

@@ -19,6 +19,7 @@ from capa_export import CapaError
 from capa_export.api.stages import export
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.manifest import encode_manifest
+from capa_export.bundle.replacement import COMMIT
 from capa_export.bundle.signature import signature_of
 from capa_export.bundle.store import MANIFEST, Bundle, file_digest
 from capa_export.cli import main
@@ -192,6 +193,15 @@ def test_a_signature_that_is_missing_or_leads_elsewhere(
     assert "is a link that leads outside" in refusal("inspect", spare, "--verify-key", keys / "own.pub")
 
 
+def test_an_interrupted_change_of_what_was_signed_is_not_finished(
+    spare: Path, keys: Path, refusal: Callable[..., str]
+) -> None:
+    (spare / COMMIT).mkdir()
+    (spare / COMMIT / MANIFEST).write_text("{}")
+    assert "a change of what was signed was interrupted" in refusal("inspect", spare, "--verify-key", keys / "own.pub")
+    assert (spare / COMMIT / MANIFEST).is_file()
+
+
 def test_another_key(spare: Path, keys: Path, refusal: Callable[..., str]) -> None:
     assert f"not one of {keys / 'other.pub'}" in refusal("inspect", spare, "--verify-key", keys / "other.pub")
 
@@ -270,7 +280,7 @@ def test_a_signed_bundle_changes_only_where_it_is_signed_again(
     assert not openssl_verifies(spare / MANIFEST, keys / "other.pub")
     # A new export takes the kit away, with all that is its own.
     copy = Bundle(Path(shutil.copytree(spare, spare.with_name("copy"))), signing=True)
-    copy.record("export", "new", list(copy.stage("export")["files"]), outdates=["engine/"])
+    copy.run_stage("export", "another", [], lambda _: {}, outdates=["engine/"])
     assert not (copy.folder / "engines").exists()
     # What is current changes nothing.
     assert main(list(kit)) == ExitCode.OK

@@ -12,6 +12,7 @@ import pytest
 
 from capa_export.base.errors import CapaError
 from capa_export.base.workers import Workers, chunks, in_order, run_tasks
+from tests.orphans import ended_with_parent
 
 
 def squarer(offset: int) -> Callable[[int], int]:
@@ -147,3 +148,27 @@ def test_a_lost_node_loses_nothing(two_nodes: tuple[Any, Any], tmp_path: Path) -
     assert sorted(found) == [(number, number) for number in range(10)]
     nodes = log.read_text().split()
     assert (nodes.count(second.node_id), len(nodes)) == (2, 11), "the second node's second task was done again"
+
+
+WORKING = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from capa_export.base.workers import Workers, run_tasks
+from tests.base.test_workers import sleeper
+
+if __name__ == "__main__":
+    list(run_tasks(partial(sleeper, Path(os.environ["STARTED"])), range(2), Workers(count=2)))
+"""
+
+
+def sleeper(folder: Path) -> Callable[[int], None]:
+    def work(_: int) -> None:
+        (folder / str(os.getpid())).touch()
+        time.sleep(60)
+
+    return work
+
+
+def test_processes_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    assert ended_with_parent(WORKING, tmp_path, 2)

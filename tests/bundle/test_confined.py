@@ -15,6 +15,7 @@ from capa_export.base.errors import CapaError
 from capa_export.bundle.confined import confined, is_name, references
 from capa_export.bundle.manifest import encode_manifest
 from capa_export.bundle.store import MANIFEST, Bundle
+from tests.recorded import record
 
 SECRET = b"not of the bundle"
 
@@ -137,9 +138,7 @@ def bundled(folder: Path, files: dict[str, bytes]) -> Bundle:
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    bundle = Bundle(folder)
-    bundle.record("export", "key", list(files))
-    return bundle
+    return record(folder, "export", list(files))
 
 
 def refusal(bundle: Bundle) -> str:
@@ -247,7 +246,7 @@ def made(scratch: Path) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("planted", ["made", "made.partial", ".partial", f"{MANIFEST}.partial", MANIFEST])
+@pytest.mark.parametrize("planted", ["made", ".commit", ".partial", ".lock.partial", ".holder.partial", MANIFEST])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_nothing_is_written_through_a_link(tmp_path: Path, planted: str, kind: str) -> None:
     bundle = Bundle(tmp_path / "bundle")
@@ -276,7 +275,7 @@ def test_nothing_is_deleted_behind_a_link(tmp_path: Path) -> None:
     bundle.run_stage("make", 1, ["made"], made)
     (bundle.folder / "late").mkdir()
     (bundle.folder / "late/file").write_bytes(SECRET)
-    bundle.record("late/x", "key", ["late/file"])
+    record(bundle.folder, "late/x", ["late/file"])
     (bundle.folder / "late").rename(tmp_path / "elsewhere")
     (bundle.folder / "late").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CapaError, match="late/file: is a link that leads outside"):

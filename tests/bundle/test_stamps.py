@@ -12,6 +12,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.files import file_digest
 from capa_export.bundle import stamps
 from capa_export.bundle.store import Bundle
+from tests.recorded import record
 
 DATA = "onnx/llm/model.onnx.data"
 YEAR_NS = 365 * 24 * 3600 * 10**9
@@ -26,14 +27,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """Two files, older than a year."""
-    made = Bundle(tmp_path / "bundle")
+    folder = tmp_path / "bundle"
     for file in (DATA, "onnx/llm/config.json"):
-        path = made.folder / file
+        path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.encode())
         os.utime(path, ns=(0, path.stat().st_mtime_ns - YEAR_NS))
-    made.record("export", "key", [DATA, "onnx/llm/config.json"])
-    return made
+    return record(folder, "export", [DATA, "onnx/llm/config.json"])
 
 
 @pytest.fixture

@@ -107,12 +107,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     assert raised.value.code == ExitCode.PREFLIGHT
 
 
-def test_an_interrupted_replacement_does_not_block_the_next(tmp_path: Path) -> None:
+def test_what_commands_left_goes_and_what_is_somebodys_own_stays(tmp_path: Path) -> None:
     bundle = Bundle(tmp_path)
     bundle.run_stage("make", 1, ["made"], write("one"))
-    (tmp_path / "made.partial" / "deep").mkdir(parents=True)
+    for left in (".partial", f".{MANIFEST}.x.partial", ".commit", "film.partial"):
+        (tmp_path / left / "deep").mkdir(parents=True)
     bundle.run_stage("make", 2, ["made"], write("two"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "made"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "film.partial", "made"]
 
 
 def test_a_stage_outdates_what_was_made_from_it(tmp_path: Path) -> None:

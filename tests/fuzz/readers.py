@@ -35,6 +35,7 @@ from capa_export.model.prompt import Prompter
 from capa_export.report.schema import read_parity
 from capa_export.run.decoding import TokenChooser
 from tests.building import Building
+from tests.recorded import record
 
 __all__ = ["READERS", "Reader"]
 
@@ -86,9 +87,7 @@ def _target(path: Path) -> None:
 
 
 def _graph(path: Path) -> None:
-    bundle = Bundle(path.parent)
-    bundle.record("export", "key", [path.name, "data"])
-    bundle.verify("export")
+    record(path.parent, "export", [path.name, "data"]).verify("export")
 
 
 def _prompt(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Ahead-of-time compilation, where neither a GPU nor a driver is."""
 
+import os
 import re
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from capa_export.base.errors import CapaError
 from capa_export.kernels import OPERATORS, visual_scale
 from capa_export.kernels import compile as compile_module
 from capa_export.kernels.compile import CompiledKernel, compile_kernels, has_real, variant_name
+from tests.orphans import SLEEPER, ended_with_parent
 
 VISUAL_SCALE = visual_scale.OPERATOR
 
@@ -144,3 +146,19 @@ def test_all_kernels_compile_for_the_oldest_and_the_newest_gpus(cache: Path) -> 
         # No GPU of them has more than 99 KiB for one block.
         assert one.shared_bytes <= 99 * 1024, one.variant
         assert 32 * one.warps * one.registers <= 65536, one.variant
+
+
+COMPILING = """
+import sys
+from pathlib import Path
+from capa_export.kernels import compile
+given = {"signature": {}, "constants": {}, "aligned": [], "warps": 1, "compute_capability": "8.6"}
+job = compile._Job(module="sleeper", function="", **given)
+compile._run({Path(sys.path[-1], "result"): job}, None)
+"""
+
+
+def test_compiling_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    where = os.pathsep.join([*filter(None, sys.path), str(tmp_path)])
+    assert ended_with_parent(COMPILING, tmp_path, 1, {"PYTHONPATH": where})

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import ExitCode
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import Bundle, file_digest
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.model.model import Model
@@ -86,10 +86,9 @@ def test_a_fault_is_found_and_named(bundle: Bundle, checkpoint: Path, pictures: 
     node = next(node for node in model.graph if node.name == "model/layers.1/post_attention_layernorm/RMSNormalization")
     node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
     ir.save(model, path)
-    record = dict(bundle.stage("export"))
-    names = [*record.pop("files")]
-    record.pop("linked")
-    bundle.record("export", record.pop("key"), names, **record)
+    stages = bundle.manifest["stages"]
+    stages["export"]["files"]["onnx/llm/prefill.onnx"] = file_digest(path)
+    bundle.update(stages=stages)
     parity = validated(bundle, checkpoint, pictures, layers=True, bisect=True)
     assert not parity.passed and parity.bisection is not None
     assert (parity.bisection.layer, parity.bisection.block) == ("layers.1", "post_attention_layernorm")

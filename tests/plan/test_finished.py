@@ -11,6 +11,7 @@ from capa_export.calibrate.sums import CALIBRATION, Calibration, LayerSums, scal
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.plan.finished import finished_stages
 from tests.calibrate.effects import harmless
+from tests.recorded import record
 
 CHECKPOINT = {"source": "/model", "revision": None}
 ALL = {"calibrate", "export", "engine/rtx", "validate"}
@@ -36,17 +37,16 @@ def bundle(tmp_path: Path, recipe: Recipe, calibration: Calibration) -> Bundle:
     bundle.folder.mkdir()
     calibration.save(bundle.folder / CALIBRATION)
     hashes = {**CHECKPOINT, "files": {}, "sha256": {}}
-    bundle.update(recipe=recipe.model_dump(mode="json"), checkpoint=hashes, hashed=hashes)
     measured = harmless(calibration, recipe.ffn)
     assert measured.effect is not None
     measured.effect.save(bundle.folder / EFFECT)
     alpha = scales_digest(measured.alphas(measured.scaled_layers(recipe.ffn)))
-    bundle.record("calibrate", "key", [CALIBRATION], result={})
-    bundle.record("effect", "key", [EFFECT], result={})
-    bundle.record("export", "key", [], result={"precision": "fp16", "alpha": alpha})
-    bundle.record("engine/rtx", "key", [], result={"weights": "embedded"})
-    bundle.record("validate", "key", [], result={})
-    return bundle
+    entries = {"recipe": recipe.model_dump(mode="json"), "checkpoint": hashes, "hashed": hashes}
+    record(bundle.folder, "calibrate", [CALIBRATION], entries=entries, result={})
+    record(bundle.folder, "effect", [EFFECT], result={})
+    record(bundle.folder, "export", [], result={"precision": "fp16", "alpha": alpha})
+    record(bundle.folder, "engine/rtx", [], result={"weights": "embedded"})
+    return record(bundle.folder, "validate", [], result={})
 
 
 def done(bundle: Bundle | Path | None, recipe: Recipe, **changes: Any) -> set[str]:

@@ -1,6 +1,9 @@
 """What the building process is given, and what it refuses before TensorRT is asked."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,8 @@ from capa_export.config.target import load_target
 from capa_export.trt import builder, worker
 from capa_export.trt.builder import SWITCHES, switches
 from capa_export.trt.doctor import examine
+from capa_export.trt.engines import WORKER
+from tests.orphans import SLEEPER, ended_with_parent
 
 
 def library(folder: Path, headers: int) -> str:
@@ -109,3 +114,26 @@ def test_doctor_says_what_a_kit_turns_off() -> None:
         f"from 10.13 {DUAL} {FUSION}; from 10.15 {FUSION} {COMPILER}; from 11.0 {FUSION} {COMPILER}"
     )
     assert all(one.check != "wrong code" for one in examine(load_target("rtx"), None))
+
+
+BUILDING = """
+import os
+from pathlib import Path
+from capa_export.trt import builder
+folder = Path(os.environ["FOLDER"])
+task = {"result": str(folder / "result"), "runtime": "sleeper"}
+worker = os.environ["WORKER"].split("|")
+builder._run(worker, task, folder / "task.json", os.environ, folder / "log", "")
+"""
+
+
+@pytest.mark.parametrize("of_kit", [False, True])
+def test_it_ends_with_a_command_that_is_killed(tmp_path: Path, of_kit: bool) -> None:  # noqa: FBT001
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    own = shutil.copyfile(worker.__file__, tmp_path / builder.WORKER)
+    environment = {
+        "FOLDER": str(tmp_path),
+        "WORKER": str(own) if of_kit else "|".join(WORKER),
+        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(tmp_path)]),
+    }
+    assert ended_with_parent(BUILDING, tmp_path, 1, environment)

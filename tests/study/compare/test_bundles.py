@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.gates import Limits
 from capa_export.config.recipe import Recipe
 from capa_export.data.samples import samples_from
@@ -20,6 +20,7 @@ from capa_export.parity.records import write_records
 from capa_export.study.compare.bundles import compare
 from capa_export.study.compare.manifests import engines
 from capa_export.study.compare.schema import BundleComparison
+from tests.recorded import record
 from tests.study.compare.conftest import Exported, note_validation, overwrite, rerecord
 
 Comparison = Callable[..., BundleComparison]
@@ -162,7 +163,7 @@ def test_golden_samples_are_asked_where_nothing_else_is_said(
     )
     (spare.folder / "golden").mkdir()
     write_records(spare.folder / "golden", oracle, samples_from(pictures, recipe, 2, split="held_out"), 2)
-    spare.record("golden", "key", spare.files_under("golden"), result={}, seconds=0.0, peak_memory_bytes=0)
+    record(spare.folder, "golden", files_under(spare.folder, "golden"), result={}, seconds=0.0, peak_memory_bytes=0)
     found = compare(reference, spare)
     assert (found.prompts, found.num_prompts) == (f"golden samples of {spare.folder}", 2)
     assert found.passed and found.logits.kl_max == 0
@@ -179,7 +180,7 @@ def test_engines_of_one_target_are_compared(reference: Bundle, pictures: Path, t
     for bundle, layers in zip(bundles, (9, 12), strict=True):
         facts = {"onnx": "llm/prefill.onnx", "bytes": 1000, "layers": layers, "custom_layers": 3, "weight_copies": 0}
         result = {"runtime": "tensorrt-rtx", "weights": "embedded", "engines": {"llm/prefill": facts}}
-        bundle.record("engine/rtx", "key", [], result=result, seconds=0.0, peak_memory_bytes=0)
+        record(bundle.folder, "engine/rtx", [], result=result, seconds=0.0, peak_memory_bytes=0)
     found = compare(*bundles, images=pictures)
     (engine,) = found.engines
     assert (engine.engine, engine.reference.layers, engine.candidate.layers) == ("rtx/llm/prefill", 9, 12)
