@@ -4,8 +4,10 @@ from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
@@ -85,12 +87,34 @@ class SelectorNodes:
         return scores
 
 
+class _Builder(GraphBuilder):
+    """A graph builder that looks at an operator's schema once, which its base does anew for every node."""
+
+    def _partition_inputs_attributes(
+        self, schema: onnx.defs.OpSchema | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if schema is None:
+            return args, kwargs
+        names, required = _attributes(schema.domain, schema.name, schema.since_version)
+        plain = schema.min_input <= len(args) <= schema.max_input and required <= kwargs.keys() <= names.keys()
+        if not plain:
+            return super()._partition_inputs_attributes(schema, args, kwargs)
+        return args, {name: kwargs[name] for name in names if name in kwargs}
+
+
+@cache
+def _attributes(domain: str, operator: str, version: int) -> tuple[dict[str, None], set[str]]:
+    """The names of an operator's attributes in their order, and those that every node must have."""
+    known = onnx.defs.get_schema(operator, version, domain).attributes.values()
+    return dict.fromkeys(entry.name for entry in known), {entry.name for entry in known if entry.required}
+
+
 def build_model(
     name: str, inputs: Sequence[Input], trace: Callable[[OpBuilder, dict[str, ir.Value]], list[Output]]
 ) -> ir.Model:
     """Trace a graph and give every node and value a stable, layer-addressable name."""
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
-    builder = GraphBuilder(graph)
+    builder = _Builder(graph)
     values = {entry.name: builder.input(entry.name, entry.dtype, entry.shape) for entry in inputs}
     outputs = trace(builder.op, dict(values))
     graph.outputs.extend(value for _, value, _ in outputs)
