@@ -96,6 +96,14 @@ def trt(driver: "FakeDriver", monkeypatch: pytest.MonkeyPatch) -> "FakeTensorRT"
 
 
 @pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks, which import nothing. An interrupted evaluation's are interpreters, as a user's are."""
+    from tests.forked import FORKED
+
+    monkeypatch.setattr("capa_export.base.workers.get_context", {"spawn": FORKED}.__getitem__)
+
+
+@pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     """A Ray cluster of two nodes with a processor each, and the second one of them."""
     from ray.cluster_utils import Cluster
