@@ -1,5 +1,6 @@
 """A small random Qwen2.5-VL, a picture, and what stands where a GPU or a cluster would."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ talk()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite the golden graph texts")
+
+
+def pytest_collection_finish() -> None:
+    # What the libraries made while they were loaded stays: half a million objects that no collection need look at.
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
