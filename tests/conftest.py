@@ -40,6 +40,7 @@ def pytest_collection_finish() -> None:
     # What the libraries made while they were loaded stays: half a million objects that no collection need look at.
     gc.freeze()
     gc.enable()
+    gc.set_threshold(7_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
