@@ -13,7 +13,7 @@ from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.options import BuildOptions, ValidationOptions
 from capa_export.config.recipe import Recipe
-from capa_export.config.target import load_target
+from capa_export.config.target import Target, load_target
 from capa_export.export.stage import export
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.model import Model, recorded_model
@@ -73,10 +73,9 @@ class Building:
     def validate(self, **options: Any) -> ParityReport:
         return validate(self.model, self.bundle, self._validation(**options))
 
-    def build(self, target: str = "onnx", **validation: Any) -> ParityReport:
-        return pipeline.build(
-            self.model, self.bundle, load_target(target), self.options, self._validation(**validation)
-        )
+    def build(self, target: Target | None = None, **validation: Any) -> ParityReport:
+        target = target or load_target("onnx")
+        return pipeline.build(self.model, self.bundle, target, self.options, self._validation(**validation))
 
     def _validation(self, **options: Any) -> ValidationOptions:
         own = {"images": self.options.images, "layer_by_layer": self.options.layer_by_layer}

@@ -1,5 +1,6 @@
 """A small random Qwen2.5-VL, a picture, and what stands where a GPU or a cluster would."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,13 @@ talk()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite the golden graph texts")
+
+
+def pytest_collection_finish() -> None:
+    # What the libraries made while they were loaded stays: half a million objects that no collection need look at.
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(7_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,6 +102,14 @@ def trt(driver: "FakeDriver", monkeypatch: pytest.MonkeyPatch) -> "FakeTensorRT"
     fake = FakeTensorRT(driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
     return fake
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks, which import nothing. An interrupted evaluation's are interpreters, as a user's are."""
+    from tests.forked import FORKED
+
+    monkeypatch.setattr("capa_export.base.workers.get_context", {"spawn": FORKED}.__getitem__)
 
 
 @pytest.fixture

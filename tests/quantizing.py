@@ -84,8 +84,8 @@ def _groups(weight: torch.Tensor, size: int, bits: int, *, symmetric: bool, dtyp
 def _meant(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, of: list[int]) -> torch.Tensor:
     """The weight, number by number: the whole difference by the scale of the input's group, exact in FP64."""
     rows = [
-        [(int(numbers[o, i]) - int(zeros[o, of[i]])) * float(scales[o, of[i]]) for i in range(numbers.shape[1])]
-        for o in range(numbers.shape[0])
+        [(number - zeros_of[group]) * scales_of[group] for number, group in zip(row, of, strict=True)]
+        for row, zeros_of, scales_of in zip(numbers.tolist(), zeros.tolist(), scales.tolist(), strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64).float()
 

@@ -14,6 +14,7 @@ import yaml
 from capa_export.base.toml import read_toml
 from capa_export.config.gates import GateFile, Limits
 from capa_export.report.schema import read_parity
+from tests.forked import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
@@ -62,12 +63,10 @@ def test_the_commands_build_validate_and_catch_the_fault(tmp_path: Path) -> None
     (tmp_path / "ci").mkdir()
     (tmp_path / "ci/fault.py").write_text(block("A fault, to see that the gate holds", "python"), encoding="utf-8")
     (tmp_path / "ci/gates.toml").write_text(block("Against the last release", "toml"), encoding="utf-8")
-    bin_folder = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
-    }
+    # A fork where a user's shell starts an interpreter, as `make demo` and the wheel's test do.
+    (tmp_path / "bin").mkdir()
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
 
     def run(lines: list[str]) -> None:
         # As GitHub runs a step.
@@ -75,16 +74,17 @@ def test_the_commands_build_validate_and_catch_the_fault(tmp_path: Path) -> None
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{lines}\n{done.stdout}\n{done.stderr}"
 
-    for name, lines in STEPS.items():
-        if name != "install":
-            run(lines)
-    written = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("out/junit.xml", "out/parity.md")}
-    assert "<testcase" in written["out/junit.xml"] and "<failure" not in written["out/junit.xml"]
-    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == written["out/parity.md"]
-    assert all((tmp_path / "out/tiny" / file).is_file() for file in ("report.html", "parity.json"))
-    assert not read_parity(tmp_path / "out/faulty/parity.json").passed
-    shutil.copytree(tmp_path / "out/tiny", tmp_path / "released/tiny")
-    # The second needs a GPU.
-    run(block("On a device", "sh").splitlines()[:1])
-    assert read_parity(tmp_path / "out/tiny/parity.json").oracle == "golden"
-    run(RELEASE["compare"])
+    with commands(tmp_path / "bin"):
+        for name, lines in STEPS.items():
+            if name != "install":
+                run(lines)
+        written = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("out/junit.xml", "out/parity.md")}
+        assert "<testcase" in written["out/junit.xml"] and "<failure" not in written["out/junit.xml"]
+        assert (tmp_path / "summary.md").read_text(encoding="utf-8") == written["out/parity.md"]
+        assert all((tmp_path / "out/tiny" / file).is_file() for file in ("report.html", "parity.json"))
+        assert not read_parity(tmp_path / "out/faulty/parity.json").passed
+        shutil.copytree(tmp_path / "out/tiny", tmp_path / "released/tiny")
+        # The second needs a GPU.
+        run(block("On a device", "sh").splitlines()[:1])
+        assert read_parity(tmp_path / "out/tiny/parity.json").oracle == "golden"
+        run(RELEASE["compare"])

@@ -35,6 +35,7 @@ from capa_export.plan.flops import parameters
 from capa_export.trt.stage import build_engines
 from tests.building import Building, answer
 from tests.conftest import noise
+from tests.targets import one_gpu
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,7 @@ def test_a_graph_that_went_wrong_fails_whatever_its_precision(building: Building
 
 
 def test_what_prompts_depend_on_runs_everything_again(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
+    building = building.again(precision="fp32")
     building.build()
     assert ran(capsys) == {"calibrate", "effect", "export", "validate"}
     building.again().build()
@@ -108,6 +110,7 @@ def test_changed_code_runs_again_what_it_made(
     monkeypatch.setattr(
         code, "digest_code", lambda *names: digest_code(*names) + str(sorted(changed.intersection(names)))
     )
+    building = building.again(precision="fp32")
     building.build()
     ran(capsys)
     for module, stages in {
@@ -147,7 +150,7 @@ def test_a_setting_out_of_range_that_has_no_effect_is_none_of_ours(building: Bui
 
 
 def test_a_new_export_outdates_engines_and_parity(building: Building) -> None:
-    building.build("rtx")
+    building.build(one_gpu())
     assert set(building.bundle.manifest["stages"]) == {"calibrate", "effect", "export", "engine/rtx", "validate"}
     building.again(precision="fp32").export()
     assert set(building.bundle.manifest["stages"]) == {"calibrate", "effect", "export"}
@@ -192,7 +195,7 @@ def test_an_engine_that_copies_weights_is_refused(building: Building, monkeypatc
     building.export()
     monkeypatch.setattr("capa_export.trt.layers.weight_copies", lambda layers, _: list(layers))
     with pytest.raises(CapaError, match=r"^visual/model\.onnx: the engine would copy weights at every run") as raised:
-        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+        build_engines(building.bundle, one_gpu(), weights="embedded", report=building.model.report)
     assert raised.value.code == ExitCode.ENGINE
     assert not (building.bundle.folder / "engines").exists()
 
@@ -266,17 +269,17 @@ def test_engines_that_would_not_fit_are_refused_before_anything_is_made(
     monkeypatch.setattr(dry_run, "available_memory", lambda: 1100 << 20)
     reason = r"take 1\.2 GB of memory to build, 1\.2 GB are available; build with --weights external"
     with pytest.raises(CapaError, match=reason) as raised:
-        building.again(ffn=False).build("rtx")
+        building.again(ffn=False).build(one_gpu())
     assert raised.value.code == ExitCode.PREFLIGHT
     assert not building.bundle.folder.exists()
     building.again(ffn=False).export()
     with pytest.raises(CapaError, match=reason):
-        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+        build_engines(building.bundle, one_gpu(), weights="embedded", report=building.model.report)
     assert "engine/rtx" not in building.bundle.manifest["stages"]
-    build_engines(building.bundle, load_target("rtx"), weights="external", report=building.model.report)
+    build_engines(building.bundle, one_gpu(), weights="external", report=building.model.report)
     monkeypatch.setattr(Bundle, "verify", lambda *_, weights=True: weights and pytest.fail("reads all files first"))
     with pytest.raises(CapaError, match=reason):
-        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+        build_engines(building.bundle, one_gpu(), weights="embedded", report=building.model.report)
     assert building.bundle.stage("engine/rtx")["result"]["weights"] == "external"
     plan = ["plan", "--model", "qwen25vl", "--checkpoint", building.checkpoint, "--schedule", "capa@2:0.75"]
     capsys.readouterr()
@@ -360,6 +363,6 @@ def test_engines_that_the_disk_cannot_hold_are_refused(building: Building, monke
     usage = shutil.disk_usage(building.bundle.folder)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CapaError, match="bytes are needed, 100000 are free") as raised:
-        build_engines(building.bundle, load_target("rtx"), weights="embedded", report=building.model.report)
+        build_engines(building.bundle, one_gpu(), weights="embedded", report=building.model.report)
     assert raised.value.code == ExitCode.PREFLIGHT
     assert not (building.bundle.folder / "engines").exists()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -112,6 +113,15 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not, or something in it is not what it should be.
     """
+    _check(data)
+    entries: dict[str, Any] = json.loads(data)
+    del entries["digest"]
+    return entries
+
+
+# A stage reads it dozens of times, and what comes out may be changed.
+@lru_cache(maxsize=8)
+def _check(data: bytes) -> None:
     entries: Any = json.loads(data)
     if not isinstance(entries, dict):
         raise ValueError("is no JSON object")  # noqa: TRY004 - What is wrong is a value in a file.
@@ -124,4 +134,3 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
         _Manifest.model_validate(entries)
     except ValidationError as error:
         raise ValueError(first_problem(error, _Manifest)) from error
-    return entries

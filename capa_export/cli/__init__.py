@@ -3,10 +3,12 @@
 import os
 import sys
 import traceback
+from functools import cache
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 import capa_export
 from capa_export.base.errors import CapaError, ExitCode
@@ -71,10 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _ended(arguments, interruption)
 
 
+_parser = cache(get_command)
+
+
 def _ended(arguments: list[str], interruption: Interruption) -> int:
     """The exit code of a command line."""
     try:
-        result = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="capa-export")
+        words = [word for word in arguments if word != "--debug"]
+        result = _parser(app)(words, standalone_mode=False, prog_name="capa-export")
         if result == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         return result if isinstance(result, int) else ExitCode.OK

@@ -4,8 +4,10 @@ from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
@@ -26,6 +28,8 @@ Output = tuple[str, ir.Value, tuple[int | str, ...]]
 
 _OUTPUT_DTYPES = {"ContributionScore": ir.DataType.FLOAT, "TopKKeep": ir.DataType.INT64}
 """Where outputs do not have the dtypes of the inputs in their places."""
+_FEW = 20
+"""Numbers of a constant up to which onnxscript tells shape inference what they are."""
 _SHAPE_INPUTS: dict[str, dict[str, Any]] = {"TopKKeep": {"tensorrt_plugin_shape_input_indices": [1]}}
 """Inputs whose values are sizes, which TensorRT then reads on the host."""
 
@@ -85,12 +89,69 @@ class SelectorNodes:
         return scores
 
 
+class _Builder(GraphBuilder):
+    """A graph builder that looks at schemas and infers shapes once for all nodes that are alike, as layers are."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        super().__init__(graph)
+        self._inferred: dict[object, list[tuple[ir.DataType, ir.Shape]]] = {}
+
+    def _partition_inputs_attributes(
+        self, schema: onnx.defs.OpSchema | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if schema is None:
+            return args, kwargs
+        names, required = _attributes(schema.domain, schema.name, schema.since_version)
+        plain = schema.min_input <= len(args) <= schema.max_input and required <= kwargs.keys() <= names.keys()
+        if not plain:
+            return super()._partition_inputs_attributes(schema, args, kwargs)
+        return args, {name: kwargs[name] for name in names if name in kwargs}
+
+    def _infer_shapes(self, node: ir.Node) -> None:
+        kind = _kind(node)
+        known = self._inferred.get(kind) if all(output.type is None for output in node.outputs) else None
+        if known is None:
+            super()._infer_shapes(node)
+            found = [(output.dtype, output.shape) for output in node.outputs if isinstance(output.type, ir.TensorType)]
+            known = [(dtype, shape.copy()) for dtype, shape in found if dtype is not None and shape is not None]
+            if len(known) == len(node.outputs):
+                self._inferred[kind] = known
+            return
+        for output, (dtype, shape) in zip(node.outputs, known, strict=True):
+            # Both may be changed later.
+            output.type, output.shape = ir.TensorType(dtype), shape.copy()
+
+
+def _kind(node: ir.Node) -> object:
+    """All that the shapes of a node's outputs depend on: equal for nodes that are alike."""
+    inputs = [
+        value
+        and (
+            type(value.type),
+            value.dtype,
+            None if value.shape is None else tuple(value.shape),
+            # Only of few numbers do shapes depend, such as a Reshape's.
+            None if (const := value.const_value) is None or const.size > _FEW else const.numpy().tobytes(),
+        )
+        for value in node.inputs
+    ]
+    attributes = [(name, attribute.type, attribute.value) for name, attribute in node.attributes.items()]
+    return node.op_identifier(), node.version, tuple(attributes), tuple(inputs), len(node.outputs)
+
+
+@cache
+def _attributes(domain: str, operator: str, version: int) -> tuple[dict[str, None], set[str]]:
+    """The names of an operator's attributes in their order, and those that every node must have."""
+    known = onnx.defs.get_schema(operator, version, domain).attributes.values()
+    return dict.fromkeys(entry.name for entry in known), {entry.name for entry in known if entry.required}
+
+
 def build_model(
     name: str, inputs: Sequence[Input], trace: Callable[[OpBuilder, dict[str, ir.Value]], list[Output]]
 ) -> ir.Model:
     """Trace a graph and give every node and value a stable, layer-addressable name."""
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1})
-    builder = GraphBuilder(graph)
+    builder = _Builder(graph)
     values = {entry.name: builder.input(entry.name, entry.dtype, entry.shape) for entry in inputs}
     outputs = trace(builder.op, dict(values))
     graph.outputs.extend(value for _, value, _ in outputs)

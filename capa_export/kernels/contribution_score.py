@@ -6,13 +6,15 @@ B = batch, T = tokens, D = hidden size, H = query heads, G = KV heads, d = head 
 # Triton's language is untyped, and a kernel's arguments are pointers and numbers.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 
 from capa_export.kernels.operator import Cost, Launch, Operator, Scratch, Tensor, ceil_div
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OPERATOR", "reference"]
 
@@ -24,13 +26,13 @@ _MAX_CHUNK = 64
 
 
 def reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output_weight: torch.Tensor,
-    text_positions: torch.Tensor,
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    output_weight: "torch.Tensor",
+    text_positions: "torch.Tensor",
     scale: float,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """What the kernels compute, all of it in FP32.
 
     Args:
@@ -44,6 +46,8 @@ def reference(
     Returns:
         [B, T], FP32: the norm, at most the largest finite number, and +inf where text stands. NaN stays NaN.
     """
+    import torch
+
     repeats = query.shape[1] // key.shape[1]
     key_BHTd, value_BHTd = (x.float().repeat_interleave(repeats, dim=1) for x in (key, value))
     attention_BHT1 = (key_BHTd @ query.float().mT * scale).softmax(dim=2)

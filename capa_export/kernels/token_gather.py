@@ -6,13 +6,15 @@ B = batch, T = tokens, K = tokens kept, D = hidden size, G = KV heads, d = head 
 # Triton's language is untyped, and a kernel's arguments are pointers and numbers.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 
 from capa_export.kernels.operator import Cost, Launch, Operator, Tensor, ceil_div
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OPERATOR", "reference"]
 
@@ -22,13 +24,13 @@ _ROWS, _COLUMNS = 16, 128
 
 
 def reference(
-    hidden: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    kept: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+    hidden: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    cos: "torch.Tensor",
+    sin: "torch.Tensor",
+    kept: "torch.Tensor",
+) -> "tuple[torch.Tensor, ...]":
     """What the kernel computes.
 
     Args:
@@ -42,6 +44,8 @@ def reference(
     Returns:
         The first five with K for T, bit by bit.
     """
+    import torch
+
     batch = torch.arange(len(kept), device=kept.device)[:, None]
     heads = tuple(x.transpose(1, 2)[batch, kept].transpose(1, 2) for x in (key, value))
     return (hidden[batch, kept], *heads, cos[batch, kept], sin[batch, kept])

@@ -6,13 +6,15 @@ B = batch, T = tokens, K = tokens kept.
 # Triton's language is untyped, and a kernel's arguments are pointers and numbers.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportOperatorIssue=false
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 
 from capa_export.kernels.operator import Cost, Launch, Operator, Scratch, Tensor, ceil_div
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OPERATOR", "reference"]
 
@@ -24,7 +26,7 @@ _ROWS, _OTHERS = 32, 128
 _BLOCK, _SEARCH_WARPS = 4096, 16
 
 
-def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: int) -> torch.Tensor:
+def reference(scores: "torch.Tensor", num_keep: "torch.Tensor", min_keep_per_image: int) -> "torch.Tensor":
     """What the kernels compute.
 
     Args:
@@ -36,6 +38,8 @@ def reference(scores: torch.Tensor, num_keep: torch.Tensor, min_keep_per_image: 
     Returns:
         [B, K], int64, ascending. Ties go to the lowest position; rows beyond T repeat the last one.
     """
+    import torch
+
     kept: list[torch.Tensor] = []
     for row in scores:
         is_text = row.isposinf()

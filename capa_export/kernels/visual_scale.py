@@ -6,20 +6,24 @@ B = batch, T = tokens, D = hidden size, X = text tokens.
 # Triton's language is untyped, and a kernel's arguments are pointers and numbers.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 
 from capa_export.kernels.operator import Cost, Launch, Operator, Tensor, ceil_div
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OPERATOR", "reference"]
 
 _ROWS, _COLUMNS, _TEXT = 4, 1024, 64
 
 
-def reference(x: torch.Tensor, scale: torch.Tensor, text: torch.Tensor, text_rows: torch.Tensor) -> torch.Tensor:
+def reference(
+    x: "torch.Tensor", scale: "torch.Tensor", text: "torch.Tensor", text_rows: "torch.Tensor"
+) -> "torch.Tensor":
     """What the kernel computes.
 
     Args:

@@ -87,19 +87,22 @@ class ProbedModel(OnnxModel):
             tap(model, self._scores)
 
     def replays(
-        self, records: Sequence[Record], kept: Sequence[Sequence[np.ndarray]] | None = None
+        self,
+        records: Sequence[Record],
+        embeds: Sequence[Mapping[str, np.ndarray]],
+        kept: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> list[tuple[Trace, list[np.ndarray]]]:
         """Run the prompts of records, fed their tokens.
 
         Args:
             records: the prompts and their tokens.
+            embeds: what `embed` gives for each prompt, here or where the same graphs are run as they are.
             kept: prompt positions that each prompt keeps after each stage; by default the oracle's.
 
         Returns:
             The traces, and the prompt positions that each stage would have kept of the tokens that entered it.
         """
         kept = [record.fp32.kept for record in records] if kept is None else kept
-        embeds = [self.embed(record.prompt) for record in records]
         found = self.follow(
             [record.prompt for record in records],
             [record.prompt.num_keep(own) for record, own in zip(records, kept, strict=True)],

@@ -95,10 +95,12 @@ def compare_onnx(
     index = 0
     for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
         try:
-            traces = _traces(plain, group, clock, [record.num_keep for record in group])
+            embeds = [plain.embed(record.prompt) for record in group]
+            traces = _traces(plain, group, embeds, clock, [record.num_keep for record in group])
             flipped = [not _same_kept(trace, one.fp32) for trace, one in zip(traces, group, strict=True)]
             again = [at for at in range(len(group)) if flipped[at] or index + at < _REPLAYED]
-            replayed = dict(zip(again, probed.replays([group[at] for at in again]) if again else (), strict=True))
+            seen = probed.replays([group[at] for at in again], [embeds[at] for at in again]) if again else ()
+            replayed = dict(zip(again, seen, strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
@@ -158,7 +160,8 @@ def compare_engine(
     onnx, unseen, clock = ProbedModel(folder, sliced=sliced), 0, _Clock()
     for group in _groups(onnx, tracked(records, f"validate: {what}", len(records), report)):
         traces = [_trace(engine, record, clock) for record in group]
-        replayed = onnx.replays(group, [trace.kept for trace in traces])
+        embeds = [onnx.embed(record.prompt) for record in group]
+        replayed = onnx.replays(group, embeds, [trace.kept for trace in traces])
         for record, trace, (as_onnx, _) in zip(group, traces, replayed, strict=True):
             selection.add(comparable_kept(trace, record.fp32), record)
             against_onnx.add(trace, as_onnx)
@@ -201,7 +204,8 @@ def compare_dense(oracle: Oracle, records: Records, recipe: Recipe, report: Repo
     meter = ExportErrorMeter("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
     stages = len(recipe.prune.schedule)
     for group in _groups(model, tracked(records, "validate: dense", len(records), report)):
-        traces = _traces(model, group, clock, [[record.prompt.num_visual] * stages for record in group])
+        embeds = [model.embed(record.prompt) for record in group]
+        traces = _traces(model, group, embeds, clock, [[record.prompt.num_visual] * stages for record in group])
         for trace, record in zip(traces, group, strict=True):
             everything = [np.arange(len(record.prompt.input_ids))] * stages
             reference = Trace(dense_logits(oracle, record.prompt, record.tokens), everything)
@@ -322,11 +326,14 @@ def _groups(model: OnnxModel, records: Iterable[Record]) -> Iterator[list[Record
 
 
 def _traces(
-    model: OnnxModel, records: Sequence[Record], clock: _Clock, num_keep: Sequence[Sequence[int]]
+    model: OnnxModel,
+    records: Sequence[Record],
+    embeds: Sequence[Mapping[str, np.ndarray]],
+    clock: _Clock,
+    num_keep: Sequence[Sequence[int]],
 ) -> list[Trace]:
-    """Run the graphs as they are on the records' prompts and tokens."""
+    """Run the graphs as they are on the records' prompts, of which `embeds` is what `embed` gives, and tokens."""
     prompts = [record.prompt for record in records]
-    embeds = [model.embed(prompt) for prompt in prompts]
     found = model.follow(prompts, num_keep, [record.tokens for record in records], embeds, timing=clock.timing)
     return [
         Trace(

@@ -4,10 +4,11 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
@@ -76,22 +77,7 @@ def write_report(
         latency: `{"machine": ..., "rows": [{"name": ..., "dense_ms": ..., "capa_ms": ...}]}`, medians of this machine's
             CPU, or None where nothing was timed.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        size=_size,
-        percent=figures.percent,
-        error=figures.error,
-        decimals=figures.decimals,
-        layers=_ranges,
-    )
-    page = environment.get_template("report.html").render(
+    page = _template().render(
         manifest=manifest,
         parity=parity,
         verdict=figures.verdict(parity),
@@ -116,6 +102,26 @@ def write_report(
         recipe=_flat(manifest["recipe"]),
     )
     path.write_text(page, encoding="utf-8", newline="\n")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        size=_size,
+        percent=figures.percent,
+        error=figures.error,
+        decimals=figures.decimals,
+        layers=_ranges,
+    )
+    return environment.get_template("report.html")
 
 
 def _summary(parity: ParityReport, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -55,6 +55,7 @@ def test_another_input_starts_anew(calibrate: Calibrate, tmp_path: Path) -> None
     assert killed(calibrate(tmp_path, "--layer-by-layer"), 1000) == (0, PARTS["--layer-by-layer"] * SAMPLES)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_go_on_where_one_process_was(calibrate: Calibrate, tmp_path: Path) -> None:
     assert killed(calibrate(tmp_path / "out", "--in-memory"), 3)[0] == -signal.SIGKILL
     assert main(calibrate(tmp_path / "out", "--workers", "2")) == ExitCode.OK

@@ -1,11 +1,12 @@
 """Writes the page of an explanation: one HTML file that needs nothing else to be read."""
 
 from collections.abc import Sequence
+from functools import cache
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from capa_export.base.files import write_whole
 from capa_export.config.recipe import ranges
@@ -33,17 +34,8 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         found: what was measured.
         surfaces: where its visual tokens lie, none of a picture whose tokens make no grid.
     """
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, Path(report.__file__).parent], encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(error=figures.error, decimals=figures.decimals, layers=ranges)
     own = next(method for method in found.methods if method.own)
-    page = environment.get_template("page.html").render(
+    page = _template().render(
         found=found,
         own=own,
         dense=found.methods[0],
@@ -57,6 +49,20 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         marked=_draw_sinks(found, surfaces),
     )
     write_whole(path, page)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader([Path(__file__).parent, Path(report.__file__).parent], encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(error=figures.error, decimals=figures.decimals, layers=ranges)
+    return environment.get_template("page.html")
 
 
 def _draw_kept(method: MethodExplanation, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:

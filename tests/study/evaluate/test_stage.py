@@ -160,6 +160,7 @@ def test_figures_that_cannot_be_written_are_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_processes_find_the_same(
     recipe: Recipe,
     checkpoint: Path,
@@ -205,6 +206,7 @@ def test_a_cluster_that_loses_a_node_finds_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_calibrations_are_the_same_to_the_bit(
     recipe: Recipe, checkpoint: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
