@@ -44,7 +44,7 @@ def summary(
     flips = sum(stage.flipped for stage in stages)
     return [
         ("Work", *_gain(plan, latency)),
-        ("Method error", *_method_figure(parity.method_error)),
+        _method_figure(parity.method_error),
         ("Export error", error, f"largest relative error, {artefact}" if artefact else "no logits were compared"),
         (
             "Selection",
@@ -61,25 +61,26 @@ def _gain(plan: Mapping[str, Any], latency: Mapping[str, Any] | None) -> tuple[s
     less = prefill["dense"]["total"] / prefill["capa"]["total"]
     said = "fewer FLOPs to read the prompt, counted"
     timed = next((row for row in latency["rows"] if row["name"] == "prefill"), None) if latency else None
-    if timed:
-        said += f"; {timed['capa_ms']:.3g} ms in place of {timed['dense_ms']:.3g} ms, timed on this CPU"
-    elif plan["forecast"]:
+    if plan["forecast"]:
         device = plan["forecast"][0]
-        first = (words.milliseconds(device[way]["first"]) for way in ("capa", "dense"))
-        said += f"; first token after {' in place of '.join(first)} on {device['device']}, forecast"
+        times = [words.milliseconds(device[way]["first"]) for way in ("capa", "dense")]
+        said += f"; forecast until the first token: {' for '.join(times)} on {device['device']}"
+    elif timed:
+        times = [words.milliseconds(timed[key]) for key in ("capa_ms", "dense_ms")]
+        said += f"; timed on this CPU: {' for '.join(times)}"
     return f"{less:.2f} times", said
 
 
-def _method_figure(found: MethodError) -> tuple[str, str]:
+def _method_figure(found: MethodError) -> tuple[str, str, str]:
     methods = {method.name: method for method in found.methods}
     if "capa" not in methods:
-        return "not measured", "no questions"
+        return "Answers", "not measured", "no questions"
     accuracy = {name: method.accuracy and words.percent(method.accuracy.value) for name, method in methods.items()}
     if accuracy["capa"]:
         others = ", ".join(f"{name} {share}" for name, share in accuracy.items() if name != "capa" and share)
-        return accuracy["capa"], f"of {found.pruned}'s answers are right; {others}"
+        return "Right answers", accuracy["capa"], f"with {found.pruned}; {others}"
     others = f"; random {words.decimals(methods['random'].kl)}" if "random" in methods else ""
-    return words.decimals(methods["capa"].kl), f"KL from dense{others}"
+    return "Method error", words.decimals(methods["capa"].kl), f"nats of KL from dense{others}"
 
 
 def export_sentence(parity: ParityReport) -> str:
@@ -92,8 +93,8 @@ def export_sentence(parity: ParityReport) -> str:
         return f"Nothing failed in {compared}."
     artefact, check, used = found
     return (
-        f"Yes: no bound is passed in {compared}. Nearest to one comes {artefact}, whose "
-        f"{words.describe_check(check).name} takes up {words.percent(used, digits=0)} of what is allowed."
+        f"Yes: no bound is passed in {compared}. Nearest comes {artefact}, at {words.percent(used, digits=0)} of the "
+        f'bound on "{words.describe_check(check).name}".'
     )
 
 

@@ -210,7 +210,7 @@ def test_without_engines_calibration_examples_and_answers(tmp_path: Path) -> Non
         assert f"<h2>{heading}" not in page
     text = text_of(page)
     assert "No selection was compared." in text
-    assert "KL from dense; random 0.2500" in text
+    assert "nats of KL from dense; random 0.2500" in text
     assert "accuracy, points" not in text
     assert " ms" not in text
 
