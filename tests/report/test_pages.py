@@ -137,6 +137,23 @@ def test_every_check_stands_beside_its_bound_and_the_healthy_figure(tmp_path: Pa
     assert "kept-set IoU 0.8750 \u2265 0.8 furthest flip 0.50% \u2264 0.02 0.30% mean IoU 0.9900 0.9500" in text
 
 
+def test_a_measure_is_explained_once_wherever_it_is_named(tmp_path: Path) -> None:
+    page = render(tmp_path, parity=parity_of(bisection=BISECTION))
+    buttons = re.findall(r'<button type="button" class="term" popovertarget="([^"]*)" title="([^"]*)">', page)
+    explained = re.findall(r'<div popover class="meaning" id="([^"]*)"><b>[^<]*</b> ([^<]*)</div>', page)
+    assert len(explained) == len(set(buttons)) < len(buttons)
+    assert dict(explained) == dict(buttons)
+    assert "<th>" not in re.sub(r"<th>(?=</th>)", "", page), "a header says what it heads"
+
+
+def test_a_forecast_stands_beside_the_work(tmp_path: Path) -> None:
+    times = {way: {"first": first, "token": first / 10} for way, first in (("dense", 310.4), ("capa", 120.0))}
+    plan = {**inputs()["plan"], "forecast": [{"device": EVIL, **times}]}
+    text = text_of(render(tmp_path, plan=plan))
+    assert "forecast until the first token: 120 ms for 310 ms on &lt;script&gt;" in text
+    assert "310 ms 120 ms 31 ms 12 ms" in text
+
+
 def test_what_fails_is_said_first_and_marked_where_it_stands(tmp_path: Path) -> None:
     parity = parity_of(compared(failure=f"cosine off {EVIL}"), selection=(selected(layers=(1, 4), failure="too far"),))
     page = render(tmp_path, parity=parity)

@@ -63,12 +63,12 @@ def _conclusion(found: Explanation, own: MethodExplanation) -> str:
     """What the bundle's pruning does to this answer, and how many of the others do the same."""
     share = f"{len(own.kept)} of {found.visual_tokens} visual tokens"
     others = [method.same_answer for method in found.methods[1:] if not method.own]
-    same = "the same answer as all of them" if own.same_answer else "another answer than all of them"
+    gives = "the same answer as" if own.same_answer else "another answer than"
+    said = f"The bundle keeps {share}, which give {gives} all of them"
     if not others:
-        return f"The bundle keeps {share}, which give {same}."
-    return (
-        f"The bundle keeps {share}, which give {same}; {sum(others)} of {len(others)} other methods do not change it."
-    )
+        return f"{said}."
+    counted = f"{sum(others)} of {len(others)} other methods"
+    return f"{said}; so do {counted}." if own.same_answer else f"{said}; {counted} keep it."
 
 
 def _shared(method: MethodExplanation, own: MethodExplanation) -> str:

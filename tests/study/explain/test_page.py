@@ -128,7 +128,7 @@ def test_every_method_has_its_card(tmp_path: Path) -> None:
 def test_one_line_says_what_pruning_did_to_the_answer(tmp_path: Path) -> None:
     text = text_of(render(tmp_path, explanation()))
     conclusion = "The bundle keeps 2 of 6 visual tokens, which give the same answer as all of them"
-    assert f"{conclusion}; 0 of 1 other methods do not change it." in text
+    assert f"{conclusion}; so do 0 of 1 other methods." in text
     dense, own, _ = explanation().methods
     changed = own.model_copy(update={"same_answer": False})
     text = text_of(render(tmp_path, explanation(methods=(dense, changed))))
