@@ -16,7 +16,7 @@ from capa_export.config.schedule import Stage
 from capa_export.report import charts, conclusions, words
 from capa_export.report.pictures import data_uri, fitted, overlay
 from capa_export.report.schema import MethodError, ParityReport
-from capa_export.report.templates import open_templates, size
+from capa_export.report.templates import open_template, size
 
 __all__ = ["Example", "KeptMap", "write_report"]
 
@@ -74,40 +74,37 @@ def write_report(
         latency: `{"machine": ..., "rows": [{"name": ..., "dense_ms": ..., "capa_ms": ...}]}`, medians of this machine's
             CPU, or None where nothing was timed.
     """
-    ranges = calibration and _largest(calibration["absmax"], parity.fp32_layers)
-    page = (
-        open_templates()
-        .get_template("report.html")
-        .render(
-            manifest=manifest,
-            parity=parity,
-            verdict=words.verdict(parity),
-            calibration=calibration,
-            plan=plan,
-            latency=latency,
-            verdicts=conclusions.verdicts(parity),
-            summary=conclusions.summary(parity, plan, latency),
-            export_sentence=conclusions.export_sentence(parity),
-            selection_sentence=conclusions.selection_sentence(parity),
-            ranges_sentence=ranges and conclusions.ranges_sentence(ranges),
-            num_failed=conclusions.num_failed,
-            where=_places(parity),
-            describe_check=words.describe_check,
-            stages_of=words.by_stage,
-            warnings=words.open_warnings(parity),
-            method_rows=_method_rows(parity.method_error),
-            gains=_gains(parity.method_error),
-            examples=[_example(example, parity.method_error.pruned) for example in examples],
-            curves=charts.error_curves(parity.export_error),
-            linearity=calibration and charts.linearity(calibration),
-            alpha=calibration and charts.alpha(calibration),
-            ranges=ranges,
-            fp16_max=FP16_MAX,
-            work=_work(plan, latency),
-            engines={name[7:]: stage for name, stage in manifest["stages"].items() if name.startswith("engine/")},
-            command=[shlex.quote(argument) for argument in manifest["command"]],
-            recipe=_flat(manifest["recipe"]),
-        )
+    ranges = _largest(calibration["absmax"], parity.fp32_layers) if calibration else []
+    template = open_template("report.html")
+    page = template.render(
+        manifest=manifest,
+        parity=parity,
+        verdict=words.verdict(parity),
+        calibration=calibration,
+        plan=plan,
+        latency=latency,
+        verdicts=conclusions.verdicts(parity),
+        summary=conclusions.summary(parity, plan, latency),
+        export_sentence=conclusions.export_sentence(parity),
+        selection_sentence=conclusions.selection_sentence(parity),
+        ranges_sentence=conclusions.ranges_sentence(ranges),
+        num_failed=conclusions.num_failed,
+        where=_places(parity),
+        describe_check=words.describe_check,
+        stages_of=words.by_stage,
+        warnings=words.open_warnings(parity),
+        method_rows=_method_rows(parity.method_error),
+        gains=_gains(parity.method_error),
+        examples=[_example(example, parity.method_error.pruned) for example in examples],
+        curves=charts.error_curves(parity.export_error),
+        linearity=calibration and charts.linearity(calibration),
+        alpha=calibration and charts.alpha(calibration),
+        ranges=ranges,
+        fp16_max=FP16_MAX,
+        work=_work(plan, latency),
+        engines={name[7:]: stage for name, stage in manifest["stages"].items() if name.startswith("engine/")},
+        command=[shlex.quote(argument) for argument in manifest["command"]],
+        recipe=_flat(manifest["recipe"]),
     )
     path.write_text(page, encoding="utf-8", newline="\n")
 

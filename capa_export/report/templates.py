@@ -4,13 +4,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from capa_export.config.recipe import ranges
 from capa_export.report import words
 
-__all__ = ["TEMPLATES", "Terms", "open_templates", "size"]
+__all__ = ["TEMPLATES", "Terms", "open_template", "size"]
 
 TEMPLATES = Path(__file__).with_name("html")
 
@@ -37,8 +37,8 @@ class Terms:
         return Markup("\n").join(one.format(_anchor(name), name, meaning) for name, meaning in self._used.items())
 
 
-def open_templates(*folders: Path) -> Environment:
-    """The templates in these folders and the report's own, for one page."""
+def open_template(name: str, *folders: Path) -> Template:
+    """The template of this name, for one page; it uses those in these folders and the report's own."""
     environment = Environment(
         loader=FileSystemLoader([*folders, TEMPLATES], encoding="utf-8"),
         autoescape=True,
@@ -55,8 +55,7 @@ def open_templates(*folders: Path) -> Environment:
         milliseconds=words.milliseconds,
         size=size,
     )
-    environment.globals["term"] = Terms()
-    return environment
+    return environment.get_template(name, globals={"term": Terms()})
 
 
 def _anchor(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from capa_export.base.files import write_whole
 from capa_export.report.pictures import SIDE, data_uri, fitted, overlay
-from capa_export.report.templates import open_templates
+from capa_export.report.templates import open_template
 from capa_export.study.explain.heat import ColorScale, heat, legend, mark_sinks
 from capa_export.study.explain.schema import Explanation, Maps, MethodExplanation
 from capa_export.study.explain.surfaces import Surface
@@ -33,28 +33,25 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         surfaces: where its visual tokens lie, none of a picture whose tokens make no grid.
     """
     own, dense = next(method for method in found.methods if method.own), found.methods[0]
-    page = (
-        open_templates(Path(__file__).parent)
-        .get_template("page.html")
-        .render(
-            found=found,
-            own=own,
-            conclusion=_conclusion(found, own),
-            large=[
-                (title, method.answer, _draw_kept(method, surfaces, _LARGE if len(surfaces) == 1 else SIDE))
-                for method, title in (
-                    (dense, f"with all {found.visual_tokens} visual tokens"),
-                    (own, f"with the {len(own.kept)} that {own.method} keeps, outlined"),
-                )
-            ],
-            undrawn=len(found.pictures) - len({surface.grid.picture for surface in surfaces}),
-            cards=[(method, _draw_kept(method, surfaces), _shared(method, own)) for method in found.methods],
-            maps=[_map(found.maps, surfaces, *words) for words in _MAPS],
-            legend=data_uri(legend()),
-            scatter=_scatter(found),
-            sinks=_sinks(found, surfaces),
-            marked=_draw_sinks(found, surfaces),
-        )
+    template = open_template("page.html", Path(__file__).parent)
+    page = template.render(
+        found=found,
+        own=own,
+        conclusion=_conclusion(found, own),
+        large=[
+            (title, method.answer, _draw_kept(method, surfaces, _LARGE if len(surfaces) == 1 else SIDE))
+            for method, title in (
+                (dense, f"with all {found.visual_tokens} visual tokens"),
+                (own, f"with the {len(own.kept)} that {own.method} keeps, outlined"),
+            )
+        ],
+        undrawn=len(found.pictures) - len({surface.grid.picture for surface in surfaces}),
+        cards=[(method, _draw_kept(method, surfaces), _shared(method, own)) for method in found.methods],
+        maps=[_map(found.maps, surfaces, *words) for words in _MAPS],
+        legend=data_uri(legend()),
+        scatter=_scatter(found),
+        sinks=_sinks(found, surfaces),
+        marked=_draw_sinks(found, surfaces),
     )
     write_whole(path, page)
 
