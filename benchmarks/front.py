@@ -22,8 +22,9 @@ from capa_export.study.explain.schema import Explanation
 
 __all__ = ["FOLDER", "PICTURE", "QUESTION", "SCREENSHOTS", "Answers", "Screenshot", "answers_of", "draw", "photograph"]
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-PICTURE = Path(__file__).resolve().parents[1] / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png"
+_ROOT = Path(__file__).resolve().parents[1]
+FOLDER = _ROOT / "docs" / "pictures"
+PICTURE = _ROOT / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png"
 QUESTION = "How many shapes are blue?"
 _SHOWN = {"dense": "all tokens", "capa@2:0.75": "CAPA", "random@2:0.75": "random"}
 """The methods drawn, by the words over them."""
@@ -99,7 +100,9 @@ def photograph(bundle: Path, browser: str, folder: Path = FOLDER) -> list[Path]:
     for shot in SCREENSHOTS:
         path = folder / f"{shot.name}.png"
         with tempfile.TemporaryDirectory() as profile:
-            raw = Path(profile) / "raw.png"
+            raw, page = Path(profile) / "raw.png", Path(profile) / shot.page
+            # Pictures in the docs show no folder of the machine that they were taken on.
+            page.write_text((bundle / shot.page).read_text(encoding="utf-8").replace(f"{_ROOT}/", ""), encoding="utf-8")
             flags = [
                 "--headless",
                 "--no-sandbox",
@@ -109,7 +112,7 @@ def photograph(bundle: Path, browser: str, folder: Path = FOLDER) -> list[Path]:
                 f"--window-size={shot.width},{shot.height}",
                 f"--screenshot={raw}",
             ]
-            subprocess.run([browser, *flags, (bundle / shot.page).resolve().as_uri()], check=True, capture_output=True)
+            subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
             with Image.open(raw) as picture:
                 picture.convert("RGB").quantize(256).save(path, "PNG", optimize=True)
         written.append(path)

@@ -194,11 +194,7 @@ def _cells(
     less = f"{dense / capa:.2f}" if capa else ""
     if times is None:
         return [(show(dense), ""), (show(capa), ""), (less, "")]
-    return [
-        (show(dense), words.milliseconds(times[0])),
-        (show(capa), words.milliseconds(times[1])),
-        (less, f"{times[0] / times[1]:.2f} in time"),
-    ]
+    return [(show(dense), words.milliseconds(times[0])), (show(capa), words.milliseconds(times[1])), (less, "")]
 
 
 def _places(parity: ParityReport) -> Callable[[int], str]:

@@ -118,7 +118,7 @@ def test_a_passed_bundle_says_so_first(tmp_path: Path) -> None:
     assert "accuracy 95.0% 90.0 to 99.0 90.0% 85.0 to 94.0 60.0% 55.0 to 64.0" in text
     assert "KL, nats: random minus CAPA +0.2000 +0.1500 to +0.2500" in text
     assert "accuracy, points: CAPA minus random +30.0 +20.0 to +40.0" in text
-    assert "prefill 3.00 GFLOPs 18 ms 1.00 GFLOPs 6 ms 3.00 3.00 in time" in text
+    assert "prefill 3.00 GFLOPs 18 ms 1.00 GFLOPs 6 ms 3.00 visual tokens alone" in text
     assert "size 5.00 MB layers 137 plugin layers 3 weight copies 0 seconds 2.0 peak memory not measured" in text
     assert "4 of built-in scenes, seed 7; oracle: the eager model" in text
     for digest in ("cd" * 32, "ef" * 32):
