@@ -6,7 +6,6 @@ With Chromium installed, `--browser` photographs the report and the explanation 
 """
 
 import argparse
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -123,9 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.front", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("out/demo"), help="as `make demo` builds it")
-    parser.add_argument(
-        "--browser", nargs="?", const=shutil.which("chromium"), help="Chromium, to photograph pages with"
-    )
+    parser.add_argument("--browser", nargs="?", const="chromium", help="Chromium, to photograph pages with")
     options = parser.parse_args(arguments)
     found = Bundle(options.bundle).explain(QUESTION, [PICTURE], page=options.bundle / "explain.html")
     (grid,) = found.grids
