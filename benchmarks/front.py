@@ -1,9 +1,13 @@
 """Draws the picture at the head of README: one question, what each method keeps of the picture, and its answer.
 
 make demo; python -m benchmarks.front --bundle out/demo
+
+With Chromium installed, `--browser` photographs the report and the explanation for the docs, too.
 """
 
 import argparse
+import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,11 @@ from capa_export.base.files import write_whole
 from capa_export.report.pictures import fitted, overlay
 from capa_export.study.explain.schema import Explanation
 
-__all__ = ["FOLDER", "PICTURE", "QUESTION", "Answers", "answers_of", "draw"]
+__all__ = ["FOLDER", "PICTURE", "QUESTION", "SCREENSHOTS", "Answers", "Screenshot", "answers_of", "draw", "photograph"]
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-PICTURE = Path(__file__).resolve().parents[1] / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png"
+_ROOT = Path(__file__).resolve().parents[1]
+FOLDER = _ROOT / "docs" / "pictures"
+PICTURE = _ROOT / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png"
 QUESTION = "How many shapes are blue?"
 _SHOWN = {"dense": "all tokens", "capa@2:0.75": "CAPA", "random@2:0.75": "random"}
 """The methods drawn, by the words over them."""
@@ -69,10 +74,55 @@ def draw(picture: Image.Image, question: str, found: Answers, grid: tuple[int, i
     return sheet
 
 
+@dataclass(frozen=True)
+class Screenshot:
+    """One look at a page of a bundle."""
+
+    name: str
+    page: str
+    """File in the bundle."""
+    width: int
+    height: int
+    dark: bool = False
+
+
+SCREENSHOTS = (
+    Screenshot("report", "report.html", 1280, 960),
+    Screenshot("report-phone", "report.html", 390, 844, dark=True),
+    Screenshot("explain", "explain.html", 1280, 960),
+)
+
+
+def photograph(bundle: Path, browser: str, folder: Path = FOLDER) -> list[Path]:
+    """Photograph a bundle's pages with Chromium, without scrolling; returns the pictures."""
+    written: list[Path] = []
+    for shot in SCREENSHOTS:
+        path = folder / f"{shot.name}.png"
+        with tempfile.TemporaryDirectory() as profile:
+            raw, page = Path(profile) / "raw.png", Path(profile) / shot.page
+            # Pictures in the docs show no folder of the machine that they were taken on.
+            page.write_text((bundle / shot.page).read_text(encoding="utf-8").replace(f"{_ROOT}/", ""), encoding="utf-8")
+            flags = [
+                "--headless",
+                "--no-sandbox",
+                "--hide-scrollbars",
+                f"--user-data-dir={profile}",
+                f"--blink-settings=preferredColorScheme={int(not shot.dark)}",
+                f"--window-size={shot.width},{shot.height}",
+                f"--screenshot={raw}",
+            ]
+            subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
+            with Image.open(raw) as picture:
+                picture.convert("RGB").quantize(256).save(path, "PNG", optimize=True)
+        written.append(path)
+    return written
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.front", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("out/demo"), help="as `make demo` builds it")
+    parser.add_argument("--browser", nargs="?", const="chromium", help="Chromium, to photograph pages with")
     options = parser.parse_args(arguments)
     found = Bundle(options.bundle).explain(QUESTION, [PICTURE], page=options.bundle / "explain.html")
     (grid,) = found.grids
@@ -82,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sheet.quantize(256).save(FOLDER / "kept.png", "PNG", optimize=True)
     keys = {"question", "visual_tokens", "linear_layers", "methods"}
     write_whole(FOLDER / "kept.json", found.model_dump_json(indent=1, include=keys) + "\n")
+    if options.browser:
+        photograph(options.bundle, options.browser)
 
 
 if __name__ == "__main__":

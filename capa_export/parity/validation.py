@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from capa_export.base.toml import shipped_names
 from capa_export.bundle.store import ONNX, PARITY, REPORT, Bundle, file_digest
 from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
+from capa_export.config.target import load_target
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.memory import exceeds_memory, validation_bytes
 from capa_export.model.model import Model
@@ -82,7 +84,6 @@ class Validation:
         **found: Any,
     ) -> ParityReport:
         """Write `parity.json` and `report.html`."""
-        from capa_export.plan.plan import dry_run
         from capa_export.report.pages import write_report
 
         recipe, exported = self.recipe, self.exported
@@ -118,19 +119,35 @@ class Validation:
             **found,
         )
         write_parity(scratch / PARITY, parity)
-        # Where the image processor's settings lie beside the config.
-        config = self.bundle.folder / ONNX / "visual"
         calibration = self.calibration
         write_report(
             scratch / REPORT,
             manifest=self.bundle.manifest,
             parity=parity,
             calibration=calibration.summary(recipe.ffn) if calibration else None,
-            plan=dry_run(recipe, str(config), self.bundle.folder, self.precision, ffn=bool(exported["linear_layers"])),
+            plan=self._plan(),
             examples=examples,
             latency=latency,
         )
         return parity
+
+    def _plan(self) -> dict[str, Any]:
+        """The plan of the bundle, and the forecast of the shipped target that it has engines for."""
+        from capa_export.plan.plan import dry_run
+
+        targets = [
+            name.removeprefix("engine/") for name in self.bundle.manifest["stages"] if name.startswith("engine/")
+        ]
+        shipped = next((target for target in targets if target in shipped_names("engines")), None)
+        return dry_run(
+            self.recipe,
+            # Where the image processor's settings lie beside the config.
+            str(self.bundle.folder / ONNX / "visual"),
+            self.bundle.folder,
+            self.precision,
+            ffn=bool(self.exported["linear_layers"]),
+            target=None if shipped is None else load_target(shipped),
+        )
 
     @property
     def _ran_on(self) -> str:

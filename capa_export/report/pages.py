@@ -2,24 +2,21 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from capa_export.base.precision import FP16_MAX
 from capa_export.base.statistics import Rate
 from capa_export.config.parts import measured_unit, parse_unit
-from capa_export.config.recipe import ranges
-from capa_export.report import charts
-from capa_export.report import words as figures
+from capa_export.config.schedule import Stage
+from capa_export.report import charts, conclusions, words
 from capa_export.report.pictures import data_uri, fitted, overlay
 from capa_export.report.schema import MethodError, ParityReport
+from capa_export.report.templates import open_template, size
 
 __all__ = ["Example", "KeptMap", "write_report"]
 
@@ -77,82 +74,39 @@ def write_report(
         latency: `{"machine": ..., "rows": [{"name": ..., "dense_ms": ..., "capa_ms": ...}]}`, medians of this machine's
             CPU, or None where nothing was timed.
     """
-    page = _template().render(
+    ranges = _largest(calibration["absmax"], parity.fp32_layers) if calibration else []
+    template = open_template("report.html")
+    page = template.render(
         manifest=manifest,
         parity=parity,
-        verdict=figures.verdict(parity),
+        verdict=words.verdict(parity),
         calibration=calibration,
         plan=plan,
         latency=latency,
-        summary=_summary(parity, plan),
-        describe_check=figures.describe_check,
-        stages_of=figures.by_stage,
-        warnings=figures.open_warnings(parity),
+        verdicts=conclusions.verdicts(parity),
+        summary=conclusions.summary(parity, plan, latency),
+        export_sentence=conclusions.export_sentence(parity),
+        selection_sentence=conclusions.selection_sentence(parity),
+        ranges_sentence=conclusions.ranges_sentence(ranges),
+        num_failed=conclusions.num_failed,
+        where=_places(parity),
+        describe_check=words.describe_check,
+        stages_of=words.by_stage,
+        warnings=words.open_warnings(parity),
         method_rows=_method_rows(parity.method_error),
         gains=_gains(parity.method_error),
         examples=[_example(example, parity.method_error.pruned) for example in examples],
         curves=charts.error_curves(parity.export_error),
         linearity=calibration and charts.linearity(calibration),
         alpha=calibration and charts.alpha(calibration),
-        ranges=calibration and _largest(calibration["absmax"], parity.fp32_layers),
+        ranges=ranges,
         fp16_max=FP16_MAX,
-        work=_work(plan),
+        work=_work(plan, latency),
         engines={name[7:]: stage for name, stage in manifest["stages"].items() if name.startswith("engine/")},
         command=[shlex.quote(argument) for argument in manifest["command"]],
         recipe=_flat(manifest["recipe"]),
     )
     path.write_text(page, encoding="utf-8", newline="\n")
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        size=_size,
-        percent=figures.percent,
-        error=figures.error,
-        decimals=figures.decimals,
-        layers=_ranges,
-    )
-    return environment.get_template("report.html")
-
-
-def _summary(parity: ParityReport, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The three questions and the gain, each in one figure: label, figure, caption."""
-    error, artefact = figures.worst_error(parity.export_error) or ("not measured", "")
-    stages = [stage for row in parity.selection for stage in row.stages]
-    flips = sum(stage.flipped for stage in stages)
-    prefill = plan["prefill"]
-    less = prefill["dense"]["total"] / prefill["capa"]["total"]
-    return [
-        ("Export error", error, f"largest relative error, {artefact}" if artefact else "no logits were compared"),
-        (
-            "Selection",
-            figures.smallest_overlap(stages) if stages else "not measured",
-            f"smallest kept-set IoU, {flips} {'flip' if flips == 1 else 'flips'}",
-        ),
-        ("Method error", *_method_figure(parity.method_error)),
-        ("Work", f"{less:.2f} times", "fewer FLOPs in prefill, counted"),
-    ]
-
-
-def _method_figure(found: MethodError) -> tuple[str, str]:
-    methods = {method.name: method for method in found.methods}
-    if "capa" not in methods:
-        return "not measured", "no questions"
-    accuracy = {name: method.accuracy and figures.percent(method.accuracy.value) for name, method in methods.items()}
-    if accuracy["capa"]:
-        others = ", ".join(f"{name} {share}" for name, share in accuracy.items() if name != "capa" and share)
-        return accuracy["capa"], f"of {found.pruned}'s answers are right; {others}"
-    others = f"; random {figures.decimals(methods['random'].kl)}" if "random" in methods else ""
-    return figures.decimals(methods["capa"].kl), f"KL from dense{others}"
 
 
 def _method_rows(found: MethodError) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -161,8 +115,8 @@ def _method_rows(found: MethodError) -> list[tuple[str, list[tuple[str, str]]]]:
     rows = [
         ("accuracy", [_share(method.accuracy) for method in methods]),
         ("first token as dense", [_share(method.top1) for method in methods]),
-        ("five likeliest as dense", [("" if one.top5 is None else figures.percent(one.top5), "") for one in methods]),
-        ("KL from dense, nats", [("" if one.name == "dense" else figures.decimals(one.kl), "") for one in methods]),
+        ("five likeliest as dense", [("" if one.top5 is None else words.percent(one.top5), "") for one in methods]),
+        ("KL from dense, nats", [("" if one.name == "dense" else words.decimals(one.kl), "") for one in methods]),
         ("same answer as dense", [_share(method.same_answer) for method in methods]),
         ("first difference, token", [("" if (at := one.diverges_at) is None else f"{at:.1f}", "") for one in methods]),
     ]
@@ -170,16 +124,16 @@ def _method_rows(found: MethodError) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _share(found: Rate | None) -> tuple[str, str]:
-    return figures.rate(found) if found else ("", "")
+    return words.rate(found) if found else ("", "")
 
 
 def _gains(found: MethodError) -> list[tuple[str, str, str]]:
     """How far the bundle's pruning is ahead of random pruning: name, figure, interval."""
     rows: list[tuple[str, str, str]] = []
     if found.kl_gain is not None:
-        rows.append((f"KL, nats: random minus {found.pruned}", *figures.difference(found.kl_gain)))
+        rows.append((f"KL, nats: random minus {found.pruned}", *words.difference(found.kl_gain)))
     if found.accuracy_gain is not None:
-        points = figures.difference(found.accuracy_gain, scale=100, digits=1)
+        points = words.difference(found.accuracy_gain, scale=100, digits=1)
         rows.append((f"accuracy, points: {found.pruned} minus random", *points))
     return rows
 
@@ -214,17 +168,40 @@ def _in_fp32(module: str, fp32_layers: Sequence[str]) -> bool:
     return unit is not None and any(parse_unit(word).covers(unit) for word in fp32_layers)
 
 
-def _work(plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows of dense against CAPA: label, dense, CAPA, how many times less."""
+def _work(plan: Mapping[str, Any], latency: Mapping[str, Any] | None) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Rows of dense against CAPA: label, its measure, and cells for both and how many times less, each with times."""
     prefill, decode, kv = plan["prefill"], plan["decode"], plan["kv_cache"]
+    timed = {row["name"]: (row["dense_ms"], row["capa_ms"]) for row in latency["rows"]} if latency else {}
     rows = [
-        ("prefill, GFLOPs", prefill["dense"]["total"], prefill["capa"]["total"], _giga),
-        ("visual tokens alone, GFLOPs", prefill["dense_visual"]["total"], prefill["capa_visual"]["total"], _giga),
-        ("decode, GFLOPs a token", decode["dense"], decode["capa"], _giga),
-        ("vision tower, GFLOPs", plan["vision"]["total"], plan["vision"]["total"], _giga),
-        ("KV cache", kv["dense_bytes"], kv["capa_bytes"], _size),
+        ("prefill", "prefill", (prefill["dense"]["total"], prefill["capa"]["total"]), _giga),
+        (
+            "visual tokens alone",
+            "FLOPs",
+            (prefill["dense_visual"]["total"], prefill["capa_visual"]["total"]),
+            _giga,
+        ),
+        ("decode, a token", "decode", (decode["dense"], decode["capa"]), _giga),
+        ("vision tower", "FLOPs", (plan["vision"]["total"], plan["vision"]["total"]), _giga),
+        ("KV cache", "KV cache", (kv["dense_bytes"], kv["capa_bytes"]), size),
     ]
-    return [(name, show(dense), show(capa), f"{dense / capa:.2f}" if capa else "") for name, dense, capa, show in rows]
+    return [(name, of, _cells(work, show, timed.get(of))) for name, of, work, show in rows]
+
+
+def _cells(
+    work: tuple[float, float], show: Callable[[float], str], times: tuple[float, float] | None
+) -> list[tuple[str, str]]:
+    dense, capa = work
+    less = f"{dense / capa:.2f}" if capa else ""
+    if times is None:
+        return [(show(dense), ""), (show(capa), ""), (less, "")]
+    return [(show(dense), words.milliseconds(times[0])), (show(capa), words.milliseconds(times[1])), (less, "")]
+
+
+def _places(parity: ParityReport) -> Callable[[int], str]:
+    """Where the stage of a layer drops tokens, as `after layer 2`."""
+    stages = [Stage(**stage.model_dump()) for stage in parity.schedule]
+    found = {stage.layer: stage.where for stage in stages}
+    return lambda layer: found.get(layer, f"layer {layer}")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -236,16 +213,5 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _ranges(layers: Sequence[int]) -> Markup:
-    """`2-5, 13`, or `none`; a run never breaks over lines."""
-    runs = ranges(layers).split(", ")
-    return Markup(", ").join(Markup('<span class="nowrap">{}</span>').format(run) for run in runs)
-
-
-def _size(count: float) -> str:
-    scale, unit = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
-    return f"{count / scale:,.{0 if count / scale >= 100 else 2}f}\u00a0{unit}"
-
-
 def _giga(count: float) -> str:
-    return f"{count / 1e9:,.2f}" if count >= 1e9 else f"{count / 1e9:.4f}"
+    return f"{count / 1e9:,.2f}\u00a0GFLOPs" if count >= 1e9 else f"{count / 1e9:.4f}\u00a0GFLOPs"

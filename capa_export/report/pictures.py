@@ -6,21 +6,21 @@ from io import BytesIO
 
 from PIL import Image, ImageDraw, ImageOps
 
-__all__ = ["data_uri", "fitted", "overlay"]
+__all__ = ["SIDE", "data_uri", "fitted", "overlay"]
 
-_SIDE = 384
-"""Longer side of a picture in the report, in pixels."""
+SIDE = 384
+"""Longer side of a picture among others, in pixels."""
 _SHADE, _OUTLINE = (40, 42, 46), (255, 176, 0)
 
 
-def fitted(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, as large as the report shows it."""
-    scale = _SIDE / max(picture.size)
+def fitted(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """A picture in RGB, its longer side of so many pixels."""
+    scale = side / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int]) -> Image.Image:
+def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int], side: int = SIDE) -> Image.Image:
     """A picture with dropped tokens dimmed and a line around the kept ones.
 
     Args:
@@ -28,8 +28,9 @@ def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int]) -
         rows: rows of the grid of visual tokens that lies over it.
         cols: columns of that grid.
         kept: indices in row-major order of the grid.
+        side: longer one of the result, in pixels.
     """
-    picture = fitted(picture)
+    picture = fitted(picture, side)
     width, height = picture.size
     grey = ImageOps.grayscale(picture).convert("RGB")
     shown = Image.blend(grey, Image.new("RGB", picture.size, _SHADE), 0.55)

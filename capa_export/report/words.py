@@ -1,5 +1,9 @@
-"""Writes the figures of parity in the words that the report, the comment and the terminal share."""
+"""Writes the figures of parity in the words that the report, the comment and the terminal share.
 
+As a program, prints the table of measures that `docs/parity.md` holds.
+"""
+
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,6 +11,7 @@ from capa_export.base.statistics import Difference, Rate
 from capa_export.report.schema import Check, ExportError, Kept, ParityReport, Selection
 
 __all__ = [
+    "MEANINGS",
     "CheckText",
     "by_stage",
     "check_of",
@@ -14,6 +19,9 @@ __all__ = [
     "describe_check",
     "difference",
     "error",
+    "measures_table",
+    "milliseconds",
+    "nearest_bound",
     "open_warnings",
     "percent",
     "rate",
@@ -21,6 +29,89 @@ __all__ = [
     "verdict",
     "worst_error",
 ]
+
+MEANINGS = {
+    "relative error": "Length of the difference to the reference, in units of the reference's length: 0 where both are "
+    "equal, 0.01 where 1 % is off.",
+    "cosine": "Cosine of the angle between result and reference, shown as 1 minus it: 0 where both point the same way.",
+    "norm ratio": "How much longer or shorter the result is than the reference: 0 where both are of one length, 0.01 "
+    "where 1 % is off.",
+    "KL": "Kullback-Leibler divergence, in nats: what is lost where these probabilities of the next token stand for "
+    "the reference's; 0 where both are equal.",
+    "times the noise": "Largest difference of the logits, in units of the one that the number format alone makes in "
+    "the eager model: at 1 the export errs as the format does.",
+    "times the noise, typical": "The same difference in units of the noise, as the geometric mean over the steps.",
+    "root of KL, times the noise": "Square root of the KL in units of the noise's own KL, since KL grows with the "
+    "square of the difference.",
+    "features cosine": "Cosine between what leaves the vision tower and the reference's, shown as 1 minus it.",
+    "features norm ratio": "How much longer or shorter a vector is that leaves the vision tower, against the "
+    "reference's.",
+    "features, times the noise": "Error of what leaves the vision tower, in units of what the number format alone "
+    "makes.",
+    "hidden cosine": "Cosine between what leaves a decoder layer and the reference's, the worst layer and token, shown "
+    "as 1 minus it.",
+    "hidden norm ratio": "How much longer or shorter a vector is that leaves a decoder layer, the worst layer and "
+    "token.",
+    "hidden times the noise": "Error of what leaves a decoder layer, in units of what the number format alone makes; "
+    "the worst layer.",
+    "top-1 wrong": "Steps at which another next token is the likeliest, of those where the reference's lead exceeds "
+    "twice the noise.",
+    "same tokens": "Prompts whose whole answer has the reference's tokens.",
+    "prompts": "Prompts that were compared.",
+    "differ": "Prompts of which tokenizer and image processor make something else.",
+    "runs": "Whether the graph runs to its end.",
+    "kept-set IoU": "Intersection over union: tokens that both sides keep, as a share of those that either keeps; 1 "
+    "where both keep the same.",
+    "kept-set IoU of a prompt": "The same share for the prompt with the smallest.",
+    "furthest flip": "Lead in score of a token wrongly dropped over one wrongly kept, in % of the former: how clear "
+    "a choice was overturned.",
+    "scores, times the noise": "Largest difference of a score near the cut, in units of what the number format alone "
+    "makes.",
+    "score error": "Largest difference of a score near the cut, in units of the reference's.",
+    "kept sets that are no choice": "Prompts on which a stage kept too many tokens, too few, or one twice.",
+    "mean IoU": "Kept-set IoU, the mean over the prompts.",
+    "smallest IoU": "Kept-set IoU of the prompt with the smallest.",
+    "prompts flipped": "Prompts on which one side keeps a token that the other drops.",
+    "margin at the cut": "Lead in score of the worst token kept over the best one dropped, in % of the former.",
+    "noise of the scores": "Largest change of a score near the cut that the number format alone makes, in %.",
+    "found": "The worst figure over all prompts and steps.",
+    "bound": "The limit that the gates set, and beyond which the build fails.",
+    "eager itself": "The eager model's own figure in this number format; the bound leaves room for a multiple of it.",
+    "healthy": "The worst figure that good exports have shown, on which the bound rests.",
+    "noise": "What the number format alone makes in the eager model, without any export.",
+    "accuracy": "Share of the questions whose answer is right.",
+    "first token as dense": "Share of the questions whose answer begins as without pruning.",
+    "five likeliest as dense": "Share of the five likeliest first tokens that are also among dense's five.",
+    "KL from dense": "Kullback-Leibler divergence of the first token from the unpruned model's, in nats, the mean over "
+    "the questions: 0 where nothing changed.",
+    "same answer as dense": "Share of the questions whose whole answer is that of the unpruned model.",
+    "first difference": "Place of the first token that differs, the mean over the answers that have one; the first "
+    "token is 0.",
+    "dense": "The model as it is, with all visual tokens.",
+    "random": "As many visual tokens dropped as CAPA drops, by chance: what a method has to beat.",
+    "cosine visual": "Cosine between what enters and what leaves the FFN of a visual token; near 1 the FFN hardly "
+    "turns it, and a scale can stand for it.",
+    "cosine text": "The same cosine for tokens of text.",
+    "error of the scale": "What is lost where the scale stands for the FFN, as a share of the FFN's output.",
+    "eta": "Mean cosine above which a layer's FFN counts as linear.",
+    "alpha": "The scale of each channel that stands for a linear FFN.",
+    "sinks": "Visual tokens with a channel far above the rest, which attention looks at whatever they show.",
+    "FLOPs": "Additions and multiplications, counted from the model's dimensions; GFLOPs are thousands of millions.",
+    "prefill": "Reading the picture and the question, until the first token of the answer can be chosen.",
+    "decode": "Computing each further token of the answer.",
+    "KV cache": "Keys and values of the prompt, which stay in memory while the answer is written.",
+    "forecast": "Calculated from counted work and the data sheet of the device, not measured.",
+    "plugin layers": "Layers of an engine that run CAPA's own kernels.",
+    "weight copies": "Weights that an engine holds a second time; there should be none.",
+    "contribution": "What a visual token adds to the last token of the prompt: its attention times its values. CAPA "
+    "keeps the tokens that add most.",
+    "attention": "Weight that the last token of the prompt gives to a visual token, the mean over the heads.",
+    "value norm": "Length of what a visual token would add if every head attended to nothing else.",
+    "phi": "Largest of the channels that mark sinks, in units of the token's root mean square.",
+    "dump": "Probability dump: a sink that adds little; CAPA drops it.",
+    "anchor": "Structural anchor: a sink that adds much; CAPA keeps it.",
+}
+"""Every measure that a page, a table or a comment names, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +185,37 @@ def verdict(parity: ParityReport) -> str:
     return "Passed"
 
 
+def nearest_bound(checks: Iterable[tuple[str, Check]]) -> tuple[str, Check, float] | None:
+    """The check that has used up most of what its bound allows: its artefact, the check, and the share used up.
+
+    Args:
+        checks: each with its artefact; those that failed, or allow nothing at all, do not count.
+    """
+    found = [
+        (artefact, check, used)
+        for artefact, check in checks
+        if not check.failure and (used := _used_up(check)) is not None
+    ]
+    return max(found, key=lambda each: each[2], default=None)
+
+
+def _used_up(check: Check) -> float | None:
+    if check.value is None or check.of is not None:
+        return None
+    if check.at_most is not None:
+        return check.value / check.at_most if check.at_most > 0 else None
+    # A cosine and an IoU are at most 1.
+    if check.at_least is None or check.at_least >= 1:
+        return None
+    return (1 - check.value) / (1 - check.at_least)
+
+
+def measures_table() -> str:
+    """The measures and their meanings as a table in Markdown."""
+    rows = [f"| {name} | {meaning} |" for name, meaning in MEANINGS.items()]
+    return "\n".join(["| measure | says |", "|---|---|", *rows]) + "\n"
+
+
 def worst_error(rows: Iterable[ExportError]) -> tuple[str, str] | None:
     """The largest relative error of logits, and the artefact that shows it."""
     found = [(check, row.artefact) for row in rows if (check := check_of(row.checks, "relative error"))]
@@ -125,6 +247,13 @@ def percent(share: float | None, *, digits: int = 1) -> str:
     return "not finite" if share is None else f"{100 * share:.{digits}f}%"
 
 
+def milliseconds(value: float) -> str:
+    """Write a time to three digits, with its unit."""
+    if value < 0.01:
+        return "<0.01\u00a0ms"
+    return f"{value:,.0f}\u00a0ms" if value >= 100 else f"{value:.3g}\u00a0ms"
+
+
 def rate(found: Rate) -> tuple[str, str]:
     """Write a share, and its interval."""
     return percent(found.value), f"{100 * found.low:.1f} to {100 * found.high:.1f}"
@@ -142,3 +271,7 @@ def _bound(check: Check, *, from_one: bool) -> str:
     if check.at_least is None:
         return ""
     return f"\u2264 {1 - check.at_least:.3g}" if from_one else f"\u2265 {check.at_least:.4g}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(measures_table())

@@ -1,6 +1,7 @@
 """The benchmark of selectors: the sentences that follow from figures, and a small run of it all."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import flops
 from benchmarks.real import page as real_page
 from benchmarks.selection import __main__ as benchmark
 from benchmarks.selection.bed import questions_drawn
@@ -218,9 +220,18 @@ def test_labels_do_not_lie_on_each_other() -> None:
 
 
 def test_results_in_git_are_what_their_figures_say() -> None:
-    files = render(DOCS) | real_page.render()
+    files = render(DOCS) | real_page.render() | {"flops.md": flops.page(flops.counted())}
     pages = [path for pattern in ("*.md", "*.svg") for path in DOCS.glob(pattern)]
     assert {path.name: path.read_text(encoding="utf-8") for path in pages} == files
+
+
+def test_the_overview_begins_with_plots_and_a_table_and_folds_the_sentences() -> None:
+    overview = render(DOCS)["README.md"]
+    first = [line[:2] for line in overview.splitlines() if line[:2] in ("![", "| ", "<d", "- ")]
+    assert list(dict.fromkeys(first)) == ["![", "| ", "<d", "- "]
+    shown = re.sub(r"<details markdown>.*?</details>", "", overview, flags=re.DOTALL)
+    assert "- " not in {line[:2] for line in shown.splitlines()}
+    assert overview.count("<details markdown>") == 1 + 3 * len(PAGES)
 
 
 def test_figures_of_another_version_are_refused(tmp_path: Path) -> None:

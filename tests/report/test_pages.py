@@ -73,13 +73,14 @@ def inputs() -> dict[str, Any]:
             "picture": [224, 224],
             "visual_tokens": 64,
             "text_tokens": 48,
-            "stages": [{"layer": 1, "kept": 32, "visual": 64}],
+            "stages": [{"layer": 1, "where": "after layer 1", "kept": 32, "visual": 64}],
             "linear_layers": [0, 1],
             "linear_layers_from": "calibration",
             "prefill": flops,
             "decode": {"dense": 2e6, "capa": 1e6},
             "kv_cache": {"dense_bytes": 4096, "capa_bytes": 1024},
             "vision": {"total": 5e8},
+            "forecast": [],
         },
         "examples": [
             Example(Image.new("RGB", (60, 40), "white"), EVIL, "red", "red", "red ", EVIL, (KeptMap(1, 2, 3, (0, 4)),)),
@@ -108,15 +109,16 @@ def text_of(page: str) -> str:
 
 
 def test_a_passed_bundle_says_so_first(tmp_path: Path) -> None:
-    text = text_of(render(tmp_path))
+    text = text_of(page := render(tmp_path))
     assert "Passed" in text[:200]
     assert "failed" not in text
+    assert page.count("<details open") == 1, "the ranges, one of which overflows"
     assert "No engine was run &amp; none &lt; was asked for." in text
     assert "CAPA beats random pruning." in text
     assert "accuracy 95.0% 90.0 to 99.0 90.0% 85.0 to 94.0 60.0% 55.0 to 64.0" in text
     assert "KL, nats: random minus CAPA +0.2000 +0.1500 to +0.2500" in text
     assert "accuracy, points: CAPA minus random +30.0 +20.0 to +40.0" in text
-    assert "prefill 18 ms 6 ms 3.00" in text
+    assert "prefill 3.00 GFLOPs 18 ms 1.00 GFLOPs 6 ms 3.00 visual tokens alone" in text
     assert "size 5.00 MB layers 137 plugin layers 3 weight copies 0 seconds 2.0 peak memory not measured" in text
     assert "4 of built-in scenes, seed 7; oracle: the eager model" in text
     for digest in ("cd" * 32, "ef" * 32):
@@ -135,6 +137,23 @@ def test_every_check_stands_beside_its_bound_and_the_healthy_figure(tmp_path: Pa
     assert "kept-set IoU 0.8750 \u2265 0.8 furthest flip 0.50% \u2264 0.02 0.30% mean IoU 0.9900 0.9500" in text
 
 
+def test_a_measure_is_explained_once_wherever_it_is_named(tmp_path: Path) -> None:
+    page = render(tmp_path, parity=parity_of(bisection=BISECTION))
+    buttons = re.findall(r'<button type="button" class="term" popovertarget="([^"]*)" title="([^"]*)">', page)
+    explained = re.findall(r'<div popover class="meaning" id="([^"]*)"><b>[^<]*</b> ([^<]*)</div>', page)
+    assert len(explained) == len(set(buttons)) < len(buttons)
+    assert dict(explained) == dict(buttons)
+    assert "<th>" not in re.sub(r"<th>(?=</th>)", "", page), "a header says what it heads"
+
+
+def test_a_forecast_stands_beside_the_work(tmp_path: Path) -> None:
+    times = {way: {"first": first, "token": first / 10} for way, first in (("dense", 310.4), ("capa", 120.0))}
+    plan = {**inputs()["plan"], "forecast": [{"device": EVIL, **times}]}
+    text = text_of(render(tmp_path, plan=plan))
+    assert "forecast until the first token: 120 ms for 310 ms on &lt;script&gt;" in text
+    assert "310 ms 120 ms 31 ms 12 ms" in text
+
+
 def test_what_fails_is_said_first_and_marked_where_it_stands(tmp_path: Path) -> None:
     parity = parity_of(compared(failure=f"cosine off {EVIL}"), selection=(selected(layers=(1, 4), failure="too far"),))
     page = render(tmp_path, parity=parity)
@@ -146,8 +165,14 @@ def test_what_fails_is_said_first_and_marked_where_it_stands(tmp_path: Path) -> 
 
 def test_answers_that_changed_are_in_the_verdict(tmp_path: Path) -> None:
     text = text_of(render(tmp_path, parity=parity_of(answers=answers(100))))
-    assert "Not fit to ship Answers: 50 % as dense: not fit to ship, 90 % are asked for." in text
-    assert "Passed Answers: 91 % as dense." in text_of(render(tmp_path, parity=parity_of(answers=answers())))
+    assert "Not fit to ship Parity passed" in text
+    assert "Answers 50 % as dense: not fit to ship, 90 % are asked for Does the model answer" in text
+    text = text_of(render(tmp_path, parity=parity_of(answers=answers())))
+    assert "Answers 91 % as dense Does the model answer as it did with all visual tokens? Yes, on 182 of 200" in text
+    text = text_of(render(tmp_path, parity=parity_of(answers=answers(100, accepted=True))))
+    assert "Passed Parity passed" in text
+    assert "On 100 of 200 questions; you accepted it." in text
+    assert "Answers not measured" in text_of(render(tmp_path))
 
 
 def test_a_long_list_of_failures_is_folded(tmp_path: Path) -> None:
@@ -159,9 +184,9 @@ def test_a_long_list_of_failures_is_folded(tmp_path: Path) -> None:
 
 def test_warnings_are_not_failures(tmp_path: Path) -> None:
     text = text_of(render(tmp_path, parity=parity_of(warnings=("Few pictures.",))))
-    assert "Passed 1 warning Few pictures." in text
+    assert text.index("Passed Parity passed") < text.index("Answers") < text.index("1 warning Few pictures.")
     strict = parity_of(warnings=("Few pictures.",), passed=False, strict=True)
-    assert "FAILED 1 warning, and the run is strict Few" in text_of(render(tmp_path, parity=strict))
+    assert "1 warning, and the run is strict Few" in text_of(render(tmp_path, parity=strict))
     repeated = strict.model_copy(update={"failures": ("--strict: Few pictures.",)})
     assert text_of(render(tmp_path, parity=repeated)).count("Few pictures.") == 1
 
@@ -202,9 +227,9 @@ def test_without_engines_calibration_examples_and_answers(tmp_path: Path) -> Non
         assert f"<h2>{heading}" not in page
     text = text_of(page)
     assert "No selection was compared." in text
-    assert "KL from dense; random 0.2500" in text
+    assert "nats of KL from dense; random 0.2500" in text
     assert "accuracy, points" not in text
-    assert "latency, median" not in text
+    assert " ms" not in text
 
 
 def test_no_question_is_no_figure(tmp_path: Path) -> None:

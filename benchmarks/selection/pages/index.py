@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.selection.figures import Conditions, FigureRecord, read_record
 from benchmarks.selection.pages import ffn, layer, linearity, ratio, sinks, stability, tuned
-from benchmarks.selection.pages.words import listed, table
+from benchmarks.selection.pages.words import folded, listed, table
 
 __all__ = ["PAGES", "figures_file", "render"]
 
@@ -20,16 +20,16 @@ PAGES: Mapping[str, ModuleType] = {
     "sinks": sinks,
     "stability": stability,
 }
-_INTRODUCTION = """# What the selectors do to answers
+_TITLE = """# What the selectors do to answers
 
-Every selector on the same held-out questions, on the test beds: the families' own architectures, made small and trained
-on drawn scenes, with 64 visual tokens a picture. They tell methods apart; they are no forecast for a large model.
-Asked are, in turn, the colour of a shape, the shape of a colour, whether something is there, what has the same colour,
-a number of two small digits, how many shapes have a colour, which of two shapes that are alike is further up, and
-which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.
+Every selector on the same held-out questions about drawn scenes, on the families' own architectures made small, with 64
+visual tokens a picture. They tell methods apart; they are no forecast for a large model. [What follows from
+it](../findings.md), in a page; [a published decoder](real.md) that was taught to see is measured apart, and [what CAPA
+saves](flops.md) is counted."""
+_READING = """Asked are, in turn, the colour of a shape, the shape of a colour, whether something is there, what has the
+same colour, a number of two small digits, how many shapes have a colour, which of two shapes that are alike is further
+up, and which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.
 
-[What follows](../findings.md), in a page; [a published decoder](real.md) that was taught to see is measured apart, and
-[what CAPA saves](flops.md) is counted.
 Sentences and tables here are generated from the [figures](figures).
 "Surely", "loses" and "beats" mean that the 95 % interval of the paired difference lies on one side of 0; of right
 answers it does so only where McNemar's exact test does. Of differences that are none, at most one in forty looks like a
@@ -54,26 +54,32 @@ def render(folder: Path) -> dict[str, str]:
         CapaError: figures of another version.
     """
     files: dict[str, str] = {}
-    index, abouts = [_INTRODUCTION], list[Conditions]()
-    if answers := _records(folder, "ratio", ratio):
-        index.append(ratio.overview({bed: record.figures for bed, record in answers.items()}))
+    index, abouts = list[str](), list[Conditions]()
     for part, page in PAGES.items():
         records = _records(folder, part, page)
         if not records:
             continue
-        parts = [f"# {page.TITLE}", "[All results](README.md)"]
+        plots = {bed: f"![{page.TITLE}, {bed}]({part}-{bed}.svg)" for bed in records}
+        parts = [f"# {page.TITLE}", "[All results](README.md)", *plots.values()]
         index.append(f"## [{page.TITLE}]({part}.md)")
         for bed, record in records.items():
-            plot, found = f"{part}-{bed}.svg", listed(page.findings(record.figures))
-            files[plot] = page.plots(record.figures)
-            parts += [f"## {bed}", found, f"![{page.TITLE}, {bed}]({plot})", page.page(record.figures)]
-            index += [f"### {bed}", found]
+            found = list(page.findings(record.figures))
+            files[f"{part}-{bed}.svg"] = page.plots(record.figures)
+            parts += [f"## {bed}", folded(_counted(found, bed), listed(found)), page.page(record.figures)]
+            index.append(folded(_counted(found, bed), listed(found)))
         parts += ["## How", _subjects(records), *_runs([record.about for record in records.values()])]
         files[f"{part}.md"] = "\n\n".join(parts) + "\n"
         abouts += [record.about for record in records.values()]
+        if part == "ratio":
+            index = [*plots.values(), ratio.overview({bed: record.figures for bed, record in records.items()}), *index]
     if files:
-        files["README.md"] = "\n\n".join([*index, "## How", *_runs(abouts)]) + "\n"
+        reading = folded("What was asked, and how sure the words are", _READING)
+        files["README.md"] = "\n\n".join([_TITLE, *index, "## How", reading, *_runs(abouts)]) + "\n"
     return files
+
+
+def _counted(sentences: Sequence[str], bed: str) -> str:
+    return f"{bed}: {len(sentences)} sentence{'' if len(sentences) == 1 else 's'}"
 
 
 def _records(folder: Path, part: str, page: ModuleType) -> dict[str, FigureRecord[Any]]:

@@ -8,6 +8,7 @@ from capa_export.config.schedule import Stage, parse_method
 
 __all__ = [
     "better",
+    "folded",
     "grid",
     "joined",
     "listed",
@@ -59,6 +60,11 @@ def joined(parts: Sequence[str]) -> str:
 def listed(sentences: Iterable[str]) -> str:
     """The sentences as bullet points."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def folded(summary: str, text: str) -> str:
+    """A text behind its summary, in the repository and on the site."""
+    return f"<details markdown>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

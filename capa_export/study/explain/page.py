@@ -1,18 +1,13 @@
 """Writes the page of an explanation: one HTML file that needs nothing else to be read."""
 
 from collections.abc import Sequence
-from functools import cache
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
 from capa_export.base.files import write_whole
-from capa_export.config.recipe import ranges
-from capa_export.report import pages as report
-from capa_export.report import words as figures
-from capa_export.report.pictures import data_uri, fitted, overlay
+from capa_export.report.pictures import SIDE, data_uri, fitted, overlay
+from capa_export.report.templates import open_template
 from capa_export.study.explain.heat import ColorScale, heat, legend, mark_sinks
 from capa_export.study.explain.schema import Explanation, Maps, MethodExplanation
 from capa_export.study.explain.surfaces import Surface
@@ -25,6 +20,9 @@ _MAPS = (
     ("value_norm", "Value norm", "of what the token would add if every head attended to nothing else"),
 )
 
+_LARGE = 768
+"""Longer side of a picture that stands alone, in pixels."""
+
 
 def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> None:
     """Render an explanation; equal inputs give equal bytes.
@@ -34,14 +32,21 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
         found: what was measured.
         surfaces: where its visual tokens lie, none of a picture whose tokens make no grid.
     """
-    own = next(method for method in found.methods if method.own)
-    page = _template().render(
+    own, dense = next(method for method in found.methods if method.own), found.methods[0]
+    template = open_template("page.html", Path(__file__).parent)
+    page = template.render(
         found=found,
         own=own,
-        dense=found.methods[0],
-        plain=[(surface.name, data_uri(fitted(surface.image))) for surface in surfaces],
+        conclusion=_conclusion(found, own),
+        large=[
+            (title, method.answer, _draw_kept(method, surfaces, _LARGE if len(surfaces) == 1 else SIDE))
+            for method, title in (
+                (dense, f"with all {found.visual_tokens} visual tokens"),
+                (own, f"with the {len(own.kept)} that {own.method} keeps, outlined"),
+            )
+        ],
         undrawn=len(found.pictures) - len({surface.grid.picture for surface in surfaces}),
-        cards=[(method, _draw_kept(method, surfaces)) for method in found.methods],
+        cards=[(method, _draw_kept(method, surfaces), _shared(method, own)) for method in found.methods],
         maps=[_map(found.maps, surfaces, *words) for words in _MAPS],
         legend=data_uri(legend()),
         scatter=_scatter(found),
@@ -51,27 +56,33 @@ def write_page(path: Path, found: Explanation, surfaces: Sequence[Surface]) -> N
     write_whole(path, page)
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, Path(report.__file__).parent], encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(error=figures.error, decimals=figures.decimals, layers=ranges)
-    return environment.get_template("page.html")
+def _conclusion(found: Explanation, own: MethodExplanation) -> str:
+    """What the bundle's pruning does to this answer, and how many of the others do the same."""
+    share = f"{len(own.kept)} of {found.visual_tokens} visual tokens"
+    others = [method.same_answer for method in found.methods[1:] if not method.own]
+    gives = "the same answer as" if own.same_answer else "another answer than"
+    said = f"The bundle keeps {share}, which give {gives} all of them"
+    if not others:
+        return f"{said}."
+    counted = f"{sum(others)} of {len(others)} other methods"
+    return f"{said}; so do {counted}." if own.same_answer else f"{said}; {counted} keep it."
 
 
-def _draw_kept(method: MethodExplanation, surfaces: Sequence[Surface]) -> list[tuple[str, str]]:
+def _shared(method: MethodExplanation, own: MethodExplanation) -> str:
+    """How many of the bundle's kept tokens another method keeps too, and the IoU."""
+    count, most = len({*method.kept} & {*own.kept}), len(own.kept)
+    amount = "all" if count == most else "none" if not count else str(count)
+    return f"{amount} of {most} (IoU {method.iou:.2f})"
+
+
+def _draw_kept(method: MethodExplanation, surfaces: Sequence[Surface], side: int = SIDE) -> list[tuple[str, str]]:
     """Draw each picture with the kept tokens outlined, and describe it in words."""
     drawn: list[tuple[str, str]] = []
     for surface in surfaces:
         rows, cols, cells = surface.grid.rows, surface.grid.cols, surface.cells(method.kept)
         words = f"{surface.name}: the {len(cells)} of {rows * cols} visual tokens that {method.method} keeps"
-        picture = fitted(surface.image) if len(cells) == rows * cols else overlay(surface.image, rows, cols, cells)
+        whole = len(cells) == rows * cols
+        picture = fitted(surface.image, side) if whole else overlay(surface.image, rows, cols, cells, side)
         drawn.append((words, data_uri(picture)))
     return drawn
 

@@ -1,7 +1,9 @@
 """The page: complete, self-contained, well-formed and safe, from a small hand-made explanation."""
 
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,18 @@ _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Wellformed(HTMLParser):
-    """Every tag is closed in turn, every picture has words, every header of a table says what it heads."""
+    """Tags are closed in turn, pictures have words, headers say what they head, and measures are explained once."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.alts: list[str] = []
+        self.named: set[str | None] = set()
+        self.explained: list[str | None] = []
         self.feed(page)
         self.close()
         assert not self.open
+        assert sorted(map(str, self.explained)) == sorted(map(str, self.named)), "a measure is explained once"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
@@ -42,6 +47,10 @@ class Wellformed(HTMLParser):
             assert (given["src"] or "").startswith("data:image/png;base64,")
         if tag == "th":
             assert given["scope"] in ("row", "col")
+        if "popovertarget" in given:
+            self.named.add(given["popovertarget"])
+        if "popover" in given:
+            self.explained.append(given["id"])
         if tag not in _VOID:
             self.open.append(tag)
 
@@ -97,21 +106,44 @@ def render(folder: Path, found: Explanation, surfaces: list[Surface] | None = No
 
 def text_of(page: str) -> str:
     """What a reader sees, roughly."""
-    return " ".join(re.sub(r"<[^>]*>", " ", page.partition("<body>")[2]).replace("&#39;", "'").split())
+    body = re.sub(r'<span class="nowrap">([^<]*)</span>', r"\1", page.partition("<body>")[2])
+    return " ".join(re.sub(r"<[^>]*>", " ", body).replace("&#39;", "'").split())
 
 
 def test_every_method_has_its_card(tmp_path: Path) -> None:
     page = render(tmp_path, explanation())
     text = text_of(page)
     assert page.count("<article") == 3
-    assert "dense red kept all 6 IoU 0.5000 KL, nats 0" in text
-    assert "capa@2:0.75 the bundle's own red kept after layer 2 2 of 6 IoU 1.0000 KL, nats 0.25" in text
-    assert "differs from dense kept after layer 2 2 of 6 IoU 0.0000 KL, nats not finite" in text
+    assert "dense red kept all 6 KL, nats 0" in text
+    assert "capa@2:0.75 the bundle's own red kept after layer 2 2 of 6 KL, nats 0.25" in text
+    shared = "as the bundle none of 2 (IoU 0.00)"
+    assert f"differs from dense kept after layer 2 2 of 6 {shared} KL, nats not finite" in text
     assert text.count("differs from dense") == 1
     assert "vispruner:0.75 no attention from the tower" in text
-    assert "red dense, all 6 visual tokens red capa@2:0.75, the bundle's own, 2 of them" in text
+    assert "red with all 6 visual tokens red with the 2 that capa@2:0.75 keeps, outlined" in text
     assert "eager model's in FP32" in text
     assert "in layers 0-1, 4, but for dense" in text
+
+
+def test_one_line_says_what_pruning_did_to_the_answer(tmp_path: Path) -> None:
+    text = text_of(render(tmp_path, explanation()))
+    conclusion = "The bundle keeps 2 of 6 visual tokens, which give the same answer as all of them"
+    assert f"{conclusion}; so do 0 of 1 other methods." in text
+    dense, own, _ = explanation().methods
+    changed = own.model_copy(update={"same_answer": False})
+    text = text_of(render(tmp_path, explanation(methods=(dense, changed))))
+    assert "2 of 6 visual tokens, which give another answer than all of them." in text
+
+
+def test_a_picture_that_stands_alone_is_large(tmp_path: Path) -> None:
+    def widths(page: str) -> list[int]:
+        return [Image.open(BytesIO(b64decode(data))).width for data in re.findall(r'base64,([^"]*)" alt="p', page)[:3]]
+
+    assert widths(render(tmp_path, explanation())) == [768, 768, 384]
+    two = explanation(
+        pictures=("a.png", "b.png"), grids=tuple(Grid(picture=n, first=3 * n, rows=1, cols=3) for n in (0, 1))
+    )
+    assert widths(render(tmp_path, two)) == [384, 384, 384]
 
 
 def test_sinks_are_in_the_table_on_the_picture_and_on_the_chart(tmp_path: Path) -> None:
