@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeAlias
@@ -19,11 +20,12 @@ from capa_export.base.files import replacing
 from capa_export.base.precision import FORMATS
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
-from capa_export.model.quantized.packed import packed_scales, packed_values
+from capa_export.model.quantized.packed import BlockForm, input_scales, packed_scales, packed_values, packed_zeros
 from capa_export.model.quantized.tensor import QuantizedTensor
+from capa_export.model.quantized.weight import QuantizedWeight
 from capa_export.model.source import EMBEDDING
 from capa_export.model.tensors import checked_shape, unbound
-from capa_export.passes.pack_weights import packed_name, scale_name
+from capa_export.passes.pack_weights import input_scale_name, packed_name, scale_name, zero_name
 
 __all__ = [
     "WrittenWeights",
@@ -287,22 +289,22 @@ def _bound(
 
 
 def _packed_parts(name: str, tensor: QuantizedTensor) -> Iterator[_Computed]:
-    """The INT4 numbers and the scales of a weight."""
+    """What initializers hold of a packed weight; graphs read of it what the weight has."""
     num_outputs, num_inputs = tensor.shape
-    yield _Computed(
-        name=packed_name(name),
-        read=lambda: packed_values(tensor.quantized()),
-        dtype=ir.DataType.INT4,
-        shape=(num_inputs, num_outputs),
-        path=tensor.path,
-    )
-    yield _Computed(
-        name=scale_name(name),
-        read=lambda: packed_scales(tensor.quantized()),
-        dtype=ir.DataType.FLOAT,
-        shape=(num_inputs // tensor.group_size, num_outputs),
-        path=tensor.path,
-    )
+    form = tensor.block_form()
+    assert isinstance(form, BlockForm)
+    numbers, groups = (num_inputs, num_outputs), (num_inputs // form.group, num_outputs)
+    for part, read, dtype, shape in (
+        (packed_name(name), packed_values, ir.DataType.INT4, numbers),
+        (scale_name(name), packed_scales, ir.DataType.FLOAT, groups),
+        (zero_name(name), packed_zeros, ir.DataType.FLOAT, groups),
+        (input_scale_name(name), input_scales, ir.DataType.FLOAT, (num_inputs,)),
+    ):
+        yield _Computed(name=part, read=partial(_read, tensor, read), dtype=dtype, shape=shape, path=tensor.path)
+
+
+def _read(tensor: QuantizedTensor, part: Callable[[QuantizedWeight], Array]) -> Array:
+    return part(tensor.quantized())
 
 
 def _place(source: StoredTensor | _Computed) -> tuple[object, ...]:

@@ -23,7 +23,7 @@ from capa_export.graph.genai import (
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.source import Source
 from capa_export.passes.fp32_parts import FP32PartsPass
-from capa_export.passes.pack_weights import PackWeightsPass, packed_groups
+from capa_export.passes.pack_weights import PackWeightsPass, packed_forms
 from capa_export.selectors.selector import SelectorChoice, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
@@ -85,7 +85,7 @@ def write_genai(
     if dtype != ir.DataType.FLOAT:
         FP32PartsPass([parse_unit(word) for word in fp32_layers])(decoder)
     weights = ir.load(folder / "llm" / "prefill.onnx").graph
-    PackWeightsPass(packed_groups(weights))(decoder)
+    PackWeightsPass(packed_forms(weights))(decoder)
     chosen = selectors.get(-1)
     tower = ir.load(folder / "visual" / "model.onnx")
     _move(tower, folder)

@@ -22,10 +22,11 @@ from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
+from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.source import EMBEDDING, Source
 from capa_export.passes.fp32_parts import FP32PartsPass
-from capa_export.passes.pack_weights import PackWeightsPass, only_gemm_reads
+from capa_export.passes.pack_weights import PackedForm, PackWeightsPass, input_scale_name, only_gemm_reads
 from capa_export.selectors.selector import TOWER_OUTPUTS, SelectorChoice
 
 __all__ = [
@@ -201,14 +202,21 @@ def _graphs(
 
 def _pack(models: Mapping[str, ir.Model], source: Source) -> dict[str, QuantizedTensor]:
     """Let INT4 numbers stand for weights in all of the decoder's graphs, where they can; returns these weights."""
-    packed = {name: tensor for name, tensor in source.quantized.items() if tensor.why_expanded() is None}
+    packed = source.block_forms()
     for model in models.values():
         weights = {name: model.graph.initializers.get(name) for name in packed}
         packed = {name: packed[name] for name, value in weights.items() if value is None or only_gemm_reads(value)}
-    pack = PackWeightsPass({name: tensor.group_size for name, tensor in packed.items()})
+    known: dict[bytes, str] = {}
+    pack = PackWeightsPass({name: _form(name, form, known) for name, form in packed.items()})
     for model in models.values():
         pack(model)
-    return packed
+    return {name: source.quantized[name] for name in packed}
+
+
+def _form(name: str, form: BlockForm, known: dict[bytes, str]) -> PackedForm:
+    """How the pass packs a weight; `known` are factors of inputs by their bytes, so that equal ones are stored once."""
+    scale = None if form.input_scale is None else known.setdefault(form.input_scale, input_scale_name(name))
+    return PackedForm(group=form.group, input_scale=scale, has_zeros=form.has_zeros)
 
 
 def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from capa_export.model.quantized.tensor import QuantizedTensor, quantization
 from capa_export.model.source import Source
-from capa_export.passes.pack_weights import packed_groups
+from capa_export.passes.pack_weights import packed_forms
 
 __all__ = ["packing", "packing_words"]
 
@@ -26,20 +26,22 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
     said = quantization(source.tensors.values())
     if said is None:
         return None
-    groups = packed_groups(ir.load(prefill).graph)
-    rest = {name: tensor for name, tensor in source.tensors.items() if name not in groups}
-    reasons = [_why(source, tensor) for tensor in rest.values() if isinstance(tensor, QuantizedTensor)]
+    forms = packed_forms(ir.load(prefill).graph)
+    reasons = [_why(source, tensor) for name, tensor in source.quantized.items() if name not in forms]
     return {
         "layers": said,
-        "packed": len(groups),
-        "group": next(iter(groups.values()), None),
+        "packed": len(forms),
+        "group": next((form.group for form in forms.values()), None),
         "expanded": dict(sorted(Counter(reasons).items())),
     }
 
 
 def _why(source: Source, tensor: QuantizedTensor) -> str:
     """Why a layer was expanded."""
-    return _AS_ASKED if source.quantize == "none" else tensor.why_expanded() or _SCORED
+    if source.quantize == "none":
+        return _AS_ASKED
+    form = tensor.block_form()
+    return form if isinstance(form, str) else _SCORED
 
 
 def packing_words(packing: dict[str, Any], precision: str) -> str:

@@ -10,6 +10,7 @@ from capa_export.config.quantization import check_groups, rounding_group
 from capa_export.model.checkpoint import Checkpoint, StoredTensor
 from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.expanded import expanded
+from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.rounded import rounded
 from capa_export.model.quantized.tensor import QuantizedTensor
 
@@ -55,7 +56,7 @@ class Source:
         if dims.decoder.ties_missing_head:
             tensors = tied(tensors)
         source = cls(checkpoint, family, dims, tensors, quantize)
-        group = next((one.group_size for one in source.quantized.values() if one.why_expanded() is None), None)
+        group = next((form.group for form in source.block_forms().values()), None)
         return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed_group=group)))
 
     @property
@@ -65,10 +66,15 @@ class Source:
 
     @property
     def quantized(self) -> Mapping[str, QuantizedTensor]:
-        """The quantized tensors by the graph's names; empty where graphs are to hold none."""
+        """The quantized tensors by the graph's names."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, QuantizedTensor)}
+
+    def block_forms(self) -> Mapping[str, BlockForm]:
+        """The forms of those that graphs are to hold as INT4, by the graph's names."""
         if self.quantize == "none":
             return {}
-        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, QuantizedTensor)}
+        forms = {name: tensor.block_form() for name, tensor in self.quantized.items()}
+        return {name: form for name, form in forms.items() if isinstance(form, BlockForm)}
 
 
 def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.model.checkpoint import StoredTensor
+from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
@@ -32,10 +33,6 @@ class RoundedTensor(QuantizedTensor):
     group: int
 
     @property
-    def group_size(self) -> int:
-        return self.group
-
-    @property
     def format_name(self) -> str:
         return f"INT4, rounded to nearest, groups of {self.group}"
 
@@ -47,8 +44,8 @@ class RoundedTensor(QuantizedTensor):
         values, scales = _rounded(self.plain, self.group)
         return QuantizedWeight(kind="int4", read_values=lambda: values, scales=scales, group_size=self.group)
 
-    def why_expanded(self) -> str | None:
-        return None
+    def block_form(self) -> BlockForm:
+        return BlockForm(group=self.group)
 
 
 # Numbers and scales are written one after the other.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, StoredTensor
-from capa_export.model.quantized.packed import why_expanded
+from capa_export.model.quantized.packed import BlockForm, block_form
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
 __all__ = ["QuantizedTensor", "quantization"]
@@ -27,14 +27,9 @@ class QuantizedTensor(StoredTensor):
         """
         raise NotImplementedError
 
-    @property
-    def group_size(self) -> int:
-        """Inputs of a group."""
-        return self.quantized().group_size
-
-    def why_expanded(self) -> str | None:
-        """Why graphs cannot hold its numbers as they are; None where they can."""
-        return why_expanded(self.quantized())
+    def block_form(self) -> BlockForm | str:
+        """How graphs hold its numbers as they are, or why they cannot."""
+        return block_form(self.quantized())
 
     def mapped(self) -> Array:
         """The weight [out, in] in FP32, in memory of its own."""
