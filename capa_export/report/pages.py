@@ -18,7 +18,7 @@ from capa_export.config.recipe import ranges
 from capa_export.report import charts
 from capa_export.report import words as figures
 from capa_export.report.pictures import data_uri, fitted, overlay
-from capa_export.report.schema import MethodError, ParityReport
+from capa_export.report.schema import MethodError, ParityReport, QuantizationError
 
 __all__ = ["Example", "KeptMap", "write_report"]
 
@@ -133,6 +133,7 @@ def _summary(parity: ParityReport, plan: Mapping[str, Any]) -> list[tuple[str, s
             f"smallest kept-set IoU, {flips} {'flip' if flips == 1 else 'flips'}",
         ),
         ("Method error", *_method_figure(parity.method_error)),
+        *_quantization_figure(parity.quantization_error),
         ("Work", f"{less:.2f} times", "fewer FLOPs in prefill, counted"),
     ]
 
@@ -147,6 +148,15 @@ def _method_figure(found: MethodError) -> tuple[str, str]:
         return accuracy["capa"], f"of {found.pruned}'s answers are right; {others}"
     others = f"; random {figures.decimals(methods['random'].kl)}" if "random" in methods else ""
     return figures.decimals(methods["capa"].kl), f"KL from dense{others}"
+
+
+def _quantization_figure(found: QuantizationError | None) -> list[tuple[str, str, str]]:
+    if found is None:
+        return []
+    same = figures.percent(found.top1)
+    return [
+        ("Quantization error", figures.decimals(found.kl), f"KL from full precision; {same} of next tokens as there")
+    ]
 
 
 def _method_rows(found: MethodError) -> list[tuple[str, list[tuple[str, str]]]]:
