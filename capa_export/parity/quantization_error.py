@@ -8,7 +8,8 @@ import torch
 
 from capa_export.base.progress import Report, tracked
 from capa_export.model.agreement import STEPS, Agreement, agreeing, answering
-from capa_export.model.eager import Eager, EagerPlan
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.model import Model
 from capa_export.model.quantized.tensor import quantization
 from capa_export.model.streamed import StoredWeights, hollow_model

@@ -21,7 +21,7 @@ from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
-from capa_export.model.quantized.formats import find_format
+from capa_export.model.quantized.formats import find_format, int4_group
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     choose_weights,
@@ -98,10 +98,10 @@ def dry_run(
     """
     config = fetch_config(checkpoint, revision=revision)
     where = f"{checkpoint}: config.json"
-    find_format(config, where)
+    form = find_format(config, where)
     dims = load_family(recipe.family).model_dims(config, where=where)
     check_groups(recipe.quantize, dims.decoder)
-    group = rounding_group(recipe.quantize)
+    group = rounding_group(recipe.quantize) or (None if recipe.quantize == "none" else int4_group(form))
     if group is not None and target is not None:
         target.require_packed_weights()
     dims = replace(dims, decoder=replace(dims.decoder, packed_group=group))

@@ -14,7 +14,7 @@ from capa_export.bundle.store import PARITY, REPORT, Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import Prune, Stage
 from capa_export.model.agreement import STEPS
-from capa_export.model.eager import EagerPlan, inputs_for
+from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.model import Model
 from capa_export.model.prompt import Prompt, Turn
 from capa_export.parity.oracle import Oracle

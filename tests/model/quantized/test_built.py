@@ -94,7 +94,13 @@ def test_a_plan_reads_the_config_and_refuses_what_a_build_would(building: Buildi
     # What is free now is not the checkpoint's.
     plain = {**dry_run(building.recipe, str(folder), **options), "memory_available": 0}
     quantize(folder, FORMATS["AutoAWQ"])
-    assert {**dry_run(building.recipe, str(folder), **options), "memory_available": 0} == plain
+    expanded = building.recipe.with_options(quantize="none")
+    assert {**dry_run(expanded, str(folder), **options), "memory_available": 0} == plain
+    packed = dry_run(building.recipe, str(folder), **options)
+    layers = 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert packed["parameters"]["packed"] == layers
+    less = 2 * layers - layers // 2 - 2 * (layers // GROUP)
+    assert packed["files"]["onnx weights"] == plain["files"]["onnx weights"] - less
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "bitsandbytes"
     (folder / "config.json").write_text(json.dumps(config))
