@@ -92,7 +92,7 @@ def test_a_plan_reads_the_config_and_refuses_what_a_build_would(building: Buildi
     folder = Path(building.checkpoint)
     options: dict[str, Any] = {"out": None, "precision": "fp16", "ffn": False}
     # What is free now is not the checkpoint's.
-    plain = {**dry_run(building.recipe, str(folder), **options), "memory_available": 0}
+    plain: dict[str, Any] = {**dry_run(building.recipe, str(folder), **options), "memory_available": 0}
     quantize(folder, FORMATS["AutoAWQ"])
     expanded = building.recipe.with_options(quantize="none")
     assert {**dry_run(expanded, str(folder), **options), "memory_available": 0} == plain
