@@ -5,6 +5,7 @@ forecast, with products in FP16 as they are computed there.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +13,13 @@ from benchmarks.selection.pages.words import table
 from capa_export.base.dims import ModelDims
 from capa_export.config.target import load_target
 from capa_export.model.families import load_family
+from capa_export.plan.device_memory import decoder_bytes
 from capa_export.plan.flops import flops, kv_cache, parameters
-from capa_export.plan.forecast import AnswerWork, forecast, step_bytes
+from capa_export.plan.forecast import AnswerWork, forecast
 
 __all__ = ["PAGE", "page", "write_page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "forecast.md"
-_INT4 = 0.5 + 2 / 128
-"""Bytes of a weight with its share of the FP16 scale of 128."""
 _TEXT = 27
 """Of prompts of 292 tokens with one picture of 265."""
 
@@ -91,13 +91,14 @@ def _rows() -> Iterator[list[str]]:
     models = _models()
     for one in _PUBLISHED:
         dims = models[one.model]
+        dims = replace(dims, decoder=replace(dims.decoder, packed_group=128))
         sizes: dict[str, Any] = {"num_visual": one.visual, "num_text": _TEXT, "schedule": ()}
         total = parameters(dims)
         work = AnswerWork(
             vision_flops=dims.vision.flops(one.visual),
             vision_bytes=2 * total.vision,
             prefill_flops=flops(dims.decoder, **sizes, linear_layers=()).dense.total,
-            step_bytes=step_bytes(total, 2, _INT4),
+            step_bytes=decoder_bytes(total, 2),
             cache_bytes=kv_cache(dims.decoder, **sizes).dense_bytes,
         )
         times = forecast(work, load_target(one.target).devices[one.device])

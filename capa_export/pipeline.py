@@ -31,7 +31,7 @@ def build(
             failed, and those before it are kept.
     """
     check_runtime(target)
-    check_wishes(model)
+    check_wishes(model, options)
     check_engines(model.source.dims.decoder, target, options)
     options = _with_room(model, bundle, target, options)
     with bundle.claimed():

@@ -45,6 +45,7 @@ def build(
     layer_by_layer: bool | None = None,
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
+    quantize: str | None = None,
     fp32_layers: Sequence[str] | None = None,
     auto_fp32: bool = False,
     target: str = "rtx",
@@ -80,6 +81,8 @@ def build(
         layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
         calibration: a finished one, a file or a bundle, in place of a run.
         precision: of weights and activations.
+        quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, `none` to
+            expand those of a quantized checkpoint; by default what the checkpoint has.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
         auto_fp32: whether to put in FP32 what the bisection of a failure finds, and to validate again.
         target: the device, a name that `capa-export targets` lists or the path of a .toml.
@@ -115,6 +118,7 @@ def build(
         min_keep_per_image=min_keep_per_image,
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
+        quantize=quantize,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         target=device,
@@ -195,6 +199,7 @@ def plan(
     layer_by_layer: bool | None = None,
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
+    quantize: str | None = None,
     fp32_layers: Sequence[str] | None = None,
     target: str = "rtx",
     weights: Weights = "auto",
@@ -216,6 +221,7 @@ def plan(
         layer_by_layer: whether to hold one layer's weights in memory.
         calibration: a finished one.
         precision: of weights and activations.
+        quantize: what the weights of the decoder's layers are to be.
         fp32_layers: parts in FP32.
         target: the device.
         weights: where engines find theirs.
@@ -233,6 +239,7 @@ def plan(
         min_keep_per_image=min_keep_per_image,
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
+        quantize=quantize,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         target=device,

@@ -36,6 +36,7 @@ def find_model(
     min_keep_per_image: int | None = None,
     ffn_budget: float | None = None,
     fp32_layers: Sequence[str] | None = None,
+    quantize: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     target: Target | None = None,
@@ -53,6 +54,7 @@ def find_model(
         min_keep_per_image: visual tokens that each image keeps at least.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         fp32_layers: parts in FP32.
+        quantize: what the weights of the decoder's layers are to be: `none`, `int4` or `int4:GROUP`.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         target: whose engines limit the pictures.
@@ -69,6 +71,7 @@ def find_model(
         min_keep_per_image=min_keep_per_image,
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
+        quantize=quantize,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )

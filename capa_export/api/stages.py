@@ -23,6 +23,7 @@ def calibrate(
     recipe: str | None = None,
     revision: str | None = None,
     ffn_budget: float | None = None,
+    quantize: str | None = None,
     images: AnyPath | None = None,
     samples: int | None = None,
     min_pixels: int | None = None,
@@ -41,6 +42,7 @@ def calibrate(
         recipe: a name that `capa-export models` lists, or the path of a .toml; None for the checkpoint's.
         revision: of a hub id.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
+        quantize: what the weights of the decoder's layers are to be in the build that the calibration is for.
         images: pictures and questions; the recipe's scenes where there are none.
         samples: prompts, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -60,6 +62,7 @@ def calibrate(
         *(checkpoint, recipe),
         revision=revision,
         ffn_budget=ffn_budget,
+        quantize=quantize,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
@@ -87,6 +90,7 @@ def export(
     images: AnyPath | None = None,
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
+    quantize: str | None = None,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -111,6 +115,7 @@ def export(
         images: pictures that a finished calibration is tried on, where it does not say what its scales cost.
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.
+        quantize: what the weights of the decoder's layers are to be.
         fp32_layers: parts in FP32.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
@@ -138,6 +143,7 @@ def export(
         min_keep_per_image=min_keep_per_image,
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
+        quantize=quantize,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,

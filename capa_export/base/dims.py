@@ -38,6 +38,8 @@ class DecoderDims:
     """Whether each head's queries and keys are normed before they are rotated."""
     deepstack_layers: int = 0
     """First layers behind which visual tokens gain features of their own from the vision tower."""
+    packed_group: int | None = None
+    """Inputs that share a scale, where graphs hold the weights of the layers as INT4; None where they are plain."""
 
     @property
     def position_axes(self) -> int:

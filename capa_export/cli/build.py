@@ -32,6 +32,7 @@ from capa_export.cli.options import (
     PluginLibraryOpt,
     PluginsOpt,
     PrecisionOpt,
+    QuantizeOpt,
     RatioOpt,
     RevisionOpt,
     SamplesOpt,
@@ -74,6 +75,7 @@ def build(
     layer_by_layer: LayerByLayerOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
+    quantize: QuantizeOpt = None,
     fp32_layers: Fp32LayersOpt = None,
     auto_fp32: Annotated[
         bool,
@@ -119,6 +121,7 @@ def build(
         "max_pixels": max_pixels,
         "calibration": calibration,
         "precision": precision,
+        "quantize": quantize,
         "target": target,
         "weights": weights,
         "memory": memory,
@@ -172,6 +175,7 @@ def plan(
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = "fp16",
+    quantize: QuantizeOpt = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -199,6 +203,7 @@ def plan(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         precision=precision,
+        quantize=quantize,
         target=target,
         weights=weights,
         memory=memory,

@@ -50,6 +50,7 @@ __all__ = [
     "PluginsOpt",
     "PrecisionOpt",
     "ProviderOpt",
+    "QuantizeOpt",
     "RatioOpt",
     "RayOpt",
     "RevisionOpt",
@@ -196,6 +197,15 @@ TargetOpt = Annotated[
     str,
     typer.Option(
         "--target", "-t", help="Device: a name from `targets`, or the path of a .toml.", rich_help_panel=ENGINE
+    ),
+]
+QuantizeOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|int4[:GROUP]",
+        help="Weights of the decoder's layers: int4 rounds plain ones, in groups of 32, 64 or 128 inputs [128]; none "
+        "expands those of a quantized checkpoint [default: as the checkpoint has them].",
+        rich_help_panel=PRECISION,
     ),
 ]
 _AUTO = "auto takes embedded where the decoder has at most 1 GiB"

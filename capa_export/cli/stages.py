@@ -40,6 +40,7 @@ from capa_export.cli.options import (
     PluginsOpt,
     PrecisionOpt,
     ProviderOpt,
+    QuantizeOpt,
     RatioOpt,
     RayOpt,
     RevisionOpt,
@@ -81,6 +82,7 @@ def calibrate(
     checkpoint: CheckpointOpt = None,
     revision: RevisionOpt = None,
     ffn_budget: FfnBudgetOpt = None,
+    quantize: QuantizeOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -107,7 +109,7 @@ def calibrate(
 ) -> None:
     """Measure which visual FFNs are linear, and their scales."""
     if merge:
-        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget)
+        chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget, quantize)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -126,6 +128,7 @@ def calibrate(
                 recipe=model,
                 revision=revision,
                 ffn_budget=ffn_budget,
+                quantize=quantize,
                 images=images,
                 samples=samples,
                 min_pixels=min_pixels,
@@ -172,6 +175,7 @@ def export(
     images: ImagesOpt = None,
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
+    quantize: QuantizeOpt = None,
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -207,6 +211,7 @@ def export(
             images=images,
             calibration=calibration,
             precision=precision,
+            quantize=quantize,
             fp32_layers=words(fp32_layers),
             min_pixels=min_pixels,
             max_pixels=max_pixels,

@@ -10,6 +10,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
+from capa_export.config.quantization import Quantization, parse_quantization
 from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
@@ -72,6 +73,8 @@ class Recipe(Settings):
     method: MethodBounds = MethodBounds()
     fp32_layers: tuple[str, ...] = ()
     """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
+    quantize: Quantization | None = None
+    """What the weights of the decoder's layers are, as `--quantize` takes it; None for what the checkpoint has."""
     calibration: Calibration = Calibration()
     parity: Parity = Field(default_factory=Parity)
 
@@ -85,6 +88,7 @@ class Recipe(Settings):
         min_keep_per_image: int | None = None,
         ffn_budget: float | None = None,
         fp32_layers: Sequence[str] | None = None,
+        quantize: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> "Recipe":
@@ -121,6 +125,8 @@ class Recipe(Settings):
             for word in fp32_layers:
                 parse_unit(word)
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
+        if quantize is not None:
+            changed["quantize"] = parse_quantization(quantize)
         return self.model_copy(update=changed)
 
     def for_any_target(self) -> "Recipe":

@@ -50,6 +50,8 @@ class Engine(Settings):
     possible_compute_capabilities: tuple[str, ...] = ()
     """All that this runtime can build our graphs for; none named where the device builds for itself."""
     precisions: tuple[Precision, ...]
+    weight_types: tuple[Literal["int4"], ...] = ()
+    """What weights of few bits it multiplies as they are stored."""
     limits_of: str | None = None
     """Target whose limits hold where these are silent."""
     dims: dict[str, DimRange] = Field(default_factory=dict)
@@ -120,6 +122,19 @@ class Target(Settings):
         if self.engine is not None and precision not in self.engine.precisions:
             raise CapaError(
                 f"target {self.name} does not take {precision}; it takes {', '.join(self.engine.precisions)}",
+                ExitCode.USAGE,
+            )
+
+    def require_packed_weights(self) -> None:
+        """Refuse INT4 weights where the target does not list them.
+
+        Raises:
+            CapaError: the engine of this target would not multiply with them.
+        """
+        if self.engine is not None and "int4" not in self.engine.weight_types:
+            raise CapaError(
+                f"target {self.name} does not take INT4 weights; build with --quantize none, or say in its [engine] "
+                'that it does: weight_types = ["int4"]',
                 ExitCode.USAGE,
             )
 

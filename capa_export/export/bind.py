@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -18,8 +20,12 @@ from capa_export.base.files import replacing
 from capa_export.base.precision import FORMATS
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
+from capa_export.model.quantized.packed import BlockForm, input_scales, packed_scales, packed_values, packed_zeros
+from capa_export.model.quantized.tensor import QuantizedTensor
+from capa_export.model.quantized.weight import QuantizedWeight
 from capa_export.model.source import EMBEDDING
 from capa_export.model.tensors import checked_shape, unbound
+from capa_export.passes.pack_weights import input_scale_name, packed_name, scale_name, zero_name
 
 __all__ = [
     "WrittenWeights",
@@ -36,23 +42,21 @@ _PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _ExtraArray:
+class _Computed:
     """An array that no checkpoint holds, with the part of `StoredTensor` that conversion needs."""
 
     name: str
-    array: Array
+    read: Callable[[], Array]
+    dtype: ir.DataType
+    shape: tuple[int, ...]
     path: Path = Path("(computed)")
 
-    @property
-    def dtype(self) -> ir.DataType:
-        return ir.DataType.from_numpy(self.array.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+    @classmethod
+    def of(cls, name: str, array: Array) -> "_Computed":
+        return cls(name=name, read=lambda: array, dtype=ir.DataType.from_numpy(array.dtype), shape=array.shape)
 
     def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator[Array]:
-        flat = np.ascontiguousarray(self.array).reshape(-1)
+        flat = np.ascontiguousarray(self.read()).reshape(-1)
         return (flat[start : start + size] for start in range(0, flat.size, size))
 
 
@@ -81,18 +85,50 @@ class _Digest:
         return self._sha256.hexdigest()
 
 
-class _ConvertedTensor(ir.LazyTensor):
-    """A source seen in another dtype and shape; while it is written, its bytes exist one chunk at a time."""
+class _SourceTensor(ir.LazyTensor):
+    """A source as an initializer holds it; it is read while it is written."""
 
     digest: _Digest
     """Digest of the file that the tensor is written to."""
 
-    def __init__(self, source: StoredTensor | _ExtraArray, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
+    def __init__(self, source: StoredTensor | _Computed, dtype: ir.DataType, shape: Sequence[int], name: str) -> None:
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self.source = source
 
     def __repr__(self) -> str:
         return f"{self._repr_base()}({self.source!r}, name={self.name!r})"
+
+    def _whole(self) -> ir.TensorProtocol:
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the bytes of the elements in order."""
+        raise NotImplementedError
+
+    def tofile(self, file: BinaryIO) -> None:
+        file.writelines(_read_ahead(self._hashed(file.tell())))
+
+    def _hashed(self, offset: int) -> Iterator[memoryview]:
+        """Yield the bytes of the chunks, which are in the digest when they come out."""
+        for block in self.blocks():
+            self.digest.update(offset, block)
+            offset += block.nbytes
+            yield block
+
+
+class _PackedTensor(_SourceTensor):
+    """A source of INT4 numbers, written two an octet."""
+
+    def _whole(self) -> ir.TensorProtocol:
+        assert isinstance(self.source, _Computed)
+        return ir.Tensor(self.source.read(), dtype=self.dtype, name=self.name)
+
+    def blocks(self) -> Iterator[memoryview]:
+        yield memoryview(self._whole().tobytes())
+
+
+class _ConvertedTensor(_SourceTensor):
+    """A source seen in another dtype and shape; while it is written, its bytes exist one chunk at a time."""
 
     def _whole(self) -> ir.TensorProtocol:
         array, done = np.empty(self.size, self.dtype.numpy()), 0
@@ -133,16 +169,8 @@ class _ConvertedTensor(ir.LazyTensor):
                 ExitCode.EXPORT,
             )
 
-    def tofile(self, file: BinaryIO) -> None:
-        file.writelines(_read_ahead(self._hashed(file.tell())))
-
-    def _hashed(self, offset: int) -> Iterator[memoryview]:
-        """Yield the bytes of the chunks, which are in the digest when they come out."""
-        for chunk in self.chunks():
-            block = chunk.view(np.uint8).data
-            self.digest.update(offset, block)
-            offset += block.nbytes
-            yield block
+    def blocks(self) -> Iterator[memoryview]:
+        return (chunk.view(np.uint8).data for chunk in self.chunks())
 
 
 def _read_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -161,6 +189,7 @@ def bind(
     dtype: ir.DataType,
     data_path: Path,
     extra: Mapping[str, Array] | None = None,
+    packed: Mapping[str, QuantizedTensor] = MappingProxyType({}),
     shards: Shards | None = None,
     progress: Progress | None = None,
 ) -> WrittenWeights:
@@ -174,15 +203,16 @@ def bind(
         dtype: for the initializers that have no dtype of their own.
         data_path: the external data file.
         extra: arrays that are not in the checkpoint, by initializer name.
+        packed: those of the checkpoint whose places `PackWeightsPass` has given to INT4 numbers.
         shards: where weights that need no conversion stay; without it all of them are written.
         progress: called with a tensor's name, bytes written, bytes in all.
 
     Raises:
         CapaError: a tensor is missing, has another shape, is not finite, overflows, or the disk is full.
     """
-    written: dict[tuple[object, ...], _ConvertedTensor] = {}
+    written: dict[tuple[object, ...], _SourceTensor] = {}
     uses: list[tuple[ir.Value, tuple[object, ...]]] = []
-    for value, tensor in _bound(models, tensors, dtype, extra):
+    for value, tensor in _bound(models, tensors, dtype, extra, packed):
         key = (*_place(tensor.source), tensor.dtype)
         written.setdefault(key, tensor)
         uses.append((value, key))
@@ -218,6 +248,7 @@ def bind_lazily(
     *,
     dtype: ir.DataType,
     extra: Mapping[str, Array] | None = None,
+    packed: Mapping[str, QuantizedTensor] = MappingProxyType({}),
 ) -> None:
     """Give every initializer that has no value yet weights that are read, and converted, when they are asked for.
 
@@ -226,11 +257,12 @@ def bind_lazily(
         tensors: the checkpoint, by canonical name.
         dtype: for the initializers that have no dtype of their own.
         extra: arrays that are not in the checkpoint, by initializer name.
+        packed: as `bind` takes it.
 
     Raises:
         CapaError: a tensor is missing, or has another shape.
     """
-    for value, tensor in _bound(models, tensors, dtype, extra):
+    for value, tensor in _bound(models, tensors, dtype, extra, packed):
         value.type, value.const_value = ir.TensorType(tensor.dtype), tensor
 
 
@@ -239,9 +271,13 @@ def _bound(
     tensors: Mapping[str, StoredTensor],
     dtype: ir.DataType,
     extra: Mapping[str, Array] | None,
-) -> Iterator[tuple[ir.Value, _ConvertedTensor]]:
+    packed: Mapping[str, QuantizedTensor],
+) -> Iterator[tuple[ir.Value, _SourceTensor]]:
     """Initializers without a value, and what they are to hold."""
-    sources = dict(tensors) | {name: _ExtraArray(name=name, array=array) for name, array in (extra or {}).items()}
+    sources: dict[str, StoredTensor | _Computed] = {**tensors}
+    sources |= {name: _Computed.of(name, array) for name, array in (extra or {}).items()}
+    for name, tensor in packed.items():
+        sources |= {part.name: part for part in _packed_parts(name, tensor)}
     waiting = [value for model in models for value in unbound(model)]
     if missing := [value.name for value in waiting if value.name not in sources]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -252,21 +288,42 @@ def _bound(
     return ((value, _convert(value, sources[str(value.name)], dtype)) for value in waiting)
 
 
-def _place(source: StoredTensor | _ExtraArray) -> tuple[object, ...]:
+def _packed_parts(name: str, tensor: QuantizedTensor) -> Iterator[_Computed]:
+    """What initializers hold of a packed weight; graphs read of it what the weight has."""
+    num_outputs, num_inputs = tensor.shape
+    form = tensor.block_form()
+    assert isinstance(form, BlockForm)
+    numbers, groups = (num_inputs, num_outputs), (num_inputs // form.group, num_outputs)
+    for part, read, dtype, shape in (
+        (packed_name(name), packed_values, ir.DataType.INT4, numbers),
+        (scale_name(name), packed_scales, ir.DataType.FLOAT, groups),
+        (zero_name(name), packed_zeros, ir.DataType.FLOAT, groups),
+        (input_scale_name(name), input_scales, ir.DataType.FLOAT, (num_inputs,)),
+    ):
+        yield _Computed(name=part, read=partial(_read, tensor, read), dtype=dtype, shape=shape, path=tensor.path)
+
+
+def _read(tensor: QuantizedTensor, part: Callable[[QuantizedWeight], Array]) -> Array:
+    return part(tensor.quantized())
+
+
+def _place(source: StoredTensor | _Computed) -> tuple[object, ...]:
     """A key that tells one source from another; a tied head has the embedding's."""
     return (source.path, source.offset) if isinstance(source, StoredTensor) else (source.name,)
 
 
-def _convert(value: ir.Value, source: StoredTensor | _ExtraArray, dtype: ir.DataType) -> _ConvertedTensor:
+def _convert(value: ir.Value, source: StoredTensor | _Computed, dtype: ir.DataType) -> _SourceTensor:
     assert value.name is not None
     shape = checked_shape(value, source)
     target = dtype if value.dtype is None else value.dtype
+    if target == ir.DataType.INT4:
+        return _PackedTensor(source, target, shape, value.name)
     assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
     return _ConvertedTensor(source, target, shape, value.name)
 
 
 def _write(
-    tensors: Sequence[_ConvertedTensor], path: Path, progress: Progress | None
+    tensors: Sequence[_SourceTensor], path: Path, progress: Progress | None
 ) -> tuple[list[ir.ExternalTensor], str | None]:
     if not tensors:
         return [], None

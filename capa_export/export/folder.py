@@ -8,6 +8,7 @@ from capa_export.base.precision import Precision
 from capa_export.base.progress import Report, silent
 from capa_export.config.schedule import Prune
 from capa_export.export.graphs import pruning, write_onnx
+from capa_export.export.packing import packing
 from capa_export.model.generation import eos_token_ids
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
@@ -75,5 +76,6 @@ def write_folder(
         "precision": precision,
         "not_for_genai": not_genai,
         "needs_transformers": needs_transformers,
+        "packing": packing(source, folder / "llm" / "prefill.onnx"),
         "searched_for_nan": not in_place,
     }

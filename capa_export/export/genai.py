@@ -23,6 +23,7 @@ from capa_export.graph.genai import (
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.source import Source
 from capa_export.passes.fp32_parts import FP32PartsPass
+from capa_export.passes.pack_weights import PackWeightsPass, packed_forms
 from capa_export.selectors.selector import SelectorChoice, load_selector
 
 __all__ = ["CONFIG", "reason_against", "write_genai"]
@@ -83,6 +84,8 @@ def write_genai(
     decoder = decoder_model(dims.decoder, dtype, rotary_tables(dims), linear_layers=linear_layers)
     if dtype != ir.DataType.FLOAT:
         FP32PartsPass([parse_unit(word) for word in fp32_layers])(decoder)
+    weights = ir.load(folder / "llm" / "prefill.onnx").graph
+    PackWeightsPass(packed_forms(weights))(decoder)
     chosen = selectors.get(-1)
     tower = ir.load(folder / "visual" / "model.onnx")
     _move(tower, folder)
@@ -100,12 +103,11 @@ def write_genai(
             base_dir=folder,
         )
     }
-    weights = ir.load(folder / "llm" / "prefill.onnx").graph.initializers
     sizes: dict[str, Any] = {}
     for name, model, stored in (
         (_PROMPT, prompt, shared),
         (_EMBEDDING, embedding, shared),
-        (_DECODER, decoder, {key: value.const_value for key, value in weights.items()}),
+        (_DECODER, decoder, {key: value.const_value for key, value in weights.initializers.items()}),
     ):
         _bind(model, stored)
         ir.save(model, folder / name)

@@ -22,8 +22,11 @@ from capa_export.graph.decoder import decode_model, prefill_model
 from capa_export.graph.rotary import rotary_tables
 from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.families import require_selection
+from capa_export.model.quantized.packed import BlockForm
+from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.source import EMBEDDING, Source
 from capa_export.passes.fp32_parts import FP32PartsPass
+from capa_export.passes.pack_weights import PackedForm, PackWeightsPass, input_scale_name, only_gemm_reads
 from capa_export.selectors.selector import TOWER_OUTPUTS, SelectorChoice
 
 __all__ = [
@@ -103,6 +106,7 @@ def write_onnx(
     shards = Shards(source.checkpoint, precision) if in_place else None
     if shards is None:
         check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
+    packed = _pack(parts["llm"], source)
     extra, sizes = _alphas(scales), dict[str, Any]()
     for part, models in parts.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,7 @@ def write_onnx(
             dtype=dtype,
             data_path=data,
             extra=extra,
+            packed=packed,
             shards=shards,
             progress=progress,
         )
@@ -153,8 +158,9 @@ def graphs_in_fp32(
     """
     dtype = PRECISIONS["fp32"]
     parts = _graphs(source, dtype, prune_layers, selectors, min_keep_per_image, sorted(scales), (), dense=True)
+    packed = _pack(parts["llm"], source)
     models = {f"{part}/{name}": model for part, named in parts.items() for name, model in named.items()}
-    bind_lazily([*models.values()], source.tensors, dtype=dtype, extra=_alphas(scales))
+    bind_lazily([*models.values()], source.tensors, dtype=dtype, extra=_alphas(scales), packed=packed)
     return Graphs(models, source.tensors[EMBEDDING])
 
 
@@ -192,6 +198,25 @@ def _graphs(
         for model in (model for models in parts.values() for model in models.values()):
             widen(model)
     return parts
+
+
+def _pack(models: Mapping[str, ir.Model], source: Source) -> dict[str, QuantizedTensor]:
+    """Let INT4 numbers stand for weights in all of the decoder's graphs, where they can; returns these weights."""
+    packed = source.block_forms()
+    for model in models.values():
+        weights = {name: model.graph.initializers.get(name) for name in packed}
+        packed = {name: packed[name] for name, value in weights.items() if value is None or only_gemm_reads(value)}
+    known: dict[bytes, str] = {}
+    pack = PackWeightsPass({name: _form(name, form, known) for name, form in packed.items()})
+    for model in models.values():
+        pack(model)
+    return {name: source.quantized[name] for name in packed}
+
+
+def _form(name: str, form: BlockForm, known: dict[bytes, str]) -> PackedForm:
+    """How the pass packs a weight; `known` are factors of inputs by their bytes, so that equal ones are stored once."""
+    scale = None if form.input_scale is None else known.setdefault(form.input_scale, input_scale_name(name))
+    return PackedForm(group=form.group, input_scale=scale, has_zeros=form.has_zeros)
 
 
 def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import FORMATS
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, open_tensors
-from capa_export.model.quantized.expanded import quantization
+from capa_export.model.quantized.tensor import quantization
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,7 +37,7 @@ class Shards:
             CapaError: most weights are of another precision, some are quantized, or one lies where its dtype cannot
                 be read.
         """
-        if (quantized := quantization(checkpoint)) is not None:
+        if (quantized := quantization(checkpoint.tensors.values())) is not None:
             raise CapaError(
                 f"{checkpoint.folder}: {quantized} are expanded to {precision} as they are written; "
                 "leave --weights in-place away"

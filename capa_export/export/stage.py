@@ -7,6 +7,7 @@ from typing import Any
 import capa_export
 from capa_export.base.code import versions
 from capa_export.base.components import bill_of_materials
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
@@ -15,10 +16,11 @@ from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
 from capa_export.config.options import BuildOptions
 from capa_export.export.folder import write_folder
 from capa_export.export.graphs import pruning
+from capa_export.export.packing import packing_words
 from capa_export.model.files import check_files
 from capa_export.model.generation import read_generation
 from capa_export.model.model import Model
-from capa_export.model.quantized.expanded import quantization
+from capa_export.model.quantized.tensor import quantization
 
 __all__ = ["check_wishes", "export"]
 
@@ -27,14 +29,20 @@ _CODE = ("capa_export.export.folder",)
 """Modules whose code the files depend on."""
 
 
-def check_wishes(model: Model) -> None:
-    """Refuse a schedule or sizes of pictures that do not fit the model, and settings that `run` would refuse.
+def check_wishes(model: Model, options: BuildOptions) -> None:
+    """Refuse what does not fit the model: a schedule, sizes of pictures, weights; and settings that `run` would refuse.
 
     Raises:
         CapaError: there are some.
     """
     model.check_layers()
     model.check_pictures()
+    if options.in_place and model.source.rounds:
+        raise CapaError(
+            f"--weights in-place reads the checkpoint's own weights, and --quantize {model.source.quantize} rounds "
+            "them; leave one of the two away",
+            ExitCode.USAGE,
+        )
     read_generation(model.source.checkpoint.sidecars).check()
 
 
@@ -44,7 +52,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     Raises:
         CapaError: an option or a file does not fit the model, or the disk or a dtype is too small for the weights.
     """
-    check_wishes(model)
+    check_wishes(model, options)
     check_files(model)
     with bundle.claimed():
         _export(model, bundle, options)
@@ -53,7 +61,6 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     model.remember_digests(bundle)
     calibration, scales = _calibrated(model, bundle, options)
-    quantized = quantization(model.source.checkpoint)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
 
     def digests() -> dict[str, str]:
@@ -66,6 +73,7 @@ def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
             versions("onnxscript", "onnx-ir", code_of=_CODE),
             ["in place", model.fingerprints] if options.in_place else model.digest,
             options.precision,
+            model.recipe.quantize,
             pruning(model.recipe.prune),
             model.sidecar_digests,
             alpha,
@@ -101,15 +109,15 @@ def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
                 "revision": model.revision,
                 "files": model.fingerprints,
                 "sha256": digests(),
-                "quantization": quantized,
+                "quantization": quantization(model.source.checkpoint.tensors.values()),
             },
             "calibration_samples": calibration.samples if calibration else 0,
             **({"hashed": model.hashed} if digests() else {}),
         }
 
     run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"], about=about)
-    if quantized is not None:
-        say(f"{'':<14}{quantized}: expanded to {options.precision}, inputs not quantized")
+    if packing := bundle.stage("export")["result"]["packing"]:
+        say(f"{'':<14}{packing_words(packing, options.precision)}")
     _say_kept(model, calibration)
 
 

@@ -57,7 +57,7 @@ class Model:
     @cached_property
     def source(self) -> Source:
         """The checkpoint, found to fit the recipe."""
-        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family)
+        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family, self.recipe.quantize)
 
     @property
     def checkpoint_source(self) -> str:
@@ -120,8 +120,8 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """One digest of config and weights."""
-        return digest_of(self.digests)
+        """One digest of config and weights, and of what these are rounded to."""
+        return digest_of([self.digests, self.recipe.quantize] if self.source.rounds else self.digests)
 
     def made(self, bundle: Bundle) -> bool:
         """Whether this is the checkpoint that a bundle was exported from."""
@@ -152,7 +152,7 @@ class Model:
         transformers.utils.logging.disable_progress_bar()
         architecture = getattr(transformers, self.family.ARCHITECTURE)
         folder = self.source.checkpoint.folder
-        if self.source.checkpoint.translation is not None:
+        if self.source.checkpoint.translation is not None or self.source.rounds:
             from capa_export.model.streamed import read_model
 
             return read_model(self.source)

@@ -1,14 +1,18 @@
 """A checkpoint as its family reads it: dimensions, and every tensor by the name that the graphs give it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.config.quantization import check_groups, rounding_group
 from capa_export.model.checkpoint import Checkpoint, StoredTensor
 from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.expanded import expanded
+from capa_export.model.quantized.packed import BlockForm
+from capa_export.model.quantized.rounded import rounded
+from capa_export.model.quantized.tensor import QuantizedTensor
 
 __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
 
@@ -25,20 +29,52 @@ class Source:
     dims: ModelDims[Any]
     tensors: Mapping[str, StoredTensor]
     """Tensors by the graph's names."""
+    quantize: str | None = None
+    """How a recipe has the weights quantized."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family) -> "Source":
+    def of(cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None) -> "Source":
         """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
+        Args:
+            checkpoint: as it was opened.
+            family: that reads it.
+            quantize: as `config.quantization` has it.
+
         Raises:
-            CapaError: the checkpoint is another architecture or in another format, or lacks something.
+            CapaError: the checkpoint is another architecture or in another format, or lacks something; or its weights
+                cannot be quantized so.
         """
         checkpoint = expanded(checkpoint)
         if isinstance(family, LayoutFamily):
             checkpoint = family.translated(checkpoint)
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
         tensors = checkpoint.renamed(family.RENAMES)
-        return cls(checkpoint, family, dims, tied(tensors) if dims.decoder.ties_missing_head else tensors)
+        if (group := rounding_group(quantize)) is not None:
+            check_groups(quantize, dims.decoder)
+            tensors = rounded(tensors, group)
+        if dims.decoder.ties_missing_head:
+            tensors = tied(tensors)
+        source = cls(checkpoint, family, dims, tensors, quantize)
+        group = next((form.group for form in source.block_forms().values()), None)
+        return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed_group=group)))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded that the checkpoint has plain."""
+        return rounding_group(self.quantize) is not None
+
+    @property
+    def quantized(self) -> Mapping[str, QuantizedTensor]:
+        """The quantized tensors by the graph's names."""
+        return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, QuantizedTensor)}
+
+    def block_forms(self) -> Mapping[str, BlockForm]:
+        """The forms of those that graphs are to hold as INT4, by the graph's names."""
+        if self.quantize == "none":
+            return {}
+        forms = {name: tensor.block_form() for name, tensor in self.quantized.items()}
+        return {name: form for name, form in forms.items() if isinstance(form, BlockForm)}
 
 
 def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

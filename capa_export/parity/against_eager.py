@@ -65,6 +65,7 @@ class AgainstEager(Validation):
 
     def run(self, scratch: Path) -> dict[str, Any]:
         from capa_export.parity.method import measure_method
+        from capa_export.parity.quantization_error import measure_quantization
         from capa_export.parity.records import write_records
         from capa_export.parity.validate import (
             compare_dense,
@@ -107,6 +108,7 @@ class AgainstEager(Validation):
             steps = recipe.parity.steps
             effect, examples = measure_method(oracle, self.questions, seed, steps, report)
             found = {
+                "quantization_error": measure_quantization(oracle, model, self.prompts, report),
                 "bisection": self._bisection(compared, oracle.onnx, reference, records, sliced=sliced),
                 "prompts_sha256": self.prompts.digest(),
             }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.passes.pack_weights import only_gemm_reads
 
 __all__ = ["MIN_WEIGHT_BYTES", "ExternalWeight", "ExternalWeightsPass", "movable_weights"]
 
@@ -58,7 +59,7 @@ class ExternalWeightsPass(ir.passes.InPlacePass):
 
 def _moves(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and tensor.nbytes >= MIN_WEIGHT_BYTES and _only_gemm_reads(value)
+    return tensor is not None and tensor.nbytes >= MIN_WEIGHT_BYTES and only_gemm_reads(value)
 
 
 def _external(graph: ir.Graph, value: ir.Value) -> ExternalWeight:
@@ -76,11 +77,4 @@ def _external(graph: ir.Graph, value: ir.Value) -> ExternalWeight:
         length=tensor.length,
         dtype=tensor.dtype.name,
         shape=tuple(tensor.shape.numpy()),
-    )
-
-
-def _only_gemm_reads(value: ir.Value) -> bool:
-    uses = value.uses()
-    return bool(uses) and all(
-        use.idx == 1 and use.node.op_type == "Gemm" and use.node.attributes.get_int("transB", 0) == 1 for use in uses
     )

@@ -16,6 +16,8 @@ NATIVE = (10, 15)
 """First TensorRT that imports all of them: RotaryEmbedding and RMSNormalization; Attention came in 10.14."""
 _OPSET, _IR_VERSION = 20, 10
 """The latest that TensorRT 10.0 to 10.3 are documented to read."""
+_BLOCKS = 21
+"""The first that has blocks of INT4, which their parsers read in any."""
 _UNKNOWN = ("Attention", "RotaryEmbedding", "RMSNormalization", "CumSum")
 _DOMAIN = "capa.lowered"
 _SCOPE = "capa.scope"
@@ -167,11 +169,13 @@ class LowerPass(ir.passes.InPlacePass):
         # For the numbers of heads.
         ShapeInferencePass()(model)
         given = [{output.name for node in graph for output in node.outputs} for graph in graphs]
+        packed = any(value.dtype == ir.DataType.INT4 for value in model.graph.initializers.values())
+        opset = _BLOCKS if packed else _OPSET
         for graph in graphs:
-            graph.opset_imports[""] = _OPSET
+            graph.opset_imports[""] = opset
         model.ir_version = _IR_VERSION
         for node in nodes:
-            _call(node, model)
+            _call(node, model, opset)
         InlinePass(lambda function: function.domain == _DOMAIN)(model)
         for graph, names in zip(graphs, given, strict=True):
             _name(graph, names)
@@ -211,9 +215,9 @@ def _attention(node: ir.Node, *, causal: bool) -> str:
     )
 
 
-def _call(node: ir.Node, model: ir.Model) -> None:
+def _call(node: ir.Node, model: ir.Model, opset: int) -> None:
     """Make the node a call of a function, which the inliner then puts in its place."""
-    header = f'<opset_import: ["": {_OPSET}], domain: "{_DOMAIN}">'
+    header = f'<opset_import: ["": {opset}], domain: "{_DOMAIN}">'
     function = ir.serde.deserialize_function(onnx.parser.parse_function(header + _body(node)))
     # A function of its own for every node, so that no two are taken for the same.
     function.overload = str(len(model.functions))

@@ -50,7 +50,7 @@ class WidenBF16Pass(ir.passes.InPlacePass):
 
 def tensor_values(tensor: ir.TensorProtocol) -> Any:
     """The numbers of a tensor; mapped, not read, where they lie in a file of their own."""
-    if not isinstance(tensor, ir.ExternalTensor):
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
         return tensor.numpy()
     # Its own reader refuses files with several hard links, which is what weights in place are.
     return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import FORMATS
 from capa_export.base.progress import say
 from capa_export.config.target import Target
@@ -16,6 +17,7 @@ __all__ = [
     "EMBEDDED_LIMIT",
     "DeviceMemory",
     "choose_weights",
+    "decoder_bytes",
     "decoder_parameters",
     "device_memory",
     "devices_with_room",
@@ -44,6 +46,10 @@ _SYSTEM = 1_500_000_000
 """Bytes of the system and of this program, where CPU and GPU share the memory."""
 _PER_ONNX_PARAMETER = 4.4
 """ONNX Runtime keeps FP32 copies on the CPU, of each graph; 4.2 was measured in FP16."""
+
+
+_PER_PACKED_PARAMETER = 1.3
+"""Of those in INT4, of which it keeps a copy in its own order; 1.2 was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +104,12 @@ def device_memory(
 def engine_weight_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Bytes of weights on the device; prefill and decode each hold the decoder's where they do not share them."""
     copies = 2 if weights == "embedded" else 1
-    return (copies * decoder_parameters(total) + total.vision) * width
+    return copies * decoder_bytes(total, width) + total.vision * width
+
+
+def decoder_bytes(total: Parameters, width: int) -> int:
+    """Bytes of a decoder graph's weights; `width` is that of a number that is not packed."""
+    return total.bytes_of_layers(width) + (total.lm_head or total.embedding) * width
 
 
 def decoder_parameters(total: Parameters) -> int:
@@ -109,7 +120,8 @@ def decoder_parameters(total: Parameters) -> int:
 def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     """Peak of running a bundle's graphs in ONNX Runtime on the CPU; prefill and decode each hold the decoder."""
     total = parameters(dims)
-    return LIBRARIES + int(_PER_ONNX_PARAMETER * (2 * decoder_parameters(total) + total.vision))
+    plain = 2 * (decoder_parameters(total) - total.packed) + total.vision
+    return LIBRARIES + int(_PER_ONNX_PARAMETER * plain + _PER_PACKED_PARAMETER * 2 * total.packed)
 
 
 def _held(cache: KVCacheSize, *, step: int) -> int:
@@ -156,17 +168,26 @@ def choose_weights(
         memory: bytes that it has, if that is known.
 
     Raises:
-        CapaError: the target lacks a limit that the model's graphs need.
+        CapaError: the target lacks a limit that the model's graphs need, or INT4 weights are to be external.
     """
+    packed = dims.decoder.packed_group is not None
+    if packed and asked == "external":
+        raise CapaError(
+            "--weights external: as inputs of an engine, INT4 weights would be dequantized at every step by a kernel "
+            "of their own; leave it away, or build with --quantize none",
+            ExitCode.USAGE,
+        )
     if asked != "auto":
         return asked, "as asked"
+    if packed:
+        return "embedded", "INT4 weights are multiplied as they are stored only where the engine has them as constants"
     total, width = parameters(dims), FORMATS[precision].num_bytes
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", "external"))
-    if decoder_parameters(total) * width > EMBEDDED_LIMIT:
+    if decoder_bytes(total, width) > EMBEDDED_LIMIT:
         return "external", f"{once / 1e9:.1f} GB that the engines share; embedded, {twice / 1e9:.1f} GB"
     if memory is not None and twice + _context_bytes(dims, width, target) + _CUDA > memory:
         return "external", f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
-    return "embedded", f"a decoder of {decoder_parameters(total) * width / 1e9:.2g} GB is small enough to hold twice"
+    return "embedded", f"a decoder of {decoder_bytes(total, width) / 1e9:.2g} GB is small enough to hold twice"
 
 
 def say_weights(asked: str, weights: str, because: str) -> None:

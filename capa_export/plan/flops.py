@@ -111,12 +111,25 @@ class Parameters:
     embedding: int
     decoder: int
     """Layers and last norm."""
+    packed: int
+    """Those of the layers that graphs hold as INT4."""
+    packed_group: int | None
+    """Their inputs that share a scale."""
     lm_head: int
     """0 when tied."""
     vision: int
     total: int
     bytes: dict[str, int]
     """Bytes of `total`, by precision."""
+
+    def bytes_of_layers(self, width: int) -> int:
+        """Bytes of the decoder's layers in a graph.
+
+        Args:
+            width: bytes of a number that is not packed.
+        """
+        scales = self.packed // self.packed_group if self.packed_group else 0
+        return (self.decoder - self.packed + scales) * width + self.packed // 2
 
 
 def flops(
@@ -286,13 +299,16 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
     size, inner = decoder.hidden_size, decoder.intermediate_size
     biases = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim if decoder.attention_bias else 0
     norms = 2 * size + (2 * decoder.head_dim if decoder.qk_norm else 0)
-    layers = decoder.num_layers * (_projections(decoder) + biases + 3 * size * inner + norms) + size
+    linear = decoder.num_layers * (_projections(decoder) + 3 * size * inner)
+    layers = linear + decoder.num_layers * (biases + norms) + size
     embedding = decoder.vocab_size * size
     lm_head = 0 if decoder.tie_word_embeddings else embedding
     total = embedding + layers + lm_head + dims.vision.num_parameters
     return Parameters(
         embedding=embedding,
         decoder=layers,
+        packed=0 if decoder.packed_group is None else linear,
+        packed_group=decoder.packed_group,
         lm_head=lm_head,
         vision=dims.vision.num_parameters,
         total=total,

@@ -9,9 +9,10 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.precision import FORMATS
 from capa_export.config.target import Device, Target
-from capa_export.plan.flops import KVCacheSize, Parameters, PrefillFlops, parameters
+from capa_export.plan.device_memory import decoder_bytes
+from capa_export.plan.flops import KVCacheSize, PrefillFlops, parameters
 
-__all__ = ["ANSWER", "AnswerTimes", "AnswerWork", "forecast", "forecasts", "step_bytes"]
+__all__ = ["ANSWER", "AnswerTimes", "AnswerWork", "forecast", "forecasts"]
 
 ANSWER = 64
 """Tokens of the answer whose last one is forecast."""
@@ -78,19 +79,6 @@ def forecast(work: AnswerWork, device: Device) -> AnswerTimes | None:
     )
 
 
-def step_bytes(total: Parameters, width: float, linear_width: float | None = None) -> int:
-    """Bytes of weights that a step reads: those of the layers, and the LM head.
-
-    Args:
-        total: parameters of the model.
-        width: bytes of a parameter.
-        linear_width: bytes of a parameter of the layers, where they are quantised; their few norms count as the rest.
-    """
-    return int(
-        total.decoder * (width if linear_width is None else linear_width) + (total.lm_head or total.embedding) * width
-    )
-
-
 def forecasts(
     target: Target, dims: ModelDims[Any], precision: str, prefill: PrefillFlops, cache: KVCacheSize
 ) -> list[dict[str, Any]]:
@@ -114,7 +102,7 @@ def forecasts(
                     vision_flops=dims.vision.flops(prefill.num_visual),
                     vision_bytes=width * total.vision,
                     prefill_flops=flops.total,
-                    step_bytes=step_bytes(total, width),
+                    step_bytes=decoder_bytes(total, width),
                     cache_bytes=held,
                 ),
                 device,

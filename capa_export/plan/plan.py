@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.base.precision import FORMATS
 from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.config.quantization import check_groups, rounding_group
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
@@ -20,11 +21,11 @@ from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
-from capa_export.model.quantized.formats import find_format
+from capa_export.model.quantized.formats import find_format, int4_group
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     choose_weights,
-    decoder_parameters,
+    decoder_bytes,
     device_memory,
     devices_with_room,
     engine_weight_bytes,
@@ -97,8 +98,13 @@ def dry_run(
     """
     config = fetch_config(checkpoint, revision=revision)
     where = f"{checkpoint}: config.json"
-    find_format(config, where)
+    form = find_format(config, where)
     dims = load_family(recipe.family).model_dims(config, where=where)
+    check_groups(recipe.quantize, dims.decoder)
+    group = rounding_group(recipe.quantize) or (None if recipe.quantize == "none" else int4_group(form))
+    if group is not None and target is not None:
+        target.require_packed_weights()
+    dims = replace(dims, decoder=replace(dims.decoder, packed_group=group))
     check_layers(recipe, dims.decoder.num_layers)
     room_options: dict[str, Any] = {
         "target": target,
@@ -207,7 +213,7 @@ def room(
 def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: bool) -> dict[str, int]:
     """Bytes by kind of file; `engines` is where they find their weights, None where none are built."""
     files = {
-        "onnx weights": (decoder_parameters(total) + total.vision) * width,
+        "onnx weights": decoder_bytes(total, width) + total.vision * width,
         "embedding.safetensors": total.embedding * width,
     }
     if in_place:
@@ -243,10 +249,11 @@ def _device(
         return device_memory(dims, precision, weights or "external", target, cache).total
 
     held = device_memory(dims, precision, weights or "external", target, cache)
+    may_share = dims.decoder.packed_group is None
     remedies = {
-        "--weights external": needed(precision, "external") if weights == "embedded" else held.total,
+        "--weights external": needed(precision, "external") if may_share and weights == "embedded" else held.total,
         "--precision fp16": needed("fp16", weights) if precision == "fp32" else held.total,
-        "both --precision fp16 and --weights external": needed("fp16", "external"),
+        "both --precision fp16 and --weights external": needed("fp16", "external") if may_share else held.total,
     }
     enough = [option for option, size in remedies.items() if memory is not None and size <= memory < held.total]
     return {
@@ -297,9 +304,8 @@ def _refusals(
     copy = 0 if by_layer else 4 * parameters(dims).total
     makers = {_ENGINES: f"engine/{target.name}", _REFERENCE: "validate"}
     files = {**plan["files"], _REFERENCE: copy}
-    return refusals + _disk_refusals(
-        {name: n for name, n in files.items() if makers.get(name, "export") not in done}, out
-    )
+    missing = {name: n for name, n in files.items() if makers.get(name, "export") not in done}
+    return refusals + _disk_refusals(missing, out, may_share=dims.decoder.packed_group is None)
 
 
 def _no_room(device: Mapping[str, Any], target: Target) -> str:
@@ -314,8 +320,8 @@ def _no_room(device: Mapping[str, Any], target: Target) -> str:
     )
 
 
-def _disk_refusals(missing: Mapping[str, int], out: Path) -> list[str]:
-    """Why the disk has no room for the files that are missing, by kind."""
+def _disk_refusals(missing: Mapping[str, int], out: Path, *, may_share: bool) -> list[str]:
+    """Why the disk has no room for the files that are missing, by kind; `may_share` says whether engines may."""
     needed, free = sum(missing.values()), free_bytes(out)
     if needed <= free:
         return []
@@ -323,7 +329,7 @@ def _disk_refusals(missing: Mapping[str, int], out: Path) -> list[str]:
     less = "".join(
         f", or {remedy}, which takes {(needed - missing[name]) / 1e9:.1f} GB"
         for name, remedy in remedies.items()
-        if missing.get(name)
+        if missing.get(name) and (may_share or name != _ENGINES)
     )
     copy = ", and their copy in FP32 while they are validated," if missing.get(_REFERENCE) else ""
     sizes = f"{needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
@@ -358,7 +364,7 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
     external = _engine_bytes(total, width, "external")
     remedy = (
         f"build with --weights external, which takes {external / 1e9:.1f} GB"
-        if weights == "embedded" and external <= available
+        if weights == "embedded" and external <= available and total.packed_group is None
         else "end other programs, or build on a larger machine"
     )
     return (
@@ -369,7 +375,7 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
 
 def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Peak of the largest build; each engine has a process of its own."""
-    embedded = max(decoder_parameters(total), total.vision) * width if weights == "embedded" else 0
+    embedded = max(decoder_bytes(total, width), total.vision * width) if weights == "embedded" else 0
     return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
 
 

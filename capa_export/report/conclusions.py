@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from capa_export.report import words
-from capa_export.report.schema import Answers, ExportError, MethodError, ParityReport, Selection
+from capa_export.report.schema import Answers, ExportError, MethodError, ParityReport, QuantizationError, Selection
 
 __all__ = ["export_sentence", "num_failed", "ranges_sentence", "selection_sentence", "summary", "verdicts"]
 
@@ -38,7 +38,7 @@ def _answers(answers: Answers | None) -> tuple[str, str, str]:
 def summary(
     parity: ParityReport, plan: Mapping[str, Any], latency: Mapping[str, Any] | None
 ) -> list[tuple[str, str, str]]:
-    """The gain, and the three questions, each in one figure: label, figure, caption."""
+    """The gain, the three questions and what rounding cost, each in one figure: label, figure, caption."""
     error, artefact = words.worst_error(parity.export_error) or ("not measured", "")
     stages = [stage for row in parity.selection for stage in row.stages]
     flips = sum(stage.flipped for stage in stages)
@@ -53,6 +53,20 @@ def summary(
             if stages
             else "no kept tokens were compared",
         ),
+        *_quantization_figure(parity.quantization_error),
+    ]
+
+
+def _quantization_figure(found: QuantizationError | None) -> list[tuple[str, str, str]]:
+    if found is None:
+        return []
+    same = words.percent(found.top1)
+    return [
+        (
+            "Quantization error",
+            words.decimals(found.kl),
+            f"nats of KL from full precision; {same} of next tokens as there",
+        )
     ]
 
 

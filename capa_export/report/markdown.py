@@ -13,6 +13,7 @@ from capa_export.report.words import (
     describe_check,
     difference,
     open_warnings,
+    quantization_words,
     rate,
     verdict,
 )
@@ -83,6 +84,8 @@ def _method_error(parity: ParityReport) -> list[str]:
     if found.kl_gain is not None:
         value, interval = difference(found.kl_gain)
         lines += [f"KL of random minus KL of {found.pruned}: {value} ({interval}), 95% interval.", ""]
+    if parity.quantization_error is not None:
+        lines += [quantization_words(parity.quantization_error), ""]
     return lines
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "MethodError",
     "ParityReport",
     "Probe",
+    "QuantizationError",
     "Selection",
     "read_parity",
     "write_parity",
@@ -186,6 +187,20 @@ class Answers(Entry):
         return f"{found}: {'accepted' if self.accepted else 'not fit to ship'}, {least} are asked for"
 
 
+class QuantizationError(Entry):
+    """What rounding the weights cost, in eager FP32 and without pruning: along the answers of full precision."""
+
+    weights: str
+    """What was rounded to what, for people."""
+    prompts: int
+    kl: Figure
+    """KL(full precision || this) of the next token, in nats, mean over an answer's first tokens and the prompts."""
+    kl_max: Figure
+    """The same of the worst prompt."""
+    top1: Figure
+    """Mean share of next tokens that are those of full precision."""
+
+
 class Probe(Entry):
     """One place that a bisection looked at."""
 
@@ -251,6 +266,8 @@ class ParityReport(Entry):
     export_error: tuple[ExportError, ...]
     selection: tuple[Selection, ...]
     method_error: MethodError
+    quantization_error: QuantizationError | None = None
+    """None where no weights were rounded: a checkpoint that was published quantized has no others."""
     answers: Answers | None = None
     """The verdict on the method; None where no question was asked, or the eager model was not run."""
     bisection: Bisection | None = None

@@ -10,7 +10,15 @@ from rich.text import Text
 from capa_export.base.statistics import Rate
 from capa_export.config.recipe import ranges, recipe_of
 from capa_export.report.schema import Check, MethodError, ParityReport
-from capa_export.report.words import by_stage, check_of, decimals, describe_check, open_warnings, percent
+from capa_export.report.words import (
+    by_stage,
+    check_of,
+    decimals,
+    describe_check,
+    open_warnings,
+    percent,
+    quantization_words,
+)
 
 __all__ = ["print_bundle", "print_calibration", "print_engines", "print_parity", "print_plan"]
 
@@ -140,6 +148,8 @@ def print_parity(parity: ParityReport) -> None:
     if parity.selection:
         print_table("Selection: visual tokens kept, as the reference does", table)
     _print_method(parity.method_error)
+    if parity.quantization_error is not None:
+        print_line(quantization_words(parity.quantization_error))
     for note in parity.notes:
         print_line(note, "dim")
 

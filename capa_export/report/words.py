@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from capa_export.base.statistics import Difference, Rate
-from capa_export.report.schema import Check, ExportError, Kept, ParityReport, Selection
+from capa_export.report.schema import Check, ExportError, Kept, ParityReport, QuantizationError, Selection
 
 __all__ = [
     "MEANINGS",
@@ -24,6 +24,7 @@ __all__ = [
     "nearest_bound",
     "open_warnings",
     "percent",
+    "quantization_words",
     "rate",
     "smallest_overlap",
     "verdict",
@@ -236,6 +237,14 @@ def error(value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.1e}" if 0 < value < 0.1 else f"{value:.3g}"
+
+
+def quantization_words(found: QuantizationError) -> str:
+    """What rounding the weights cost, in a line."""
+    return (
+        f"Quantization error on {found.prompts} prompts, eager FP32, nothing removed: KL from full precision "
+        f"{decimals(found.kl)} nats, {decimals(found.kl_max)} at most; {percent(found.top1)} of next tokens as there."
+    )
 
 
 def decimals(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """A bundle alone: what it says of its model, and whether this machine has room to run it."""
 
+from dataclasses import replace
 from typing import Any
 
 from capa_export.base.dims import ModelDims
@@ -45,7 +46,9 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     """
     folder = bundle.folder / ONNX / "llm"
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
-    return family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
+    dims = family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
+    packing = bundle.manifest["stages"].get("export", {}).get("result", {}).get("packing") or {}
+    return replace(dims, decoder=replace(dims.decoder, packed_group=packing.get("group")))
 
 
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:

@@ -165,6 +165,8 @@ class OnnxModel(RuntimeModel[KVCache]):
         # Errors come as exceptions; the log would say them a second time.
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # INT4 weights are multiplied in FP32: by default, what enters is rounded to INT8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         if self.sliced:

@@ -124,8 +124,9 @@ class SlicedSession:
         for value in graph.inputs:
             value.type = value.type or ir.TensorType(_DTYPES[self._types[str(value.name)]])
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=[*self.model.functions.values()])
-        weights = self._read(_lazy_weights(model))
-        session = self.connect(ir.to_proto(without_lazy_weights(model)))
+        # ONNX Runtime takes no INT4 as input; a layer's is little enough to go with its graph.
+        weights = self._read(_fed_weights(model))
+        session = self.connect(ir.to_proto(_with_inputs(model, weights)))
         self._types |= {entry.name: entry.type for entry in session.get_outputs()}
         return session, weights
 
@@ -173,12 +174,22 @@ def _fill(flat: np.ndarray, chunks: Iterable[np.ndarray]) -> None:
 
 def without_lazy_weights(model: ir.Model) -> ir.Model:
     """Turn a model's lazy weights into inputs, in place; returns the model."""
+    return _with_inputs(model, _lazy_weights(model))
+
+
+def _with_inputs(model: ir.Model, weights: Iterable[str]) -> ir.Model:
+    """Turn the weights of these names into inputs, in place; returns the model."""
     graph = model.graph
-    for name in _lazy_weights(model):
+    for name in weights:
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
     return model
+
+
+def _fed_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:
+    """The lazy weights that are numbers of whole bytes."""
+    return {name: tensor for name, tensor in _lazy_weights(model).items() if tensor.dtype.bitwidth >= 8}
 
 
 def _lazy_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:

@@ -60,10 +60,12 @@ def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -
     """Refuse, before anything is run, engines that could not be built.
 
     Raises:
-        CapaError: their plugins cannot be had.
+        CapaError: their plugins cannot be had, or the device does not take such weights.
     """
     if target.engine is None:
         return
+    if decoder.packed_group is not None:
+        target.require_packed_weights()
     _refuse_library(target, options.plugin_library)
     if target.engine.built == "on-device":
         choose_device_plugins(options.plugins, options.precision, decoder)
@@ -102,6 +104,8 @@ def build_engines(
     engine = target.require_engine()
     bundle.verify("export", weights=False)
     precision, dims = bundle.stage("export")["result"]["precision"], bundled_dims(bundle)
+    if dims.decoder.packed_group is not None:
+        target.require_packed_weights()
     where, reason = choose_weights(dims, precision, weights, target)
     if engine.built == "on-device":
         result = _write_kit(bundle, target, where, plugins, report)

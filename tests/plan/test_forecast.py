@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from benchmarks.forecast import PAGE, page
 from capa_export.base.errors import CapaError
 from capa_export.cli import main
 from capa_export.config.target import Device, load_target
-from capa_export.plan.forecast import ANSWER, AnswerWork, forecast, step_bytes
+from capa_export.plan.device_memory import decoder_bytes
+from capa_export.plan.forecast import ANSWER, AnswerWork, forecast
 from tests.plan.test_device_memory import SEVEN
 from tests.plan.test_plan import parameters, published
 
@@ -46,8 +48,11 @@ def test_nothing_is_forecast_without_a_data_sheet() -> None:
 
 def test_a_step_reads_the_layers_and_the_head() -> None:
     total = parameters(SEVEN)
-    assert step_bytes(total, 2) == 2 * (total.decoder + total.lm_head)
-    assert step_bytes(total, 2, 0.5) == total.decoder // 2 + 2 * total.lm_head
+    assert decoder_bytes(total, 2) == 2 * (total.decoder + total.lm_head)
+    packed = parameters(replace(SEVEN, decoder=replace(SEVEN.decoder, packed_group=128)))
+    linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    rest = total.decoder - linear + total.lm_head
+    assert decoder_bytes(packed, 2) == linear // 2 + 2 * (linear // 128) + 2 * rest
 
 
 @pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100"])

@@ -10,7 +10,7 @@ from capa_export.base.dims import Section
 from capa_export.model.quantized.names import contains_any, names
 from capa_export.model.quantized.packing import unpacked
 from capa_export.model.quantized.parts import FLOATS, Parts, group_size, num_bits
-from capa_export.model.quantized.weight import QuantizedWeight
+from capa_export.model.quantized.weight import Array, QuantizedWeight
 
 __all__ = ["Awq"]
 
@@ -66,8 +66,14 @@ class Awq:
 
     def decode(self, parts: Parts) -> QuantizedWeight:
         _, num_inputs = self.shape(parts)
+
+        def values() -> Array:
+            return unpacked(parts.array("qweight"), 4, _PLACES).T
+
         return QuantizedWeight(
-            values=unpacked(parts.array("qweight"), 4, _PLACES).T,
+            kind="int4",
+            read_values=values,
+            raised=8,
             zero_points=unpacked(parts.array("qzeros"), 4, _PLACES).T,
             scales=parts.scales("scales").T,
             group_size=group_size(parts, self.group, num_inputs),

@@ -15,7 +15,7 @@ from capa_export.model.quantized.gptq import input_order
 from capa_export.model.quantized.names import is_any, names, patterns
 from capa_export.model.quantized.packing import signed, unpacked
 from capa_export.model.quantized.parts import FLOATS, Parts, group_size, num_bits, num_words
-from capa_export.model.quantized.weight import QuantizedWeight
+from capa_export.model.quantized.weight import Array, QuantizedWeight
 
 __all__ = ["PackQuantized"]
 
@@ -87,14 +87,19 @@ class PackQuantized:
     def decode(self, parts: Parts) -> QuantizedWeight:
         num_outputs, num_inputs = self.shape(parts)
         size = group_size(parts, self.group, num_inputs)
-        values = signed(unpacked(parts.array("weight_packed"), self.bits)[:, :num_inputs], self.bits)
         order = input_order(parts, "weight_g_idx", size) if "weight_g_idx" in parts else None
         zeros = None
         if "weight_zero_point" in parts:
             zeros = signed(unpacked(parts.array("weight_zero_point").T, self.bits)[:, :num_outputs], self.bits).T
         scales = parts.scales("weight_scale")
+
+        def values() -> Array:
+            numbers = signed(unpacked(parts.array("weight_packed"), self.bits)[:, :num_inputs], self.bits)
+            return numbers if order is None else numbers[:, order]
+
         return QuantizedWeight(
-            values=values if order is None else values[:, order],
+            kind="int4" if self.bits == 4 else "int8",
+            read_values=values,
             zero_points=zeros,
             scales=np.broadcast_to(scales.reshape(-1, 1), (num_outputs, 1)) if self.group is None else scales,
             group_size=size,

@@ -13,21 +13,22 @@ import numpy as np
 
 from capa_export.base.dims import Section
 from capa_export.base.errors import CapaError
-from capa_export.model.checkpoint import CHUNK_ELEMENTS, Checkpoint, StoredTensor, read_json
+from capa_export.model.checkpoint import Checkpoint, StoredTensor, read_json
 from capa_export.model.quantized.formats import FOREIGN, HF_QUANT_CONFIG, KEY, TEXT_SECTIONS, find_format
 from capa_export.model.quantized.parts import Format, Parts
-from capa_export.model.quantized.weight import Array, QuantizedWeight
+from capa_export.model.quantized.tensor import QuantizedTensor
+from capa_export.model.quantized.weight import QuantizedWeight
 from capa_export.model.sidecars import scratch_folder, sidecars, write_json
 
-__all__ = ["ExpandedTensor", "check_scales", "expanded", "quantization"]
+__all__ = ["ExpandedTensor", "check_scales", "expanded"]
 
 _CACHE_SCALES = re.compile(r"\.(?:k_proj\.k_scale|v_proj\.v_scale|self_attn\.[kv]_scale)$")
 """Scales of a quantized KV cache, which no weight depends on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExpandedTensor(StoredTensor):
-    """A quantized layer's weight, in the place of a stored one; it is decoded whenever it is read."""
+class ExpandedTensor(QuantizedTensor):
+    """The weight of a layer that was published quantized."""
 
     form: Format
     parts: Parts
@@ -38,28 +39,12 @@ class ExpandedTensor(StoredTensor):
     def paths(self) -> tuple[Path, ...]:
         return (*self.settings, *(part.path for part in self.parts.tensors.values()))
 
+    @property
+    def format_name(self) -> str:
+        return self.form.name
+
     def quantized(self) -> QuantizedWeight:
-        """The weight in the canonical form.
-
-        Raises:
-            CapaError: its scales are damaged.
-        """
         return self.form.decode(self.parts)
-
-    def mapped(self) -> Array:
-        """The weight [out, in] in FP32, in memory of its own."""
-        return self.quantized().dequantized()
-
-    def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator[Array]:
-        """Yield the elements in storage order, flat, `size` at a time."""
-        flat = self.mapped().reshape(-1)
-        return (flat[start : start + size] for start in range(0, flat.size, size))
-
-
-def quantization(checkpoint: Checkpoint) -> str | None:
-    """What the weights of an expanded checkpoint were, in words; None where they are as they were stored."""
-    weights = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, ExpandedTensor)]
-    return f"{len(weights)} layers of {weights[0].form.name}" if weights else None
 
 
 def check_scales(tensors: Iterable[StoredTensor]) -> None:

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import Section
+from capa_export.config.quantization import GROUPS
 from capa_export.model.quantized import modelopt
 from capa_export.model.quantized.awq import Awq
 from capa_export.model.quantized.compressed_tensors import PackQuantized
@@ -12,7 +13,7 @@ from capa_export.model.quantized.fp8_blocks import Fp8Blocks
 from capa_export.model.quantized.gptq import Gptq
 from capa_export.model.quantized.parts import Format
 
-__all__ = ["FOREIGN", "HF_QUANT_CONFIG", "KEY", "TEXT_SECTIONS", "find_format"]
+__all__ = ["FOREIGN", "HF_QUANT_CONFIG", "KEY", "TEXT_SECTIONS", "find_format", "int4_group"]
 
 KEY = "quantization_config"
 """Key of the settings in `config.json`."""
@@ -61,6 +62,16 @@ def find_format(config: Mapping[str, Any], where: str, beside: Section | None = 
     if form is not None and form.name != published.name:
         raise root.refused(KEY, f"is {form.name}, but {beside.where} says {published.name}; only one is supported")
     return published
+
+
+def int4_group(form: Format | None) -> int | None:
+    """Inputs that share a scale, where graphs hold a format's numbers as they are, as far as its settings say."""
+    group = None
+    if isinstance(form, Awq | modelopt.Int4Awq):
+        group = form.group
+    elif isinstance(form, Gptq | PackQuantized):
+        group = form.group if form.bits == 4 and not (isinstance(form, Gptq) and form.ordered) else None
+    return group if group in GROUPS else None
 
 
 def _read(settings: Section) -> Format:

@@ -61,7 +61,8 @@ class Fp8Blocks:
     def decode(self, parts: Parts) -> QuantizedWeight:
         num_outputs, _ = self.shape(parts)
         return QuantizedWeight(
-            values=parts.array("weight"),
+            kind="fp8",
+            read_values=lambda: parts.array("weight"),
             scales=np.repeat(parts.scales("weight_scale_inv"), self.rows, axis=0)[:num_outputs],
             group_size=self.columns,
         )

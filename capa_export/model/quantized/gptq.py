@@ -88,11 +88,17 @@ class Gptq:
     def decode(self, parts: Parts) -> QuantizedWeight:
         _, num_inputs = self.shape(parts)
         size = group_size(parts, self.group, num_inputs)
-        values = unpacked(parts.array("qweight").T, self.bits)
         zeros = unpacked(parts.array("qzeros"), self.bits).T + np.uint8(self.first_zero)
         order = input_order(parts, "g_idx", size) if "g_idx" in parts else None
+
+        def values() -> Array:
+            numbers = unpacked(parts.array("qweight").T, self.bits)
+            return numbers if order is None else numbers[:, order]
+
         return QuantizedWeight(
-            values=values if order is None else values[:, order],
+            kind="int4" if self.bits == 4 else "int8",
+            read_values=values,
+            raised=1 << (self.bits - 1),
             zero_points=zeros & np.uint8((1 << self.bits) - 1),
             scales=parts.scales("scales").T,
             group_size=size,

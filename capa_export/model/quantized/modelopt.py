@@ -18,7 +18,7 @@ from capa_export.base.dims import Section
 from capa_export.model.quantized.names import matches_any, names
 from capa_export.model.quantized.packing import unpacked
 from capa_export.model.quantized.parts import FLOATS, Format, Parts, group_size
-from capa_export.model.quantized.weight import QuantizedWeight
+from capa_export.model.quantized.weight import Array, QuantizedWeight
 
 __all__ = ["Fp8", "Int4Awq", "Nvfp4", "read"]
 
@@ -53,10 +53,15 @@ class Int4Awq:
 
     def decode(self, parts: Parts) -> QuantizedWeight:
         self.shape(parts)
-        # In two's complement, a number with its highest bit turned over is 8 more.
-        raised = unpacked(parts.array("weight").T, 4).T ^ np.uint8(8)
+
+        def values() -> Array:
+            # In two's complement, a number with its highest bit turned over is 8 more.
+            raised = unpacked(parts.array("weight").T, 4).T ^ np.uint8(8)
+            return raised.view(np.int8) - np.int8(8)
+
         return QuantizedWeight(
-            values=raised.view(np.int8) - np.int8(8),
+            kind="int4",
+            read_values=values,
             scales=parts.scales("weight_scale"),
             group_size=self.group,
             pre_scale=parts.scales("pre_quant_scale") if "pre_quant_scale" in parts else None,
@@ -90,7 +95,8 @@ class Fp8:
     def decode(self, parts: Parts) -> QuantizedWeight:
         num_outputs, num_inputs = self.shape(parts)
         return QuantizedWeight(
-            values=parts.array("weight"),
+            kind="fp8",
+            read_values=lambda: parts.array("weight"),
             scales=np.broadcast_to(parts.scales("weight_scale").reshape(1, 1), (num_outputs, 1)),
             group_size=num_inputs,
             input_scale=parts.scalar("input_scale") if "input_scale" in parts else None,
@@ -129,7 +135,8 @@ class Nvfp4:
     def decode(self, parts: Parts) -> QuantizedWeight:
         self.shape(parts)
         return QuantizedWeight(
-            values=unpacked(parts.array("weight"), 4).view(ml_dtypes.float4_e2m1fn),
+            kind="fp4",
+            read_values=lambda: unpacked(parts.array("weight"), 4).view(ml_dtypes.float4_e2m1fn),
             scales=parts.scales("weight_scale"),
             group_size=self.group,
             outer_scale=parts.scalar("weight_scale_2"),

@@ -1,13 +1,15 @@
 """The canonical form of a quantized weight, into which every format is decoded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-__all__ = ["Array", "QuantizedWeight"]
+__all__ = ["Array", "NumberKind", "QuantizedWeight"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
+NumberKind = Literal["int4", "int8", "fp8", "fp4"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,14 +19,18 @@ class QuantizedWeight:
     Of input i and output o in group g: pre_scale[i] * outer_scale * scales[o, g] * (values[o, i] - zero_points[o, g]).
     """
 
-    values: Array
-    """Whole numbers, or FP8 or FP4 numbers, [out, in]; a group's columns lie side by side."""
+    kind: NumberKind
+    """Of the values."""
+    read_values: Callable[[], Array]
+    """Reads the values [out, in]: whole numbers, or FP8 or FP4 numbers; a group's columns lie side by side."""
     scales: Array
     """Scales [out, groups] in their stored dtype; one group is a scale a channel."""
     group_size: int
     """Columns of a group; the last group may have fewer."""
     zero_points: Array | None = None
     """Whole numbers [out, groups]; None where the values are symmetric."""
+    raised: int = 0
+    """What whole numbers without sign, and their zero points, are above numbers with a sign."""
     outer_scale: float = 1.0
     """FP32 scale of the scales."""
     pre_scale: Array | None = None
@@ -37,7 +43,7 @@ class QuantizedWeight:
     def dequantized(self) -> Array:
         """The weight [out, in] in FP32, by inputs in their own order."""
         # Row by row even where the values lie column by column.
-        numbers = np.ascontiguousarray(self.values).astype(np.float32)
+        numbers = np.ascontiguousarray(self.read_values()).astype(np.float32)
         scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
         for group in range(scales.shape[1]):
             columns = numbers[:, group * self.group_size : (group + 1) * self.group_size]

@@ -1,4 +1,4 @@
-"""A published AWQ checkpoint built from end to end, on weights that stand expanded in the bundle."""
+"""A published AWQ checkpoint built from end to end: in four bits as it is, and expanded where that is asked for."""
 
 import json
 import shutil
@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from capa_export.base.errors import CapaError
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.model.generation import GenerationOptions
+from capa_export.model.prompt import Turn
 from capa_export.plan.plan import dry_run
-from tests.building import Building
+from capa_export.run.bundled import bundled_dims
+from tests.building import Building, answer
 from tests.conftest import noise
-from tests.quantizing import FORMATS, quantize
+from tests.quantizing import FORMATS, GROUP, quantize
 
 
 @pytest.fixture
@@ -32,19 +35,44 @@ def building(checkpoint: Path, tmp_path: Path) -> Building:
     )
 
 
-def test_a_bundle_has_the_expanded_weights_and_says_so(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = quantize(Path(building.checkpoint), FORMATS["AutoAWQ"])
-    assert building.build().passed
-    what = "35 layers of AutoAWQ, 4 bits, groups of 32, with zero points"
-    assert f"{what}: expanded to fp16, inputs not quantized" in capsys.readouterr().err
-    assert building.bundle.manifest["checkpoint"]["quantization"] == what
-    onnx = building.bundle.folder / "onnx"
-    graph = ir.load(onnx / "llm/prefill.onnx").graph
-    name = "model.layers.4.mlp.down_proj.weight"
-    weight = graph.initializers[name].const_value
+WHAT = "35 layers of AutoAWQ, 4 bits, groups of 32, with zero points"
+NAME = "model.layers.4.mlp.down_proj.weight"
+
+
+def held(building: Building, name: str) -> Any:
+    """The numbers of an initializer of prefill."""
+    weight = ir.load(building.bundle.folder / "onnx/llm/prefill.onnx").graph.initializers[name].const_value
     assert weight is not None
-    stored = next(weight for stored, weight in expected.items() if stored.endswith("layers.4.mlp.down_proj.weight"))
-    np.testing.assert_array_equal(weight.numpy(), stored.numpy().astype(np.float16))
+    return weight.numpy().astype(np.float32)
+
+
+def test_a_bundle_has_its_four_bits_and_says_so(building: Building, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = quantize(Path(building.checkpoint), FORMATS["AutoAWQ"])
+    assert building.build().passed
+    kept = "34 kept in 4 bits, 1 expanded to fp16 (a score reads them whole)"
+    assert f"{WHAT}: {kept}; inputs not quantized" in capsys.readouterr().err
+    assert building.bundle.manifest["checkpoint"]["quantization"] == WHAT
+    scales, zeros = (np.repeat(held(building, f"{NAME}{part}"), GROUP, 0) for part in ("_scale", "_zero"))
+    expected = next(weight for name, weight in stored.items() if name.endswith(NAME)).numpy().T
+    # Scales are FP16 in the checkpoint; what a zero stands for is rounded to it.
+    np.testing.assert_allclose(held(building, f"{NAME}_packed") * scales + zeros, expected, rtol=0, atol=1e-4)
+    (told,) = [record["result"]["packing"] for record in [building.bundle.stage("export")]]
+    assert (told["packed"], told["group"], told["expanded"]) == (34, GROUP, {"a score reads them whole": 1})
+    assert bundled_dims(building.bundle).decoder.packed_group == GROUP
+    answers = answer(building.bundle, [[Turn("user", ["what ?"])]], options=GenerationOptions(max_new_tokens=3))
+    assert answers[0]["answer"]
+
+
+def test_a_bundle_has_expanded_weights_where_that_is_asked_for(
+    building: Building, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = quantize(Path(building.checkpoint), FORMATS["AutoAWQ"])
+    building.recipe = building.recipe.with_options(quantize="none")
+    assert building.build().passed
+    assert f"{WHAT}: 35 expanded to fp16 (as asked); inputs not quantized" in capsys.readouterr().err
+    onnx = building.bundle.folder / "onnx"
+    stored = next(weight for stored, weight in expected.items() if stored.endswith(NAME))
+    np.testing.assert_array_equal(held(building, NAME), stored.numpy().astype(np.float16).astype(np.float32))
     for part in ("llm", "visual"):
         assert "quantization_config" not in json.loads((onnx / part / "config.json").read_text())
 
@@ -64,9 +92,15 @@ def test_a_plan_reads_the_config_and_refuses_what_a_build_would(building: Buildi
     folder = Path(building.checkpoint)
     options: dict[str, Any] = {"out": None, "precision": "fp16", "ffn": False}
     # What is free now is not the checkpoint's.
-    plain = {**dry_run(building.recipe, str(folder), **options), "memory_available": 0}
+    plain: dict[str, Any] = {**dry_run(building.recipe, str(folder), **options), "memory_available": 0}
     quantize(folder, FORMATS["AutoAWQ"])
-    assert {**dry_run(building.recipe, str(folder), **options), "memory_available": 0} == plain
+    expanded = building.recipe.with_options(quantize="none")
+    assert {**dry_run(expanded, str(folder), **options), "memory_available": 0} == plain
+    packed = dry_run(building.recipe, str(folder), **options)
+    layers = 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert packed["parameters"]["packed"] == layers
+    less = 2 * layers - layers // 2 - 2 * (layers // GROUP)
+    assert packed["files"]["onnx weights"] == plain["files"]["onnx weights"] - less
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "bitsandbytes"
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,105 @@
+"""Faults in weights of four bits fail the gates, and a bisection names the layer; a healthy export passes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from capa_export.config.recipe import load_recipe
+from capa_export.config.schedule import Prune, Stage
+from capa_export.model.model import Model
+from capa_export.parity.oracle import Oracle
+from capa_export.parity.validate import compare_onnx
+from capa_export.passes.pack_weights import packed_name, scale_name, zero_name
+from tests.models.qwen25vl import random_model, save_model
+from tests.parity.test_bisect import SCALES, Exported, recorded, write_onnx
+from tests.quantizing import FORMATS, quantize
+
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+AWQ_SLOTS = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+@pytest.fixture(scope="module")
+def healthy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("packed")
+    checkpoint = save_model(folder / "checkpoint", random_model())
+    recipe = load_recipe("qwen25vl")
+    if request.param in FORMATS:
+        quantize(checkpoint, FORMATS[request.param])
+    else:
+        recipe = recipe.with_options(quantize=request.param)
+    model = Model(recipe=recipe, checkpoint=str(checkpoint))
+    options: dict[str, Any] = {"prune_layers": (2,), "scales": SCALES}
+    for precision in ("fp16", "fp32"):
+        write_onnx(model.source, precision, folder / precision, **options)
+    oracle = Oracle(
+        *(model.eager, model.family, model.prompter, Prune(schedule=(Stage(layer=2, ratio=0.75),)), SCALES),
+        eos_token_ids=(),
+        precision="fp16",
+        onnx=folder / "fp16",
+        fp32_onnx=folder / "fp32",
+    )
+    records = recorded(oracle, folder / "records")
+    return Exported(model.source, folder, oracle, records, options)
+
+
+def change(name: str, how: Callable[[Any], Any]) -> Callable[[ir.Model], None]:
+    """A fault that puts other numbers into an initializer."""
+
+    def plant(model: ir.Model) -> None:
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        changed = how(array.astype(np.float32)).astype(array.dtype)
+        assert (changed != array).any()
+        value.const_value = ir.Tensor(changed, dtype=value.dtype, name=name)
+
+    return plant
+
+
+def zero_off_by_one(model: ir.Model) -> None:
+    scales = model.graph.initializers[scale_name(WEIGHT)].const_value
+    assert scales is not None
+    change(zero_name(WEIGHT), lambda zeros: zeros - scales.numpy().astype(np.float32))(model)
+
+
+def by_slots(numbers: Any) -> Any:
+    places = np.arange(numbers.shape[1]).reshape(-1, 8)[:, AWQ_SLOTS].reshape(-1)
+    return numbers[:, places]
+
+
+FAULTS = {
+    "nibbles swapped": (change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), "int4:32"),
+    "neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "int4:32"),
+    "a scale less": (change(scale_name(WEIGHT), lambda s: np.where(np.arange(s.shape[1]) == 9, 0, s)), "AutoAWQ"),
+    "zero off by one": (zero_off_by_one, "AutoAWQ"),
+    "AWQ order ignored": (change(packed_name(WEIGHT), by_slots), "AutoAWQ"),
+    "g_idx ignored": (
+        change(WEIGHT, lambda w: w[:, np.random.default_rng(7).permutation(w.shape[1])]),
+        "GPTQ desc_act",
+    ),
+}
+
+
+def failures(exported: Exported, folder: Path) -> list[str]:
+    found = compare_onnx(folder, "fp16", exported.records, load_recipe("qwen25vl"))
+    return [check.failure for error in found.export_error for check in error.checks if check.failure]
+
+
+@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32", "GPTQ desc_act"], indirect=True)
+def test_a_healthy_export_passes(healthy: Exported) -> None:
+    assert failures(healthy, healthy.folder / "fp16") == []
+    assert not healthy.bisected(healthy.folder / "fp16").node
+
+
+@pytest.mark.parametrize(("healthy", "fault"), [(of, name) for name, (_, of) in FAULTS.items()], indirect=["healthy"])
+def test_a_fault_is_seen_and_its_layer_named(healthy: Exported, fault: str, tmp_path: Path) -> None:
+    folder = healthy.with_fault(tmp_path / "onnx", FAULTS[fault][0])
+    assert failures(healthy, folder)
+    found = healthy.bisected(folder)
+    assert (found.graph, found.layer, found.block) == ("llm/prefill.onnx", "layers.1", "mlp"), found.sentence
+    assert "down_proj" in found.node
+    assert WEIGHT in found.sentence
