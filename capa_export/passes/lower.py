@@ -3,12 +3,10 @@
 B = batch, T, S = queries, L = keys, H = query heads, G = KV heads, r = H / G, R = r times S, d = head size.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable
-
-import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import ShapeInferencePass
+
+from capa_export.passes.stand_ins import replace_by_bodies
 
 __all__ = ["NATIVE", "LowerPass"]
 
@@ -17,8 +15,6 @@ NATIVE = (10, 15)
 _OPSET, _IR_VERSION = 20, 10
 """The latest that TensorRT 10.0 to 10.3 are documented to read."""
 _UNKNOWN = ("Attention", "RotaryEmbedding", "RMSNormalization", "CumSum")
-_DOMAIN = "capa.lowered"
-_SCOPE = "capa.scope"
 
 _RMS_NORMALIZATION = """
 RMSNormalization <epsilon> (x, scale) => (y) {
@@ -166,15 +162,10 @@ class LowerPass(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         # For the numbers of heads.
         ShapeInferencePass()(model)
-        given = [{output.name for node in graph for output in node.outputs} for graph in graphs]
         for graph in graphs:
             graph.opset_imports[""] = _OPSET
         model.ir_version = _IR_VERSION
-        for node in nodes:
-            _call(node, model)
-        InlinePass(lambda function: function.domain == _DOMAIN)(model)
-        for graph, names in zip(graphs, given, strict=True):
-            _name(graph, names)
+        replace_by_bodies(model, {node: _body(node) for node in nodes}, _OPSET)
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -209,29 +200,3 @@ def _attention(node: ir.Node, *, causal: bool) -> str:
         repeat=_REPEAT.format(repeats=heads // groups) if groups < heads else "",
         hide=_ADD_MASK if masked else _CAUSAL if causal else _SHOW_ALL,
     )
-
-
-def _call(node: ir.Node, model: ir.Model) -> None:
-    """Make the node a call of a function, which the inliner then puts in its place."""
-    header = f'<opset_import: ["": {_OPSET}], domain: "{_DOMAIN}">'
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(header + _body(node)))
-    # A function of its own for every node, so that no two are taken for the same.
-    function.overload = str(len(model.functions))
-    model.functions[function.identifier()] = function
-    node.domain, node.overload = function.domain, function.overload
-    node.metadata_props[_SCOPE] = node.name or node.op_type
-
-
-def _name(nodes: Iterable[ir.Node], kept: Collection[str | None]) -> None:
-    """`model/norm/RMSNormalization/Sqrt`: what stands for a node is named as if that were a module."""
-    seen: Counter[str] = Counter()
-    for node in nodes:
-        scope = node.metadata_props.pop(_SCOPE, None)
-        if scope is None:
-            continue
-        path = f"{scope}/{node.op_type}"
-        seen[path] += 1
-        node.name = path if seen[path] == 1 else f"{path}_{seen[path]}"
-        for index, output in enumerate(node.outputs):
-            if output.name not in kept:
-                output.name = f"{node.name}/output_{index}"
