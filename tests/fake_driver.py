@@ -22,8 +22,10 @@ from cuda.bindings import driver as real
 from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
+from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
+from capa_export.passes.cache_blocks import CacheBlocksPass
 from capa_export.selectors.selector import SelectorChoice
 from tests.recorded import record
 
@@ -198,6 +200,14 @@ class FakeDriver:
         for address, pitch in ((int(copy.srcDevice), copy.srcPitch), (int(copy.dstDevice), copy.dstPitch)):
             assert copy.WidthInBytes <= pitch
             self.check(address, (copy.Height - 1) * pitch + copy.WidthInBytes)
+        return ()
+
+    def _cuMemcpy3DAsync(self, copy: Any, stream: Any) -> tuple[()]:
+        sides = ((copy.srcDevice, copy.srcPitch, copy.srcHeight), (copy.dstDevice, copy.dstPitch, copy.dstHeight))
+        for address, pitch, height in sides:
+            assert copy.WidthInBytes <= pitch and copy.Height <= height
+            rows = (copy.Depth - 1) * height + copy.Height - 1
+            self.check(int(address), rows * pitch + copy.WidthInBytes)
         return ()
 
     def _cuStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:
@@ -509,8 +519,15 @@ def write_bundle(
     return record(folder, "engine/rtx", files_under(folder, "engines"), result=result)
 
 
+def _limits(size: int | str) -> Any:
+    length = counted_in_blocks(str(size))
+    return _LIMITS.get(str(size), (size, size)) if length is None else [-(-n // CACHE_ROWS) for n in _LIMITS[length]]
+
+
 def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -> None:  # noqa: FBT001
-    graph = ir.load(onnx).graph
+    model = ir.load(onnx)
+    CacheBlocksPass()(model)
+    graph = model.graph
     stored = {weight: value.const_value for weight, value in graph.initializers.items() if external_weights}
     table = {
         weight: tensor
@@ -522,7 +539,7 @@ def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -
         assert value.shape is not None and value.dtype is not None and value.name is not None
         shape = [str(size.value) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
         host = value.name == "num_keep"
-        ranges = [_LIMITS["num_keep"] if host else _LIMITS.get(str(size), (size, size)) for size in shape]
+        ranges = [_LIMITS["num_keep"] if host else _limits(size) for size in shape]
         tensors[value.name] = {
             "dtype": {"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(value.dtype.name, value.dtype.name),
             "shape": shape,

@@ -8,11 +8,11 @@ from capa_export.base.precision import FORMATS
 from capa_export.base.progress import say
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
+from capa_export.graph.contract import CACHE_ROWS
 from capa_export.model.memory import LIBRARIES
 from capa_export.plan.flops import KVCacheSize, Parameters, parameters
 
 __all__ = [
-    "CACHE_ROWS",
     "EMBEDDED_LIMIT",
     "DeviceMemory",
     "choose_weights",
@@ -31,9 +31,6 @@ Beyond it the second copy takes more than an eighth of the smallest card, and bu
 TensorRT-RTX 1.7, engines with the weights in them against engines that share them took 22 s and 1.6 GB of memory
 against 16 s and 0.9 GB where the decoder has 0.27 GB, and 133 s and 16.6 GB against 31 s and 0.7 GB where it has 6.2.
 """
-CACHE_ROWS = 256
-"""Caches on the device are as long as a multiple of it: fewer shapes, so that kernels compiled for one serve again."""
-
 _ANSWER = 64
 """Tokens of an answer that a cache has room for."""
 _CONTEXT = 16 << 20

@@ -67,7 +67,7 @@ def feeds(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 def test_computes_what_decode_does(
     graphs: Graphs,
     family: str,
-    lowered: bool,
+    lowered: bool,  # noqa: FBT001
     precision: str,
     tolerance: float,
 ) -> None:
