@@ -234,9 +234,14 @@ class FakeDriver:
 
     def _cuGraphLaunch(self, graph: str, stream: Any) -> tuple[()]:
         for name, *args in self.graphs[graph]:
-            if name != "executeAsync":
+            if name == "executeAsync":
+                self.execute(*args)
+            else:
                 getattr(self, f"_{name}")(*args)
         return ()
+
+    def execute(self, engine: str, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        """Compute what an engine does; nothing here."""
 
 
 class _Severity(IntEnum):
@@ -483,6 +488,8 @@ class FakeContext:
         if driver.capturing is not None and (self.engine.trt.fails_while_capturing or shapes not in self.ran):
             return self._refuse("not while a stream is captured")
         self.ran.add(shapes)
+        if driver.capturing is None:
+            driver.execute(name, dict(self.shapes), dict(self.addresses))
         if self.config is not None and self.config.cache is not None and shapes not in self.config.cache.compiled:
             self.config.cache.compiled.append(shapes)
         return True

@@ -1,6 +1,6 @@
 """Writes a graph in the operators of older TensorRT: below 10.15 the parser lacks some that our graphs use.
 
-B = batch, T, S = queries, L = keys, H = query heads, G = KV heads, r = H / G, R = r times S, d = head size.
+B = batch, T = queries, L = keys, H = query heads, G = KV heads, r = H / G, d = head size.
 """
 
 import onnx_ir as ir
@@ -73,32 +73,6 @@ _REPEAT = """
     value_BGrLd = Expand (value_BG1Ld, repeated)
     key_BHLd = Reshape (key_BGrLd, merged)
     value_BHLd = Reshape (value_BGrLd, merged)
-"""
-# At a step the cache is what is read, and repeated it would be written and read once more for every head of a group. So
-# the heads that share one become rows of a query instead, under the mask over and over.
-_GROUPED_ATTENTION = """
-Attention (query, key, value, mask) => (y) {{
-    grouped = Constant <value_ints = [0, {groups}, -1, {head_size}]> ()
-    query_BGRd = Reshape (query, grouped)
-    key_BGdL = Transpose <perm = [0, 1, 3, 2]> (key)
-    product = MatMul (query_BGRd, key_BGdL)
-    repeats = Constant <value_ints = [1, 1, {repeats}, 1, 1]> ()
-    repeat_axis = Constant <value_ints = [2]> ()
-    mask_B11SL = Unsqueeze (mask, repeat_axis)
-    mask_B1rSL = Expand (mask_B11SL, repeats)
-    leading = Constant <value_ints = [0, 0, -1]> ()
-    length = Shape <start = 3, end = 4> (mask)
-    tiled = Concat <axis = 0> (leading, length)
-    mask_B1RL = Reshape (mask_B1rSL, tiled)
-    scores = Cast <to = 1> (product)
-    mask_wide = Cast <to = 1> (mask_B1RL)
-    visible = Add (scores, mask_wide)
-    weights = Softmax <axis = -1> (visible)
-    narrow = CastLike (weights, query)
-    y_BGRd = MatMul (narrow, value)
-    heads = Constant <value_ints = [0, {heads}, -1, {head_size}]> ()
-    y = Reshape (y_BGRd, heads)
-}}
 """
 _SHOW_ALL = "visible = Cast <to = 1> (product)"
 _ADD_MASK = """
@@ -190,10 +164,6 @@ def _attention(node: ir.Node, *, causal: bool) -> str:
     assert isinstance(heads, int) and isinstance(groups, int)
     masked = len(node.inputs) == 4
     assert not (masked and causal)
-    if masked and groups < heads:
-        assert node.inputs[0] is not None and node.inputs[0].shape is not None
-        sizes = {"heads": heads, "groups": groups, "repeats": heads // groups, "head_size": node.inputs[0].shape[3]}
-        return _GROUPED_ATTENTION.format(**sizes)
     names = ["key", "value", "mask"] if groups < heads else ["key_BHLd", "value_BHLd", "mask"]
     return _ATTENTION.format(
         inputs=", ".join(names[: len(node.inputs) - 1]),

@@ -81,12 +81,12 @@ def device_memory(
         CapaError: the target lacks a limit that the model's graphs need.
     """
     if target.engine is None:
-        held, least = _held(cache, step=1), LIBRARIES
+        held, least = _held(cache, step=1, copies=2), LIBRARIES
         return DeviceMemory(weights=onnx_runtime_bytes(dims) - least, kv_cache=held, contexts=0, runtime=least)
     width = FORMATS[precision].num_bytes
     return DeviceMemory(
         weights=engine_weight_bytes(parameters(dims), width, weights),
-        kv_cache=_held(cache, step=CACHE_ROWS),
+        kv_cache=_held(cache, step=CACHE_ROWS, copies=1),
         contexts=_context_bytes(dims, width, target) if contexts is None else contexts,
         runtime=_CUDA + (_SYSTEM if target.shares_memory else 0),
     )
@@ -109,12 +109,12 @@ def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     return LIBRARIES + int(_PER_ONNX_PARAMETER * (2 * decoder_parameters(total) + total.vision))
 
 
-def _held(cache: KVCacheSize, *, step: int) -> int:
-    """Bytes of a prompt's caches: the one that prefill left, and those that a decode step reads and writes."""
+def _held(cache: KVCacheSize, *, step: int, copies: int) -> int:
+    """Bytes of a prompt's caches: the one that prefill left, and those of decode, in and out or in place."""
     held = 0
     for group in cache.groups:
         rows = -(-(group.num_tokens + _ANSWER - 1) // step) * step
-        held += (group.num_tokens + 2 * rows + 1) * (group.capa_bytes // group.num_tokens)
+        held += (group.num_tokens + copies * rows) * (group.capa_bytes // group.num_tokens)
     return held
 
 

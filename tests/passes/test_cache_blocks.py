@@ -1,5 +1,6 @@
 """Decode as engines run it: what it computes, and what TensorRT-RTX reads and copies of its cache."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from capa_export.graph.contract import CACHE_ROWS, is_cache, is_past, is_present, past_name
 from capa_export.passes.cache_blocks import CacheBlocksPass, step_shapes
 from capa_export.passes.lower import LowerPass
+from capa_export.trt.engines import build_graphs
 from tests.models import FAMILIES
 from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, graphs, run
+from tests.targets import one_gpu
 
 __all__ = ["graphs"]
 
@@ -122,3 +125,16 @@ def test_what_is_no_decode_stays(graphs: Graphs) -> None:
 def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
     model = ir.load(in_blocks(graphs("qwen25vl", "fp16") / "llm/decode.onnx"))
     assert not CacheBlocksPass()(model).modified
+
+
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_copies_a_cache(graphs: Graphs, family: str, tmp_path: Path) -> None:
+    path = graphs(family, "fp16") / "llm/decode.onnx"
+    built = build_graphs(path.parent, {path.name: "decode"}, tmp_path / "out", one_gpu(), weights="embedded")["decode"]
+    assert (built["weight_copies"], built["cache_copies"]) == (0, 0)
+    layers = json.loads((tmp_path / "out" / "decode.layers.json").read_text(encoding="utf-8"))
+    read = [tensor["name"] for layer in layers for tensor in layer["inputs"] if is_past(tensor["name"])]
+    pasts = [str(value.name) for value in ir.load(path).graph.inputs if is_past(str(value.name))]
+    assert sorted(read) == sorted(pasts), "each is read by one layer"
