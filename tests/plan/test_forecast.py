@@ -28,9 +28,9 @@ def test_each_part_takes_what_its_products_or_its_bytes_take() -> None:
     times = forecast(WORK, DEVICE)
     assert times is not None
     assert (times.vision, times.prefill) == (10, 20)
-    assert times.token == pytest.approx((80 + 5 * 8) / 80)
+    assert times.token == pytest.approx((80 + 1.35 * 8) / 80)
     assert times.first == 30
-    assert times.last == pytest.approx(30 + (ANSWER - 1) * 1.5)
+    assert times.last == pytest.approx(30 + (ANSWER - 1) * times.token)
 
 
 def test_a_short_prompt_takes_as_long_as_its_weights_are_read() -> None:
