@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -82,8 +83,8 @@ def _appended(model: ir.Model, update: str, attention: str) -> None:
 
 VARIANTS = (
     Variant("concatenated, as exported", DecomposableAttentionPass(), 2),
-    Variant("TensorScatter", lambda model: _appended(model, "TensorScatter", "Attention"), 0, static=True),
-    Variant("KVCacheUpdate", lambda model: _appended(model, "TRT_KVCacheUpdate", "TRT_Attention"), 0, static=True),
+    Variant("TensorScatter", partial(_appended, update="TensorScatter", attention="Attention"), 0, static=True),
+    Variant("KVCacheUpdate", partial(_appended, update="TRT_KVCacheUpdate", attention="TRT_Attention"), 0, static=True),
     Variant("in blocks", CacheBlocksPass(), 0),
     Variant(
         "in blocks, for TensorRT before 10.15",
