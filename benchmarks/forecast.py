@@ -128,7 +128,8 @@ def page() -> str:
 `capa-export plan --target DEVICE` forecasts, for each board or card of a target, the milliseconds to the first token
 and of each one behind it, dense and with CAPA. It counts the FLOPs and bytes of the model's graphs and divides them by
 the device's bandwidth and FP16 throughput (`[devices]` in [engines/](../engines)), of which it takes 80 and 45 % to be
-attained. A decode step is taken to move the cache five times. None of it was measured on a GPU by us.
+attained. A decode step is taken to move the cache 1.35 times, the most that was
+[counted](../benchmarks/results/2026-11-30-cache-traffic.md). None of it was measured on a GPU by us.
 
 The devices' figures were put in by hand. Held against what is published of them elsewhere were the throughput of Orin
 Nano, AGX Orin 64GB, RTX 4090, RTX PRO 5000 72GB and RTX PRO 6000, and the bandwidth of Orin Nano 8GB, RTX 4090 and the

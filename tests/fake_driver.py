@@ -22,8 +22,10 @@ from cuda.bindings import driver as real
 from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
+from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
+from capa_export.passes.cache_blocks import CacheBlocksPass
 from capa_export.selectors.selector import SelectorChoice
 from tests.recorded import record
 
@@ -200,6 +202,14 @@ class FakeDriver:
             self.check(address, (copy.Height - 1) * pitch + copy.WidthInBytes)
         return ()
 
+    def _cuMemcpy3DAsync(self, copy: Any, stream: Any) -> tuple[()]:
+        sides = ((copy.srcDevice, copy.srcPitch, copy.srcHeight), (copy.dstDevice, copy.dstPitch, copy.dstHeight))
+        for address, pitch, height in sides:
+            assert copy.WidthInBytes <= pitch and copy.Height <= height
+            rows = (copy.Depth - 1) * height + copy.Height - 1
+            self.check(int(address), rows * pitch + copy.WidthInBytes)
+        return ()
+
     def _cuStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:
         assert self.capturing is None
         self.capturing, self.invalidated = [], False
@@ -224,9 +234,14 @@ class FakeDriver:
 
     def _cuGraphLaunch(self, graph: str, stream: Any) -> tuple[()]:
         for name, *args in self.graphs[graph]:
-            if name != "executeAsync":
+            if name == "executeAsync":
+                self.execute(*args)
+            else:
                 getattr(self, f"_{name}")(*args)
         return ()
+
+    def execute(self, engine: str, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        """Compute what an engine does; nothing here."""
 
 
 class _Severity(IntEnum):
@@ -473,6 +488,8 @@ class FakeContext:
         if driver.capturing is not None and (self.engine.trt.fails_while_capturing or shapes not in self.ran):
             return self._refuse("not while a stream is captured")
         self.ran.add(shapes)
+        if driver.capturing is None:
+            driver.execute(name, dict(self.shapes), dict(self.addresses))
         if self.config is not None and self.config.cache is not None and shapes not in self.config.cache.compiled:
             self.config.cache.compiled.append(shapes)
         return True
@@ -509,8 +526,15 @@ def write_bundle(
     return record(folder, "engine/rtx", files_under(folder, "engines"), result=result)
 
 
+def _limits(size: int | str) -> Any:
+    length = counted_in_blocks(str(size))
+    return _LIMITS.get(str(size), (size, size)) if length is None else [-(-n // CACHE_ROWS) for n in _LIMITS[length]]
+
+
 def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -> None:  # noqa: FBT001
-    graph = ir.load(onnx).graph
+    model = ir.load(onnx)
+    CacheBlocksPass()(model)
+    graph = model.graph
     stored = {weight: value.const_value for weight, value in graph.initializers.items() if external_weights}
     table = {
         weight: tensor
@@ -522,7 +546,7 @@ def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -
         assert value.shape is not None and value.dtype is not None and value.name is not None
         shape = [str(size.value) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
         host = value.name == "num_keep"
-        ranges = [_LIMITS["num_keep"] if host else _LIMITS.get(str(size), (size, size)) for size in shape]
+        ranges = [_LIMITS["num_keep"] if host else _limits(size) for size in shape]
         tensors[value.name] = {
             "dtype": {"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(value.dtype.name, value.dtype.name),
             "shape": shape,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 __all__ = [
+    "CACHE_ROWS",
     "DEEPSTACK_EMBEDS",
     "DEEPSTACK_FEATURES",
     "IMAGE_FEATURES",
@@ -14,7 +15,9 @@ __all__ = [
     "PIXEL_VALUES",
     "POSITION_IDS",
     "TEXT_POSITIONS",
+    "block_count",
     "cache_length",
+    "counted_in_blocks",
     "is_cache",
     "is_kept",
     "is_past",
@@ -37,7 +40,9 @@ TEXT_POSITIONS, NUM_KEEP, DEEPSTACK_EMBEDS = "text_positions", "num_keep", "deep
 """Of prefill."""
 PAST_LENGTHS = "past_lengths"
 """Of decode."""
-_PAST, _PRESENT, _KEPT = "past_key_values.", "present.", "kept_positions."
+CACHE_ROWS = 256
+"""Rows of a block, of which engines have caches: fewer shapes, so that kernels compiled for one serve again."""
+_PAST, _PRESENT, _KEPT, _BLOCKS = "past_key_values.", "present.", "kept_positions.", "_blocks"
 
 
 def past_names(layer: int | str) -> tuple[str, str]:
@@ -94,3 +99,13 @@ def cache_length(length: Literal["sequence", "past", "total"], stages: int) -> s
     """The dimension of a cache behind so many stages: `past`, then `past_kept_0`; of prefill `sequence`, `kept_0`."""
     kept = "kept" if length == "sequence" else f"{length}_kept"
     return f"{kept}_{stages - 1}" if stages else length
+
+
+def block_count(length: str) -> str:
+    """The dimension that counts the blocks of a cache with this length."""
+    return length + _BLOCKS
+
+
+def counted_in_blocks(dimension: str) -> str | None:
+    """The length whose blocks a dimension counts; None where it counts none."""
+    return dimension.removesuffix(_BLOCKS) if dimension.endswith(_BLOCKS) else None

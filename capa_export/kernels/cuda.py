@@ -15,7 +15,19 @@ import numpy as np
 
 from capa_export.base.errors import CapaError, how_to_install
 
-__all__ = ["Buffer", "Gpu", "Graph", "Memory", "PinnedBuffer", "Rows", "Stream", "call", "enter_context", "require_gpu"]
+__all__ = [
+    "Buffer",
+    "Gpu",
+    "Graph",
+    "Memory",
+    "PinnedBuffer",
+    "Planes",
+    "Rows",
+    "Stream",
+    "call",
+    "enter_context",
+    "require_gpu",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +201,17 @@ class Rows:
     """Bytes from the start of one row to that of the next."""
 
 
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Where equally many equally long rows lie in each of some planes of device memory."""
+
+    address: int
+    pitch: int
+    """Bytes from the start of one row to that of the next."""
+    height: int
+    """Pitches from the start of one plane to that of the next."""
+
+
 class Graph:
     """Work that was captured once and is launched as a whole."""
 
@@ -258,6 +281,16 @@ class Stream:
         copy.dstDevice, copy.dstPitch = target.address, target.pitch
         copy.WidthInBytes, copy.Height = width, count
         self._call("cuMemcpy2DAsync", copy, self.handle)
+
+    def copy_planes(self, target: Planes, source: Planes, width: int, count: int, depth: int) -> None:
+        """Copy `count` rows of `width` bytes in each of `depth` planes from one place of the device to another."""
+        driver = _driver()
+        copy = driver.CUDA_MEMCPY3D()
+        copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.srcPitch, copy.srcHeight = source.address, source.pitch, source.height
+        copy.dstDevice, copy.dstPitch, copy.dstHeight = target.address, target.pitch, target.height
+        copy.WidthInBytes, copy.Height, copy.Depth = width, count, depth
+        self._call("cuMemcpy3DAsync", copy, self.handle)
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self.handle)

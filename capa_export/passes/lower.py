@@ -1,14 +1,12 @@
 """Writes a graph in the operators of older TensorRT: below 10.15 the parser lacks some that our graphs use.
 
-B = batch, T, S = queries, L = keys, H = query heads, G = KV heads, r = H / G, R = r times S, d = head size.
+B = batch, T = queries, L = keys, H = query heads, G = KV heads, r = H / G, d = head size.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable
-
-import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import ShapeInferencePass
+
+from capa_export.passes.stand_ins import replace_by_bodies
 
 __all__ = ["NATIVE", "LowerPass"]
 
@@ -19,8 +17,6 @@ _OPSET, _IR_VERSION = 20, 10
 _BLOCKS = 21
 """The first that has blocks of INT4, which their parsers read in any."""
 _UNKNOWN = ("Attention", "RotaryEmbedding", "RMSNormalization", "CumSum")
-_DOMAIN = "capa.lowered"
-_SCOPE = "capa.scope"
 
 _RMS_NORMALIZATION = """
 RMSNormalization <epsilon> (x, scale) => (y) {
@@ -79,32 +75,6 @@ _REPEAT = """
     value_BGrLd = Expand (value_BG1Ld, repeated)
     key_BHLd = Reshape (key_BGrLd, merged)
     value_BHLd = Reshape (value_BGrLd, merged)
-"""
-# At a step the cache is what is read, and repeated it would be written and read once more for every head of a group. So
-# the heads that share one become rows of a query instead, under the mask over and over.
-_GROUPED_ATTENTION = """
-Attention (query, key, value, mask) => (y) {{
-    grouped = Constant <value_ints = [0, {groups}, -1, {head_size}]> ()
-    query_BGRd = Reshape (query, grouped)
-    key_BGdL = Transpose <perm = [0, 1, 3, 2]> (key)
-    product = MatMul (query_BGRd, key_BGdL)
-    repeats = Constant <value_ints = [1, 1, {repeats}, 1, 1]> ()
-    repeat_axis = Constant <value_ints = [2]> ()
-    mask_B11SL = Unsqueeze (mask, repeat_axis)
-    mask_B1rSL = Expand (mask_B11SL, repeats)
-    leading = Constant <value_ints = [0, 0, -1]> ()
-    length = Shape <start = 3, end = 4> (mask)
-    tiled = Concat <axis = 0> (leading, length)
-    mask_B1RL = Reshape (mask_B1rSL, tiled)
-    scores = Cast <to = 1> (product)
-    mask_wide = Cast <to = 1> (mask_B1RL)
-    visible = Add (scores, mask_wide)
-    weights = Softmax <axis = -1> (visible)
-    narrow = CastLike (weights, query)
-    y_BGRd = MatMul (narrow, value)
-    heads = Constant <value_ints = [0, {heads}, -1, {head_size}]> ()
-    y = Reshape (y_BGRd, heads)
-}}
 """
 _SHOW_ALL = "visible = Cast <to = 1> (product)"
 _ADD_MASK = """
@@ -168,17 +138,12 @@ class LowerPass(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         # For the numbers of heads.
         ShapeInferencePass()(model)
-        given = [{output.name for node in graph for output in node.outputs} for graph in graphs]
         packed = any(value.dtype == ir.DataType.INT4 for value in model.graph.initializers.values())
         opset = _BLOCKS if packed else _OPSET
         for graph in graphs:
             graph.opset_imports[""] = opset
         model.ir_version = _IR_VERSION
-        for node in nodes:
-            _call(node, model, opset)
-        InlinePass(lambda function: function.domain == _DOMAIN)(model)
-        for graph, names in zip(graphs, given, strict=True):
-            _name(graph, names)
+        replace_by_bodies(model, {node: _body(node) for node in nodes}, opset)
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -203,39 +168,9 @@ def _attention(node: ir.Node, *, causal: bool) -> str:
     assert isinstance(heads, int) and isinstance(groups, int)
     masked = len(node.inputs) == 4
     assert not (masked and causal)
-    if masked and groups < heads:
-        assert node.inputs[0] is not None and node.inputs[0].shape is not None
-        sizes = {"heads": heads, "groups": groups, "repeats": heads // groups, "head_size": node.inputs[0].shape[3]}
-        return _GROUPED_ATTENTION.format(**sizes)
     names = ["key", "value", "mask"] if groups < heads else ["key_BHLd", "value_BHLd", "mask"]
     return _ATTENTION.format(
         inputs=", ".join(names[: len(node.inputs) - 1]),
         repeat=_REPEAT.format(repeats=heads // groups) if groups < heads else "",
         hide=_ADD_MASK if masked else _CAUSAL if causal else _SHOW_ALL,
     )
-
-
-def _call(node: ir.Node, model: ir.Model, opset: int) -> None:
-    """Make the node a call of a function, which the inliner then puts in its place."""
-    header = f'<opset_import: ["": {opset}], domain: "{_DOMAIN}">'
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(header + _body(node)))
-    # A function of its own for every node, so that no two are taken for the same.
-    function.overload = str(len(model.functions))
-    model.functions[function.identifier()] = function
-    node.domain, node.overload = function.domain, function.overload
-    node.metadata_props[_SCOPE] = node.name or node.op_type
-
-
-def _name(nodes: Iterable[ir.Node], kept: Collection[str | None]) -> None:
-    """`model/norm/RMSNormalization/Sqrt`: what stands for a node is named as if that were a module."""
-    seen: Counter[str] = Counter()
-    for node in nodes:
-        scope = node.metadata_props.pop(_SCOPE, None)
-        if scope is None:
-            continue
-        path = f"{scope}/{node.op_type}"
-        seen[path] += 1
-        node.name = path if seen[path] == 1 else f"{path}_{seen[path]}"
-        for index, output in enumerate(node.outputs):
-            if output.name not in kept:
-                output.name = f"{node.name}/output_{index}"

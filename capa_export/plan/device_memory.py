@@ -9,11 +9,11 @@ from capa_export.base.precision import FORMATS
 from capa_export.base.progress import say
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
+from capa_export.graph.contract import CACHE_ROWS
 from capa_export.model.memory import LIBRARIES
 from capa_export.plan.flops import KVCacheSize, Parameters, parameters
 
 __all__ = [
-    "CACHE_ROWS",
     "EMBEDDED_LIMIT",
     "DeviceMemory",
     "choose_weights",
@@ -33,9 +33,6 @@ Beyond it the second copy takes more than an eighth of the smallest card, and bu
 TensorRT-RTX 1.7, engines with the weights in them against engines that share them took 22 s and 1.6 GB of memory
 against 16 s and 0.9 GB where the decoder has 0.27 GB, and 133 s and 16.6 GB against 31 s and 0.7 GB where it has 6.2.
 """
-CACHE_ROWS = 256
-"""Caches on the device are as long as a multiple of it: fewer shapes, so that kernels compiled for one serve again."""
-
 _ANSWER = 64
 """Tokens of an answer that a cache has room for."""
 _CONTEXT = 16 << 20
@@ -90,12 +87,12 @@ def device_memory(
         CapaError: the target lacks a limit that the model's graphs need.
     """
     if target.engine is None:
-        held, least = _held(cache, step=1), LIBRARIES
+        held, least = _held(cache, step=1, copies=2), LIBRARIES
         return DeviceMemory(weights=onnx_runtime_bytes(dims) - least, kv_cache=held, contexts=0, runtime=least)
     width = FORMATS[precision].num_bytes
     return DeviceMemory(
         weights=engine_weight_bytes(parameters(dims), width, weights),
-        kv_cache=_held(cache, step=CACHE_ROWS),
+        kv_cache=_held(cache, step=CACHE_ROWS, copies=1),
         contexts=_context_bytes(dims, width, target) if contexts is None else contexts,
         runtime=_CUDA + (_SYSTEM if target.shares_memory else 0),
     )
@@ -124,12 +121,12 @@ def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     return LIBRARIES + int(_PER_ONNX_PARAMETER * plain + _PER_PACKED_PARAMETER * 2 * total.packed)
 
 
-def _held(cache: KVCacheSize, *, step: int) -> int:
-    """Bytes of a prompt's caches: the one that prefill left, and those that a decode step reads and writes."""
+def _held(cache: KVCacheSize, *, step: int, copies: int) -> int:
+    """Bytes of a prompt's caches: the one that prefill left, and those of decode, in and out or in place."""
     held = 0
     for group in cache.groups:
         rows = -(-(group.num_tokens + _ANSWER - 1) // step) * step
-        held += (group.num_tokens + 2 * rows + 1) * (group.capa_bytes // group.num_tokens)
+        held += (group.num_tokens + copies * rows) * (group.capa_bytes // group.num_tokens)
     return held
 
 

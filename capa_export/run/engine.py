@@ -17,9 +17,10 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle
-from capa_export.graph.contract import NUM_KEEP
+from capa_export.graph.contract import CACHE_ROWS, NUM_KEEP, counted_in_blocks
 from capa_export.graph.functions import DOMAIN
 from capa_export.kernels.cuda import Buffer, Gpu, Stream, enter_context, require_gpu
+from capa_export.passes.cache_blocks import step_shapes
 from capa_export.run.execution import Execution, KernelCache
 
 __all__ = ["BuiltEngines", "DeviceWeights", "LoadedEngine", "TensorRTRuntime", "require_engines"]
@@ -239,7 +240,7 @@ class LoadedEngine:
         self.runtime = runtime
         self._engine = runtime.deserialize(self.path)
         self._config = self._runtime_config(trt, one_shape=one_shape)
-        self._shapes = _symbolic_shapes(built.onnx / built.files[name])
+        self._shapes = step_shapes(ir.load(built.onnx / built.files[name]).graph)
         self.weights = weights.of(self.path)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
@@ -292,13 +293,21 @@ class LoadedEngine:
         return self.runtime.failure(f"{self.path}: {what}")
 
     def _limits(self) -> dict[str, tuple[int, int]]:
-        """Smallest and largest size of each symbolic dimension."""
+        """Smallest and largest size of each symbolic dimension; lengths where it counts blocks.
+
+        Raises:
+            CapaError: the engine is of another graph.
+        """
         limits: dict[str, tuple[int, int]] = {}
         for name in self.inputs:
             if name not in self.on_host:
                 smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+                if len(smallest) != len(self._shapes[name]):
+                    raise CapaError(f"{self.path}: built by an older capa-export: build the engines again")
                 for size, least, most in zip(self._shapes[name], smallest, largest, strict=True):
-                    if isinstance(size, str):
+                    if isinstance(size, str) and (length := counted_in_blocks(size)) is not None:
+                        limits[length] = (least - 1) * CACHE_ROWS + 1, most * CACHE_ROWS
+                    elif isinstance(size, str):
                         limits[size] = least, most
         return limits
 
@@ -321,7 +330,15 @@ class LoadedEngine:
         return self._shapes[name][axis]
 
     def shape(self, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[size] if isinstance(size, str) else size for size in self._shapes[name])
+        """Shape of a tensor; a dimension that counts blocks is as large as the length in `sizes` takes."""
+
+        def size_of(size: int | str) -> int:
+            if isinstance(size, int):
+                return size
+            length = counted_in_blocks(size)
+            return sizes[size] if length is None else -(-sizes[length] // CACHE_ROWS)
+
+        return tuple(map(size_of, self._shapes[name]))
 
     def check(self, sizes: Mapping[str, int], num_keep: Sequence[int] = ()) -> None:
         """Refuse what the engine was not built for.
@@ -344,13 +361,3 @@ class LoadedEngine:
     def num_bytes(self, name: str, shape: Sequence[int]) -> int:
         """Bytes of a tensor in this shape."""
         return prod(shape) * np.dtype(self.dtypes[name]).itemsize
-
-
-def _symbolic_shapes(path: Path) -> dict[str, tuple[int | str, ...]]:
-    """Shape of every input and output of a graph, a name where a size varies."""
-    graph = ir.load(path).graph
-    return {
-        str(value.name): tuple(str(size.value) if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
-        for value in (*graph.inputs, *graph.outputs)
-        if value.shape is not None
-    }

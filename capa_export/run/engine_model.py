@@ -14,25 +14,22 @@ import numpy as np
 from capa_export.base.errors import CapaError
 from capa_export.base.progress import say
 from capa_export.graph.contract import (
+    CACHE_ROWS,
     DEEPSTACK_EMBEDS,
     INPUTS_EMBEDS,
-    LOGITS,
     NUM_KEEP,
     PAST_LENGTHS,
     PIXEL_VALUES,
     POSITION_IDS,
     cache_length,
-    is_cache,
-    is_past,
     is_present,
-    present_name,
 )
-from capa_export.kernels.cuda import Buffer, Graph, Memory, PinnedBuffer, Rows, Stream
+from capa_export.kernels.cuda import Buffer, Memory, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
-from capa_export.plan.device_memory import CACHE_ROWS
 from capa_export.run.engine import BuiltEngines, DeviceWeights, LoadedEngine, TensorRTRuntime
-from capa_export.run.execution import Arena, Execution, PinnedInputs
+from capa_export.run.execution import Arena
 from capa_export.run.runtime import RuntimeModel
+from capa_export.run.steps import Steps, row_bytes, stage_of
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 __all__ = ["DeviceCache", "EngineModel"]
@@ -43,23 +40,22 @@ _MOST_STEPS = 16
 
 @dataclass(eq=False)
 class DeviceCache:
-    """Keys and values on the device; the rows that count are the last ones, those before them are zero."""
+    """Keys and values on the device; the rows that count are the first ones, those behind them are finite."""
 
     tensors: Mapping[str, Memory]
-    """Decode's past inputs by name, [B, G, P, d] each."""
+    """Decode's past inputs by name, [B, G, P, d] each, in blocks of P if there is room for an answer."""
     lengths: np.ndarray
     """[1 + S, B] int64: rows that are a prompt's own, before the first stage and behind each."""
     rows: tuple[int, ...]
     """P before the first stage and behind each; more than the lengths, where there is room for an answer."""
-    steps: "_Steps | None" = None
+    steps: Steps | None = None
     """What appends tokens, where there is room for them."""
 
     @property
     def sizes(self) -> dict[str, int]:
         """Decode's symbolic dimensions."""
         past = {cache_length("past", stage): rows for stage, rows in enumerate(self.rows)}
-        total = {cache_length("total", stage): rows + 1 for stage, rows in enumerate(self.rows)}
-        return {"batch": self.lengths.shape[1], "step": 1, **past, **total}
+        return {"batch": self.lengths.shape[1], "step": 1, **past}
 
 
 class EngineModel(RuntimeModel[DeviceCache]):
@@ -85,7 +81,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
             engine.execution(self._stream, self._activations) for engine in (self._visual, self._prefill)
         )
         self._arena = Arena()
-        self._steps: dict[tuple[int, ...], _Steps] = {}
+        self._steps: dict[tuple[int, ...], Steps] = {}
         """By batch and rows of the caches; their memory is the arena's, which one cache has at a time."""
         self._owner: ref[DeviceCache] | None = None
         """The cache that has the arena."""
@@ -169,46 +165,39 @@ class EngineModel(RuntimeModel[DeviceCache]):
     def batch(self, caches: Sequence[DeviceCache], new_tokens: int) -> DeviceCache:
         cache = _with_room(np.concatenate([cache.lengths for cache in caches], axis=1), new_tokens)
         self._decode.check(cache.sizes)
-        cache.rows = tuple(self._rounded(rows, stage) for stage, rows in enumerate(cache.rows))
+        cache.rows = tuple(-(-rows // CACHE_ROWS) * CACHE_ROWS for rows in cache.rows)
         cache.steps = self._steps_of(cache)
         cache.tensors = cache.steps.past
         for name, stacked in cache.tensors.items():
-            self._stack(name, stacked, caches, cache.sizes)
+            self._stack(name, stacked, caches, cache.rows)
         return cache
 
-    def _steps_of(self, cache: DeviceCache) -> "_Steps":
+    def _steps_of(self, cache: DeviceCache) -> Steps:
         """What runs steps behind a cache of this shape, with the memory for it."""
         if self._owner is not None and self._owner() is not None:
             # The other cache is still in use: this one is served, and nothing of it kept.
-            return _Steps(self._decode, self._stream, self._activations, Arena(), cache.sizes)
+            return Steps(self._decode, self._stream, self._activations, Arena(), cache.sizes)
         key = (cache.lengths.shape[1], *cache.rows)
-        if self._arena.num_bytes < _Steps.cache_bytes(self._decode, cache.sizes):
+        if self._arena.num_bytes < Steps.cache_bytes(self._decode, cache.sizes):
             self._steps.clear()
         if key not in self._steps:
             if len(self._steps) == _MOST_STEPS:
                 # The oldest.
                 del self._steps[next(iter(self._steps))]
-            self._steps[key] = _Steps(self._decode, self._stream, self._activations, self._arena, cache.sizes)
+            self._steps[key] = Steps(self._decode, self._stream, self._activations, self._arena, cache.sizes)
         self._owner = ref(cache)
         return self._steps[key]
 
-    def _rounded(self, rows: int, stage: int) -> int:
-        # Where the first layer prunes, no cache has the length before the first stage.
-        _, most = self._decode.limits.get(cache_length("past", stage), (0, rows))
-        return min(-(-rows // CACHE_ROWS) * CACHE_ROWS, most)
-
-    def _stack(self, name: str, stacked: Memory, caches: Sequence[DeviceCache], sizes: Mapping[str, int]) -> None:
-        """Fill one past input of a batch, each prompt's rows at the end."""
-        engine, stream = self._decode, self._stream
-        _, heads, rows, head_size = engine.shape(name, sizes)
-        row = engine.num_bytes(name, (head_size,))
+    def _stack(self, name: str, stacked: Memory, caches: Sequence[DeviceCache], rows: Sequence[int]) -> None:
+        """Fill one past input of a batch, each prompt's rows at the start."""
+        engine, stream, stage = self._decode, self._stream, stage_of(self._decode, name)
+        heads, row = int(engine.axis(name, 1)), row_bytes(engine, name)
         # Masked, but 0 x NaN would be NaN.
         stream.zero(stacked)
         for index, cache in enumerate(caches):
-            own = engine.shape(name, cache.sizes)[2]
-            start = stacked.address + (index * heads * rows + rows - own) * row
-            source = Rows(cache.tensors[name].address, own * row)
-            stream.copy_rows(Rows(start, rows * row), source, own * row, heads)
+            own = cache.rows[stage] * row
+            start = Rows(stacked.address + index * heads * rows[stage] * row, rows[stage] * row)
+            stream.copy_rows(start, Rows(cache.tensors[name].address, own), own, heads)
 
     def append(
         self, cache: DeviceCache, tokens: Sequence[Sequence[int]], positions: Sequence[int]
@@ -219,7 +208,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
         """
         steps = cache.steps
         assert steps is not None, "batch() makes room"
-        assert (cache.lengths.max(axis=1) <= cache.rows).all(), "batch() was asked for fewer tokens"
+        assert (cache.lengths.max(axis=1) < cache.rows).all(), "batch() was asked for fewer tokens"
         feed = {**self._token_feed(tokens, positions), PAST_LENGTHS: cache.lengths}
         if self.captures and steps.warm and steps.graph is None:
             try:
@@ -247,81 +236,3 @@ def _with_room(lengths: np.ndarray, new_tokens: int) -> DeviceCache:
     """A cache, still without memory, of prompts [1 + S, B] and answers of up to `new_tokens`."""
     rows = lengths.max(axis=1) + new_tokens - 1
     return DeviceCache({}, lengths, tuple(rows.tolist()))
-
-
-class _Steps:
-    """Steps behind caches of one shape: the same addresses each time, so that one CUDA graph holds any of them.
-
-    Args:
-        engine: decode.
-        stream: that they run on.
-        activations: memory between inputs and outputs.
-        arena: memory of the cache.
-        sizes: of decode's symbolic dimensions.
-
-    Raises:
-        CapaError: TensorRT refuses, or the GPU has no room.
-    """
-
-    def __init__(
-        self, engine: LoadedEngine, stream: Stream, activations: Buffer, arena: Arena, sizes: Mapping[str, int]
-    ) -> None:
-        self.graph: Graph | None = None
-        self.warm = False
-        """Whether a step has run: TensorRT prepares for new shapes in the first, which cannot be captured."""
-        self._engine, self._stream, self._sizes = engine, stream, sizes
-        shapes = {name: engine.shape(name, sizes) for name in (*engine.inputs, *engine.outputs)}
-        caches = _cache_sizes(engine, sizes)
-        places = arena.regions(caches)
-        self.past = {name: place for name, place in places.items() if is_past(name)}
-        self._inputs = PinnedInputs(
-            {name: (shapes[name], engine.dtypes[name]) for name in engine.inputs if name not in places}
-        )
-        # A context of its own: what it prepares for its shapes is part of the graph.
-        self._execution: Execution = engine.execution(stream, activations)
-        self._buffers = self._execution.bind({}, sizes, {**places, **self._inputs.regions})
-        self._pinned = PinnedBuffer(engine.num_bytes(LOGITS, shapes[LOGITS]))
-        self._logits = self._pinned.view(0, shapes[LOGITS], engine.dtypes[LOGITS])
-        self._logits.flags.writeable = False
-
-    @staticmethod
-    def cache_bytes(engine: LoadedEngine, sizes: Mapping[str, int]) -> int:
-        """Bytes of a cache, and of its copy with one more row that a step writes."""
-        return Arena.bytes_of(_cache_sizes(engine, sizes))
-
-    def capture(self) -> None:
-        """Make the graph of a step.
-
-        Raises:
-            CapaError: it cannot be captured.
-        """
-        if not self._execution.can_be_captured():
-            raise CapaError("the engine allocates memory of its own while it runs")
-        self.graph = self._stream.capture(self._enqueue)
-
-    def run(self, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [B, V] of one more token of each row, whose keys and values are then the cache's last rows."""
-        self._inputs.fill(feed)
-        if self.graph is not None:
-            self.graph.launch(self._stream)
-        else:
-            self._enqueue()
-        self._stream.synchronize()
-        return self._logits
-
-    def _enqueue(self) -> None:
-        self._inputs.copy_in(self._stream)
-        self._execution.enqueue()
-        for name, past in self.past.items():
-            # What a step writes is the cache with one row behind it; without its first row it is the next step's.
-            present = self._buffers[present_name(name)]
-            batch, heads, rows, head_size = self._engine.shape(name, self._sizes)
-            row = self._engine.num_bytes(name, (head_size,))
-            grown = Rows(present.address + row, (rows + 1) * row)
-            self._stream.copy_rows(Rows(past.address, rows * row), grown, rows * row, batch * heads)
-        self._stream.copy_out(self._pinned, self._buffers[LOGITS])
-
-
-def _cache_sizes(engine: LoadedEngine, sizes: Mapping[str, int]) -> dict[str, int]:
-    names = [name for name in (*engine.inputs, *engine.outputs) if is_cache(name)]
-    return {name: engine.num_bytes(name, engine.shape(name, sizes)) for name in names}

@@ -17,9 +17,9 @@ from capa_export.kernels.cuda import Buffer, Memory, PinnedBuffer, Stream, enter
 if TYPE_CHECKING:
     from capa_export.run.engine import LoadedEngine
 
-__all__ = ["Arena", "Execution", "KernelCache", "PinnedInputs"]
+__all__ = ["ALIGNMENT", "Arena", "Execution", "KernelCache", "PinnedInputs"]
 
-_ALIGNMENT = 256
+ALIGNMENT = 256
 """Bytes that every address is a multiple of, as TensorRT asks."""
 
 
@@ -83,7 +83,7 @@ class Execution:
         # Only an engine's first context has a profile by itself; and shapes are set within a profile.
         if not context.set_optimization_profile_async(0, int(stream.handle)):
             raise engine.failure("does not take its own profile")
-        assert activations.num_bytes >= engine.activation_bytes and not activations.address % _ALIGNMENT
+        assert activations.num_bytes >= engine.activation_bytes and not activations.address % ALIGNMENT
         context.set_device_memory(activations.address, activations.num_bytes)
         for name, buffer in engine.weights.items():
             self._set_address(name, buffer.address)
@@ -223,14 +223,14 @@ def _side_by_side(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
     end = 0
     for name, size in sizes.items():
         starts[name] = end
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        end += -(-size // ALIGNMENT) * ALIGNMENT
     return starts, end
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
     """A copy at an address that TensorRT takes."""
-    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
+    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
     copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.recipe import recipe_of
-from capa_export.graph.contract import is_cache
+from capa_export.graph.contract import CACHE_ROWS, is_cache, is_past, is_present
 from capa_export.run.bundled import bundled_prompter
 from capa_export.run.onnx import OnnxModel
 from capa_export.trt.kit_file import GOLDEN
@@ -19,7 +19,7 @@ from capa_export.trt.kit_file import GOLDEN
 if TYPE_CHECKING:
     from capa_export.config.gates import Gate
 
-__all__ = ["Run", "golden_bounds", "run_golden", "write_golden"]
+__all__ = ["Run", "golden_bounds", "in_blocks", "run_golden", "write_golden"]
 
 _STEPS = 2
 _SIDE = 224
@@ -99,6 +99,23 @@ def write_golden(folder: Path, runs: Sequence[Run]) -> None:
     names = [PurePosixPath(name).name for name in GOLDEN]
     save_file(tensors, folder / names[1])
     (folder / names[0]).write_text(json.dumps({"runs": said}, indent=1) + "\n", encoding="utf-8")
+
+
+def in_blocks(
+    inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A run of one prompt as engines have it: decode takes caches in blocks and returns the new rows alone."""
+    if not any(map(is_past, inputs)):
+        return dict(inputs), dict(outputs)
+    blocks: dict[str, np.ndarray] = {}
+    for name, array in inputs.items():
+        if is_past(name):
+            _, heads, rows, size = array.shape
+            padded = np.pad(array, ((0, 0), (0, 0), (0, -rows % CACHE_ROWS), (0, 0)))
+            blocks[name] = padded.reshape(1, heads, -1, CACHE_ROWS, size)
+        else:
+            blocks[name] = array
+    return blocks, {name: array[:, :, -1:] if is_present(name) else array for name, array in outputs.items()}
 
 
 def golden_bounds(bundle: Bundle) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _STORED = {"F32": "FLOAT", "F16": "HALF", "BF16": "BF16", "I64": "INT64", "I32":
 _ALIGNMENT = 256
 _UPLOAD_BYTES = 16 << 20
 _PAST, _PRESENT = "past_key_values.", "present."
+_BLOCK_ROWS = 256
+"""Of which decode has its caches."""
 _TIE = 4.0
 """Standard deviations of a logit's error, as the cosine's bound allows it, that two logits may lie apart and tie."""
 
@@ -58,7 +60,7 @@ def _findings(trt: Any, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     runtime.engine_host_code_allowed = task["plugins"] == "native"
     by_graph = {entry["onnx"]: (name, entry) for name, entry in task["engines"].items()}
     engine: _Engine | None = None
-    cache: dict[str, _Memory] = {}
+    cache: dict[str, list[bytes]] = {}
     wrong, moved = False, False
     for run in golden.runs:
         name, entry = by_graph[run["onnx"]]
@@ -77,7 +79,18 @@ def _findings(trt: Any, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             said = problem(output, finding, task["bounds"], moved=moved)
             wrong = wrong or said is not None
             yield {"engine": name, "output": output, **finding, "problem": said}
-        cache = {_PAST + key[len(_PRESENT) :]: one for key, (one, _) in outputs.items() if key.startswith(_PRESENT)}
+        cache = {
+            _PAST + key[len(_PRESENT) :]: _grown(cache.get(_PAST + key[len(_PRESENT) :]), memory, run["caches"][key][1])
+            for key, (memory, _) in outputs.items()
+            if key.startswith(_PRESENT)
+        }
+
+
+def _grown(rows: "list[bytes] | None", memory: "_Memory", heads: int) -> list[bytes]:
+    """The rows of each head of a prompt's cache, and those behind them that a run returned."""
+    data = memory.download()
+    size = len(data) // heads
+    return [(rows[head] if rows else b"") + data[head * size :][:size] for head in range(heads)]
 
 
 def _takes_cache(run: Mapping[str, Any]) -> bool:
@@ -292,23 +305,26 @@ class _Engine:
         self._given(self._context.set_tensor_address(name, address), f"does not take the memory of {name}")
 
     def run(
-        self, golden: _Golden, run: Mapping[str, Any], cache: Mapping[str, _Memory]
+        self, golden: _Golden, run: Mapping[str, Any], cache: Mapping[str, list[bytes]]
     ) -> dict[str, tuple[_Memory, str]]:
         """Execute a run of the golden; returns the memory of every output, and its type.
 
         Args:
             golden: with the inputs.
             run: the run.
-            cache: what the run before left, by the names of inputs.
+            cache: rows of each head that the runs before left, by the names of inputs.
         """
-        shapes = {name: tuple(shape) for name, shape in run["caches"].items()}
+        # A step returns its own row alone.
+        shapes = {
+            name: (*shape[:2], 1, shape[3]) if _takes_cache(run) else tuple(shape)
+            for name, shape in run["caches"].items()
+        }
         held: list[Any] = []
         for name in self._inputs:
             if name in self._weights:
                 continue
             if name in cache:
-                self._shape(name, shapes[name])
-                self._address(name, cache[name].address)
+                held.append(self._in_blocks(name, cache[name], shapes[name][3]))
                 continue
             if name not in run["inputs"]:
                 raise GoldenError(f"{self.name}.engine: takes {name}, of which the golden has no value")
@@ -345,6 +361,16 @@ class _Engine:
         except GoldenError as error:
             raise GoldenError(f"{self.name}.engine: failed to run ({error})") from error
         return outputs
+
+    def _in_blocks(self, name: str, heads: Sequence[bytes], head_size: int) -> _Memory:
+        """A cache of one prompt in blocks, with zeros behind its rows."""
+        block = _BLOCK_ROWS * head_size * _ITEM_BYTES[self._dtypes[name]]
+        blocks = -(-len(heads[0]) // block)
+        memory = _Memory(self._driver, len(heads) * blocks * block)
+        memory.upload(b"".join(rows.ljust(blocks * block, b"\0") for rows in heads))
+        self._shape(name, (1, len(heads), blocks, _BLOCK_ROWS, head_size))
+        self._address(name, memory.address)
+        return memory
 
     def _shape(self, name: str, shape: Sequence[int]) -> None:
         self._given(self._context.set_input_shape(name, tuple(shape)), f"does not take {name} of shape {tuple(shape)}")

@@ -15,6 +15,8 @@ from capa_export.bundle.store import digest_of
 from capa_export.config.plugins import PluginKind
 from capa_export.config.target import DimRange, Target
 from capa_export.config.weights import Weights
+from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
+from capa_export.passes.cache_blocks import step_shapes
 from capa_export.passes.for_tensorrt import prepare
 from capa_export.trt.kit_file import KIT, VERSION
 
@@ -87,15 +89,22 @@ def find_limits(onnx: Path, target: Target) -> dict[str, dict[str, list[list[int
         if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
             raise CapaError(f"{onnx}: its weights are missing: {value.const_value.path}", ExitCode.ENGINE)
 
-    def limits(size: int | ir.SymbolicDim) -> DimRange:
-        return DimRange(min=size, opt=size, max=size) if isinstance(size, int) else target.dim(str(size.value))
+    def limits(size: int | str) -> DimRange:
+        if isinstance(size, int):
+            return DimRange(min=size, opt=size, max=size)
+        rows = counted_in_blocks(size)
+        if rows is None:
+            return target.dim(size)
+        least, usual, most = (-(-count // CACHE_ROWS) for count in target.dim(rows).model_dump().values())
+        return DimRange(min=least, opt=usual, max=most)
 
-    shapes = {str(value.name): value.shape or ir.Shape(()) for value in graph.inputs}
+    inputs = {value.name for value in graph.inputs}
+    shapes = {name: shape for name, shape in step_shapes(graph).items() if name in inputs}
     values = target.require_engine().values
     return {
         "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
         "shape_inputs": {
-            name: _ends([values[name]] * prod(shape.numpy())) for name, shape in shapes.items() if name in values
+            name: _ends([values[name]] * prod(map(int, shape))) for name, shape in shapes.items() if name in values
         },
     }
 

@@ -101,8 +101,10 @@ engine and output; the engines stay as `NAME{unchecked}`, and what was there bef
    which part should be in FP32.
 
 `golden/golden.json` lists runs in their order: the graph, its inputs and its outputs, as names of tensors in
-`golden/golden.safetensors`. Inputs called `past_key_values.*` are left out: they are what the run before returned as
-`present.*`. Tensors of bf16 graphs are stored in FP32. {polygraphy}
+`golden/golden.safetensors`. Inputs called `past_key_values.*` are left out: they are what the runs before returned as
+`present.*`, all of a prompt's rows of prefill and one row of a step. Decode takes them one behind the other at the
+start of blocks of 256 rows, of which `past_lengths` count; what stands in the others is any finite number. Tensors of
+bf16 graphs are stored in FP32. {polygraphy}
 
 """
 

@@ -1,4 +1,4 @@
-"""Reads what TensorRT made of a graph: its fused layers, and those that copy weights."""
+"""Reads what TensorRT made of a graph: its fused layers, and those that copy weights or caches."""
 
 import json
 import re
@@ -11,9 +11,10 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
+from capa_export.graph.contract import is_past
 from capa_export.passes.external_weights import MIN_WEIGHT_BYTES
 
-__all__ = ["Layer", "Tensor", "parse_layers", "read_engine", "weight_copies"]
+__all__ = ["Layer", "Tensor", "cache_copies", "parse_layers", "read_engine", "weight_copies"]
 
 _ITEM_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Bool": 1, "UInt8": 1, "Int8": 1, "FP8": 1}
 
@@ -67,8 +68,11 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
             "this is a defect of the graph, please report it",
             ExitCode.ENGINE,
         )
+    if copied := cache_copies(layers):
+        # Slower, and not wrong: an engine of a TensorRT that knows no better is still one.
+        say(f"{engine}: this TensorRT copies {len(copied)} caches at every step ({copied[0].name}), which is slower")
     if not layers:
-        say(f"{engine}: this TensorRT lists no layers, so whether weights are copied at every run is not known")
+        say(f"{engine}: this TensorRT lists no layers, so whether weights or caches are copied is not known")
     types = Counter(layer.type for layer in layers)
     return {
         "onnx": built["onnx"],
@@ -80,6 +84,7 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
         "custom_layers": types["custom_layer"],
         "capa_nodes": built["capa_nodes"],
         "weight_copies": len(copies),
+        "cache_copies": len(copied),
         "activation_bytes": _activation_bytes(engine.with_suffix(".log")),
         "runtime": built["version"],
         "warnings": [warning for warning in dict.fromkeys(built["warnings"]) if not _NO_NEWS.search(warning)],
@@ -139,3 +144,34 @@ def weight_copies(layers: Sequence[Layer], weights: set[str]) -> list[Layer]:
         return any(out >= size for size in sizes for out in written)
 
     return [layer for layer in layers if copies(layer)]
+
+
+def cache_copies(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers that read a past input and write as many numbers of the size of a head.
+
+    How many blocks and prompts there are is known at run time only, and what is copied may have these as one dimension
+    or the rows of all blocks as one; scores have no dimension of a head's size, and what attention returns has no rows.
+    """
+    pasts = [one.shape for layer in layers for one in layer.inputs if is_past(one.name)]
+    if not pasts:
+        return []
+    cache = max(pasts, key=len)
+    groups, rows, head_size = cache[1], cache[-2], cache[-1]
+
+    def has_rows(shape: Sequence[int]) -> bool:
+        if head_size not in shape:
+            return False
+        others = prod(size for size in shape if size > 0) // head_size
+        return (
+            others % rows == 0
+            if rows > 0 and others >= rows
+            else (shape.count(-1) >= max(cache.count(-1), 1) and groups % others == 0)
+        )
+
+    return [
+        layer
+        for layer in layers
+        if layer.type != "custom_layer"
+        and any(is_past(one.name) for one in layer.inputs)
+        and any(has_rows(one.shape) for one in layer.outputs)
+    ]

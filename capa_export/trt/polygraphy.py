@@ -18,7 +18,7 @@ from capa_export.base.machine import available_memory
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.golden import Run, golden_bounds, run_golden
+from capa_export.trt.golden import Run, golden_bounds, in_blocks, run_golden
 from capa_export.trt.graphs import GRAPHS
 
 __all__ = ["INPUTS", "POLYGRAPHY", "PolygraphyKit", "check_polygraphy", "store_polygraphy", "write_polygraphy"]
@@ -113,7 +113,8 @@ def write_polygraphy(
     first = {file: (inputs, outputs) for file, inputs, outputs in reversed(runs)}
     commands: dict[str, list[str]] = {}
     for file, engine in GRAPHS.items():
-        inputs, outputs = first[file]
+        # A kit's decode is the engines', a bundle's is as it is exported.
+        inputs, outputs = in_blocks(*first[file]) if kit else first[file]
         name = PurePosixPath(engine).name
         (folder / f"{name}.inputs.json").write_text(json.dumps([_encoded(inputs)]), encoding="utf-8")
         (folder / f"{name}.outputs.json").write_text(json.dumps(_results(outputs)), encoding="utf-8")

@@ -1,7 +1,9 @@
 """Names of inputs and outputs: what one step returns is what the next one takes."""
 
 from capa_export.graph.contract import (
+    block_count,
     cache_length,
+    counted_in_blocks,
     is_cache,
     is_past,
     is_present,
@@ -29,3 +31,8 @@ def test_what_a_run_returned_feeds_the_next() -> None:
 def test_lengths_of_caches() -> None:
     assert [cache_length("sequence", stages) for stages in range(3)] == ["sequence", "kept_0", "kept_1"]
     assert [cache_length("past", stages) for stages in range(3)] == ["past", "past_kept_0", "past_kept_1"]
+
+
+def test_blocks_count_a_length() -> None:
+    assert counted_in_blocks(block_count("past_kept_0")) == "past_kept_0"
+    assert counted_in_blocks("past") is None

@@ -71,11 +71,11 @@ def test_embedded_weights_hold_the_decoder_twice() -> None:
     assert held(SEVEN, "embedded").weights / 1e9 == pytest.approx(29.6, abs=0.05)
 
 
-def test_the_cache_is_held_as_prefill_left_it_and_twice_for_decode() -> None:
-    """Past and present are as long as a multiple of 256, with room for an answer; present has one row more."""
+def test_the_cache_is_held_as_prefill_left_it_and_once_for_decode() -> None:
+    """That is as long as a multiple of 256, with room for an answer."""
     row = 28 * 2 * 4 * 128 * 2
-    assert held(SEVEN, tokens=304).kv_cache == row * (304 + 512 + 513)
-    assert held(SEVEN, tokens=193).kv_cache == row * (193 + 256 + 257)
+    assert held(SEVEN, tokens=304).kv_cache == row * (304 + 512)
+    assert held(SEVEN, tokens=193).kv_cache == row * (193 + 256)
 
 
 def test_where_the_memory_is_shared_the_system_has_its_part() -> None:

@@ -17,11 +17,9 @@ from cuda.bindings import driver as real
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
-from capa_export.export.graphs import write_onnx
 from capa_export.model.generation import GenerationOptions
 from capa_export.model.prompt import Prompt, Prompter, Turn
 from capa_export.model.source import Source
-from capa_export.run import engine_model as engine_runtime
 from capa_export.run.decoding import greedy
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
@@ -106,7 +104,7 @@ def test_prefill_has_every_shape_and_address(
     assert (run.kept[0].shape, run.kept[0].dtype) == ((kept,), np.int64)
 
 
-def test_a_batch_has_its_prompts_at_the_end_and_zeros_before(
+def test_a_batch_has_its_prompts_at_the_start_and_zeros_behind(
     engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
 ) -> None:
     runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
@@ -123,9 +121,8 @@ def test_a_batch_has_its_prompts_at_the_end_and_zeros_before(
         for index, (_, copy, _) in enumerate(mine[1:]):
             width = own[index].num_bytes // HEADS
             assert (int(copy.srcDevice), copy.srcPitch) == (own[index].address, width)
-            # It ends where the row of a head ends.
             start = past.address + index * HEADS * rows * ROW
-            assert (int(copy.dstDevice) + width, copy.dstPitch) == (start + rows * ROW, rows * ROW)
+            assert (int(copy.dstDevice), copy.dstPitch) == (start, rows * ROW)
             assert (copy.WidthInBytes, copy.Height) == (width, HEADS)
         assert len(mine) == 3
 
@@ -161,38 +158,36 @@ def test_decode_is_captured_once_and_replayed(
     assert strategies == {"visual/visual": "lazy", "llm/prefill": "lazy", "llm/decode": "eager"}
 
 
-def test_a_step_leaves_the_cache_without_its_first_row(
+def test_a_step_writes_its_rows_behind_those_that_count(
     engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
 ) -> None:
     generate(engines, prompts)
     (graph,) = driver.graphs.values()
-    upload, execution_call, *shifts, download = graph
-    assert (upload[0], download[0]) == ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync")
-    addresses, shapes = execution_call[3], execution_call[2]
-    assert execution_call[0] == "executeAsync"
-    assert [call[0] for call in shifts] == ["cuMemcpy2DAsync"] * (2 * LAYERS)
-    copies = {int(call[1].dstDevice): call[1] for call in shifts}
-    for layer in range(LAYERS):
-        rows = 512 if layer < PRUNE_LAYER else 256
-        for part in ("key", "value"):
-            past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-            assert shapes[past] == (2, HEADS, rows, ROW // 2)
-            copy = copies[addresses[past]]
-            assert int(copy.srcDevice) == addresses[present] + ROW
-            assert (copy.srcPitch, copy.dstPitch, copy.WidthInBytes) == ((rows + 1) * ROW, rows * ROW, rows * ROW)
-            assert copy.Height == 2 * HEADS
-    # In one block, in which nothing lies in the place of another.
-    sizes = {addresses[name]: 2 * HEADS * rows * ROW for name, rows in rows_of(shapes).items()}
+    # Whatever moves with the length is outside.
+    assert [call[0] for call in graph] == ["cuMemcpyHtoDAsync", "executeAsync", "cuMemcpyDtoHAsync"]
+    shapes, addresses = graph[1][2:4]
+    copies = [call[1] for call in driver.named("cuMemcpy3DAsync")]
+    lengths = [[len(prompt.input_ids) for prompt in prompts], [len(prompt.text_positions) for prompt in prompts]]
+    lengths[1] = [text + keep[0] for text, keep in zip(lengths[1], map(num_keep, prompts), strict=True)]
+    # One for all layers of a stage.
+    assert len(copies) == (LIMIT - 1) * 2 * len(prompts)
+    for index, copy in enumerate(copies):
+        step, (after, prompt) = index // 4, divmod(index % 4, 2)
+        layers = [PRUNE_LAYER, LAYERS - PRUNE_LAYER][after]
+        first, rows = [0, PRUNE_LAYER][after], [512, 256][after]
+        past, present = f"past_key_values.{first}.key", f"present.{first}.key"
+        assert shapes[past] == (2, HEADS, rows // 256, 256, ROW // 2)
+        row = prompt * HEADS * rows + lengths[after][prompt] + step
+        assert int(copy.dstDevice) == addresses[past] + row * ROW
+        assert (copy.dstPitch, copy.dstHeight) == (rows * ROW, 2 * HEADS)
+        assert int(copy.srcDevice) == addresses[present] + prompt * HEADS * ROW
+        assert (copy.srcPitch, copy.srcHeight * ROW) == (ROW, addresses[f"present.{first}.value"] - addresses[present])
+        assert (copy.WidthInBytes, copy.Height, copy.Depth) == (ROW, HEADS, 2 * layers)
+    # In one block, each behind the other.
+    sizes = {addresses[name]: 2 * HEADS * 256 * shape[2] * ROW for name, shape in shapes.items() if "past_key" in name}
     ends = [address + size for address, size in sorted(sizes.items())]
-    assert len(sizes) == 4 * LAYERS and all(end <= start for end, start in zip(ends, sorted(sizes)[1:], strict=False))
-    assert driver.buffers[min(sizes)] == engines.memory["kv_cache"]
-    assert sum(sizes.values()) <= engines.memory["kv_cache"] < sum(sizes.values()) + 256 * len(sizes)
-
-
-def rows_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Rows of decode's caches, in and out, by name."""
-    past = {name: shape[2] for name, shape in shapes.items() if name.startswith("past_key_values")}
-    return {**past, **{name.replace("past_key_values", "present"): rows + 1 for name, rows in past.items()}}
+    assert len(sizes) == 2 * LAYERS and ends[:-1] == sorted(sizes)[1:]
+    assert driver.buffers[min(sizes)] == engines.memory["kv_cache"] == sum(sizes.values())
 
 
 def test_only_three_small_inputs_change_from_step_to_step(
@@ -339,7 +334,7 @@ def test_a_step_neither_allocates_nor_copies_what_is_not_pinned(
         next(steps)
     driver.calls.clear()
     assert len(list(steps)) == LIMIT - 3
-    assert {call[0] for call in driver.calls} == {"cuGraphLaunch", "cuStreamSynchronize"}
+    assert {call[0] for call in driver.calls} == {"cuGraphLaunch", "cuMemcpy3DAsync", "cuStreamSynchronize"}
 
 
 def test_all_engines_share_the_activations_of_the_largest(
@@ -379,7 +374,7 @@ def test_an_interrupt_while_a_step_is_captured_leaves_engines_that_run(
 @pytest.mark.parametrize(
     ("sizes", "keep", "new_tokens", "problem"),
     [
-        ((448,), 64, 400, "decode.engine: takes 1 to 600 of dimension past, not 667;"),
+        ((448,), 64, 600, "decode.engine: takes 1 to 768 of dimension past, not 867;"),
         ((448,), 257, 4, "prefill.engine: takes 0 to 256 of num_keep, not 257;"),
         ((728,), 64, 4, "prefill.engine: takes 1 to 600 of dimension sequence, not 688;"),
         ((56,) * 5, 1, 4, "decode.engine: takes 1 to 4 of dimension batch, not 5;"),
@@ -404,12 +399,12 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
 
 
 def test_a_cache_ends_at_the_engine_s_limit(engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]) -> None:
-    """600 is no multiple of what caches are rounded to."""
+    """600 rows are three blocks."""
     run = engines.prefill(prompts[0], [64])
-    room = 600 - len(prompts[0].input_ids) + 1
+    room = 768 - len(prompts[0].input_ids) + 1
     engines.check([prompts[0]], [[64]], room)
-    assert engines.batch([run.cache], room).rows[0] == 600
-    with pytest.raises(CapaError, match="dimension past, not 601"):
+    assert engines.batch([run.cache], room).rows[0] == 768
+    with pytest.raises(CapaError, match="dimension past, not 769"):
         engines.batch([run.cache], room + 1)
 
 
@@ -436,7 +431,7 @@ def test_an_answer_that_nobody_fixed_ends_with_the_engines(
     recorded(copy)
     asked = [[Turn("user", [noise(56, 84), "what ?"])]]
     (result,) = answer(copy, asked, engine="rtx")
-    assert result["new_tokens"] == result["generation"]["max_new_tokens"] == 600 - result["prompt_tokens"] + 1
+    assert result["new_tokens"] == result["generation"]["max_new_tokens"] == 768 - result["prompt_tokens"] + 1
     with pytest.raises(CapaError, match="dimension past, not"):
         answer(copy, asked, options=GenerationOptions(max_new_tokens=4000), engine="rtx")
 
@@ -448,41 +443,6 @@ def test_a_changed_engine_is_noticed(built: Bundle, driver: FakeDriver, trt: Fak
     with pytest.raises(CapaError, match=r"decode\.engine: missing or changed since it was built"):
         answer(copy, [[Turn("user", ["what ?"])]], engine="rtx")
     assert not driver.named("cuMemAlloc")
-
-
-@pytest.mark.parametrize(("spare", "padding"), [(0, 0.0), (3, 37.0)])
-def test_caches_padded_in_front_and_shifted_compute_what_growing_ones_do(
-    source: Source, prompts: list[Prompt], tmp_path: Path, spare: int, padding: float
-) -> None:
-    """The decode graph in FP32, six steps of a batch of two, whatever finite values stand in the padding."""
-    write_onnx(source, "fp32", tmp_path, prune_layers=(PRUNE_LAYER,), scales={})
-    onnx = OnnxModel(tmp_path, threads=1)
-    runs = [onnx.prefill(prompt, num_keep(prompt)) for prompt in prompts]
-    growing = onnx.batch([run.cache for run in runs], LIMIT)
-    rows = engine_runtime._with_room(growing.lengths, LIMIT).rows
-    fixed = {}
-    for name, past in growing.tensors.items():
-        room = rows[stage(name)] + spare
-        fixed[name] = np.full((*past.shape[:2], room, past.shape[3]), padding, np.float32)
-        for row, length in enumerate(growing.lengths[stage(name)]):
-            fixed[name][row, :, room - length :] = past[row, :, past.shape[2] - length :]
-    lengths = growing.lengths
-    logits = np.stack([run.logits for run in runs])
-    for step in range(LIMIT - 1):
-        tokens = logits.argmax(-1)[:, None].tolist()
-        positions = [prompt.next_position + step for prompt in prompts]
-        feed = {**onnx._token_feed(tokens, positions), "past_lengths": lengths}
-        names = [entry.name for entry in onnx._decode.get_outputs()]
-        result = dict(zip(names, onnx._decode.run(names, {**feed, **fixed}), strict=True))
-        logits, growing = onnx.append(growing, tokens, positions)
-        # FP32 sums in another order.
-        np.testing.assert_allclose(result["logits"], logits, rtol=0, atol=1e-6 * np.abs(logits).max())
-        shapes = {name: past.shape for name, past in fixed.items()}
-        fixed = {name: result[name.replace("past_key_values", "present")][:, :, 1:] for name in fixed}
-        assert shapes == {name: past.shape for name, past in fixed.items()}
-        lengths = lengths + 1
-    # The room was made for this many and one more.
-    assert (lengths.max(axis=1) <= rows).all()
 
 
 @pytest.mark.parametrize("selector", ["vispruner", "adafv-style"])

@@ -20,7 +20,7 @@ from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import load_target
-from capa_export.trt import builder, golden_run, kit_device, kit_file
+from capa_export.trt import builder, golden, golden_run, kit_device, kit_file
 from capa_export.trt.builder import SWITCHES, UNCHECKED
 from capa_export.trt.golden_run import differences, problem
 from capa_export.trt.kit import write_kit
@@ -318,3 +318,17 @@ def test_what_a_kit_runs_takes_the_standard_library_alone(module: Any) -> None:
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     beside = {"kit_file", "kit_device", "capa_export.trt.kit_file", "capa_export.trt.kit_device"}
     assert {name.partition(".")[0] for name in imported - beside} <= set(sys.stdlib_module_names)
+
+
+def test_a_step_for_engines_has_its_cache_in_blocks() -> None:
+    past = np.random.default_rng(0).standard_normal((1, 2, 300, 4))
+    lengths = np.array([[300]])
+    grown = np.concatenate([past, np.ones((1, 2, 1, 4))], axis=2)
+    run = {"past_key_values.0.key": past, "past_lengths": lengths}, {"present.0.key": grown, "logits": lengths}
+    inputs, outputs = golden.in_blocks(*run)
+    cache = inputs.pop("past_key_values.0.key")
+    assert cache.shape == (1, 2, 2, 256, 4)
+    rows = cache.reshape(1, 2, 512, 4)
+    assert (rows[:, :, :300] == past).all() and not rows[:, :, 300:].any()
+    assert inputs == {"past_lengths": lengths}
+    assert outputs["present.0.key"].tolist() == np.ones((1, 2, 1, 4)).tolist()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from capa_export.trt.layers import parse_layers, read_engine, weight_copies
+from capa_export.trt.layers import cache_copies, parse_layers, read_engine, weight_copies
 
 # Two real lines, shortened: [in, out] weights are copied in every step, those of a Gemm are not.
 _COPY = (
@@ -44,5 +44,42 @@ def test_an_engine_without_a_list_of_layers_is_said(
     engine.with_suffix(".log").write_text("", encoding="utf-8")
     built = dict.fromkeys(("onnx", "bytes", "seconds", "peak_rss_bytes", "capa_nodes", "version"))
     read_engine(engine, {**built, "warnings": []}, tmp_path / "none")
-    said = "lists no layers, so whether weights are copied at every run is not known"
+    said = "lists no layers, so whether weights or caches are copied is not known"
     assert (said in capsys.readouterr().err) == (text == "")
+
+
+# Layers of decode, shortened: those of the first kind are what TensorRT-RTX 1.7 makes of caches that it cannot read as
+# they are, those of the second what it makes of caches in blocks.
+_CACHE_COPIES = {
+    "concatenated": ("past_key_values.0.key", "-1,4,-1,256,128", "-1,4,-1,128"),
+    "transposed": ("past_key_values.0.key", "-1,4,-1,256,128", "-1,4,128,-1"),
+    "padded": ("past_key_values.0.value", "-1,-1,128", "-1,-1,128"),
+    "made blocks": ("past_key_values.0.value", "-1,32,-1,256,128", "-1,256,128"),
+}
+_CACHE_READS = {
+    "scores": ("past_key_values.0.key", "-1,4,-1,256,128", "-1,4,-1,7,1"),
+    "query and scores": ("past_key_values.0.key", "-1,4,-1,256,128", "-1,4,1,7,128"),
+    "product": ("past_key_values.0.value", "-1,256,128", "-1,7,128"),
+    "sum": ("past_key_values.0.value", "-1,32,-1,256,128", "-1,32,1,1,128"),
+}
+
+
+def _of_cache(name: str, read: str, written: str) -> str:
+    heads = read if read.count(",") == 4 else "-1,4,-1,256,128"
+    line = (
+        "Name: {what}, LayerType: kgen, "
+        "Inputs: [ {{ Name: {name}, Dimensions: [{read}], Datatype: Half, Format: F }}], "
+        "Constants: [], Outputs: [ {{ Name: y, Dimensions: [{written}], Datatype: Half, Format: F }}], Metadata: "
+    )
+    scores = line.format(what="scores", name="past_key_values.1.key", read=heads, written="-1,4,-1,7,1")
+    return f"{line.format(what='this', name=name, read=read, written=written)}\n{scores}\n"
+
+
+@pytest.mark.parametrize("case", _CACHE_COPIES)
+def test_a_layer_that_copies_a_cache_is_found(case: str) -> None:
+    assert [layer.name for layer in cache_copies(parse_layers(_of_cache(*_CACHE_COPIES[case])))] == ["this"]
+
+
+@pytest.mark.parametrize("case", _CACHE_READS)
+def test_a_layer_that_reads_a_cache_is_none_that_copies_it(case: str) -> None:
+    assert not cache_copies(parse_layers(_of_cache(*_CACHE_READS[case])))
