@@ -7,7 +7,7 @@ from functools import cached_property
 from threading import Thread
 from typing import Any
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.base.files import file_digest, fingerprint
 from capa_export.base.progress import Report, silent
 from capa_export.bundle.store import Bundle, digest_of
@@ -152,7 +152,7 @@ class Model:
             from capa_export.model.streamed import read_model
 
             return read_model(self.source)
-        try:
+        with refusing(f"{folder}: transformers cannot load it", "use the files that were published together"):
             # Whatever attention the config asks for, from kernels that may not be here to none that there is.
             return architecture.from_pretrained(
                 folder,
@@ -161,8 +161,6 @@ class Model:
                 use_safetensors=True,
                 attn_implementation=ATTENTION,
             ).eval()
-        except (ImportError, OSError, ValueError) as error:
-            raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
     @property
     def holds_eager(self) -> bool:

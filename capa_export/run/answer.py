@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
@@ -326,7 +326,7 @@ def runtime_errors(num_visual: int) -> Generator[None]:
     except Exception as error:  # ONNX Runtime's exceptions share no public base class.
         if not isinstance(error, MemoryError) and not type(error).__module__.startswith("onnxruntime"):
             raise
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        problem = first_line(error)
         if wanted := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", problem):
             problem = f"it needs {int(wanted[1]) / 1e9:.0f} GB at once, which this machine does not give"
         raise CapaError(
