@@ -51,7 +51,7 @@ def printable(text: str, *, but: str = "") -> str:
     )
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of a library's message that says something, or else the name of the error."""
     lines = (line.strip().rstrip(":") for line in str(error).splitlines())
     line = next(filter(None, lines), type(error).__name__)

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from capa_export.base.dims import ModelDims
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line, refusing
 from capa_export.config.pixels import PixelBounds, processor_settings
 from capa_export.model.chat_template import read_chat_template
 from capa_export.model.families import Family, VideoFamily
 from capa_export.model.hub import refetch
+from capa_export.model.processors.rendering import render, start
 from capa_export.model.processors.resolved import Processors
 
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
@@ -153,6 +154,7 @@ class Prompter:
         processors: Processors | None = None,
     ) -> None:
         self.family, self.dims, self.folder = family, dims, visual
+        start()
         self.tokenizer, self.image_processor = processors or _published(
             text, visual, trust_remote_code=trust_remote_code
         )
@@ -171,13 +173,11 @@ class Prompter:
                 picture what the model does not take.
         """
         self._check_tokens()
-        try:
+        with refusing(
+            f"{self.folder}: the image processor does not work with its own settings",
+            "use the preprocessor_config.json that was published with the weights",
+        ):
             processed = self._processed(Image.new("RGB", (2 * _SIDE, _SIDE)))
-        except Exception as error:  # What a setting of the wrong kind comes to is up to where it is used.
-            raise CapaError(
-                f"{self.folder}: the image processor does not work with its own settings: {_first_line(error)}; "
-                "use the preprocessor_config.json that was published with the weights"
-            ) from error
         self.family.pictures(processed, self.dims)
 
     def _check_tokens(self) -> None:
@@ -273,10 +273,10 @@ class Prompter:
             return {"type": "video" if isinstance(part, Video) else "image"}
 
         messages = [{"role": turn.role, "content": [entry(part) for part in turn.content]} for turn in turns]
-        try:
+        if not _has_own_templates(self.tokenizer):
+            return render(self.tokenizer.get_chat_template(), messages, self.tokenizer.special_tokens_map)
+        with refusing("the chat template does not take this conversation"):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # A template raises what its expressions do.
-            raise CapaError(f"the chat template does not take this conversation: {_first_line(error)}") from error
 
     def _expanded(self, text: str, shown: dict[str, list[Picture]]) -> tuple[str, list[Picture]]:
         """The text with every placeholder as long as what it stands for, and the pictures in its order."""
@@ -295,6 +295,12 @@ class Prompter:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _has_own_templates(tokenizer: Any) -> bool:
+    """Whether a tokenizer's class, which is trusted code then, writes conversations in a way of its own."""
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    return method is not None and method.__module__ != "transformers.tokenization_utils_base"
 
 
 def _published(text: Path, visual: Path, *, trust_remote_code: bool) -> Processors:
@@ -322,11 +328,9 @@ def _load(
     """Load what lies in the first of `files` that is there."""
     if not any((folder / file).is_file() for file in files):
         raise CapaError(f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); {refetch(folder)}")
-    try:
+    with refusing(f"{folder}: the {what} does not load"):
         # Left open, transformers would ask on stdin.
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # The tokenizers library raises nothing more specific.
-        raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
 
 
 def _refuse_own_code(folder: Path) -> None:
@@ -338,7 +342,7 @@ def _refuse_own_code(folder: Path) -> None:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise CapaError(f"{path}: cannot be read as JSON ({_first_line(error)}); download it again") from error
+            raise CapaError(f"{path}: cannot be read as JSON ({first_line(error)}); download it again") from error
         sections = [data, *data.values()] if isinstance(data, dict) else []
         for code in (section.get("auto_map") for section in sections if isinstance(section, dict)):
             if code and (keys is None or (isinstance(code, dict) and keys & set(code))):
@@ -349,14 +353,5 @@ def _refuse_own_code(folder: Path) -> None:
 
 
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:
-    try:
+    with refusing(f"the image processor refuses {what} of {image.width} x {image.height} pixels", "crop or resize it"):
         return process()
-    except ValueError as error:
-        size = f"{image.width} x {image.height}"
-        raise CapaError(
-            f"the image processor refuses {what} of {size} pixels: {_first_line(error)}; crop or resize it"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")

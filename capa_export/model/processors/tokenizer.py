@@ -1,12 +1,10 @@
 """A tokenizer as the `tokenizers` library runs it, with the chat template that goes with it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from capa_export.base.toml import Settings
-from capa_export.model.processors.template import render
 
 __all__ = ["Tokenizer", "TokenizerSettings"]
 
@@ -29,10 +27,6 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = settings.split_special_tokens
         self._backend, self._settings = backend, settings
-
-    @property
-    def chat_template(self) -> str:
-        return self._settings.chat_template
 
     @property
     def bos_token(self) -> str | None:
@@ -59,13 +53,10 @@ class Tokenizer:
         found = [self._backend.token_to_id(token) for token in tokens]
         return [other if token_id is None else token_id for token_id in found]
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tokenize: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """The conversation as text, up to where the assistant's next turn begins."""
-        assert not tokenize and add_generation_prompt
-        return render(self.chat_template, messages, self._settings.special_tokens)
+    def get_chat_template(self) -> str:
+        return self._settings.chat_template
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """Special tokens by their names in templates."""
+        return self._settings.special_tokens
