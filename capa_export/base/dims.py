@@ -43,12 +43,19 @@ class DecoderDims:
     """Whether transformers uses the embedding table where no LM head is stored, for which it may read another flag."""
     rope_limit: int | None = None
     """Positions from which on the rotary frequencies would depend on the length; None for never."""
+    context: int = 32768
+    """Positions that the config says the decoder is for."""
     mrope_interleaved: bool = False
     """Whether time, height and width take turns among the frequencies, rather than one section each."""
     qk_norm: bool = False
     """Whether each head's queries and keys are normed before they are rotated."""
     deepstack_layers: int = 0
     """First layers behind which visual tokens gain features of their own from the vision tower."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and answer together."""
+        return self.context if self.rope_limit is None else min(self.context, self.rope_limit)
 
     @property
     def position_axes(self) -> int:
@@ -103,6 +110,7 @@ class TextDefaults:
     attention_bias: bool
     mrope_section: tuple[int, ...] = ()
     """Empty for one-dimensional positions."""
+    context: int = 32768
     max_positions: int | None = None
     """Set where published configs ask for dynamic RoPE, which is plain up to this many positions."""
     mrope_interleaved: bool = False
@@ -159,6 +167,7 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
             or (defaults.text_ties_embeddings and text.data.get("tie_word_embeddings"))
         ),
         rope_limit=limit,
+        context=text.count("max_position_embeddings", defaults.context),
         mrope_interleaved=defaults.mrope_interleaved,
         qk_norm=defaults.qk_norm,
     )

@@ -73,7 +73,10 @@ def refusing(problem: str, remedy: str = "") -> Generator[None]:
         yield
     except CapaError:
         raise
-    except Exception as error:  # What a library raises on a malformed file, it does not say.
+    except BaseException as error:
+        # What a library raises on a malformed file, it does not say; one in Rust may panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CapaError(f"{problem}: {first_line(error)}{f'; {remedy}' if remedy else ''}") from error
 
 

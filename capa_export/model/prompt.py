@@ -19,10 +19,13 @@ from capa_export.model.families import Family, VideoFamily
 from capa_export.model.hub import refetch
 from capa_export.model.processors.rendering import render, start
 from capa_export.model.processors.resolved import Processors
+from capa_export.model.processors.tokenizer import check_growth
 
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LONGEST_TOKEN = 256
+"""Characters: runs of spaces are the longest tokens of published vocabularies, and half as long."""
 _SIDE = 448
 """Side of a test picture in pixels: a multiple of every patch, merged or not, to fit where nothing is resized."""
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -158,6 +161,7 @@ class Prompter:
         self.tokenizer, self.image_processor = processors or _published(
             text, visual, trust_remote_code=trust_remote_code
         )
+        check_growth(self.tokenizer.backend_tokenizer, text)
         self.bounds, self.sizes = bounds or PixelBounds(), processor_settings(self.image_processor)
         family.check_bounds(self.sizes, self.bounds, dims)
         self.marks = {"picture": family.placeholder(self.tokenizer, dims)}
@@ -227,21 +231,28 @@ class Prompter:
                 shown["picture"].append(self._picture(part))
             elif isinstance(part, Video):
                 shown["video"].append(self._video(part))
+        self._check_length(sum(picture.num_tokens for pictures in shown.values() for picture in pictures))
         text, ordered = self._expanded(self._written(turns), shown)
+        # No token stands for more characters, so that what is longer need not be cut into tokens.
+        self._check_length(len(text) // _LONGEST_TOKEN)
         # As transformers' processors do: the template writes the first token itself, or the tokenizer adds it.
         first = self.tokenizer.bos_token
         whole = first is not None and text.startswith(first)
-        input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
+        with refusing(f"{self.folder}: the tokenizer does not take this prompt"):
+            input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
         visual_ids = self.tokenizer.convert_tokens_to_ids(list(self.marks.values()))
         is_visual = np.isin(input_ids, visual_ids)
         position_ids, next_position = self.family.positions(is_visual, ordered)
-        limit = self.dims.decoder.rope_limit
-        if limit is not None and next_position > limit:
+        self._check_length(next_position)
+        return Prompt(input_ids, is_visual, tuple(ordered), position_ids, next_position)
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.dims.decoder.longest
+        if tokens > limit:
             raise CapaError(
-                f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context; "
+                f"the prompt has {tokens} tokens, more than the {limit} of this decoder's context; "
                 "use fewer or smaller pictures"
             )
-        return Prompt(input_ids, is_visual, tuple(ordered), position_ids, next_position)
 
     def _picture(self, image: Image.Image) -> Picture:
         def process() -> Picture:

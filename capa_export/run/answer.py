@@ -177,9 +177,8 @@ class VisionLanguageModel:
             if prompt.num_visual:
                 say(_expected_tokens(turns, prompt, prune))
         limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
-        if (context := prompter.dims.decoder.rope_limit) is not None:
-            # From there on the rotary frequencies would be others.
-            limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
+        context = prompter.dims.decoder.longest
+        limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
         model = self.runtime
         limit = self._limit(prompts, prune, limit, fixed=options.max_new_tokens is not None)
         stop = eos_token_ids(self._text)

@@ -42,13 +42,17 @@ class _Renderer:
         try:
             process.stdin.write(request)
             process.stdin.flush()
-            return process.stdout.readline()
+            if line := process.stdout.readline():
+                return line
         except BrokenPipeError:
-            return b""
+            pass
         except BaseException:
             # Whoever asks next must not get this answer.
             process.kill()
             raise
+        # It is gone when somebody asks next.
+        process.wait()
+        return b""
 
 
 _RENDERER = _Renderer()

@@ -1,12 +1,24 @@
 """A tokenizer as the `tokenizers` library runs it, with the chat template that goes with it."""
 
+import json
 from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
+from capa_export.base.errors import CapaError
 from capa_export.base.toml import Settings
 
-__all__ = ["Tokenizer", "TokenizerSettings"]
+__all__ = ["Tokenizer", "TokenizerSettings", "check_growth"]
+
+_MOST_GROWTH = 100
+"""Times that a tokenizer may lengthen a text: published ones do so three times, and NFKC may do it 18 times."""
+_GROWTH = {"ByteLevel": 4, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 12}
+"""Steps -> times that they lengthen some text."""
+_PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
+"""Keys of the steps of a sequence."""
 
 
 class TokenizerSettings(Settings):
@@ -19,6 +31,40 @@ class TokenizerSettings(Settings):
     """Whether a special token in the text is read as plain text."""
 
 
+def check_growth(backend: Backend, folder: Path) -> None:
+    """Refuse a tokenizer that multiplies what it is given, whose text then fits into no memory.
+
+    Raises:
+        CapaError: a file of the folder says so.
+    """
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(backend, step)
+        if part is not None and (times := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+            raise CapaError(
+                f"{folder}: the tokenizer's {step} may make a text {times:.3g} times as long, and at most "
+                f"{_MOST_GROWTH} is supported; use the tokenizer.json that was published with the weights"
+            )
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a text may be after a step."""
+    if not isinstance(part, dict):
+        return 1
+    step = cast("dict[str, Any]", part)
+    if step.get("type") == "Sequence":
+        return prod(_growth(inner) for key in _PARTS for inner in step.get(key, ()))
+    if step.get("type") == "Replace":
+        found = step["pattern"].get("String")
+        # A regular expression may match nothing, everywhere.
+        return max(1, len(step["content"]) / len(found)) if found else 1 + len(step["content"])
+    if step.get("type") == "TemplateProcessing":
+        return sum("Sequence" in piece for piece in step["single"])
+    if step.get("type") == "Precompiled":
+        # Nothing bounds its replacements but its own length.
+        return len(step.get("precompiled_charsmap") or "")
+    return _GROWTH.get(str(step.get("type")), 1)
+
+
 class Tokenizer:
     """The part of transformers' tokenizers that prompts and answers need, under the same names."""
 
@@ -27,6 +73,10 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = settings.split_special_tokens
         self._backend, self._settings = backend, settings
+
+    @property
+    def backend_tokenizer(self) -> Backend:
+        return self._backend
 
     @property
     def bos_token(self) -> str | None:

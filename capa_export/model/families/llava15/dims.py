@@ -19,6 +19,7 @@ _TEXT = TextDefaults(
     rms_norm_eps=1e-6,
     rope_theta=10_000.0,
     num_kv_heads=None,
+    context=2048,
     attention_bias=False,
     hidden_size=4096,
     intermediate_size=11008,

@@ -23,6 +23,7 @@ _TEXT = TextDefaults(
     rope_theta=500_000.0,
     num_kv_heads=32,
     attention_bias=False,
+    context=128000,
     mrope_section=(24, 20, 20),
     mrope_interleaved=True,
     qk_norm=True,
