@@ -1,11 +1,14 @@
 """The one exception a user's mistake raises, and the exit codes of the command line."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from enum import IntEnum
 
-__all__ = ["CapaError", "ExitCode", "NotFiniteError", "first_line", "how_to_install", "printable", "refusing"]
+__all__ = ["CapaError", "ExitCode", "NotFiniteError", "first_line", "harmless", "how_to_install", "refusing"]
 
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and line end, separators, changes of direction, and halves of characters."""
 _SHOWN = 400
 """Characters of a library's message that an error repeats: some list every tensor, or every character of a file."""
 
@@ -42,13 +45,20 @@ class NotFiniteError(CapaError):
     """The model yields NaN or infinity, so that no measurement of it is of use."""
 
 
-def printable(text: str, *, but: str = "") -> str:
-    """A text with the characters that a terminal would obey, or cannot show, written out, except for those in `but`."""
+def printable(text: str) -> str:
+    """A text in one line, with every character written out that is not simply shown."""
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() or char in but else char.encode("unicode_escape").decode() for char in text
-    )
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def harmless(text: str) -> str:
+    """A text of several lines, with the characters written out that a terminal obeys, or that turn its direction."""
+    return _OBEYED.sub(lambda match: _escaped(match[0]), text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def first_line(error: BaseException | str) -> str:

@@ -19,6 +19,7 @@ from capa_export.cli.options import (
     RevisionOpt,
     TrustOpt,
 )
+from capa_export.cli.show import print_result
 
 __all__ = ["explain"]
 
@@ -81,4 +82,7 @@ def explain(
             )
         except OSError as error:
             raise CapaError(f"{page}: {error.strerror}; choose another --out") from error
-    print(found.model_dump_json(indent=2) if as_json else page)
+    if as_json:
+        print_result(found)
+    else:
+        print(page)
