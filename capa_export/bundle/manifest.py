@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,13 +57,16 @@ class _ResultRecord(_Record):
     linear_layers: list[int] = []
     alpha: str = ""
     weights: str = ""
-    runtime: str = ""
+    runtime: Literal["", "tensorrt-rtx", "tensorrt"] = ""
+    """The module that is imported to run the engines."""
     compute_capabilities: list[str] = []
     plugins: _PluginsRecord | None = None
     engines: dict[Name, _EngineRecord] = {}
 
 
 class _StageRecord(_Record):
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
     key: str
     """Digest of the stage's inputs."""
     files: dict[Name, Sha256]
