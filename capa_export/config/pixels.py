@@ -16,7 +16,7 @@ _USUAL_TARGET = "rtx"
 _DIMS = ("rows", "cols", "tiles")
 """Of the vision graphs' inputs, as targets limit them."""
 _SETTINGS = (
-    *("do_resize", "size", "patch_size", "merge_size", "temporal_patch_size"),
+    *("kind", "do_resize", "size", "patch_size", "merge_size", "temporal_patch_size"),
     *("min_patches", "max_patches", "crop_size", "pad_size"),
 )
 _SIZES = ("size", "crop_size", "pad_size")
@@ -164,15 +164,17 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
     """Refuse settings by which any picture would become too large."""
     told = dict(settings)
     limits = dict(_MOST_PATCHES)
+    areas = "merge_size" in settings and settings.get("kind", "patches") == "patches"
     for name in _SIZES:
         sides = settings.get(name)
         # Some publish one number for both sides.
         for key, value in sides.items() if isinstance(sides, Mapping) else [("", sides)]:
-            by_area = "merge_size" in settings and key in ("shortest_edge", "longest_edge")
+            by_area = areas and key in ("shortest_edge", "longest_edge")
             told[f"{name}.{key}"] = value
             limits[f"{name}.{key}"] = _MOST_AREA if by_area else _MOST_SIDE
-    # A picture is never enlarged to its most.
-    limits.pop("size.longest_edge" if "merge_size" in settings else "", None)
+    if areas:
+        # A picture is never enlarged to its most.
+        limits.pop("size.longest_edge", None)
     for name, most in limits.items():
         value = told.get(name)
         if isinstance(value, int) and value > most:

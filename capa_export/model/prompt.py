@@ -176,7 +176,11 @@ class Prompter:
             CapaError: they do not know where a picture stands, have tokens beyond the embedding table, or make of a
                 picture what the model does not take.
         """
-        self._check_tokens()
+        with refusing(
+            f"{self.folder}: the tokenizer does not work with its own settings",
+            "use the tokenizer_config.json that was published with the weights",
+        ):
+            self._check_tokens()
         with refusing(
             f"{self.folder}: the image processor does not work with its own settings",
             "use the preprocessor_config.json that was published with the weights",
