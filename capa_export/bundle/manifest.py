@@ -55,6 +55,11 @@ class _PluginsRecord(_Record):
 class _ResultRecord(_Record):
     precision: Precision = "fp16"
     linear_layers: list[int] = []
+    fp32_layers: list[str] = []
+    not_for_genai: str | None = None
+    needs_transformers: str | None = None
+    pictures: dict[str, int] = {}
+    latency: dict[str, Any] = {}
     alpha: str = ""
     weights: str = ""
     runtime: Literal["", "tensorrt-rtx", "tensorrt"] = ""

@@ -190,7 +190,8 @@ def print_bundle(folder: Path, manifest: dict[str, Any], num_unread: int = 0) ->
         schedule = ", ".join(
             f"{stage.ratio:.0%} of visual tokens {stage.where} by {stage.selector}" for stage in recipe.prune.schedule
         )
-        print_line(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
+        source = (manifest.get("checkpoint") or {}).get("source", "a checkpoint that is not recorded")
+        print_line(f"{folder}: {recipe.name} from {source}, removes {schedule}")
     table = make_table("stage", "seconds", "peak GB", "files", "MB")
     for name, record in manifest["stages"].items():
         size = sum((folder / file).stat().st_size for file in record["files"])
