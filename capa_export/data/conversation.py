@@ -31,8 +31,9 @@ _MOST_FRAMES = 768
 """Frames that a model is shown: what Qwen's own code shows at most."""
 _MOST_SHOWN = 1 << 29
 """Pixels of all these frames together, which are in memory at once: 1.6 GB, and 256 frames of 1920 x 1080."""
-_MOST_DECODED = 1 << 31
-"""Pixels of all frames of an animation, each of which is decoded to come to the next: a minute's work."""
+_MOST_DECODED = 1 << 30
+"""Pixels of all frames of an animation, each of which is decoded to come to the next: 500 of 1920 x 1080, 20 s
+of work."""
 _UNTIMED = 100
 """Milliseconds that a frame is shown where its file does not say: what browsers do."""
 
@@ -246,7 +247,7 @@ def _check_shown(count: float, size: tuple[int, int], remedy: str) -> None:
     most = min(_MOST_FRAMES, _MOST_SHOWN // max(1, size[0] * size[1]))
     if not count <= most:
         name, _, what = remedy.partition(": ")
-        raise CapaError(f"{name}: {count:.0f} frames of {size[0]} x {size[1]} pixels, and at most {most} fit; {what}")
+        raise CapaError(f"{name}: {count:.6g} frames of {size[0]} x {size[1]} pixels, and at most {most} fit; {what}")
 
 
 def _read_animation(animation: Image.Image, fps: float, path: Path) -> Video:
