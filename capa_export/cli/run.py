@@ -137,7 +137,7 @@ def run(
         return
     for result in results:
         # Before what stderr says, where both go to one place.
-        print(shown(result["answer"]) if several else "", flush=True)
+        print(shown(str(result["answer"])) if several else "", flush=True)
         _say_cost(result)
 
 

@@ -62,7 +62,7 @@ SIZES: dict[str, Attack] = {
         }.items()
     },
     **{
-        f"{command}: processor {key} {value}": _processor(key, value, command)
+        f"{command}: processor {key} {str(value)[:20]}": _processor(key, value, command)
         for command in ("export", "plan")
         for key, value in {
             "patch_size": 10**6,

@@ -35,7 +35,7 @@ def test_texts_of_several_lines_steer_no_terminal() -> None:
     assert harmless(text) == r"a	b" + "\n" + r"c \x1b[2J\x9b\r\u202e\ud800 é " + "\U0001f469\u200d\U0001f680"
 
 
-class PanicException(BaseException):  # noqa: N818 - As libraries in Rust call theirs.
+class PanicException(BaseException):
     """As pyo3 raises it."""
 
 

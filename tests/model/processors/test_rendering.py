@@ -32,7 +32,7 @@ HOSTILE = {
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
 def test_a_template_that_does_harm_is_one_line(template: str) -> None:
     started = time.monotonic()
-    with pytest.raises(CapaError, match="^the chat template does not take this conversation: ") as raised:
+    with pytest.raises(CapaError, match=r"^the chat template does not take this conversation: ") as raised:
         render(template, MESSAGES, {})
     assert str(raised.value).isprintable() and len(str(raised.value)) < 500
     assert time.monotonic() - started < 60
