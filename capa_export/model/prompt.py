@@ -295,6 +295,11 @@ class Prompter:
 
     def _expanded(self, text: str, shown: dict[str, list[Picture]]) -> tuple[str, list[Picture]]:
         """The text with every placeholder as long as what it stands for, and the pictures in its order."""
+        if not self.marks["picture"]:
+            raise CapaError(
+                f"{self.folder}: config.json has {self.dims.image_token_id} stand for a picture, the tokenizer has no such "
+                "token; use the files that were published together"
+            )
         for kind, mark in self.marks.items():
             if (places := text.count(mark)) != len(shown[kind]):
                 raise CapaError(f"{len(shown[kind])} {kind}s, but the prompt has {places} places for one ({mark})")

@@ -107,7 +107,7 @@ def _tenfold(data: Any) -> None:
 
 
 def _backtracking(data: Any) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(.+)+$"}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": "(.+)+\\x00"}, "behavior": "Isolated", "invert": False}
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
 
 
