@@ -297,8 +297,8 @@ class Prompter:
         """The text with every placeholder as long as what it stands for, and the pictures in its order."""
         if not self.marks["picture"]:
             raise CapaError(
-                f"{self.folder}: config.json has {self.dims.image_token_id} stand for a picture, the tokenizer has no such "
-                "token; use the files that were published together"
+                f"{self.folder}: config.json has {self.dims.image_token_id} stand for a picture, the tokenizer has no "
+                "such token; use the files that were published together"
             )
         for kind, mark in self.marks.items():
             if (places := text.count(mark)) != len(shown[kind]):
