@@ -151,6 +151,7 @@ class Bundle:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         layer_by_layer: bool | None = None,
+        recipe: str | None = None,
         gate: AnyPath | None = None,
         strict: bool = False,
         accept_method_loss: bool = False,
@@ -173,6 +174,8 @@ class Bundle:
             min_pixels: least area that a picture is resized to, in place of the bundle's.
             max_pixels: largest area, in place of the bundle's.
             layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
+            recipe: whose gates and bounds hold, a name or the path of a .toml; None for the shipped one of the
+                bundle's name, or else the bundle's own, which the report then says.
             gate: TOML file with bounds in place of the recipe's.
             strict: whether warnings are failures.
             accept_method_loss: whether the bundle is fit to ship however many answers the method changes.
@@ -189,10 +192,12 @@ class Bundle:
                 nothing: the report says so.
         """
         from capa_export.config.options import ValidationOptions
+        from capa_export.config.recipe import judging_recipe, recipe_of
         from capa_export.parity.golden import GOLDEN
         from capa_export.parity.stage import validate
 
         bundle, signer = signer_of(self._store, sign, self._verify_key)
+        judge, note = judging_recipe(recipe_of(self.manifest, self.folder), recipe)
         given = (checkpoint, revision, images, samples, seed, min_pixels, max_pixels)
         live = bisect or store_golden or any(option is not None for option in given)
         options = ValidationOptions(
@@ -203,6 +208,7 @@ class Bundle:
             samples=samples,
             seed=seed,
             gate=path_of(gate),
+            note=note,
             strict=strict,
             accept_method_loss=accept_method_loss,
             bisect=bisect,
@@ -218,7 +224,8 @@ class Bundle:
             trust_remote_code=trust_remote_code,
             report=progress,
         )
-        parity = validate(model, bundle, options)
+        judged = model.recipe.model_copy(update={"parity": judge.parity, "method": judge.method})
+        parity = validate(model.with_recipe(judged), bundle, options)
         if signer is not None:
             signer.sign(fit=parity.fit)
         return parity

@@ -8,6 +8,17 @@ from capa_export.base.errors import CapaError
 
 __all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims"]
 
+MOST = 1 << 24
+"""Largest dimension that a config may name: the longest published context is 10 million, and a vocabulary is a
+sixtieth of it; no array of one dimension that is made before the weights are looked at takes more than 128 MB."""
+MOST_LAYERS = 1000
+"""Layers of a decoder or a vision tower: five times the deepest that is published. The graph is written layer by layer
+before it is held against the weights."""
+_HUGE = 1e12
+"""Bound of a factor or a base, far above any published one, and within FP32."""
+_LONGEST = 4096
+"""Entries of a list: one a layer, at most."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderDims:
@@ -32,6 +43,8 @@ class DecoderDims:
     """Whether transformers uses the embedding table where no LM head is stored, for which it may read another flag."""
     rope_limit: int | None = None
     """Positions from which on the rotary frequencies would depend on the length; None for never."""
+    context: int = 32768
+    """Positions that the config says the decoder is for."""
     mrope_interleaved: bool = False
     """Whether time, height and width take turns among the frequencies, rather than one section each."""
     qk_norm: bool = False
@@ -40,6 +53,11 @@ class DecoderDims:
     """First layers behind which visual tokens gain features of their own from the vision tower."""
     packed_group: int | None = None
     """Inputs that share a scale, where graphs hold the weights of the layers as INT4; None where they are plain."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and answer together."""
+        return self.context if self.rope_limit is None else min(self.context, self.rope_limit)
 
     @property
     def position_axes(self) -> int:
@@ -94,6 +112,7 @@ class TextDefaults:
     attention_bias: bool
     mrope_section: tuple[int, ...] = ()
     """Empty for one-dimensional positions."""
+    context: int = 32768
     max_positions: int | None = None
     """Set where published configs ask for dynamic RoPE, which is plain up to this many positions."""
     mrope_interleaved: bool = False
@@ -117,7 +136,8 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
     Raises:
         CapaError: a key is missing or malformed, or the decoder does something that the graphs do not.
     """
-    if text.data.get("use_sliding_window") or "sliding_attention" in (text.data.get("layer_types") or ()):
+    layer_types = text.data.get("layer_types")
+    if text.data.get("use_sliding_window") or (isinstance(layer_types, list) and "sliding_attention" in layer_types):
         raise text.refused("use_sliding_window", "only full attention is supported")
     text.expect("hidden_act", "silu")
     hidden_size = text.count("hidden_size", defaults.hidden_size)
@@ -134,7 +154,7 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
     return DecoderDims(
         hidden_size=hidden_size,
         intermediate_size=text.count("intermediate_size", defaults.intermediate_size),
-        num_layers=text.count("num_hidden_layers", defaults.num_layers),
+        num_layers=text.layers("num_hidden_layers", defaults.num_layers),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -149,6 +169,7 @@ def decoder_dims(root: "Section", text: "Section", defaults: TextDefaults) -> De
             or (defaults.text_ties_embeddings and text.data.get("tie_word_embeddings"))
         ),
         rope_limit=limit,
+        context=text.count("max_position_embeddings", defaults.context),
         mrope_interleaved=defaults.mrope_interleaved,
         qk_norm=defaults.qk_norm,
     )
@@ -163,7 +184,8 @@ def _rope(text: "Section", head_dim: int, defaults: TextDefaults) -> tuple[float
     supported += ["dynamic"] if defaults.max_positions else []
     rope_type = rope.data.get("rope_type", rope.data.get("type", "default"))
     if rope_type not in supported:
-        raise rope.refused("rope_type", f"is {rope_type!r}, only {' and '.join(map(repr, supported))} are supported")
+        known = " and ".join(map(repr, supported))
+        raise rope.refused("rope_type", f"is {rope_type!r:.80}, only {known} are supported")
     theta = rope.number("rope_theta", text.number("rope_theta", defaults.rope_theta))
     limit = text.count("max_position_embeddings", defaults.max_positions) if rope_type == "dynamic" else None
     if not defaults.mrope_section:
@@ -201,17 +223,25 @@ class Section:
             raise self.refused(key, "must be an object")
         return Section(cast("dict[str, Any]", value), self.where, f"{self.name}.{key}" if self.name else key)
 
-    def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = MOST) -> int:
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.refused(key, f"must be a whole number of at least {least}, not {value!r}")
+            raise self.refused(key, f"must be a whole number of at least {least}, not {value!r:.80}")
+        if value > most:
+            raise self.refused(key, f"must be at most {most}, not {value!r:.80}")
         return value
+
+    def layers(self, key: str, default: int | None = None) -> int:
+        """A number of layers."""
+        return self.count(key, default, most=MOST_LAYERS)
 
     def counts(self, key: str, default: tuple[int, ...], *, least: int = 1) -> tuple[int, ...]:
         value = self._value(key, default)
         if not isinstance(value, list | tuple):
-            raise self.refused(key, f"must be a list of whole numbers, not {value!r}")
+            raise self.refused(key, f"must be a list of whole numbers, not {value!r:.80}")
         items = cast("list[object]", value)
+        if len(items) > _LONGEST:
+            raise self.refused(key, f"has {len(items)} entries, {_LONGEST} at most are read")
         entries = Section({f"{key}[{i}]": item for i, item in enumerate(items)}, self.where, self.name)
         return tuple(entries.count(entry, least=least) for entry in entries.data)
 
@@ -226,12 +256,12 @@ class Section:
 
     def number(self, key: str, default: float) -> float:
         value = self._value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise self.refused(key, f"must be a number above 0, not {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _HUGE:
+            raise self.refused(key, f"must be a number above 0 and below {_HUGE:g}, not {value!r:.80}")
         return float(value)
 
     def expect(self, key: str, supported: object) -> None:
         """Refuse any value but this one, which is also the default."""
         value = self._value(key, supported)
         if value != supported:
-            raise self.refused(key, f"is {value!r}, only {supported!r} is supported")
+            raise self.refused(key, f"is {value!r:.80}, only {supported!r} is supported")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TypeVar
 
+from capa_export.base.errors import harmless
+
 __all__ = ["Report", "progress", "say", "silent", "talk", "talks", "ticking", "tracked"]
 
 Report = Callable[[str, int, int], None]
@@ -28,7 +30,7 @@ class _OnStderr(logging.Handler):
     """Writes to the `sys.stderr` of the moment, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(harmless(self.format(record)), file=sys.stderr, flush=True)
 
 
 def talk() -> None:
@@ -69,13 +71,13 @@ def progress() -> Generator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(harmless(what), total=total)
             bars.update(tasks[what], completed=done, total=total, visible=done < total)
 
         yield report
@@ -91,9 +93,9 @@ def ticking(what: str) -> Generator[None]:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            bars.add_task(what, total=None)
+            bars.add_task(harmless(what), total=None)
             yield
         return
     done, started = Event(), time.monotonic()

@@ -1,6 +1,7 @@
 """Numbers as people write them on the command line: `8GB`, `50%`."""
 
 import re
+from math import inf
 
 from capa_export.base.errors import CapaError, ExitCode
 
@@ -18,7 +19,7 @@ def parse_bytes(text: str) -> int:
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *([a-z]+)", text.strip().lower())
     size = float(found[1]) * units[found[2]] if found and found[2] in units else 0
-    if size < 1:
+    if not 1 <= size < inf:
         raise CapaError(
             f"--memory {text}: must be a size above 0 with its unit, as 8GB, 7.5GB, 8GiB or 8000MB", ExitCode.USAGE
         )

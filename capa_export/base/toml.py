@@ -20,6 +20,10 @@ _GATES = "gates"
 """Shipped beside the recipes and read by them."""
 
 
+_MOST_BYTES = 1 << 16
+"""Of a file: ten times the largest that is shipped. The parser's time grows with the square of some of them."""
+
+
 class Settings(BaseModel):
     """Base of everything read from a TOML file: immutable, no unknown keys."""
 
@@ -36,6 +40,8 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
         CapaError: the file is missing, is not TOML, or does not fit the model.
     """
     try:
+        if path.is_file() and (size := path.stat().st_size) > _MOST_BYTES:
+            raise CapaError(f"{path}: {size} bytes, and at most {_MOST_BYTES} are read", ExitCode.USAGE)
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such file", ExitCode.USAGE) from error

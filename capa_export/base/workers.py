@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from threading import Thread
 from typing import Any, TypeVar
 
-from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, first_line, how_to_install
 from capa_export.base.progress import talk, talks
 
 __all__ = ["Workers", "chunks", "end_with", "in_order", "module_arguments", "run_tasks"]
@@ -182,7 +182,7 @@ def _on_ray(
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapaError(f"--ray {address}: no cluster answers there: {str(error).splitlines()[0]}") from error
+        raise CapaError(f"--ray {address}: no cluster answers there: {first_line(error)}") from error
     # Ray put its own handler there, which ends the process in its own way.
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -206,6 +206,6 @@ def _on_ray(
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, CapaError) else error) from error
     except RayError as error:
-        raise CapaError(f"--ray {address}: the cluster failed: {str(error).splitlines()[0]}") from error
+        raise CapaError(f"--ray {address}: the cluster failed: {first_line(error)}") from error
     finally:
         ray.shutdown()

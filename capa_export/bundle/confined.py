@@ -19,6 +19,8 @@ WEIGHTS_TABLE = ".weights.json"
 """Ending of the name of the table that says where an engine's weight inputs lie."""
 
 _POINTER = "embedding.json"
+_DOMAINS = ("", "ai.onnx", "capa")
+"""Domains of the operators that builds write; those of ONNX Runtime's own search through graphs are not among them."""
 _LONGEST = 255
 """Bytes of a name that every file system takes."""
 
@@ -142,7 +144,15 @@ def _external_data(path: Path) -> Iterator[dict[str, Any]]:
         raise CapaError(f"{path}: cannot be read as ONNX ({error}); build the bundle again") from error
     if not model.HasField("graph"):
         raise CapaError(f"{path}: cannot be read as ONNX (it holds no graph); build the bundle again")
-    for tensor in _tensors(model):
+    for node in _messages(model, "NodeProto"):
+        # Selectors that choose step by step loop as often as tokens are kept.
+        endless = node.op_type == "Scan" or (node.op_type == "Loop" and not any(node.input[:1]))
+        if endless or node.domain not in _DOMAINS:
+            raise CapaError(
+                f"{path}: node {node.name!r:.80} is a {node.op_type:.80} of domain {node.domain!r:.80}, which no build "
+                "writes, and might never end; build the bundle again"
+            )
+    for tensor in _messages(model, "TensorProto"):
         entries = [(entry.key, entry.value) for entry in tensor.external_data]
         if not entries and tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -157,12 +167,11 @@ def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
-def _tensors(message: Message) -> Iterator[Any]:
-    """Yield every tensor of a message, however deeply nested."""
-    if message.DESCRIPTOR.name == "TensorProto":
+def _messages(message: Message, name: str) -> Iterator[Any]:
+    """Yield every message of a type in a message, however deeply nested."""
+    if message.DESCRIPTOR.name == name:
         yield message
-        return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
-                yield from _tensors(part)
+                yield from _messages(part, name)

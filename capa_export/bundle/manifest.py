@@ -3,7 +3,7 @@
 import hashlib
 import json
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,15 +57,23 @@ class _PluginsRecord(_Record):
 class _ResultRecord(_Record):
     precision: Precision = "fp16"
     linear_layers: list[int] = []
+    fp32_layers: list[str] = []
+    not_for_genai: str | None = None
+    needs_transformers: str | None = None
+    pictures: dict[str, int] = {}
+    latency: dict[str, Any] = {}
     alpha: str = ""
     weights: str = ""
-    runtime: str = ""
+    runtime: Literal["", "tensorrt-rtx", "tensorrt"] = ""
+    """The module that is imported to run the engines."""
     compute_capabilities: list[str] = []
     plugins: _PluginsRecord | None = None
     engines: dict[Name, _EngineRecord] = {}
 
 
 class _StageRecord(_Record):
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
     key: str
     """Digest of the stage's inputs."""
     files: dict[Name, Sha256]

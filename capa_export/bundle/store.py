@@ -265,6 +265,9 @@ class Bundle:
         known = {MANIFEST, *_recorded(self.manifest)}
         record = self.stage(name)
         files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
+        for file in set(_files(record)).difference(files):
+            if not confined(self.folder, file).is_file():
+                raise CapaError(f"{self.folder / file}: missing; build again, or copy the bundle again")
         for file in files:
             if not self._is_same(record, file, stamps, read_links=True):
                 by_time = file not in record["files"] and record["linked"][file]["sha256"] is None

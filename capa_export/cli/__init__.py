@@ -28,6 +28,9 @@ from capa_export.cli.tune import tune
 
 __all__ = ["app", "main"]
 
+_SHOWN = 400
+"""Characters of a path that an error repeats."""
+
 app = typer.Typer(
     name="capa-export",
     help="Export vision-language models, pruned with CAPA, to ONNX and TensorRT.",
@@ -89,6 +92,12 @@ def _ended(arguments: list[str], interruption: Interruption) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except OSError as error:
+        # A path that no system takes, or a file that went while it was read.
+        if error.filename is None or "--debug" in arguments:
+            raise
+        print(f"error: {CapaError(f'{str(error.filename)[:_SHOWN]}: {error.strerror}')}", file=sys.stderr)
+        return ExitCode.PREFLIGHT
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return interruption.code

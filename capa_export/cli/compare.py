@@ -7,6 +7,7 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import VALIDATION, ImagesOpt, JsonOpt, TrustOpt, VerifyKeyOpt
+from capa_export.cli.show import print_result
 
 __all__ = ["compare"]
 
@@ -40,7 +41,7 @@ def compare(
             candidate, images=images, samples=samples, gate=gate, trust_remote_code=trust_remote_code, progress=report
         )
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print_result(found)
     else:
         from capa_export.study.compare.table import compare_table
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.progress import say
 from capa_export.cli.options import (
     GENERATION,
     OUTPUT,
@@ -26,6 +27,7 @@ from capa_export.cli.options import (
     VerifyKeyOpt,
     WorkersOpt,
 )
+from capa_export.cli.show import print_result
 from capa_export.cli.stages import one_checkpoint
 
 __all__ = ["evaluate"]
@@ -176,7 +178,7 @@ def evaluate(
                 progress=report,
             )
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print_result(found)
     else:
         from capa_export.study.evaluate.table import evaluation_table
 
@@ -187,7 +189,7 @@ def evaluate(
         words = f"{data}: {len(found.skipped)} of {rows} rows were skipped: {first}"
         if len(found.skipped) > MAX_SKIPPED * rows:
             raise CapaError(f"{words}; repair the data, since more than 1 % makes the figures another benchmark's")
-        typer.echo(f"warning: {words}", err=True)
+        say(f"warning: {words}")
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from capa_export.cli.options import (
     TrustOpt,
     VerifyKeyOpt,
 )
+from capa_export.cli.show import print_result
 
 __all__ = ["explain"]
 
@@ -83,4 +84,7 @@ def explain(
             )
         except OSError as error:
             raise CapaError(f"{page}: {error.strerror}; choose another --out") from error
-    print(found.model_dump_json(indent=2) if as_json else page)
+    if as_json:
+        print_result(found)
+    else:
+        print(page)

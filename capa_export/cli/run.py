@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from capa_export.base.errors import harmless
 from capa_export.cli.options import (
     GENERATION,
     PRUNING,
@@ -103,8 +104,11 @@ def run(
     from capa_export.model.generation import GenerationOptions
     from capa_export.run.answer import run_to_end
 
+    # What a model says is for whoever asked, byte for byte where that is a program.
+    shown = harmless if sys.stdout.isatty() else str
+
     def stream(text: str) -> None:
-        print(text, end="", flush=True)
+        print(shown(text), end="", flush=True)
 
     options = GenerationOptions(
         greedy=greedy,
@@ -135,7 +139,7 @@ def run(
         return
     for result in results:
         # Before what stderr says, where both go to one place.
-        print(result["answer"] if several else "", flush=True)
+        print(shown(str(result["answer"])) if several else "", flush=True)
         _say_cost(result)
 
 

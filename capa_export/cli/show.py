@@ -3,19 +3,27 @@
 import json
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyKeyOpt, VerifyOpt
 
-__all__ = ["doctor", "inspect", "models", "print_json", "selectors", "targets"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["doctor", "inspect", "models", "print_json", "print_result", "selectors", "targets"]
 
 
 def print_json(value: Any) -> None:
     """A result, for programs."""
     print(json.dumps(value, indent=2, default=str))
+
+
+def print_result(found: "BaseModel") -> None:
+    """A study's result, for programs; like all JSON here it is ASCII, which steers no terminal."""
+    print_json(json.loads(found.model_dump_json()))
 
 
 def inspect(

@@ -301,6 +301,16 @@ def validate(
     layer_by_layer: LayerByLayerOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Recipe whose gates and bounds hold: a name from `models`, or the path of a .toml [default: the "
+            "shipped one of the bundle's recipe; else the bundle's own, which the report says].",
+            rich_help_panel=VALIDATION,
+        ),
+    ] = None,
     gate: GateOpt = None,
     strict: StrictOpt = False,
     accept_method_loss: AcceptMethodLossOpt = False,
@@ -331,6 +341,7 @@ def validate(
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             layer_by_layer=layer_by_layer,
+            recipe=model,
             gate=gate,
             strict=strict,
             accept_method_loss=accept_method_loss,

@@ -22,6 +22,7 @@ from capa_export.cli.options import (
     SourceArg,
     TrustOpt,
 )
+from capa_export.cli.show import print_result
 from capa_export.cli.stages import check_places, one_checkpoint
 
 __all__ = ["tune"]
@@ -77,7 +78,7 @@ def tune(
             progress=report,
         )
     if as_json:
-        print(found.model_dump_json(indent=2))
+        print_result(found)
     else:
         from capa_export.study.tune.table import tuning_table
 

@@ -63,6 +63,8 @@ class ValidationOptions:
     """Of other samples than the usual ones."""
     gate: Path | None = None
     """Bounds in place of the recipe's."""
+    note: str | None = None
+    """A sentence on whose gates these are, for the report."""
     strict: bool = False
     """Whether warnings are failures."""
     accept_method_loss: bool = False

@@ -15,7 +15,17 @@ _USUAL_TARGET = "rtx"
 """The command line's own default."""
 _DIMS = ("rows", "cols", "tiles")
 """Of the vision graphs' inputs, as targets limit them."""
-_SETTINGS = ("do_resize", "size", "patch_size", "merge_size", "min_patches", "max_patches")
+_SETTINGS = (
+    *("kind", "do_resize", "size", "patch_size", "merge_size", "temporal_patch_size"),
+    *("min_patches", "max_patches", "crop_size", "pad_size"),
+)
+_SIZES = ("size", "crop_size", "pad_size")
+_MOST_SIDE = 4096
+"""Pixels of a side that an image processor makes: four times the largest that is published."""
+_MOST_AREA = 1 << 25
+"""Pixels that a picture is enlarged to at least: above the 25 megapixels of the largest published setting."""
+_MOST_PATCHES = {"patch_size": 256, "merge_size": 16, "temporal_patch_size": 16, "min_patches": 256, "max_patches": 256}
+"""Five times what is published, and more."""
 _SECTIONS = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 """Where an image processor's settings are stored, the first that has any, and under which key."""
 PROCESSOR_FILES = tuple(name for name, _ in _SECTIONS)
@@ -115,10 +125,21 @@ class PixelBounds(Settings):
 
 
 def processor_settings(image_processor: Any) -> dict[str, Any]:
-    """What a loaded image processor says of sizes."""
+    """What a loaded image processor says of sizes.
+
+    Raises:
+        CapaError: no published one says anything like it, and a picture would not fit into memory.
+    """
     found = {name: getattr(image_processor, name, None) for name in _SETTINGS}
-    told = {name: dict(value) if name == "size" else value for name, value in found.items() if value is not None}
-    return whole_numbers(told)
+    settings = whole_numbers(
+        {
+            name: dict(value) if name in _SIZES and not isinstance(value, int) else value
+            for name, value in found.items()
+            if value is not None
+        }
+    )
+    _check_sizes(settings)
+    return settings
 
 
 def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +150,7 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
     """
     sections = [files.get(name, {}) if key is None else files.get(name, {}).get(key) for name, key in _SECTIONS]
     stored = whole_numbers(next((section for section in sections if section and isinstance(section, dict)), {}))
+    _check_sizes(stored)
     found = {name: stored[name] for name in _SETTINGS if isinstance(stored.get(name), int)}
     edges = stored.get("size")
     size = {key: value for key, value in edges.items() if isinstance(value, int)} if isinstance(edges, dict) else {}
@@ -136,6 +158,30 @@ def stored_settings(files: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(stored.get(name), int):
             size[edge] = stored[name]
     return {**found, "size": size}
+
+
+def _check_sizes(settings: Mapping[str, Any]) -> None:
+    """Refuse settings by which any picture would become too large."""
+    told = dict(settings)
+    limits = dict(_MOST_PATCHES)
+    areas = "merge_size" in settings and settings.get("kind", "patches") == "patches"
+    for name in _SIZES:
+        sides = settings.get(name)
+        # Some publish one number for both sides.
+        for key, value in sides.items() if isinstance(sides, Mapping) else [("", sides)]:
+            by_area = areas and key in ("shortest_edge", "longest_edge")
+            told[f"{name}.{key}"] = value
+            limits[f"{name}.{key}"] = _MOST_AREA if by_area else _MOST_SIDE
+    if areas:
+        # A picture is never enlarged to its most.
+        limits.pop("size.longest_edge", None)
+    for name, most in limits.items():
+        value = told.get(name)
+        if isinstance(value, int) and value > most:
+            raise CapaError(
+                f"preprocessor_config.json: {name.rstrip('.')} is {value}, and at most {most} is supported; use the "
+                "file that was published with the weights"
+            )
 
 
 def whole_numbers(value: Any) -> Any:

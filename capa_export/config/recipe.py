@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.precision import FORMATS
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
@@ -18,6 +19,7 @@ __all__ = [
     "MethodBounds",
     "Recipe",
     "check_layers",
+    "judging_recipe",
     "load_recipe",
     "ranges",
     "recipe_of",
@@ -174,6 +176,37 @@ def load_recipe(model: str) -> Recipe:
     recipe = read_toml(path, Recipe, name=path.stem)
     local = path.parent / recipe.checkpoint
     return recipe.model_copy(update={"checkpoint": str(local)}) if local.is_dir() else recipe
+
+
+def judging_recipe(own: Recipe, named: str | None) -> tuple[Recipe, str | None]:
+    """The recipe whose gates and bounds a bundle is held to, so that a bundle does not choose its own.
+
+    Args:
+        own: the bundle's.
+        named: by the user: a shipped recipe, or the path of a .toml.
+
+    Returns:
+        The one that is named, or the shipped one of the same name; or else the bundle's own, and a sentence that says
+        so where its gates are not the usual ones.
+
+    Raises:
+        CapaError: the one that is named cannot be read, or is for another family.
+    """
+    if named is not None or own.name in shipped_names("graphs"):
+        judge = load_recipe(named or own.name)
+        if judge.family == own.family:
+            return judge, None
+        if named is not None:
+            raise CapaError(
+                f"--model {named}: is for {judge.family}, and the bundle is a {own.family:.80}", ExitCode.USAGE
+            )
+    usual = own.parity.model_copy(update={name: getattr(Parity(), name) for name in FORMATS})
+    if own.parity == usual and own.method == MethodBounds():
+        return own, None
+    return own, (
+        f"Gates and the method's bound are those of the bundle's own recipe, {own.name!r:.80}; --model holds it to "
+        "those of yours."
+    )
 
 
 def recipe_of(manifest: Mapping[str, Any], folder: Path) -> Recipe:

@@ -91,7 +91,7 @@ class Stage(Settings):
 class Prune(Settings):
     """Where visual tokens are dropped."""
 
-    schedule: tuple[Stage, ...] = Field(min_length=1)
+    schedule: tuple[Stage, ...] = Field(min_length=1, max_length=100)
     alternatives: tuple[int, ...] = ()
     """Other layers that were published for this model."""
     min_keep_per_image: int = Field(default=1, ge=0)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,9 +10,16 @@ import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode, first_line
 from capa_export.base.toml import Settings, first_problem
-from capa_export.data.picture_files import PICTURE_SUFFIXES, open_picture, pictures_among, upright_rgb
+from capa_export.data.picture_files import (
+    PICTURE_SUFFIXES,
+    check_size,
+    open_picture,
+    opened,
+    pictures_among,
+    upright_rgb,
+)
 from capa_export.data.picture_sources import picture_bytes, picture_path
 from capa_export.model.prompt import Turn, Video
 
@@ -19,6 +27,13 @@ __all__ = ["Message", "Messages", "conversations", "files_of", "open_video", "re
 
 _FPS = 2.0
 """Frames a second that a model sees unless told otherwise: Qwen's own choice."""
+_MOST_FRAMES = 768
+"""Frames that a model is shown: what Qwen's own code shows at most."""
+_MOST_SHOWN = 1 << 29
+"""Pixels of all these frames together, which are in memory at once: 1.6 GB, and 256 frames of 1920 x 1080."""
+_MOST_DECODED = 1 << 30
+"""Pixels of all frames of an animation, each of which is decoded to come to the next: 500 of 1920 x 1080, 20 s
+of work."""
 _UNTIMED = 100
 """Milliseconds that a frame is shown where its file does not say: what browsers do."""
 
@@ -37,7 +52,7 @@ class _Image(Settings):
 class _Video(Settings):
     type: Literal["video"]
     path: Path = Field(validation_alias=AliasChoices("video", "path"))
-    fps: float = Field(default=_FPS, gt=0)
+    fps: float = Field(default=_FPS, gt=0, allow_inf_nan=False)
 
 
 class _ImageUrl(Settings):
@@ -107,8 +122,8 @@ def conversations(
         raise CapaError("run needs --prompt, or a conversation in --messages", ExitCode.USAGE)
     if fps is not None and video is None:
         raise CapaError("--fps has no effect without --video", ExitCode.USAGE)
-    if fps is not None and not fps > 0:
-        raise CapaError(f"--fps {fps:g}: must be above 0", ExitCode.USAGE)
+    if fps is not None and not 0 < fps < inf:
+        raise CapaError(f"--fps {fps:g}: must be above 0, and a number", ExitCode.USAGE)
     shown: list[Image.Image | Video] = [open_picture(path) for path in images]
     if video is not None:
         shown.append(open_video(video, _FPS if fps is None else fps))
@@ -203,33 +218,65 @@ def open_video(path: Path, fps: float) -> Video:
         files = _frames(path)
         if not files:
             raise CapaError(f"{path}: no frames in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
-        frames = [open_picture(file) for file in files]
-        for file, frame in zip(files, frames, strict=True):
+        frames: list[Image.Image] = []
+        for file in files:
+            frame = open_picture(file)
+            frames.append(frame)
             if frame.size != frames[0].size:
                 sizes = [f"{width} x {height}" for width, height in (frame.size, frames[0].size)]
                 raise CapaError(f"{file}: {sizes[0]} pixels, but the first frame is {sizes[1]}; make them the same")
+            _check_shown(len(files), frame.size, f"{path}: leave some of them out")
         return Video(frames, fps)
     try:
-        with Image.open(path) as animation:
-            return _read_animation(animation, fps, str(path))
-    except FileNotFoundError as error:
-        raise CapaError(f"{path}: no such video") from error
-    except UnidentifiedImageError:
-        return _read_video(path, fps)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CapaError(f"{path}: does not decode: {error}") from error
+        with opened(path) as animation:
+            return _read_animation(animation, fps, path)
+    except CapaError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CapaError(f"{path}: no such video") from error
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            return _read_video(path, fps)
+        raise
 
 
-def _read_animation(animation: Image.Image, fps: float, name: str) -> Video:
-    """Read a GIF, WebP or PNG, whose frames may be shown for different times, as a video."""
-    frames: list[Image.Image] = []
+def _check_shown(count: float, size: tuple[int, int], remedy: str) -> None:
+    """Refuse frames that would not fit into memory, before they are read.
+
+    Raises:
+        CapaError: they are too many, or too large for as many.
+    """
+    most = min(_MOST_FRAMES, _MOST_SHOWN // max(1, size[0] * size[1]))
+    if not count <= most:
+        name, _, what = remedy.partition(": ")
+        raise CapaError(f"{name}: {count:.6g} frames of {size[0]} x {size[1]} pixels, and at most {most} fit; {what}")
+
+
+def _read_animation(animation: Image.Image, fps: float, path: Path) -> Video:
+    """Read a GIF, WebP or PNG, whose frames may be shown for different times, as a video.
+
+    It is gone through twice, so that only frames that are shown are in memory.
+    """
     shown: list[float] = []
+    decoded = 0
     for frame in ImageSequence.Iterator(animation):
-        frames.append(upright_rgb(frame, name))
+        check_size(frame, str(path))
+        frame.load()
         shown.append(frame.info.get("duration") or _UNTIMED)
+        decoded += frame.width * frame.height
+        if decoded > _MOST_DECODED:
+            raise CapaError(
+                f"{path}: {len(shown)} frames of {frame.width} x {frame.height} pixels are too many to read"
+            )
     ends = np.cumsum(shown) / 1000
-    times = _times(float(ends[-1]), fps)
-    return Video([frames[index] for index in np.searchsorted(ends, times, side="right")], len(times) / float(ends[-1]))
+    duration = float(ends[-1])
+    _check_shown(duration * fps, animation.size, f"{path}: give a lower --fps")
+    times = _times(duration, fps)
+    indices = np.searchsorted(ends, times, side="right").tolist()
+    frames = {
+        index: upright_rgb(frame, str(path))
+        for index, frame in enumerate(ImageSequence.Iterator(animation))
+        if index in set(indices)
+    }
+    return Video([frames[index] for index in indices], len(times) / duration)
 
 
 def _read_video(path: Path, fps: float) -> Video:
@@ -248,6 +295,7 @@ def _read_video(path: Path, fps: float) -> Video:
         if not metadata.total_num_frames:
             raise ValueError("its header does not count its frames")
         duration = metadata.total_num_frames / metadata.fps
+        _check_shown(duration * fps, (metadata.width or 1, metadata.height or 1), f"{path}: give a lower --fps")
         times = _times(duration, fps)
         chosen.extend(np.minimum(times * metadata.fps, metadata.total_num_frames - 1).astype(int).tolist())
         seen.append(len(times) / duration)
@@ -256,9 +304,10 @@ def _read_video(path: Path, fps: float) -> Video:
     read: Callable[..., Any] = video_utils.load_video
     try:
         arrays, _ = read(str(path), backend="pyav", sample_indices_fn=choose)
+    except CapaError:
+        raise
     except Exception as error:  # PyAV's exceptions share no base class with anything.
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CapaError(f"{path}: does not decode as a video: {line}") from error
+        raise CapaError(f"{path}: does not decode as a video: {first_line(error)}") from error
     frame_of = {index: Image.fromarray(array) for index, array in zip(sorted(set(chosen)), arrays, strict=True)}
     return Video([frame_of[index] for index in chosen], seen[0])
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from capa_export.base.errors import CapaError, ExitCode, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, first_line, how_to_install
 from capa_export.data.picture_files import PICTURE_SUFFIXES
 
 __all__ = ["Table", "is_dataset", "open_folder"]
@@ -170,7 +170,7 @@ def _of_parquet(paths: Sequence[str]) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=list(paths), split="train")
     except DatasetsError as error:
-        raise CapaError(f"{paths[0]}: does not load ({str(error).splitlines()[0]}); download it again") from error
+        raise CapaError(f"{paths[0]}: does not load ({first_line(error)}); download it again") from error
 
 
 def _keep_bytes(table: Any) -> Any:

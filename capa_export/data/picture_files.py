@@ -1,6 +1,8 @@
 """Decodes a picture file to what a person sees of it."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -9,14 +11,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line
 from capa_export.base.files import is_special
 from capa_export.base.progress import say
 
-__all__ = ["PICTURE_SUFFIXES", "open_picture", "pictures_among", "upright_rgb"]
+__all__ = ["MOST_BYTES", "PICTURE_SUFFIXES", "check_size", "open_picture", "opened", "pictures_among", "upright_rgb"]
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
+MOST_BYTES = 1 << 29
+"""Of a picture's file: one of the most pixels fits uncompressed."""
+_MOST_PIXELS = 1 << 27
+"""Above the 108 megapixels of the largest phones, and 1.2 GB of memory until they are resized."""
+_MOST_ASPECT = 1000
+"""The longer side over the shorter one, since what is resized by its shorter side grows with it."""
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Those that pictures are kept in, whatever their names end in: of Pillow's others, one starts programs."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 """Two tags of TIFF, and a value of the second."""
 _ANIMATED = {"GIF", "PNG", "TIFF", "WEBP", "AVIF"}
@@ -41,16 +51,37 @@ def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
     What a person would see otherwise is said on stderr, once.
 
     Raises:
-        CapaError: there is none, or it does not decode.
+        CapaError: there is none, or it does not decode, or it is too large.
+    """
+    with opened(path, data) as image:
+        if getattr(image, "is_animated", False) and image.format in _ANIMATED:
+            _warn(f"{path}: has several frames, of which the first is shown; a video shows them all")
+        return upright_rgb(image, str(path))
+
+
+@contextmanager
+def opened(path: Path, data: bytes | None = None) -> Generator[Image.Image]:
+    """A picture's file, of which the block decodes as much as it wants.
+
+    Args:
+        path: of the file.
+        data: the file where it has been read.
+
+    Raises:
+        CapaError: there is none, it is no picture, it is too large, or the block finds that it does not decode.
     """
     if data is None and is_special(path):
         raise CapaError(f"{path}: is no file; replace or remove it")
     try:
-        with Image.open(path if data is None else BytesIO(data)) as image:
-            if getattr(image, "is_animated", False) and image.format in _ANIMATED:
-                frames = getattr(image, "n_frames", 1)
-                _warn(f"{path}: has {frames} frames, of which the first is shown; a video shows them all")
-            return upright_rgb(image, str(path))
+        with warnings.catch_warnings():
+            # About sizes that are refused below, or are not.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path if data is None else BytesIO(data), formats=_FORMATS)
+        with image:
+            check_size(image, str(path))
+            yield image
+    except CapaError:
+        raise
     except FileNotFoundError as error:
         if str(path).startswith(("http:", "https:")):
             raise CapaError(f"{path}: nothing is downloaded; save the picture and give its path") from error
@@ -59,9 +90,25 @@ def open_picture(path: Path, data: bytes | None = None) -> Image.Image:
         raise CapaError(f"{path}: too many pixels for Pillow to open; resize the picture") from error
     except UnidentifiedImageError as error:
         raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
-        raise CapaError(f"{path}: not a readable picture ({line}); replace or remove it") from error
+    except Exception as error:  # What a decoder raises on a malformed file, it does not say.
+        raise CapaError(f"{path}: not a readable picture ({first_line(error)}); replace or remove it") from error
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuse a picture that would not fit into memory, before it is decoded.
+
+    Raises:
+        CapaError: it has too many pixels, or one side is far longer than the other.
+    """
+    # These are decoded by way of FP64, or twice.
+    copies = 4 if image.mode[0] in "IF" else 2 if image.has_transparency_data else 1
+    width, height = image.size
+    if width * height > (most := _MOST_PIXELS // copies):
+        raise CapaError(f"{name}: {width} x {height} pixels, and at most {most} are read; resize the picture")
+    if max(image.size) > _MOST_ASPECT * min(image.size):
+        raise CapaError(
+            f"{name}: {width} x {height} pixels, one side more than {_MOST_ASPECT} times the other; crop the picture"
+        )
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:

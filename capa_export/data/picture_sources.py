@@ -9,6 +9,8 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from capa_export.base.errors import CapaError
+from capa_export.base.files import is_special
+from capa_export.data.picture_files import MOST_BYTES
 
 __all__ = ["EncodedPicture", "picture_bytes", "picture_path", "read_picture_file"]
 
@@ -61,7 +63,11 @@ def read_picture_file(path: Path) -> bytes:
     Raises:
         CapaError: it cannot be read.
     """
+    if is_special(path):
+        raise CapaError(f"{path}: is no file; replace or remove it")
     try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise CapaError(f"{path}: {size} bytes, and at most {MOST_BYTES} are read; resize the picture")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise CapaError(f"{path}: no such picture") from error

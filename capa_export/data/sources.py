@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from pydantic import TypeAdapter, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import first_problem
 from capa_export.data.conversation import Message, Messages, files_of
-from capa_export.data.picture_files import PICTURE_SUFFIXES, pictures_among
+from capa_export.data.picture_files import PICTURE_SUFFIXES, opened, pictures_among
 
 __all__ = ["EXAMPLES", "Line", "find_source", "read_line", "read_lines", "wrong_line"]
 
@@ -85,11 +85,12 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
 
 def _check_picture(path: Path) -> None:
     try:
-        Image.open(path).close()
-    except UnidentifiedImageError as error:
-        raise CapaError(f"{path}: neither a picture nor a {_LINES} file; give one of them, or a folder") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CapaError(f"{path}: not a readable picture; replace or remove it") from error
+        with opened(path):
+            pass
+    except CapaError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise CapaError(f"{path}: neither a picture nor a {_LINES} file; give one of them, or a folder") from error
+        raise
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -139,5 +139,5 @@ def embedding_of(folder: Path) -> StoredTensor:
             path = folder / _POINTER
             pointer = json.loads(path.read_text(encoding="utf-8"))
         return open_tensors(folder / pointer["file"])[pointer["tensor"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CapaError(f"{path}: names no embedding; build the bundle again", ExitCode.EXPORT) from error

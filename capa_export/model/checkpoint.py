@@ -135,6 +135,11 @@ class Checkpoint:
     """Folder of config, tokenizer and processor files as transformers would have them, where `folder` has others."""
 
     @property
+    def names(self) -> list[str]:
+        """Names of all that is stored, also of what no graph reads."""
+        return [*self.tensors, *self.passed_over]
+
+    @property
     def sidecars(self) -> Path:
         """Folder of config, tokenizer and processor files, as transformers reads them."""
         return self.translation or self.folder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.errors import CapaError, ExitCode, first_line
 from capa_export.bundle.confined import require_own
 
 __all__ = ["find_folder", "full_source", "refetch", "require_own_file"]
@@ -104,6 +104,5 @@ def _downloaded(hub_id: str, revision: str | None, patterns: Sequence[str]) -> P
         where = f"run `hf download {hub_id}` where there is a network, and pass the folder it prints"
         problem, cause = f"no such folder, no hub within reach, and not in the local hub cache; {where}", error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        problem, cause = f"download failed: {first_line}; run it again, files that are complete are kept", error
+        problem, cause = f"download failed: {first_line(error)}; run it again, files that are complete are kept", error
     raise CapaError(f"{what}: {problem}") from cause

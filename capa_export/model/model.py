@@ -4,10 +4,11 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.base.files import file_digest, fingerprint
 from capa_export.base.progress import Report, silent
 from capa_export.bundle.store import Bundle, digest_of
@@ -36,6 +37,8 @@ class Model:
     """Revision of a hub id."""
     trust_remote_code: bool = False
     """Whether the checkpoint's own Python may run, for its tokenizer and image processor."""
+    named_by: str | None = None
+    """A file that names the checkpoint, where the user does not: it is then not fetched from the hub."""
     report: Report = field(default=silent)
     _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
 
@@ -56,7 +59,18 @@ class Model:
 
     @cached_property
     def source(self) -> Source:
-        """The checkpoint, found to fit the recipe."""
+        """The checkpoint, found to fit the recipe.
+
+        Raises:
+            CapaError: it cannot be opened, or would have to be fetched, which nobody asked for.
+        """
+        if self.named_by is not None and not Path(self.checkpoint).expanduser().is_dir():
+            revision = f" --revision {self.revision}" if self.revision else ""
+            raise CapaError(
+                f"{self.named_by}: names the checkpoint {self.checkpoint}, which is no folder here, and nothing is "
+                f"fetched because a bundle names it; say --checkpoint {self.checkpoint}{revision} to use the hub's, or "
+                "give a folder"
+            )
         return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family, self.recipe.quantize)
 
     @property
@@ -156,7 +170,7 @@ class Model:
             from capa_export.model.streamed import read_model
 
             return read_model(self.source)
-        try:
+        with refusing(f"{folder}: transformers cannot load it", "use the files that were published together"):
             # Whatever attention the config asks for, from kernels that may not be here to none that there is.
             return architecture.from_pretrained(
                 folder,
@@ -165,8 +179,6 @@ class Model:
                 use_safetensors=True,
                 attn_implementation=ATTENTION,
             ).eval()
-        except (ImportError, OSError, ValueError) as error:
-            raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
 
     @property
     def holds_eager(self) -> bool:
@@ -253,5 +265,6 @@ def recorded_model(
         checkpoint=checkpoint or recorded["source"],
         revision=revision or (None if checkpoint else recorded["revision"]),
         trust_remote_code=trust_remote_code,
+        named_by=None if checkpoint else str(bundle.folder),
         report=report,
     )

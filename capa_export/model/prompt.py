@@ -12,16 +12,20 @@ import numpy as np
 from PIL import Image
 
 from capa_export.base.dims import ModelDims
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line, refusing
 from capa_export.config.pixels import PixelBounds, processor_settings
 from capa_export.model.chat_template import read_chat_template
 from capa_export.model.families import Family, VideoFamily
 from capa_export.model.hub import refetch
+from capa_export.model.processors.rendering import render, start
 from capa_export.model.processors.resolved import Processors
+from capa_export.model.processors.tokenizer import check_growth
 
 __all__ = ["Picture", "Prompt", "Prompter", "Turn", "Video"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LONGEST_TOKEN = 256
+"""Characters: runs of spaces are the longest tokens of published vocabularies, and half as long."""
 _SIDE = 448
 """Side of a test picture in pixels: a multiple of every patch, merged or not, to fit where nothing is resized."""
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -153,9 +157,11 @@ class Prompter:
         processors: Processors | None = None,
     ) -> None:
         self.family, self.dims, self.folder = family, dims, visual
+        start()
         self.tokenizer, self.image_processor = processors or _published(
             text, visual, trust_remote_code=trust_remote_code
         )
+        check_growth(self.tokenizer.backend_tokenizer, text)
         self.bounds, self.sizes = bounds or PixelBounds(), processor_settings(self.image_processor)
         family.check_bounds(self.sizes, self.bounds, dims)
         self.marks = {"picture": family.placeholder(self.tokenizer, dims)}
@@ -170,14 +176,16 @@ class Prompter:
             CapaError: they do not know where a picture stands, have tokens beyond the embedding table, or make of a
                 picture what the model does not take.
         """
-        self._check_tokens()
-        try:
+        with refusing(
+            f"{self.folder}: the tokenizer does not work with its own settings",
+            "use the tokenizer_config.json that was published with the weights",
+        ):
+            self._check_tokens()
+        with refusing(
+            f"{self.folder}: the image processor does not work with its own settings",
+            "use the preprocessor_config.json that was published with the weights",
+        ):
             processed = self._processed(Image.new("RGB", (2 * _SIDE, _SIDE)))
-        except Exception as error:  # What a setting of the wrong kind comes to is up to where it is used.
-            raise CapaError(
-                f"{self.folder}: the image processor does not work with its own settings: {_first_line(error)}; "
-                "use the preprocessor_config.json that was published with the weights"
-            ) from error
         self.family.pictures(processed, self.dims)
 
     def _check_tokens(self) -> None:
@@ -227,21 +235,28 @@ class Prompter:
                 shown["picture"].append(self._picture(part))
             elif isinstance(part, Video):
                 shown["video"].append(self._video(part))
+        self._check_length(sum(picture.num_tokens for pictures in shown.values() for picture in pictures))
         text, ordered = self._expanded(self._written(turns), shown)
+        # No token stands for more characters, so that what is longer need not be cut into tokens.
+        self._check_length(len(text) // _LONGEST_TOKEN)
         # As transformers' processors do: the template writes the first token itself, or the tokenizer adds it.
         first = self.tokenizer.bos_token
         whole = first is not None and text.startswith(first)
-        input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
+        with refusing(f"{self.folder}: the tokenizer does not take this prompt"):
+            input_ids = np.asarray(self.tokenizer(text, add_special_tokens=not whole)["input_ids"], dtype=np.int64)
         visual_ids = self.tokenizer.convert_tokens_to_ids(list(self.marks.values()))
         is_visual = np.isin(input_ids, visual_ids)
         position_ids, next_position = self.family.positions(is_visual, ordered)
-        limit = self.dims.decoder.rope_limit
-        if limit is not None and next_position > limit:
+        self._check_length(next_position)
+        return Prompt(input_ids, is_visual, tuple(ordered), position_ids, next_position)
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.dims.decoder.longest
+        if tokens > limit:
             raise CapaError(
-                f"the prompt has {next_position} tokens, more than the {limit} of this decoder's context; "
+                f"the prompt has {tokens} tokens, more than the {limit} of this decoder's context; "
                 "use fewer or smaller pictures"
             )
-        return Prompt(input_ids, is_visual, tuple(ordered), position_ids, next_position)
 
     def _picture(self, image: Image.Image) -> Picture:
         def process() -> Picture:
@@ -273,13 +288,18 @@ class Prompter:
             return {"type": "video" if isinstance(part, Video) else "image"}
 
         messages = [{"role": turn.role, "content": [entry(part) for part in turn.content]} for turn in turns]
-        try:
+        if not _has_own_templates(self.tokenizer):
+            return render(self.tokenizer.get_chat_template(), messages, self.tokenizer.special_tokens_map)
+        with refusing("the chat template does not take this conversation"):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # A template raises what its expressions do.
-            raise CapaError(f"the chat template does not take this conversation: {_first_line(error)}") from error
 
     def _expanded(self, text: str, shown: dict[str, list[Picture]]) -> tuple[str, list[Picture]]:
         """The text with every placeholder as long as what it stands for, and the pictures in its order."""
+        if not self.marks["picture"]:
+            raise CapaError(
+                f"{self.folder}: config.json has {self.dims.image_token_id} stand for a picture, the tokenizer has no "
+                "such token; use the files that were published together"
+            )
         for kind, mark in self.marks.items():
             if (places := text.count(mark)) != len(shown[kind]):
                 raise CapaError(f"{len(shown[kind])} {kind}s, but the prompt has {places} places for one ({mark})")
@@ -295,6 +315,12 @@ class Prompter:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _has_own_templates(tokenizer: Any) -> bool:
+    """Whether a tokenizer's class, which is trusted code then, writes conversations in a way of its own."""
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    return method is not None and method.__module__ != "transformers.tokenization_utils_base"
 
 
 def _published(text: Path, visual: Path, *, trust_remote_code: bool) -> Processors:
@@ -322,11 +348,9 @@ def _load(
     """Load what lies in the first of `files` that is there."""
     if not any((folder / file).is_file() for file in files):
         raise CapaError(f"{folder}: no {files[0]} (nor {' or '.join(files[1:])}); {refetch(folder)}")
-    try:
+    with refusing(f"{folder}: the {what} does not load"):
         # Left open, transformers would ask on stdin.
         return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # The tokenizers library raises nothing more specific.
-        raise CapaError(f"{folder}: the {what} does not load: {_first_line(error)}") from error
 
 
 def _refuse_own_code(folder: Path) -> None:
@@ -338,7 +362,7 @@ def _refuse_own_code(folder: Path) -> None:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise CapaError(f"{path}: cannot be read as JSON ({_first_line(error)}); download it again") from error
+            raise CapaError(f"{path}: cannot be read as JSON ({first_line(error)}); download it again") from error
         sections = [data, *data.values()] if isinstance(data, dict) else []
         for code in (section.get("auto_map") for section in sections if isinstance(section, dict)):
             if code and (keys is None or (isinstance(code, dict) and keys & set(code))):
@@ -349,14 +373,5 @@ def _refuse_own_code(folder: Path) -> None:
 
 
 def _accepted(what: str, image: Image.Image, process: Callable[[], Picture]) -> Picture:
-    try:
+    with refusing(f"the image processor refuses {what} of {image.width} x {image.height} pixels", "crop or resize it"):
         return process()
-    except ValueError as error:
-        size = f"{image.width} x {image.height}"
-        raise CapaError(
-            f"the image processor refuses {what} of {size} pixels: {_first_line(error)}; crop or resize it"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")

@@ -35,7 +35,7 @@ def find_recipe(checkpoint: str, revision: str | None = None) -> Recipe:
         if model_type in [entry.split("/")[0] for entry in recipe.model_types]:
             return recipe
     known = sorted({entry.split("/")[0] for recipe in recipes for entry in recipe.model_types})
-    what = "has no model_type" if model_type is None else f"model_type is {model_type!r}"
+    what = "has no model_type" if model_type is None else f"model_type is {model_type!r:.80}"
     raise CapaError(
         f"{checkpoint}: config.json: {what}, and no recipe is for that; supported: {', '.join(known)}; "
         "a recipe of your own is given with --model"

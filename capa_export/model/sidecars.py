@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+from capa_export.base.errors import CapaError
 from capa_export.model.chat_template import TEMPLATE_FILES
 from capa_export.model.checkpoint import Checkpoint
 from capa_export.model.hub import require_own_file
@@ -39,6 +40,8 @@ def sidecars(folder: Path, *, code: bool = False) -> dict[str, list[Path]]:
     found = {part: sorted({path for name in names for path in folder.glob(name)}) for part, names in parts.items()}
     for path in set[Path]().union(*found.values()):
         require_own_file(path, folder)
+        if path.is_dir():
+            raise CapaError(f"{path}: is a folder, where a file is expected; remove it, or put the file in its place")
     return found
 
 

@@ -1,13 +1,15 @@
 """A checkpoint as its family reads it: dimensions, and every tensor by the name that the graphs give it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import ModelDims
+from capa_export.base.errors import CapaError
 from capa_export.config.quantization import check_groups, rounding_group
-from capa_export.model.checkpoint import Checkpoint, StoredTensor
+from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
@@ -18,6 +20,7 @@ __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Source:
             checkpoint = family.translated(checkpoint)
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
         tensors = checkpoint.renamed(family.RENAMES)
+        _check_depth(checkpoint, dims, [canonical_name(name, family.RENAMES) for name in checkpoint.names])
         if (group := rounding_group(quantize)) is not None:
             check_groups(quantize, dims.decoder)
             tensors = rounded(tensors, group)
@@ -75,6 +79,26 @@ class Source:
             return {}
         forms = {name: tensor.block_form() for name, tensor in self.quantized.items()}
         return {name: form for name, form in forms.items() if isinstance(form, BlockForm)}
+
+
+def _check_depth(checkpoint: Checkpoint, dims: ModelDims[Any], names: Sequence[str]) -> None:
+    """Hold the numbers of layers against the names of the tensors, before a graph of as many is written.
+
+    Raises:
+        CapaError: there are fewer than `config.json` says.
+    """
+    where = checkpoint.folder / "config.json"
+    found = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    if found and dims.decoder.num_layers > max(found) + 1:
+        raise CapaError(
+            f"{where}: num_hidden_layers is {dims.decoder.num_layers}, but the weights have layers 0 to {max(found)}; "
+            "use the config.json that was saved with these weights"
+        )
+    if dims.vision.num_blocks > len(names):
+        raise CapaError(
+            f"{where}: the vision tower has {dims.vision.num_blocks} blocks, for which {len(names)} tensors are too "
+            "few; use the config.json that was saved with these weights"
+        )
 
 
 def tied(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

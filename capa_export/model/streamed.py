@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.base.precision import FORMATS
 from capa_export.base.progress import Report, silent
 from capa_export.model.checkpoint import StoredTensor, canonical_name
@@ -219,7 +219,7 @@ def _hollow(source: Source) -> Any:
     import transformers
 
     folder = source.checkpoint.sidecars
-    try:
+    with refusing(f"{folder}: transformers cannot load it", "use the files that were published together"):
         config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
             folder, local_files_only=True
         )
@@ -227,7 +227,5 @@ def _hollow(source: Source) -> Any:
             model = transformers.AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float32, attn_implementation=ATTENTION
             )
-    except (ImportError, OSError, ValueError) as error:
-        raise CapaError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     assert not any(buffer.is_meta for buffer in model.buffers())
     return cast("Any", model)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.options import ValidationOptions
 from capa_export.config.recipe import Recipe
@@ -50,19 +50,24 @@ class AgainstGolden(Validation):
 
         recipe, report, onnx = self.recipe, self.model.report, self.bundle.folder / ONNX
         stored = self.bundle.stage(GOLDEN)["result"]
-        records = Records(self.bundle.folder / GOLDEN)
+        with refusing(
+            f"{self.bundle.folder}: its golden samples are damaged",
+            "store them again with `capa-export validate --store-golden`",
+        ):
+            records = Records(self.bundle.folder / GOLDEN)
+            method_error = MethodError.model_validate(stored["method_error"])
+            sidecars, latency = dict(stored["sidecars"]), stored["latency"]
         sliced = _graphs_go_by_layer(self.bundle, self.options)
         shipped: Any = {"sliced": sliced, "provider": self.options.provider}
         compared = [compare_onnx(onnx, self.precision, records, recipe, report, **shipped)]
         if self.built is not None:
             engines = (self.engine_model(), onnx, self.precision)
             compared.append(compare_engine(*engines, records, recipe, None, report, sliced=sliced))
-        compared.append(compare_sidecars(stored["sidecars"], sidecar_files(self.bundle)))
+        compared.append(compare_sidecars(sidecars, sidecar_files(self.bundle)))
         notes = [f"Held against {len(records)} stored golden samples; --checkpoint runs the eager model anew."]
         notes += layer_notes(self.options, sliced=sliced)
-        method_error = MethodError.model_validate(stored["method_error"])
-        self.finish(scratch, compared, records, method_error, (), stored["latency"], notes=notes)
-        return {"latency": stored["latency"]}
+        self.finish(scratch, compared, records, method_error, (), latency, notes=notes)
+        return {"latency": latency}
 
 
 def _graphs_go_by_layer(bundle: Bundle, options: ValidationOptions) -> bool:

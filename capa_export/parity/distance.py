@@ -65,7 +65,7 @@ class Distance:
         """Count one step."""
         difference = float(np.abs(own_V - wanted_V).max())
         self.difference = worse(self.difference, difference)
-        self.relative_error = worse(self.relative_error, difference / float(np.abs(wanted_V).max()))
+        self.relative_error = worse(self.relative_error, difference / max(float(np.abs(wanted_V).max()), 1e-30))
         self.kl = worse(self.kl, kl_divergence(wanted_V, own_V))
         self.squares.append(float(np.square(own_V - wanted_V).mean()))
         self.spread = max(self.spread, spread(wanted_V))

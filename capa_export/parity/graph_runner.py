@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line
 from capa_export.export.graphs import Graphs
 from capa_export.parity.probe import force_kept
 from capa_export.run.onnx import NUMPY_TYPES, OnnxModel
@@ -67,9 +67,7 @@ class GraphRunner(OnnxModel):
             }
             return dict(zip(wanted, session.run(wanted, inputs), strict=True))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
-            raise CapaError(
-                f"{self.folder / file}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}"
-            ) from error
+            raise CapaError(f"{self.folder / file}: ONNX Runtime cannot run it: {first_line(error)}") from error
 
     def _changes(self, file: str) -> Sequence[Any]:  # noqa: ARG002 - `values` has opened it.
         return [partial(self._narrow, *self._key[1:])]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from capa_export.base.errors import first_line
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.config.provider import Provider
 from capa_export.config.recipe import Recipe
@@ -250,7 +251,7 @@ def _of_prompts(reference: str, what: str, different: int, count: int) -> Compar
 def _stopped(what: str, error: Exception, records: Records) -> Comparison:
     """The comparison of a graph that ONNX Runtime does not run to its end."""
     reference = "eager CAPA fp32"
-    failure = f"{what} against {reference}: ONNX Runtime stops: {next(iter(str(error).splitlines()), '')[:300]}"
+    failure = f"{what} against {reference}: ONNX Runtime stops: {first_line(error)}"
     check = Check(name="runs", value=0, at_least=1, failure=failure)
     return Comparison(
         (ExportError(artefact=what, reference=reference, prompts=len(records), steps=0, noise=0.0, checks=(check,)),)

@@ -95,7 +95,12 @@ class Validation:
             warnings = [*warnings, *method_error.words[:1]]
         if self.options.strict:
             failures += [f"--strict: {warning}" for warning in warnings]
-        notes = [self._ran_on, *notes, *(note for one in compared for note in one.notes)]
+        notes = [
+            *filter(None, [self.options.note]),
+            self._ran_on,
+            *notes,
+            *(note for one in compared for note in one.notes),
+        ]
         if self.built is None:
             notes.append("No engine was run.")
         parity = ParityReport(

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capa_export.base.errors import harmless
 from capa_export.base.statistics import Rate
 from capa_export.config.recipe import ranges, recipe_of
 from capa_export.report.schema import Check, MethodError, ParityReport
@@ -30,12 +31,23 @@ def _console() -> Console:
 
 def print_line(line: str, style: str = "") -> None:
     """Print one line, left to the terminal to wrap."""
-    _console().print(line, style=style, markup=False, soft_wrap=True)
+    _console().print(harmless(line), style=style, markup=False, emoji=False, soft_wrap=True)
+
+
+class _Table(Table):
+    """A table whose cells are shown as they are: a name from a file is no markup, and steers no terminal."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts."""
+        plain = [
+            Text(harmless(cell.plain), cell.style) if isinstance(cell, Text) else Text(harmless(cell)) for cell in cells
+        ]
+        super().add_row(*plain, **options)
 
 
 def make_table(*headings: str) -> Table:
     """A table with its first column to the left, the others to the right; headings that are all empty are not shown."""
-    table = Table(box=None, pad_edge=False, show_header=any(headings))
+    table = _Table(box=None, pad_edge=False, show_header=any(headings))
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
     return table
@@ -188,7 +200,8 @@ def print_bundle(folder: Path, manifest: dict[str, Any], num_unread: int = 0) ->
         schedule = ", ".join(
             f"{stage.ratio:.0%} of visual tokens {stage.where} by {stage.selector}" for stage in recipe.prune.schedule
         )
-        print_line(f"{folder}: {recipe.name} from {manifest['checkpoint']['source']}, removes {schedule}")
+        source = (manifest.get("checkpoint") or {}).get("source", "a checkpoint that is not recorded")
+        print_line(f"{folder}: {recipe.name} from {source}, removes {schedule}")
     table = make_table("stage", "seconds", "peak GB", "files", "MB")
     for name, record in manifest["stages"].items():
         size = sum((folder / file).stat().st_size for file in record["files"])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line
 from capa_export.base.progress import say, ticking
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
@@ -177,9 +177,8 @@ class VisionLanguageModel:
             if prompt.num_visual:
                 say(_expected_tokens(turns, prompt, prune))
         limit = generation.longest(max(len(prompt.input_ids) for prompt in prompts))
-        if (context := prompter.dims.decoder.rope_limit) is not None:
-            # From there on the rotary frequencies would be others.
-            limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
+        context = prompter.dims.decoder.longest
+        limit = min(limit, *(context - prompt.next_position + 1 for prompt in prompts))
         model = self.runtime
         limit = self._limit(prompts, prune, limit, fixed=options.max_new_tokens is not None)
         stop = eos_token_ids(self._text)
@@ -326,7 +325,7 @@ def runtime_errors(num_visual: int) -> Generator[None]:
     except Exception as error:  # ONNX Runtime's exceptions share no public base class.
         if not isinstance(error, MemoryError) and not type(error).__module__.startswith("onnxruntime"):
             raise
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        problem = first_line(error)
         if wanted := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", problem):
             problem = f"it needs {int(wanted[1]) / 1e9:.0f} GB at once, which this machine does not give"
         raise CapaError(

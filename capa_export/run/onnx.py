@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, first_line
 from capa_export.config.provider import Provider
 from capa_export.graph.contract import (
     DEEPSTACK_EMBEDS,
@@ -178,7 +178,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         try:
             session = onnxruntime.InferenceSession(source, options, providers=used_provider(self.provider))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
-            raise CapaError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+            raise CapaError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
         check_used(self.provider, session, path)
         return session
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capa_export.base.errors import CapaError, ExitCode, NotFiniteError, how_to_install
+from capa_export.base.errors import CapaError, ExitCode, NotFiniteError, harmless, how_to_install, refusing
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,30 @@ def test_codes() -> None:
     assert CapaError("x").code == NotFiniteError("x").code == ExitCode.PREFLIGHT
     assert CapaError("x", ExitCode.ENGINE).code == ExitCode.ENGINE
     assert how_to_install("rtx").startswith('pip install ".[rtx]"')
+
+
+def test_texts_of_several_lines_steer_no_terminal() -> None:
+    text = "a\tb\nc \x1b[2J\x9b\r\u202e\ud800 é \U0001f469\u200d\U0001f680"
+    assert harmless(text) == r"a	b" + "\n" + r"c \x1b[2J\x9b\r\u202e\ud800 é " + "\U0001f469\u200d\U0001f680"
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n\n first: \nmore"), "x.json: does not load: first; copy it again"),
+        (MemoryError(), "x.json: does not load: MemoryError; copy it again"),
+        (PanicException("oh"), "x.json: does not load: oh; copy it again"),
+        (RuntimeError("y" * 10_000), f"x.json: does not load: {'y' * 400}...; copy it again"),
+        (CapaError("its own", ExitCode.USAGE), "its own"),
+    ],
+)
+def test_what_a_library_raises_is_one_line(error: BaseException, line: str) -> None:
+    with pytest.raises(CapaError) as raised, refusing("x.json: does not load", "copy it again"):
+        raise error
+    assert str(raised.value) == line
+    with pytest.raises(KeyboardInterrupt), refusing("x"):
+        raise KeyboardInterrupt

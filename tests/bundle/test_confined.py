@@ -106,7 +106,8 @@ def in_nested_graph(tensor: TensorProto) -> onnx.ModelProto:
 
 def in_function(tensor: TensorProto) -> onnx.ModelProto:
     model = helper.make_model(_graph("main"))
-    body = [helper.make_node("Loop", ["", ""], ["y"], body=_graph("body", tensor))]
+    branches = {"then_branch": _graph("then", tensor), "else_branch": _graph("else")}
+    body = [helper.make_node("If", ["condition"], ["y"], **branches)]
     opset = [helper.make_opsetid("", 23)]
     model.functions.append(helper.make_function("capa", "F", [], ["y"], body, opset))
     return model
@@ -312,3 +313,32 @@ def test_a_table_of_weights_that_is_added_beside_an_engine(tmp_path: Path) -> No
     bundle.verify("export")
     (bundle.folder / "engines/rtx/llm/prefill.weights.json").write_text("{}")
     assert "prefill.weights.json: was added since the bundle was built" in refusal(bundle)
+
+
+def _endless() -> onnx.ModelProto:
+    model = helper.make_model(_graph("main"))
+    body = _graph("body")
+    body.node.append(helper.make_node("Loop", ["", ""], ["y"], body=_graph("inner"), name="spin"))
+    model.graph.node.append(helper.make_node("If", ["condition"], ["y"], then_branch=body, else_branch=_graph("else")))
+    return model
+
+
+def _search() -> onnx.ModelProto:
+    model = helper.make_model(_graph("main"))
+    model.graph.node.append(helper.make_node("GreedySearch", ["x"], ["y"], domain="com.microsoft", name="spin"))
+    return model
+
+
+@pytest.mark.parametrize("made", [_endless, _search])
+def test_graphs_that_might_never_end(made: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
+    bundle = bundled(tmp_path / "bundle", {"onnx/m.onnx": made().SerializeToString()})
+    message = refusal(bundle)
+    assert "onnx/m.onnx: node 'spin' is a " in message and "might never end" in message
+
+
+def test_weights_that_are_missing_are_seen_without_reading_any(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path / "bundle", {"onnx/x.data": bytes(16), "onnx/y.data": bytes(16)})
+    bundle.verify("export", weights=False)
+    (bundle.folder / "onnx/y.data").unlink()
+    with pytest.raises(CapaError, match=r"onnx/y\.data: missing"):
+        bundle.verify("export", weights=False)

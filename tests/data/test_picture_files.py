@@ -149,7 +149,7 @@ def test_an_animation_is_its_first_frame_and_says_so(stored: Any, tmp_path: Path
     frames = [Image.new("RGBA", (8, 8), colour) for colour in ("#ff000080", "#00ff0080")]
     for suffix in (".png", ".webp", ".gif"):
         shown, said = stored(frames[0], suffix, save_all=True, append_images=frames[1:], lossless=True)
-        assert "has 2 frames, of which the first is shown" in said
+        assert "has several frames, of which the first is shown" in said
         assert (shown[..., 0] == 255).all()
     frames[0].save(tmp_path / "film.png", save_all=True, append_images=frames[1:], duration=500)
     video = open_video(tmp_path / "film.png", 2.0)

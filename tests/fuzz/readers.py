@@ -1,10 +1,12 @@
 """Every reader of files that others wrote, as one function of bytes; CapaError is all that may come out of it."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from hashlib import sha256
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from capa_export.bundle.store import MANIFEST, Bundle
 from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.gates import with_gates
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.recipe import load_recipe, recipe_of
+from capa_export.config.recipe import judging_recipe, load_recipe, recipe_of
 from capa_export.config.target import load_target
 from capa_export.data.conversation import read_messages
 from capa_export.data.samples import samples_from
@@ -33,11 +35,16 @@ from capa_export.model.families.qwen25vl.video import _settings, _sizes
 from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
 from capa_export.model.prompt import Prompter
 from capa_export.report.schema import read_parity
+from capa_export.report.terminal import print_bundle
 from capa_export.run.decoding import TokenChooser
+from capa_export.study.compare.manifests import changes
 from tests.building import Building
 from tests.recorded import record
 
-__all__ = ["READERS", "Reader"]
+__all__ = ["OBEYED", "READERS", "Reader"]
+
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ def _signed_manifest(path: Path) -> None:
         return
     bundle = Bundle.open(path.parent)
     Building.recorded(bundle)
+    with redirect_stdout(StringIO()) as shown:
+        print_bundle(bundle.folder, bundle.manifest)
+    assert not OBEYED.search(shown.getvalue()), shown.getvalue()
+    list(changes(bundle, bundle))
+    judging_recipe(recipe_of(bundle.manifest, bundle.folder), None)
     for stage in bundle.manifest["stages"]:
         bundle.is_current(stage, "key")
         bundle.verify(stage)

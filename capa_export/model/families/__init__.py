@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -132,13 +133,12 @@ def load_family(name: str) -> Family:
     Raises:
         CapaError: there is none of that name.
     """
-    module = f"{__name__}.{name}"
-    try:
-        return cast("Family", import_module(module))
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise CapaError(f"unknown family {name!r} in the recipe", ExitCode.USAGE) from error
+    known = sorted(module.name for module in iter_modules(__path__))
+    if name not in known:
+        raise CapaError(
+            f"unknown family {name!r:.80} in the recipe; known families: {', '.join(known)}", ExitCode.USAGE
+        )
+    return cast("Family", import_module(f"{__name__}.{name}"))
 
 
 def require_selection(family: Family, selector: str) -> SelectionFamily:

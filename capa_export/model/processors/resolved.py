@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.base.toml import Settings, first_problem
 from capa_export.model.processors.pictures import PictureProcessor, PictureSettings
 from capa_export.model.processors.tokenizer import Tokenizer, TokenizerSettings
@@ -45,11 +45,8 @@ def read_processors(folder: Path) -> Processors | None:
         raise CapaError(f"{path}: {first_problem(error, _Settings)}; build the bundle again") from error
     from tokenizers import Tokenizer as Backend
 
-    try:
+    with refusing(f"{vocabulary}: does not load", "build the bundle again"):
         backend = Backend.from_str(vocabulary.read_text(encoding="utf-8"))
-    except Exception as error:  # The tokenizers library raises nothing more specific.
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CapaError(f"{vocabulary}: does not load ({problem}); build the bundle again") from error
     return Processors(Tokenizer(backend, settings.tokenizer), PictureProcessor(settings.image_processor))
 
 

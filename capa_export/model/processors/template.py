@@ -1,7 +1,13 @@
-"""Chat templates as transformers renders them."""
+"""Chat templates as transformers renders them, in a process that is their own: `rendering` starts it.
+
+Reads a line of JSON for every conversation, and answers with one: its `text`, or the `error` that there is.
+"""
 
 import json
+import signal
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -13,7 +19,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-__all__ = ["render"]
+__all__ = ["render", "serve"]
+
+_SECONDS = 2
+"""Of processor time for one conversation, which takes a thousandth of that."""
+_MEMORY = 1 << 30
+"""Bytes that the process may map, of which it takes 50 MB."""
+_CHARACTERS = 1 << 24
+"""Of a conversation's text: more than the longest context holds."""
 
 
 class _Generation(Extension):
@@ -85,11 +98,43 @@ def _compiled(template: str) -> Template:
 def render(template: str, messages: list[dict[str, Any]], special_tokens: Mapping[str, str]) -> str:
     """The text of a conversation, up to where the assistant's next turn begins.
 
-    Templates come with a checkpoint, so they run in a sandbox.
-
     Raises:
         TemplateError: the template is malformed, or refuses the conversation; its expressions may raise more.
+        ValueError: the text is too long.
     """
-    return _compiled(template).render(
+    pieces: list[str] = []
+    room = _CHARACTERS
+    for piece in _compiled(template).generate(
         messages=messages, tools=None, documents=None, add_generation_prompt=True, **special_tokens
-    )
+    ):
+        room -= len(piece)
+        if room < 0:
+            raise ValueError(f"it writes more than {_CHARACTERS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def serve() -> None:
+    """Render what comes on stdin until it ends; the system ends the process where one template takes too long."""
+    # The whole terminal's Ctrl-C is for the process that started this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(ImportError, OSError, ValueError):
+        # Not on every system.
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        try:
+            answer = {"text": render(**json.loads(line))}
+        except MemoryError:
+            answer = {"error": f"it takes more than {_MEMORY >> 20} MB"}
+        except Exception as error:  # noqa: BLE001 - A template raises what its expressions do.
+            answer = {"error": str(error) or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

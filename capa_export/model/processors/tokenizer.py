@@ -1,14 +1,24 @@
 """A tokenizer as the `tokenizers` library runs it, with the chat template that goes with it."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import prod
+from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
+from capa_export.base.errors import CapaError
 from capa_export.base.toml import Settings
-from capa_export.model.processors.template import render
 
-__all__ = ["Tokenizer", "TokenizerSettings"]
+__all__ = ["Tokenizer", "TokenizerSettings", "check_growth"]
+
+_MOST_GROWTH = 100
+"""Times that a tokenizer may lengthen a text: published ones do so three times, and NFKC may do it 18 times."""
+_GROWTH = {"ByteLevel": 4, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 12}
+"""Steps -> times that they lengthen some text."""
+_PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
+"""Keys of the steps of a sequence."""
 
 
 class TokenizerSettings(Settings):
@@ -21,6 +31,40 @@ class TokenizerSettings(Settings):
     """Whether a special token in the text is read as plain text."""
 
 
+def check_growth(backend: Backend, folder: Path) -> None:
+    """Refuse a tokenizer that multiplies what it is given, whose text then fits into no memory.
+
+    Raises:
+        CapaError: a file of the folder says so.
+    """
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(backend, step)
+        if part is not None and (times := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+            raise CapaError(
+                f"{folder}: the tokenizer's {step} may make a text {times:.3g} times as long, and at most "
+                f"{_MOST_GROWTH} is supported; use the tokenizer.json that was published with the weights"
+            )
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a text may be after a step."""
+    if not isinstance(part, dict):
+        return 1
+    step = cast("dict[str, Any]", part)
+    if step.get("type") == "Sequence":
+        return prod(_growth(inner) for key in _PARTS for inner in step.get(key, ()))
+    if step.get("type") == "Replace":
+        found = step["pattern"].get("String")
+        # A regular expression may match nothing, everywhere.
+        return max(1, len(step["content"]) / len(found)) if found else 1 + len(step["content"])
+    if step.get("type") == "TemplateProcessing":
+        return sum("Sequence" in piece for piece in step["single"])
+    if step.get("type") == "Precompiled":
+        # Nothing bounds its replacements but its own length.
+        return len(step.get("precompiled_charsmap") or "")
+    return _GROWTH.get(str(step.get("type")), 1)
+
+
 class Tokenizer:
     """The part of transformers' tokenizers that prompts and answers need, under the same names."""
 
@@ -31,8 +75,8 @@ class Tokenizer:
         self._backend, self._settings = backend, settings
 
     @property
-    def chat_template(self) -> str:
-        return self._settings.chat_template
+    def backend_tokenizer(self) -> Backend:
+        return self._backend
 
     @property
     def bos_token(self) -> str | None:
@@ -59,13 +103,10 @@ class Tokenizer:
         found = [self._backend.token_to_id(token) for token in tokens]
         return [other if token_id is None else token_id for token_id in found]
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tokenize: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """The conversation as text, up to where the assistant's next turn begins."""
-        assert not tokenize and add_generation_prompt
-        return render(self.chat_template, messages, self._settings.special_tokens)
+    def get_chat_template(self) -> str:
+        return self._settings.chat_template
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """Special tokens by their names in templates."""
+        return self._settings.special_tokens

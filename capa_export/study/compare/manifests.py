@@ -37,11 +37,11 @@ def engines(reference: Bundle, candidate: Bundle) -> Iterator[EngineChange]:
 def _facts(bundle: Bundle) -> dict[str, Any]:
     manifest, export = bundle.manifest, bundle.stage("export")
     return {
-        "recipe": manifest["recipe"],
+        "recipe": manifest.get("recipe"),
         **{key: export["result"].get(key) for key in ("precision", "linear_layers", "fp32_layers", "alpha")},
-        "checkpoint": {key: manifest["checkpoint"].get(key) for key in ("revision", "sha256")},
+        "checkpoint": {key: (manifest.get("checkpoint") or {}).get(key) for key in ("revision", "sha256")},
         "calibration_samples": manifest.get("calibration_samples"),
-        "tool": manifest["tool"],
+        "tool": manifest.get("tool"),
         "files": {**export["files"], **{file: link["sha256"] for file, link in export["linked"].items()}},
         "engines": {
             target: {key: result.get(key) for key in ("runtime", "compute_capabilities", "weights", "plugins")}

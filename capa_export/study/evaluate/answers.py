@@ -55,6 +55,5 @@ def answerer(answers: Callable[[Question, Sequence[str]], list[Answer]]) -> Answ
 
 
 def max_answer_tokens(prompter: Prompter, prompt: Prompt, max_new_tokens: int) -> int:
-    """Tokens that an answer may have: from the context's end on the rotary frequencies would be others."""
-    context = prompter.dims.decoder.rope_limit
-    return max_new_tokens if context is None else min(max_new_tokens, context - prompt.next_position + 1)
+    """Tokens that an answer may have, which ends with the context."""
+    return min(max_new_tokens, prompter.dims.decoder.longest - prompt.next_position + 1)

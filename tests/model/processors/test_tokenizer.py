@@ -9,6 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers import processors as post_processors
 from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from capa_export.base.errors import CapaError
+from capa_export.model.processors import template as template_module
+from capa_export.model.processors.rendering import render
 from capa_export.model.processors.resolved import read_processors, write_processors
 from tests.models import FAMILIES
 
@@ -107,6 +110,11 @@ def kept(tokenizer: Any, folder: Path) -> Any:
     return processors.tokenizer
 
 
+def rendered(tokenizer: Any, messages: Any = None) -> str:
+    """The conversation as prompts have it, in a process of the template's own."""
+    return render(tokenizer.get_chat_template(), messages or MESSAGES, tokenizer.special_tokens_map)
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_and_texts_are_transformers(name: str, tmp_path: Path) -> None:
     theirs = TOKENIZERS[name]()
@@ -123,17 +131,17 @@ def test_tokens_and_texts_are_transformers(name: str, tmp_path: Path) -> None:
     asked = ["<s>", "<pad>", "</s>", "no such token"]
     assert own.convert_tokens_to_ids(asked) == theirs.convert_tokens_to_ids(asked)
     assert own.bos_token == theirs.bos_token
-    assert own.chat_template == theirs.get_chat_template()
+    assert own.get_chat_template() == theirs.get_chat_template()
     for count in (1, len(MESSAGES)):
         options: Any = {"tokenize": False, "add_generation_prompt": True}
-        said = own.apply_chat_template(MESSAGES[:count], **options)
+        said = rendered(own, MESSAGES[:count])
         assert said == theirs.apply_chat_template(MESSAGES[:count], **options)
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_templates_say_what_they_say_in_transformers(template: str, tmp_path: Path) -> None:
     theirs = byte_level(chat_template=template, eos_token="<|im_end|>", extra_special_tokens={"image_token": "<img>"})
-    said = kept(theirs, tmp_path).apply_chat_template(MESSAGES)
+    said = rendered(kept(theirs, tmp_path))
     assert said == theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
 
 
@@ -142,8 +150,11 @@ def test_templates_are_confined_as_in_transformers(template: str, tmp_path: Path
     theirs = byte_level(chat_template=template)
     with pytest.raises(TemplateError) as expected:
         theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    with pytest.raises(CapaError, match=r"chat template does not take this conversation: "):
+        rendered(kept(theirs, tmp_path))
+    own = kept(theirs, tmp_path)
     with pytest.raises(type(expected.value)):
-        kept(theirs, tmp_path).apply_chat_template(MESSAGES)
+        template_module.render(template, MESSAGES, own.special_tokens_map)
 
 
 class OwnTokenizer(PreTrainedTokenizerFast):

@@ -135,15 +135,15 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     root = Section(config, where, "")
     if config.get("model_type") != "internvl":
         raise CapaError(
-            f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'internvl' and {ORIGINAL!r}"
+            f"{where}: model_type is {config.get('model_type')!r:.80}, this recipe is for 'internvl' and {ORIGINAL!r}"
         )
     text = replace(root.section("text_config"), name=key)
     decoder = text.data.get("model_type", "qwen2")
     if not isinstance(decoder, str) or decoder not in _DECODERS:
         raise text.refused(
             "model_type",
-            f"is {decoder!r}, and the graphs hold dense Qwen2 and Qwen3 decoders alone; use an InternVL3 of 1B, 2B, "
-            "8B, 14B or 38B, or a dense InternVL3.5",
+            f"is {decoder!r:.80}, and the graphs hold dense Qwen2 and Qwen3 decoders alone; use an InternVL3 of 1B, "
+            "2B, 8B, 14B or 38B, or a dense InternVL3.5",
         )
     if decoder == "qwen3":
         text.expect("attention_bias", supported=False)
@@ -164,9 +164,9 @@ def _vision(vision: Section, decoder_size: int) -> VisionDims:
     vision.expect("use_absolute_position_embeddings", supported=True)
     norm_type = vision.data.get("norm_type", "layer_norm")
     if norm_type not in ("layer_norm", "rms_norm"):
-        raise vision.refused("norm_type", f"is {norm_type!r}, only 'layer_norm' and 'rms_norm' are supported")
+        raise vision.refused("norm_type", f"is {norm_type!r:.80}, only 'layer_norm' and 'rms_norm' are supported")
     dims = VisionDims(
-        depth=vision.count("num_hidden_layers", 24),
+        depth=vision.layers("num_hidden_layers", 24),
         hidden_size=vision.count("hidden_size"),
         intermediate_size=vision.count("intermediate_size", 4096),
         num_heads=vision.count("num_attention_heads", 16),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.dims import Section
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, refusing
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, read_json
 from capa_export.model.quantized.expanded import ExpandedTensor
 from capa_export.model.sidecars import scratch_folder, write_json
@@ -117,7 +117,7 @@ def translated_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if config.get("force_image_size") not in (None, size):
         raise root.refused(
             "force_image_size",
-            f"is {config['force_image_size']!r}, but the vision tower has positions for {size} pixels alone",
+            f"is {config['force_image_size']!r:.80}, but the vision tower has positions for {size} pixels alone",
         )
     root.count("max_dynamic_patch", least=root.count("min_dynamic_patch"))
     decoder = text.data.get("model_type") or _decoder(text)
@@ -196,11 +196,8 @@ def _token_ids(folder: Path, published: Path) -> dict[str, int]:
     """The ids of the tokens that prompts need, by the tokenizer in `folder`."""
     from transformers import AutoTokenizer
 
-    try:
+    with refusing(f"{published}: the tokenizer does not load"):
         vocabulary = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
-    except Exception as error:  # The tokenizers library raises nothing more specific.
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CapaError(f"{published}: the tokenizer does not load: {first_line}") from error
     for token in (_IMAGE_TOKEN, _END_OF_TURN, "<img>", "</img>"):
         if token not in vocabulary:
             raise CapaError(

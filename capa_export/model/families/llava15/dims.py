@@ -19,6 +19,7 @@ _TEXT = TextDefaults(
     rms_norm_eps=1e-6,
     rope_theta=10_000.0,
     num_kv_heads=None,
+    context=2048,
     attention_bias=False,
     hidden_size=4096,
     intermediate_size=11008,
@@ -113,7 +114,7 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     """
     root = Section(config, where, "")
     if config.get("model_type") != "llava":
-        raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'llava'")
+        raise CapaError(f"{where}: model_type is {config.get('model_type')!r:.80}, this recipe is for 'llava'")
     text, vision = root.section("text_config"), root.section("vision_config")
     text.expect("model_type", "llama")
     text.expect("attention_bias", supported=False)
@@ -132,8 +133,10 @@ def _vision(root: Section, vision: Section, decoder_size: int) -> VisionDims:
     root.expect("projector_hidden_act", "gelu")
     strategy = root.data.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise root.refused("vision_feature_select_strategy", f"is {strategy!r}, only 'default' and 'full' are known")
-    num_layers = vision.count("num_hidden_layers", 12)
+        raise root.refused(
+            "vision_feature_select_strategy", f"is {strategy!r:.80}, only 'default' and 'full' are known"
+        )
+    num_layers = vision.layers("num_hidden_layers", 12)
     dims = VisionDims(
         hidden_size=vision.count("hidden_size", 768),
         intermediate_size=vision.count("intermediate_size", 3072),
@@ -159,7 +162,9 @@ def _num_run_layers(root: Section, num_layers: int) -> int:
     """Layers up to the one that `vision_feature_layer` selects; 0 would be the embeddings, and -1 is the last."""
     selected = root.data.get("vision_feature_layer", -2)
     if not isinstance(selected, int) or isinstance(selected, bool):
-        raise root.refused("vision_feature_layer", f"is {selected!r}, only the number of a single layer is supported")
+        raise root.refused(
+            "vision_feature_layer", f"is {selected!r:.80}, only the number of a single layer is supported"
+        )
     count = selected if selected > 0 else num_layers + 1 + selected
     if selected == 0 or not 1 <= count <= num_layers:
         raise root.refused("vision_feature_layer", f"{selected} is none of the {num_layers} layers")

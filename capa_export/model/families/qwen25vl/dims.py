@@ -117,7 +117,7 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     """
     root = Section(config, where, "")
     if config.get("model_type") != "qwen2_5_vl":
-        raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'qwen2_5_vl'")
+        raise CapaError(f"{where}: model_type is {config.get('model_type')!r:.80}, this recipe is for 'qwen2_5_vl'")
     text = root.section("text_config") if config.get("text_config") is not None else root
     return ModelDims(
         decoder=decoder_dims(root, text, _TEXT),
@@ -131,7 +131,7 @@ def _vision(root: "Section", decoder_size: int) -> VisionDims:
     vision.expect("hidden_act", "silu")
     expect_plain_vision_rope(vision)
     dims = VisionDims(
-        depth=vision.count("depth", 32),
+        depth=vision.layers("depth", 32),
         hidden_size=vision.count("hidden_size"),
         intermediate_size=vision.count("intermediate_size", 3420),
         num_heads=vision.count("num_heads", 16),

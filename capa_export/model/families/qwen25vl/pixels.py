@@ -29,6 +29,7 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
     Raises:
         CapaError: the image processor does not resize, or they contradict its own or the device's.
     """
+    _check_patches(settings, dims)
     if not settings.get("do_resize", True):
         bounds.refuse("this model's image processor does not resize (do_resize is false); resize the pictures")
     area = pixel_area(settings, bounds)
@@ -52,6 +53,30 @@ def check_bounds(settings: Mapping[str, Any], bounds: PixelBounds, dims: ModelDi
                 f"{option} {pixels}: the target takes {bounds.max_rows} x {bounds.max_cols} visual tokens of "
                 f"{unit} x {unit} pixels; give {largest} or less, or {bounds.lifted}",
                 ExitCode.USAGE,
+            )
+
+
+def _check_patches(settings: Mapping[str, Any], dims: ModelDims[VisionDims]) -> None:
+    """Refuse patches that the vision tower does not take, before a picture is cut into them.
+
+    Raises:
+        CapaError: the image processor's are others.
+    """
+    vision = dims.vision
+    side, frames = (
+        settings.get(name, own)
+        for name, own in (("patch_size", vision.patch_size), ("temporal_patch_size", vision.temporal_patch_size))
+    )
+    merge = settings.get("merge_size", vision.spatial_merge_size)
+    if not all(isinstance(value, int) for value in (side, frames, merge)):
+        return
+    told = (vision.in_channels * frames * side**2, merge)
+    own = (vision.patch_values, vision.spatial_merge_size)
+    for made, implied, what in zip(told, own, ("patches of {} numbers", "squares of {} patches a side"), strict=True):
+        if made != implied:
+            raise CapaError(
+                f"preprocessor_config.json makes {what.format(made)}, config.json implies {implied}; use the two files "
+                "that were published together"
             )
 
 

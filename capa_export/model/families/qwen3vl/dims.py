@@ -23,6 +23,7 @@ _TEXT = TextDefaults(
     rope_theta=500_000.0,
     num_kv_heads=32,
     attention_bias=False,
+    context=128000,
     mrope_section=(24, 20, 20),
     mrope_interleaved=True,
     qk_norm=True,
@@ -114,7 +115,7 @@ def model_dims(config: Mapping[str, Any], *, where: str = "config.json") -> Mode
             "use a dense Qwen3-VL: 2B, 4B, 8B or 32B"
         )
     if config.get("model_type") != "qwen3_vl":
-        raise CapaError(f"{where}: model_type is {config.get('model_type')!r}, this recipe is for 'qwen3_vl'")
+        raise CapaError(f"{where}: model_type is {config.get('model_type')!r:.80}, this recipe is for 'qwen3_vl'")
     text, vision = root.section("text_config"), root.section("vision_config")
     text.expect("attention_bias", supported=False)
     decoder = decoder_dims(root, text, _TEXT)
@@ -131,7 +132,7 @@ def _vision(vision: Section, decoder: DecoderDims) -> VisionDims:
     expect_plain_vision_rope(vision)
     positions = vision.count("num_position_embeddings", 2304)
     dims = VisionDims(
-        depth=vision.count("depth", 27),
+        depth=vision.layers("depth", 27),
         hidden_size=vision.count("hidden_size", 1152),
         intermediate_size=vision.count("intermediate_size", 4304),
         num_heads=vision.count("num_heads", 16),
