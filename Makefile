@@ -26,11 +26,12 @@ bed-real: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.real.questions --out out/bed-real-questions
 
 test: .venv/dev.stamp
-	$(PYTEST) --ignore=tests/benchmarks
+	$(PYTEST) --ignore=tests/benchmarks -m "not exhaustive"
 
 # What `make test` leaves out: training, peers, benchmarks and the real bed, of which 93 MB come from the package index.
 test-all: .venv/dev.stamp
 	$(PYTEST) tests/benchmarks
+	$(PYTEST) --ignore=tests/benchmarks -m exhaustive
 
 # Takes half as long again.
 coverage: .venv/dev.stamp

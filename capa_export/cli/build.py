@@ -116,6 +116,7 @@ def build(
         "schedule": schedule,
         "ratio": ratio,
         "min_keep_per_image": min_keep_per_image,
+        "ffn_budget": ffn_budget,
         "fp32_layers": words(fp32_layers),
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,

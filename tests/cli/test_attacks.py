@@ -35,7 +35,7 @@ SAMPLED = ("types", "manifests")
 """Kinds whose values are right in some places: a name may be any text."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_attacks(
     kind: str,

@@ -1,15 +1,18 @@
 """What `--help` says: options under headings, summaries that are not cut, examples that parse."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+import capa_export.cli as cli_package
 from capa_export.base.errors import ExitCode
 from capa_export.cli import app
 from capa_export.cli.examples import EXAMPLES
@@ -80,3 +83,19 @@ def test_a_shell_completes(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     assert done.stdout.split() == ["--precision"]
     monkeypatch.delenv("_CAPA_EXPORT_COMPLETE")
     assert "--install-completion" in cli("--help")[1]
+
+
+@pytest.mark.parametrize("file", sorted(Path(cli_package.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_no_command_ignores_an_option(file: Path) -> None:
+    """An option that a command's body never reads would be taken and have no effect."""
+    for command in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(command, ast.FunctionDef) and not command.name.startswith("_"):
+            options = {each.arg for each in (*command.args.args, *command.args.kwonlyargs)}
+            read = {node.id for part in command.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+            assert options <= read, command.name
+
+
+@pytest.mark.parametrize("budget", ["nan", "-1"])
+def test_a_budget_of_a_build_is_read(budget: str, cli: Cli) -> None:
+    code, _, err = cli("build", "--model", "tiny-qwen25vl", "--dry-run", "--ffn-budget", budget)
+    assert code == ExitCode.USAGE and f"--ffn-budget {budget}: nats of KL, 0 or more" in err
