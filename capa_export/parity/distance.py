@@ -5,6 +5,7 @@ S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D =
 
 from dataclasses import dataclass, field
 from math import inf, isfinite
+from statistics import NormalDist
 
 import numpy as np
 
@@ -73,11 +74,15 @@ class Distance:
 
     @property
     def expected_kl(self) -> float:
-        """KL in nats of differences as large, on average over where they fall, at the step where they matter most.
+        """The largest KL in nats to expect of differences as large, wherever they fall, at steps that take them worst.
 
-        Of independent changes with variance v, it is v (1 - sum p^2) / 2 to the second order.
+        Of independent changes with variance v it is v (1 - sum p^2) / 2 on average, to the second order. Where two
+        tokens compete, it goes by the square of one normal variable, of which as many steps are as many draws.
         """
-        return self.spread * float(np.mean(self.squares)) / 2 if self.squares else 0.0
+        if not self.squares:
+            return 0.0
+        draws = NormalDist().inv_cdf(1 - 0.5 / len(self.squares)) ** 2
+        return max(1.0, draws) * self.spread * float(np.mean(self.squares)) / 2
 
     def add_states(self, own: Trace, reference: Trace) -> None:
         """Count the vision tower's output and the hidden states of one prompt, where both traces hold them."""
