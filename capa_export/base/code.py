@@ -57,7 +57,7 @@ def find_code(*modules: str) -> dict[str, str]:
     Comments, docstrings and what stands under `if TYPE_CHECKING` do not count, nor do the modules of `_APART` and the
     `__init__.py` of a whole package. Imports inside functions count, and so do modules that a string names, as for
     `python -m`. An f-string that begins with `{__name__}.` or `{__package__}.` imports all modules of the package.
-    Data files count with a module beside them that reads `__file__`.
+    Data files count with a module beside them, or beside their folder, that reads `__file__`.
     """
     files = {name: path for top in (_PACKAGE, *modules) for name, path in _files(top.partition(".")[0]).items()}
     assert files.keys() >= set(modules), f"no such module: {sorted(set(modules) - files.keys())}"
@@ -95,10 +95,16 @@ def _read(name: str, path: Path) -> tuple[str, frozenset[str]]:
     _collect(ast.parse(path.read_bytes()), name if path.stem == "__init__" else parent, words, imports)
     digest = hashlib.sha256("\0".join(words).encode())
     if repr("__file__") in words:
-        for data in sorted(path.parent.iterdir()):
-            if data.is_file() and data.suffix != ".py":
-                digest.update(f"\0{data.name}\0".encode() + data.read_bytes())
+        for data in _data_beside(path.parent):
+            digest.update(f"\0{data.name}\0".encode() + data.read_bytes())
     return digest.hexdigest(), frozenset(imports)
+
+
+def _data_beside(folder: Path) -> list[Path]:
+    """What a folder, and those in it that are no packages, hold beside modules."""
+    below = (each for each in folder.iterdir() if each.is_dir() and each.name != "__pycache__")
+    folders = [folder, *(each for each in below if not any(each.glob("*.py")))]
+    return sorted(data for each in folders for data in each.iterdir() if data.is_file() and data.suffix != ".py")
 
 
 def _collect(node: ast.AST, package: str, words: list[str], imports: set[str]) -> None:

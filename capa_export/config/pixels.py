@@ -169,7 +169,7 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
         sides = settings.get(name)
         # Some publish one number for both sides.
         for key, value in sides.items() if isinstance(sides, Mapping) else [("", sides)]:
-            by_area = areas and key in ("shortest_edge", "longest_edge")
+            by_area = areas and key in ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
             told[f"{name}.{key}"] = value
             limits[f"{name}.{key}"] = _MOST_AREA if by_area else _MOST_SIDE
     if areas:

@@ -85,7 +85,7 @@ _WEIGH_GROUPED = """
     blocks = Constant <value_ints = [0, {groups}, -1, {block}, {repeats}]> ()
     past_weights_BGNWr = Reshape (past_weights_narrow, blocks)
     past_weights_BGNrW = Transpose <perm = [0, 1, 2, 4, 3]> (past_weights_BGNWr)
-    mixed_BGNrd = MatMul (past_weights_BGNrW, past_value)
+    {widen}mixed_BGNrd = MatMul (past_weights_BGNrW, {past_value})
     mixed_wide = Cast <to = 1> (mixed_BGNrd)
     past_mixed_BGrd = ReduceSum <keepdims = 0> (mixed_wide, row_axis)
 """
@@ -167,7 +167,14 @@ def _pasts(node: ir.Node) -> list[ir.Value]:
         return []
     grown = [value.producer() for value in node.inputs[1:3] if value is not None]
     joined = [concat.inputs[0] for concat in grown if concat is not None and concat.op_type == "Concat"]
-    return [value for value in joined if value is not None and value.is_graph_input()]
+    return [past for value in joined if value is not None and (past := _stored(value)).is_graph_input()]
+
+
+def _stored(value: ir.Value) -> ir.Value:
+    """What a part in FP32 has cast, or the value itself."""
+    cast = value.producer()
+    widened = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return value if widened is None else widened
 
 
 def _body(node: ir.Node, past_key: ir.Value) -> str:
@@ -179,7 +186,7 @@ def _body(node: ir.Node, past_key: ir.Value) -> str:
     heads = query.shape[1]
     assert isinstance(heads, int) and isinstance(groups, int) and isinstance(length, ir.SymbolicDim)
     repeats = heads // groups
-    sizes = {
+    sizes: dict[str, object] = {
         "heads": heads,
         "groups": groups,
         "repeats": repeats,
@@ -188,6 +195,12 @@ def _body(node: ir.Node, past_key: ir.Value) -> str:
         "stage": _stage(str(length.value)),
     }
     weigh = _WEIGH_GROUPED if repeats > 1 else _WEIGH_SINGLE
+    # In a part in FP32 the cache is not.
+    same = query.dtype == past_key.dtype
+    sizes |= {
+        "widen": "" if same else "past_value_wide = CastLike (past_value, query)\n    ",
+        "past_value": "past_value" if same else "past_value_wide",
+    }
     return _ATTENTION.format(weigh=weigh.format(**sizes), **sizes)
 
 
@@ -201,6 +214,10 @@ def _stage(length: str) -> int:
 
 def _return(graph: ir.Graph, grown: ir.Value, fresh: ir.Value) -> None:
     """Let an output be the rows that a step adds, in place of all."""
+    for cast in [node for node, _ in grown.uses() if node.op_type == "Cast"]:
+        # A part in FP32 narrows them.
+        cast.replace_input_with(0, fresh)
+        return
     index = next(index for index, value in enumerate(graph.outputs) if value is grown)
     graph.outputs[index] = fresh
     name = grown.name

@@ -171,7 +171,7 @@ def cache_copies(layers: Sequence[Layer]) -> list[Layer]:
     return [
         layer
         for layer in layers
-        if layer.type != "custom_layer"
+        if layer.type not in ("custom_layer", "gemm")
         and any(is_past(one.name) for one in layer.inputs)
         and any(has_rows(one.shape) for one in layer.outputs)
     ]

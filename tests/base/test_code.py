@@ -271,6 +271,6 @@ def test_a_changed_constant_of_a_kernel_rebuilds_engines(package: Path, rerun: C
 
 
 def test_a_changed_page_validates_again(package: Path, rerun: Callable[[], set[str]]) -> None:
-    edit(package / "report" / "charts.html", 'height="220"', 'height="230"')
+    edit(package / "report" / "html" / "charts.html", 'height="220"', 'height="230"')
     assert rerun() >= VALIDATIONS
     assert not rerun() & {"calibrate", "export", "engine"}

@@ -83,3 +83,10 @@ def test_a_layer_that_copies_a_cache_is_found(case: str) -> None:
 @pytest.mark.parametrize("case", _CACHE_READS)
 def test_a_layer_that_reads_a_cache_is_none_that_copies_it(case: str) -> None:
     assert not cache_copies(parse_layers(_of_cache(*_CACHE_READS[case])))
+
+
+def test_a_product_of_blocks_that_look_like_rows_is_no_copy() -> None:
+    """Of one prompt at a time, with as many query heads a KV head as KV heads."""
+    heads, line = "1,2,-1,256,16", _of_cache("past_key_values.0.value", "1,2,-1,256,16", "-1,2,16")
+    text = line.replace("-1,4,-1,256,128", heads)
+    assert cache_copies(parse_layers(text)) and not cache_copies(parse_layers(text.replace("kgen", "gemm")))
