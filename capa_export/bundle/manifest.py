@@ -61,7 +61,8 @@ class _ResultRecord(_Record):
     not_for_genai: str | None = None
     needs_transformers: str | None = None
     pictures: dict[str, int] = {}
-    latency: dict[str, Any] = {}
+    latency: dict[str, Any] | None = None
+    """None where nothing was timed."""
     alpha: str = ""
     weights: str = ""
     runtime: Literal["", "tensorrt-rtx", "tensorrt"] = ""

@@ -59,6 +59,7 @@ def commit(folder: Path, manifest: Mapping[str, Any], outputs: Iterable[str], re
     Raises:
         CapaError: a name leads out of the bundle; nothing has changed.
         OSError: the disk is full or failed, or an output is missing.
+        ValueError: the manifest is none; nothing has changed.
     """
     scratch = folder / SCRATCH
     changes = _Changes(outputs=list(outputs), removed=list(removed))
@@ -66,8 +67,11 @@ def commit(folder: Path, manifest: Mapping[str, Any], outputs: Iterable[str], re
         confined(folder, name)
     for name in changes.outputs:
         (scratch / name).lstat()
+    data = encode_manifest(dict(manifest))
+    # One that could not be read again would leave no bundle at all.
+    parse_manifest(data)
     (scratch / _CHANGES).write_text(changes.model_dump_json(), encoding="utf-8")
-    (scratch / MANIFEST).write_bytes(encode_manifest(dict(manifest)))
+    (scratch / MANIFEST).write_bytes(data)
     sync_tree(scratch)
     scratch.rename(folder / COMMIT)
     sync(folder)

@@ -135,7 +135,6 @@ _PLACES: dict[str, tuple[Any, ...]] = {
     "needs transformers": ("stages", "export", "result", "needs_transformers"),
     "calibrate result": ("stages", "calibrate", "result"),
     "validate result": ("stages", "validate", "result"),
-    "golden result": ("stages", "golden", "result"),
     "tool": ("tool",),
     "command": ("command",),
     "hashed": ("hashed",),

@@ -113,7 +113,7 @@ def test_what_asks_for_the_eager_model_needs_the_checkpoint(
 ) -> None:
     for option in (["--samples", "2"], ["--seed", "3"], ["--bisect"], ["--images", str(pictures)]):
         assert main(["validate", str(bundle.folder), *option]) == ExitCode.PREFLIGHT
-        assert "no such folder" in capsys.readouterr().err, option
+        assert "which is no folder here" in capsys.readouterr().err, option
     options = ["--checkpoint", str(checkpoint), "--images", str(pictures), "--samples", "2", "--seed", "3"]
     assert main(["validate", str(bundle.folder), *options]) == ExitCode.OK
     parity = read_parity(bundle.folder / "parity.json")
