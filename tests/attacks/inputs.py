@@ -138,7 +138,6 @@ PROMPTS: dict[str, Attack] = {
         )
     ),
     "a prompt of 300,000 words": _long_prompt,
-    "an answer without an end": _generation(max_new_tokens=10**18, eos_token_id=10**6),
     "a penalty of infinity": _generation(repetition_penalty=float("inf")),
     "a temperature of nothing": _generation(do_sample=True, temperature=1e-300),
     "a huge n-gram": _generation(no_repeat_ngram_size=10**9, max_new_tokens=2),
