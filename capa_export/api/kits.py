@@ -8,7 +8,6 @@ from capa_export.api.signing import signer_of
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import Report, silent
 from capa_export.bundle.signature import check_signature, read_public_key
-from capa_export.bundle.store import Bundle
 from capa_export.trt.kit_file import KIT
 
 __all__ = ["build_kit"]
@@ -28,7 +27,7 @@ def build_kit(
         kit: the folder.
         tensorrt_include: folder of TensorRT's headers; None looks where packages put them.
         sign: file of the Ed25519 private key that signs the bundle with its new engines.
-        verify_key: file of the Ed25519 public key that must have signed the kit, and the bundle if that is signed anew.
+        verify_key: file of the Ed25519 public key that must have signed the kit, and the bundle that it lies in.
         progress: told how far the work is.
 
     Raises:
@@ -40,11 +39,11 @@ def build_kit(
     key, signer = path_of(verify_key), None
     if key is not None:
         check_signature(Path(kit) / KIT, read_public_key(key, Path(kit)), key)
-    home = home_of(Path(kit))
+    home = home_of(Path(kit), key)
     if sign is not None:
         if home is None:
             raise CapaError(f"--sign: {kit} lies in no bundle, whose manifest would be signed", ExitCode.USAGE)
-        home, signer = signer_of(Bundle.open(home.folder, verify_key=key), sign, key)
+        home, signer = signer_of(home, sign, key)
     result = build(Path(kit), tensorrt_include=path_of(tensorrt_include), home=home, report=progress)
     if signer is not None:
         signer.sign()

@@ -1,10 +1,12 @@
 """Who signs what a command makes: the bundle's manifest, and every kit in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError
+from capa_export.base.files import remove
 from capa_export.base.progress import say
 from capa_export.bundle import store
 from capa_export.bundle.confined import confined
@@ -35,8 +37,12 @@ class Signer:
             CapaError: no digest is known of a file that the bundle reads.
         """
         folder, stages = self.bundle.folder, self.bundle.manifest["stages"]
+        kits = [confined(folder, f"{kit}/{KIT}") for kit in _kits(stages)]
         if not fit:
-            self.bundle.unsign()
+            with self.bundle.claimed():
+                self.bundle.unsign()
+                for kit in kits:
+                    remove(signature_of(kit))
             say(f"{'signature':<14}none: the bundle is not fit to ship")
             return
         for record in stages.values():
@@ -47,11 +53,15 @@ class Signer:
                     "build it calibrated, or without --weights in-place"
                 )
         with self.bundle.claimed():
-            for record in stages.values():
-                if kit := record.get("result", {}).get("kit"):
-                    sign_file(confined(folder, f"{kit}/{KIT}"), self.key)
+            for kit in kits:
+                sign_file(kit, self.key)
             sign_file(confined(folder, store.MANIFEST), self.key)
         say(f"{'signature':<14}{signature_of(folder / store.MANIFEST)}")
+
+
+def _kits(stages: Mapping[str, Any]) -> list[str]:
+    """The folders of a bundle's kits."""
+    return [kit for record in stages.values() if (kit := record.get("result", {}).get("kit"))]
 
 
 def signer_of(

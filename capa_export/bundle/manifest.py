@@ -88,7 +88,7 @@ class _CheckpointRecord(_Record):
     files: dict[str, Any]
     sha256: dict[str, str]
     quantization: str | None = None
-    """What the weights were before they were expanded; None for plain ones."""
+    """What the weights are in the checkpoint; None for plain ones."""
 
 
 class _HashesRecord(_Record):

@@ -114,13 +114,17 @@ class Bundle:
         Raises:
             CapaError: the folder is somebody's own, or cannot be written, or another process is at work in it, or the
                 manifest is signed, and would change.
+            ValueError: an entry is not what the manifest holds; nothing has changed.
         """
         with self.claimed():
             before = self.manifest
             if (after := {**before, **entries}) != before:
+                data = encode_manifest(after)
+                # One that could not be read again would leave no bundle at all.
+                parse_manifest(data)
                 self.unsign()
                 with replacing(self.folder / MANIFEST) as file:
-                    file.write(encode_manifest(after))
+                    file.write(data)
 
     def replace(self, outputs: Iterable[str], *, drops: Iterable[str] = (), **entries: Any) -> None:
         """Put outputs in their places, set top-level entries of the manifest, and remove what it lists no more.
@@ -182,7 +186,9 @@ class Bundle:
         folder = shlex.quote(str(self.folder))
         if stage == "engine":
             return f"capa-export engine {folder} --target {shlex.quote(target)}"
-        return f"capa-export validate {folder}" if stage == "validate" else f"capa-export build -m MODEL -o {folder}"
+        if stage in ("validate", "golden"):
+            return f"capa-export validate {folder}{' --store-golden N' if stage == 'golden' else ''}"
+        return f"capa-export build -m MODEL -o {folder}"
 
     def digest(self, name: str) -> str:
         """Digest of all that a finished stage wrote or linked to."""

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.precision import FORMATS
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
@@ -200,8 +199,7 @@ def judging_recipe(own: Recipe, named: str | None) -> tuple[Recipe, str | None]:
             raise CapaError(
                 f"--model {named}: is for {judge.family}, and the bundle is a {own.family:.80}", ExitCode.USAGE
             )
-    usual = own.parity.model_copy(update={name: getattr(Parity(), name) for name in FORMATS})
-    if own.parity == usual and own.method == MethodBounds():
+    if own.parity == Parity() and own.method == MethodBounds():
         return own, None
     return own, (
         f"Gates and the method's bound are those of the bundle's own recipe, {own.name!r:.80}; --model holds it to "

@@ -115,7 +115,9 @@ def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
             **({"hashed": model.hashed} if digests() else {}),
         }
 
-    run_stage(bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden"], about=about)
+    run_stage(
+        bundle, "export", key, [ONNX], work, outdates=["engine/", "validate", "golden", "polygraphy"], about=about
+    )
     if packing := bundle.stage("export")["result"]["packing"]:
         say(f"{'':<14}{packing_words(packing, options.precision)}")
     _say_kept(model, calibration)

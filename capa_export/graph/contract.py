@@ -17,6 +17,7 @@ __all__ = [
     "TEXT_POSITIONS",
     "block_count",
     "cache_length",
+    "cache_stages",
     "counted_in_blocks",
     "is_cache",
     "is_kept",
@@ -99,6 +100,14 @@ def cache_length(length: Literal["sequence", "past", "total"], stages: int) -> s
     """The dimension of a cache behind so many stages: `past`, then `past_kept_0`; of prefill `sequence`, `kept_0`."""
     kept = "kept" if length == "sequence" else f"{length}_kept"
     return f"{kept}_{stages - 1}" if stages else length
+
+
+def cache_stages(length: str) -> int:
+    """How many stages have pruned a cache of this length, of decode's past."""
+    stages = 0
+    while cache_length("past", stages) != length:
+        stages += 1
+    return stages
 
 
 def block_count(length: str) -> str:

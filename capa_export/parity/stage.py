@@ -46,7 +46,7 @@ def validate(model: Model, bundle: Bundle, options: ValidationOptions) -> Parity
         versions("onnxruntime", "torch", "transformers", code_of=[type(validation).__module__]),
         bundle.digest("export"),
         recipe.model_dump(mode="json"),
-        [options.strict, options.seed, options.bisect, options.accept_method_loss],
+        [options.strict, options.seed, options.bisect, options.accept_method_loss, options.note],
         validation.key(),
         *([] if options.provider == "cpu" else [options.provider]),
         *([] if built is None else [bundle.digest(f"engine/{options.engine}"), built.gpu.name]),

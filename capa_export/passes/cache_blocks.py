@@ -14,7 +14,7 @@ from capa_export.graph.contract import (
     CACHE_ROWS,
     PAST_LENGTHS,
     block_count,
-    cache_length,
+    cache_stages,
     is_cache,
     is_past,
     is_present,
@@ -192,7 +192,7 @@ def _body(node: ir.Node, past_key: ir.Value) -> str:
         "repeats": repeats,
         "head_size": head_size,
         "block": CACHE_ROWS,
-        "stage": _stage(str(length.value)),
+        "stage": cache_stages(str(length.value)),
     }
     weigh = _WEIGH_GROUPED if repeats > 1 else _WEIGH_SINGLE
     # In a part in FP32 the cache is not.
@@ -202,14 +202,6 @@ def _body(node: ir.Node, past_key: ir.Value) -> str:
         "past_value": "past_value" if same else "past_value_wide",
     }
     return _ATTENTION.format(weigh=weigh.format(**sizes), **sizes)
-
-
-def _stage(length: str) -> int:
-    """How many stages have pruned a cache of this length."""
-    stage = 0
-    while cache_length("past", stage) != length:
-        stage += 1
-    return stage
 
 
 def _return(graph: ir.Graph, grown: ir.Value, fresh: ir.Value) -> None:

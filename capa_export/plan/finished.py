@@ -39,7 +39,12 @@ def finished_stages(
         return done
     manifest = Bundle(folder).manifest
     stages = manifest["stages"]
-    if calibration is None and (folder / CALIBRATION).is_file() and _agrees(manifest.get("hashed"), checkpoint):
+    if (
+        calibration is None
+        and (folder / CALIBRATION).is_file()
+        and _agrees(manifest.get("hashed"), checkpoint)
+        and manifest.get("recipe", {}).get("quantize") == recipe.quantize
+    ):
         done |= {"calibrate"} & stages.keys()
         calibration = folder
     exported = stages.get("export", {}).get("result")
@@ -50,7 +55,7 @@ def finished_stages(
         exported["precision"] == precision
         and exported["alpha"] == _alpha(recipe, calibration, ffn=ffn)
         and bool(stages["export"].get("linked")) == in_place
-        and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers"))
+        and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers", "quantize"))
     ):
         engines = {name for name in stages if name.startswith("engine/")}
         done |= {"export", *(name for name in engines if stages[name]["result"]["weights"] == weights)}

@@ -91,7 +91,8 @@ def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
     return BuiltEngines(
         folder=folder,
         onnx=bundle.folder / ONNX,
-        files={name: entry["onnx"] for name, entry in result["engines"].items()},
+        # A kit counts its own files from beside its folder of graphs.
+        files={name: entry["onnx"].removeprefix(f"{ONNX}/") for name, entry in result["engines"].items()},
         plugins=result["plugins"],
         trt=trt,
         gpu=gpu,

@@ -11,7 +11,7 @@ from capa_export.base.errors import CapaError
 from capa_export.graph.contract import (
     LOGITS,
     PAST_LENGTHS,
-    cache_length,
+    cache_stages,
     counted_in_blocks,
     is_past,
     is_present,
@@ -27,10 +27,7 @@ __all__ = ["Steps", "row_bytes", "stage_of"]
 
 def stage_of(engine: LoadedEngine, name: str) -> int:
     """How many stages have pruned this cache."""
-    length, stage = counted_in_blocks(str(engine.axis(past_name(name) if is_present(name) else name, 2))), 0
-    while cache_length("past", stage) != length:
-        stage += 1
-    return stage
+    return cache_stages(counted_in_blocks(str(engine.axis(past_name(name) if is_present(name) else name, 2))) or "")
 
 
 def row_bytes(engine: LoadedEngine, name: str) -> int:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.bundle.store import ONNX, Bundle, run_stage
+from capa_export.graph.contract import NUM_KEEP
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.golden import Run, golden_bounds, in_blocks, run_golden
@@ -87,15 +89,18 @@ def store_polygraphy(bundle: Bundle) -> None:
     """
     precision = bundle.stage("export")["result"]["precision"]
     check_polygraphy(precision)
-    needed, free = onnx_runtime_bytes(bundled_dims(bundle)), available_memory()
-    if needed > free:
-        raise CapaError(f"--polygraphy: running the graphs takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
     def work(scratch: Path) -> dict[str, Any]:
+        needed, free = onnx_runtime_bytes(bundled_dims(bundle)), available_memory()
+        if needed > free:
+            raise CapaError(
+                f"--polygraphy: running the graphs takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
         write_polygraphy(scratch / POLYGRAPHY, run_golden(bundle), golden_bounds(bundle))
         return {"precision": precision}
 
-    run_stage(bundle, POLYGRAPHY, [bundle.digest("export")], [POLYGRAPHY], work)
+    key = [versions("onnxruntime", code_of=[__name__]), bundle.digest("export")]
+    run_stage(bundle, POLYGRAPHY, key, [POLYGRAPHY], work)
 
 
 def write_polygraphy(
@@ -154,7 +159,7 @@ def _results(outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _fixed(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The golden's own shapes as limits."""
-    sizes = {"num_keep"} & inputs.keys()
+    sizes = {NUM_KEEP} & inputs.keys()
     return {
         "shapes": {name: [list(array.shape)] * 3 for name, array in inputs.items()},
         "shape_inputs": {name: [inputs[name].tolist()] * 3 for name in sizes},

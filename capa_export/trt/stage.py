@@ -258,12 +258,20 @@ def build_kit(
     return result
 
 
-def home_of(kit: Path) -> Bundle | None:
-    """The bundle that a kit lies in, if it does and lists it."""
-    folder = kit.resolve().parents[1]
+def home_of(kit: Path, verify_key: Path | None = None) -> Bundle | None:
+    """The bundle that a kit lies in, if it does and lists it.
+
+    Args:
+        kit: the folder.
+        verify_key: file of the public key that must have signed the bundle.
+
+    Raises:
+        CapaError: the bundle is damaged, or not signed with that key.
+    """
+    folder = kit.resolve().parent.parent
     if not (folder / MANIFEST).is_file():
         return None
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, verify_key=verify_key)
     stage = bundle.manifest["stages"].get(f"engine/{kit.resolve().name}", {})
     return bundle if "kit" in stage.get("result", {}) else None
 

@@ -301,9 +301,12 @@ def test_only_what_is_fit_to_ship_is_signed(
     noise(112, 84).save(tmp_path / "0.png")
     validate = ["validate", str(bundle), "--images", str(tmp_path / "0.png"), "--samples", "1"]
     validate += ["--sign", str(keys / "own")]
+    assert main(["engine", str(bundle), "--target", "orin", "--sign", str(keys / "own")]) == ExitCode.OK
+    kit = signature_of(bundle / "engines" / "orin" / KIT)
+    assert kit.exists()
     assert main(validate) == ExitCode.METHOD
     assert "signature     none: the bundle is not fit to ship" in capfd.readouterr().err
-    assert not signature_of(bundle / MANIFEST).exists()
+    assert not signature_of(bundle / MANIFEST).exists() and not kit.exists()
     assert main([*validate, "--accept-method-loss"]) == ExitCode.OK
     assert capa_export.open(bundle, verify_key=keys / "own.pub").parity.fit
     (bundle / "parity.json").write_bytes((bundle / "parity.json").read_bytes() + b"\n")

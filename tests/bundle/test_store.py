@@ -116,6 +116,17 @@ def test_what_commands_left_goes_and_what_is_somebodys_own_stays(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "film.partial", "made"]
 
 
+def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path)
+    bundle.run_stage("make", 1, ["made"], write("one"))
+    before = bundle.manifest
+    with pytest.raises(ValueError, match="command"):
+        bundle.update(command=[1])
+    with bundle.scratch("made"), pytest.raises(ValueError, match="command"):
+        bundle.replace([], command=[1])
+    assert bundle.manifest == before
+
+
 def test_a_stage_outdates_what_was_made_from_it(tmp_path: Path) -> None:
     def work(scratch: Path) -> dict[str, Any]:
         (scratch / "late" / "deep").mkdir(parents=True)

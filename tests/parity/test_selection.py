@@ -291,7 +291,7 @@ def test_the_least_overlap_of_a_choice_by_steps(iou: float, ties: float, least: 
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3])
-def test_of_few_prompts_one_may_lose_what_its_own_bound_lets_pass(wrong: int) -> None:
+def test_few_prompts_may_together_lose_what_one_of_them_may(wrong: int) -> None:
     """A healthy export in FP16 loses near-ties on two of eight prompts that the eager model's own noise does not."""
     one, kept = stepwise(Noise()), ranked(32)
     for prompt in range(4):

@@ -48,6 +48,15 @@ def test_engines_that_were_not_built(built: Bundle, trt: FakeTensorRT) -> None:
         require_engines(built, "orin")
 
 
+def test_engines_that_a_device_built_from_a_kit(
+    built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    """A kit has the graphs in a folder as the bundle has, and counts its files from outside of it."""
+    engines = built.stage("engine/rtx")["result"]["engines"]
+    of_kit = {name: {**entry, "onnx": f"onnx/{entry['onnx']}"} for name, entry in engines.items()}
+    EngineModel(require_engines(changed(built, tmp_path, engines=of_kit), "rtx"))
+
+
 def test_another_version_of_tensorrt(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> None:
     trt.__version__ = "9.9.0"
     error = refused(built, driver)

@@ -193,3 +193,9 @@ def test_the_files_are_a_stage_of_the_bundle(bundle: Bundle) -> None:
         f"{POLYGRAPHY}/{name}.{kind}" for name in NAMES for kind in ("inputs.json", "outputs.json", "shapes")
     } <= set(stage["files"])
     bundle.verify(POLYGRAPHY)
+
+
+def test_they_go_with_the_graphs_that_they_are_of(bundle: Bundle, tmp_path: Path) -> None:
+    other = Bundle(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")))
+    stages.export(recipe="tiny-qwen25vl", out=other.folder, schedule="capa@2:0.75/full", precision="fp32")
+    assert POLYGRAPHY not in other.manifest["stages"] and not (other.folder / POLYGRAPHY).exists()
