@@ -7,19 +7,19 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from posixpath import normpath
 from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
 from capa_export.base.files import PARTIAL, file_digest, fingerprint, remove, replacing
 from capa_export.base.progress import say
-from capa_export.bundle.confined import ONNX, beside, confined, references
+from capa_export.bundle.confined import ONNX, confined
 from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import MANIFEST, VERSION, digest_of, encode_manifest, parse_manifest
 from capa_export.bundle.replacement import COMMIT, SCRATCH, commit, is_committed, leftovers, sweep
 from capa_export.bundle.signature import check_signature, read_public_key, signature_of
 from capa_export.bundle.stamps import Stamps
+from capa_export.bundle.verification import files_of, is_same, recorded_files, verify_files
 
 __all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "files_under", "run_stage"]
 
@@ -28,8 +28,6 @@ REPORT = "report.html"
 _UNFINISHED = ".unfinished"
 _OWN = (PARTIAL, _UNFINISHED, COMMIT)
 """Endings of the names of what an interruption leaves behind, which makes no folder somebody's own."""
-_WEIGHTS = (".data", ".safetensors")
-"""Endings of the names of large files."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -142,7 +140,7 @@ class Bundle:
         self.require_unsigned()
         before = self.manifest
         after = {**before, **entries}
-        gone = _recorded(before) - _recorded(after)
+        gone = recorded_files(before["stages"]) - recorded_files(after["stages"])
         signatures = (signature_of(PurePosixPath(name)).as_posix() for name in (MANIFEST, *gone))
         signed = [name for name in signatures if os.path.lexists(self.folder / name)]
         commit(self.folder, after, outputs, [*sorted(gone), *signed, *drops])
@@ -259,7 +257,7 @@ class Bundle:
         with Stamps.of(self.folder, read_all=self.read_all) as stamps:
             try:
                 for name in names:
-                    self._verify_stage(name, stamps, weights=weights)
+                    verify_files(self.folder, self.stage(name), recorded_files(before), stamps, weights=weights)
             except (CapaError, OSError):
                 if self.manifest["stages"] == before:
                     raise
@@ -267,55 +265,9 @@ class Bundle:
         same = self.manifest["stages"] == before
         return stamps.num_unread if same else self.verify(*names, weights=weights)
 
-    def _verify_stage(self, name: str, stamps: Stamps, *, weights: bool) -> None:
-        known = {MANIFEST, *_recorded(self.manifest)}
-        record = self.stage(name)
-        files = [file for file in _files(record) if weights or not file.endswith(_WEIGHTS)]
-        for file in set(_files(record)).difference(files):
-            if not confined(self.folder, file).is_file():
-                raise CapaError(f"{self.folder / file}: missing; build again, or copy the bundle again")
-        for file in files:
-            if not self._is_same(record, file, stamps, read_links=True):
-                by_time = file not in record["files"] and record["linked"][file]["sha256"] is None
-                how = "size, time or header differ" if by_time else "sha256 differs"
-                raise CapaError(
-                    f"{self.folder / file}: missing or changed since it was built ({how} from {MANIFEST}); build "
-                    f"again, or copy the bundle again{', with its times (cp -a)' if by_time else ''}"
-                )
-        for file in files:
-            for target in references(self.folder / file):
-                if normpath(PurePosixPath(file).parent / target) not in known:
-                    raise CapaError(
-                        f"{self.folder / file}: reads {target}, which is no file of this bundle; build it again"
-                    )
-        for path in beside(self.folder, files):
-            if path.relative_to(self.folder).as_posix() not in known:
-                raise CapaError(f"{path}: was added since the bundle was built; remove it, since it might be read")
-
     def _changed(self, record: Mapping[str, Any]) -> bool:
         with Stamps.of(self.folder, read_all=self.read_all) as stamps:
-            return not all(self._is_same(record, file, stamps) for file in _files(record))
-
-    def _is_same(self, record: Mapping[str, Any], file: str, stamps: Stamps, *, read_links: bool = False) -> bool:
-        """Whether a file is there, and is what a stage wrote or linked to.
-
-        Args:
-            record: of the stage.
-            file: its name.
-            stamps: of files that need not be read.
-            read_links: whether a link's size, time and header are not enough where its digest is known.
-        """
-        path = confined(self.folder, file)
-        if not path.is_file():
-            return False
-        if file in record["files"]:
-            return stamps.matches(path, record["files"][file])
-        known = dict(record["linked"][file])
-        digest = known.pop("sha256")
-        if digest is not None and (read_links or fingerprint(path) != known):
-            # A copy of the bundle may have other times.
-            return stamps.matches(path, digest)
-        return fingerprint(path) == known
+            return not all(is_same(self.folder, record, file, stamps) for file in files_of(record))
 
     @contextmanager
     def scratch(self, *outputs: str) -> Generator[Path]:
@@ -476,12 +428,3 @@ def files_under(folder: Path, *outputs: str) -> list[str]:
     roots = [folder / output for output in outputs]
     files = [file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file()]
     return sorted(file.relative_to(folder).as_posix() for file in files)
-
-
-def _files(record: Mapping[str, Any]) -> list[str]:
-    return [*record["files"], *record.get("linked", ())]
-
-
-def _recorded(manifest: Mapping[str, Any]) -> set[str]:
-    """Names of the files that all stages of a manifest wrote or linked to."""
-    return {file for record in manifest["stages"].values() for file in _files(record)}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.cli.arguments import check_places, one_checkpoint, with_schedule, words
 from capa_export.cli.options import (
     OUTPUT,
     VALIDATION,
@@ -46,8 +47,7 @@ from capa_export.cli.options import (
     TrustOpt,
     ValidationSamplesOpt,
 )
-from capa_export.cli.show import print_json
-from capa_export.cli.stages import check_places, finish, one_checkpoint, with_schedule, words
+from capa_export.cli.results import finish, print_json
 
 __all__ = ["build", "plan"]
 

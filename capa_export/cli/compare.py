@@ -7,7 +7,7 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import VALIDATION, ImagesOpt, JsonOpt, TrustOpt, VerifyKeyOpt
-from capa_export.cli.show import print_result
+from capa_export.cli.results import print_result
 
 __all__ = ["compare"]
 

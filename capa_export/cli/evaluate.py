@@ -7,6 +7,7 @@ import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
+from capa_export.cli.arguments import one_checkpoint
 from capa_export.cli.options import (
     GENERATION,
     OUTPUT,
@@ -27,8 +28,7 @@ from capa_export.cli.options import (
     VerifyKeyOpt,
     WorkersOpt,
 )
-from capa_export.cli.show import print_result
-from capa_export.cli.stages import one_checkpoint
+from capa_export.cli.results import print_result
 
 __all__ = ["evaluate"]
 

@@ -20,7 +20,7 @@ from capa_export.cli.options import (
     TrustOpt,
     VerifyKeyOpt,
 )
-from capa_export.cli.show import print_result
+from capa_export.cli.results import print_result
 
 __all__ = ["explain"]
 

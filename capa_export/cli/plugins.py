@@ -10,7 +10,7 @@ import typer
 from capa_export.cli.command import Command
 from capa_export.cli.examples import epilog
 from capa_export.cli.options import ENGINE, OUTPUT, JsonOpt
-from capa_export.cli.show import print_json
+from capa_export.cli.results import print_json
 
 __all__ = ["plugins"]
 

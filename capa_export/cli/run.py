@@ -22,7 +22,7 @@ from capa_export.cli.options import (
     VerifyKeyOpt,
     VerifyOpt,
 )
-from capa_export.cli.show import print_json
+from capa_export.cli.results import print_json
 
 __all__ = ["run"]
 

@@ -1,29 +1,16 @@
 """Commands that look and change nothing: what is shipped, and what a bundle holds."""
 
-import json
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.cli.options import BundleArg, JsonOpt, MemoryOpt, TargetOpt, VerifyKeyOpt, VerifyOpt
+from capa_export.cli.results import print_json
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-__all__ = ["doctor", "inspect", "models", "print_json", "print_result", "selectors", "targets"]
-
-
-def print_json(value: Any) -> None:
-    """A result, for programs."""
-    print(json.dumps(value, indent=2, default=str))
-
-
-def print_result(found: "BaseModel") -> None:
-    """A study's result, for programs; like all JSON here it is ASCII, which steers no terminal."""
-    print_json(json.loads(found.model_dump_json()))
+__all__ = ["doctor", "inspect", "models", "selectors", "targets"]
 
 
 def inspect(

@@ -1,14 +1,13 @@
 """The commands that run one stage each."""
 
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from capa_export.base.errors import CapaError, ExitCode
-from capa_export.base.progress import say
+from capa_export.cli.arguments import check_places, one_checkpoint, with_schedule, words
 from capa_export.cli.options import (
     CALIBRATION,
     ENGINE,
@@ -57,23 +56,9 @@ from capa_export.cli.options import (
     WeightsOpt,
     WorkersOpt,
 )
-from capa_export.cli.show import print_json
+from capa_export.cli.results import finish, print_json
 
-if TYPE_CHECKING:
-    from capa_export.api.bundle import Bundle
-    from capa_export.report.schema import ParityReport
-
-__all__ = [
-    "calibrate",
-    "check_places",
-    "engine",
-    "export",
-    "finish",
-    "one_checkpoint",
-    "validate",
-    "with_schedule",
-    "words",
-]
+__all__ = ["calibrate", "engine", "export", "validate"]
 
 
 def calibrate(
@@ -354,98 +339,3 @@ def validate(
             progress=report,
         )
     finish(opened, parity, junit=junit, markdown=markdown, as_json=as_json)
-
-
-def one_checkpoint(source: str | None, checkpoint: str | None) -> str | None:
-    """The checkpoint that is given as the command's argument or as `--checkpoint`.
-
-    Raises:
-        CapaError: both are given.
-    """
-    if source is not None and checkpoint is not None:
-        raise CapaError(f"the checkpoint is given twice: {source}, and --checkpoint {checkpoint}", ExitCode.USAGE)
-    return source or checkpoint
-
-
-def with_schedule(
-    source: str | None,
-    model: str | None,
-    revision: str | None,
-    schedule: str | None,
-    ratio: float | None,
-    prune_layer: int | None,
-    selector: str | None,
-    ffn: bool | None,
-) -> tuple[str | None, float | None]:
-    """The schedule and the ratio that are asked for.
-
-    For the options that `--schedule` replaces, stderr says what to write instead.
-
-    Raises:
-        CapaError: the schedule comes with an option that it replaces, or an option is out of range.
-    """
-    values = {"--ratio": ratio, "--prune-layer": prune_layer, "--selector": selector}
-    given = [f"{option} {value}" for option, value in values.items() if value is not None]
-    given += [] if ffn is None else ["--ffn" if ffn else "--no-ffn"]
-    if schedule is not None and given:
-        raise CapaError(f"--schedule {schedule} says it all: drop {' '.join(given)}", ExitCode.USAGE)
-    if (prune_layer, selector, ffn) == (None, None, None):
-        return schedule, ratio
-    from capa_export.api.models import find_recipe_of
-    from capa_export.config.schedule import schedule_text
-
-    recipe = find_recipe_of(source, model, revision)
-    recipe = recipe.with_options(ratio=ratio, prune_layer=prune_layer, selector=selector)
-    text = schedule_text(recipe.prune.schedule) + ("/full" if ffn is False else "")
-    say(f"{' '.join(given)} is --schedule {shlex.quote(text)} from the next version on")
-    return text, None
-
-
-def words(text: str | None) -> list[str] | None:
-    """The words between commas."""
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def check_places(*paths: Path | None) -> None:
-    """Refuse to work for long for a file that could not be written.
-
-    Raises:
-        CapaError: a path is a folder, or its folder does not exist.
-    """
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            problem = "is a folder" if path.is_dir() else "its folder does not exist"
-            raise CapaError(f"{path}: {problem}; name a file in a folder that exists", ExitCode.USAGE)
-
-
-def finish(
-    bundle: "Bundle",
-    parity: "ParityReport",
-    *,
-    junit: Path | None = None,
-    markdown: Path | None = None,
-    as_json: bool = False,
-) -> None:
-    """Print the parity report, and write it in the forms that were asked for; an error where it failed."""
-    if junit is not None:
-        from capa_export.report.junit import write_junit
-
-        write_junit(junit, parity, bundle.folder.name)
-    if markdown is not None:
-        from capa_export.report.markdown import write_markdown
-
-        write_markdown(markdown, parity, bundle.manifest)
-    if as_json:
-        print_json(parity.model_dump(mode="json"))
-    else:
-        from capa_export.report.terminal import print_parity
-
-        print_parity(parity)
-    if not parity.passed:
-        raise CapaError(f"{bundle.folder}: {parity.failures[0]}; see {bundle.folder / 'parity.json'}", ExitCode.PARITY)
-    if not parity.fit and parity.answers is not None:
-        raise CapaError(
-            f"{bundle.folder}: answers {parity.answers.words}; prune less or later (`capa-export tune` finds where), "
-            "lower --ffn-budget, or ship it all the same with --accept-method-loss",
-            ExitCode.METHOD,
-        )

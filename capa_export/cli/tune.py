@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from capa_export.base.quantities import parse_budget
+from capa_export.cli.arguments import check_places, one_checkpoint
 from capa_export.cli.options import (
     CALIBRATION,
     OUTPUT,
@@ -22,8 +23,7 @@ from capa_export.cli.options import (
     SourceArg,
     TrustOpt,
 )
-from capa_export.cli.show import print_result
-from capa_export.cli.stages import check_places, one_checkpoint
+from capa_export.cli.results import print_result
 
 __all__ = ["tune"]
 
