@@ -81,8 +81,9 @@ def build(
         layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
         calibration: a finished one, a file or a bundle, in place of a run.
         precision: of weights and activations.
-        quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, `none` to
-            expand those of a quantized checkpoint; by default what the checkpoint has.
+        quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, scaled
+            by the samples' activations, or to nearest where it ends in `/rtn`; `none` to expand those of a quantized
+            checkpoint; by default what the checkpoint has.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
         auto_fp32: whether to put in FP32 what the bisection of a failure finds, and to validate again.
         target: the device, a name that `capa-export targets` lists or the path of a .toml.

@@ -54,7 +54,7 @@ def find_model(
         min_keep_per_image: visual tokens that each image keeps at least.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         fp32_layers: parts in FP32.
-        quantize: what the weights of the decoder's layers are to be: `none`, `int4` or `int4:GROUP`.
+        quantize: what the weights of the decoder's layers are to be: `none`, or `int4[:GROUP][/rtn]`.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         target: whose engines limit the pictures.

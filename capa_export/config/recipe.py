@@ -10,7 +10,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.quantization import Quantization, parse_quantization
+from capa_export.config.quantization import Quantization, looks_at_samples, parse_quantization
 from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
@@ -78,6 +78,11 @@ class Recipe(Settings):
     """What the weights of the decoder's layers are, as `--quantize` takes it; None for what the checkpoint has."""
     calibration: Calibration = Calibration()
     parity: Parity = Field(default_factory=Parity)
+
+    @property
+    def decided_by_samples(self) -> bool:
+        """Whether samples decide what weights are rounded to."""
+        return looks_at_samples(self.quantize)
 
     def with_options(
         self,
