@@ -30,8 +30,10 @@ _STEPS = 20
 """Exponents that are tried: 0, 0.05 ... 0.95. The first is rounding to nearest."""
 _SMALLEST = 1e-4
 """The smallest factor before all of them are centred, for inputs that are always zero."""
-_KEPT = 512
+_KEPT = 256
 """Tokens of all prompts on which errors are measured."""
+_OUTPUTS = 1024
+"""Outputs of a product on which factors are tried, at most."""
 _OUTPUT_PROJECTION = "self_attn.o_proj"
 """Nothing is divided before it, so that it is rounded to nearest."""
 
@@ -176,11 +178,12 @@ def best_factors(weights: Sequence[Tensor], activations: Activations, group: int
         group: inputs that share a scale.
     """
     mean_I, rows_RI = activations.mean, activations.rows
+    tried = [weight[:: -(-len(weight) // _OUTPUTS)] for weight in weights]
     best, least = torch.ones_like(mean_I), float("inf")
     for step in range(_STEPS):
         factors_I = mean_I.pow(step / _STEPS).clamp_min(_SMALLEST)
         factors_I /= (factors_I.max() * factors_I.min()).sqrt()
-        loss = sum(_squared_error(weight, factors_I, rows_RI, group) for weight in weights)
+        loss = sum(_squared_error(weight, factors_I, rows_RI, group) for weight in tried)
         if loss < least:
             best, least = factors_I, loss
     return best

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.code import versions
-from capa_export.base.progress import tracked
+from capa_export.base.progress import say, tracked
 from capa_export.bundle.store import Bundle, digest_of, run_stage
 from capa_export.config.options import BuildOptions
-from capa_export.config.quantization import rounding_group
-from capa_export.data.samples import samples_from
+from capa_export.config.quantization import looks_at_samples, rounding_group
+from capa_export.config.recipe import ranges
+from capa_export.data.samples import JUDGES, samples_from
+from capa_export.model.generation import eos_token_ids
 from capa_export.model.model import Model
 from capa_export.model.quantized.choice import CHOICE, QUANTIZE, WeightChoice
 
 __all__ = ["choose_weights", "take_choice"]
 
-_CODE = ("capa_export.calibrate.activation_aware",)
+_CODE = ("capa_export.calibrate.activation_aware", "capa_export.calibrate.plain_layers")
 """Modules whose code a stored choice depends on."""
 _SAMPLES = 32
 """Prompts that are looked at, at most."""
@@ -40,7 +42,9 @@ def take_choice(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
 def _subject(model: Model) -> str:
     """A digest of the weights, and of what they are to be rounded to."""
-    return digest_of([model.digests, model.recipe.quantize])
+    recipe = model.recipe
+    budget = recipe.quantization_budget if recipe.auto_precision else None
+    return digest_of([model.digests, recipe.quantize, budget])
 
 
 def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
@@ -69,10 +73,31 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         full = replace(model, recipe=model.recipe.model_copy(update={"quantize": None}))
         seen = tracked(samples, "choose weights: look at pictures", samples.count, model.report)
         prompts = (model.prompter.chat(sample.turns) for sample in seen)
-        return choose_factors(full.source, prompts, group, report=model.report)
+        scales = looks_at_samples(model.recipe.quantize)
+        choice = choose_factors(full.source, prompts, group, scales=scales, report=model.report)
+        if not model.recipe.auto_precision:
+            return choice
+        from capa_export.calibrate.plain_layers import choose_plain
 
+        stop = eos_token_ids(model.source.checkpoint.sidecars)
+        return choose_plain(model, choice, judges, stop=stop, report=model.report)
+
+    count = min(JUDGES, options.samples or model.recipe.calibration.samples)
+    judges = samples_from(options.images, model.recipe, count, split="judge")
     made_by = versions("torch", "transformers", code_of=_CODE)
-    _run(model, bundle, [made_by, model.prompt_settings, samples.digest()], choose)
+    judged = [judges.digest()] if model.recipe.auto_precision else []
+    _run(model, bundle, [made_by, model.prompt_settings, samples.digest(), *judged], choose)
+    if model.choice is not None and model.choice.tried:
+        _say_plain(model.choice, model.recipe.quantization_budget)
+
+
+def _say_plain(choice: WeightChoice, budget: float) -> None:
+    """Say which layers are not rounded, and what that does."""
+    kl = dict(choice.tried)
+    found = f"layers {ranges(choice.plain)} stay plain" if choice.plain else "no layer stays plain"
+    within = kl.get(len(choice.plain), 0.0)
+    all_rounded = f"; with none plain it would be {kl[0]:.2g} nats" if choice.plain else ""
+    say(f"{'':<14}{found}: KL {within:.2g} nats from full precision, budget {budget:g}{all_rounded}")
 
 
 def _run(model: Model, bundle: Bundle, key: list[Any], choose: Callable[[], WeightChoice]) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "PRUNING",
     "QUESTIONS",
     "VALIDATION",
+    "AutoPrecisionOpt",
     "BisectOpt",
     "BuildWeightsOpt",
     "BundleArg",
@@ -206,6 +207,15 @@ QuantizeOpt = Annotated[
         help="Weights of the decoder's layers: int4 rounds plain ones, in groups of 32, 64 or 128 inputs [128], scaled "
         "by the samples' activations, or with /rtn to nearest; none expands those of a quantized checkpoint [default: "
         "as the checkpoint has them].",
+        rich_help_panel=PRECISION,
+    ),
+]
+AutoPrecisionOpt = Annotated[
+    bool,
+    typer.Option(
+        "--auto-precision",
+        help="Leave as they are the fewest decoder layers that bring what --quantize costs within the recipe's "
+        "quantization_budget, 0.02 nats of KL by default.",
         rich_help_panel=PRECISION,
     ),
 ]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
-from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.recipe import Recipe, load_recipe, ranges
 from capa_export.model.model import Model, recorded_model
 from capa_export.model.quantized.choice import CHOICE, QUANTIZE, WeightChoice
 from tests.building import Building
@@ -76,6 +76,35 @@ def test_a_build_is_of_the_chosen_weights_and_loses_less_than_rounding_to_neares
 
     assert chosen.again(report=report).build().passed
     assert not [what for what in seen if "choose weights" in what]
+
+
+def test_the_layers_that_stay_plain_are_said_and_recorded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = building(folder, tmp_path / "out", "int4:32/rtn", ffn=False)
+    kept.recipe = kept.recipe.model_copy(update={"auto_precision": True, "quantization_budget": 0.0})
+    kept.export()
+    assert kept.bundle.stage("export")["result"]["packing"] is None
+    chosen = building(folder, tmp_path / "out", "int4:32/rtn", ffn=False)
+    first = kept.bundle.stage(QUANTIZE)["result"]["tried"][0][1]
+    chosen.recipe = kept.recipe.model_copy(update={"quantization_budget": 0.5 * first})
+    chosen.export()
+    plain = chosen.bundle.stage(QUANTIZE)["result"]["plain"]
+    assert 0 < len(plain) < 5
+    packing = chosen.bundle.stage("export")["result"]["packing"]
+    assert packing["plain"] == plain and packing["packed"] == 7 * (5 - len(plain)) - (2 not in plain)
+    found = chosen.validate()
+    assert found.passed, [check.failure for error in found.export_error for check in error.checks]
+    words = capsys.readouterr().err
+    assert f"layers {ranges(plain)} stay plain: KL" in words and f"decoder layers {ranges(plain)} stay fp16" in words
+    assert recorded_model(chosen.bundle).digest == chosen.model.digest
+
+
+def test_auto_precision_without_rounding_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(folder), "--model", "qwen25vl", "--out", str(folder.parent / "no"), "--auto-precision"]
+    for more in ([], ["--quantize", "none"]):
+        assert main([*command, *more]) == ExitCode.USAGE
+        assert "--auto-precision says which layers --quantize leaves as they are" in capsys.readouterr().err
 
 
 def test_a_calibration_made_elsewhere_brings_its_choice(folder: Path, tmp_path: Path) -> None:
