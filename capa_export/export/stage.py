@@ -13,6 +13,7 @@ from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
 from capa_export.calibrate.stage import check_owner, with_effect
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
+from capa_export.calibrate.weights import take_choice
 from capa_export.config.options import BuildOptions
 from capa_export.export.folder import write_folder
 from capa_export.export.graphs import pruning
@@ -60,6 +61,7 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
 def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     model.remember_digests(bundle)
+    take_choice(model, bundle, options)
     calibration, scales = _calibrated(model, bundle, options)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
 
