@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
+    from capa_export.base.parent import tied
     from capa_export.trt.kit_device import check_device, check_version, find_headers, numbers_of, read_version
     from capa_export.trt.kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
 else:
@@ -25,6 +26,7 @@ else:
     sys.dont_write_bytecode = True
     from kit_device import check_device, check_version, find_headers, numbers_of, read_version
     from kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
+    from parent import tied
 
 __all__ = ["CHECKER", "FAILED", "SWITCHES", "UNCHECKED", "WORKER", "build", "build_engines", "main", "switches"]
 
@@ -364,10 +366,10 @@ def _run(
     """Build one engine in a process of its own; returns what that says."""
     result = Path(task["result"])
     result.unlink(missing_ok=True)
-    file.write_text(json.dumps({**task, "parent": os.getpid()}), encoding="utf-8")
+    file.write_text(json.dumps(task), encoding="utf-8")
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, *worker, str(file)],
+            tied([sys.executable, *worker, str(file)]),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -377,7 +379,7 @@ def _run(
             child.wait()
         finally:
             # Reached with a live child when the user interrupts.
-            child.kill()
+            child.terminate()
             child.wait()
     if not result.exists():
         raise KitError(_crash(child.returncode, log, install))
@@ -405,7 +407,7 @@ def _compile(sources: Path, include: Path, scratch: Path, say: Say) -> Path:
     say("compiling the plugins")
     library = scratch / "libcapa_plugins.so"
     command = ["/bin/sh", str(sources / "build.sh"), str(include.resolve()), str(library)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(tied(command), capture_output=True, text=True, check=False)
     if run.returncode:
         lines = (run.stderr or run.stdout).strip().splitlines() or [f"exit code {run.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1])

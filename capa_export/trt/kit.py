@@ -30,6 +30,7 @@ __all__ = ["write_kit"]
 
 _BUILDER = {
     "trt/builder.py": "builder.py",
+    "base/parent.py": "parent.py",
     "trt/kit_file.py": "kit_file.py",
     "trt/kit_device.py": "kit_device.py",
     "trt/worker.py": WORKER,

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from capa_export.base import parent
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.config.recipe import load_recipe
@@ -310,13 +311,16 @@ def test_fp32_becomes_bf16_as_everywhere() -> None:
     assert golden_run._encoded(values.tobytes(), "FLOAT", "BF16") == expected.tobytes()
 
 
-@pytest.mark.parametrize("module", [builder, golden_run, kit_device, kit_file])
+_KIT_MODULES = {"kit_file", "kit_device", "parent"}
+
+
+@pytest.mark.parametrize("module", [builder, golden_run, kit_device, kit_file, parent])
 def test_what_a_kit_runs_takes_the_standard_library_alone(module: Any) -> None:
     """And TensorRT, which is imported by its name."""
     nodes = [*ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    beside = {"kit_file", "kit_device", "capa_export.trt.kit_file", "capa_export.trt.kit_device"}
+    beside = {*_KIT_MODULES, *(f"capa_export.trt.{name}" for name in _KIT_MODULES), "capa_export.base.parent"}
     assert {name.partition(".")[0] for name in imported - beside} <= set(sys.stdlib_module_names)
 
 
