@@ -20,6 +20,8 @@ __all__ = ["Outcome", "outcome_of", "outcomes"]
 
 _SECONDS = 30
 """Of processor time, for a command that refuses or answers in three at most."""
+_WAITING = 240
+"""Seconds by the clock, of which a command spends most in waiting for the processor where others are at work."""
 _MEMORY = 4 << 30
 """Bytes beyond what the libraries map when they are loaded; the commands take half of one GB."""
 _OUT_OF_MEMORY = re.compile(
@@ -91,12 +93,14 @@ def _run(commands: list[list[str]], place: Path, first: int) -> None:
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - As above.
         # The system ends the process: no library can swallow that.
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _WAITING)
         try:
             code = main(command)
         except BaseException:  # noqa: BLE001 - That there is one is what is looked for.
             traceback.print_exc()
             code = 1
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         sys.stdout.flush()
         sys.stderr.flush()
         (place / f"{number}.code").write_text(str(int(code)))

@@ -10,6 +10,8 @@ from tests.attacks.accepted import ACCEPTED
 from tests.attacks.configs import KEYS, SIZES, TYPES, TYPES_OF_VALUES
 from tests.attacks.files import FOLDERS, MANIFESTS, PLACES, PROCESSORS, RECIPES, STRANGE, WEIGHTS
 from tests.attacks.inputs import OPTIONS, PICTURES, PROMPTS
+from tests.attacks.others import KEYS as WRONG_KEYS
+from tests.attacks.others import KITS, PIPES, QUANTIZED, TARGETS
 from tests.attacks.outcome import outcome_of, outcomes
 from tests.attacks.victims import Attack, Victim
 
@@ -24,6 +26,11 @@ KINDS: dict[str, Mapping[str, Attack]] = {
     "pictures": PICTURES,
     "prompts": PROMPTS,
     "options": OPTIONS,
+    "pipes": PIPES,
+    "keys": WRONG_KEYS,
+    "targets": TARGETS,
+    "kits": KITS,
+    "quantized": QUANTIZED,
 }
 SAMPLED = ("types", "manifests")
 """Kinds whose values are right in some places: a name may be any text."""

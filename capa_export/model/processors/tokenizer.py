@@ -1,7 +1,6 @@
 """A tokenizer as the `tokenizers` library runs it, with the chat template that goes with it."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer as Backend
 
 from capa_export.base.errors import CapaError
+from capa_export.base.expressions import backtracks
 from capa_export.base.toml import Settings
 
 __all__ = ["Tokenizer", "TokenizerSettings", "check_growth"]
@@ -18,12 +18,6 @@ _MOST_GROWTH = 100
 """Times that a tokenizer may lengthen a text: published ones do so three times, and NFKC may do it 18 times."""
 _GROWTH = {"ByteLevel": 4, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 12}
 """Steps -> times that they lengthen some text."""
-_PIECE = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]|(?P<open>\()|(?P<close>\))(?P<times>[*+]|\{\d*,\d*\})?|"
-    r"(?P<single>[*+]|\{\d*,\d*\})",
-    re.DOTALL,
-)
-"""Of a regular expression: an escape, a class of characters, either end of a group, or how often something is found."""
 _PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
 """Keys of the steps of a sequence."""
 
@@ -57,7 +51,7 @@ def check_growth(backend: Backend, folder: Path) -> None:
                 f"{_MOST_GROWTH} is supported; use the tokenizer.json that was published with the weights"
             )
         for expression in _expressions(settings):
-            if _backtracks(expression):
+            if backtracks(expression):
                 raise CapaError(
                     f"{folder}: the tokenizer's {step} has an expression that repeats what repeats itself, and might "
                     f"never end ({expression!r:.80}); use the tokenizer.json that was published with the weights"
@@ -92,22 +86,6 @@ def _expressions(part: Any) -> Iterator[str]:
         part = list(step.values())
     for inner in cast("list[Any]", part) if isinstance(part, list) else ():
         yield from _expressions(inner)
-
-
-def _backtracks(expression: str) -> bool:
-    """Whether a group that is repeated without a bound has something in it that is, too."""
-    repeats = [False]
-    for piece in _PIECE.finditer(expression):
-        if piece["open"]:
-            repeats.append(False)
-        elif piece["close"] and len(repeats) > 1:
-            inner = repeats.pop()
-            if inner and piece["times"]:
-                return True
-            repeats[-1] |= inner or bool(piece["times"])
-        elif piece["single"]:
-            repeats[-1] = True
-    return False
 
 
 class Tokenizer:
