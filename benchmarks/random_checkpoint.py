@@ -90,7 +90,7 @@ CONFIGS = {
         hidden_size=320,
         intermediate_size=856,
         num_heads=4,
-        fullatt_block_indexes=[1, 3, 5, 7],
+        fullatt_block_indexes=[7],
     ),
     "llava15-7b": {
         "architectures": ["LlavaForConditionalGeneration"],

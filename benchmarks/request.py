@@ -82,6 +82,7 @@ class Bed:
     capa: str
     images: Path | None
     """What its calibration looks at; nothing for the recipe's own."""
+    about: str
     questions: Sequence[Mapping[str, str]] = ()
     """Picture, question and answer of each; without, pictures of every size are asked about."""
 
@@ -96,7 +97,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=[system.name for system in SYSTEMS], help="default: all")
     parser.add_argument("--beds", nargs="+", choices=["whole", "tiny", "real"], default=["whole", "tiny", "real"])
     parser.add_argument("--visual-tokens", type=int, nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=3, help="at the two smaller sizes; one at the largest")
+    parser.add_argument("--rounds", type=int, default=2, help="at the smaller sizes; one at the largest")
     parser.add_argument("--questions", type=int, default=25)
     parser.add_argument(
         "--timeout", type=float, default=240, help="seconds for an answer; three times that for an export"
@@ -148,14 +149,35 @@ def _beds(work: Path, options: argparse.Namespace) -> list[Bed]:
             "capa@2:0/full",
             "capa@2:0.75/eta=0.999",
             pictures,
+            "Qwen2.5-VL's architecture with 12 layers of hidden size 512 and random weights; behind layer 2",
         ),
-        Bed("tiny", tiny, "tiny-qwen25vl", "capa@2:0/full", "capa@2:0.75", None, _asked(scenes, options.questions)),
+        Bed(
+            "tiny",
+            tiny,
+            "tiny-qwen25vl",
+            "capa@2:0/full",
+            "capa@2:0.75",
+            None,
+            "trained on drawn scenes",
+            _asked(scenes, options.questions),
+        ),
     ]
     if options.real:
         folder = options.real.with_name("bed-real-questions") / "clutter"
         asked = _asked(folder if folder.exists() else options.real.with_name("clutter"), options.questions)
         recipe = str(ROOT / "benchmarks" / "real" / "real.toml")
-        beds.append(Bed("real", options.real.resolve(), recipe, "capa@12:0/full", "capa@12:0.75/full", None, asked))
+        beds.append(
+            Bed(
+                "real",
+                options.real.resolve(),
+                recipe,
+                "capa@12:0/full",
+                "capa@12:0.75/full",
+                None,
+                "a published decoder taught to see",
+                asked,
+            )
+        )
     return beds
 
 
@@ -201,25 +223,24 @@ def _measured(
     files: Mapping[str, tuple[Path, str | None]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Every system on one bed."""
+    """Every system on one bed, in turns; beginning with another each round."""
     rows: dict[str, dict[str, Any]] = {system.name: {"error": files[system.name][1]} for system in systems}
-    workers: dict[str, Worker] = {}
-    try:
-        for system in systems:
-            if rows[system.name]["error"] is None:
-                print(f"{bed.name}: loading {system.name}", file=sys.stderr, flush=True)
-                worker = Worker(*_command(work, bed, system, files[system.name][0]), options.timeout)
-                workers[system.name] = worker
-                rows[system.name] = {"error": worker.error, **worker.first}
-        ask = _ask_about_pictures if not bed.questions else _ask_questions
-        ask(work, bed, workers, rows, options)
-        for name, worker in workers.items():
-            rows[name]["error"] = worker.error
-    finally:
-        for worker in workers.values():
-            with suppress(OSError):
-                worker.close()
-    return {"bed": bed.name, "questions": len(bed.questions), "systems": rows}
+    said: dict[str, list[list[dict[str, Any]]]] = {system.name: [] for system in systems}
+    for turn in range(1 if bed.questions else options.rounds):
+        lines = _questions_of(bed) if bed.questions else _pictures_of(work, options, turn)
+        begin = turn * len(systems) // max(options.rounds, 1)
+        for system in [*systems[begin:], *systems[:begin]]:
+            row = rows[system.name]
+            if row["error"] is None:
+                print(f"{bed.name}, round {turn + 1}: {system.name}", file=sys.stderr, flush=True)
+                command, log = _command(work, bed, system, files[system.name][0])
+                replies, row["error"] = _session(command, log, lines, options.timeout)
+                said[system.name].append(replies)
+    for name, row in rows.items():
+        if row["error"] is None:
+            mine, reference = said[name], said.get(REFERENCE, [])
+            row.update(_scored(bed, mine[0]) if bed.questions else _sizes(options, mine, reference))
+    return {"bed": bed.name, "about": bed.about, "questions": len(bed.questions), "systems": rows}
 
 
 def _command(work: Path, bed: Bed, system: System, out: Path) -> tuple[list[str], Path]:
@@ -233,62 +254,65 @@ def _command(work: Path, bed: Bed, system: System, out: Path) -> tuple[list[str]
     return [python, adapter, "ask", str(bed.checkpoint), str(out), system.variant], log
 
 
-def _turns(
-    workers: Mapping[str, Worker], turn: int, picture: str, question: str, tokens: int, *, exact: bool
-) -> dict[str, dict[str, Any]]:
-    """The same question to every system that still answers, beginning with another each time."""
-    line = json.dumps({"picture": picture, "question": question, "tokens": tokens, "exact": exact})
-    names = list(workers)
-    begin = turn % max(len(names), 1)
-    replies = {name: workers[name].run(line) for name in [*names[begin:], *names[:begin]]}
-    return {name: replies[name] for name in names if replies[name] is not None}
+def _session(
+    command: Sequence[str], log: Path, lines: Sequence[Mapping[str, Any]], timeout: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """What a system says to each line, but to the first, which warms it up; and why it stopped."""
+    worker = Worker(command, log, timeout)
+    try:
+        replies = [worker.run(json.dumps(line)) for line in lines]
+    finally:
+        with suppress(OSError):
+            worker.close()
+    return replies[1:], worker.error
 
 
-def _ask_about_pictures(
-    work: Path, bed: Bed, workers: Mapping[str, Worker], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace
-) -> None:
-    """Answers of as many tokens as wished, at each size; the first of a size is not counted."""
-    for visual in sorted(options.visual_tokens):
-        rounds = options.rounds if visual < max(SIDES) else 1
-        folder = kept(work / f"pictures-{visual}", lambda path, n=visual: _noise(path, 9, SIDES[n], seed=n))
-        replies: list[dict[str, Any]] = []
-        for turn in range(-1, rounds):
-            print(f"{bed.name}: {visual} visual tokens, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-            # Where an answer takes long, one token is enough to plan, allocate and compile.
-            tokens = max(TOKENS) if turn >= 0 else 2
-            asked = _turns(workers, turn, str(folder / f"{turn + 1}.png"), _QUESTION, tokens, exact=True)
-            replies += [asked] if turn >= 0 else []
-        for name in workers:
-            mine = [reply[name] for reply in replies if name in reply]
-            if len(mine) == rounds:
-                row = _times(mine, TOKENS)
-                reference = [reply[REFERENCE]["milliseconds"] for reply in replies if REFERENCE in reply]
-                if len(reference) == rounds:
-                    row["hf_eager_over_this"] = {
-                        str(count): _ratio([times[count - 1] for times in reference], mine, count) for count in TOKENS
-                    }
-                rows[name].setdefault("visual_tokens", {})[str(visual)] = row
+def _pictures_of(work: Path, options: argparse.Namespace, turn: int) -> list[dict[str, Any]]:
+    """A picture of every size; of the largest in the first round alone. No picture comes twice: some keep a prompt."""
+    sizes = [visual for visual in sorted(options.visual_tokens) if turn == 0 or visual < max(SIDES)]
+    asked = [(min(sizes), 0, 2), *((visual, turn + 1, max(TOKENS)) for visual in sizes)]
+    return [
+        {
+            "picture": str(
+                kept(work / f"pictures-{visual}", lambda path, n=visual: _noise(path, 9, SIDES[n], seed=n))
+                / f"{index}.png"
+            ),
+            "question": _QUESTION,
+            "tokens": tokens,
+            "exact": True,
+        }
+        for visual, index, tokens in asked
+    ]
 
 
-def _ask_questions(
-    work: Path,  # noqa: ARG001
-    bed: Bed,
-    workers: Mapping[str, Worker],
-    rows: Mapping[str, dict[str, Any]],
-    options: argparse.Namespace,  # noqa: ARG001
-) -> None:
-    """Short answers to questions whose answers are known; the first warms up, and is asked again."""
-    said: dict[str, list[tuple[dict[str, Any], str]]] = {name: [] for name in workers}
-    print(f"{bed.name}: {len(bed.questions)} questions", file=sys.stderr, flush=True)
-    for turn, entry in enumerate([bed.questions[0], *bed.questions]):
-        asked = _turns(workers, turn, entry["picture"], entry["question"], _ANSWER_TOKENS, exact=False)
-        for name, reply in asked.items() if turn else ():
-            said[name].append((reply, entry["answer"]))
-    for name, replies in said.items():
-        if len(replies) == len(bed.questions):
-            right = sum(reply["text"].strip() == answer for reply, answer in replies)
-            rows[name] |= {"accuracy": right / len(replies), **_times([reply for reply, _ in replies], ())}
-            rows[name]["texts"] = [reply["text"] for reply, _ in replies]
+def _questions_of(bed: Bed) -> list[dict[str, Any]]:
+    return [
+        {"picture": entry["picture"], "question": entry["question"], "tokens": _ANSWER_TOKENS, "exact": False}
+        for entry in [bed.questions[0], *bed.questions]
+    ]
+
+
+def _sizes(
+    options: argparse.Namespace,
+    rounds: Sequence[Sequence[dict[str, Any]]],
+    reference: Sequence[Sequence[dict[str, Any]]],
+) -> dict[str, Any]:
+    """The times of a system at each size, and how many times longer HF eager takes."""
+    found: dict[str, Any] = {}
+    for place, visual in enumerate(sorted(options.visual_tokens)):
+        mine = [replies[place] for replies in rounds if place < len(replies)]
+        theirs = [replies[place] for replies in reference if place < len(replies)]
+        found[str(visual)] = _times(mine, TOKENS)
+        if len(theirs) == len(mine):
+            found[str(visual)]["hf_eager_over_this"] = {str(count): _ratio(theirs, mine, count) for count in TOKENS}
+    return {"visual_tokens": found}
+
+
+def _scored(bed: Bed, replies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The share of right answers, and the times of them all."""
+    right = sum(reply["text"].strip() == entry["answer"] for reply, entry in zip(replies, bed.questions, strict=True))
+    texts = [reply["text"] for reply in replies]
+    return {"accuracy": right / len(replies), **_times(replies, ()), "texts": texts}
 
 
 def _times(replies: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
@@ -315,10 +339,12 @@ def _times(replies: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[
     return row
 
 
-def _ratio(reference: Sequence[float], replies: Sequence[Mapping[str, Any]], count: int) -> float:
-    """How many times longer HF eager takes, round by round."""
-    mine = [reply["milliseconds"][count - 1] for reply in replies]
-    return round(median(theirs / ours for theirs, ours in zip(reference, mine, strict=True)), 2)
+def _ratio(reference: Sequence[Mapping[str, Any]], replies: Sequence[Mapping[str, Any]], count: int) -> float:
+    """How many times longer the reference takes to a token, round by round."""
+    pairs = zip(reference, replies, strict=True)
+    return round(
+        median(theirs["milliseconds"][count - 1] / mine["milliseconds"][count - 1] for theirs, mine in pairs), 2
+    )
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ WHOLE = "qwen25vl-whole"
 PEER_REQUIREMENTS = {
     "openvino": ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "transformers==4.57.6"),
     "mobius": ("mobius-onnx==0.1.0", "transformers==5.23.0", "onnxruntime==1.31.1"),
-    "genai": ("onnxruntime-genai==0.18.0", "transformers==5.23.0", "onnxruntime==1.31.1", "onnx-ir==1.1.0"),
-    "llama_cpp": ("transformers==5.23.0", "sentencepiece==0.2.1"),
 }
-"""By adapter; torch comes with each, as this project has it."""
+"""By adapter; torch comes with each, as this project has it. The others run in this environment."""
 _LLAMA_CPP = "0.3.36"
 """Of llama-cpp-python, whose source holds llama.cpp's converter."""
+_SENTENCEPIECE = "sentencepiece==0.2.1"
 _LLAMA_NODE = "@fugood/llama.node@1.7.15"
 _QUIET = 0.01
 
@@ -85,6 +84,8 @@ def peer_export(work: Path, adapter: str, checkpoint: Path, name: str, timeout: 
 
 
 def _environment(work: Path, adapter: str) -> tuple[Path, str | None]:
+    if adapter not in PEER_REQUIREMENTS:
+        return Path(sys.executable), None
     torch_version = torch.__version__.partition("+")[0]
     requirements = (*PEER_REQUIREMENTS[adapter], f"torch=={torch_version}", "pillow")
     folder = work / "venvs" / adapter
@@ -99,15 +100,15 @@ def llama_cpp(work: Path, checkpoint: Path, name: str) -> tuple[Path, str | None
         return out, None if out.exists() else log.read_text(encoding="utf-8")
     source = kept(work / "llama-cpp-source", _fetch_converter)
     modules = kept(work / "llama-node", _fetch_runtime)
-    python, missing = _environment(work, "llama_cpp")
+    missing = None
     scratch = out.with_name(f".{out.name}")
     scratch.mkdir(exist_ok=True)
-    for file, options in () if missing else (("model.gguf", ()), ("mmproj.gguf", ("--mmproj",))):
+    for file, options in (("model.gguf", ()), ("mmproj.gguf", ("--mmproj",))):
         code = (
             "import runpy, sys; sys.path.insert(0, 'gguf-py'); sys.argv[0] = 'convert_hf_to_gguf.py'; "
             "runpy.run_path(sys.argv[0], run_name='__main__')"
         )
-        command = [str(python), "-c", code, str(checkpoint), "--outtype", "f32", "--outfile", str(scratch / file)]
+        command = [sys.executable, "-c", code, str(checkpoint), "--outtype", "f32", "--outfile", str(scratch / file)]
         print(f"making {name}/{file}", file=sys.stderr, flush=True)
         ended = subprocess.run([*command, *options], cwd=source, capture_output=True, text=True, check=False)
         if ended.returncode:
@@ -134,6 +135,8 @@ def _fetch_converter(folder: Path) -> None:
                 member.name = inside
                 tar.extract(member, folder, filter="data")
     archive.unlink()
+    # The converter imports it, whatever the tokenizer.
+    _run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder / "gguf-py"), _SENTENCEPIECE])
 
 
 def _fetch_runtime(folder: Path) -> None:

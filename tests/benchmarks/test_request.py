@@ -1,14 +1,13 @@
 """The whole-answer benchmark's own machinery, and that two systems say the same."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import request
-from benchmarks.peer.processes import Worker
 from benchmarks.request import REFERENCE, Bed, System
 from benchmarks.request_files import bundle, kept
 from benchmarks.request_table import markdown
@@ -50,29 +49,30 @@ def test_times_are_medians_by_part_and_by_length() -> None:
 
 def test_a_ratio_is_of_the_same_turn() -> None:
     # The machine was three times slower in the second turn, for both.
-    assert request._ratio([20, 60, 22], [reply(10, 0), reply(30, 0), reply(10, 0)], 1) == 2.0
+    theirs, ours = ([reply(first, 0) for first in times] for times in ((20, 60, 22), (10, 30, 10)))
+    assert request._ratio(theirs, ours, 1) == 2.0
 
 
-@pytest.fixture
-def workers(tmp_path: Path) -> Any:
-    opened: dict[str, Worker] = {}
-    for name, step in ((REFERENCE, 2.0), ("ours", 1.0)):
-        script = tmp_path / f"{name}.py"
-        script.write_text(ADAPTER.format(folder=str(PEER), step=step), encoding="utf-8")
-        opened[name] = Worker([sys.executable, str(script), "ask", "c", "o", name], tmp_path / f"{name}.log", 60)
-    yield opened
-    for worker in opened.values():
-        worker.close()
+def test_a_system_that_fails_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "adapter.py"
+    script.write_text(ADAPTER.format(folder=str(PEER), step=2.0), encoding="utf-8")
+    command = [sys.executable, str(script), "ask", "c", "o", "dense"]
+    line = {"picture": "p.png", "question": "what", "tokens": 2, "exact": True}
+    replies, error = request._session(command, tmp_path / "log", [line, line, line], 60)
+    assert error is None
+    assert [(one["milliseconds"], one["text"]) for one in replies] == [([2.0, 4.0], "dense")] * 2
+    assert all(one["peak_memory_bytes"] > 1 << 20 for one in replies)
+    _, error = request._session(command, tmp_path / "log", [line, line | {"question": "too much"}, line], 60)
+    assert error == "MemoryError: no room"
 
 
-def test_systems_take_turns_and_one_that_fails_says_why(workers: Any) -> None:
-    asked = request._turns(workers, 1, "p.png", "what", 2, exact=True)
-    assert {name: one["milliseconds"] for name, one in asked.items()} == {REFERENCE: [2.0, 4.0], "ours": [1.0, 2.0]}
-    assert all(one["peak_memory_bytes"] > 1 << 20 for one in asked.values())
-    del asked
-    assert workers["ours"].run(json.dumps({"picture": "", "question": "too much", "tokens": 1, "exact": True})) is None
-    assert list(request._turns(workers, 0, "p.png", "what", 2, exact=True)) == [REFERENCE]
-    assert workers["ours"].error == "MemoryError: no room"
+@pytest.mark.parametrize("turn", [0, 1])
+def test_no_picture_is_shown_twice_in_a_session(tmp_path: Path, turn: int) -> None:
+    options = request.parsed(["--work", str(tmp_path), "--visual-tokens", "256", "1024"])
+    lines = request._pictures_of(tmp_path, options, turn)
+    assert [line["tokens"] for line in lines] == [2, 64, 64]
+    assert len({line["picture"] for line in lines}) == 3
+    assert [Image.open(line["picture"]).size for line in lines] == [(448, 448), (448, 448), (896, 896)]
 
 
 def test_the_table_shows_rows_ratios_and_what_did_not_run() -> None:
@@ -92,7 +92,9 @@ def test_the_table_shows_rows_ratios_and_what_did_not_run() -> None:
 def test_this_project_and_transformers_answer_alike(tmp_path: Path) -> None:
     checkpoint = ROOT / "graphs" / "checkpoints" / "tiny-qwen25vl"
     write_dataset(tmp_path / "scenes", samples(2, seed=29, kinds=KINDS))
-    bed = Bed("tiny", checkpoint, "tiny-qwen25vl", "capa@2:0/full", "", None, request._asked(tmp_path / "scenes", 2))
+    bed = Bed(
+        "tiny", checkpoint, "tiny-qwen25vl", "capa@2:0/full", "", None, "", request._asked(tmp_path / "scenes", 2)
+    )
     out = kept(
         tmp_path / "dense",
         lambda path: bundle(checkpoint, bed.dense, recipe=bed.recipe, quantize=None, images=None, out=path),
