@@ -83,6 +83,8 @@ class Bed:
     images: Path | None
     """What its calibration looks at; nothing for the recipe's own."""
     about: str
+    int4: str = "int4"
+    """With groups that divide its sizes."""
     questions: Sequence[Mapping[str, str]] = ()
     """Picture, question and answer of each; without, pictures of every size are asked about."""
 
@@ -159,6 +161,7 @@ def _beds(work: Path, options: argparse.Namespace) -> list[Bed]:
             "capa@2:0.75",
             None,
             "trained on drawn scenes",
+            "int4:64",
             _asked(scenes, options.questions),
         ),
     ]
@@ -175,6 +178,7 @@ def _beds(work: Path, options: argparse.Namespace) -> list[Bed]:
                 "capa@12:0.75/full",
                 None,
                 "a published decoder taught to see",
+                "int4:64",
                 asked,
             )
         )
@@ -212,7 +216,7 @@ def _files(work: Path, bed: Bed, system: System, timeout: float) -> tuple[Path, 
         return peer_export(work, system.adapter, bed.checkpoint, name, 3 * timeout)
     kind, _, quantize = system.files.partition("-")
     schedule = {"dense": bed.dense, "capa": bed.capa}[kind]
-    options = {"recipe": bed.recipe, "quantize": quantize or None, "images": bed.images}
+    options = {"recipe": bed.recipe, "quantize": bed.int4 if quantize else None, "images": bed.images}
     return kept(work / name, lambda out: bundle(bed.checkpoint, schedule, out=out, **options)), None
 
 

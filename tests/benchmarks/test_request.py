@@ -93,7 +93,15 @@ def test_this_project_and_transformers_answer_alike(tmp_path: Path) -> None:
     checkpoint = ROOT / "graphs" / "checkpoints" / "tiny-qwen25vl"
     write_dataset(tmp_path / "scenes", samples(2, seed=29, kinds=KINDS))
     bed = Bed(
-        "tiny", checkpoint, "tiny-qwen25vl", "capa@2:0/full", "", None, "", request._asked(tmp_path / "scenes", 2)
+        "tiny",
+        checkpoint,
+        "tiny-qwen25vl",
+        "capa@2:0/full",
+        "",
+        None,
+        "",
+        "int4",
+        request._asked(tmp_path / "scenes", 2),
     )
     out = kept(
         tmp_path / "dense",
