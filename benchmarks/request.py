@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beds", nargs="+", choices=["whole", "tiny", "real"], default=["whole", "tiny", "real"])
     parser.add_argument("--visual-tokens", type=int, nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=2, help="at the smaller sizes; one at the largest")
+    parser.add_argument("--seconds", type=float, default=600, help="after which no further round of sizes is begun")
     parser.add_argument("--questions", type=int, default=25)
     parser.add_argument(
         "--timeout", type=float, default=240, help="seconds for an answer; three times that for an export"
@@ -230,12 +232,13 @@ def _measured(
     """Every system on one bed, in turns; beginning with another each round."""
     rows: dict[str, dict[str, Any]] = {system.name: {"error": files[system.name][1]} for system in systems}
     said: dict[str, list[list[dict[str, Any]]]] = {system.name: [] for system in systems}
+    ends = time.monotonic() + options.seconds
     for turn in range(1 if bed.questions else options.rounds):
         lines = _questions_of(bed) if bed.questions else _pictures_of(work, options, turn)
         begin = turn * len(systems) // max(options.rounds, 1)
         for system in [*systems[begin:], *systems[:begin]]:
             row = rows[system.name]
-            if row["error"] is None:
+            if row["error"] is None and (not turn or time.monotonic() < ends):
                 print(f"{bed.name}, round {turn + 1}: {system.name}", file=sys.stderr, flush=True)
                 command, log = _command(work, bed, system, files[system.name][0])
                 replies, row["error"] = _session(command, log, lines, options.timeout)
@@ -248,14 +251,14 @@ def _measured(
 
 
 def _command(work: Path, bed: Bed, system: System, out: Path) -> tuple[list[str], Path]:
-    python, suffix = sys.executable, "py"
+    start, suffix = [sys.executable], "py"
     if system.adapter == "llama_cpp":
-        python, suffix = "node", "js"
+        start, suffix = ["sh", "-c", 'exec node "$@" 3>&1 1>&2', "sh"], "js"
     elif system.adapter == "openvino":
-        python = str(work / "venvs" / system.adapter / "bin" / "python")
+        start = [str(work / "venvs" / system.adapter / "bin" / "python")]
     adapter = str(ADAPTERS / f"with_{system.adapter}.{suffix}")
     log = work / f"{bed.name} {system.name}.log"
-    return [python, adapter, "ask", str(bed.checkpoint), str(out), system.variant], log
+    return [*start, adapter, "ask", str(bed.checkpoint), str(out), system.variant], log
 
 
 def _session(
@@ -307,7 +310,7 @@ def _sizes(
         mine = [replies[place] for replies in rounds if place < len(replies)]
         theirs = [replies[place] for replies in reference if place < len(replies)]
         found[str(visual)] = _times(mine, TOKENS)
-        if len(theirs) == len(mine):
+        if theirs:
             found[str(visual)]["hf_eager_over_this"] = {str(count): _ratio(theirs, mine, count) for count in TOKENS}
     return {"visual_tokens": found}
 
@@ -345,7 +348,7 @@ def _times(replies: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[
 
 def _ratio(reference: Sequence[Mapping[str, Any]], replies: Sequence[Mapping[str, Any]], count: int) -> float:
     """How many times longer the reference takes to a token, round by round."""
-    pairs = zip(reference, replies, strict=True)
+    pairs = zip(reference, replies, strict=False)
     return round(
         median(theirs["milliseconds"][count - 1] / mine["milliseconds"][count - 1] for theirs, mine in pairs), 2
     )

@@ -21,8 +21,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "- *x*: how many times longer HF eager took for as many tokens, by turns. Above 1 is faster than HF eager.",
         "- *tower* of OpenVINO GenAI holds its image processor; llama.cpp tells none of its parts.",
         "- *peak*: largest resident set of the process until then, loading included.",
-        "- *CAPA*: 75 % of the visual tokens removed within the decoder, and scales in the place of linear visual FFNs, but in",
-        "  the bed `real`; CDPruner removes as many tokens before the decoder.",
+        "- *CAPA*: 75 % of the visual tokens removed within the decoder, and scales in the place of linear visual",
+        "  FFNs, but in the bed `real`; CDPruner removes as many tokens before the decoder.",
     ]
     for bed in report["beds"]:
         lines += ["", *(_sizes(bed) if not bed["questions"] else _answers(bed)), "", *_problems(bed)]

@@ -2,7 +2,7 @@
 //
 // node ADAPTER.js ask CHECKPOINT OUT VARIANT
 //
-// OUT holds node_modules, model.gguf and mmproj.gguf. Speaks as serve.py does.
+// OUT holds node_modules, model.gguf and mmproj.gguf. Speaks as serve.py does, on descriptor 3: the library prints to stdout.
 const { createRequire } = require('module')
 const fs = require('fs')
 const path = require('path')
@@ -10,7 +10,7 @@ const readline = require('readline')
 
 const [verb, , out] = process.argv.slice(2)
 const threads = Number(process.env.OMP_NUM_THREADS || 1)
-const send = (message) => process.stdout.write(JSON.stringify(message) + '\n')
+const send = (message) => fs.writeSync(3, JSON.stringify(message) + '\n')
 // Milliseconds of the processor: on one thread, those on an idle core's clock.
 const now = () => {
   const { user, system } = process.cpuUsage()

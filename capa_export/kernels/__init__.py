@@ -1,5 +1,6 @@
 """The GPU kernels of the CAPA operators, one file each, in Triton, which is needed for these alone."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
@@ -18,12 +19,8 @@ def require_triton() -> None:
     Raises:
         CapaError: it is not.
     """
-    try:
-        import triton  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise CapaError(f"kernels need triton: {how_to_install('rtx')}", ExitCode.ENGINE) from error
+    if find_spec("triton") is None:
+        raise CapaError(f"kernels need triton: {how_to_install('rtx')}", ExitCode.ENGINE)
 
 
 def __getattr__(name: str) -> Any:
