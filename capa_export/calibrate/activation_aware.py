@@ -54,7 +54,8 @@ class Activations:
         sums = inputs_TI.abs().sum(0, dtype=torch.float64)
         self.sums = sums if self.sums is None else self.sums + sums
         self.tokens += len(inputs_TI)
-        self.kept.append(inputs_TI[torch.arange(len(inputs_TI) - 1, -1, -(-(-len(inputs_TI) // kept)))])
+        stride = -(-len(inputs_TI) // kept)
+        self.kept.append(inputs_TI[torch.arange(len(inputs_TI) - 1, -1, -stride)])
 
     @property
     def mean(self) -> Tensor:
