@@ -113,7 +113,7 @@ def build(
             failed, and those before it are kept.
     """
     device = load_target(target)
-    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign, exports=True)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,

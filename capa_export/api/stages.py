@@ -141,7 +141,7 @@ def export(
         from capa_export.trt.polygraphy import check_polygraphy
 
         check_polygraphy(precision)
-    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign, exports=True)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,

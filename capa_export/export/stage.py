@@ -65,15 +65,16 @@ def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     calibration, scales = _calibrated(model, bundle, options)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
 
+    # A calibration needed them, and a signature does; weights in place are too many bytes to read for anything less.
+    unread = options.in_place and calibration is None and not bundle.signing
+
     def digests() -> dict[str, str]:
-        # A calibration needed them; weights in place are too many bytes to read for anything less.
-        unread = options.in_place and calibration is None and not model.remember_digests(bundle)
-        return {} if unread else model.digests
+        return {} if unread and not model.remember_digests(bundle) else model.digests
 
     def key() -> list[Any]:
         return [
             versions("onnxscript", "onnx-ir", code_of=_CODE),
-            ["in place", model.fingerprints] if options.in_place else model.digest,
+            ["in place", model.fingerprints, *["unread"] * unread] if options.in_place else model.digest,
             options.precision,
             model.recipe.quantize,
             pruning(model.recipe.prune),
