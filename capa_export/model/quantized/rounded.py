@@ -1,5 +1,6 @@
-"""Plain weights rounded to INT4 as they are read: each group's largest number by magnitude becomes 7 or -7."""
+"""Plain weights rounded as they are read: a group's largest number by magnitude becomes the type's largest."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
@@ -20,74 +22,95 @@ __all__ = ["RoundedTensor", "rounded"]
 
 _LINEARS = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 """Names of the weights of a decoder's layers; vision tower, embedding and LM head stay as they are."""
-_LARGEST = 7
+_SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
 """The smallest FP16 number with all of its bits, for groups of zeros and of numbers near them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundedTensor(QuantizedTensor):
-    """A plain weight rounded to INT4."""
+    """A plain weight rounded to a type of few bits."""
 
     plain: StoredTensor
-    group: int
+    form: PackedLayers
 
     @property
     def format_name(self) -> str:
-        return f"INT4, rounded to nearest, groups of {self.group}"
+        scales = f"groups of {self.form.group}" if self.form.group else "one scale an output"
+        return f"{self.form.type.name}, rounded to nearest, {scales}"
 
     @property
     def paths(self) -> tuple[Path, ...]:
         return self.plain.paths
 
     def quantized(self) -> QuantizedWeight:
-        values, scales = _rounded(self.plain, self.group)
-        return QuantizedWeight(kind="int4", read_values=lambda: values, scales=scales, group_size=self.group)
+        values, scales, outer = _rounded(self.plain, self.form)
+        return QuantizedWeight(
+            kind=self.form.kind,
+            read_values=lambda: values,
+            scales=scales,
+            group_size=self.form.group or self.plain.shape[1],
+            outer_scale=outer,
+        )
 
     def block_form(self) -> BlockForm:
-        return BlockForm(group=self.group)
+        return BlockForm(kind=self.form.kind, group=self.form.group)
 
 
 # Numbers and scales are written one after the other.
 @lru_cache(maxsize=1)
-def _rounded(plain: StoredTensor, group: int) -> tuple[Array, Array]:
-    """The whole numbers [out, in] and the scales [out, groups] of a weight.
-
-    Scales have the eight bits of BF16 within the range of FP16, so that graphs of any precision have the same weights.
-    """
-    grouped = plain.mapped().astype(np.float32).reshape(plain.shape[0], -1, group)
-    scales = np.abs(grouped).max(-1) / np.float32(_LARGEST)
-    # What is not finite shows in the scales, which are searched for it when they are written.
+def _rounded(plain: StoredTensor, form: PackedLayers) -> tuple[Array, Array, float]:
+    """The numbers [out, in] of a weight, the scales [out, groups] and the scale of these."""
+    grouped = plain.mapped().astype(np.float32).reshape(plain.shape[0], -1, form.group or plain.shape[1])
+    largest = np.float32(form.type.largest)
+    # What is not finite shows in the scales, or in FP8 numbers, which are searched for it when they are written.
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = scales.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float32)
-        scales = np.maximum(scales, np.float32(_SMALLEST_SCALE))
-        grouped /= scales[..., None]
-        np.rint(grouped, out=grouped)
-        np.clip(grouped, -_LARGEST, _LARGEST, out=grouped)
-        return grouped.astype(np.int8).reshape(plain.shape), scales
+        scales, outer = _scales(np.abs(grouped).max(-1) / largest, form)
+        grouped /= (scales.astype(np.float32) * np.float32(outer))[..., None]
+        np.clip(grouped, -largest, largest, out=grouped)
+        if form.kind in ("int4", "int8"):
+            np.rint(grouped, out=grouped)
+        values = grouped.astype(np.int8 if form.kind == "int4" else form.type.array)
+        return values.reshape(plain.shape), scales, outer
 
 
-def rounded(tensors: Mapping[str, StoredTensor], group: int) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint with the weights of its decoder's layers rounded.
+def _scales(wanted: Array, form: PackedLayers) -> tuple[Array, float]:
+    """The scales nearest to those wanted, and the scale of these.
+
+    They have the eight bits of BF16 within the range of FP16, so that graphs of any precision have the same weights.
+    Those of NVFP4 are FP8, under a power of two that brings the largest into the range.
+    """
+    if form.kind != "nvfp4":
+        scales = wanted.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float32)
+        return np.maximum(scales, np.float32(_SMALLEST_SCALE)), 1.0
+    most = float(wanted.max()) / _LARGEST_FP8
+    outer = 2.0 ** math.ceil(math.log2(most)) if math.isfinite(most) and most > 0 else most or 1.0
+    return np.clip(wanted / np.float32(outer), _SMALLEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn), outer
+
+
+def rounded(tensors: Mapping[str, StoredTensor], form: PackedLayers) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint with the weights of its decoder's layers rounded, unless they have the type already.
 
     Args:
         tensors: by canonical name.
-        group: inputs that share a scale; divides those of every layer.
+        form: the type, and the inputs that share a scale; they divide those of every layer.
 
     Raises:
-        CapaError: a layer's weight is quantized already.
+        CapaError: a layer's weight is quantized already, to another type.
     """
     chosen = {name: tensor for name, tensor in tensors.items() if _LINEARS.fullmatch(name)}
     for tensor in chosen.values():
         if isinstance(tensor, QuantizedTensor):
+            if not form.type.stays and tensor.quantized().kind == form.kind:
+                return tensors
             raise CapaError(
                 f"{tensor.path}: the checkpoint is quantized already ({tensor.format_name}); leave --quantize away, "
                 "or take the checkpoint it was made from"
             )
-    return MappingProxyType({**tensors, **{name: _of(tensor, group) for name, tensor in chosen.items()}})
+    return MappingProxyType({**tensors, **{name: _of(tensor, form) for name, tensor in chosen.items()}})
 
 
-def _of(plain: StoredTensor, group: int) -> RoundedTensor:
+def _of(plain: StoredTensor, form: PackedLayers) -> RoundedTensor:
     return RoundedTensor(
         name=plain.name,
         path=plain.path,
@@ -96,5 +119,5 @@ def _of(plain: StoredTensor, group: int) -> RoundedTensor:
         offset=plain.offset,
         nbytes=4 * plain.shape[0] * plain.shape[1],
         plain=plain,
-        group=group,
+        form=form,
     )
