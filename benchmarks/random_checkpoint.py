@@ -22,7 +22,7 @@ _PIECE = 1 << 22
 
 
 def _qwen25vl(
-    hidden: int, inner: int, layers: int, heads: int, groups: int, *, vocab: int, tied: bool, **vision: int
+    hidden: int, inner: int, layers: int, heads: int, groups: int, *, vocab: int, tied: bool, **vision: Any
 ) -> dict[str, Any]:
     tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112}
     return {
@@ -81,6 +81,17 @@ CONFIGS = {
     # The 7B's layers and proportions, narrower: prefill fits a laptop.
     "qwen25vl-1024": _qwen25vl(1024, 5376, 28, 8, 2, vocab=4096, tied=False, depth=2),
     "qwen25vl-512": _qwen25vl(512, 2688, 28, 4, 1, vocab=4096, tied=False, depth=2),
+    # The 7B's proportions, its tower's share of the work and its vocabulary: a whole answer takes seconds.
+    "qwen25vl-whole": _qwen25vl(
+        *(512, 2688, 12, 4, 1),
+        vocab=151936,
+        tied=True,
+        depth=8,
+        hidden_size=320,
+        intermediate_size=856,
+        num_heads=4,
+        fullatt_block_indexes=[7],
+    ),
     "llava15-7b": {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = {"demo": {"rtx"}, "dev": {"rtx", "dev"}}
+LOCKS: dict[str, set[str]] = {"demo": set(), "dev": {"rtx", "dev"}}
 """By file, the extras that it is for."""
 
 
@@ -38,9 +38,14 @@ def text(lock: str) -> str:
 def test_every_package_has_a_hash(text: str) -> None:
     entries = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
     packages = [entry for entry in entries if entry and not entry.startswith("#")]
-    assert len(packages) > 70
+    assert len(packages) > 60
     for entry in packages:
         assert re.fullmatch(r"[\w.-]+==\S+ ; .*?( --hash=sha256:[0-9a-f]{64})+", entry), entry
+
+
+def test_the_demo_installs_nothing_for_engines() -> None:
+    text = (ROOT / "requirements" / "demo.txt").read_text(encoding="utf-8")
+    assert {name for name in pins(text) if name.startswith(("tensorrt", "triton", "cuda", "nvidia"))} == set()
 
 
 @pytest.mark.skipif(sys.version_info[:2] not in {(3, minor) for minor in range(10, 14)}, reason="not locked for")

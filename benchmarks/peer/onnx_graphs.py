@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from serve import Feed, Prefills
+from serve import THREADS, Feed, Prefills
 
 __all__ = ["DecoderSession", "prefills", "session"]
 
 
 def session(path: Path) -> Any:
-    """A session on one thread of the CPU."""
+    """A session on the CPU."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -17,7 +17,6 @@ from typing import IO, Any
 __all__ = ["Outcome", "Worker", "environment", "first_error", "measured_run"]
 
 _QUIET = {
-    "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
@@ -104,9 +103,10 @@ def measured_run(command: Sequence[str], log: Path, timeout: float) -> Outcome:
     return {"error": error, "seconds": round(time.perf_counter() - started, 2), **cost, "stdout": stdout.decode()}
 
 
-def _start(command: Sequence[str], errors: IO[bytes], **options: Any) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], errors: IO[bytes], threads: int = 1, **options: Any) -> subprocess.Popen[bytes]:
+    environment = os.environ | _QUIET | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | _QUIET, start_new_session=True, **options
+        command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True, **options
     )
 
 
@@ -123,25 +123,25 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 class Worker:
-    """An adapter's `prefill` verb, waiting for its turns."""
+    """An adapter's `prefill` or `ask` verb, waiting for its turns."""
 
-    def __init__(self, command: Sequence[str], log: Path, timeout: float) -> None:
+    def __init__(self, command: Sequence[str], log: Path, timeout: float, threads: int = 1) -> None:
         self.log, self.timeout = log, timeout
         self._buffer = b""
         with log.open("wb") as errors:
-            self.process = _start(command, errors, stdin=subprocess.PIPE)
+            self.process = _start(command, errors, stdin=subprocess.PIPE, threads=threads)
         self.error: str | None = None
         """Why it does not run, or no longer."""
-        self.logits: dict[str, list[float]] = self._receive() or {}
-        """Variant -> logits [V] of the last position."""
+        self.first: dict[str, Any] = self._receive() or {}
+        """Its first message: of prefills, variant -> logits [V] of the last position; of answers, what loading took."""
 
-    def run(self, variant: str) -> tuple[float, float] | None:
-        """Seconds of one prefill, on the clock and of the processor; None once there is an error."""
+    def run(self, line: str) -> Any:
+        """Its reply; of a prefill, seconds on the clock and of the processor. None once there is an error."""
         if self.error is not None:
             return None
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
-            self.process.stdin.write(variant.encode() + b"\n")
+            self.process.stdin.write(line.encode() + b"\n")
             self.process.stdin.flush()
         return self._receive()
 

@@ -1,8 +1,9 @@
-"""The part that all adapters share: three verbs, and a channel that no library can write into.
+"""The part that all adapters share: four verbs, and a channel that no library can write into.
 
 python ADAPTER.py export CHECKPOINT OUT            writes the peer's files
 python ADAPTER.py prefill CHECKPOINT OUT FEED.npz  runs one prefill for each line on stdin
 python ADAPTER.py answer CHECKPOINT OUT QUESTIONS  answers a folder of questions
+python ADAPTER.py ask CHECKPOINT OUT VARIANT       answers one question for each line on stdin, and times its parts
 
 Runs in the peers' environments: the standard library and numpy only.
 """
@@ -17,12 +18,30 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Feed", "Prefills", "main", "questions"]
+__all__ = ["THREADS", "Ask", "Feed", "Prefills", "main", "now", "peak_memory", "questions"]
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+"""Of every runtime."""
 
 Feed = Mapping[str, np.ndarray]
 """`inputs_embeds` [1, T, D] FP32, `position_ids` [axes, T], `text_positions` [X], and `num_keep` [1]."""
 Prefills = Mapping[str, Callable[[], np.ndarray]]
 """Variant -> one prefill, which returns the logits [V] of the last position."""
+
+Ask = Callable[..., dict[str, Any]]
+"""`picture`, `question`, `tokens` and `exact`, whether an end counts as a token like others -> `text`, `milliseconds`
+of the processor from the picture's file to each token, and those of each part that the runtime tells apart."""
+
+
+now = time.process_time
+"""The clock of answers: seconds of the processor, which on one thread are those on an idle core's clock."""
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process since it was started, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def questions(folder: Path) -> list[dict[str, Any]]:
@@ -36,6 +55,7 @@ def main(
     export: Callable[[Path, Path], None] | None = None,
     prefill: Callable[[Path, Path, Feed], Prefills] | None = None,
     answer: Callable[[Path, Path, Path], dict[str, Any]] | None = None,
+    ask: Callable[[Path, Path, str], Ask] | None = None,
 ) -> None:
     """Run the verb that the command line names."""
     # Libraries print to stdout; what the caller reads goes to a copy of it.
@@ -53,6 +73,12 @@ def main(
         send({"ok": True})
     elif verb == "answer" and answer:
         send(answer(checkpoint, out, Path(paths[2])))
+    elif verb == "ask" and ask:
+        began = time.perf_counter()
+        asked = ask(checkpoint, out, paths[2])
+        send({"load_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
+        for line in sys.stdin:
+            send(asked(**json.loads(line)) | {"peak_memory_bytes": peak_memory()})
     elif verb == "prefill" and prefill:
         runs = prefill(checkpoint, out, dict(np.load(paths[2])))
         # The first run of each plans and allocates; its logits are held against the others'.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import Recipe, load_recipe
@@ -16,10 +17,10 @@ from capa_export.data.samples import samples_from
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.generation import eos_token_ids
-from capa_export.model.prompt import Prompter
+from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
 
-__all__ = ["opened", "write_feed", "write_questions"]
+__all__ = ["hf_inputs", "opened", "prompter_of", "write_feed", "write_questions"]
 
 _TEXT = 48
 _BEFORE = 4
@@ -38,6 +39,21 @@ def opened(checkpoint: Path) -> tuple[Recipe, Source]:
             layer = min(recipe.prune.schedule[0].layer, source.dims.decoder.num_layers // 2)
             return recipe.with_options(prune_layer=layer), source
     raise SystemExit(f"{checkpoint}: no recipe for {', '.join(architectures)}")
+
+
+def prompter_of(source: Source) -> Prompter:
+    """A checkpoint's tokenizer, chat template and image processor."""
+    return Prompter(source.checkpoint.folder, source.checkpoint.folder, source.family, source.dims)
+
+
+def hf_inputs(source: Source, prompter: Prompter, prompt: Prompt, image: Image.Image) -> dict[str, np.ndarray]:
+    """What a Hugging Face model is fed of a picture besides the prompt's tokens."""
+    processed = prompter.image_processor(images=[image], return_tensors="np", **source.family.IMAGE_OPTIONS)
+    names = ("pixel_values", "image_grid_thw")
+    arrays = {name: np.asarray(processed[name]) for name in names if name in processed}
+    if "image_grid_thw" in processed:
+        arrays["mm_token_type_ids"] = prompt.is_visual[None].astype(np.int32)
+    return arrays
 
 
 def write_feed(source: Source, path: Path, *, visual_tokens: int, ratio: float) -> dict[str, int]:
@@ -68,18 +84,11 @@ def write_questions(recipe: Recipe, source: Source, folder: Path, *, count: int,
     if not recipe.scenes:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    prompter = Prompter(checkpoint, checkpoint, source.family, source.dims)
+    prompter = prompter_of(source)
     listed: list[dict[str, Any]] = []
     for index, sample in enumerate(samples_from(None, recipe, count, split="held_out")):
         prompt = prompter(sample.question, [sample.image])
-        processed = prompter.image_processor(images=[sample.image], return_tensors="np", **source.family.IMAGE_OPTIONS)
-        arrays = {
-            f"hf.{name}": np.asarray(processed[name])
-            for name in ("pixel_values", "image_grid_thw")
-            if name in processed
-        }
-        if "image_grid_thw" in processed:
-            arrays["hf.mm_token_type_ids"] = prompt.is_visual[None].astype(np.int32)
+        arrays = {f"hf.{name}": value for name, value in hf_inputs(source, prompter, prompt, sample.image).items()}
         image, file = f"{index:04d}.png", f"{index:04d}.npz"
         sample.image.save(folder / image)
         np.savez(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from onnx_graphs import session
-from serve import Feed, Prefills, main, questions
+from serve import THREADS, Ask, Feed, Prefills, main, now, questions
 from subject import opened
 
 from capa_export.export.graphs import write_onnx
@@ -56,5 +56,49 @@ def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:
     return said
 
 
+def ask(_: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - the bundle says it.
+    """A bundle, as `capa_export.open(...).load()` loads it."""
+    from types import SimpleNamespace
+
+    import capa_export
+    from capa_export.data.picture_files import open_picture
+    from capa_export.model.generation import GenerationOptions
+    from capa_export.model.prompt import Turn
+    from capa_export.run import answer as answering
+    from capa_export.run.onnx import OnnxModel
+
+    # Its parts by the clock of the others.
+    answering.time = SimpleNamespace(perf_counter=now)
+    model = capa_export.open(out).load()
+    # Loaded when the first prompt is there, and then with as many threads as ONNX Runtime likes.
+    model.runtime = OnnxModel(out / "onnx", threads=THREADS)
+
+    def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
+        options = GenerationOptions(greedy=True, repetition_penalty=1.0, max_new_tokens=tokens)
+        began = now()
+        image = open_picture(Path(picture))
+        opened = now()
+        answers = model.answers([[Turn("user", [image, question])]], options=options)
+        times: list[float] = []
+        while True:
+            try:
+                next(answers)
+            except StopIteration as end:
+                [facts] = end.value
+                break
+            times.append(now())
+        assert not exact or facts["new_tokens"] == tokens, f"ended after {facts['new_tokens']} tokens"
+        return {
+            "text": facts["answer"],
+            "milliseconds": [1e3 * (at - began) for at in times[: max(facts["new_tokens"], 1)]],
+            "file": 1e3 * (opened - began),
+            "processor": facts["processor_ms"],
+            "tower": facts["vision_ms"],
+            "prefill": facts["prefill_ms"],
+        }
+
+    return run
+
+
 if __name__ == "__main__":
-    main(export=export, prefill=prefill, answer=answer)
+    main(export=export, prefill=prefill, answer=answer, ask=ask)

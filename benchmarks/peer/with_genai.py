@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from onnx_graphs import prefills
-from serve import Feed, Prefills, main
+from serve import Ask, Feed, Prefills, main
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -25,5 +25,13 @@ def answer(*_: Path) -> None:
     sys.exit("NotImplementedError: the builder writes the text decoder only")
 
 
+def ask(_: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - there is one.
+    """Its own pipeline; it ends where it has no processor for pictures."""
+    import onnxruntime_genai
+
+    processor = onnxruntime_genai.Model(str(out)).create_multimodal_processor()
+    raise NotImplementedError(f"it has a processor for pictures by now: {processor}")
+
+
 if __name__ == "__main__":
-    main(export=export, prefill=prefill, answer=answer)
+    main(export=export, prefill=prefill, answer=answer, ask=ask)

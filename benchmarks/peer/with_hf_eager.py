@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from serve import Feed, Prefills, main, questions
+from serve import THREADS, Ask, Feed, Prefills, main, now, questions
 from transformers import AutoModelForImageTextToText
+from transformers.generation.streamers import BaseStreamer
 
 
 def _load(checkpoint: Path) -> Any:
+    torch.set_num_threads(THREADS)
     return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
@@ -47,5 +49,71 @@ def answer(checkpoint: Path, _: Path, folder: Path) -> dict[str, Any]:
     return {"sdpa": {"tokens": tokens}}
 
 
+class _Clock(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 - the first is the prompt.
+        self.times.append(now())
+
+    def end(self) -> None:
+        pass
+
+
+def ask(checkpoint: Path, _: Path, variant: str) -> Ask:
+    """`generate` as it is, or with tower and decoder compiled by `torch.compile`."""
+    from PIL import Image
+    from subject import hf_inputs, opened, prompter_of
+
+    model, (_, source) = _load(checkpoint), opened(checkpoint)
+    prompter = prompter_of(source)
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    if variant == "compiled":
+        decoder = model.model.language_model
+        decoder.forward = torch.compile(decoder.forward, dynamic=True)
+    at: dict[str, float] = {}
+    tower.register_forward_pre_hook(lambda *_: at.update(begun=now()))
+    tower.register_forward_hook(lambda *_: at.update(seen=now()))
+
+    @torch.inference_mode()
+    def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
+        began = now()
+        image = Image.open(picture).convert("RGB")
+        opened = now()
+        prompt = prompter(question, [image])
+        processed = now()
+        arrays = hf_inputs(source, prompter, prompt, image)
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        # The picture is processed once for tokens and pixels where transformers' own processor is at hand.
+        twice = now() - processed
+        clock = _Clock()
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens if exact else None,
+            do_sample=False,
+            repetition_penalty=1.0,
+            streamer=clock,
+            **{name: torch.from_numpy(value) for name, value in arrays.items()},
+        )
+        milliseconds = [1e3 * (moment - began - twice) for moment in clock.times[1:]]
+        parts = {
+            "file": 1e3 * (opened - began),
+            "processor": 1e3 * (processed - opened),
+            "tower": 1e3 * (at["seen"] - at["begun"]),
+        }
+        return {
+            "text": prompter.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True),
+            "milliseconds": milliseconds,
+            **parts,
+            "prefill": milliseconds[0] - sum(parts.values()),
+        }
+
+    return run
+
+
 if __name__ == "__main__":
-    main(prefill=prefill, answer=answer)
+    main(prefill=prefill, answer=answer, ask=ask)

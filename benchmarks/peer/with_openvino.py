@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve import Feed, Prefills, main, questions
+from serve import THREADS, Ask, Feed, Prefills, main, now, questions
 from transformers4 import downgraded
 
 _PRUNES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families with CDPruner; the others' pipelines take its ratio and ignore it."""
-_CPU = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+_CPU = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -25,7 +25,13 @@ def export(checkpoint: Path, out: Path) -> None:
     from optimum.commands.optimum_cli import main as optimum
 
     sys.argv = ["optimum-cli", "export", "openvino", "-m", str(downgraded(checkpoint, out))]
-    sys.argv += ["--task", "image-text-to-text", "--weight-format", "fp32", str(out)]
+    sys.argv += [
+        "--task",
+        "image-text-to-text",
+        "--weight-format",
+        "int4" if out.name.endswith("int4") else "fp32",
+        str(out),
+    ]
     optimum()
 
 
@@ -82,5 +88,46 @@ def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:
     return said
 
 
+def ask(_: Path, out: Path, variant: str) -> Ask:
+    """`VLMPipeline`; the variant is the percentage that CDPruner removes."""
+    import openvino
+    import openvino_genai
+    from PIL import Image
+
+    pipeline = openvino_genai.VLMPipeline(out, "CPU", **_CPU)
+
+    class Clock(openvino_genai.StreamerBase):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times: list[float] = []
+
+        def write(self, token: int | list[int]) -> openvino_genai.StreamingStatus:
+            self.times += [now()] * (len(token) if isinstance(token, list) else 1)
+            return openvino_genai.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
+        config = openvino_genai.GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, ignore_eos=exact, pruning_ratio=int(variant)
+        )
+        clock, began = Clock(), now()
+        image = openvino.Tensor(np.asarray(Image.open(picture).convert("RGB"))[None])
+        opened = now()
+        result = pipeline.generate(question, images=[image], generation_config=config, streamer=clock)
+        metrics, milliseconds = result.perf_metrics, [1e3 * (moment - began) for moment in clock.times]
+        return {
+            "text": result.texts[0],
+            "milliseconds": milliseconds,
+            "prompt_tokens": metrics.get_num_input_tokens(),
+            "file": 1e3 * (opened - began),
+            # With its processor; it tells its share of the time until the first token.
+            "tower": milliseconds[0] * metrics.get_prepare_embeddings_duration().mean / metrics.get_ttft().mean,
+        }
+
+    return run
+
+
 if __name__ == "__main__":
-    main(export=export, prefill=prefill, answer=answer)
+    main(export=export, prefill=prefill, answer=answer, ask=ask)

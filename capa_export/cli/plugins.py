@@ -54,6 +54,9 @@ def build(
 ) -> None:
     """Compile the kernels and the plugin library around them. No GPU and no CUDA toolkit is needed."""
     from capa_export.base.progress import progress
+    from capa_export.kernels import require_triton
+
+    require_triton()
     from capa_export.kernels.compile import COMPUTE_CAPABILITIES
     from capa_export.kernels.plugins.native import build_library
 

@@ -7,11 +7,28 @@ from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.weight_types import WEIGHT_TYPES, NumberKind, PackedLayers
 
-__all__ = ["Quantization", "check_groups", "parse_quantization", "rounding"]
+__all__ = ["Quantization", "check_groups", "looks_at_samples", "parse_quantization", "rounding"]
 
-Quantization = Literal["none", "int4", "int4:32", "int4:64", "int4:128", "int8", "fp8", "nvfp4"]
-"""Plain numbers whatever the checkpoint has, or a type of few bits, where it has groups, of so many inputs."""
-_WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::(\d+))?")
+Quantization = Literal[
+    "none",
+    "int4",
+    "int4:32",
+    "int4:64",
+    "int4:128",
+    "int4/rtn",
+    "int4:32/rtn",
+    "int4:64/rtn",
+    "int4:128/rtn",
+    "int8",
+    "fp8",
+    "nvfp4",
+]
+"""Plain numbers whatever the checkpoint has, or a type of few bits; INT4 in groups of so many inputs, 128 if not said.
+
+Samples decide what INT4 weights are rounded to; behind `/rtn` (round to nearest), and of other types, they are rounded
+as they are.
+"""
+_WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::(\d+))?(/rtn)?")
 
 
 def parse_quantization(word: str) -> Quantization:
@@ -23,7 +40,12 @@ def parse_quantization(word: str) -> Quantization:
     match = _WORD.fullmatch(word)
     if match is None and word != "none":
         known = ", ".join(WEIGHT_TYPES)
-        raise CapaError(f"--quantize {word}: must be none, {known}, or int4 with a group, as int4:64", ExitCode.USAGE)
+        raise CapaError(
+            f"--quantize {word}: must be none, {known}, or int4 with a group, as int4:64; int4 may end in /rtn",
+            ExitCode.USAGE,
+        )
+    if match and match[3] and match[1] != "int4":
+        raise CapaError(f"--quantize {word}: {match[1]} is always rounded to nearest; say it alone", ExitCode.USAGE)
     if match and match[2]:
         kind = WEIGHT_TYPES[match[1]]
         if len(kind.groups) < 2:
@@ -45,6 +67,12 @@ def rounding(word: str | None) -> PackedLayers | None:
     groups = WEIGHT_TYPES[match[1]].groups
     group = int(match[2]) if match[2] else groups[-1] if groups else None
     return PackedLayers(kind=cast("NumberKind", match[1]), group=group)
+
+
+def looks_at_samples(word: str | None) -> bool:
+    """Whether samples decide what weights are rounded to."""
+    match = _WORD.fullmatch(word or "")
+    return match is not None and match[1] == "int4" and match[3] is None
 
 
 def check_groups(word: str | None, decoder: DecoderDims) -> None:

@@ -1,14 +1,33 @@
-"""The GPU kernels of the CAPA operators, one file each, in Triton; importing it needs triton."""
+"""The GPU kernels of the CAPA operators, one file each, in Triton, which is needed for these alone."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 
-try:
+if TYPE_CHECKING:
+    from capa_export.kernels.operator import Operator
+
+    OPERATORS: tuple[Operator, ...]
+
+__all__ = ["OPERATORS", "require_triton"]
+
+
+def require_triton() -> None:
+    """Hold that Triton is installed.
+
+    Raises:
+        CapaError: it is not.
+    """
+    if find_spec("triton") is None:
+        raise CapaError(f"kernels need triton: {how_to_install('rtx')}", ExitCode.ENGINE)
+
+
+def __getattr__(name: str) -> Any:
+    """The operators' kernels, loaded when they are asked for: all but kernels works without Triton."""
+    if name != "OPERATORS":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    require_triton()
     from capa_export.kernels import contribution_score, token_gather, topk_keep, visual_scale
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    raise CapaError(f"kernels need triton: {how_to_install('rtx')}", ExitCode.ENGINE) from error
 
-__all__ = ["OPERATORS"]
-
-OPERATORS = (contribution_score.OPERATOR, topk_keep.OPERATOR, token_gather.OPERATOR, visual_scale.OPERATOR)
+    return (contribution_score.OPERATOR, topk_keep.OPERATOR, token_gather.OPERATOR, visual_scale.OPERATOR)

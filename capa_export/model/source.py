@@ -9,9 +9,10 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.base.weight_types import WEIGHT_TYPES, PackedLayers
-from capa_export.config.quantization import check_groups, rounding
+from capa_export.config.quantization import check_groups, looks_at_samples, rounding
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily
+from capa_export.model.quantized.choice import WeightChoice
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.rounded import RoundedTensor, rounded
@@ -35,15 +36,21 @@ class Source:
     """Tensors by the graph's names."""
     quantize: str | None = None
     """How a recipe has the weights quantized."""
+    choice: WeightChoice | None = None
+    """What samples decided of the weights that are rounded."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None) -> "Source":
+    def of(
+        cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None, choice: WeightChoice | None = None
+    ) -> "Source":
         """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
         Args:
             checkpoint: as it was opened.
             family: that reads it.
             quantize: as `config.quantization` has it.
+            choice: what samples decided; where they were to decide and did not, weights that are to be rounded cannot
+                be read.
 
         Raises:
             CapaError: the checkpoint is another architecture or in another format, or lacks something; or its weights
@@ -57,10 +64,10 @@ class Source:
         _check_depth(checkpoint, dims, [canonical_name(name, family.RENAMES) for name in checkpoint.names])
         if (form := rounding(quantize)) is not None:
             check_groups(quantize, dims.decoder)
-            tensors = rounded(tensors, form)
+            tensors = rounded(tensors, form, choice, waits=choice is None and looks_at_samples(quantize))
         if dims.decoder.ties_missing_head:
             tensors = tied(tensors)
-        source = cls(checkpoint, family, dims, tensors, quantize)
+        source = cls(checkpoint, family, dims, tensors, quantize, choice)
         kept = next(iter(source.block_forms().values()), None)
         packed = None if kept is None else PackedLayers(kind=kept.kind, group=kept.group)
         return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed=packed)))
@@ -68,7 +75,8 @@ class Source:
     @property
     def rounds(self) -> bool:
         """Whether weights are rounded that the checkpoint has plain."""
-        return any(isinstance(tensor, RoundedTensor) for tensor in self.tensors.values())
+        published = any(not isinstance(tensor, RoundedTensor) for tensor in self.quantized.values())
+        return rounding(self.quantize) is not None and not published
 
     @property
     def quantized(self) -> Mapping[str, QuantizedTensor]:

@@ -83,7 +83,7 @@ def test_a_process_that_fails(processes: Any, tmp_path: Path, code: str, timeout
 def test_a_worker_that_dies_says_why(processes: Any, tmp_path: Path) -> None:
     code = "print('{\"a\": [1.0]}', flush=True); input(); raise MemoryError('too long a prompt')"
     worker = processes.Worker(python(code), tmp_path / "log", 60)
-    assert worker.logits == {"a": [1.0]}
+    assert worker.first == {"a": [1.0]}
     assert worker.run("a") is None
     assert worker.error == "MemoryError: too long a prompt"
     assert worker.run("a") is None
@@ -112,7 +112,7 @@ def test_workers_take_turns(processes: Any, tmp_path: Path) -> None:
     worker = processes.Worker(command, tmp_path / "log", 60)
     try:
         assert worker.error is None
-        assert worker.logits["a"] == [0, 2, 4]
+        assert worker.first["a"] == [0, 2, 4]
         for variant in "abba":
             wall, processor = worker.run(variant)
             assert wall > 0
@@ -125,7 +125,7 @@ def test_workers_take_turns(processes: Any, tmp_path: Path) -> None:
 def test_a_worker_that_cannot_start_says_why(processes: Any, tmp_path: Path) -> None:
     worker = processes.Worker(python("raise ImportError('no such runtime')"), tmp_path / "log", 60)
     assert worker.error == "ImportError: no such runtime"
-    assert worker.logits == {}
+    assert worker.first == {}
 
 
 def test_a_checkpoint_as_transformers_4_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.trt
 
 @pytest.mark.parametrize(
     ("form", "target", "dtype"),
-    [("int4:32", "rtx", "Int4"), ("AutoAWQ", "rtx", "Int4"), ("int8", "rtx", "Int8"), ("fp8", "spark", "FP8")],
+    [("int4:32/rtn", "rtx", "Int4"), ("AutoAWQ", "rtx", "Int4"), ("int8", "rtx", "Int8"), ("fp8", "spark", "FP8")],
 )
 def test_every_packed_weight_is_part_of_a_product(
     form: str, target: str, dtype: str, checkpoint: Path, tmp_path: Path

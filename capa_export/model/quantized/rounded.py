@@ -14,13 +14,14 @@ import numpy as np
 from capa_export.base.errors import CapaError
 from capa_export.base.weight_types import PackedLayers
 from capa_export.model.checkpoint import StoredTensor
+from capa_export.model.quantized.choice import WeightChoice, awaiting_choice, scaled
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
-__all__ = ["RoundedTensor", "rounded"]
+__all__ = ["RoundedTensor", "nearest", "rounded"]
 
-_LINEARS = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
+_LINEARS = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 """Names of the weights of a decoder's layers; vision tower, embedding and LM head stay as they are."""
 _SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
@@ -33,11 +34,12 @@ class RoundedTensor(QuantizedTensor):
 
     plain: StoredTensor
     form: PackedLayers
+    method: str = "rounded to nearest"
 
     @property
     def format_name(self) -> str:
         scales = f"groups of {self.form.group}" if self.form.group else "one scale an output"
-        return f"{self.form.type.name}, rounded to nearest, {scales}"
+        return f"{self.form.type.name}, {self.method}, {scales}"
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -60,8 +62,18 @@ class RoundedTensor(QuantizedTensor):
 # Numbers and scales are written one after the other.
 @lru_cache(maxsize=1)
 def _rounded(plain: StoredTensor, form: PackedLayers) -> tuple[Array, Array, float]:
-    """The numbers [out, in] of a weight, the scales [out, groups] and the scale of these."""
-    grouped = plain.mapped().astype(np.float32).reshape(plain.shape[0], -1, form.group or plain.shape[1])
+    """What `nearest` gives of a weight."""
+    return nearest(plain.mapped().astype(np.float32), form)
+
+
+def nearest(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
+    """The numbers [out, in] that are nearest to a weight, their scales [out, groups], and the scale of these.
+
+    Args:
+        weight: [out, in] in FP32, whose memory is used up.
+        form: the type, and the inputs that share a scale.
+    """
+    grouped = weight.reshape(weight.shape[0], -1, form.group or weight.shape[1])
     largest = np.float32(form.type.largest)
     # What is not finite shows in the scales, or in FP8 numbers, which are searched for it when they are written.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -71,7 +83,7 @@ def _rounded(plain: StoredTensor, form: PackedLayers) -> tuple[Array, Array, flo
         if form.kind in ("int4", "int8"):
             np.rint(grouped, out=grouped)
         values = grouped.astype(np.int8 if form.kind == "int4" else form.type.array)
-        return values.reshape(plain.shape), scales, outer
+        return values.reshape(weight.shape), scales, outer
 
 
 def _scales(wanted: Array, form: PackedLayers) -> tuple[Array, float]:
@@ -88,29 +100,40 @@ def _scales(wanted: Array, form: PackedLayers) -> tuple[Array, float]:
     return np.clip(wanted / np.float32(outer), _SMALLEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn), outer
 
 
-def rounded(tensors: Mapping[str, StoredTensor], form: PackedLayers) -> Mapping[str, StoredTensor]:
+def rounded(
+    tensors: Mapping[str, StoredTensor], form: PackedLayers, choice: WeightChoice | None = None, *, waits: bool = False
+) -> Mapping[str, StoredTensor]:
     """The tensors of a checkpoint with the weights of its decoder's layers rounded, unless they have the type already.
 
     Args:
         tensors: by canonical name.
         form: the type, and the inputs that share a scale; they divide those of every layer.
+        choice: what samples decided of the weights.
+        waits: whether samples have yet to decide, so that no weight can be read.
 
     Raises:
-        CapaError: a layer's weight is quantized already, to another type.
+        CapaError: a layer's weight is quantized already, to another type, or the choice is of other weights.
     """
-    chosen = {name: tensor for name, tensor in tensors.items() if _LINEARS.fullmatch(name)}
-    for tensor in chosen.values():
-        if isinstance(tensor, QuantizedTensor):
+    chosen = {name: match for name in tensors if (match := _LINEARS.fullmatch(name))}
+    for name in chosen:
+        if isinstance(tensor := tensors[name], QuantizedTensor):
             if not form.type.stays and tensor.quantized().kind == form.kind:
                 return tensors
             raise CapaError(
                 f"{tensor.path}: the checkpoint is quantized already ({tensor.format_name}); leave --quantize away, "
                 "or take the checkpoint it was made from"
             )
-    return MappingProxyType({**tensors, **{name: _of(tensor, form) for name, tensor in chosen.items()}})
+    method = "scaled by activations" if waits or (choice is not None and choice.factors) else "rounded to nearest"
+    plain = () if choice is None else choice.plain
+    if waits:
+        tensors = awaiting_choice(tensors, list(chosen))
+    elif choice is not None:
+        tensors = scaled(tensors, choice)
+    weights = {name: _of(tensors[name], form, method) for name, match in chosen.items() if int(match[1]) not in plain}
+    return MappingProxyType({**tensors, **weights})
 
 
-def _of(plain: StoredTensor, form: PackedLayers) -> RoundedTensor:
+def _of(plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:
     return RoundedTensor(
         name=plain.name,
         path=plain.path,
@@ -120,4 +143,5 @@ def _of(plain: StoredTensor, form: PackedLayers) -> RoundedTensor:
         nbytes=4 * plain.shape[0] * plain.shape[1],
         plain=plain,
         form=form,
+        method=method,
     )

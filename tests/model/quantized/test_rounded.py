@@ -27,7 +27,7 @@ from tests.building import Building
 from tests.conftest import noise
 from tests.quantizing import DECODER_LINEARS, FORMATS, quantize
 
-WORD = "int4:32"
+WORD = "int4:32/rtn"
 
 
 @pytest.fixture
@@ -120,7 +120,8 @@ def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Pa
     ("word", "problem"),
     [
         ("int4:48", "--quantize int4:48: groups of 48 are multiplied nowhere; take one of 32, 64, 128"),
-        ("int5", "--quantize int5: must be none, int4, int8, fp8, nvfp4, or int4 with a group, as int4:64"),
+        ("int5", "--quantize int5: must be none, int4, int8, fp8, nvfp4, or int4 with a group, as int4:64; int4 may"),
+        ("fp8/rtn", "--quantize fp8/rtn: fp8 is always rounded to nearest; say it alone"),
         ("fp8:32", "--quantize fp8:32: FP8 has one scale an output; say fp8 alone"),
         ("nvfp4:32", "--quantize nvfp4:32: NVFP4 has groups of 16; say nvfp4 alone"),
         ("int4:64", "--quantize int4:64: groups of 64 inputs do not divide intermediate_size, 96; choose another"),
