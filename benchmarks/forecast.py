@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.selection.pages.words import table
 from capa_export.base.dims import ModelDims
+from capa_export.base.weight_types import PackedLayers
 from capa_export.config.target import load_target
 from capa_export.model.families import load_family
 from capa_export.plan.device_memory import decoder_bytes
@@ -91,7 +92,7 @@ def _rows() -> Iterator[list[str]]:
     models = _models()
     for one in _PUBLISHED:
         dims = models[one.model]
-        dims = replace(dims, decoder=replace(dims.decoder, packed_group=128))
+        dims = replace(dims, decoder=replace(dims.decoder, packed=PackedLayers(kind="int4", group=128)))
         sizes: dict[str, Any] = {"num_visual": one.visual, "num_text": _TEXT, "schedule": ()}
         total = parameters(dims)
         work = AnswerWork(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 
 __all__ = ["DecoderDims", "ModelDims", "Section", "TextDefaults", "VisionDims", "decoder_dims"]
 
@@ -51,8 +52,8 @@ class DecoderDims:
     """Whether each head's queries and keys are normed before they are rotated."""
     deepstack_layers: int = 0
     """First layers behind which visual tokens gain features of their own from the vision tower."""
-    packed_group: int | None = None
-    """Inputs that share a scale, where graphs hold the weights of the layers as INT4; None where they are plain."""
+    packed: PackedLayers | None = None
+    """What graphs hold the weights of the layers in; None where they are plain."""
 
     @property
     def longest(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from capa_export.base.progress import Report, silent
+from capa_export.base.weight_types import PackedLayers
 from capa_export.model.eager import Eager
 from capa_export.model.eager_plan import EagerPlan, inputs_for
 from capa_export.model.families import Family
@@ -72,7 +73,7 @@ class Activations:
 def choose_factors(
     source: Source,
     prompts: Iterable[Prompt],
-    group: int,
+    form: PackedLayers,
     *,
     scales: bool = True,
     plan: Callable[[Prompt], EagerPlan] = lambda _: EagerPlan(),
@@ -85,7 +86,7 @@ def choose_factors(
     Args:
         source: the checkpoint with its weights plain.
         prompts: what the model is to see; those that fit into memory together are looked at.
-        group: inputs that share a scale.
+        form: the type, and the inputs that share a scale.
         scales: whether factors are looked for at all, or errors of rounding to nearest only measured.
         plan: what is pruned of a prompt meanwhile; nothing by default.
         report: told the progress.
@@ -95,7 +96,7 @@ def choose_factors(
     """
     weights = StoredWeights(source, report)
     model = hollow_model(source, weights)
-    search = _Search(weights, group, scales)
+    search = _Search(weights, form, scales)
     eager = Eager(model, search)
     size = eager.bytes_per_token
     chosen = next(iter(grouped(prompts, lambda prompt: size * len(prompt.input_ids), TOGETHER_BYTES)))
@@ -118,7 +119,7 @@ class _Search:
     """Gives each layer its weights, and looks for its factors when all prompts have been through it."""
 
     weights: WeightSource
-    group: int
+    form: PackedLayers
     scales: bool
     kept: int = 0
     """Tokens that are kept of every prompt."""
@@ -176,40 +177,40 @@ class _Search:
             found = entered[readers[0]]
             factors = torch.ones_like(found.mean)
             if self.scales and divided is not None:
-                factors = best_factors(weights, found, self.group)
+                factors = best_factors(weights, found, self.form)
                 self.factors[layer_name(index, divided)] = factors.numpy()
-            errors += [relative_error(weight, factors, found.rows, self.group) for weight in weights]
+            errors += [relative_error(weight, factors, found.rows, self.form) for weight in weights]
         self.errors.append(fmean(errors))
 
 
-def best_factors(weights: Sequence[Tensor], activations: Activations, group: int) -> Tensor:
+def best_factors(weights: Sequence[Tensor], activations: Activations, form: PackedLayers) -> Tensor:
     """The factors [I] with which rounding changes the outputs least, among powers of the inputs' mean magnitudes.
 
     Args:
         weights: [O, I] each, of the products that read these inputs.
         activations: the inputs.
-        group: inputs that share a scale.
+        form: the type, and the inputs that share a scale.
     """
     mean_I, rows_RI = activations.mean, activations.rows
     best, least = torch.ones_like(mean_I), float("inf")
     for step in range(_STEPS):
         factors_I = mean_I.pow(step / _STEPS).clamp_min(_SMALLEST)
         factors_I /= (factors_I.max() * factors_I.min()).sqrt()
-        loss = sum(_squared_error(weight, factors_I, rows_RI, group) for weight in weights)
+        loss = sum(_squared_error(weight, factors_I, rows_RI, form) for weight in weights)
         if loss < least:
             best, least = factors_I, loss
     return best
 
 
-def relative_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, group: int) -> float:
+def relative_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, form: PackedLayers) -> float:
     """|x W' - x W|^2 / |x W|^2, where W' was rounded with these factors."""
     whole = float((rows_RI @ weight_OI.T).square().sum(dtype=torch.float64))
-    return _squared_error(weight_OI, factors_I, rows_RI, group) / max(whole, 1e-30)
+    return _squared_error(weight_OI, factors_I, rows_RI, form) / max(whole, 1e-30)
 
 
-def _squared_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, group: int) -> float:
-    values, scales = nearest((weight_OI * factors_I).numpy(), group)
-    rounded_OI = torch.from_numpy(values).float().unflatten(1, (-1, group))
-    rounded_OI *= torch.from_numpy(scales)[..., None]
+def _squared_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, form: PackedLayers) -> float:
+    values, scales, outer = nearest((weight_OI * factors_I).numpy(), form)
+    rounded_OI = torch.from_numpy(values.astype(np.float32)).unflatten(1, (scales.shape[1], -1))
+    rounded_OI *= torch.from_numpy(scales.astype(np.float32))[..., None] * outer
     change_OI = (rounded_OI.flatten(1) / factors_I).sub_(weight_OI)
     return float((rows_RI @ change_OI.T).square().sum(dtype=torch.float64))

@@ -9,7 +9,7 @@ from capa_export.base.code import versions
 from capa_export.base.progress import say, tracked
 from capa_export.bundle.store import Bundle, digest_of, run_stage
 from capa_export.config.options import BuildOptions
-from capa_export.config.quantization import looks_at_samples, rounding_group
+from capa_export.config.quantization import looks_at_samples, rounding
 from capa_export.config.recipe import ranges
 from capa_export.data.samples import JUDGES, samples_from
 from capa_export.model.generation import eos_token_ids
@@ -55,8 +55,8 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     Raises:
         CapaError: a sample cannot be used, or what came with a given calibration is not for this model.
     """
-    group = rounding_group(model.recipe.quantize)
-    if model.choice is not None or group is None or not model.recipe.decided_by_samples:
+    form = rounding(model.recipe.quantize)
+    if model.choice is not None or form is None or not model.recipe.decided_by_samples:
         return
     model.remember_digests(bundle)
     if options.calibration is not None:
@@ -74,7 +74,7 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
         seen = tracked(samples, "choose weights: look at pictures", samples.count, model.report)
         prompts = (model.prompter.chat(sample.turns) for sample in seen)
         scales = looks_at_samples(model.recipe.quantize)
-        choice = choose_factors(full.source, prompts, group, scales=scales, report=model.report)
+        choice = choose_factors(full.source, prompts, form, scales=scales, report=model.report)
         if not model.recipe.auto_precision:
             return choice
         from capa_export.calibrate.plain_layers import choose_plain

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import Precision
 from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
+from capa_export.base.weight_types import WEIGHT_TYPES, PackedLayers
 
 __all__ = ["Device", "DimRange", "Engine", "Target", "load_target", "version_parts"]
 
@@ -50,7 +51,7 @@ class Engine(Settings):
     possible_compute_capabilities: tuple[str, ...] = ()
     """All that this runtime can build our graphs for; none named where the device builds for itself."""
     precisions: tuple[Precision, ...]
-    weight_types: tuple[Literal["int4"], ...] = ()
+    weight_types: tuple[Literal["int4", "int8", "fp8"], ...] = ()
     """What weights of few bits it multiplies as they are stored."""
     limits_of: str | None = None
     """Target whose limits hold where these are silent."""
@@ -58,6 +59,15 @@ class Engine(Settings):
     """Limits per symbolic dimension."""
     values: dict[str, DimRange] = Field(default_factory=dict)
     """Limits per element of the inputs whose values are sizes."""
+
+    @model_validator(mode="after")
+    def _gpus_have_weight_types(self) -> "Engine":
+        for kind in self.weight_types:
+            first = WEIGHT_TYPES[kind].first_capability
+            if early := [gpu for gpu in self.compute_capabilities if version_parts(gpu) < first]:
+                least = ".".join(map(str, first))
+                raise ValueError(f"weight_types: {kind} needs compute capability {least}, not {', '.join(early)}")
+        return self
 
     @model_validator(mode="after")
     def _runtime_builds_there(self) -> "Engine":
@@ -125,18 +135,32 @@ class Target(Settings):
                 ExitCode.USAGE,
             )
 
-    def require_packed_weights(self) -> None:
-        """Refuse INT4 weights where the target does not list them.
+    def require_packed_weights(self, packed: PackedLayers | None) -> None:
+        """Refuse weights of few bits of a type that the target does not list.
 
         Raises:
             CapaError: the engine of this target would not multiply with them.
         """
-        if self.engine is not None and "int4" not in self.engine.weight_types:
+        if packed is None or self.engine is None or packed.kind in self.engine.weight_types:
+            return
+        refused = f"target {self.name} does not take {packed.type.name} weights"
+        others = " or ".join(f"--quantize {kind}" for kind in (*self.engine.weight_types, "none"))
+        if not packed.type.in_engines:
             raise CapaError(
-                f"target {self.name} does not take INT4 weights; build with --quantize none, or say in its [engine] "
-                'that it does: weight_types = ["int4"]',
+                f"{refused}, which TensorRT dequantizes at every run; build with {others}, or with --target onnx",
                 ExitCode.USAGE,
             )
+        first, gpus = packed.type.first_capability, self.engine.compute_capabilities
+        if early := [gpu for gpu in gpus if version_parts(gpu) < first]:
+            raise CapaError(
+                f"{refused}: compute capability {', '.join(early)} has none; build with {others}, or for a target of "
+                f"your own whose GPUs are {'.'.join(map(str, first))} and later",
+                ExitCode.USAGE,
+            )
+        raise CapaError(
+            f'{refused}; build with {others}, or say in its [engine] that it does: weight_types = ["{packed.kind}"]',
+            ExitCode.USAGE,
+        )
 
     def dim(self, name: str) -> DimRange:
         """Limits of a symbolic dimension; `past_kept_1` has those of `past_kept` unless it has its own.

@@ -18,14 +18,22 @@ from capa_export.base.disk import check_disk, disk_guard
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import replacing
 from capa_export.base.precision import FORMATS
+from capa_export.base.weight_types import WEIGHT_TYPES
 from capa_export.export.in_place import Shards
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, Progress, StoredTensor
-from capa_export.model.quantized.packed import BlockForm, input_scales, packed_scales, packed_values, packed_zeros
+from capa_export.model.quantized.packed import (
+    BlockForm,
+    input_scales,
+    outer_scale,
+    packed_scales,
+    packed_values,
+    packed_zeros,
+)
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import QuantizedWeight
 from capa_export.model.source import EMBEDDING
 from capa_export.model.tensors import checked_shape, unbound
-from capa_export.passes.pack_weights import input_scale_name, packed_name, scale_name, zero_name
+from capa_export.passes.pack_weights import input_scale_name, outer_name, packed_name, scale_name, zero_name
 
 __all__ = [
     "WrittenWeights",
@@ -117,11 +125,14 @@ class _SourceTensor(ir.LazyTensor):
 
 
 class _PackedTensor(_SourceTensor):
-    """A source of INT4 numbers, written two an octet."""
+    """A source of numbers of few bits, written as they are."""
 
     def _whole(self) -> ir.TensorProtocol:
         assert isinstance(self.source, _Computed)
-        return ir.Tensor(self.source.read(), dtype=self.dtype, name=self.name)
+        numbers = self.source.read()
+        if self.dtype == ir.DataType.FLOAT8E4M3FN and ((numbers.view(np.uint8) & 127) == 127).any():
+            raise _not_finite(self.source)
+        return ir.Tensor(numbers, dtype=self.dtype, name=self.name)
 
     def blocks(self) -> Iterator[memoryview]:
         yield memoryview(self._whole().tobytes())
@@ -151,10 +162,7 @@ class _ConvertedTensor(_SourceTensor):
             # Without their sign bit, floats order as integers do, and only infinities and NaN reach `infinity`.
             largest = max(largest, (chunk.view(bits) & magnitude).max())
             if largest >= infinity:
-                raise CapaError(
-                    f"{self.source.path}: tensor {self.source.name} holds NaN or infinity; the weights are "
-                    "damaged, download or re-save them"
-                )
+                raise _not_finite(self.source)
             with np.errstate(over="ignore"):
                 yield chunk.astype(self.dtype.numpy())
         self._check_range(float(largest.view(self.source.dtype.numpy())))
@@ -171,6 +179,12 @@ class _ConvertedTensor(_SourceTensor):
 
     def blocks(self) -> Iterator[memoryview]:
         return (chunk.view(np.uint8).data for chunk in self.chunks())
+
+
+def _not_finite(source: StoredTensor | _Computed) -> CapaError:
+    return CapaError(
+        f"{source.path}: tensor {source.name} holds NaN or infinity; the weights are damaged, download or re-save them"
+    )
 
 
 def _read_ahead(blocks: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -203,7 +217,7 @@ def bind(
         dtype: for the initializers that have no dtype of their own.
         data_path: the external data file.
         extra: arrays that are not in the checkpoint, by initializer name.
-        packed: those of the checkpoint whose places `PackWeightsPass` has given to INT4 numbers.
+        packed: those of the checkpoint whose places `PackWeightsPass` has given to numbers of few bits.
         shards: where weights that need no conversion stay; without it all of them are written.
         progress: called with a tensor's name, bytes written, bytes in all.
 
@@ -293,12 +307,21 @@ def _packed_parts(name: str, tensor: QuantizedTensor) -> Iterator[_Computed]:
     num_outputs, num_inputs = tensor.shape
     form = tensor.block_form()
     assert isinstance(form, BlockForm)
-    numbers, groups = (num_inputs, num_outputs), (num_inputs // form.group, num_outputs)
+    kind, full = WEIGHT_TYPES[form.kind], ir.DataType.FLOAT
+    fp4 = form.kind == "nvfp4"
+    numbers, groups = (num_inputs, num_outputs // 2 if fp4 else num_outputs), num_inputs // (form.group or num_inputs)
+    by_group = (groups, num_outputs)
     for part, read, dtype, shape in (
-        (packed_name(name), packed_values, ir.DataType.INT4, numbers),
-        (scale_name(name), packed_scales, ir.DataType.FLOAT, groups),
-        (zero_name(name), packed_zeros, ir.DataType.FLOAT, groups),
-        (input_scale_name(name), input_scales, ir.DataType.FLOAT, (num_inputs,)),
+        (packed_name(name), packed_values, ir.DataType[kind.onnx], numbers),
+        (
+            scale_name(name),
+            packed_scales,
+            ir.DataType.FLOAT8E4M3FN if fp4 else full,
+            by_group if form.group else (num_outputs,),
+        ),
+        (outer_name(name), outer_scale, full, ()),
+        (zero_name(name), packed_zeros, full, by_group),
+        (input_scale_name(name), input_scales, full, (num_inputs,)),
     ):
         yield _Computed(name=part, read=partial(_read, tensor, read), dtype=dtype, shape=shape, path=tensor.path)
 
@@ -316,7 +339,7 @@ def _convert(value: ir.Value, source: StoredTensor | _Computed, dtype: ir.DataTy
     assert value.name is not None
     shape = checked_shape(value, source)
     target = dtype if value.dtype is None else value.dtype
-    if target == ir.DataType.INT4:
+    if target not in _SAFETENSORS_DTYPES:
         return _PackedTensor(source, target, shape, value.name)
     assert target in _SAFETENSORS_DTYPES and source.dtype in _SAFETENSORS_DTYPES, (value.name, target, source.dtype)
     return _ConvertedTensor(source, target, shape, value.name)

@@ -201,7 +201,7 @@ def _graphs(
 
 
 def _pack(models: Mapping[str, ir.Model], source: Source) -> dict[str, QuantizedTensor]:
-    """Let INT4 numbers stand for weights in all of the decoder's graphs, where they can; returns these weights."""
+    """Let numbers of few bits stand for weights in all of the decoder's graphs, where they can; returns the weights."""
     packed = source.block_forms()
     for model in models.values():
         weights = {name: model.graph.initializers.get(name) for name in packed}
@@ -216,7 +216,7 @@ def _pack(models: Mapping[str, ir.Model], source: Source) -> dict[str, Quantized
 def _form(name: str, form: BlockForm, known: dict[bytes, str]) -> PackedForm:
     """How the pass packs a weight; `known` are factors of inputs by their bytes, so that equal ones are stored once."""
     scale = None if form.input_scale is None else known.setdefault(form.input_scale, input_scale_name(name))
-    return PackedForm(group=form.group, input_scale=scale, has_zeros=form.has_zeros)
+    return PackedForm(kind=form.kind, group=form.group, input_scale=scale, has_zeros=form.has_zeros)
 
 
 def _alphas(scales: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What became of a checkpoint's quantized layers in the graphs: kept in four bits, or expanded, and why."""
+"""What became of a checkpoint's quantized layers in the graphs: kept in few bits, or expanded, and why."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from capa_export.base.weight_types import WEIGHT_TYPES
 from capa_export.config.recipe import ranges
 from capa_export.model.quantized.tensor import QuantizedTensor, quantization
 from capa_export.model.source import Source
@@ -14,7 +15,6 @@ from capa_export.passes.pack_weights import packed_forms
 __all__ = ["packing", "packing_words"]
 
 _SCORED = "a score reads them whole"
-_AS_ASKED = "as asked"
 
 
 def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
@@ -33,6 +33,7 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
         "layers": said,
         "packed": len(forms),
         "plain": [] if source.choice is None else list(source.choice.plain),
+        "type": next((form.kind for form in forms.values()), None),
         "group": next((form.group for form in forms.values()), None),
         "expanded": dict(sorted(Counter(reasons).items())),
     }
@@ -40,15 +41,13 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
 
 def _why(source: Source, tensor: QuantizedTensor) -> str:
     """Why a layer was expanded."""
-    if source.quantize == "none":
-        return _AS_ASKED
-    form = tensor.block_form()
+    form = source.form_of(tensor)
     return form if isinstance(form, str) else _SCORED
 
 
 def packing_words(packing: dict[str, Any], precision: str) -> str:
     """The same in words."""
-    kept = [f"{packing['packed']} kept in 4 bits"] if packing["packed"] else []
+    kept = [f"{packing['packed']} kept in {WEIGHT_TYPES[packing['type']].bits} bits"] if packing["packed"] else []
     gone = [f"{count} expanded to {precision} ({reason})" for reason, count in packing["expanded"].items()]
     plain = f"; decoder layers {ranges(packing['plain'])} stay {precision}" if packing.get("plain") else ""
     return f"{packing['layers']}: {', '.join([*kept, *gone])}{plain}; inputs not quantized"

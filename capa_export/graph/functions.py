@@ -1,6 +1,7 @@
 """The CAPA operators as ONNX functions of domain `capa`: any runtime runs their bodies.
 
 T = prompt tokens, K = tokens kept, X = text tokens, D = hidden size, H = query heads, G = KV heads, d = head size.
+Of a weight, I = inputs, O = outputs, G = groups of g inputs.
 """
 
 from functools import cache
@@ -10,12 +11,15 @@ import onnx_ir as ir
 
 from capa_export.graph.opset import OPSET
 
-__all__ = ["DOMAIN", "FUNCTIONS", "KEEP_TEXT", "PLUGIN", "parse_function"]
+__all__ = ["DOMAIN", "FP4_GROUP", "FP4_WEIGHT", "FUNCTIONS", "KEEP_TEXT", "PLUGIN", "parse_function"]
 
 DOMAIN = "capa"
 
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 """Attributes of every node: what its TensorRT plugin is registered as."""
+
+FP4_GROUP = 16
+"""Inputs of an NVFP4 weight that share a scale."""
 
 _CONTRIBUTION_SCORE = """
 ContributionScore <scale> (query, key, value, output_weight, text_positions) => (scores) {
@@ -149,6 +153,37 @@ KeepText (amounts, text_positions) => (scores) {
 }
 """
 
+_FP4_WEIGHT = """
+FP4Weight (numbers, scales, outer) => (weight) {
+    # Numbers [I, O] of two an octet, the first in the low bits: a sign, two bits of exponent and one of mantissa. Of
+    # every 16 inputs and an output, one scale: FP8 under one of FP32.
+    low_bits = Constant <value = uint8 {15}> ()
+    half_octet = Constant <value = uint8 {4}> ()
+    even_codes = BitwiseAnd (numbers, low_bits)
+    odd_codes = BitShift <direction = "RIGHT"> (numbers, half_octet)
+    last_axis = Constant <value_ints = [-1]> ()
+    even = Unsqueeze (even_codes, last_axis)
+    odd = Unsqueeze (odd_codes, last_axis)
+    pairs = Concat <axis = -1> (even, odd)
+    index = Cast <to = 6> (pairs)
+    meant = Constant <value = float[16] {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0, -0.5, -1, -1.5, -2, -3, -4, -6}> ()
+    values = Gather (meant, index)
+    # No DequantizeLinear: ONNX Runtime would not compute that once, when the file is opened.
+    scales_wide = Cast <to = 1> (scales)
+    scales_GO = Mul (scales_wide, outer)
+    middle_axis = Constant <value_ints = [1]> ()
+    scales_G1O = Unsqueeze (scales_GO, middle_axis)
+    num_groups = Shape <start = 0, end = 1> (scales)
+    num_outputs = Shape <start = 1, end = 2> (scales)
+    in_group = Constant <value_ints = [16]> ()
+    by_group = Concat <axis = 0> (num_groups, in_group, num_outputs)
+    values_GgO = Reshape (values, by_group)
+    scaled_GgO = Mul (values_GgO, scales_G1O)
+    whole = Concat <axis = 0> (last_axis, num_outputs)
+    weight = Reshape (scaled_GgO, whole)
+}
+"""
+
 
 @cache
 def parse_function(text: str) -> ir.Function:
@@ -164,3 +199,4 @@ FUNCTIONS: dict[str, ir.Function] = {
 """Those that have kernels."""
 
 KEEP_TEXT = parse_function(_KEEP_TEXT)
+FP4_WEIGHT = parse_function(_FP4_WEIGHT)

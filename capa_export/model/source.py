@@ -8,13 +8,14 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
-from capa_export.config.quantization import check_groups, looks_at_samples, rounding_group
+from capa_export.base.weight_types import WEIGHT_TYPES, PackedLayers
+from capa_export.config.quantization import check_groups, looks_at_samples, rounding
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.choice import WeightChoice
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
-from capa_export.model.quantized.rounded import rounded
+from capa_export.model.quantized.rounded import RoundedTensor, rounded
 from capa_export.model.quantized.tensor import QuantizedTensor
 
 __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
@@ -61,19 +62,21 @@ class Source:
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
         tensors = checkpoint.renamed(family.RENAMES)
         _check_depth(checkpoint, dims, [canonical_name(name, family.RENAMES) for name in checkpoint.names])
-        if (group := rounding_group(quantize)) is not None:
+        if (form := rounding(quantize)) is not None:
             check_groups(quantize, dims.decoder)
-            tensors = rounded(tensors, group, choice, waits=choice is None and looks_at_samples(quantize))
+            tensors = rounded(tensors, form, choice, waits=choice is None and looks_at_samples(quantize))
         if dims.decoder.ties_missing_head:
             tensors = tied(tensors)
         source = cls(checkpoint, family, dims, tensors, quantize, choice)
-        group = next((form.group for form in source.block_forms().values()), None)
-        return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed_group=group)))
+        kept = next(iter(source.block_forms().values()), None)
+        packed = None if kept is None else PackedLayers(kind=kept.kind, group=kept.group)
+        return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed=packed)))
 
     @property
     def rounds(self) -> bool:
         """Whether weights are rounded that the checkpoint has plain."""
-        return rounding_group(self.quantize) is not None
+        published = any(not isinstance(tensor, RoundedTensor) for tensor in self.quantized.values())
+        return rounding(self.quantize) is not None and not published
 
     @property
     def quantized(self) -> Mapping[str, QuantizedTensor]:
@@ -81,11 +84,18 @@ class Source:
         return {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, QuantizedTensor)}
 
     def block_forms(self) -> Mapping[str, BlockForm]:
-        """The forms of those that graphs are to hold as INT4, by the graph's names."""
-        if self.quantize == "none":
-            return {}
-        forms = {name: tensor.block_form() for name, tensor in self.quantized.items()}
+        """The forms of those that graphs are to hold in few bits, by the graph's names."""
+        forms = {name: self.form_of(tensor) for name, tensor in self.quantized.items()}
         return {name: form for name, form in forms.items() if isinstance(form, BlockForm)}
+
+    def form_of(self, tensor: QuantizedTensor) -> BlockForm | str:
+        """How graphs hold a quantized tensor in few bits, or why they do not."""
+        if self.quantize == "none":
+            return "as asked"
+        form, asked = tensor.block_form(), rounding(self.quantize)
+        if isinstance(form, str) or WEIGHT_TYPES[form.kind].stays or (asked and asked.kind == form.kind):
+            return form
+        return f"{WEIGHT_TYPES[form.kind].name} stays where --quantize {form.kind} is given"
 
 
 def _check_depth(checkpoint: Checkpoint, dims: ModelDims[Any], names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import InlinePass
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.graph.functions import DOMAIN, FUNCTIONS, PLUGIN
 from capa_export.passes.cache_blocks import CacheBlocksPass
+from capa_export.passes.distinct_inputs import DistinctInputsPass
 from capa_export.passes.external_weights import ExternalWeightsPass, movable_weights
 from capa_export.passes.lower import NATIVE, LowerPass
 
@@ -62,7 +63,7 @@ def prepare(
     passes: list[ir.passes.PassBase] = [CacheBlocksPass()]
     if version is not None and version < NATIVE:
         passes += [LowerPass(version), InlineBodiesPass(plugins=plugins)]
-    passes.append(DecomposableAttentionPass())
+    passes += [DecomposableAttentionPass(), DistinctInputsPass()]
     ir.passes.Sequential(*passes)(model)
     weights = movable_weights(model) if external_weights else []
     if external_weights:

@@ -6,6 +6,7 @@ B = batch, T = queries, L = keys, H = query heads, G = KV heads, r = H / G, d = 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from capa_export.passes.pack_weights import packed_forms
 from capa_export.passes.stand_ins import replace_by_bodies
 
 __all__ = ["NATIVE", "LowerPass"]
@@ -15,7 +16,7 @@ NATIVE = (10, 15)
 _OPSET, _IR_VERSION = 20, 10
 """The latest that TensorRT 10.0 to 10.3 are documented to read."""
 _BLOCKS = 21
-"""The first that has blocks of INT4, which their parsers read in any."""
+"""The first that has scales of blocks, which their parsers read in any."""
 _UNKNOWN = ("Attention", "RotaryEmbedding", "RMSNormalization", "CumSum")
 
 _RMS_NORMALIZATION = """
@@ -138,7 +139,7 @@ class LowerPass(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         # For the numbers of heads.
         ShapeInferencePass()(model)
-        packed = any(value.dtype == ir.DataType.INT4 for value in model.graph.initializers.values())
+        packed = bool(packed_forms(model.graph))
         opset = _BLOCKS if packed else _OPSET
         for graph in graphs:
             graph.opset_imports[""] = opset

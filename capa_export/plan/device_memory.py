@@ -165,19 +165,23 @@ def choose_weights(
         memory: bytes that it has, if that is known.
 
     Raises:
-        CapaError: the target lacks a limit that the model's graphs need, or INT4 weights are to be external.
+        CapaError: the target lacks a limit that the model's graphs need, or weights of few bits are to be external.
     """
-    packed = dims.decoder.packed_group is not None
+    packed = dims.decoder.packed
     if packed and asked == "external":
         raise CapaError(
-            "--weights external: as inputs of an engine, INT4 weights would be dequantized at every step by a kernel "
-            "of their own; leave it away, or build with --quantize none",
+            f"--weights external: as inputs of an engine, {packed.type.name} weights would be dequantized at every "
+            "step by a kernel of their own; leave it away, or build with --quantize none",
             ExitCode.USAGE,
         )
     if asked != "auto":
         return asked, "as asked"
     if packed:
-        return "embedded", "INT4 weights are multiplied as they are stored only where the engine has them as constants"
+        name = packed.type.name
+        return (
+            "embedded",
+            f"{name} weights are multiplied as they are stored only where the engine has them as constants",
+        )
     total, width = parameters(dims), FORMATS[precision].num_bytes
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", "external"))
     if decoder_bytes(total, width) > EMBEDDED_LIMIT:

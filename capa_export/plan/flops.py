@@ -112,9 +112,11 @@ class Parameters:
     decoder: int
     """Layers and last norm."""
     packed: int
-    """Those of the layers that graphs hold as INT4."""
-    packed_group: int | None
-    """Their inputs that share a scale."""
+    """Those of the layers that graphs hold in few bits."""
+    packed_bytes: int
+    """Bytes of their numbers, and of scales that are FP8."""
+    packed_scales: int
+    """Their scales that are plain numbers."""
     lm_head: int
     """0 when tied."""
     vision: int
@@ -128,8 +130,7 @@ class Parameters:
         Args:
             width: bytes of a number that is not packed.
         """
-        scales = self.packed // self.packed_group if self.packed_group else 0
-        return (self.decoder - self.packed + scales) * width + self.packed // 2
+        return (self.decoder - self.packed + self.packed_scales) * width + self.packed_bytes
 
 
 def flops(
@@ -304,11 +305,19 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
     embedding = decoder.vocab_size * size
     lm_head = 0 if decoder.tie_word_embeddings else embedding
     total = embedding + layers + lm_head + dims.vision.num_parameters
+    packed, packed_bytes, scales = 0, 0, 0
+    if (form := decoder.packed) is not None:
+        outputs = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim + 2 * (size + inner)
+        packed, packed_bytes = linear, linear * form.type.bits // 8
+        scales = linear // form.group if form.group else decoder.num_layers * outputs
+        if not form.type.in_engines:
+            packed_bytes, scales = packed_bytes + scales, 0
     return Parameters(
         embedding=embedding,
         decoder=layers,
-        packed=0 if decoder.packed_group is None else linear,
-        packed_group=decoder.packed_group,
+        packed=packed,
+        packed_bytes=packed_bytes,
+        packed_scales=scales,
         lm_head=lm_head,
         vision=dims.vision.num_parameters,
         total=total,

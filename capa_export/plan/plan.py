@@ -11,8 +11,9 @@ from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.base.precision import FORMATS
+from capa_export.base.weight_types import PackedLayers
 from capa_export.calibrate.sums import CALIBRATION, Calibration
-from capa_export.config.quantization import check_groups, rounding_group
+from capa_export.config.quantization import check_groups, rounding
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
@@ -101,10 +102,12 @@ def dry_run(
     form = find_format(config, where)
     dims = load_family(recipe.family).model_dims(config, where=where)
     check_groups(recipe.quantize, dims.decoder)
-    group = rounding_group(recipe.quantize) or (None if recipe.quantize == "none" else int4_group(form))
-    if group is not None and target is not None:
-        target.require_packed_weights()
-    dims = replace(dims, decoder=replace(dims.decoder, packed_group=group))
+    packed = rounding(recipe.quantize)
+    if packed is None and recipe.quantize != "none" and (group := int4_group(form)) is not None:
+        packed = PackedLayers(kind="int4", group=group)
+    if target is not None:
+        target.require_packed_weights(packed)
+    dims = replace(dims, decoder=replace(dims.decoder, packed=packed))
     check_layers(recipe, dims.decoder.num_layers)
     room_options: dict[str, Any] = {
         "target": target,
@@ -249,7 +252,7 @@ def _device(
         return device_memory(dims, precision, weights or "external", target, cache).total
 
     held = device_memory(dims, precision, weights or "external", target, cache)
-    may_share = dims.decoder.packed_group is None
+    may_share = dims.decoder.packed is None
     remedies = {
         "--weights external": needed(precision, "external") if may_share and weights == "embedded" else held.total,
         "--precision fp16": needed("fp16", weights) if precision == "fp32" else held.total,
@@ -305,7 +308,7 @@ def _refusals(
     makers = {_ENGINES: f"engine/{target.name}", _REFERENCE: "validate"}
     files = {**plan["files"], _REFERENCE: copy}
     missing = {name: n for name, n in files.items() if makers.get(name, "export") not in done}
-    return refusals + _disk_refusals(missing, out, may_share=dims.decoder.packed_group is None)
+    return refusals + _disk_refusals(missing, out, may_share=dims.decoder.packed is None)
 
 
 def _no_room(device: Mapping[str, Any], target: Target) -> str:
@@ -364,7 +367,7 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
     external = _engine_bytes(total, width, "external")
     remedy = (
         f"build with --weights external, which takes {external / 1e9:.1f} GB"
-        if weights == "embedded" and external <= available and total.packed_group is None
+        if weights == "embedded" and external <= available and not total.packed
         else "end other programs, or build on a larger machine"
     )
     return (

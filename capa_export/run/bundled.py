@@ -6,6 +6,7 @@ from typing import Any
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
+from capa_export.base.weight_types import PackedLayers
 from capa_export.bundle.store import ONNX, Bundle
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import recipe_of
@@ -48,7 +49,10 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
     dims = family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
     packing = bundle.manifest["stages"].get("export", {}).get("result", {}).get("packing") or {}
-    return replace(dims, decoder=replace(dims.decoder, packed_group=packing.get("group")))
+    packed = None
+    if packing.get("packed"):
+        packed = PackedLayers(kind=packing.get("type", "int4"), group=packing["group"])
+    return replace(dims, decoder=replace(dims.decoder, packed=packed))
 
 
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:

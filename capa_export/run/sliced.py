@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from capa_export.base.weight_types import WEIGHT_TYPES
 from capa_export.config.parts import layer_of
 from capa_export.run.onnx import NUMPY_TYPES
 
@@ -24,6 +25,7 @@ Feed = Mapping[str, np.ndarray]
 
 _DTYPES = {name: ir.DataType.from_numpy(np.dtype(dtype)) for name, dtype in NUMPY_TYPES.items()}
 _TYPES = {dtype: name for name, dtype in _DTYPES.items()}
+_FEW_BITS = {ir.DataType[kind.onnx] for kind in WEIGHT_TYPES.values()} | {ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class SlicedSession:
         for value in graph.inputs:
             value.type = value.type or ir.TensorType(_DTYPES[self._types[str(value.name)]])
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=[*self.model.functions.values()])
-        # ONNX Runtime takes no INT4 as input; a layer's is little enough to go with its graph.
+        # ONNX Runtime fuses products with constants of few bits only; a layer's are little enough to go with its graph.
         weights = self._read(_fed_weights(model))
         session = self.connect(ir.to_proto(_with_inputs(model, weights)))
         self._types |= {entry.name: entry.type for entry in session.get_outputs()}
@@ -188,8 +190,8 @@ def _with_inputs(model: ir.Model, weights: Iterable[str]) -> ir.Model:
 
 
 def _fed_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:
-    """The lazy weights that are numbers of whole bytes."""
-    return {name: tensor for name, tensor in _lazy_weights(model).items() if tensor.dtype.bitwidth >= 8}
+    """The lazy weights that are plain numbers."""
+    return {name: tensor for name, tensor in _lazy_weights(model).items() if tensor.dtype not in _FEW_BITS}
 
 
 def _lazy_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:

@@ -66,8 +66,7 @@ def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -
     """
     if target.engine is None:
         return
-    if decoder.packed_group is not None:
-        target.require_packed_weights()
+    target.require_packed_weights(decoder.packed)
     _refuse_library(target, options.plugin_library)
     if target.engine.built == "on-device":
         choose_device_plugins(options.plugins, options.precision, decoder)
@@ -106,8 +105,7 @@ def build_engines(
     engine = target.require_engine()
     bundle.verify("export", weights=False)
     precision, dims = bundle.stage("export")["result"]["precision"], bundled_dims(bundle)
-    if dims.decoder.packed_group is not None:
-        target.require_packed_weights()
+    target.require_packed_weights(dims.decoder.packed)
     where, reason = choose_weights(dims, precision, weights, target)
     if engine.built == "on-device":
         result = _write_kit(bundle, target, where, plugins, report)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from capa_export.base.weight_types import PackedLayers
 from capa_export.calibrate.activation_aware import Activations, best_factors, choose_factors, relative_error
 from capa_export.config.recipe import load_recipe
 from capa_export.data.samples import samples_from
@@ -21,6 +22,7 @@ from tests.conftest import noise
 from tests.models import FAMILIES
 
 GROUP = 32
+FORM = PackedLayers(kind="int4", group=GROUP)
 
 
 def rounded(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -61,9 +63,9 @@ def test_the_factors_are_those_of_the_least_error_among_powers_of_mean_magnitude
         losses.append((sum(float(((rows @ change.T) ** 2).sum()) for change in changes), factors))
     best = int(np.argmin([loss for loss, _ in losses]))
     assert 0 < best < 19 and losses[best][0] < 0.5 * losses[0][0]
-    found = best_factors(weights, activations, GROUP)
+    found = best_factors(weights, activations, FORM)
     assert np.allclose(found.numpy(), losses[best][1], rtol=1e-4)
-    errors = [relative_error(weight, found, torch.from_numpy(rows).float(), GROUP) for weight in weights]
+    errors = [relative_error(weight, found, torch.from_numpy(rows).float(), FORM) for weight in weights]
     whole = [float(((rows @ weight.double().numpy().T) ** 2).sum()) for weight in weights]
     lost = sum(error * size for error, size in zip(errors, whole, strict=True))
     assert lost == pytest.approx(losses[best][0], rel=1e-3)
@@ -74,7 +76,7 @@ def test_inputs_that_are_always_zero_have_finite_factors() -> None:
     activations.kept = [rows.index_fill(1, torch.arange(8), 0) for rows in activations.kept]
     assert activations.sums is not None
     activations.sums[:8] = 0
-    found = best_factors(weights, activations, GROUP)
+    found = best_factors(weights, activations, FORM)
     assert found.isfinite().all() and (found > 0).all() and found.max() * found.min() == pytest.approx(1, rel=1e-4)
 
 
@@ -93,12 +95,12 @@ def test_every_place_of_every_family_has_factors_of_what_its_readers_are_given(n
         noise(56 + 56 * index, 84, index).save(tmp_path / f"{index}.png")
     samples = samples_from(tmp_path, load_recipe("qwen25vl"), 3, split="train")
     prompts = [prompter.chat(sample.turns) for sample in samples]
-    choice = choose_factors(source, prompts, GROUP)
+    choice = choose_factors(source, prompts, FORM)
     names = {layer_name(index, module) for index in range(source.dims.decoder.num_layers) for module in PLACES}
     assert set(choice.factors) == names and len(choice.errors) == source.dims.decoder.num_layers
-    again = choose_factors(source, prompts, GROUP)
+    again = choose_factors(source, prompts, FORM)
     assert again.digest() == choice.digest() and again.errors == choice.errors
-    nearest = choose_factors(source, prompts, GROUP, scales=False)
+    nearest = choose_factors(source, prompts, FORM, scales=False)
     assert not nearest.factors
     assert sum(choice.errors) < sum(nearest.errors)
 

@@ -1,9 +1,10 @@
-"""Faults in weights of four bits fail the gates, and a bisection names the layer; a healthy export passes."""
+"""Faults in weights of few bits fail the gates, and a bisection names the layer; a healthy export passes."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,7 +14,7 @@ from capa_export.config.schedule import Prune, Stage
 from capa_export.model.model import Model
 from capa_export.parity.oracle import Oracle
 from capa_export.parity.validate import compare_onnx
-from capa_export.passes.pack_weights import packed_name, scale_name, zero_name
+from capa_export.passes.pack_weights import outer_name, packed_name, scale_name, zero_name
 from tests.models.qwen25vl import random_model, save_model
 from tests.parity.test_bisect import SCALES, Exported, recorded, write_onnx
 from tests.quantizing import FORMATS, quantize
@@ -71,7 +72,31 @@ def by_slots(numbers: Any) -> Any:
     return numbers[:, places]
 
 
+def by_inputs(model: ir.Model) -> None:
+    """The scales that the inputs would have, in the places of the outputs'."""
+    numbers = model.graph.initializers[packed_name(WEIGHT)].const_value
+    assert numbers is not None
+    sizes = np.abs(numbers.numpy().astype(np.float32)).max(1) / 127
+    change(scale_name(WEIGHT), lambda s: s.mean() * sizes[: len(s)])(model)
+
+
+def in_other_half(octets: Any) -> Any:
+    octets = octets.astype(np.uint8)
+    return octets >> 4 | octets << 4
+
+
+def as_e5m2(numbers: Any) -> Any:
+    return numbers.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).view(ml_dtypes.float8_e5m2)
+
+
 FAULTS = {
+    "INT8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), "int8"),
+    "INT8: scales of the wrong axis": (by_inputs, "int8"),
+    "FP8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), "fp8"),
+    "FP8: bits of E5M2": (change(packed_name(WEIGHT), as_e5m2), "fp8"),
+    "NVFP4: nibbles swapped": (change(packed_name(WEIGHT), in_other_half), "nvfp4"),
+    "NVFP4: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "nvfp4"),
+    "NVFP4: outer scale ignored": (change(outer_name(WEIGHT), np.ones_like), "nvfp4"),
     "nibbles swapped": (
         change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
         "int4:32/rtn",
@@ -92,7 +117,7 @@ def failures(exported: Exported, folder: Path) -> list[str]:
     return [check.failure for error in found.export_error for check in error.checks if check.failure]
 
 
-@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32/rtn", "GPTQ desc_act"], indirect=True)
+@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32/rtn", "GPTQ desc_act", "int8", "fp8", "nvfp4"], indirect=True)
 def test_a_healthy_export_passes(healthy: Exported) -> None:
     assert failures(healthy, healthy.folder / "fp16") == []
     assert not healthy.bisected(healthy.folder / "fp16").node

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.forecast import PAGE, page
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 from capa_export.cli import main
 from capa_export.config.target import Device, load_target
 from capa_export.plan.device_memory import decoder_bytes
@@ -49,7 +50,7 @@ def test_nothing_is_forecast_without_a_data_sheet() -> None:
 def test_a_step_reads_the_layers_and_the_head() -> None:
     total = parameters(SEVEN)
     assert decoder_bytes(total, 2) == 2 * (total.decoder + total.lm_head)
-    packed = parameters(replace(SEVEN, decoder=replace(SEVEN.decoder, packed_group=128)))
+    packed = parameters(replace(SEVEN, decoder=replace(SEVEN.decoder, packed=PackedLayers(kind="int4", group=128))))
     linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     rest = total.decoder - linear + total.lm_head
     assert decoder_bytes(packed, 2) == linear // 2 + 2 * (linear // 128) + 2 * rest

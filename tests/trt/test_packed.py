@@ -1,4 +1,4 @@
-"""TensorRT-RTX multiplies with INT4 weights as they are stored, for every GPU that a plan is for."""
+"""TensorRT-RTX multiplies with weights of few bits as they are stored, for every GPU that a plan is for."""
 
 import json
 import shutil
@@ -16,8 +16,13 @@ from tests.quantizing import FORMATS, quantize
 pytestmark = pytest.mark.trt
 
 
-@pytest.mark.parametrize("form", ["int4:32/rtn", "AutoAWQ"])
-def test_every_packed_weight_is_part_of_a_product(form: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "target", "dtype"),
+    [("int4:32/rtn", "rtx", "Int4"), ("AutoAWQ", "rtx", "Int4"), ("int8", "rtx", "Int8"), ("fp8", "spark", "FP8")],
+)
+def test_every_packed_weight_is_part_of_a_product(
+    form: str, target: str, dtype: str, checkpoint: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     data = load_recipe("qwen25vl").model_dump() | {"prune": {"schedule": [{"layer": 2, "ratio": 0.75}]}}
     if form in FORMATS:
@@ -26,15 +31,14 @@ def test_every_packed_weight_is_part_of_a_product(form: str, checkpoint: Path, t
         data["quantize"] = form
     building = Building.of(Recipe.model_validate(data), Bundle(tmp_path / "out"), folder, ffn=False)
     building.export()
-    rtx = load_target("rtx")
-    result = build_engines(building.bundle, rtx, report=building.report, plugins="none")
+    result = build_engines(building.bundle, load_target(target), report=building.report, plugins="none")
     assert result["weights"] == "embedded"
     for engine in ("prefill", "decode"):
-        path = building.bundle.folder / f"engines/rtx/llm/{engine}.layers.json"
+        path = building.bundle.folder / f"engines/{target}/llm/{engine}.layers.json"
         layers = json.loads(path.read_text(encoding="utf-8"))
         dequantizing = [one for one in layers if any("DequantizeLinear" in node for node in one["onnx"])]
         assert {one["type"] for one in dequantizing} == {"runtime_fusion"}
-        assert all(any(part["dtype"] == "Int4" for part in one["constants"]) for one in dequantizing)
+        assert all(any(part["dtype"] == dtype for part in one["constants"]) for one in dequantizing)
         # Projections that read the same norm become one product.
         products = {node for one in dequantizing for node in one["onnx"] if node.endswith("/Gemm")}
         assert len(products) == 34

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import Section
-from capa_export.config.quantization import GROUPS
+from capa_export.base.weight_types import WEIGHT_TYPES
 from capa_export.model.quantized import modelopt
 from capa_export.model.quantized.awq import Awq
 from capa_export.model.quantized.compressed_tensors import PackQuantized
@@ -71,7 +71,7 @@ def int4_group(form: Format | None) -> int | None:
         group = form.group
     elif isinstance(form, Gptq | PackQuantized):
         group = form.group if form.bits == 4 and not (isinstance(form, Gptq) and form.ordered) else None
-    return group if group in GROUPS else None
+    return group if group in WEIGHT_TYPES["int4"].groups else None
 
 
 def _read(settings: Section) -> Format:

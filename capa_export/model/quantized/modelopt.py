@@ -135,7 +135,7 @@ class Nvfp4:
     def decode(self, parts: Parts) -> QuantizedWeight:
         self.shape(parts)
         return QuantizedWeight(
-            kind="fp4",
+            kind="nvfp4",
             read_values=lambda: unpacked(parts.array("weight"), 4).view(ml_dtypes.float4_e2m1fn),
             scales=parts.scales("weight_scale"),
             group_size=self.group,

@@ -1,5 +1,6 @@
-"""Plain weights rounded to INT4 as they are read: each group's largest number by magnitude becomes 7 or -7."""
+"""Plain weights rounded as they are read: a group's largest number by magnitude becomes the type's largest."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 from capa_export.model.checkpoint import StoredTensor
 from capa_export.model.quantized.choice import WeightChoice, awaiting_choice, scaled
 from capa_export.model.quantized.packed import BlockForm
@@ -21,80 +23,102 @@ __all__ = ["RoundedTensor", "nearest", "rounded"]
 
 _LINEARS = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 """Names of the weights of a decoder's layers; vision tower, embedding and LM head stay as they are."""
-_LARGEST = 7
+_SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
 """The smallest FP16 number with all of its bits, for groups of zeros and of numbers near them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundedTensor(QuantizedTensor):
-    """A plain weight rounded to INT4."""
+    """A plain weight rounded to a type of few bits."""
 
     plain: StoredTensor
-    group: int
+    form: PackedLayers
     method: str = "rounded to nearest"
 
     @property
     def format_name(self) -> str:
-        return f"INT4, {self.method}, groups of {self.group}"
+        scales = f"groups of {self.form.group}" if self.form.group else "one scale an output"
+        return f"{self.form.type.name}, {self.method}, {scales}"
 
     @property
     def paths(self) -> tuple[Path, ...]:
         return self.plain.paths
 
     def quantized(self) -> QuantizedWeight:
-        values, scales = _rounded(self.plain, self.group)
-        return QuantizedWeight(kind="int4", read_values=lambda: values, scales=scales, group_size=self.group)
+        values, scales, outer = _rounded(self.plain, self.form)
+        return QuantizedWeight(
+            kind=self.form.kind,
+            read_values=lambda: values,
+            scales=scales,
+            group_size=self.form.group or self.plain.shape[1],
+            outer_scale=outer,
+        )
 
     def block_form(self) -> BlockForm:
-        return BlockForm(group=self.group)
+        return BlockForm(kind=self.form.kind, group=self.form.group)
 
 
 # Numbers and scales are written one after the other.
 @lru_cache(maxsize=1)
-def _rounded(plain: StoredTensor, group: int) -> tuple[Array, Array]:
-    """The whole numbers [out, in] and the scales [out, groups] of a weight."""
-    return nearest(plain.mapped().astype(np.float32), group)
+def _rounded(plain: StoredTensor, form: PackedLayers) -> tuple[Array, Array, float]:
+    """What `nearest` gives of a weight."""
+    return nearest(plain.mapped().astype(np.float32), form)
 
 
-def nearest(weight: Array, group: int) -> tuple[Array, Array]:
-    """The whole numbers [out, in] that are nearest to a weight, and their scales [out, groups].
-
-    Scales have the eight bits of BF16 within the range of FP16, so that graphs of any precision have the same weights.
+def nearest(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
+    """The numbers [out, in] that are nearest to a weight, their scales [out, groups], and the scale of these.
 
     Args:
         weight: [out, in] in FP32, whose memory is used up.
-        group: inputs that share a scale.
+        form: the type, and the inputs that share a scale.
     """
-    grouped = weight.reshape(weight.shape[0], -1, group)
-    scales = np.abs(grouped).max(-1) / np.float32(_LARGEST)
-    # What is not finite shows in the scales, which are searched for it when they are written.
+    grouped = weight.reshape(weight.shape[0], -1, form.group or weight.shape[1])
+    largest = np.float32(form.type.largest)
+    # What is not finite shows in the scales, or in FP8 numbers, which are searched for it when they are written.
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = scales.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float32)
-        scales = np.maximum(scales, np.float32(_SMALLEST_SCALE))
-        grouped /= scales[..., None]
-        np.rint(grouped, out=grouped)
-        np.clip(grouped, -_LARGEST, _LARGEST, out=grouped)
-        return grouped.astype(np.int8).reshape(weight.shape), scales
+        scales, outer = _scales(np.abs(grouped).max(-1) / largest, form)
+        grouped /= (scales.astype(np.float32) * np.float32(outer))[..., None]
+        np.clip(grouped, -largest, largest, out=grouped)
+        if form.kind in ("int4", "int8"):
+            np.rint(grouped, out=grouped)
+        values = grouped.astype(np.int8 if form.kind == "int4" else form.type.array)
+        return values.reshape(weight.shape), scales, outer
+
+
+def _scales(wanted: Array, form: PackedLayers) -> tuple[Array, float]:
+    """The scales nearest to those wanted, and the scale of these.
+
+    They have the eight bits of BF16 within the range of FP16, so that graphs of any precision have the same weights.
+    Those of NVFP4 are FP8, under a power of two that brings the largest into the range.
+    """
+    if form.kind != "nvfp4":
+        scales = wanted.astype(ml_dtypes.bfloat16).astype(np.float16).astype(np.float32)
+        return np.maximum(scales, np.float32(_SMALLEST_SCALE)), 1.0
+    most = float(wanted.max()) / _LARGEST_FP8
+    outer = 2.0 ** math.ceil(math.log2(most)) if math.isfinite(most) and most > 0 else most or 1.0
+    return np.clip(wanted / np.float32(outer), _SMALLEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn), outer
 
 
 def rounded(
-    tensors: Mapping[str, StoredTensor], group: int, choice: WeightChoice | None = None, *, waits: bool = False
+    tensors: Mapping[str, StoredTensor], form: PackedLayers, choice: WeightChoice | None = None, *, waits: bool = False
 ) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint with the weights of its decoder's layers rounded.
+    """The tensors of a checkpoint with the weights of its decoder's layers rounded, unless they have the type already.
 
     Args:
         tensors: by canonical name.
-        group: inputs that share a scale; divides those of every layer.
+        form: the type, and the inputs that share a scale; they divide those of every layer.
         choice: what samples decided of the weights.
         waits: whether samples have yet to decide, so that no weight can be read.
 
     Raises:
-        CapaError: a layer's weight is quantized already, or the choice is of other weights.
+        CapaError: a layer's weight is quantized already, to another type, or the choice is of other weights.
     """
     chosen = {name: match for name in tensors if (match := _LINEARS.fullmatch(name))}
     for name in chosen:
         if isinstance(tensor := tensors[name], QuantizedTensor):
+            if not form.type.stays and tensor.quantized().kind == form.kind:
+                return tensors
             raise CapaError(
                 f"{tensor.path}: the checkpoint is quantized already ({tensor.format_name}); leave --quantize away, "
                 "or take the checkpoint it was made from"
@@ -105,11 +129,11 @@ def rounded(
         tensors = awaiting_choice(tensors, list(chosen))
     elif choice is not None:
         tensors = scaled(tensors, choice)
-    weights = {name: _of(tensors[name], group, method) for name, match in chosen.items() if int(match[1]) not in plain}
+    weights = {name: _of(tensors[name], form, method) for name, match in chosen.items() if int(match[1]) not in plain}
     return MappingProxyType({**tensors, **weights})
 
 
-def _of(plain: StoredTensor, group: int, method: str) -> RoundedTensor:
+def _of(plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:
     return RoundedTensor(
         name=plain.name,
         path=plain.path,
@@ -118,6 +142,6 @@ def _of(plain: StoredTensor, group: int, method: str) -> RoundedTensor:
         offset=plain.offset,
         nbytes=4 * plain.shape[0] * plain.shape[1],
         plain=plain,
-        group=group,
+        form=form,
         method=method,
     )

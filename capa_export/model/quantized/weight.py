@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["Array", "NumberKind", "QuantizedWeight"]
+from capa_export.base.weight_types import NumberKind
+
+__all__ = ["Array", "QuantizedWeight"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
-NumberKind = Literal["int4", "int8", "fp8", "fp4"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.model.generation import GenerationOptions
@@ -58,7 +59,7 @@ def test_a_bundle_has_its_four_bits_and_says_so(building: Building, capsys: pyte
     np.testing.assert_allclose(held(building, f"{NAME}_packed") * scales + zeros, expected, rtol=0, atol=1e-4)
     (told,) = [record["result"]["packing"] for record in [building.bundle.stage("export")]]
     assert (told["packed"], told["group"], told["expanded"]) == (34, GROUP, {"a score reads them whole": 1})
-    assert bundled_dims(building.bundle).decoder.packed_group == GROUP
+    assert bundled_dims(building.bundle).decoder.packed == PackedLayers(kind="int4", group=GROUP)
     answers = answer(building.bundle, [[Turn("user", ["what ?"])]], options=GenerationOptions(max_new_tokens=3))
     assert answers[0]["answer"]
 

@@ -1,5 +1,7 @@
 """Plain weights rounded to INT4: the numbers, the eager model that has them, and what depends on them."""
 
+import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped
+from capa_export.base.weight_types import PackedLayers
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.stage import check_owner
 from capa_export.cli import main
@@ -64,6 +67,41 @@ def test_the_eager_model_has_the_nearest_numbers_and_all_else_as_it_was(folder: 
     assert quantization(model.source.tensors.values()) == "35 layers of INT4, rounded to nearest, groups of 32"
 
 
+def nearest_of(kind: str, row: list[float], top: float) -> list[float]:
+    """The numbers of the type, times their scale, that are nearest to those of a group; ties are even."""
+    if kind == "int8":
+        step = float(torch.tensor(max(map(abs, row)) / 127).bfloat16().half())
+        return [max(-127, min(127, round(x / step))) * step for x in row]
+    if kind == "fp8":
+        step = float(torch.tensor(max(map(abs, row)) / 448).bfloat16().half())
+        scaled = (torch.tensor(row) / step).clamp(-448, 448)
+        return [float(x) * step for x in scaled.to(torch.float8_e4m3fn).float()]
+    outer = 2.0 ** math.ceil(math.log2(top / 6 / 448))
+    step = float(torch.tensor(max(map(abs, row)) / 6 / outer).to(torch.float8_e4m3fn).float()) * outer
+    # Zero, and of E2M1 the numbers whose last bit is zero, come first: they win ties.
+    grid = [0.0, 1.0, 2.0, 4.0, 0.5, 1.5, 3.0, 6.0]
+    return [math.copysign(min(grid, key=lambda g, x=x: abs(abs(x) / step - g)) * step, x) for x in row]
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "named"),
+    [("int8", None, "one scale an output"), ("fp8", None, "one scale an output"), ("nvfp4", 16, "groups of 16")],
+)
+def test_every_type_has_its_nearest_numbers(kind: str, group: int | None, named: str, folder: Path) -> None:
+    plain, source = opened(folder, None).source, opened(folder, kind).source
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole = torch.from_numpy(plain.tensors[name].mapped().astype("float32"))
+    rows = whole.split(group, 1) if group else (whole,)
+    top = float(whole.abs().max())
+    expected = torch.cat([torch.tensor([nearest_of(kind, row, top) for row in part.tolist()]) for part in rows], 1)
+    found = torch.from_numpy(source.tensors[name].mapped())
+    # A number between two has either; in FP32 and in FP64 its quotient is not the same.
+    assert ((found - expected).abs() > 1e-6 * expected.abs()).float().mean() < 2e-3
+    assert 0 < (found - whole).norm() / whole.norm() < {"int8": 0.01, "fp8": 0.04, "nvfp4": 0.12}[kind]
+    assert quantization(source.tensors.values()) == f"35 layers of {kind.upper()}, rounded to nearest, {named}"
+    assert source.dims.decoder.packed == PackedLayers(kind=kind, group=group)  # pyright: ignore[reportArgumentType]
+
+
 def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
@@ -82,7 +120,10 @@ def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Pa
     ("word", "problem"),
     [
         ("int4:48", "--quantize int4:48: groups of 48 are multiplied nowhere; take one of 32, 64, 128"),
-        ("int8", "--quantize int8: must be none, int4, or int4 with a group, as int4:64"),
+        ("int5", "--quantize int5: must be none, int4, int8, fp8, nvfp4, or int4 with a group, as int4:64; int4 may"),
+        ("fp8/rtn", "--quantize fp8/rtn: fp8 is always rounded to nearest; say it alone"),
+        ("fp8:32", "--quantize fp8:32: FP8 has one scale an output; say fp8 alone"),
+        ("nvfp4:32", "--quantize nvfp4:32: NVFP4 has groups of 16; say nvfp4 alone"),
         ("int4:64", "--quantize int4:64: groups of 64 inputs do not divide intermediate_size, 96; choose another"),
     ],
 )
@@ -113,7 +154,7 @@ def test_what_cannot_be_with_int4_is_refused_before_anything_runs(
 ) -> None:
     target = folder.parent / "old.toml"
     shipped_text = (shipped("engines") / "rtx.toml").read_text()
-    target.write_text(shipped_text.replace('weight_types = ["int4"]\n', ""))
+    target.write_text(re.sub(r"weight_types = .*\n", "", shipped_text))
     assert load_target(str(target)).require_engine().weight_types == ()
     out = folder.parent / "out"
     given = [option.format(target=target) for option in options]
@@ -154,16 +195,20 @@ def test_calibration_and_export_are_those_of_the_rounded_model(building: Buildin
     assert building.bundle.stage("export")["result"]["packing"] is None
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_layer_by_layer_and_with_parts_in_fp32(building: Building, precision: Any) -> None:
+@pytest.mark.parametrize(("precision", "word"), [("fp16", WORD), ("bf16", "fp8"), ("fp16", "nvfp4"), ("fp32", "int8")])
+def test_layer_by_layer_and_with_parts_in_fp32(building: Building, precision: Any, word: str) -> None:
     fp32_layers = () if precision == "fp32" else ("1.mlp",)
-    building.recipe = building.recipe.with_options(fp32_layers=fp32_layers)
+    building.recipe = building.recipe.with_options(fp32_layers=fp32_layers, quantize=word)
     building.options = replace(building.options, precision=precision, layer_by_layer=True)
     parity = building.build()
     assert parity.passed, [check.failure for error in parity.export_error for check in error.checks]
     graph = ir.load(building.bundle.folder / "onnx/llm/decode.onnx").graph
+    assert {form.kind for form in packed_forms(graph).values()} == {word.partition(":")[0]}
     assert len(packed_forms(graph)) == 34
     kinds = {value.dtype for name, value in graph.initializers.items() if name.endswith("weight_scale")}
+    if word == "nvfp4":
+        assert kinds == {ir.DataType.FLOAT8E4M3FN}
+        return
     assert kinds == {ir.DataType.FLOAT, {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}.get(precision)} - {
         None
     }
