@@ -3,7 +3,8 @@
 A processor with AVX512-FP16 adds products in FP16, one without in FP32, a GPU in blocks of some: the noise of the eager
 model, which the gates measure, is another on each. What this processor does not do is emulated.
 
-`python -m benchmarks.arithmetics --out out/arithmetics` exports, validates, and writes the record and the table.
+`python -m benchmarks.arithmetics --out out/arithmetics` exports, validates, and writes the record and the table; `--bed
+real` does the same on the published decoder of `make bed-real`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -34,8 +36,12 @@ from capa_export.selectors.selector import load_selector, selectors
 
 __all__ = ["main"]
 
-_RESULTS = Path(__file__).parent / "results"
+_HERE = Path(__file__).parent
+_RESULTS = _HERE / "results"
 _BEDS = ("tiny-qwen25vl", "tiny-llava15", "tiny-internvl3")
+_REAL = "real"
+_REAL_RECIPE = _HERE / "real" / "real.toml"
+_REAL_IMAGES = Path("out/bed-real-questions/clutter-calibration/scenes.jsonl")
 _RATIO = 0.75
 _CALIBRATED_ON = 40
 """Prompts of the calibration."""
@@ -45,6 +51,8 @@ _ARITHMETICS: dict[Precision, dict[str, int | None]] = {
     "bf16": {"native": None, "sums in FP32": _EXACT},
 }
 """By precision and name: how many products are added in FP32 before the sum is rounded to FP16; 0 for all of them."""
+_TOO_SLOW = (_REAL, "sums in FP16")
+"""Bed and arithmetic that would take days."""
 
 
 @dataclass(frozen=True)
@@ -137,29 +145,34 @@ class HalfProducts(TorchFunctionMode):
         return self._matmul(scores.softmax(-1).to(query.dtype), value)
 
 
+def _model(bed: str) -> dict[str, Any]:
+    """What calibration and export are told of a bed."""
+    return {"recipe": str(_REAL_RECIPE), "images": _REAL_IMAGES} if bed == _REAL else {"recipe": bed}
+
+
 def _schedule(bed: str, name: str) -> str:
     """A selector where it acts by itself, or else at the recipe's layer, as `capa@2:0.75`."""
     selector = load_selector(name)
-    layer = selector.layer if selector.layer is not None else load_recipe(bed).prune.schedule[0].layer
+    layer = selector.layer if selector.layer is not None else load_recipe(_model(bed)["recipe"]).prune.schedule[0].layer
     return f"{name}:{_RATIO}" if selector.place == "input" else f"{name}@{layer}:{_RATIO}"
 
 
-def _judged(bed: str, out: Path, samples: int) -> Iterator[Verdict]:
+def _judged(bed: str, out: Path, samples: int, names: Sequence[str]) -> Iterator[Verdict]:
     """The verdicts on one bed's bundles; those that were given before are read."""
     known = out / f"{bed}.jsonl"
     found = [Verdict(**json.loads(line)) for line in known.read_text().splitlines()] if known.exists() else []
     yield from found
     calibration = out / bed
-    calibrate(recipe=bed, out=calibration, samples=_CALIBRATED_ON)
-    for schedule in (_schedule(bed, name) for name in selectors()):
+    calibrate(**_model(bed), out=calibration, samples=_CALIBRATED_ON)
+    for schedule in (_schedule(bed, name) for name in names):
         for precision, arithmetics in _ARITHMETICS.items():
-            left = arithmetics.keys() - {
+            left = {name for name in arithmetics if (bed, name) != _TOO_SLOW} - {
                 one.arithmetic for one in found if (one.schedule, one.precision) == (schedule, precision)
             }
             if not left:
                 continue
             with TemporaryDirectory(dir=out) as folder:
-                export(recipe=bed, out=folder, schedule=schedule, calibration=calibration, precision=precision)
+                export(**_model(bed), out=folder, schedule=schedule, calibration=calibration, precision=precision)
                 for name, block in arithmetics.items():
                     if name not in left:
                         continue
@@ -167,7 +180,9 @@ def _judged(bed: str, out: Path, samples: int) -> Iterator[Verdict]:
                     with TemporaryDirectory(dir=out) as trial, nullcontext() if block is None else products:
                         # What was validated is not validated again.
                         shutil.copytree(folder, trial, dirs_exist_ok=True)
-                        report = capa_export.open(trial).validate(samples=samples, accept_method_loss=True)
+                        report = capa_export.open(trial).validate(
+                            **_model(bed), samples=samples, accept_method_loss=True
+                        )
                     verdict = Verdict(
                         bed, schedule, precision, name, products.count, report.passed, tuple(report.failures)
                     )
@@ -195,16 +210,22 @@ def main(arguments: Sequence[str]) -> None:
         "python -m benchmarks.arithmetics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="calibrations, and verdicts to go on from")
-    parser.add_argument("--bed", action="append", choices=_BEDS, help="all by default")
+    parser.add_argument("--bed", action="append", choices=(*_BEDS, _REAL), help="all but the real one by default")
+    parser.add_argument("--selector", action="append", choices=selectors(), help="all by default")
     parser.add_argument("--samples", type=int, default=8, help="prompts of a validation (default: 8)")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
-    found = [verdict for bed in given.bed or _BEDS for verdict in _judged(bed, given.out, given.samples)]
+    found = [
+        verdict
+        for bed in given.bed or _BEDS
+        for verdict in _judged(bed, given.out, given.samples, given.selector or selectors())
+    ]
     print(_table(found))
     day = datetime.now(timezone.utc).date()
     record = {
         "date": f"{day}",
         "command": shlex.join(["python", "-m", "benchmarks.arithmetics", *arguments]),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=_HERE, text=True).strip(),  # noqa: S607
         "processor": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": version("torch"),

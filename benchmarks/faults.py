@@ -285,7 +285,7 @@ def main() -> None:
                 shipped.add(model.precision, name, model.compared(model.folder))
                 for seed in _SEEDS if model.precision != "fp32" else ():
                     shipped.add(model.precision, f"{name}, seed {seed}", [of_seed(model, seed)])
-                if name == _TRAINED[0] and model.precision != "bf16":
+                if name == _TRAINED[0]:
                     faults += [
                         smallest_caught(model, fault) for fault in track(FAULTS, model.precision, console=console)
                     ]

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["SLEEPER", "ended_with_parent"]
+__all__ = ["SLEEPER", "await_started", "ended_with_parent", "have_ended"]
 
 SLEEPER = """
-import ctypes, os
+import ctypes, os, subprocess
 from pathlib import Path
-Path(os.environ["STARTED"], str(os.getpid())).touch()
+for process in (os.getpid(), subprocess.Popen(["sleep", "60"]).pid):
+    Path(os.environ["STARTED"], str(process)).touch()
 # Python's lock is held, as libraries do.
 ctypes.PyDLL(None).sleep(60)
 """
-"""What a process does that says that it was started and goes on for long."""
+"""What a process does that says that it and one of its own were started, and goes on for long."""
 
 
 def ended_with_parent(script: str, folder: Path, count: int, environment: Mapping[str, str] | None = None) -> bool:
@@ -33,10 +34,20 @@ def ended_with_parent(script: str, folder: Path, count: int, environment: Mappin
     variables = {**os.environ, **(environment or {}), "STARTED": str(started)}
     with subprocess.Popen([sys.executable, "-c", script], env=variables) as parent:
         try:
-            assert _wait(lambda: len(list(started.iterdir())) == count or parent.poll() is not None, 120)
-            assert parent.poll() is None
+            await_started(parent, started, count)
         finally:
             parent.kill()
+    return have_ended(started)
+
+
+def await_started(parent: "subprocess.Popen[bytes]", started: Path, count: int) -> None:
+    """Wait until processes have said that they were started."""
+    assert _wait(lambda: len(list(started.iterdir())) == count or parent.poll() is not None, 120)
+    assert parent.poll() is None
+
+
+def have_ended(started: Path) -> bool:
+    """Whether all processes that said that they were started end by themselves, soon."""
     children = [int(path.name) for path in started.iterdir()]
     return _wait(lambda: not any(map(_is_running, children)), 10)
 

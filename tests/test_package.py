@@ -24,6 +24,8 @@ EXPECTED = {
     "capa_export/trt/golden_run.py",
     "capa_export/trt/kit_device.py",
     "capa_export/trt/kit_file.py",
+    "capa_export/trt/kit_switch.py",
+    "capa_export/base/parent.py",
     "capa_export/trt/kit_inputs.py",
     *(f"capa_export/graphs/{name}.toml" for name in ("qwen25vl", "llava15", "internvl3", "internvl35", "qwen3vl")),
     "capa_export/graphs/gates.toml",

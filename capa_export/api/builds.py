@@ -46,6 +46,7 @@ def build(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     auto_fp32: bool = False,
     target: str = "rtx",
@@ -81,8 +82,11 @@ def build(
         layer_by_layer: whether to hold one layer's weights in memory; None where the models do not fit.
         calibration: a finished one, a file or a bundle, in place of a run.
         precision: of weights and activations.
-        quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, `none` to
-            expand those of a quantized checkpoint; by default what the checkpoint has.
+        quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, scaled
+            by the samples' activations, or to nearest where it ends in `/rtn`; `none` to expand those of a quantized
+            checkpoint; by default what the checkpoint has.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
         auto_fp32: whether to put in FP32 what the bisection of a failure finds, and to validate again.
         target: the device, a name that `capa-export targets` lists or the path of a .toml.
@@ -109,7 +113,7 @@ def build(
             failed, and those before it are kept.
     """
     device = load_target(target)
-    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign, exports=True)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
@@ -119,6 +123,7 @@ def build(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         target=device,
@@ -200,6 +205,7 @@ def plan(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     target: str = "rtx",
     weights: Weights = "auto",
@@ -222,6 +228,8 @@ def plan(
         calibration: a finished one.
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         fp32_layers: parts in FP32.
         target: the device.
         weights: where engines find theirs.
@@ -240,6 +248,7 @@ def plan(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         target=device,

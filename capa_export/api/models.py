@@ -37,6 +37,7 @@ def find_model(
     ffn_budget: float | None = None,
     fp32_layers: Sequence[str] | None = None,
     quantize: str | None = None,
+    auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     target: Target | None = None,
@@ -54,7 +55,9 @@ def find_model(
         min_keep_per_image: visual tokens that each image keeps at least.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         fp32_layers: parts in FP32.
-        quantize: what the weights of the decoder's layers are to be: `none`, `int4` or `int4:GROUP`.
+        quantize: what the weights of the decoder's layers are to be: `none`, or `int4[:GROUP][/rtn]`.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         target: whose engines limit the pictures.
@@ -72,6 +75,7 @@ def find_model(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )

@@ -31,11 +31,7 @@ class Signer:
     """Its signature goes with the first change, so that an interruption leaves none that does not fit."""
 
     def sign(self, *, fit: bool = True) -> None:
-        """Sign the manifest and the kits, unless the bundle was found not to be fit to ship.
-
-        Raises:
-            CapaError: no digest is known of a file that the bundle reads.
-        """
+        """Sign the manifest and the kits, unless the bundle was found not to be fit to ship."""
         folder, stages = self.bundle.folder, self.bundle.manifest["stages"]
         kits = [confined(folder, f"{kit}/{KIT}") for kit in _kits(stages)]
         if not fit:
@@ -45,13 +41,6 @@ class Signer:
                     remove(signature_of(kit))
             say(f"{'signature':<14}none: the bundle is not fit to ship")
             return
-        for record in stages.values():
-            unknown = [name for name, link in record.get("linked", {}).items() if link["sha256"] is None]
-            if unknown:
-                raise CapaError(
-                    f"{folder}: cannot be signed, since {unknown[0]} stays in the checkpoint and was never read; "
-                    "build it calibrated, or without --weights in-place"
-                )
         with self.bundle.claimed():
             for kit in kits:
                 sign_file(kit, self.key)
@@ -65,7 +54,7 @@ def _kits(stages: Mapping[str, Any]) -> list[str]:
 
 
 def signer_of(
-    bundle: store.Bundle, sign: "AnyPath | None", verify_key: Path | None = None
+    bundle: store.Bundle, sign: "AnyPath | None", verify_key: Path | None = None, *, exports: bool = False
 ) -> tuple[store.Bundle, Signer | None]:
     """The bundle to work on, and who signs it, if anybody does.
 
@@ -73,9 +62,11 @@ def signer_of(
         bundle: that may be signed already.
         sign: file of a private key.
         verify_key: file of the public key whose signature the bundle was found to have.
+        exports: whether the work writes the export stage, which reads what is to be signed.
 
     Raises:
-        CapaError: there is no such key, or the bundle has a signature of neither key.
+        CapaError: there is no such key, or the bundle has a signature of neither key, or reads a file of which no
+            digest is known.
     """
     if sign is None:
         return bundle, None
@@ -84,5 +75,16 @@ def signer_of(
     manifest = confined(bundle.folder, store.MANIFEST)
     if verify_key is None and signature_of(manifest).exists():
         check_signature(manifest, key.public_key(), path)
+    unread = [
+        name
+        for record in bundle.manifest["stages"].values()
+        for name, link in record.get("linked", {}).items()
+        if link["sha256"] is None
+    ]
+    if unread and not exports:
+        raise CapaError(
+            f"{bundle.folder}: cannot be signed, since {unread[0]} stays in the checkpoint and was never read; export "
+            "it again, with --sign"
+        )
     signing = replace(bundle, signing=True)
     return signing, Signer(path, key, signing)

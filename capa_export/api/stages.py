@@ -24,6 +24,7 @@ def calibrate(
     revision: str | None = None,
     ffn_budget: float | None = None,
     quantize: str | None = None,
+    auto_precision: bool = False,
     images: AnyPath | None = None,
     samples: int | None = None,
     min_pixels: int | None = None,
@@ -43,6 +44,8 @@ def calibrate(
         revision: of a hub id.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         quantize: what the weights of the decoder's layers are to be in the build that the calibration is for.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         images: pictures and questions; the recipe's scenes where there are none.
         samples: prompts, in place of the recipe's number.
         min_pixels: least area that a picture is resized to.
@@ -63,6 +66,7 @@ def calibrate(
         revision=revision,
         ffn_budget=ffn_budget,
         quantize=quantize,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
@@ -91,6 +95,7 @@ def export(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -116,6 +121,8 @@ def export(
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         fp32_layers: parts in FP32.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
@@ -134,7 +141,7 @@ def export(
         from capa_export.trt.polygraphy import check_polygraphy
 
         check_polygraphy(precision)
-    bundle, signer = signer_of(store.Bundle(Path(out)), sign)
+    bundle, signer = signer_of(store.Bundle(Path(out)), sign, exports=True)
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
@@ -144,6 +151,7 @@ def export(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,

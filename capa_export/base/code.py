@@ -91,13 +91,22 @@ def _files(top: str) -> dict[str, Path]:
 def _read(name: str, path: Path) -> tuple[str, frozenset[str]]:
     """A module's SHA-256, and the names of all that it may import."""
     parent = name.rpartition(".")[0]
-    words, imports = list[str](), {parent}
-    _collect(ast.parse(path.read_bytes()), name if path.stem == "__init__" else parent, words, imports)
-    digest = hashlib.sha256("\0".join(words).encode())
-    if repr("__file__") in words:
+    digest, imports, reading = _parsed(path.read_bytes(), name if path.stem == "__init__" else parent)
+    if reading is not None:
+        whole = hashlib.sha256(reading)
         for data in _data_beside(path.parent):
-            digest.update(f"\0{data.name}\0".encode() + data.read_bytes())
-    return digest.hexdigest(), frozenset(imports)
+            whole.update(f"\0{data.name}\0".encode() + data.read_bytes())
+        digest = whole.hexdigest()
+    return digest, imports | {parent}
+
+
+@cache
+def _parsed(text: bytes, package: str) -> tuple[str, frozenset[str], bytes | None]:
+    """SHA-256 of the code of a module of `package`, the names that it may import, and its code if it reads data."""
+    words, imports = list[str](), set[str]()
+    _collect(ast.parse(text), package, words, imports)
+    code = "\0".join(words).encode()
+    return hashlib.sha256(code).hexdigest(), frozenset(imports), code if repr("__file__") in words else None
 
 
 def _data_beside(folder: Path) -> list[Path]:

@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from capa_export.base.errors import CapaError, ExitCode
+
 __all__ = [
     "PARTIAL",
     "file_digest",
     "fingerprint",
     "is_special",
+    "refuse_special",
     "remove",
     "replacing",
     "sync",
@@ -87,10 +90,11 @@ def sync_tree(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there; the target of a link stays."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        # A pipe, too, which nobody may wait for.
+        path.unlink(missing_ok=True)
 
 
 def is_special(path: Path) -> bool:
@@ -100,6 +104,16 @@ def is_special(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse what to read might never end, before it is opened.
+
+    Raises:
+        CapaError: there is a pipe, a socket or a device at the path.
+    """
+    if is_special(path):
+        raise CapaError(f"{path}: is a pipe, a socket or a device; name a file", ExitCode.USAGE)
 
 
 def file_digest(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import refuse_special
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +40,7 @@ def read_toml(path: Path, model: type[T], **extra: object) -> T:
     Raises:
         CapaError: the file is missing, is not TOML, or does not fit the model.
     """
+    refuse_special(path)
     try:
         if path.is_file() and (size := path.stat().st_size) > _MOST_BYTES:
             raise CapaError(f"{path}: {size} bytes, and at most {_MOST_BYTES} are read", ExitCode.USAGE)

@@ -1,11 +1,9 @@
 """Runs tasks in processes of this machine, or on a Ray cluster; results come in the order in which they are done."""
 
-import ctypes
 import logging
 import os
 import pickle
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +18,7 @@ from typing import Any, TypeVar
 from capa_export.base.errors import CapaError, ExitCode, first_line, how_to_install
 from capa_export.base.progress import talk, talks
 
-__all__ = ["Workers", "chunks", "end_with", "in_order", "module_arguments", "run_tasks"]
+__all__ = ["Workers", "chunks", "in_order", "module_arguments", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,7 +32,6 @@ sys.path[:] = filter(None, sys.path)
 import runpy
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-_PR_SET_PDEATHSIG = 1
 _RETRIES = 5
 """Nodes that a task may lose before its failure is the task's own fault."""
 
@@ -57,20 +54,6 @@ class Workers:
 def module_arguments(module: str) -> tuple[str, ...]:
     """Arguments of Python that run a module as `-m` does, but import nothing from the current folder."""
     return "-c", _START, module
-
-
-def end_with(parent: int) -> None:
-    """Have the system end this process when its parent ends, however that does; on Linux alone.
-
-    No thread could do it, since libraries may hold Python's lock for minutes.
-
-    Args:
-        parent: number of the process that started this one, and may have ended since.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def chunks(items: Iterable[Task], size: int) -> Iterator[list[Task]]:

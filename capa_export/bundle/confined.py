@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from capa_export.base.errors import CapaError
 from capa_export.base.files import is_special
+from capa_export.bundle.endless import messages, require_end
 
 __all__ = ["ONNX", "WEIGHTS_TABLE", "beside", "confined", "is_name", "references", "require_own"]
 
@@ -19,8 +20,6 @@ WEIGHTS_TABLE = ".weights.json"
 """Ending of the name of the table that says where an engine's weight inputs lie."""
 
 _POINTER = "embedding.json"
-_DOMAINS = ("", "ai.onnx", "capa")
-"""Domains of the operators that builds write; those of ONNX Runtime's own search through graphs are not among them."""
 _LONGEST = 255
 """Bytes of a name that every file system takes."""
 
@@ -144,15 +143,8 @@ def _external_data(path: Path) -> Iterator[dict[str, Any]]:
         raise CapaError(f"{path}: cannot be read as ONNX ({error}); build the bundle again") from error
     if not model.HasField("graph"):
         raise CapaError(f"{path}: cannot be read as ONNX (it holds no graph); build the bundle again")
-    for node in _messages(model, "NodeProto"):
-        # Selectors that choose step by step loop as often as tokens are kept.
-        endless = node.op_type == "Scan" or (node.op_type == "Loop" and not any(node.input[:1]))
-        if endless or node.domain not in _DOMAINS:
-            raise CapaError(
-                f"{path}: node {node.name!r:.80} is a {node.op_type:.80} of domain {node.domain!r:.80}, which no build "
-                "writes, and might never end; build the bundle again"
-            )
-    for tensor in _messages(model, "TensorProto"):
+    require_end(path, model)
+    for tensor in messages(model, "TensorProto"):
         entries = [(entry.key, entry.value) for entry in tensor.external_data]
         if not entries and tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -165,13 +157,3 @@ def _external_data(path: Path) -> Iterator[dict[str, Any]]:
 
 def _number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
-def _messages(message: Message, name: str) -> Iterator[Any]:
-    """Yield every message of a type in a message, however deeply nested."""
-    if message.DESCRIPTOR.name == name:
-        yield message
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for part in [value] if isinstance(value, Message) else value:
-                yield from _messages(part, name)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from capa_export.base.errors import CapaError, how_to_install
-from capa_export.base.files import replacing
+from capa_export.base.files import refuse_special, replacing
 from capa_export.bundle.confined import require_own
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def _read_key(path: Path, folder: Path, *, private: bool) -> Any:
     kind, make = "private", "openssl genpkey -algorithm ed25519 -out KEY"
     if not private:
         kind, make = "public", "openssl pkey -in KEY -pubout -out PUB"
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             pem = file.read(_LONGEST)

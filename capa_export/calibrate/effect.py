@@ -10,6 +10,7 @@ from statistics import fmean
 
 import torch
 
+from capa_export.base.bisection import largest_within
 from capa_export.base.progress import Report, silent, tracked
 from capa_export.calibrate.scaled_sets import FfnEffect, ScaledSet
 from capa_export.calibrate.sums import Calibration
@@ -58,12 +59,12 @@ def measure_effect(
     if linear:
         judge = _Judge(eager, calibration, recipe.prune, report)
         judge.ask(family, prompter, samples, stop)
-        tried.append(judge.judged(linear))
-        within, beyond = (len(linear), 0) if tried[0].within(ffn.budget) else (0, len(linear))
-        while beyond - within > 1:
-            middle = (within + beyond) // 2
-            tried.append(judge.judged(linear[:middle]))
-            within, beyond = (middle, beyond) if tried[-1].within(ffn.budget) else (within, middle)
+
+        def within(count: int) -> bool:
+            tried.append(judge.judged(linear[:count]))
+            return tried[-1].within(ffn.budget)
+
+        largest_within(len(linear), within)
     return FfnEffect(
         calibration=calibration.digest(),
         eta=ffn.eta,

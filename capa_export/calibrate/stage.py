@@ -11,6 +11,7 @@ from capa_export.calibrate.measurement import measure_samples
 from capa_export.calibrate.scaled_sets import EFFECT
 from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.calibrate.unfinished import UnfinishedSums
+from capa_export.calibrate.weights import choose_weights
 from capa_export.config.options import BuildOptions
 from capa_export.config.recipe import Recipe, ranges
 from capa_export.data.samples import JUDGES, samples_from
@@ -38,6 +39,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
     _check_workers(model, options)
     model.check_pictures()
     model.remember_digests(bundle)
+    choose_weights(model, bundle, options)
     if options.calibration is not None:
         calibration = Calibration.load(options.calibration)
         check_owner(calibration, model, options.calibration)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import refuse_special
 from capa_export.base.precision import FP16_MAX
 from capa_export.bundle.store import digest_of
 from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect
@@ -234,6 +235,7 @@ class Calibration:
             has_effect = "effect" in bundle.manifest["stages"]
             bundle.verify("calibrate", *(["effect"] if has_effect else []))
             path /= CALIBRATION
+        refuse_special(path)
         beside = path.with_name(EFFECT)
         effect = FfnEffect.load(beside) if has_effect and beside.is_file() else None
         try:

@@ -12,6 +12,7 @@ from capa_export.cli.options import (
     OUTPUT,
     VALIDATION,
     AcceptMethodLossOpt,
+    AutoPrecisionOpt,
     BuildWeightsOpt,
     CalibrationOpt,
     CheckpointOpt,
@@ -76,6 +77,7 @@ def build(
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
     quantize: QuantizeOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     fp32_layers: Fp32LayersOpt = None,
     auto_fp32: Annotated[
         bool,
@@ -123,6 +125,7 @@ def build(
         "calibration": calibration,
         "precision": precision,
         "quantize": quantize,
+        "auto_precision": auto_precision,
         "target": target,
         "weights": weights,
         "memory": memory,
@@ -177,6 +180,7 @@ def plan(
     max_pixels: MaxPixelsOpt = None,
     precision: PrecisionOpt = "fp16",
     quantize: QuantizeOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -205,6 +209,7 @@ def plan(
         max_pixels=max_pixels,
         precision=precision,
         quantize=quantize,
+        auto_precision=auto_precision,
         target=target,
         weights=weights,
         memory=memory,

@@ -24,6 +24,7 @@ __all__ = [
     "PRUNING",
     "QUESTIONS",
     "VALIDATION",
+    "AutoPrecisionOpt",
     "BisectOpt",
     "BuildWeightsOpt",
     "BundleArg",
@@ -202,9 +203,19 @@ TargetOpt = Annotated[
 QuantizeOpt = Annotated[
     str | None,
     typer.Option(
-        metavar="none|int4[:GROUP]",
-        help="Weights of the decoder's layers: int4 rounds plain ones, in groups of 32, 64 or 128 inputs [128]; none "
-        "expands those of a quantized checkpoint [default: as the checkpoint has them].",
+        metavar="none|int4[:GROUP][/rtn]",
+        help="Weights of the decoder's layers: int4 rounds plain ones, in groups of 32, 64 or 128 inputs [128], scaled "
+        "by the samples' activations, or with /rtn to nearest; none expands those of a quantized checkpoint [default: "
+        "as the checkpoint has them].",
+        rich_help_panel=PRECISION,
+    ),
+]
+AutoPrecisionOpt = Annotated[
+    bool,
+    typer.Option(
+        "--auto-precision",
+        help="Leave as they are the fewest decoder layers that bring what --quantize costs within the recipe's "
+        "quantization_budget, 0.02 nats of KL by default.",
         rich_help_panel=PRECISION,
     ),
 ]

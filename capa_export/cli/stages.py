@@ -14,6 +14,7 @@ from capa_export.cli.options import (
     OUTPUT,
     VALIDATION,
     AcceptMethodLossOpt,
+    AutoPrecisionOpt,
     BisectOpt,
     BundleArg,
     CalibrationOpt,
@@ -68,6 +69,7 @@ def calibrate(
     revision: RevisionOpt = None,
     ffn_budget: FfnBudgetOpt = None,
     quantize: QuantizeOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -95,6 +97,7 @@ def calibrate(
     """Measure which visual FFNs are linear, and their scales."""
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget, quantize)
+        chosen += (auto_precision,)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -114,6 +117,7 @@ def calibrate(
                 revision=revision,
                 ffn_budget=ffn_budget,
                 quantize=quantize,
+                auto_precision=auto_precision,
                 images=images,
                 samples=samples,
                 min_pixels=min_pixels,
@@ -161,6 +165,7 @@ def export(
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
     quantize: QuantizeOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -197,6 +202,7 @@ def export(
             calibration=calibration,
             precision=precision,
             quantize=quantize,
+            auto_precision=auto_precision,
             fp32_layers=words(fp32_layers),
             min_pixels=min_pixels,
             max_pixels=max_pixels,

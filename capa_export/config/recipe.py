@@ -10,7 +10,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.quantization import Quantization, parse_quantization
+from capa_export.config.quantization import Quantization, looks_at_samples, parse_quantization
 from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
@@ -76,8 +76,17 @@ class Recipe(Settings):
     """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
     quantize: Quantization | None = None
     """What the weights of the decoder's layers are, as `--quantize` takes it; None for what the checkpoint has."""
+    auto_precision: bool = False
+    """Whether the fewest decoder layers stay as they are that bring what rounding costs within the budget."""
+    quantization_budget: float = Field(default=0.02, ge=0)
+    """Nats that rounding may cost then: mean KL of the next token, nothing pruned."""
     calibration: Calibration = Calibration()
     parity: Parity = Field(default_factory=Parity)
+
+    @property
+    def decided_by_samples(self) -> bool:
+        """Whether samples decide what weights are rounded to."""
+        return looks_at_samples(self.quantize) or self.auto_precision
 
     def with_options(
         self,
@@ -90,6 +99,7 @@ class Recipe(Settings):
         ffn_budget: float | None = None,
         fp32_layers: Sequence[str] | None = None,
         quantize: str | None = None,
+        auto_precision: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> "Recipe":
@@ -128,6 +138,13 @@ class Recipe(Settings):
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         if quantize is not None:
             changed["quantize"] = parse_quantization(quantize)
+        if auto_precision:
+            changed["auto_precision"] = True
+            if changed.get("quantize", self.quantize) in (None, "none"):
+                raise CapaError(
+                    "--auto-precision says which layers --quantize leaves as they are; say --quantize int4 too",
+                    ExitCode.USAGE,
+                )
         return self.model_copy(update=changed)
 
     def for_any_target(self) -> "Recipe":

@@ -11,6 +11,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode, first_line
+from capa_export.base.files import refuse_special
 from capa_export.base.toml import Settings, first_problem
 from capa_export.data.picture_files import (
     PICTURE_SUFFIXES,
@@ -136,6 +137,7 @@ def read_messages(path: Path) -> list[Turn]:
     Raises:
         CapaError: the file is missing or not in that format, or a picture or video in it does not load.
     """
+    refuse_special(path)
     try:
         messages = TypeAdapter(Messages).validate_python(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from PIL import UnidentifiedImageError
 from pydantic import TypeAdapter, ValidationError
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import refuse_special
 from capa_export.base.toml import first_problem
 from capa_export.data.conversation import Message, Messages, files_of
 from capa_export.data.picture_files import PICTURE_SUFFIXES, opened, pictures_among
@@ -99,6 +100,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     Raises:
         CapaError: the file cannot be read, or holds none.
     """
+    refuse_special(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:

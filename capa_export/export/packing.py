@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from capa_export.config.recipe import ranges
 from capa_export.model.quantized.tensor import QuantizedTensor, quantization
 from capa_export.model.source import Source
 from capa_export.passes.pack_weights import packed_forms
@@ -31,6 +32,7 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
     return {
         "layers": said,
         "packed": len(forms),
+        "plain": [] if source.choice is None else list(source.choice.plain),
         "group": next((form.group for form in forms.values()), None),
         "expanded": dict(sorted(Counter(reasons).items())),
     }
@@ -48,4 +50,5 @@ def packing_words(packing: dict[str, Any], precision: str) -> str:
     """The same in words."""
     kept = [f"{packing['packed']} kept in 4 bits"] if packing["packed"] else []
     gone = [f"{count} expanded to {precision} ({reason})" for reason, count in packing["expanded"].items()]
-    return f"{packing['layers']}: {', '.join([*kept, *gone])}; inputs not quantized"
+    plain = f"; decoder layers {ranges(packing['plain'])} stay {precision}" if packing.get("plain") else ""
+    return f"{packing['layers']}: {', '.join([*kept, *gone])}{plain}; inputs not quantized"

@@ -13,6 +13,7 @@ from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
 from capa_export.calibrate.stage import check_owner, with_effect
 from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
+from capa_export.calibrate.weights import take_choice
 from capa_export.config.options import BuildOptions
 from capa_export.export.folder import write_folder
 from capa_export.export.graphs import pruning
@@ -60,18 +61,20 @@ def export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
 def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     model.remember_digests(bundle)
+    take_choice(model, bundle, options)
     calibration, scales = _calibrated(model, bundle, options)
     alpha, fp32_layers = scales_digest(scales), _fp32_layers(model, options, calibration)
 
+    # A calibration needed them, and a signature does; weights in place are too many bytes to read for anything less.
+    unread = options.in_place and calibration is None and not bundle.signing
+
     def digests() -> dict[str, str]:
-        # A calibration needed them; weights in place are too many bytes to read for anything less.
-        unread = options.in_place and calibration is None and not model.remember_digests(bundle)
-        return {} if unread else model.digests
+        return {} if unread and not model.remember_digests(bundle) else model.digests
 
     def key() -> list[Any]:
         return [
             versions("onnxscript", "onnx-ir", code_of=_CODE),
-            ["in place", model.fingerprints] if options.in_place else model.digest,
+            ["in place", model.fingerprints, *["unread"] * unread] if options.in_place else model.digest,
             options.precision,
             model.recipe.quantize,
             pruning(model.recipe.prune),

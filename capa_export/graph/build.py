@@ -30,6 +30,10 @@ _OUTPUT_DTYPES = {"ContributionScore": ir.DataType.FLOAT, "TopKKeep": ir.DataTyp
 """Where outputs do not have the dtypes of the inputs in their places."""
 _FEW = 20
 """Numbers of a constant up to which onnxscript tells shape inference what they are."""
+_MOST_KINDS = 10_000
+"""Kinds of nodes that are remembered at once; a model has some two hundred."""
+_inferred: dict[object, list[tuple[ir.DataType, ir.Shape]]] = {}
+"""Kind of a node -> dtypes and shapes of its outputs, for all graphs of this process."""
 _SHAPE_INPUTS: dict[str, dict[str, Any]] = {"TopKKeep": {"tensorrt_plugin_shape_input_indices": [1]}}
 """Inputs whose values are sizes, which TensorRT then reads on the host."""
 
@@ -92,10 +96,6 @@ class SelectorNodes:
 class _Builder(GraphBuilder):
     """A graph builder that looks at schemas and infers shapes once for all nodes that are alike, as layers are."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        super().__init__(graph)
-        self._inferred: dict[object, list[tuple[ir.DataType, ir.Shape]]] = {}
-
     def _partition_inputs_attributes(
         self, schema: onnx.defs.OpSchema | None, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -109,13 +109,15 @@ class _Builder(GraphBuilder):
 
     def _infer_shapes(self, node: ir.Node) -> None:
         kind = _kind(node)
-        known = self._inferred.get(kind) if all(output.type is None for output in node.outputs) else None
+        known = _inferred.get(kind) if all(output.type is None for output in node.outputs) else None
         if known is None:
             super()._infer_shapes(node)
             found = [(output.dtype, output.shape) for output in node.outputs if isinstance(output.type, ir.TensorType)]
             known = [(dtype, shape.copy()) for dtype, shape in found if dtype is not None and shape is not None]
             if len(known) == len(node.outputs):
-                self._inferred[kind] = known
+                if len(_inferred) >= _MOST_KINDS:
+                    _inferred.clear()
+                _inferred[kind] = known
             return
         for output, (dtype, shape) in zip(node.outputs, known, strict=True):
             # Both may be changed later.
@@ -135,8 +137,16 @@ def _kind(node: ir.Node) -> object:
         )
         for value in node.inputs
     ]
-    attributes = [(name, attribute.type, attribute.value) for name, attribute in node.attributes.items()]
+    attributes = [(name, attribute.type, _told(attribute)) for name, attribute in node.attributes.items()]
     return node.op_identifier(), node.version, tuple(attributes), tuple(inputs), len(node.outputs)
+
+
+def _told(attribute: ir.Attr) -> object:
+    """What an attribute tells shape inference: of a tensor, its dtype and shape."""
+    if attribute.type != ir.AttributeType.TENSOR:
+        return attribute.value
+    tensor = attribute.as_tensor()
+    return tensor.dtype, tuple(tensor.shape)
 
 
 @cache

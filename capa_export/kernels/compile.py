@@ -31,8 +31,9 @@ from triton.compiler import ASTSource
 from capa_export.base.code import digest_code
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.files import write_whole
+from capa_export.base.parent import tied
 from capa_export.base.precision import Precision
-from capa_export.base.workers import end_with, module_arguments
+from capa_export.base.workers import module_arguments
 from capa_export.config.plugins import HEAD_SIZES
 from capa_export.kernels.operator import Count, Launch, Operator
 
@@ -236,14 +237,9 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
                 share = list(missing.items())[index :: os.cpu_count() or 1]
                 spec.write_text(json.dumps([{"path": str(path), **asdict(job)} for path, job in share]), "ascii")
                 output = stack.enter_context(log.open("wb"))
-                command = [
-                    sys.executable,
-                    *module_arguments("capa_export.kernels.compile"),
-                    str(spec),
-                    str(os.getpid()),
-                ]
+                command = [sys.executable, *module_arguments("capa_export.kernels.compile"), str(spec)]
                 child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+                    tied(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
                 )
                 children.append((child, log))
             while any(child.poll() is None for child, _ in children):
@@ -253,7 +249,7 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
         finally:
             # Reached with live children when the user interrupts or `progress` raises.
             for child, _ in children:
-                child.kill()
+                child.terminate()
                 child.wait()
         for child, log in children:
             if child.returncode:
@@ -263,9 +259,8 @@ def _run(jobs: Mapping[Path, _Job], progress: Callable[[int, int], None] | None)
         progress(len(jobs), len(jobs))
 
 
-def main(spec: str, parent: str) -> int:
-    """Do the jobs in the file, each into a file of its own, as long as the process that asks for them lives."""
-    end_with(int(parent))
+def main(spec: str) -> int:
+    """Do the jobs in the file, each into a file of its own."""
     for entry in json.loads(Path(spec).read_text(encoding="ascii")):
         path = Path(entry.pop("path"))
         result = _compile(_Job(**entry))
@@ -333,4 +328,4 @@ def _number(pattern: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1]))

@@ -19,6 +19,7 @@ from capa_export.config.schedule import Stage
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import Family, load_family, require_selection
 from capa_export.model.hub import full_source
+from capa_export.model.quantized.choice import CHOICE, QUANTIZE, WeightChoice
 from capa_export.model.sidecars import sidecars
 from capa_export.model.source import Source
 from capa_export.model.visual_tokens import visual_tokens
@@ -40,6 +41,8 @@ class Model:
     named_by: str | None = None
     """A file that names the checkpoint, where the user does not: it is then not fetched from the hub."""
     report: Report = field(default=silent)
+    choice: WeightChoice | None = None
+    """What samples decided of the weights that the recipe has rounded."""
     _hashing: "Future[dict[str, str]] | None" = field(default=None, init=False, repr=False)
 
     def with_recipe(self, recipe: Recipe) -> "Model":
@@ -47,6 +50,12 @@ class Model:
         model = copy(self)
         model.recipe = recipe
         return model
+
+    def take(self, choice: WeightChoice) -> None:
+        """Round the weights as samples decided; what was read of them is forgotten."""
+        self.choice = choice
+        for name in ("source", "eager"):
+            vars(self).pop(name, None)
 
     def unopened(self) -> "Model":
         """A copy of the model for another process, which opens it anew and reports nothing."""
@@ -71,7 +80,8 @@ class Model:
                 f"fetched because a bundle names it; say --checkpoint {self.checkpoint}{revision} to use the hub's, or "
                 "give a folder"
             )
-        return Source.of(open_checkpoint(self.checkpoint, revision=self.revision), self.family, self.recipe.quantize)
+        checkpoint = open_checkpoint(self.checkpoint, revision=self.revision)
+        return Source.of(checkpoint, self.family, self.recipe.quantize, self.choice)
 
     @property
     def checkpoint_source(self) -> str:
@@ -135,7 +145,10 @@ class Model:
     @property
     def digest(self) -> str:
         """One digest of config and weights, and of what these are rounded to."""
-        return digest_of([self.digests, self.recipe.quantize] if self.source.rounds else self.digests)
+        if not self.source.rounds:
+            return digest_of(self.digests)
+        decided = [] if self.choice is None else [self.choice.digest()]
+        return digest_of([self.digests, self.recipe.quantize, *decided])
 
     def made(self, bundle: Bundle) -> bool:
         """Whether this is the checkpoint that a bundle was exported from."""
@@ -260,11 +273,16 @@ def recorded_model(
     if recorded is None:
         raise CapaError(f"{bundle.folder}: the export was interrupted; `capa-export export` finishes it")
     recipe = recipe_of(manifest, bundle.folder)
+    choice = None
+    if recipe.decided_by_samples and QUANTIZE in manifest["stages"]:
+        bundle.verify(QUANTIZE)
+        choice = WeightChoice.load(bundle.folder / CHOICE)
     return Model(
         recipe=recipe if bounds is None else recipe.model_copy(update={"pictures": bounds}),
         checkpoint=checkpoint or recorded["source"],
         revision=revision or (None if checkpoint else recorded["revision"]),
         trust_remote_code=trust_remote_code,
         named_by=None if checkpoint else str(bundle.folder),
+        choice=choice,
         report=report,
     )

@@ -8,9 +8,10 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError
-from capa_export.config.quantization import check_groups, rounding_group
+from capa_export.config.quantization import check_groups, looks_at_samples, rounding_group
 from capa_export.model.checkpoint import Checkpoint, StoredTensor, canonical_name
 from capa_export.model.families import Family, LayoutFamily
+from capa_export.model.quantized.choice import WeightChoice
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.rounded import rounded
@@ -34,15 +35,21 @@ class Source:
     """Tensors by the graph's names."""
     quantize: str | None = None
     """How a recipe has the weights quantized."""
+    choice: WeightChoice | None = None
+    """What samples decided of the weights that are rounded."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None) -> "Source":
+    def of(
+        cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None, choice: WeightChoice | None = None
+    ) -> "Source":
         """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
         Args:
             checkpoint: as it was opened.
             family: that reads it.
             quantize: as `config.quantization` has it.
+            choice: what samples decided; where they were to decide and did not, weights that are to be rounded cannot
+                be read.
 
         Raises:
             CapaError: the checkpoint is another architecture or in another format, or lacks something; or its weights
@@ -56,10 +63,10 @@ class Source:
         _check_depth(checkpoint, dims, [canonical_name(name, family.RENAMES) for name in checkpoint.names])
         if (group := rounding_group(quantize)) is not None:
             check_groups(quantize, dims.decoder)
-            tensors = rounded(tensors, group)
+            tensors = rounded(tensors, group, choice, waits=choice is None and looks_at_samples(quantize))
         if dims.decoder.ties_missing_head:
             tensors = tied(tensors)
-        source = cls(checkpoint, family, dims, tensors, quantize)
+        source = cls(checkpoint, family, dims, tensors, quantize, choice)
         group = next((form.group for form in source.block_forms().values()), None)
         return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed_group=group)))
 

@@ -43,7 +43,7 @@ def finished_stages(
         calibration is None
         and (folder / CALIBRATION).is_file()
         and _agrees(manifest.get("hashed"), checkpoint)
-        and manifest.get("recipe", {}).get("quantize") == recipe.quantize
+        and _rounds_alike(manifest.get("recipe", {}), recipe)
     ):
         done |= {"calibrate"} & stages.keys()
         calibration = folder
@@ -55,13 +55,23 @@ def finished_stages(
         exported["precision"] == precision
         and exported["alpha"] == _alpha(recipe, calibration, ffn=ffn)
         and bool(stages["export"].get("linked")) == in_place
-        and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers", "quantize"))
+        and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers"))
+        and _rounds_alike(recorded, recipe)
     ):
         engines = {name for name in stages if name.startswith("engine/")}
         done |= {"export", *(name for name in engines if stages[name]["result"]["weights"] == weights)}
         if recorded == wanted:
             done |= {"validate"} & stages.keys()
     return done
+
+
+def _rounds_alike(recorded: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether weights were rounded as a recipe asks."""
+    wanted: dict[str, Any] = {"quantize": recipe.quantize, "auto_precision": recipe.auto_precision}
+    if recipe.auto_precision:
+        wanted["quantization_budget"] = recipe.quantization_budget
+    found = {"auto_precision": False, **recorded}
+    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -> bool:

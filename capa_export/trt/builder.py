@@ -14,32 +14,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
+    from capa_export.base.parent import tied
     from capa_export.trt.kit_device import check_device, check_version, find_headers, numbers_of, read_version
     from capa_export.trt.kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
+    from capa_export.trt.kit_switch import LIBRARY, UNCHECKED, claimed, places, replaced
 else:
     # Beside this file in a kit, which is to stay as it is.
     sys.dont_write_bytecode = True
     from kit_device import check_device, check_version, find_headers, numbers_of, read_version
     from kit_file import GOLDEN, KitError, check_files, check_graphs, check_places, read_kit
+    from kit_switch import LIBRARY, UNCHECKED, claimed, places, replaced
+    from parent import tied
 
-__all__ = ["CHECKER", "FAILED", "SWITCHES", "UNCHECKED", "WORKER", "build", "build_engines", "main", "switches"]
+__all__ = ["CHECKER", "FAILED", "SWITCHES", "WORKER", "build", "build_engines", "main", "switches"]
 
 WORKER = "engine_worker.py"
 """File of a kit that builds one engine."""
 CHECKER = "golden_run.py"
 """File of a kit that holds its engines against its golden."""
-UNCHECKED = ".engine.unchecked"
-"""Ending of the name of an engine that the golden run has not passed, or not yet."""
 FAILED = 5
 """Exit code of whatever keeps an engine from being built."""
 _RUNTIMES = ("tensorrt", "tensorrt_rtx")
 _GOLDEN_LOG = "golden.log"
-_OUTPUTS = (".engine", UNCHECKED, ".log", ".layers.txt", ".layers.json")
-"""Endings of the names of what is written of an engine."""
 SWITCHES = "__LUNOWUD"
 """The environment variable of TensorRT's compiler."""
 _SWITCHES = (
@@ -99,6 +100,7 @@ def build(
     compute_capability: str | None = None,
     lowered: bool = False,
     out: Path | None = None,
+    place: Path | None = None,
     worker: Sequence[str] | None = None,
     checker: Sequence[str] | None = None,
     write_plugins: Callable[[Path, Sequence[str]], None] | None = None,
@@ -108,7 +110,7 @@ def build(
     """Check device, TensorRT and files, compile the plugins, build every engine, and hold them against the golden.
 
     What `kit.json` says is data until it is checked. The kit's own code is run where the caller brings none. On the
-    device no engine has its final name before all have passed: what was there before stays, if one fails.
+    device the engines take the places of those before in one step, when all have passed.
 
     Args:
         kit: the folder.
@@ -118,6 +120,7 @@ def build(
         compute_capability: GPU to build for in a trial.
         lowered: whether a trial takes the graphs for older TensorRT.
         out: where the engines of a trial go; those of the device go into the kit.
+        place: a folder for those of the device, if the caller puts them into the kit.
         worker: arguments of Python that start the building process; None starts the kit's own.
         checker: the same of the process that runs the golden.
         write_plugins: writes the sources of the plugins into a folder, for GPUs; None takes the kit's own.
@@ -141,10 +144,7 @@ def build(
     if module not in _RUNTIMES:
         raise KitError(f"no runtime {module!r}; there are {' and '.join(_RUNTIMES)}")
     check_graphs(kit, spec)
-    folder = (out or kit).resolve()
-    check_places(folder, [_GOLDEN_LOG])
-    for name in spec["engines"]:
-        check_places(folder, [name, *(f"{name}{ending}" for ending in _OUTPUTS)])
+    check_places((out or kit).resolve(), [_GOLDEN_LOG, *spec["engines"], *places(spec["engines"])])
     if not runtime:
         check_device(spec)
     version = read_version(module, environment)
@@ -168,9 +168,12 @@ def build(
         "version_min": version,
         "version_below": f"{numbers_of(version)[0] + 1}",
     }
-    checked = spec["golden"] is not None and not runtime
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+    with ExitStack() as stack:
+        if not out:
+            stack.enter_context(claimed(kit, spec["engines"]))
+        folder = (out or place or stack.enter_context(replaced(kit, spec["engines"]))).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".build-"))
         library, sources = None, kit / "plugins"
         if include:
             if write_plugins:
@@ -182,19 +185,23 @@ def build(
             worker=worker or [str(kit / WORKER)],
             library=library,
             lowered=lowered,
-            ending=UNCHECKED if checked else ".engine",
             environment=environment,
+            # Outside the folder, since they must outlive a failed build.
+            logs={} if out else {name: kit / f"{name}.log" for name in spec["engines"]},
             say=say,
         )
-        if checked:
-            checker = checker or [str(kit / CHECKER)]
-            _check_golden(kit, spec, checker, Path(scratch), environment, say)
-            for name in spec["engines"]:
-                (kit / f"{name}{UNCHECKED}").replace(kit / f"{name}.engine")
-        elif not runtime:
+        if not out and spec["golden"] is None:
             say("the kit has no golden: what the engines compute is not checked")
+        elif not out:
+            try:
+                _check_golden(kit, spec, folder, checker or [str(kit / CHECKER)], Path(scratch), environment, say)
+            except KitError:
+                for name in spec["engines"]:
+                    (folder / f"{name}.engine").replace(kit / f"{name}{UNCHECKED}")
+                    (folder / f"{name}.log").replace(kit / f"{name}.log")
+                raise
         if library:
-            library.replace(folder / library.name)
+            library.replace(folder / LIBRARY)
 
 
 def build_engines(
@@ -205,7 +212,6 @@ def build_engines(
     worker: Sequence[str],
     library: Path | None = None,
     lowered: bool = False,
-    ending: str = ".engine",
     environment: Mapping[str, str] = os.environ,
     logs: Mapping[str, Path] = {},
     say: Say = _say,
@@ -219,14 +225,13 @@ def build_engines(
         worker: arguments of Python that start the building process.
         library: of the plugins, where they are native.
         lowered: whether to take the graphs for older TensorRT.
-        ending: of the engines' names.
         environment: variables of the building processes.
         logs: by engine where its log lies until the engine is whole, if that is elsewhere.
         say: told what is being done.
 
     Yields:
-        An engine's name; and its `onnx`, `capa_nodes`, `seconds`, `bytes` and what the building process says, when it
-        is whole.
+        An engine's name; and its `onnx`, `capa_nodes`, `plan`, `seconds`, `bytes` and what the building process says,
+        when it is whole.
 
     Raises:
         KitError: TensorRT refused or crashed; the log stays.
@@ -238,6 +243,7 @@ def build_engines(
             say(f"building {name}.engine from {onnx}")
             path.parent.mkdir(parents=True, exist_ok=True)
             log, start = logs.get(name, path.with_suffix(".log")), time.monotonic()
+            log.parent.mkdir(exist_ok=True)
             files = {part: str(Path(scratch, part)) for part in ("plan", "layers", "result")}
             task = {
                 **common,
@@ -262,22 +268,22 @@ def build_engines(
             Path(files["layers"]).replace(path.with_suffix(".layers.txt"))
             log.replace(path.with_suffix(".log"))
             # The plan comes last: where it is, the rest is.
-            path = path.with_suffix(ending)
             Path(files["plan"]).replace(path)
             seconds = round(time.monotonic() - start, 3)
             said = {key: engine[key] for key in ("onnx", "capa_nodes")}
-            yield name, {**result, **said, "seconds": seconds, "bytes": path.stat().st_size}
+            yield name, {**result, **said, "plan": path, "seconds": seconds, "bytes": path.stat().st_size}
 
 
 def _check_golden(
     kit: Path,
     spec: Mapping[str, Any],
+    folder: Path,
     checker: Sequence[str],
     scratch: Path,
     environment: Mapping[str, str],
     say: Say,
 ) -> None:
-    """Run the golden through the engines that were built in the kit.
+    """Run the golden through the engines that were built in a folder for the kit.
 
     Raises:
         KitError: an engine computes something else, or cannot be run.
@@ -292,7 +298,7 @@ def _check_golden(
         "engines": {
             name: {
                 "onnx": entry["onnx"].partition("/")[2],
-                "plan": str(kit / f"{name}{UNCHECKED}"),
+                "plan": str(folder / f"{name}.engine"),
                 "weights": str(kit / tables[name]) if tables[name] in spec["files"] else None,
             }
             for name, entry in spec["engines"].items()
@@ -364,10 +370,10 @@ def _run(
     """Build one engine in a process of its own; returns what that says."""
     result = Path(task["result"])
     result.unlink(missing_ok=True)
-    file.write_text(json.dumps({**task, "parent": os.getpid()}), encoding="utf-8")
+    file.write_text(json.dumps(task), encoding="utf-8")
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, *worker, str(file)],
+            tied([sys.executable, *worker, str(file)]),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -377,7 +383,7 @@ def _run(
             child.wait()
         finally:
             # Reached with a live child when the user interrupts.
-            child.kill()
+            child.terminate()
             child.wait()
     if not result.exists():
         raise KitError(_crash(child.returncode, log, install))
@@ -403,9 +409,9 @@ def _crash(returncode: int, log: Path, install: str) -> str:
 def _compile(sources: Path, include: Path, scratch: Path, say: Say) -> Path:
     """The plugin library, compiled against the device's headers."""
     say("compiling the plugins")
-    library = scratch / "libcapa_plugins.so"
+    library = scratch / LIBRARY
     command = ["/bin/sh", str(sources / "build.sh"), str(include.resolve()), str(library)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(tied(command), capture_output=True, text=True, check=False)
     if run.returncode:
         lines = (run.stderr or run.stdout).strip().splitlines() or [f"exit code {run.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1])

@@ -71,7 +71,7 @@ def build_graphs(
                 logs=logs,
                 say=say,
             )
-            engines = read_engines(built, folder, folder)
+            engines = read_engines(built, folder)
     except KeyboardInterrupt:
         for log in logs.values():
             log.unlink(missing_ok=True)
@@ -90,9 +90,9 @@ def building_environment() -> Generator[Mapping[str, str]]:
         yield inherited | ensure_parser_library(Path(links))
 
 
-def read_engines(built: Iterable[tuple[str, dict[str, Any]]], kit: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of the engines that a builder leaves in a folder; each is read when it is whole."""
+def read_engines(built: Iterable[tuple[str, dict[str, Any]]], kit: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the engines that a builder makes; each is read when it is whole."""
     try:
-        return {name: read_engine(folder / name, said, kit / f"{name}.weights.json") for name, said in built}
+        return {name: read_engine(said["plan"], said, kit / f"{name}.weights.json") for name, said in built}
     except KitError as error:
         raise CapaError(str(error), ExitCode.ENGINE) from error

@@ -20,18 +20,21 @@ from capa_export.passes.for_tensorrt import prepare
 from capa_export.passes.lower import NATIVE
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
-from capa_export.trt.builder import CHECKER, SWITCHES, UNCHECKED, WORKER
+from capa_export.trt.builder import CHECKER, SWITCHES, WORKER
 from capa_export.trt.golden import golden_bounds, run_golden, write_golden
 from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
 from capa_export.trt.kit_file import KIT
+from capa_export.trt.kit_switch import UNCHECKED
 from capa_export.trt.polygraphy import INPUTS, POLYGRAPHY, PolygraphyKit, write_polygraphy
 
 __all__ = ["write_kit"]
 
 _BUILDER = {
     "trt/builder.py": "builder.py",
+    "base/parent.py": "parent.py",
     "trt/kit_file.py": "kit_file.py",
     "trt/kit_device.py": "kit_device.py",
+    "trt/kit_switch.py": "kit_switch.py",
     "trt/worker.py": WORKER,
     "trt/golden_run.py": CHECKER,
     "kernels/plugins/alias.py": "parser_library.py",

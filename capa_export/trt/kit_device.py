@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
+    from capa_export.base.parent import tied
     from capa_export.trt.kit_file import KitError
 else:
     # Beside this file in a kit.
     from kit_file import KitError
+    from parent import tied
 
 __all__ = ["check_device", "check_version", "find_headers", "numbers_of", "read_version"]
 
@@ -59,7 +61,7 @@ def _compute_capability() -> str:
 def read_version(module: str, env: Mapping[str, str]) -> str:
     """Of the runtime, imported in a process of its own, since it may abort the one that imports it."""
     command = [sys.executable, "-c", _PRINT_VERSION, module]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run(tied(command), env=env, capture_output=True, text=True, check=False)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
         where = "; JetPack has it in python3-libnvinfer" if module == "tensorrt" else ""

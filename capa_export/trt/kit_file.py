@@ -28,6 +28,9 @@ def read_kit(kit: Path) -> dict[str, Any]:
     Raises:
         KitError: there is none, or it is damaged, or of another version, or says what no build writes.
     """
+    if (kit / KIT).exists() and not (kit / KIT).is_file():
+        # A pipe would be waited for.
+        raise KitError(f"{kit}: no kit ({KIT}: is no file)")
     try:
         spec = json.loads((kit / KIT).read_text(encoding="utf-8"))
         digest = spec.pop("digest")

@@ -70,9 +70,10 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
         )
     if copied := cache_copies(layers):
         # Slower, and not wrong: an engine of a TensorRT that knows no better is still one.
-        say(f"{engine}: this TensorRT copies {len(copied)} caches at every step ({copied[0].name}), which is slower")
+        said = f"{len(copied)} caches at every step ({copied[0].name})"
+        say(f"{engine.name}: this TensorRT copies {said}, which is slower")
     if not layers:
-        say(f"{engine}: this TensorRT lists no layers, so whether weights or caches are copied is not known")
+        say(f"{engine.name}: this TensorRT lists no layers, so whether weights or caches are copied is not known")
     types = Counter(layer.type for layer in layers)
     return {
         "onnx": built["onnx"],

@@ -13,7 +13,8 @@ from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.confined import confined, references
-from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, run_stage
+from capa_export.bundle.replacement import SCRATCH
+from capa_export.bundle.store import MANIFEST, ONNX, Bundle, file_digest, files_under, run_stage
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.plugins import PluginWish, choose_device_plugins, choose_plugins
@@ -27,6 +28,7 @@ from capa_export.trt.engines import CHECKER, WORKER, build_graphs, building_envi
 from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_file import KitError, read_kit
+from capa_export.trt.kit_switch import places
 
 __all__ = ["build_engines", "build_kit", "check_engines", "check_runtime", "home_of"]
 
@@ -231,7 +233,8 @@ def build_kit(
         step = next(done)
         report(line, step, step + 1)
 
-    with nullcontext() if home is None else home.claimed(), building_environment() as environment:
+    name = kit.resolve().relative_to(home.folder.resolve()).as_posix() if home is not None else ""
+    with nullcontext() if home is None else home.scratch(name) as scratch, building_environment() as environment:
         built = builder.build(
             kit,
             tensorrt_include=tensorrt_include,
@@ -239,13 +242,14 @@ def build_kit(
             compute_capability=compute_capability,
             lowered=lowered,
             out=out,
+            place=scratch and scratch / name,
             worker=WORKER,
             checker=CHECKER,
             write_plugins=write_sources,
             environment=environment,
             say=tell,
         )
-        engines = read_engines(built, kit, out or kit)
+        engines = read_engines(built, kit)
         result = {
             "runtime": (runtime or spec["runtime"]).replace("_", "-"),
             "compute_capabilities": [compute_capability] if compute_capability else spec["compute_capabilities"],
@@ -253,8 +257,8 @@ def build_kit(
             "plugins": {"kind": spec["plugins"]},
             "engines": engines,
         }
-        if out is None:
-            _note(kit, result, home)
+        if home is not None and scratch is not None:
+            _record(home, name, result)
     return result
 
 
@@ -294,17 +298,14 @@ def _read_kit(kit: Path) -> dict[str, Any]:
     return spec
 
 
-def _note(kit: Path, result: dict[str, Any], home: Bundle | None = None) -> None:
-    """Tell the bundle that a kit lies in, if it does, what was built: its engines can then be run from there."""
-    if (bundle := home or home_of(kit)) is None:
-        return
-    stages = bundle.manifest["stages"]
-    stage = stages[f"engine/{kit.resolve().name}"]
+def _record(home: Bundle, kit: str, result: dict[str, Any]) -> None:
+    """Put what was built into a kit of a bundle, which says so from then on: its engines can be run from there."""
+    stages, scratch = home.manifest["stages"], home.folder / SCRATCH
+    stage = stages[f"engine/{PurePosixPath(kit).name}"]
     stage["result"] |= result
-    stage["files"] |= {
-        f"{stage['result']['kit']}/{name}.engine": file_digest(kit / f"{name}.engine") for name in result["engines"]
-    }
-    bundle.update(stages=stages)
+    made = files_under(scratch, kit)
+    stage["files"] |= {name: file_digest(scratch / name) for name in made if name.endswith(".engine")}
+    home.replace(made, drops={f"{kit}/{name}" for name in places(result["engines"])}.difference(made), stages=stages)
 
 
 def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:

@@ -11,9 +11,7 @@ that a kit can carry it to a device where nothing else is installed.
 import ctypes
 import importlib
 import json
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildError", "main"]
 
-
-_PR_SET_PDEATHSIG = 1
 _NEW_LOGGER = 11
 """The first TensorRT whose logger has its functions in other places; all of TensorRT-RTX counts as later."""
 
@@ -37,22 +33,12 @@ class BuildError(Exception):
 def main(spec_path: str) -> int:
     """Build what the spec says; the result, or the reason why there is none, goes where the spec says."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
-    _end_with(spec["parent"])
     try:
         result = _build(importlib.import_module(spec["runtime"]), spec)
     except BuildError as error:
         result = {"error": str(error)}
     Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
     return int("error" in result)
-
-
-def _end_with(parent: int) -> None:
-    """Have the system end this process when the builder's ends, however that does, unless it has already."""
-    if sys.platform == "linux":
-        # No thread could do it, since TensorRT may hold Python's lock for minutes.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     path = tmp_path_factory.mktemp("recipe") / "small.toml"
     write_recipe(path, Recipe(**data), "")
 
-    def build(ratio: float, **options: Any) -> Path:
-        out = tmp_path_factory.mktemp("bundle") / "out"
+    def build(ratio: float, out: Path | None = None, **options: Any) -> Path:
+        out = out or tmp_path_factory.mktemp("bundle") / "out"
         export(str(checkpoint), out=out, recipe=str(path), schedule=f"capa@1:{ratio}/full", **options)
         return out
 
@@ -314,9 +314,23 @@ def test_only_what_is_fit_to_ship_is_signed(
         _ = capa_export.open(bundle).parity
 
 
-def test_weights_that_were_never_read_cannot_be_signed(build: Callable[..., Path], keys: Path) -> None:
-    with pytest.raises(CapaError, match=r"cannot be signed, since onnx/llm/weights/\S+ stays in the checkpoint"):
-        build(0.75, in_place=True, precision="fp32", sign=keys / "own")
+def test_weights_in_place_are_read_where_they_are_signed(
+    build: Callable[..., Path], keys: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    """And where a bundle that was not signed never had them read, that is said before the work."""
+    options = {"in_place": True, "precision": "fp32"}
+    unread = build(0.75, **options)
+    for command in (("engine", unread, "--target", "orin"), ("validate", unread, "--samples", 1)):
+        said = refusal(*command, "--sign", keys / "own")
+        assert "cannot be signed, since onnx/llm/weights/" in said and said.endswith("export it again, with --sign")
+    assert not (unread / "engines").exists()
+    signed = build(0.75, **options, sign=keys / "own")
+    assert openssl_verifies(signed / MANIFEST, keys / "own.pub")
+    again = Path(shutil.copytree(unread, tmp_path / "again"))
+    build(0.75, **options, sign=keys / "own", out=again)
+    for bundle in (signed, again):
+        capa_export.open(bundle, verify_key=keys / "own.pub").load()
+        assert all(link["sha256"] for link in Bundle.open(bundle).stage("export")["linked"].values())
 
 
 def test_what_is_signed_says_which_packages_made_it(signed: Path) -> None:

@@ -1,10 +1,12 @@
 """Attacks on the files beside a checkpoint's weights."""
 
+from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from tests.attacks.victims import Attack, Victim
 
-__all__ = ["SIZES", "TYPES"]
+__all__ = ["KEYS", "SIZES", "TYPES", "TYPES_OF_VALUES"]
 
 
 def _config(*path: str, to: Any, command: str = "export", file: str = "config.json") -> Attack:
@@ -77,7 +79,7 @@ SIZES: dict[str, Attack] = {
     "fullatt": _vision("fullatt_block_indexes", list(range(10**6))),
 }
 
-_TYPES = {
+TYPES_OF_VALUES = {
     "list": [1],
     "text": "5",
     "boolean": True,
@@ -90,7 +92,7 @@ _TYPES = {
     "negative": -1,
     "escape": "\x1b[2J\x1b]0;owned\x07",
 }
-_KEYS: dict[str, tuple[tuple[str, ...], str]] = {
+KEYS: dict[str, tuple[tuple[str, ...], str]] = {
     "model_type": (("model_type",), "config.json"),
     "text model_type": (("text_config", "model_type"), "config.json"),
     "layer_types": (("text_config", "layer_types"), "config.json"),
@@ -126,9 +128,14 @@ _KEYS: dict[str, tuple[tuple[str, ...], str]] = {
     "temperature": (("temperature",), "generation_config.json"),
 }
 
-TYPES: dict[str, Attack] = {
-    f"{command}: {key} {kind}": _config(*path, to=value, command=command, file=file)
-    for command in ("export", "calibrate")
-    for key, (path, file) in _KEYS.items()
-    for kind, value in _TYPES.items()
-}
+
+def _types() -> Iterator[tuple[str, Attack]]:
+    """Every key is read by both commands with two values each; which of them goes round."""
+    values = cycle(TYPES_OF_VALUES.items())
+    for key, (path, file) in KEYS.items():
+        for command in ("export", "calibrate") * 2:
+            kind, value = next(values)
+            yield f"{command}: {key} {kind}", _config(*path, to=value, command=command, file=file)
+
+
+TYPES = dict(_types())

@@ -1,7 +1,8 @@
 """Attacks by what lies where a file is expected, and by what a bundle's files say."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.attacks.victims import Attack, Victim
 
-__all__ = ["FOLDERS", "MANIFESTS", "PROCESSORS", "RECIPES", "WEIGHTS"]
+__all__ = ["FOLDERS", "MANIFESTS", "PLACES", "PROCESSORS", "RECIPES", "STRANGE", "WEIGHTS"]
 
 _SIDECARS = (
     *("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -84,6 +85,8 @@ FOLDERS: dict[str, Attack] = {
 def _says(*path: Any, to: Any, command: str = "run") -> Attack:
     def attack(victim: Victim) -> list[object]:
         def change(data: Any) -> None:
+            # Golden samples take minutes to make, and their files are not what this is about.
+            data["stages"].setdefault("golden", {**data["stages"]["validate"], "files": {}, "linked": {}})
             for key in path[:-1]:
                 data = data[key]
             data[path[-1]] = to
@@ -94,7 +97,7 @@ def _says(*path: Any, to: Any, command: str = "run") -> Attack:
     return attack
 
 
-_STRANGE: dict[str, Any] = {
+STRANGE: dict[str, Any] = {
     "list": [1],
     "text": "../../evil",
     "boolean": True,
@@ -105,7 +108,7 @@ _STRANGE: dict[str, Any] = {
     "number": 10**30,
     "object": {"a": [1]},
 }
-_PLACES: dict[str, tuple[Any, ...]] = {
+PLACES: dict[str, tuple[Any, ...]] = {
     "recipe": ("recipe",),
     "recipe name": ("recipe", "name"),
     "family": ("recipe", "family"),
@@ -135,17 +138,24 @@ _PLACES: dict[str, tuple[Any, ...]] = {
     "needs transformers": ("stages", "export", "result", "needs_transformers"),
     "calibrate result": ("stages", "calibrate", "result"),
     "validate result": ("stages", "validate", "result"),
+    "golden result": ("stages", "golden", "result"),
     "tool": ("tool",),
     "command": ("command",),
     "hashed": ("hashed",),
     "version": ("version",),
 }
-MANIFESTS: dict[str, Attack] = {
-    f"{command}: {place} {kind}": _says(*path, to=value, command=command)
-    for command in ("inspect", "run", "validate", "doctor", "compare")
-    for place, path in _PLACES.items()
-    for kind, value in _STRANGE.items()
-}
+
+
+def _manifests() -> Iterator[tuple[str, Attack]]:
+    """Every place is read by every command; which of the values stands there goes round."""
+    values = cycle(STRANGE.items())
+    for place, path in PLACES.items():
+        for command in ("inspect", "run", "validate", "doctor", "compare"):
+            kind, value = next(values)
+            yield f"{command}: {place} {kind}", _says(*path, to=value, command=command)
+
+
+MANIFESTS = dict(_manifests())
 
 
 def _compare(attack: Attack) -> Attack:

@@ -1,12 +1,15 @@
 """Attacks by pictures, videos, prompts, tokenizers, templates and options."""
 
 import json
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
 
-from tests.attacks.victims import Attack, Victim
+from capa_export.bundle.store import Bundle
+from tests.attacks.victims import Attack, Victim, changed_json
+from tests.conftest import recorded
 
 __all__ = ["OPTIONS", "PICTURES", "PROMPTS"]
 
@@ -23,6 +26,14 @@ def tiff(width: int, height: int) -> bytes:
     entries = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 1)]
     parts = [tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little") for tag, value in entries]
     return b"II*\0\x08\0\0\0" + len(parts).to_bytes(2, "little") + b"".join(parts) + b"\0\0\0\0"
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and holds nothing."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
+    chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
+    whole = (len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n{} loop\n%%EOF\n"
@@ -71,7 +82,8 @@ def _turn(**part: Any) -> list[dict[str, Any]]:
 
 PICTURES: dict[str, Attack] = {
     "an EPS that is named a PNG": _picture("a.png", EPS),
-    "a PNG of a billion pixels": _picture("a.tiff", tiff(40_000, 40_000)),
+    "a PNG of a billion pixels": _picture("a.png", png(40_000, 40_000)),
+    "a TIFF of a billion pixels": _picture("a.tiff", tiff(40_000, 40_000)),
     "a TIFF of 2^62 pixels": _picture("a.tiff", tiff(2**31 - 1, 2**31 - 1)),
     "a strip": _saved(100_000, 1),
     "a GIF of 100,000 frames": _picture("a.gif", gif(100_000)),
@@ -117,6 +129,22 @@ def _generation(**settings: Any) -> Attack:
     )
 
 
+def _endless_answer(victim: Victim) -> list[object]:
+    """No token ends it, but its context does."""
+    bundle = victim.bundle_with("onnx/llm/generation_config.json", _never_ends)
+    changed_json(bundle / "onnx/llm/config.json", _short_context)
+    recorded(Bundle(bundle))
+    return victim.run(bundle)
+
+
+def _never_ends(data: Any) -> None:
+    data.update(max_new_tokens=10**18, eos_token_id=10**6)
+
+
+def _short_context(data: Any) -> None:
+    data["text_config"]["max_position_embeddings"] = 256
+
+
 def _long_prompt(victim: Victim) -> list[object]:
     path = victim.folder / "m.json"
     text = "what " * 300_000
@@ -138,6 +166,7 @@ PROMPTS: dict[str, Attack] = {
         )
     ),
     "a prompt of 300,000 words": _long_prompt,
+    "an answer without an end": _endless_answer,
     "a penalty of infinity": _generation(repetition_penalty=float("inf")),
     "a temperature of nothing": _generation(do_sample=True, temperature=1e-300),
     "a huge n-gram": _generation(no_repeat_ngram_size=10**9, max_new_tokens=2),

@@ -7,32 +7,52 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.accepted import ACCEPTED
-from tests.attacks.configs import SIZES, TYPES
-from tests.attacks.files import FOLDERS, MANIFESTS, PROCESSORS, RECIPES, WEIGHTS
+from tests.attacks.configs import KEYS, SIZES, TYPES, TYPES_OF_VALUES
+from tests.attacks.files import FOLDERS, MANIFESTS, PLACES, PROCESSORS, RECIPES, STRANGE, WEIGHTS
 from tests.attacks.inputs import OPTIONS, PICTURES, PROMPTS
-from tests.attacks.outcome import outcomes
+from tests.attacks.others import KEYS as WRONG_KEYS
+from tests.attacks.others import KITS, PIPES, QUANTIZED, TARGETS
+from tests.attacks.outcome import outcome_of, outcomes
 from tests.attacks.victims import Attack, Victim
-
-
-def every(step: int, attacks: Mapping[str, Attack]) -> dict[str, Attack]:
-    """One in so many of a large table."""
-    return dict(list(attacks.items())[::step])
-
 
 KINDS: dict[str, Mapping[str, Attack]] = {
     "sizes": SIZES,
-    "types": every(7, TYPES),
+    "types": TYPES,
     "folders": FOLDERS,
-    "manifests": every(23, MANIFESTS),
+    "manifests": MANIFESTS,
     "processors": PROCESSORS,
     "recipes": RECIPES,
     "weights": WEIGHTS,
     "pictures": PICTURES,
     "prompts": PROMPTS,
     "options": OPTIONS,
+    "pipes": PIPES,
+    "keys": WRONG_KEYS,
+    "targets": TARGETS,
+    "kits": KITS,
+    "quantized": QUANTIZED,
 }
 SAMPLED = ("types", "manifests")
 """Kinds whose values are right in some places: a name may be any text."""
+
+
+def test_every_place_is_attacked() -> None:
+    """By every command; and every value stands somewhere."""
+    for attacks, places, kinds, commands in (
+        (MANIFESTS, PLACES, STRANGE, ("inspect", "run", "validate", "doctor", "compare")),
+        (TYPES, KEYS, TYPES_OF_VALUES, ("export", "calibrate")),
+    ):
+        for place in places:
+            assert all(any(name.startswith(f"{command}: {place} ") for name in attacks) for command in commands)
+        assert all(any(name.endswith(f" {kind}") for name in attacks) for kind in kinds)
+
+
+def test_a_limit_of_memory_is_no_refusal(tmp_path: Path) -> None:
+    """Of this test's own: what only it ends would have taken what there is."""
+    for text in ("error: x.json: Unable to allocate 4 GiB", "error: std::bad_alloc", "MemoryError"):
+        (tmp_path / "0.text").write_text(text)
+        (tmp_path / "0.code").write_text("3")
+        assert outcome_of(tmp_path, 0).verdict == "memory"
 
 
 @pytest.mark.exhaustive

@@ -161,4 +161,4 @@ compile._run({Path(sys.path[-1], "result"): job}, None)
 def test_compiling_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     where = os.pathsep.join([*filter(None, sys.path), str(tmp_path)])
-    assert ended_with_parent(COMPILING, tmp_path, 1, {"PYTHONPATH": where})
+    assert ended_with_parent(COMPILING, tmp_path, 2, {"PYTHONPATH": where})

@@ -72,8 +72,11 @@ def by_slots(numbers: Any) -> Any:
 
 
 FAULTS = {
-    "nibbles swapped": (change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), "int4:32"),
-    "neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "int4:32"),
+    "nibbles swapped": (
+        change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
+        "int4:32/rtn",
+    ),
+    "neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "int4:32/rtn"),
     "a scale less": (change(scale_name(WEIGHT), lambda s: np.where(np.arange(s.shape[1]) == 9, 0, s)), "AutoAWQ"),
     "zero off by one": (zero_off_by_one, "AutoAWQ"),
     "AWQ order ignored": (change(packed_name(WEIGHT), by_slots), "AutoAWQ"),
@@ -89,7 +92,7 @@ def failures(exported: Exported, folder: Path) -> list[str]:
     return [check.failure for error in found.export_error for check in error.checks if check.failure]
 
 
-@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32", "GPTQ desc_act"], indirect=True)
+@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32/rtn", "GPTQ desc_act"], indirect=True)
 def test_a_healthy_export_passes(healthy: Exported) -> None:
     assert failures(healthy, healthy.folder / "fp16") == []
     assert not healthy.bisected(healthy.folder / "fp16").node

@@ -41,7 +41,7 @@ def oracle_of(model: Model) -> Oracle:
 
 
 def test_it_is_the_kl_of_rounded_weights_along_the_answers_of_full_precision(checkpoint: Path) -> None:
-    plain, rounded = opened(checkpoint, None), opened(checkpoint, "int4:32")
+    plain, rounded = opened(checkpoint, None), opened(checkpoint, "int4:32/rtn")
     oracle = oracle_of(rounded)
     found = measure_quantization(oracle, rounded, asked(TURNS), rounded.report)
     assert found is not None
@@ -73,19 +73,19 @@ def eager_logits(model: Model, prompt: Prompt, tokens: Sequence[int]) -> torch.T
 
 def test_weights_that_are_on_the_grid_cost_nothing(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    rounded = dict(opened(checkpoint, "int4:32").eager.named_parameters())
+    rounded = dict(opened(checkpoint, "int4:32/rtn").eager.named_parameters())
     stored = load_file(folder / "model.safetensors")
     for name in [name for name in stored if DECODER_LINEARS.search(name) and "visual" not in name]:
         (weight,) = [w for other, w in rounded.items() if other.endswith(name.removeprefix("model."))]
         stored[name] = weight.detach().clone()
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    again = opened(folder, "int4:32")
+    again = opened(folder, "int4:32/rtn")
     found = measure_quantization(oracle_of(again), again, asked(TURNS), again.report)
     assert found is not None
     assert found.kl == found.kl_max == pytest.approx(0, abs=1e-9) and found.top1 == 1
 
 
-@pytest.mark.parametrize("quantize", ["int4:32", None])
+@pytest.mark.parametrize("quantize", ["int4:32/rtn", None])
 def test_it_is_said_beside_the_other_errors(
     quantize: str | None, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

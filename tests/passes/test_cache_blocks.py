@@ -129,9 +129,13 @@ def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
 
 @pytest.mark.trt
 @pytest.mark.slow
+@pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_layer_copies_a_cache(graphs: Graphs, family: str, tmp_path: Path) -> None:
+def test_no_layer_copies_a_cache(graphs: Graphs, family: str, tmp_path: Path, *, lowered: bool) -> None:
+    """As it is exported, and as kits have it for older TensorRT."""
     path = graphs(family, "fp16") / "llm/decode.onnx"
+    if lowered:
+        path = in_blocks(path, lowered=True)
     built = build_graphs(path.parent, {path.name: "decode"}, tmp_path / "out", one_gpu(), weights="embedded")["decode"]
     assert (built["weight_copies"], built["cache_copies"]) == (0, 0)
     layers = json.loads((tmp_path / "out" / "decode.layers.json").read_text(encoding="utf-8"))

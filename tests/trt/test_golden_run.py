@@ -16,15 +16,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from capa_export.base import parent
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import load_target
-from capa_export.trt import builder, golden, golden_run, kit_device, kit_file
-from capa_export.trt.builder import SWITCHES, UNCHECKED
+from capa_export.trt import builder, golden, golden_run, kit_device, kit_file, kit_switch
+from capa_export.trt.builder import SWITCHES
 from capa_export.trt.golden_run import differences, problem
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_file import KIT
+from capa_export.trt.kit_switch import UNCHECKED
 from tests.building import Building
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
@@ -145,16 +147,16 @@ def test_weights_that_are_inputs_are_uploaded(bundle: Bundle, device: dict[str, 
     write_kit(bundle, load_target("orin"), kit, plugins="none", weights="external")
     for name in ENGINES:
         onnx = kit / kit_file.read_kit(kit)["engines"][name]["lowered"]
-        (kit / f"{name}{UNCHECKED}").write_text(json.dumps({"onnx": str(onnx), "wrong": ""}), encoding="utf-8")
+        (kit / f"{name}.engine").write_text(json.dumps({"onnx": str(onnx), "wrong": ""}), encoding="utf-8")
     said: list[str] = []
-    checker = [str(kit / builder.CHECKER)]
-    builder._check_golden(kit, kit_file.read_kit(kit), checker, tmp_path, {**os.environ, **device}, said.append)
+    given = kit, [str(kit / builder.CHECKER)], tmp_path, {**os.environ, **device}, said.append
+    builder._check_golden(kit, kit_file.read_kit(kit), *given)
     assert len(said) == 6
     assert all(close(line) for line in said[1:])
     # One that is none of the kit's files is not followed.
     change(kit, lambda spec: spec["files"].pop("llm/prefill.weights.json"))
     with pytest.raises(kit_file.KitError, match=r"prefill\.engine: takes .*, of which the golden has no value"):
-        builder._check_golden(kit, kit_file.read_kit(kit), checker, tmp_path, {**os.environ, **device}, said.append)
+        builder._check_golden(kit, kit_file.read_kit(kit), *given)
 
 
 def golden_of(built: OnDevice, scratch: Path, engine: str, how: str) -> str:
@@ -162,12 +164,13 @@ def golden_of(built: OnDevice, scratch: Path, engine: str, how: str) -> str:
     for name in ENGINES:
         plan = json.loads((built.kit / f"{name}.engine").read_text(encoding="utf-8"))
         wrong = {**plan, "wrong": how if engine in name else ""}
-        (built.kit / f"{name}{UNCHECKED}").write_text(json.dumps(wrong), encoding="utf-8")
+        (scratch / f"{name}.engine").parent.mkdir(exist_ok=True)
+        (scratch / f"{name}.engine").write_text(json.dumps(wrong), encoding="utf-8")
     environment = {**os.environ, **built.variables}
     checker = [str(built.kit / builder.CHECKER)]
     with pytest.raises(kit_file.KitError) as error:
         builder._check_golden(
-            built.kit, kit_file.read_kit(built.kit), checker, scratch, environment, say=lambda _: None
+            built.kit, kit_file.read_kit(built.kit), scratch, checker, scratch, environment, say=lambda _: None
         )
     return str(error.value)
 
@@ -310,13 +313,16 @@ def test_fp32_becomes_bf16_as_everywhere() -> None:
     assert golden_run._encoded(values.tobytes(), "FLOAT", "BF16") == expected.tobytes()
 
 
-@pytest.mark.parametrize("module", [builder, golden_run, kit_device, kit_file])
+_KIT_MODULES = {"kit_file", "kit_device", "kit_switch", "parent"}
+
+
+@pytest.mark.parametrize("module", [builder, golden_run, kit_device, kit_file, kit_switch, parent])
 def test_what_a_kit_runs_takes_the_standard_library_alone(module: Any) -> None:
     """And TensorRT, which is imported by its name."""
     nodes = [*ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    beside = {"kit_file", "kit_device", "capa_export.trt.kit_file", "capa_export.trt.kit_device"}
+    beside = {*_KIT_MODULES, *(f"capa_export.trt.{name}" for name in _KIT_MODULES), "capa_export.base.parent"}
     assert {name.partition(".")[0] for name in imported - beside} <= set(sys.stdlib_module_names)
 
 

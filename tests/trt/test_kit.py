@@ -25,6 +25,7 @@ from capa_export.trt.kit_file import KIT
 from capa_export.trt.layers import cache_copies, parse_layers, weight_copies
 from capa_export.trt.stage import build_kit
 from tests.building import Building
+from tests.headers import headers_of_tensorrt
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 
@@ -355,9 +356,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def headers() -> Path:
     """Those of a TensorRT that plugins compile against."""
-    if (folder := os.environ.get("TENSORRT_INCLUDE")) is None:
-        pytest.skip("needs TensorRT's headers, in the folder that TENSORRT_INCLUDE names")
-    return Path(folder)
+    return headers_of_tensorrt()
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,14 @@ def target() -> Target:
     return one_gpu(values=NUM_KEEP)
 
 
-@pytest.fixture
-def kit(tmp_path: Path, target: Target) -> Path:
-    """One engine of a small graph, and what a kit carries to build it."""
-    folder = tmp_path / "there" / "kit"
+def write_kit(folder: Path, target: Target, *engines: str) -> Path:
+    """Engines of a small graph, and what a kit carries to build them."""
     (folder / "onnx").mkdir(parents=True)
     graph = tiny_graph(folder / "onnx")
     shutil.copyfile(builder.__file__, folder / "builder.py")
     shutil.copyfile(Path(builder.__file__).with_name("worker.py"), folder / builder.WORKER)
     names = ["onnx/tiny.onnx", "onnx/tiny.onnx.data", "builder.py", builder.WORKER]
+    entry = {"onnx": names[0], "lowered": names[0], "capa_nodes": 1, "plugins": 0} | find_limits(graph, target)
     write_manifest(
         folder,
         target,
@@ -47,14 +46,16 @@ def kit(tmp_path: Path, target: Target) -> Path:
         lowered_below="10.7",
         jetpack=None,
         cpu=None,
-        engines={
-            "llm/tiny": {"onnx": names[0], "lowered": names[0], "capa_nodes": 1, "plugins": 0}
-            | find_limits(graph, target)
-        },
+        engines=dict.fromkeys(engines, entry),
         files={name: file_digest(folder / name) for name in names},
         golden=None,
     )
     return folder
+
+
+@pytest.fixture
+def kit(tmp_path: Path, target: Target) -> Path:
+    return write_kit(tmp_path / "there" / "kit", target, "llm/tiny")
 
 
 def rewrite(kit: Path, lie: Lie) -> None:

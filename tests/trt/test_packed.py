@@ -16,7 +16,7 @@ from tests.quantizing import FORMATS, quantize
 pytestmark = pytest.mark.trt
 
 
-@pytest.mark.parametrize("form", ["int4:32", "AutoAWQ"])
+@pytest.mark.parametrize("form", ["int4:32/rtn", "AutoAWQ"])
 def test_every_packed_weight_is_part_of_a_product(form: str, checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     data = load_recipe("qwen25vl").model_dump() | {"prune": {"schedule": [{"layer": 2, "ratio": 0.75}]}}

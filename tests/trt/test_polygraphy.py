@@ -46,7 +46,7 @@ Polygraphy = Callable[[str, Path], tuple[int, str]]
 @pytest.fixture
 def polygraphy(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Polygraphy:
     """Runs a command of Polygraphy in a folder, in this process, which has imported torch already."""
-    tools = pytest.importorskip("polygraphy.tools", reason="needs the extra dev")
+    from polygraphy import tools
 
     def run(line: str, folder: Path) -> tuple[int, str]:
         monkeypatch.chdir(folder)
@@ -114,7 +114,6 @@ def test_inspect_shows_graphs_and_values(polygraphy: Polygraphy, bundle: Bundle,
 @pytest.mark.parametrize("name", NAMES)
 def test_its_mode_for_tensorrt_rtx_builds(bundle: Bundle, readme: Path, tmp_path: Path, name: str) -> None:
     """In a shell, for the golden's shapes. Without a GPU it ends where the engine is to be loaded."""
-    pytest.importorskip("polygraphy", reason="needs the extra dev")
     script = tmp_path / "polygraphy"
     start = "from polygraphy.tools import main; raise SystemExit(main())"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{start}" "$@"\n', encoding="utf-8")
@@ -141,7 +140,6 @@ def test_its_mode_for_tensorrt_rtx_builds(bundle: Bundle, readme: Path, tmp_path
 
 def test_reduce_takes_a_graph_apart(polygraphy: Polygraphy, bundle: Bundle, readme: Path, tmp_path: Path) -> None:
     """The graph of vision, of which a check that always fails leaves a node or two."""
-    pytest.importorskip("onnx_graphsurgeon", reason="needs the extra dev")
     line = command(readme, "debug reduce", "visual.inputs.json").partition(" --check ")[0]
     folder = shutil.copytree(bundle.folder, tmp_path / "copy")
     code, said = polygraphy(f"{line} --check false", folder)

@@ -17,7 +17,7 @@ from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
 from capa_export.run.bundled import bundled_bounds, bundled_prompter
-from capa_export.trt import kit, stage
+from capa_export.trt import kit
 from capa_export.trt.stage import build_engines
 from tests.building import Building
 from tests.targets import one_gpu
@@ -111,24 +111,6 @@ def test_pictures_are_as_large_as_the_engines_take(bundle: Bundle, tmp_path: Pat
     assert picture.grid is not None and picture.grid[0] == 5
     with pytest.raises(CapaError, match="stage 'engine/other' has not run"):
         bundled_bounds(copy, None, None, engine="other")
-
-
-def test_a_bundle_hears_of_a_kit_that_was_built_in_it(bundle: Bundle, tmp_path: Path) -> None:
-    copy = Bundle(shutil.copytree(bundle.folder, tmp_path / "bundle"))
-    build_engines(copy, load_target("thor"), weights="embedded", report=silent, plugins="none")
-    folder = copy.folder / "engines/thor"
-    (folder / "llm").mkdir(exist_ok=True)
-    (folder / "llm/decode.engine").write_bytes(b"plan")
-    stage._note(folder, {"runtime": "tensorrt", "engines": {"llm/decode": {"runtime": "10.13"}}})
-    result = copy.stage("engine/thor")["result"]
-    assert (result["kit"], result["runtime"], set(result["engines"])) == ("engines/thor", "tensorrt", {"llm/decode"})
-    copy.verify("engine/thor")
-    (folder / "llm/decode.engine").write_bytes(b"another")
-    with pytest.raises(CapaError, match=r"decode\.engine"):
-        copy.verify("engine/thor")
-    # A kit alone, as it lies on a device, has nobody to tell.
-    alone = shutil.copytree(folder, tmp_path / "alone" / "engines" / "thor")
-    stage._note(alone, {"engines": {}})
 
 
 def test_a_library_that_the_device_could_not_load(

@@ -4,16 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from capa_export.config.target import load_target
-from capa_export.trt import builder, worker
+from capa_export.trt import builder, golden_run, worker
 from capa_export.trt.builder import SWITCHES, switches
 from capa_export.trt.doctor import examine
-from capa_export.trt.engines import WORKER
+from capa_export.trt.engines import CHECKER, WORKER
 from tests.orphans import SLEEPER, ended_with_parent
 
 
@@ -128,12 +129,32 @@ builder._run(worker, task, folder / "task.json", os.environ, folder / "log", "")
 
 
 @pytest.mark.parametrize("of_kit", [False, True])
-def test_it_ends_with_a_command_that_is_killed(tmp_path: Path, of_kit: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize(("module", "command"), [(worker, WORKER), (golden_run, CHECKER)], ids=["worker", "checker"])
+def test_it_ends_with_a_command_that_is_killed(
+    tmp_path: Path, module: ModuleType, command: Sequence[str], *, of_kit: bool
+) -> None:
+    """And so does what it started."""
     (tmp_path / "sleeper.py").write_text(SLEEPER)
-    own = shutil.copyfile(worker.__file__, tmp_path / builder.WORKER)
+    own = shutil.copyfile(module.__file__ or "", tmp_path / "own.py")
     environment = {
         "FOLDER": str(tmp_path),
-        "WORKER": str(own) if of_kit else "|".join(WORKER),
+        "WORKER": str(own) if of_kit else "|".join(command),
         "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(tmp_path)]),
     }
-    assert ended_with_parent(BUILDING, tmp_path, 1, environment)
+    assert ended_with_parent(BUILDING, tmp_path, 2, environment)
+
+
+COMPILING = """
+import os
+from pathlib import Path
+from capa_export.trt import builder
+folder = Path(os.environ["FOLDER"])
+builder._compile(folder, folder, folder, lambda _: None)
+"""
+
+
+def test_a_compiler_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    (tmp_path / "build.sh").write_text(f"'{sys.executable}' '{tmp_path / 'sleeper.py'}'; exit 1")
+    environment = {"FOLDER": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert ended_with_parent(COMPILING, tmp_path, 2, environment)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.files import file_digest
+from capa_export.base.parent import tied
 from capa_export.base.toml import shipped
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def build_library(
         written = time.perf_counter()
         library = Path(scratch) / LIBRARY
         run = subprocess.run(
-            ["/bin/sh", sources / "build.sh", include.resolve(), library],
+            tied(["/bin/sh", sources / "build.sh", include.resolve(), library]),
             env=os.environ | {"CXX": compiler, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

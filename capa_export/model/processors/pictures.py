@@ -6,10 +6,11 @@ H = height, W = width, C = channels.
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import ceil
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from capa_export.base.toml import Settings
 from capa_export.model.picture_sizes import sides_within, tile_grid
@@ -41,7 +42,8 @@ class PictureSettings(Settings):
     do_center_crop: bool | None = None
     crop_size: PictureSize | None = None
     do_rescale: bool | None = None
-    rescale_factor: float | None = None
+    rescale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Zero would make every picture black."""
     do_normalize: bool | None = None
     image_mean: float | tuple[float, ...] | None = None
     image_std: float | tuple[float, ...] | None = None

@@ -1,7 +1,7 @@
 """A tokenizer as the `tokenizers` library runs it, with the chat template that goes with it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +9,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer as Backend
 
 from capa_export.base.errors import CapaError
+from capa_export.base.expressions import backtracks
 from capa_export.base.toml import Settings
 
 __all__ = ["Tokenizer", "TokenizerSettings", "check_growth"]
@@ -32,18 +33,29 @@ class TokenizerSettings(Settings):
 
 
 def check_growth(backend: Backend, folder: Path) -> None:
-    """Refuse a tokenizer that multiplies what it is given, whose text then fits into no memory.
+    """Refuse a tokenizer that multiplies what it is given, in text or in time.
+
+    Text fits into no memory then. Time grows with every character where a group repeats what repeats itself, as in
+    `(.+)+x`: there are as many ways to fail as ways to divide what it finds.
 
     Raises:
         CapaError: a file of the folder says so.
     """
     for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        part = getattr(backend, step)
-        if part is not None and (times := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+        if (part := getattr(backend, step)) is None:
+            continue
+        settings = json.loads(part.__getstate__())
+        if (times := _growth(settings)) > _MOST_GROWTH:
             raise CapaError(
                 f"{folder}: the tokenizer's {step} may make a text {times:.3g} times as long, and at most "
                 f"{_MOST_GROWTH} is supported; use the tokenizer.json that was published with the weights"
             )
+        for expression in _expressions(settings):
+            if backtracks(expression):
+                raise CapaError(
+                    f"{folder}: the tokenizer's {step} has an expression that repeats what repeats itself, and might "
+                    f"never end ({expression!r:.80}); use the tokenizer.json that was published with the weights"
+                )
 
 
 def _growth(part: Any) -> float:
@@ -63,6 +75,17 @@ def _growth(part: Any) -> float:
         # Nothing bounds its replacements but its own length.
         return len(step.get("precompiled_charsmap") or "")
     return _GROWTH.get(str(step.get("type")), 1)
+
+
+def _expressions(part: Any) -> Iterator[str]:
+    """Yield every regular expression in a step."""
+    if isinstance(part, dict):
+        step = cast("dict[str, Any]", part)
+        if isinstance(expression := step.get("Regex"), str):
+            yield expression
+        part = list(step.values())
+    for inner in cast("list[Any]", part) if isinstance(part, list) else ():
+        yield from _expressions(inner)
 
 
 class Tokenizer:

@@ -46,8 +46,8 @@ class Gptq:
             CapaError: they are of another version or of other bits.
         """
         version = config.data.get("checkpoint_format") or "gptq"
-        if version not in _FIRST_ZERO:
-            raise config.refused("checkpoint_format", f"is {version!r}, only 'gptq' and 'gptq_v2' are supported")
+        if not isinstance(version, str) or version not in _FIRST_ZERO:
+            raise config.refused("checkpoint_format", f"is {version!r:.80}, only 'gptq' and 'gptq_v2' are supported")
         dynamic = config.section("dynamic").data if config.data.get("dynamic") else {}
         if not all(name.startswith("-:") for name in dynamic):
             raise config.refused("dynamic", "gives layers settings of their own, which is not supported")

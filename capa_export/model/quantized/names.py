@@ -6,8 +6,14 @@ from fnmatch import fnmatchcase
 from typing import cast
 
 from capa_export.base.dims import Section
+from capa_export.base.expressions import backtracks
 
 __all__ = ["contains_any", "is_any", "matches_any", "names", "patterns"]
+
+
+_REPEATS = re.compile(r"[*+,]")
+_MOST_REPEATS = 6
+"""One behind the other: a name of a hundred characters is divided among them in every way."""
 
 
 def names(config: Section, key: str) -> tuple[str, ...]:
@@ -29,14 +35,16 @@ def patterns(config: Section, key: str, given: Sequence[str]) -> tuple[str, ...]
     """Names of layers, and expressions for them after `re:`.
 
     Raises:
-        CapaError: an expression is none.
+        CapaError: an expression is none, or might never end.
     """
     for name in given:
         if name.startswith("re:"):
             try:
                 re.compile(name[3:])
-            except re.error as error:
-                raise config.refused(key, f"{name!r} is no regular expression: {error}") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                raise config.refused(key, f"{name!r:.80} is no regular expression: {error}") from error
+            if backtracks(name[3:]) or len(_REPEATS.findall(name)) > _MOST_REPEATS:
+                raise config.refused(key, f"{name!r:.80} repeats too much in what it repeats, and might never end")
     return tuple(given)
 
 

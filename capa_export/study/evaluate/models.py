@@ -11,6 +11,7 @@ from capa_export.base.workers import Workers
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
+from capa_export.calibrate.weights import choose_weights
 from capa_export.config.options import BuildOptions
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.provider import Provider
@@ -107,6 +108,7 @@ def eager_model(
         check_fits(model, method)
     require_eager_memory(model, options.workers)
     check_files(model)
+    choose_weights(model, bundle, options)
     calibration = (
         calibrate(model, bundle, options) if any(method.ffn != "full" for method in methods.values()) else None
     )

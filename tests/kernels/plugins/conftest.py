@@ -4,7 +4,6 @@ TensorRT's headers come from the folder that the environment variable TENSORRT_I
 """
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from capa_export.cli.plugins import plugins
 from capa_export.kernels import OPERATORS
 from capa_export.kernels.compile import CompiledKernel, compile_kernels
 from capa_export.kernels.plugins.native import LIBRARY, write_sources
+from tests.headers import headers_of_tensorrt
 
 HERE = Path(__file__).parent
 CAPABILITIES = ("8.6", "12.0")
@@ -23,13 +23,7 @@ CAPABILITIES = ("8.6", "12.0")
 
 @pytest.fixture(scope="session")
 def include() -> Path:
-    folder = os.environ.get("TENSORRT_INCLUDE")
-    if not folder:
-        pytest.skip(
-            "no plugin library was compiled: set TENSORRT_INCLUDE to the include folder of TensorRT 10.3 to 11; "
-            "its headers are in the public repository NVIDIA/TensorRT"
-        )
-    return Path(folder)
+    return headers_of_tensorrt()
 
 
 @pytest.fixture(scope="session")

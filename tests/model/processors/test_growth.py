@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from capa_export.base.errors import CapaError
 from capa_export.model.processors.tokenizer import check_growth
@@ -30,6 +30,40 @@ def test_what_multiplies_text_is_refused(name: str) -> None:
     backend: Any = Tokenizer(models.WordLevel({"a": 0}, "a"))
     setattr(backend, step, part)
     with pytest.raises(CapaError, match=f"x: the tokenizer's {step} may make a text .* times as long"):
+        check_growth(backend, Path("x"))
+
+
+PUBLISHED = (
+    # GPT-2, Qwen2, DeepSeek-V3 and o200k.
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{Lm}]+(?i:'s|'t|'re|'ve|'m|'d)?|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*",
+    r"(\d{3})(?=(?:\d{3})*)|(?:ab)+|(a\+)*|([(+*)])+|([[a-z]+*])*|\(a+\)+",
+)
+
+
+@pytest.mark.parametrize("expression", PUBLISHED)
+def test_published_expressions_are_taken(expression: str) -> None:
+    backend: Any = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(expression), "isolated")
+    check_growth(backend, Path("x"))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [r"(.+)+\x00", "(?:a*)*b", "((a+)b?)+", "(a|b+){2,}c", "([a-z]+)*!", "(?:x(?:y{1,9})?)*"],
+)
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer", "decoder"])
+def test_expressions_that_backtrack_are_refused(expression: str, step: str) -> None:
+    backend: Any = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    made: dict[str, Any] = {
+        "normalizer": normalizers.Sequence([normalizers.Replace(Regex(expression), "")]),
+        "pre_tokenizer": pre_tokenizers.Split(Regex(expression), "isolated"),
+        "decoder": decoders.Replace(Regex(expression), ""),
+    }
+    setattr(backend, step, made[step])
+    with pytest.raises(CapaError, match=f"x: the tokenizer's {step} has an expression that repeats what repeats"):
         check_growth(backend, Path("x"))
 
 

@@ -1,5 +1,6 @@
 """What the formats' own libraries pack and unpack, where they are installed, is decoded to the same bits."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.quantized import modelopt
 from capa_export.model.quantized.compressed_tensors import PackQuantized
 from capa_export.model.quantized.parts import Format, Parts
+
+MODELOPT = "nvidia-modelopt is in no extra and in no lock: pip install nvidia-modelopt"
 
 
 def decoded(folder: Path, form: Format, tensors: dict[str, torch.Tensor]) -> np.ndarray:
@@ -30,11 +33,12 @@ def weight(num_outputs: int, num_inputs: int) -> torch.Tensor:
     return torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="compressed-tensors has no wheels for Python 3.10")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", ["group", "channel"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_compressed_tensors_unpacks_the_same(bits: int, strategy: str, symmetric: bool, tmp_path: Path) -> None:  # noqa: FBT001 - A parameter of the test.
-    library: Any = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    import compressed_tensors as library  # pyright: ignore[reportMissingImports]
     from compressed_tensors.compressors.pack_quantized.base import (  # pyright: ignore[reportMissingImports]
         PackedQuantizationCompressor,
     )
@@ -58,7 +62,7 @@ def test_compressed_tensors_unpacks_the_same(bits: int, strategy: str, symmetric
 
 
 def test_modelopt_dequantizes_nvfp4_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    pytest.importorskip("modelopt", reason=MODELOPT)
     from modelopt.torch.quantization.qtensor import NVFP4QTensor  # pyright: ignore[reportMissingImports]
 
     packed, scale, outer = NVFP4QTensor.quantize(weight(40, 96), 16)
@@ -70,7 +74,7 @@ def test_modelopt_dequantizes_nvfp4_the_same(tmp_path: Path) -> None:
 
 
 def test_modelopt_dequantizes_fp8_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    pytest.importorskip("modelopt", reason=MODELOPT)
     from modelopt.torch.quantization.qtensor import FP8QTensor  # pyright: ignore[reportMissingImports]
 
     given = weight(40, 96)
@@ -82,7 +86,7 @@ def test_modelopt_dequantizes_fp8_the_same(tmp_path: Path) -> None:
 
 
 def test_modelopt_packs_int4_so(tmp_path: Path) -> None:
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+    pytest.importorskip("modelopt", reason=MODELOPT)
     from modelopt.torch.export.quant_utils import pack_int4_in_uint8  # pyright: ignore[reportMissingImports]
 
     given = weight(40, 96)

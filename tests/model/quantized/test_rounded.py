@@ -24,7 +24,7 @@ from tests.building import Building
 from tests.conftest import noise
 from tests.quantizing import DECODER_LINEARS, FORMATS, quantize
 
-WORD = "int4:32"
+WORD = "int4:32/rtn"
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""Processes that end with the one that started them, and with all that they started."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capa_export.base.parent import tied
+from tests.orphans import SLEEPER, await_started, ended_with_parent, have_ended
+
+STARTING = """
+import subprocess, sys
+from capa_export.base.parent import tied
+subprocess.run(tied(["/bin/sh", "-c", f"{sys.executable} sleeper.py & wait"]), cwd=FOLDER)
+"""
+
+
+def test_all_of_it_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    assert ended_with_parent(f"FOLDER = {str(tmp_path)!r}\n{STARTING}", tmp_path, 2)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_all_of_it_ends_when_it_is_told_to(tmp_path: Path, ending: signal.Signals) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    (started := tmp_path / "started").mkdir()
+    environment = {**os.environ, "STARTED": str(started)}
+    with subprocess.Popen(tied([sys.executable, tmp_path / "sleeper.py"]), env=environment) as process:
+        await_started(process, started, 2)
+        process.send_signal(ending)
+        assert process.wait() == -signal.SIGKILL
+    assert have_ended(started)
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -9 $$", -9), ("kill -6 $$", -6), ("true", 0)])
+def test_how_it_ended_is_passed_on(script: str, code: int) -> None:
+    run = subprocess.run(
+        tied(["/bin/sh", "-c", f"cat; echo out; {script}"]), input="in ", capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (code, "in out\n", "")
+
+
+def test_elsewhere_a_command_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tied(["/bin/sh", "-c", "true"]) == ["/bin/sh", "-c", "true"]
