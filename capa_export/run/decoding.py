@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from capa_export.base.errors import CapaError
+from capa_export.base.noise import gumbel
 from capa_export.model.generation import Generation
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ class TokenChooser:
             stop: tokens that end an answer.
             random: needed to sample.
         """
-        self.generation, self.stop, self._random = generation, stop, random
+        self.generation, self.stop = generation, stop
+        self.key = None if random is None else int(random.integers(1 << 64, dtype=np.uint64))
+        """Of the noise that tokens are sampled with."""
         self.tokens = list(prompt_ids)
         """Tokens of the prompt and of the answer so far."""
-        self._num_prompt = len(self.tokens)
+        self.num_prompt = len(self.tokens)
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token, which is then part of the answer.
@@ -125,11 +128,11 @@ class TokenChooser:
 
     def _forbidden(self, size: int) -> np.ndarray:
         """Tokens that may not come next, whatever their logits."""
-        given, tokens, said = self.generation, self.tokens, len(self.tokens) - self._num_prompt
+        given, tokens, said = self.generation, self.tokens, len(self.tokens) - self.num_prompt
         forbidden = list(given.suppress_tokens)
         if said == 0:
             forbidden += given.begin_suppress_tokens
-        least = given.min_length - self._num_prompt if given.min_new_tokens is None else given.min_new_tokens
+        least = given.min_length - self.num_prompt if given.min_new_tokens is None else given.min_new_tokens
         if said < least:
             forbidden += self.stop
         for word in given.bad_words_ids:
@@ -158,10 +161,12 @@ class TokenChooser:
             scores[probabilities < np.float32(given.min_p) * probabilities.max()] = _NEVER
 
     def _sampled(self, scores: np.ndarray) -> int:
-        assert self._random is not None
+        """A token drawn by its softmax: the highest, once noise is added. Kernels draw the same."""
+        assert self.key is not None
         left = np.flatnonzero(scores > _NEVER)
-        probabilities = _softmax(scores[left].astype(np.float64))
-        return int(left[self._random.choice(len(left), p=probabilities)])
+        # Below the highest: beside scores of any size noise would be lost.
+        below = scores[left].astype(np.float64) - scores.max()
+        return int(left[(below + gumbel(self.key, left, len(self.tokens) - self.num_prompt)).argmax()])
 
 
 def _below(tokens: Sequence[int], size: int) -> np.ndarray:
