@@ -87,9 +87,10 @@ def recorded(bundle: Bundle) -> None:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> "FakeDriver":
     """Stands where CUDA's driver would: for call order, never for numerics."""
-    from tests.fake_driver import FakeDriver
+    from tests.fake_driver import FakeDriver, compile_from_ptx
 
     fake = FakeDriver()
+    monkeypatch.setattr("capa_export.kernels.plugins.launcher.compile_kernels", compile_from_ptx)
     monkeypatch.setattr(cuda, "_driver", lambda: fake)
     return fake
 

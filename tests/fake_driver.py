@@ -10,6 +10,8 @@ import ctypes
 import inspect
 import json
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +26,15 @@ from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
+from capa_export.kernels.compile import CompiledKernel, compile_kernels
+from capa_export.kernels.operator import Operator
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.passes.cache_blocks import CacheBlocksPass
 from capa_export.selectors.selector import SelectorChoice
 from tests.recorded import record
 
-__all__ = ["GRAPHS", "PRUNE_LAYER", "FakeDriver", "FakeTensorRT", "has_driver", "write_bundle"]
+__all__ = ["GRAPHS", "PRUNE_LAYER", "FakeDriver", "FakeTensorRT", "compile_from_ptx", "has_driver", "write_bundle"]
 
 GRAPHS = {"visual/visual": "visual/model.onnx", "llm/prefill": "llm/prefill.onnx", "llm/decode": "llm/decode.onnx"}
 PRUNE_LAYER = 2
@@ -57,6 +61,12 @@ _WITHOUT_CONTEXT = (
     "cuCtx",
 )
 _NOT_IN_CAPTURE = ("cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuModuleLoad", "cuStreamSynchronize")
+
+
+def _is_captured(name: str) -> bool:
+    return name.endswith("Async") or name == "cuLaunchKernel"
+
+
 _ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8}
 
 
@@ -89,7 +99,7 @@ class FakeDriver:
 
         def function(*args: Any) -> tuple[Any, ...]:
             signature.bind(*args)
-            captured = self.capturing is not None and name.endswith("Async")
+            captured = self.capturing is not None and _is_captured(name)
             self.record(name, *args)
             if status := self.fails.get(name) or self.refusal(name):
                 # As the bindings do; functions that return nothing have the status alone.
@@ -117,7 +127,7 @@ class FakeDriver:
     def record(self, name: str, *args: Any) -> None:
         call = (name, *args)
         self.calls.append(call)
-        if self.capturing is not None and name.endswith("Async"):
+        if self.capturing is not None and _is_captured(name):
             self.capturing.append(call)
 
     def named(self, *names: str) -> list[tuple[Any, ...]]:
@@ -156,6 +166,22 @@ class FakeDriver:
     def _cuCtxSetCurrent(self, context: str) -> tuple[()]:
         assert context == "context"
         self.current.add(threading.get_ident())
+        return ()
+
+    def _cuCtxGetCurrent(self) -> tuple[int]:
+        return (1,)
+
+    def _cuCtxGetDevice(self) -> tuple[int]:
+        return (0,)
+
+    def _cuModuleLoadData(self, image: bytes) -> tuple[bytes]:
+        return (image,)
+
+    def _cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Any]:
+        return ((name.decode(), module),)
+
+    def _cuLaunchKernel(self, function: Any, *args: Any) -> tuple[()]:
+        """Compute what a kernel does; nothing here."""
         return ()
 
     def _cuMemHostAlloc(self, num_bytes: int, flags: int) -> tuple[int]:
@@ -494,6 +520,17 @@ class FakeContext:
         if self.config is not None and self.config.cache is not None and shapes not in self.config.cache.compiled:
             self.config.cache.compiled.append(shapes)
         return True
+
+
+def compile_from_ptx(operators: Sequence[Operator], capabilities: Sequence[str], **_: Any) -> list[CompiledKernel]:
+    """What stands for kernels of the GPUs: their PTX."""
+    kernels = compile_kernels(operators, ["8.0"], ptx=True)
+    return [
+        replace(one, kind="cubin", compute_capability=capability)
+        for one in kernels
+        for capability in capabilities
+        if one.kind == "ptx"
+    ]
 
 
 def has_driver() -> bool:

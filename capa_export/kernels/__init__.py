@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from capa_export.kernels.operator import Operator
 
     OPERATORS: tuple[Operator, ...]
+    STEP_OPERATORS: tuple[Operator, ...]
 
-__all__ = ["OPERATORS", "require_triton"]
+__all__ = ["OPERATORS", "STEP_OPERATORS", "require_triton"]
 
 
 def require_triton() -> None:
@@ -24,10 +25,14 @@ def require_triton() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The operators' kernels, loaded when they are asked for: all but kernels works without Triton."""
-    if name != "OPERATORS":
+    """Operators, loaded when they are asked for: those of graphs, which are plugins, and those beside a decode step."""
+    if name not in {"OPERATORS", "STEP_OPERATORS"}:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     require_triton()
+    if name == "STEP_OPERATORS":
+        from capa_export.kernels import token_choice, token_embedding
+
+        return (token_embedding.OPERATOR, token_choice.LIKELIEST, token_choice.SAMPLED)
     from capa_export.kernels import contribution_score, token_gather, topk_keep, visual_scale
 
     return (contribution_score.OPERATOR, topk_keep.OPERATOR, token_gather.OPERATOR, visual_scale.OPERATOR)

@@ -64,6 +64,7 @@ class CompiledKernel:
     """
 
     operator: str
+    """The first of those that launch it."""
     name: str
     """Symbol in the image."""
     variant: str
@@ -151,8 +152,9 @@ def compile_kernels(
         sizes = {name: {"head_size": head_size}[name] for name in operator.compiled_sizes}
         for launch in operator.launches(operator.symbols(sizes)):
             variant = variant_name(launch, dtype if has_real(operator, launch) else None, sizes)
-            job = operator.name, _job(operator, launch, dtype, capability)
-            assert jobs.setdefault((variant, capability), job) == job, f"two kernels are called {variant}"
+            job = _job(operator, launch, dtype, capability)
+            known = jobs.setdefault((variant, capability), (operator.name, job))
+            assert known[1] == job, f"two kernels are called {variant}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capa-export" / "kernels"
     sources = _digest_of_sources()
     files = {key: folder / f"{job.digest(sources)}.json" for key, (_, job) in jobs.items()}

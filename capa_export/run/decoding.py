@@ -4,6 +4,8 @@ V = vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,11 +18,36 @@ if TYPE_CHECKING:
     from capa_export.model.prompt import Prompt
     from capa_export.run.runtime import PrefillRun, RuntimeModel
 
-__all__ = ["Choose", "TokenChooser", "generate", "greedy"]
+__all__ = ["NONE_LEFT", "NOT_FINITE", "Choose", "TokenChooser", "TokenRule", "generate", "greedy", "likeliest"]
 
 Choose: TypeAlias = Callable[[np.ndarray], int]
 """A function from logits [V] to the next token of one answer; called once for each of its tokens."""
 _NEVER = -np.inf
+
+
+NOT_FINITE, NONE_LEFT = -1, -2
+"""What a device says in place of a token, where logits are no numbers, or every token is one not to be said."""
+_NO_TOKEN = {
+    NOT_FINITE: (
+        "the decoder's logits are not finite, as where FP16 overflows; `capa-export validate --bisect` finds the layer"
+    ),
+    NONE_LEFT: "what generation_config.json forbids or penalizes leaves no token to say",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRule:
+    """How the tokens of an answer are chosen, where logits and the tokens that were said are all that it depends on."""
+
+    seen: tuple[int, ...] = ()
+    """Tokens that were said so far."""
+    never: tuple[int, ...] = ()
+    """Tokens that are not to be said."""
+    numbers: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
+    """Penalty of tokens that were said, temperature, top-p and min-p."""
+    top_k: int = 0
+    key: int | None = None
+    """Of the noise; None where the likeliest token is taken."""
 
 
 def generate(
@@ -31,21 +58,44 @@ def generate(
     stop: Sequence[int],
     limit: int,
 ) -> Iterator[list[int | None]]:
-    """Up to `limit` tokens of each prompt, until one of `stop`; None where an answer has ended."""
+    """Up to `limit` tokens of each prompt, until one of `stop`; None where an answer has ended.
+
+    They are chosen where the logits are, if the device can do it.
+
+    Raises:
+        CapaError: the logits are no numbers, or the settings leave no token.
+    """
     logits, cache = np.stack([run.logits for run in runs]), model.batch([run.cache for run in runs], limit)
+    positions = [prompt.next_position for prompt in prompts]
     ended = np.zeros(len(prompts), bool)
-    for count in range(limit):
-        # What an ended answer is fed does not matter.
-        tokens = np.array(
-            [0 if over else choose(row) for choose, row, over in zip(choosers, logits, ended, strict=True)]
-        )
+    rules = [chooser.rule if isinstance(chooser, TokenChooser) else _RULES.get(chooser) for chooser in choosers]
+    said = None if None in rules else model.choose(cache, logits, [rule for rule in rules if rule], positions)
+    if said is None:
+        said = _chosen_here(model, cache, logits, choosers, positions, ended)
+    for tokens in islice(said, limit):
+        for problem in tokens[~ended & (tokens < 0)]:
+            raise CapaError(_NO_TOKEN[int(problem)])
         ended |= np.isin(tokens, stop)
         if ended.all():
             return
         yield [None if over else int(token) for token, over in zip(tokens, ended, strict=True)]
-        if count + 1 < limit:
-            positions = [prompt.next_position + count for prompt in prompts]
-            logits, cache = model.append(cache, tokens[:, None].tolist(), positions)
+
+
+def _chosen_here(
+    model: "RuntimeModel[Any]",
+    cache: Any,
+    logits: np.ndarray,
+    choosers: Sequence[Choose],
+    positions: Sequence[int],
+    ended: np.ndarray,
+) -> Iterator[np.ndarray]:
+    """Tokens [B] that the choosers choose, without end; what an answer that has ended is fed does not matter."""
+    for step in count():
+        tokens = np.array(
+            [0 if over else choose(row) for choose, row, over in zip(choosers, logits, ended, strict=True)]
+        )
+        yield tokens
+        logits, cache = model.append(cache, tokens[:, None].tolist(), [position + step for position in positions])
 
 
 def greedy(
@@ -56,11 +106,16 @@ def greedy(
     limit: int,
 ) -> Iterator[list[int | None]]:
     """`generate` with the likeliest token each time, whatever a checkpoint asks for: what is compared and measured."""
-    return generate(model, prompts, runs, [_likeliest] * len(prompts), stop, limit)
+    return generate(model, prompts, runs, [likeliest] * len(prompts), stop, limit)
 
 
-def _likeliest(logits: np.ndarray) -> int:
+def likeliest(logits: np.ndarray) -> int:
+    """The first of the tokens with the highest logit."""
     return int(logits.argmax())
+
+
+_RULES: "dict[Choose, TokenRule]" = {likeliest: TokenRule()}
+"""Of choosers that are functions."""
 
 
 class TokenChooser:
@@ -95,9 +150,28 @@ class TokenChooser:
             CapaError: the logits are no numbers, or the settings leave no token.
         """
         scores = self.scores(logits)
-        token = self._sampled(scores) if self.generation.do_sample else _likeliest(scores)
+        token = self._sampled(scores) if self.generation.do_sample else likeliest(scores)
         self.tokens.append(token)
         return token
+
+    @property
+    def rule(self) -> TokenRule | None:
+        """The same as a rule; None where more than the rule's settings decides."""
+        given = self.generation
+        if self._least > 0 or given.begin_suppress_tokens or given.bad_words_ids or given.no_repeat_ngram_size > 0:
+            return None
+        shared: dict[str, Any] = {"seen": tuple(self.tokens), "never": tuple(given.suppress_tokens)}
+        penalty = given.repetition_penalty
+        if not given.do_sample:
+            return TokenRule(**shared, numbers=(penalty, 1.0, 1.0, 0.0))
+        numbers = penalty, given.temperature, given.top_p, given.min_p or 0.0
+        return TokenRule(**shared, numbers=numbers, top_k=given.top_k, key=self.key)
+
+    @property
+    def _least(self) -> int:
+        """Tokens of the answer that are said at least."""
+        given = self.generation
+        return given.min_length - self.num_prompt if given.min_new_tokens is None else given.min_new_tokens
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """[V] FP32, minus infinity where a token is not to be; in the order of `generate`, on which the result depends.
@@ -106,16 +180,13 @@ class TokenChooser:
             CapaError: as above.
         """
         if not np.isfinite(logits.max()):
-            raise CapaError(
-                "the decoder's logits are not finite, as where FP16 overflows; `capa-export validate --bisect` finds "
-                "the layer"
-            )
+            raise CapaError(_NO_TOKEN[NOT_FINITE])
         scores = logits.astype(np.float32)
         with np.errstate(all="ignore"):
             self._penalize_repetition(scores)
             scores[self._forbidden(len(scores))] = _NEVER
             if not np.isfinite(scores.max()):
-                raise CapaError("what generation_config.json forbids or penalizes leaves no token to say")
+                raise CapaError(_NO_TOKEN[NONE_LEFT])
             if self.generation.do_sample:
                 scores = _tempered(scores, self.generation.temperature)
                 self._keep_likely(scores)
@@ -132,8 +203,7 @@ class TokenChooser:
         forbidden = list(given.suppress_tokens)
         if said == 0:
             forbidden += given.begin_suppress_tokens
-        least = given.min_length - self.num_prompt if given.min_new_tokens is None else given.min_new_tokens
-        if said < least:
+        if said < self._least:
             forbidden += self.stop
         for word in given.bad_words_ids:
             *start, last = word

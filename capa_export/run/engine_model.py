@@ -1,9 +1,9 @@
-"""Generates with a bundle's engines: weights, KV cache and decode steps stay on the GPU.
+"""Generates with a bundle's engines: weights, KV cache, decode steps and the choice of tokens stay on the GPU.
 
 B = batch, S = stages, G = KV heads, P = rows of a cache, d = head size, V = vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,10 +26,12 @@ from capa_export.graph.contract import (
 )
 from capa_export.kernels.cuda import Buffer, Memory, Rows, Stream
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.run.decoding import TokenRule
 from capa_export.run.engine import BuiltEngines, DeviceWeights, LoadedEngine, TensorRTRuntime
 from capa_export.run.execution import Arena
 from capa_export.run.runtime import RuntimeModel
-from capa_export.run.steps import Steps, row_bytes, stage_of
+from capa_export.run.steps import Steps, StepWork, row_bytes, stage_of
+from capa_export.run.token_steps import StepKernels, TokenChoice
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 __all__ = ["DeviceCache", "EngineModel"]
@@ -87,6 +89,9 @@ class EngineModel(RuntimeModel[DeviceCache]):
         """The cache that has the arena."""
         self.captures = True
         """Whether decode makes a CUDA graph of a step; False from the first that it cannot make."""
+        self.chooses = True
+        """Whether tokens are chosen on the device; False from the first time that it cannot be done."""
+        self._kernels: StepKernels | None = None
 
     @property
     def memory(self) -> dict[str, int]:
@@ -208,22 +213,62 @@ class EngineModel(RuntimeModel[DeviceCache]):
         """
         steps = cache.steps
         assert steps is not None, "batch() makes room"
+        steps.fill({**self._token_feed(tokens, positions), PAST_LENGTHS: cache.lengths})
+        self._step(cache, steps, steps.given, steps.enqueue)
+        return steps.logits, cache
+
+    def _step(self, cache: DeviceCache, steps: Steps, work: StepWork, enqueue: Callable[[], None]) -> None:
+        """One more token of each row, from the second time on as a CUDA graph."""
         assert (cache.lengths.max(axis=1) < cache.rows).all(), "batch() was asked for fewer tokens"
-        feed = {**self._token_feed(tokens, positions), PAST_LENGTHS: cache.lengths}
-        if self.captures and steps.warm and steps.graph is None:
+        if self.captures and work.warm and work.graph is None:
             try:
-                steps.capture()
+                steps.capture(work, enqueue)
             except CapaError as error:
                 self.captures = False
                 say(f"decode runs without a CUDA graph, which is slower: {error}")
-        logits, was_warm = steps.run(feed), steps.warm
-        steps.warm = True
-        if not was_warm:
+        steps.run(work, enqueue, cache.lengths)
+        if not work.warm:
             # All three have now compiled what these shapes need.
             for engine in self._engines:
                 engine.save_kernels()
+        work.warm = True
         cache.lengths = cache.lengths + 1
-        return logits, cache
+
+    def choose(
+        self, cache: DeviceCache, logits: np.ndarray, rules: Sequence[TokenRule], positions: Sequence[int]
+    ) -> Iterator[np.ndarray] | None:
+        steps = cache.steps
+        assert steps is not None, "batch() makes room"
+        if not self.chooses or len({(rule.numbers, rule.top_k) for rule in rules}) > 1:
+            return None
+        try:
+            choice = self._choice(steps, sampled=rules[0].key is not None)
+        except CapaError as error:
+            self.chooses = False
+            say(f"tokens are chosen on the host, which is slower: {error}")
+            return None
+        return self._chosen(choice, steps, cache, logits, rules, positions)
+
+    def _choice(self, steps: Steps, *, sampled: bool) -> TokenChoice:
+        if self._kernels is None:
+            self._kernels = StepKernels(self._embedding, self.dtype)
+        if sampled not in steps.choices:
+            steps.choices[sampled] = TokenChoice(self._kernels, steps, sampled=sampled)
+        return steps.choices[sampled]
+
+    def _chosen(
+        self,
+        choice: TokenChoice,
+        steps: Steps,
+        cache: DeviceCache,
+        logits: np.ndarray,
+        rules: Sequence[TokenRule],
+        positions: Sequence[int],
+    ) -> Iterator[np.ndarray]:
+        choice.begin(logits, rules, positions, cache.lengths)
+        while True:
+            yield choice.tokens
+            self._step(cache, steps, choice.work, choice.enqueue)
 
 
 def _lengths(prompts: Sequence[Prompt], num_keep: Sequence[Sequence[int]]) -> np.ndarray:

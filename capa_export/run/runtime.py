@@ -4,7 +4,7 @@ B = batch, T = prompt tokens, D = hidden size, V = vocabulary, K = tokens kept, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from capa_export.graph.contract import (
     past_of,
 )
 from capa_export.model.prompt import Picture, Prompt
+from capa_export.run.decoding import TokenRule
 from capa_export.selectors.selector import TOWER_OUTPUTS
 
 __all__ = ["KVCache", "PrefillRun", "RuntimeModel"]
@@ -120,6 +121,23 @@ class RuntimeModel(ABC, Generic[Cache]):
 
         The next call may write over the logits.
         """
+
+    def choose(
+        self,
+        cache: Cache,  # noqa: ARG002 - a device's.
+        logits: np.ndarray,  # noqa: ARG002
+        rules: Sequence[TokenRule],  # noqa: ARG002
+        positions: Sequence[int],  # noqa: ARG002
+    ) -> Iterator[np.ndarray] | None:
+        """Tokens [B] of all answers, step by step and without end, chosen on the device; None where the host has to.
+
+        Args:
+            cache: of the prompts, which grows.
+            logits: [B, V], of the prompts.
+            rules: of each answer.
+            positions: of each answer's first token.
+        """
+        return None
 
     @cached_property
     def _embedding(self) -> np.ndarray:

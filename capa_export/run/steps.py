@@ -1,16 +1,16 @@
 """Decode steps of an engine: what they read and write, in which memory, and the CUDA graph of one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from math import lcm
+from typing import Any
 
 import numpy as np
 
 from capa_export.base.errors import CapaError
 from capa_export.graph.contract import (
     LOGITS,
-    PAST_LENGTHS,
     cache_stages,
     counted_in_blocks,
     is_past,
@@ -22,7 +22,7 @@ from capa_export.kernels.cuda import Buffer, Graph, Memory, PinnedBuffer, Planes
 from capa_export.run.engine import LoadedEngine
 from capa_export.run.execution import ALIGNMENT, Arena, Execution, PinnedInputs
 
-__all__ = ["Steps", "row_bytes", "stage_of"]
+__all__ = ["StepWork", "Steps", "row_bytes", "stage_of"]
 
 
 def stage_of(engine: LoadedEngine, name: str) -> int:
@@ -35,8 +35,17 @@ def row_bytes(engine: LoadedEngine, name: str) -> int:
     return engine.num_bytes(name, (int(engine.axis(name, -1)),))
 
 
+class StepWork:
+    """Work that is the same at every step, in the same memory each time, so that one CUDA graph holds any of them."""
+
+    def __init__(self) -> None:
+        self.graph: Graph | None = None
+        self.warm = False
+        """Whether it has run: TensorRT prepares for new shapes in the first step, which cannot be captured."""
+
+
 class Steps:
-    """Steps behind caches of one shape: the same addresses each time, so that one CUDA graph holds any of them.
+    """Steps behind caches of one shape.
 
     Args:
         engine: decode.
@@ -52,11 +61,8 @@ class Steps:
     def __init__(
         self, engine: LoadedEngine, stream: Stream, activations: Buffer, arena: Arena, sizes: Mapping[str, int]
     ) -> None:
-        self.graph: Graph | None = None
-        self.warm = False
-        """Whether a step has run: TensorRT prepares for new shapes in the first, which cannot be captured."""
-        self._stream = stream
-        shapes = {name: engine.shape(name, sizes) for name in (*engine.inputs, *engine.outputs)}
+        self.stream = stream
+        self.shapes = shapes = {name: engine.shape(name, sizes) for name in (*engine.inputs, *engine.outputs)}
         self.past = arena.regions(_cache_sizes(engine, sizes))
         fresh = _fresh_rows(engine, sizes)
         self._growths = _growths(engine, sizes, self.past, fresh)
@@ -64,45 +70,57 @@ class Steps:
             {name: (shapes[name], engine.dtypes[name]) for name in engine.inputs if name not in self.past}
         )
         # A context of its own: what it prepares for its shapes is part of the graph.
-        self._execution: Execution = engine.execution(stream, activations)
-        self._buffers = self._execution.bind({}, sizes, {**self.past, **fresh, **self._inputs.regions})
+        self.execution: Execution = engine.execution(stream, activations)
+        self.buffers = self.execution.bind({}, sizes, {**self.past, **fresh, **self._inputs.regions})
+        self.given = StepWork()
+        """A step of tokens from the host, and its logits there."""
         self._pinned = PinnedBuffer(engine.num_bytes(LOGITS, shapes[LOGITS]))
         self._logits = self._pinned.view(0, shapes[LOGITS], engine.dtypes[LOGITS])
         self._logits.flags.writeable = False
+        self.choices: dict[bool, Any] = {}
+        """What chooses tokens on the device for these steps, by whether it samples."""
 
     @staticmethod
     def cache_bytes(engine: LoadedEngine, sizes: Mapping[str, int]) -> int:
         """Bytes of a cache."""
         return Arena.bytes_of(_cache_sizes(engine, sizes))
 
-    def capture(self) -> None:
-        """Make the graph of a step.
+    def capture(self, work: StepWork, enqueue: Callable[[], None]) -> None:
+        """Make the graph of a step, of what `enqueue` puts on the stream.
 
         Raises:
             CapaError: it cannot be captured.
         """
-        if not self._execution.can_be_captured():
+        if not self.execution.can_be_captured():
             raise CapaError("the engine allocates memory of its own while it runs")
-        self.graph = self._stream.capture(self._enqueue)
+        work.graph = self.stream.capture(enqueue)
 
-    def run(self, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [B, V] of one more token of each row, whose keys and values are then behind those that counted."""
+    def fill(self, feed: Mapping[str, np.ndarray]) -> None:
+        """Take over the inputs of a step of tokens from the host."""
         self._inputs.fill(feed)
-        if self.graph is not None:
-            self.graph.launch(self._stream)
+
+    def run(self, work: StepWork, enqueue: Callable[[], None], lengths: np.ndarray) -> None:
+        """Run a step to its end; the keys and values of its tokens are then behind the `lengths` [1 + S, B] before."""
+        if work.graph is not None:
+            work.graph.launch(self.stream)
         else:
-            self._enqueue()
+            enqueue()
         # Not in the graph: it goes to another row at every step.
         for growth in self._growths:
-            for prompt, length in enumerate(feed[PAST_LENGTHS][growth.stage].tolist()):
-                growth.append(self._stream, prompt, length)
-        self._stream.synchronize()
+            for prompt, length in enumerate(lengths[growth.stage].tolist()):
+                growth.append(self.stream, prompt, length)
+        self.stream.synchronize()
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[B, V] of the last step of tokens from the host."""
         return self._logits
 
-    def _enqueue(self) -> None:
-        self._inputs.copy_in(self._stream)
-        self._execution.enqueue()
-        self._stream.copy_out(self._pinned, self._buffers[LOGITS])
+    def enqueue(self) -> None:
+        """Put a step of tokens from the host on the stream, and its logits' way back."""
+        self._inputs.copy_in(self.stream)
+        self.execution.enqueue()
+        self.stream.copy_out(self._pinned, self.buffers[LOGITS])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Generation on engines that compute: ONNX Runtime runs their graphs in memory that a stand-in for the GPU holds."""
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import pytest
 
 from capa_export.base.precision import Precision
 from capa_export.kernels import cuda
+from capa_export.model.generation import Generation
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
 from capa_export.passes.cache_blocks import CacheBlocksPass
+from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
-from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, write_bundle
+from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, compile_from_ptx, write_bundle
+from tests.kernels.ptx.launch import launch
+from tests.kernels.ptx.memory import GlobalMemory
+from tests.kernels.ptx.parse import Kernel, parse
 
 STEPS = 6
 
@@ -95,10 +101,31 @@ class ComputingDriver(FakeDriver):
         for name, value in zip(names, session.run(names, feed), strict=True):
             self.at(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).view(np.uint8).reshape(-1)
 
+    def _cuLaunchKernel(self, function: Any, *args: Any) -> tuple[()]:
+        """Run it from its PTX, on what lies in the device's memory and in pinned memory."""
+        *grid, threads, _, _, shared_bytes, _, (values, types), _ = args
+        name, image = function
+        kernel = _parsed(image)
+        assert (kernel.name, kernel.threads) == (name, threads)
+        memory = GlobalMemory()
+        for address, size in self.buffers.items():
+            memory.add(f"{address:#x}", self.at(address, size), address=address)
+        for address, data in self.pinned.items():
+            memory.add(f"{address:#x}", data, address=address)
+        given = [kind(value) for value, kind in zip(values, types, strict=True)]
+        launch(kernel, memory, [bytes(one) for one in given], grid, shared_bytes)
+        return ()
+
+
+@cache
+def _parsed(image: bytes) -> Kernel:
+    return parse(image.decode())
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> ComputingDriver:
     computing = ComputingDriver()
+    monkeypatch.setattr("capa_export.kernels.plugins.launcher.compile_kernels", compile_from_ptx)
     monkeypatch.setattr(cuda, "_driver", lambda: computing)
     return computing
 
@@ -141,3 +168,45 @@ def _answer(model: Any, prompts: list[Prompt], keep: list[list[int]]) -> list[np
         result, cache = model.append(cache, [[7 + step], [9 + step]], positions)
         logits.append(result.copy())
     return logits
+
+
+SETTINGS = [
+    {},
+    {"repetition_penalty": 1.3, "suppress_tokens": [5, 6]},
+    {"do_sample": True, "temperature": 1.5},
+    {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_tokens_chosen_on_the_device_are_those_of_the_host(
+    source: Source,
+    prompter: Prompter,
+    driver: ComputingDriver,
+    trt: FakeTensorRT,
+    tmp_path: Path,
+    given: dict[str, Any],
+) -> None:
+    """Two answers side by side, kernels and graphs by value; and another answer after them in the same memory."""
+    bundle = write_bundle(source, tmp_path)
+    driver.open(bundle.folder / "onnx")
+    engines = EngineModel(require_engines(bundle, "rtx"))
+    prompts = [prompter("what color is the star ?", [noise(size, size)]) for size in (84, 56)]
+    settings = Generation(**given, source=tmp_path)
+
+    def said(seed: int, stop: list[int]) -> list[list[int | None]]:
+        random = np.random.default_rng(seed)
+        choosers = [TokenChooser(settings, prompt.input_ids.tolist(), stop, random) for prompt in prompts]
+        runs = [engines.prefill(prompt, [prompt.num_visual // 4]) for prompt in prompts]
+        return list(generate(engines, prompts, runs, choosers, stop, STEPS))
+
+    chosen = [said(seed, []) for seed in (0, 1)]
+    assert driver.named("cuLaunchKernel") and driver.named("cuGraphLaunch")
+    # Tokens that end the answers at different places.
+    stop = [int(chosen[0][2][0] or 0), int(chosen[0][4][1] or 0)]
+    ended = said(0, stop)
+    driver.calls.clear()
+    engines.chooses = False
+    assert chosen == [said(seed, []) for seed in (0, 1)]
+    assert ended == said(0, stop) and len(ended) < STEPS
+    assert not driver.named("cuLaunchKernel")

@@ -57,9 +57,14 @@ def scratch_offsets(operator: Operator, size: Any) -> tuple[dict[str, int], int]
 class Launcher:
     """Loads each kernel once per CUDA context."""
 
-    def __init__(self, kernels: Sequence[CompiledKernel] | None) -> None:
-        """`kernels` may be of any GPUs; None compiles those of the GPU in use when the first is needed."""
-        self._given = kernels
+    def __init__(self, kernels: Sequence[CompiledKernel] | None, operators: Sequence[Operator] = OPERATORS) -> None:
+        """Take kernels.
+
+        Args:
+            kernels: of any GPUs; None compiles those of the GPU in use when the first is needed.
+            operators: whose kernels are then compiled.
+        """
+        self._given, self._operators = kernels, operators
         self._images: dict[tuple[int, int], dict[str, CompiledKernel]] = {}
         self._functions: dict[tuple[int, str], tuple[Any, CompiledKernel]] = {}
 
@@ -136,7 +141,7 @@ class Launcher:
         major = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         if (major, minor) not in self._images:
-            self._images[major, minor] = _images(self._given, f"{major}.{minor}")
+            self._images[major, minor] = _images(self._given, self._operators, f"{major}.{minor}")
         try:
             return self._images[major, minor][variant]
         except KeyError:
@@ -145,11 +150,13 @@ class Launcher:
             ) from None
 
 
-def _images(given: Sequence[CompiledKernel] | None, capability: str) -> dict[str, CompiledKernel]:
+def _images(
+    given: Sequence[CompiledKernel] | None, operators: Sequence[Operator], capability: str
+) -> dict[str, CompiledKernel]:
     """By variant, what runs on such a GPU: images for it, or PTX if there are none."""
     if given is None:
         known = capability in COMPUTE_CAPABILITIES
-        given = compile_kernels(OPERATORS, [capability if known else COMPUTE_CAPABILITIES[0]], ptx=not known)
+        given = compile_kernels(operators, [capability if known else COMPUTE_CAPABILITIES[0]], ptx=not known)
     if images := {one.variant: one for one in given if one.kind == "cubin" and one.compute_capability == capability}:
         return images
     logging.getLogger(__name__).warning(

@@ -165,6 +165,9 @@ def _convert(instruction: Instruction, read: Read) -> np.ndarray:
         return round_to_tf32(value)
     if _is_float(instruction) == (target in ("f16", "f32", "bf16")):
         return value.astype(DTYPES[target])
+    if "rn" in instruction.modifiers and not _is_float(instruction):
+        # To the nearest, as numpy does.
+        return value.astype(DTYPES[target])
     raise KernelError(f"unknown: {instruction.text}")
 
 
@@ -208,6 +211,7 @@ ARITHMETIC: Mapping[str, Callable[[Instruction, Read], np.ndarray]] = {
     "mov": _move,
     "not": _unary(np.invert),
     "neg": _unary(np.negative),
+    "abs": _unary(np.abs),
     "popc": _count_bits,
     "ex2": _unary(np.exp2),
     "sqrt": _unary(np.sqrt),

@@ -1,6 +1,6 @@
 """Runs an operator's kernels from their PTX: what `capa_export.kernels.execute` does with Triton."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from capa_export.base.precision import Precision
-from capa_export.kernels import OPERATORS
+from capa_export.kernels import OPERATORS, STEP_OPERATORS
 from capa_export.kernels.compile import CompiledKernel, compile_kernels, has_real, variant_name
 from capa_export.kernels.operator import Operator
 from tests.kernels.ptx.launch import launch, pack
@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 @cache
 def compiled(capability: str) -> dict[str, CompiledKernel]:
     """PTX of every variant, by its name."""
-    kernels = compile_kernels(OPERATORS, [capability], ptx=True)
+    kernels = compile_kernels([*OPERATORS, *STEP_OPERATORS], [capability], ptx=True)
     return {one.variant: one for one in kernels if one.kind == "ptx"}
 
 
@@ -46,6 +46,7 @@ def outputs_of(
     shifts: Mapping[str, int] | None = None,
     missing: Mapping[str, int] | None = None,
     only: Kernel | None = None,
+    changed: Sequence[str] = (),
     **attributes: float,
 ) -> dict[str, torch.Tensor]:
     """The outputs by name.
@@ -56,6 +57,7 @@ def outputs_of(
         capability: GPU that the kernels are compiled for.
         shifts: bytes by which the address of an input misses a multiple of 256.
         missing: bytes that an output lacks at its end.
+        changed: inputs that a kernel writes to; the result has what is in them then, too.
         only: the one kernel to run, instead of that of its name; it finds random numbers in scratch memory.
         attributes: of the node.
 
@@ -83,6 +85,7 @@ def outputs_of(
         assert isinstance(scratch.count, int)
         kinds = {
             "fp32": generator.random(scratch.count, np.float32),
+            "int32": generator.integers(2**31, size=scratch.count, dtype=np.int32),
             "int64": generator.integers(2**33, size=scratch.count),
         }
         arguments[name] = memory.add(name, kinds[scratch.dtype], written=only is not None)
@@ -101,8 +104,10 @@ def outputs_of(
     for name in operator.outputs:
         if not only and not memory[name].written.all():
             raise KernelError(f"{name}: {int((~memory[name].written).sum())} bytes are not written")
-    return {
+    found = {
         name: torch.from_numpy(memory[name].data).view(dtypes[tensor.dtype]).reshape(shapes[name])
         for name, tensor in operator.outputs.items()
         if not only
     }
+    after = {name: torch.from_numpy(memory[name].data).view(inputs[name].dtype) for name in changed}
+    return found | {name: one.reshape(inputs[name].shape) for name, one in after.items()}

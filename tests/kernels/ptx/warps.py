@@ -55,7 +55,8 @@ def _shuffle(machine: Machine, instruction: Instruction, warps: np.ndarray) -> N
 def _reduce(machine: Machine, instruction: Instruction, warps: np.ndarray) -> None:
     _, how, kind = instruction.modifiers
     target, source, members = instruction.operands
-    if (machine.read(members, "s32") != -1).any():
+    # Of the lanes that are here: those of other blocks may not have come to it yet.
+    if (machine.read_lanes(members, "s32")[warps] != -1).any():
         raise KernelError("unknown")
     formula = {"add": np.add, "max": np.maximum, "min": np.minimum}[how]
     values = machine.read_lanes(source, kind)[warps]
