@@ -26,7 +26,8 @@ from tests.models.qwen25vl import random_model, save_model
 from tests.recorded import record
 
 if TYPE_CHECKING:
-    from tests.fake_driver import FakeDriver, FakeTensorRT
+    from tests.fake_driver import FakeDriver
+    from tests.fake_tensorrt import FakeTensorRT
 
 
 # What stages say, tests read on stderr.
@@ -98,7 +99,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> "FakeDriver":
 @pytest.fixture
 def trt(driver: "FakeDriver", monkeypatch: pytest.MonkeyPatch) -> "FakeTensorRT":
     """Stands where TensorRT-RTX would, with the driver above."""
-    from tests.fake_driver import FakeTensorRT
+    from tests.fake_tensorrt import FakeTensorRT
 
     fake = FakeTensorRT(driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)

@@ -16,7 +16,7 @@ from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from tests.building import Building
 from tests.conftest import noise
-from tests.fake_driver import GRAPHS, FakeTensorRT
+from tests.fake_tensorrt import GRAPHS, FakeTensorRT
 from tests.recorded import record
 
 UNREAD = {"llm-prefill.rtx.log": "the log of a build that failed: for people, no command reads it"}

@@ -18,7 +18,8 @@ from capa_export.model.source import Source
 from capa_export.run import engine as execution
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
-from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, has_driver, write_bundle
+from tests.fake_driver import FakeDriver, has_driver
+from tests.fake_tensorrt import GRAPHS, FakeTensorRT, write_bundle
 
 
 @pytest.fixture(scope="module")

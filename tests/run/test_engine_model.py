@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda.bindings import driver as real
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.store import Bundle
@@ -23,30 +22,13 @@ from capa_export.model.source import Source
 from capa_export.run.decoding import greedy
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
-from capa_export.run.execution import Arena, Execution
+from capa_export.run.execution import Arena
 from capa_export.run.onnx import OnnxModel
 from tests.building import answer
 from tests.conftest import noise, recorded
-from tests.fake_driver import PRUNE_LAYER, FakeDriver, FakeTensorRT, has_driver, write_bundle
-
-LAYERS, HEADS, ROW = 5, 2, 16 * 2
-"""The random model: GQA with two KV heads of 16 numbers in FP16."""
-LIMIT = 6
-
-
-@pytest.fixture(scope="module")
-def built(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(source, tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
-def prompts(prompter: Prompter) -> list[Prompt]:
-    """Of 256 and of 64 visual tokens."""
-    return [prompter("what color is the star ?", [noise(size, size)]) for size in (448, 224)]
-
-
-def num_keep(prompt: Prompt) -> list[int]:
-    return [prompt.num_visual // 4]
+from tests.fake_driver import FakeDriver, has_driver
+from tests.fake_tensorrt import PRUNE_LAYER, FakeTensorRT, write_bundle
+from tests.generating import HEADS, LAYERS, LIMIT, ROW, generate, num_keep
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
@@ -56,19 +38,6 @@ def test_without_a_gpu_nothing_is_begun(built: Bundle, monkeypatch: pytest.Monke
         answer(built, [[Turn("user", ["what ?"])]], engine="rtx")
     assert error.value.code == ExitCode.PREFLIGHT
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def engines(built: Bundle, driver: FakeDriver, trt: FakeTensorRT) -> EngineModel:
-    loaded = EngineModel(require_engines(built, "rtx"))
-    driver.calls.clear()
-    return loaded
-
-
-def generate(engines: EngineModel, prompts: list[Prompt], limit: int = LIMIT) -> int:
-    """Number of tokens of each answer."""
-    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
-    return len(list(greedy(engines, prompts, runs, [], limit)))
 
 
 def test_prefill_has_every_shape_and_address(
@@ -137,114 +106,6 @@ def touches(call: tuple[Any, ...], address: int, num_bytes: int) -> bool:
     if call[0] == "cuMemcpy2DAsync":
         return address <= int(call[1].dstDevice) < address + num_bytes
     return call[0] == "cuMemsetD8Async" and call[1] == address
-
-
-def test_decode_is_captured_once_and_replayed(
-    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
-) -> None:
-    assert generate(engines, prompts) == LIMIT
-    order = [call for call in driver.calls if call[0] in {"executeAsync", "cuStreamBeginCapture", "cuGraphLaunch"}]
-    # The first token is prefill's. The first step runs as it is, the second is captured.
-    assert [call[1] if call[0] == "executeAsync" else call[0] for call in order] == [
-        *["visual/visual", "llm/prefill"] * 2,
-        "llm/decode",
-        "cuStreamBeginCapture",
-        "llm/decode",
-        *["cuGraphLaunch"] * (LIMIT - 2),
-    ]
-    plain, captured = driver.named("executeAsync")[-2:]
-    assert plain == captured
-    strategies = {name: one.config.dynamic_shapes_kernel_specialization_strategy for name, one in trt.contexts.items()}
-    assert strategies == {"visual/visual": "lazy", "llm/prefill": "lazy", "llm/decode": "eager"}
-
-
-def test_a_step_writes_its_rows_behind_those_that_count(
-    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
-) -> None:
-    generate(engines, prompts)
-    (graph,) = driver.graphs.values()
-    # Whatever moves with the length is outside.
-    assert [call[0] for call in graph] == ["cuMemcpyHtoDAsync", "executeAsync", "cuMemcpyDtoHAsync"]
-    shapes, addresses = graph[1][2:4]
-    copies = [call[1] for call in driver.named("cuMemcpy3DAsync")]
-    lengths = [[len(prompt.input_ids) for prompt in prompts], [len(prompt.text_positions) for prompt in prompts]]
-    lengths[1] = [text + keep[0] for text, keep in zip(lengths[1], map(num_keep, prompts), strict=True)]
-    # One for all layers of a stage.
-    assert len(copies) == (LIMIT - 1) * 2 * len(prompts)
-    for index, copy in enumerate(copies):
-        step, (after, prompt) = index // 4, divmod(index % 4, 2)
-        layers = [PRUNE_LAYER, LAYERS - PRUNE_LAYER][after]
-        first, rows = [0, PRUNE_LAYER][after], [512, 256][after]
-        past, present = f"past_key_values.{first}.key", f"present.{first}.key"
-        assert shapes[past] == (2, HEADS, rows // 256, 256, ROW // 2)
-        row = prompt * HEADS * rows + lengths[after][prompt] + step
-        assert int(copy.dstDevice) == addresses[past] + row * ROW
-        assert (copy.dstPitch, copy.dstHeight) == (rows * ROW, 2 * HEADS)
-        assert int(copy.srcDevice) == addresses[present] + prompt * HEADS * ROW
-        assert (copy.srcPitch, copy.srcHeight * ROW) == (ROW, addresses[f"present.{first}.value"] - addresses[present])
-        assert (copy.WidthInBytes, copy.Height, copy.Depth) == (ROW, HEADS, 2 * layers)
-    # In one block, each behind the other.
-    sizes = {addresses[name]: 2 * HEADS * 256 * shape[2] * ROW for name, shape in shapes.items() if "past_key" in name}
-    ends = [address + size for address, size in sorted(sizes.items())]
-    assert len(sizes) == 2 * LAYERS and ends[:-1] == sorted(sizes)[1:]
-    assert driver.buffers[min(sizes)] == engines.memory["kv_cache"] == sum(sizes.values())
-
-
-def test_only_three_small_inputs_change_from_step_to_step(
-    engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
-) -> None:
-    fed: list[tuple[int, bytes]] = []
-    upload = driver._cuMemcpyHtoDAsync
-
-    def copied(target: int, source: int, num_bytes: int, stream: Any) -> tuple[()]:
-        fed.append((target, ctypes.string_at(source, num_bytes)))
-        return upload(target, source, num_bytes, stream)
-
-    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
-    driver._cuMemcpyHtoDAsync = copied  # type: ignore[method-assign]
-    list(greedy(engines, prompts, runs, [], LIMIT))
-    shapes, addresses = (vars(trt.contexts["llm/decode"])[name] for name in ("shapes", "addresses"))
-    # In one copy.
-    assert len(fed) == LIMIT - 1
-    assert len({(target, len(data)) for target, data in fed}) == 1
-
-    def values(name: str) -> list[list[int]]:
-        start, count = addresses[name] - fed[0][0], int(np.prod(shapes[name]))
-        return [np.frombuffer(data, np.int64, count, start).tolist() for _, data in fed]
-
-    full, kept = [len(prompt.input_ids) for prompt in prompts], [len(run.kept[0]) for run in runs]
-    assert values("past_lengths") == [[n + step for n in (*full, *kept)] for step in range(LIMIT - 1)]
-    starts = [prompt.next_position for prompt in prompts]
-    assert values("position_ids") == [[n + step for n in starts] * 3 for step in range(LIMIT - 1)]
-
-
-@pytest.mark.parametrize("obstacle", ["engine", "driver", "allocations"])
-def test_without_a_graph_it_goes_on_and_says_so_once(
-    engines: EngineModel,
-    driver: FakeDriver,
-    trt: FakeTensorRT,
-    prompts: list[Prompt],
-    capsys: pytest.CaptureFixture[str],
-    obstacle: str,
-) -> None:
-    if obstacle == "engine":
-        trt.fails_while_capturing = True
-    elif obstacle == "driver":
-        driver.fails["cuStreamEndCapture"] = real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
-    else:
-        trt.capturable = False
-    assert generate(engines, prompts) == generate(engines, prompts) == LIMIT
-    (line,) = capsys.readouterr().err.splitlines()
-    reason = {
-        "engine": "failed to run (tensorrt_rtx: not while a stream is captured)",
-        "driver": "cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
-        "allocations": "the engine allocates memory of its own while it runs",
-    }
-    assert line.startswith("decode runs without a CUDA graph, which is slower: ") and line.endswith(reason[obstacle])
-    assert not driver.named("cuGraphLaunch")
-    ran = [call for call in driver.named("executeAsync") if call[1] == "llm/decode"]
-    # What was captured did not run, and runs after.
-    assert len(ran) == 2 * (LIMIT - 1) + (obstacle != "allocations")
 
 
 def test_tensorrt_has_no_kernels_to_specialize(
@@ -325,18 +186,6 @@ def test_a_cache_that_is_in_use_keeps_its_memory(
     assert [third.steps] == list(engines._steps.values())
 
 
-def test_a_step_neither_allocates_nor_copies_what_is_not_pinned(
-    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt]
-) -> None:
-    runs = [engines.prefill(prompt, num_keep(prompt)) for prompt in prompts]
-    steps = greedy(engines, prompts, runs, [], LIMIT)
-    for _ in range(3):
-        next(steps)
-    driver.calls.clear()
-    assert len(list(steps)) == LIMIT - 3
-    assert {call[0] for call in driver.calls} == {"cuGraphLaunch", "cuMemcpy3DAsync", "cuStreamSynchronize"}
-
-
 def test_all_engines_share_the_activations_of_the_largest(
     engines: EngineModel, driver: FakeDriver, trt: FakeTensorRT, prompts: list[Prompt]
 ) -> None:
@@ -353,22 +202,6 @@ def test_another_thread_goes_on_with_what_one_began(
     assert len(list(greedy(engines, prompts, runs, [], LIMIT))) == LIMIT
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(generate, engines, prompts).result() == LIMIT
-
-
-def test_an_interrupt_while_a_step_is_captured_leaves_engines_that_run(
-    engines: EngineModel, driver: FakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enqueue = Execution.enqueue
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Execution, "enqueue", lambda self: enqueue(self) if driver.capturing is None else interrupt())
-        with pytest.raises(KeyboardInterrupt):
-            generate(engines, prompts)
-    assert driver.capturing is None
-    assert generate(engines, prompts) == LIMIT
 
 
 @pytest.mark.parametrize(

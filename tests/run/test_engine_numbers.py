@@ -1,132 +1,42 @@
-"""Generation on engines that compute: ONNX Runtime runs their graphs in memory that a stand-in for the GPU holds."""
+"""Generation on engines that compute, in memory that a stand-in for the GPU holds."""
 
-import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 
+from capa_export.base.errors import CapaError
 from capa_export.base.precision import Precision
+from capa_export.bundle.store import Bundle
 from capa_export.kernels import cuda
 from capa_export.model.generation import Generation
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
-from capa_export.passes.cache_blocks import CacheBlocksPass
-from capa_export.run.decoding import TokenChooser, generate
+from capa_export.run.decoding import TokenChooser, generate, greedy
 from capa_export.run.engine import require_engines
 from capa_export.run.engine_model import EngineModel
 from capa_export.run.onnx import OnnxModel
+from tests.computing_driver import ComputingDriver
 from tests.conftest import noise
-from tests.fake_driver import GRAPHS, FakeDriver, FakeTensorRT, compile_from_ptx, write_bundle
-from tests.kernels.ptx.launch import launch
-from tests.kernels.ptx.memory import GlobalMemory
-from tests.kernels.ptx.parse import Kernel, parse
+from tests.fake_driver import compile_from_ptx
+from tests.fake_tensorrt import FakeTensorRT, write_bundle
 
 STEPS = 6
+NOWHERE = Path("generation_config.json")
 
 
-class ComputingDriver(FakeDriver):
-    """A GPU whose memory holds what is copied to it, and whose engines are graphs on ONNX Runtime."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.data: dict[int, np.ndarray] = {}
-        self.sessions: dict[str, Any] = {}
-
-    def open(self, onnx: Path) -> None:
-        """Take the graphs of a bundle."""
-        for engine, file in GRAPHS.items():
-            model = ir.load(onnx / file)
-            CacheBlocksPass()(model)
-            place = (onnx / file).with_suffix(".engine.onnx")
-            ir.save(model, place)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            self.sessions[engine] = onnxruntime.InferenceSession(str(place), options, ["CPUExecutionProvider"])
-
-    def at(self, address: int, num_bytes: int) -> np.ndarray:
-        """The bytes at an address."""
-        self.check(address, num_bytes)
-        start = max(start for start in self.buffers if start <= address)
-        # What nobody wrote is no number.
-        room = self.data.setdefault(start, np.full(self.buffers[start], 0xFF, np.uint8))
-        return room[address - start :][:num_bytes]
-
-    def _cuMemFree(self, address: int) -> tuple[()]:
-        self.data.pop(address, None)
-        return super()._cuMemFree(address)
-
-    def _cuMemcpyHtoDAsync(self, target: int, source: int, num_bytes: int, stream: Any) -> tuple[()]:
-        self.at(target, num_bytes)[:] = np.frombuffer(ctypes.string_at(source, num_bytes), np.uint8)
-        return ()
-
-    def _cuMemcpyDtoHAsync(self, target: int, source: int, num_bytes: int, stream: Any) -> tuple[()]:
-        ctypes.memmove(target, self.at(source, num_bytes).tobytes(), num_bytes)
-        return ()
-
-    def _cuMemsetD8Async(self, address: int, value: int, num_bytes: int, stream: Any) -> tuple[()]:
-        self.at(address, num_bytes)[:] = value
-        return ()
-
-    def _cuMemcpy2DAsync(self, copy: Any, stream: Any) -> tuple[()]:
-        for row in range(copy.Height):
-            self._move(copy, row * copy.srcPitch, row * copy.dstPitch)
-        return super()._cuMemcpy2DAsync(copy, stream)
-
-    def _cuMemcpy3DAsync(self, copy: Any, stream: Any) -> tuple[()]:
-        for plane in range(copy.Depth):
-            for row in range(copy.Height):
-                source, target = (plane * height + row for height in (copy.srcHeight, copy.dstHeight))
-                self._move(copy, source * copy.srcPitch, target * copy.dstPitch)
-        return super()._cuMemcpy3DAsync(copy, stream)
-
-    def _move(self, copy: Any, source: int, target: int) -> None:
-        width = copy.WidthInBytes
-        self.at(int(copy.dstDevice) + target, width)[:] = self.at(int(copy.srcDevice) + source, width)
-
-    def execute(self, engine: str, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        session, feed = self.sessions[engine], {}
-        for entry in session.get_inputs():
-            dtype = {"tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(float)": np.float32}[entry.type]
-            shape, address = shapes.get(entry.name, tuple(entry.shape)), addresses[entry.name]
-            num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            on_device = any(start <= address < start + size for start, size in self.buffers.items())
-            data = self.at(address, num_bytes).tobytes() if on_device else ctypes.string_at(address, num_bytes)
-            feed[entry.name] = np.frombuffer(data, dtype).reshape(shape)
-        names = [entry.name for entry in session.get_outputs()]
-        for name, value in zip(names, session.run(names, feed), strict=True):
-            self.at(addresses[name], value.nbytes)[:] = np.ascontiguousarray(value).view(np.uint8).reshape(-1)
-
-    def _cuLaunchKernel(self, function: Any, *args: Any) -> tuple[()]:
-        """Run it from its PTX, on what lies in the device's memory and in pinned memory."""
-        *grid, threads, _, _, shared_bytes, _, (values, types), _ = args
-        name, image = function
-        kernel = _parsed(image)
-        assert (kernel.name, kernel.threads) == (name, threads)
-        memory = GlobalMemory()
-        for address, size in self.buffers.items():
-            memory.add(f"{address:#x}", self.at(address, size), address=address)
-        for address, data in self.pinned.items():
-            memory.add(f"{address:#x}", data, address=address)
-        given = [kind(value) for value, kind in zip(values, types, strict=True)]
-        launch(kernel, memory, [bytes(one) for one in given], grid, shared_bytes)
-        return ()
-
-
-@cache
-def _parsed(image: bytes) -> Kernel:
-    return parse(image.decode())
+@pytest.fixture(scope="module")
+def bundle(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(source, tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> ComputingDriver:
+def driver(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> ComputingDriver:
     computing = ComputingDriver()
     monkeypatch.setattr("capa_export.kernels.plugins.launcher.compile_kernels", compile_from_ptx)
     monkeypatch.setattr(cuda, "_driver", lambda: computing)
+    computing.open(bundle.folder / "onnx")
     return computing
 
 
@@ -180,19 +90,12 @@ SETTINGS = [
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
 def test_tokens_chosen_on_the_device_are_those_of_the_host(
-    source: Source,
-    prompter: Prompter,
-    driver: ComputingDriver,
-    trt: FakeTensorRT,
-    tmp_path: Path,
-    given: dict[str, Any],
+    bundle: Bundle, prompter: Prompter, driver: ComputingDriver, trt: FakeTensorRT, given: dict[str, Any]
 ) -> None:
-    """Two answers side by side, kernels and graphs by value; and another answer after them in the same memory."""
-    bundle = write_bundle(source, tmp_path)
-    driver.open(bundle.folder / "onnx")
+    """Two answers side by side, kernels and graphs by value; and others after them in the same memory."""
     engines = EngineModel(require_engines(bundle, "rtx"))
     prompts = [prompter("what color is the star ?", [noise(size, size)]) for size in (84, 56)]
-    settings = Generation(**given, source=tmp_path)
+    settings = Generation(**given, source=NOWHERE)
 
     def said(seed: int, stop: list[int]) -> list[list[int | None]]:
         random = np.random.default_rng(seed)
@@ -200,13 +103,29 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
         runs = [engines.prefill(prompt, [prompt.num_visual // 4]) for prompt in prompts]
         return list(generate(engines, prompts, runs, choosers, stop, STEPS))
 
-    chosen = [said(seed, []) for seed in (0, 1)]
+    seeds = (0,) if settings.do_sample else (0, 1)
+    chosen = [said(seed, []) for seed in seeds]
     assert driver.named("cuLaunchKernel") and driver.named("cuGraphLaunch")
     # Tokens that end the answers at different places.
     stop = [int(chosen[0][2][0] or 0), int(chosen[0][4][1] or 0)]
     ended = said(0, stop)
     driver.calls.clear()
     engines.chooses = False
-    assert chosen == [said(seed, []) for seed in (0, 1)]
+    assert chosen == [said(seed, []) for seed in seeds]
     assert ended == said(0, stop) and len(ended) < STEPS
     assert not driver.named("cuLaunchKernel")
+
+
+def test_logits_that_are_no_numbers_are_said(
+    bundle: Bundle, prompter: Prompter, driver: ComputingDriver, trt: FakeTensorRT
+) -> None:
+    engines = EngineModel(require_engines(bundle, "rtx"))
+    prompts = [prompter("what ?", []) for _ in range(2)]
+    runs = [engines.prefill(prompt, [0]) for prompt in prompts]
+    runs[1].logits[7] = np.nan
+    with pytest.raises(CapaError, match=r"logits are not finite.*validate --bisect"):
+        next(greedy(engines, prompts, runs, [], 2))
+    everything = Generation(suppress_tokens=[*range(len(runs[0].logits))], source=NOWHERE)
+    chooser = TokenChooser(everything, [1], [])
+    with pytest.raises(CapaError, match="leaves no token to say"):
+        next(generate(engines, prompts[:1], runs[:1], [chooser], [], 2))
