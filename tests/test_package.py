@@ -31,7 +31,7 @@ EXPECTED = {
     "capa_export/graphs/gates.toml",
     *(f"capa_export/graphs/tiny-{name}.toml" for name in ("qwen25vl", "llava15", "internvl3")),
     *(f"capa_export/graphs/checkpoints/tiny-{name}/model.safetensors" for name in ("llava15", "internvl3")),
-    *(f"capa_export/engines/{name}.toml" for name in ("onnx", "rtx", "spark", "orin", "thor", "h100")),
+    *(f"capa_export/engines/{name}.toml" for name in ("onnx", "rtx", "spark", "orin", "thor", "h100", "ada", "ampere")),
     *(f"capa_export/engines/plugins/{name}" for name in ("build.sh", "capa_plugin.cpp", "capa_plugin.h")),
     *(TINY + name for name in ("config.json", "model.safetensors", "scene.png", "tokenizer.json")),
 }

@@ -52,6 +52,7 @@ def build(
     target: str = "rtx",
     weights: Weights = "auto",
     memory: int | None = None,
+    kit: bool = False,
     plugins: PluginWish = "auto",
     plugin_library: AnyPath | None = None,
     validation_samples: int | None = None,
@@ -92,6 +93,7 @@ def build(
         target: the device, a name that `capa-export targets` lists or the path of a .toml.
         weights: where engines find theirs, and with `in-place` the ONNX files, too: in the checkpoint's own shards.
         memory: bytes of the device, where one of the target's is meant.
+        kit: whether to write a kit where engines are otherwise built with the GPU that is here.
         plugins: what computes the CAPA nodes of engines.
         plugin_library: the library of native plugins.
         validation_samples: prompts to compare and questions to ask, in place of the recipe's numbers.
@@ -112,7 +114,7 @@ def build(
         CapaError: something stands in the way of a stage, which is found before the first where it can be; or a stage
             failed, and those before it are kept.
     """
-    device = load_target(target)
+    device = load_target(target).for_kit() if kit else load_target(target)
     bundle, signer = signer_of(store.Bundle(Path(out)), sign, exports=True)
     model = find_model(
         *(checkpoint, recipe),

@@ -108,6 +108,7 @@ class Bundle:
         target: str = "rtx",
         *,
         weights: WeightsWish = "auto",
+        kit: bool = False,
         plugins: PluginWish = "auto",
         plugin_library: AnyPath | None = None,
         sign: AnyPath | None = None,
@@ -118,6 +119,7 @@ class Bundle:
         Args:
             target: a name that `capa-export targets` lists, or the path of a .toml.
             weights: where engines find theirs.
+            kit: whether to write a kit where engines are otherwise built with the GPU that is here.
             plugins: what computes the CAPA nodes.
             plugin_library: the library of native plugins.
             sign: file of the Ed25519 private key that signs the bundle, and a kit in it, when it is done.
@@ -130,7 +132,7 @@ class Bundle:
 
         bundle, signer = signer_of(self._store, sign, self._verify_key)
         built = build_engines(
-            *(bundle, load_target(target)),
+            *(bundle, load_target(target).for_kit() if kit else load_target(target)),
             weights=weights,
             plugins=plugins,
             plugin_library=path_of(plugin_library),

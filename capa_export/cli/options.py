@@ -38,6 +38,7 @@ __all__ = [
     "ImagesOpt",
     "JsonOpt",
     "JunitOpt",
+    "KitOpt",
     "LayerByLayerOpt",
     "LayerOpt",
     "MarkdownOpt",
@@ -250,6 +251,14 @@ PluginsOpt = Annotated[
     typer.Option(
         help="What computes the CAPA nodes in engines: kernels launched from Python, kernels in a library, or "
         "TensorRT's own layers; auto takes the library if one is given, or else Python where Triton is installed.",
+        rich_help_panel=ENGINE,
+    ),
+]
+KitOpt = Annotated[
+    bool,
+    typer.Option(
+        "--kit",
+        help="Write a kit for the target's own machine, where engines are otherwise built with the GPU that is here.",
         rich_help_panel=ENGINE,
     ),
 ]

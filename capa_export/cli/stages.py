@@ -28,6 +28,7 @@ from capa_export.cli.options import (
     ImagesOpt,
     JsonOpt,
     JunitOpt,
+    KitOpt,
     LayerByLayerOpt,
     LayerOpt,
     MarkdownOpt,
@@ -221,6 +222,7 @@ def engine(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder; with --on-device, a kit.")],
     target: TargetOpt = "rtx",
     weights: WeightsOpt = "auto",
+    kit: KitOpt = False,
     plugins: PluginsOpt = "auto",
     plugin_library: PluginLibraryOpt = None,
     on_device: Annotated[
@@ -246,7 +248,7 @@ def engine(
     from capa_export.report.terminal import print_engines
 
     if on_device:
-        if (target, weights, plugins, plugin_library) != ("rtx", "auto", "auto", None):
+        if (target, weights, kit, plugins, plugin_library) != ("rtx", "auto", False, "auto", None):
             raise CapaError("--on-device: the kit says target, weights and plugins; give none of them", ExitCode.USAGE)
         from capa_export.api.kits import build_kit
 
@@ -262,6 +264,7 @@ def engine(
             result = Bundle(bundle, verify_key=verify_key).build_engines(
                 target,
                 weights=weights,
+                kit=kit,
                 plugins=plugins,
                 plugin_library=plugin_library,
                 sign=sign,

@@ -89,12 +89,20 @@ def _check_library(path: Path) -> None:
         )
 
 
-def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims) -> Plugins:
-    """What a device builds with: native plugins whose sources it gets, or none; arguments as above.
+def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, *, python: bool = False) -> Plugins:
+    """What is built with from a kit: native plugins whose sources are in it, or none; arguments as above.
+
+    Args:
+        wish: as on the command line.
+        precision: of the graphs.
+        decoder: whose nodes they compute.
+        python: whether it is built here, where those of Python are.
 
     Raises:
         CapaError: the wish cannot be met.
     """
+    if python and wish in ("auto", "python"):
+        return choose_plugins(wish, precision, decoder, None)
     if wish == "python":
         raise CapaError("--plugins python: a device builds with native plugins, or none", ExitCode.USAGE)
     if wish == "native" and find_spec("triton") is None:

@@ -38,8 +38,9 @@ class Engine(Settings):
     """How engines are built for a device."""
 
     runtime: Literal["tensorrt-rtx", "tensorrt"]
-    built: Literal["here", "on-device"]
-    """Where: TensorRT-RTX needs no GPU to build, TensorRT builds for the one that it finds."""
+    built: Literal["here", "with-gpu", "on-device"]
+    """Where: TensorRT-RTX needs no GPU to build. TensorRT builds for the one that it finds: here, if it is one of the
+    target's, or else on the device, from a kit."""
     version_min: Version
     """First version of the runtime that will do."""
     version_below: Version
@@ -74,8 +75,10 @@ class Engine(Settings):
     @model_validator(mode="after")
     def _runtime_builds_there(self) -> "Engine":
         if self.built == "here" and self.runtime == "tensorrt":
-            raise ValueError('TensorRT builds for the GPU that it finds: built must be "on-device"')
-        if self.built == "on-device" and len(self.compute_capabilities) > 1:
+            raise ValueError('TensorRT builds for the GPU that it finds: built must be "with-gpu" or "on-device"')
+        if self.built == "with-gpu" and self.runtime != "tensorrt":
+            raise ValueError('TensorRT-RTX needs no GPU to build: built must be "here"')
+        if self.built != "here" and len(self.compute_capabilities) > 1:
             raise ValueError("a device builds for itself: compute_capabilities must name one")
         if empty := [name for name, limits in self.dims.items() if not limits.min]:
             raise ValueError(f"dims.{empty[0]}: TensorRT takes none of size 0: min must be at least 1")
@@ -126,6 +129,17 @@ class Target(Settings):
                     ExitCode.ENGINE,
                 )
         return self.engine
+
+    def for_kit(self) -> "Target":
+        """The target as one whose kit is written, wherever its engines could be built.
+
+        Raises:
+            CapaError: no kit is made for it.
+        """
+        engine = self.require_engine()
+        if engine.built == "here":
+            raise CapaError(f"--kit: engines for {self.name} are built here, without its GPU", ExitCode.USAGE)
+        return self.model_copy(update={"engine": engine.model_copy(update={"built": "on-device"})})
 
     def require_precision(self, precision: Precision) -> None:
         """Refuse a precision that the target does not list.

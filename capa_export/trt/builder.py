@@ -104,6 +104,7 @@ def build(
     worker: Sequence[str] | None = None,
     checker: Sequence[str] | None = None,
     write_plugins: Callable[[Path, Sequence[str]], None] | None = None,
+    python_plugins: bool = False,
     environment: Mapping[str, str] = os.environ,
     say: Say = _say,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,6 +125,7 @@ def build(
         worker: arguments of Python that start the building process; None starts the kit's own.
         checker: the same of the process that runs the golden.
         write_plugins: writes the sources of the plugins into a folder, for GPUs; None takes the kit's own.
+        python_plugins: whether worker and checker bring those of Python, which a kit may then ask for.
         environment: variables of the building processes.
         say: told what is being done.
 
@@ -143,7 +145,7 @@ def build(
     module = runtime or spec["runtime"]
     if module not in _RUNTIMES:
         raise KitError(f"no runtime {module!r}; there are {' and '.join(_RUNTIMES)}")
-    check_graphs(kit, spec)
+    check_graphs(kit, spec, python=python_plugins)
     check_places((out or kit).resolve(), [_GOLDEN_LOG, *spec["engines"], *places(spec["engines"])])
     if not runtime:
         check_device(spec)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, how_to_install
 from capa_export.base.precision import FORMATS
 from capa_export.bundle.store import ONNX, Bundle
-from capa_export.config.target import Target, version_parts
+from capa_export.config.target import Engine, Target, version_parts
 from capa_export.graph.contract import PIXEL_VALUES
 from capa_export.graph.functions import DOMAIN, PLUGIN
 from capa_export.kernels.plugins.alias import ensure_parser_library
@@ -75,8 +75,11 @@ def _tools(target: Target) -> Iterator[Finding]:
         yield Finding("runtime", "ok", f"{target.name} takes the ONNX files: no engine is built")
         return
     wanted = f">={engine.version_min},<{engine.version_below}"
-    if engine.built == "on-device":
-        yield Finding("runtime", "ok", f"{engine.runtime} {wanted} is the device's own; build writes a kit for it")
+    if engine.built != "here":
+        if engine.built == "on-device":
+            yield Finding("runtime", "ok", f"{engine.runtime} {wanted} is the device's own; build writes a kit for it")
+        else:
+            yield _own_runtime(engine, wanted)
         yield from _switches(engine.compute_capabilities[0], version_parts(engine.version_below))
         if version_parts(engine.version_min) < NATIVE:
             below = ".".join(map(str, NATIVE))
@@ -84,21 +87,28 @@ def _tools(target: Target) -> Iterator[Finding]:
                 "operators", "ok", f"{engine.runtime} before {below} gets lowered graphs, without bodies beside plugins"
             )
         return
-    try:
-        have = version(engine.runtime)
-    except PackageNotFoundError:
-        yield Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
+    runtime = _own_runtime(engine, wanted)
+    yield runtime
+    if runtime.remedy:
         return
-    fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
-    yield Finding(
-        "runtime",
-        "ok" if fits else "problem",
-        f"{engine.runtime} {have}, the target takes {wanted}",
-        "" if fits else f'pip install "{engine.runtime}{wanted}"',
-    )
     with TemporaryDirectory() as folder:
         lacks = ensure_parser_library(Path(folder))
     yield Finding("parser", "ok", f"finds plugins{', with a link that this wheel lacks' if lacks else ''}")
+
+
+def _own_runtime(engine: Engine, wanted: str) -> Finding:
+    """The runtime that builds here."""
+    try:
+        have = version(engine.runtime)
+    except PackageNotFoundError:
+        if engine.built == "here":
+            return Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
+        detail = f"{engine.runtime} is not installed: build --kit writes a kit for a machine that has {wanted}"
+        return Finding("runtime", "note", detail, how_to_install("tensorrt"))
+    fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
+    detail = f"{engine.runtime} {have}, the target takes {wanted}"
+    remedy = "" if fits else f'pip install "{engine.runtime}{wanted}"'
+    return Finding("runtime", "ok" if fits else "problem", detail, remedy)
 
 
 def _switches(capability: str, below: tuple[int, ...]) -> Iterator[Finding]:
@@ -123,7 +133,7 @@ def _kernels(target: Target) -> Iterator[Finding]:
             yield Finding("kernels", "note", f"no cubin for SM {', '.join(missing)}: the driver compiles the PTX there")
         else:
             yield Finding("kernels", "ok", f"cubins for SM {', '.join(wanted)}")
-    if target.engine.built == "on-device":
+    if target.engine.built != "here":
         yield Finding(
             "native plugins", "ok", "the kit holds their sources; its build.sh needs TensorRT's headers and g++"
         )
@@ -144,7 +154,8 @@ def _gpu(target: Target) -> Iterator[Finding]:
     try:
         gpu = require_gpu()
     except CapaError as error:
-        yield Finding("gpu", "note", f"engines can be built here, not run: {error}")
+        can = "built here, not run" if target.engine.built == "here" else "neither built nor run here"
+        yield Finding("gpu", "note", f"engines can be {can}: {error}")
         return
     fits = gpu.compute_capability in target.engine.compute_capabilities
     yield Finding(

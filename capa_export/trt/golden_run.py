@@ -56,6 +56,9 @@ def _findings(trt: Any, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """
     golden = _Golden(*map(Path, task["golden"]))
     driver, log = _Driver(), _logger(trt)
+    if task["plugins"] == "python":
+        # Of a kit that is built where this package is.
+        importlib.import_module("capa_export.kernels.plugins.python_plugins").register(trt)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = task["plugins"] == "native"
     by_graph = {entry["onnx"]: (name, entry) for name, entry in task["engines"].items()}

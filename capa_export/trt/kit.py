@@ -13,7 +13,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.store import ONNX, Bundle, file_digest
-from capa_export.config.plugins import PluginWish, choose_device_plugins
+from capa_export.config.plugins import PluginKind, PluginWish, choose_device_plugins
 from capa_export.config.target import Engine, Target, version_parts
 from capa_export.config.weights import Weights
 from capa_export.passes.for_tensorrt import prepare
@@ -112,6 +112,11 @@ bf16 graphs are stored in FP32. {polygraphy}
 """
 
 
+_PLUGINS = {
+    "native": "The CAPA nodes are plugins; the library is in the engines, and beside them as `libcapa_plugins.so`.",
+    "python": "The CAPA nodes are plugins in Python: capa-export builds and runs these engines, `build.sh` does not.",
+    "none": "They have no plugins: TensorRT's own layers compute the CAPA nodes.",
+}
 _FOR_POLYGRAPHY = "`golden/polygraphy/` has them for Polygraphy, with\nits commands."
 _NO_BF16 = "Polygraphy takes none of\nthem: its arrays are NumPy's, which have no bf16."
 
@@ -142,13 +147,15 @@ def write_kit(
         CapaError: the target does not build on the device, or does not take the bundle's precision or the plugins.
     """
     settings = target.require_engine()
-    if settings.built != "on-device":
+    if settings.built == "here":
         raise CapaError(f"target {target.name} is built here: it takes no kit", ExitCode.USAGE)
     export = bundle.stage("export")
     precision = export["result"]["precision"]
     target.require_precision(precision)
     dims = bundled_dims(bundle)
-    native = choose_device_plugins(plugins, precision, dims.decoder).kind == "native"
+    here = settings.built == "with-gpu"
+    kind = choose_device_plugins(plugins, precision, dims.decoder, python=here).kind
+    native = kind == "native"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".kit-") as scratch:
         kit = Path(scratch) / "kit"
@@ -156,7 +163,7 @@ def write_kit(
         report("kit: graphs", 0, 3)
         known = _link_weights(bundle, kit)
         engines = {
-            name: _engine(bundle, target, kit, onnx, name, weights=weights, native=native)
+            name: _engine(bundle, target, kit, onnx, name, weights=weights, plugins=kind != "none")
             for onnx, name in GRAPHS.items()
         }
         if native:
@@ -171,7 +178,7 @@ def write_kit(
             if precision != "bf16":
                 external = weights == "external"
                 about = PolygraphyKit(
-                    engines=engines, external=external, plugins=native, native=".".join(map(str, NATIVE))
+                    engines=engines, external=external, plugins=kind != "none", native=".".join(map(str, NATIVE))
                 )
                 write_polygraphy(kit / "golden" / POLYGRAPHY, runs, bounds, about)
                 if external:
@@ -179,7 +186,7 @@ def write_kit(
         else:
             needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
             say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
-        _write_builder(kit, target.name, settings, precision, weights, native=native, bounds=bounds)
+        _write_builder(kit, target.name, settings, precision, weights, kind, bounds)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}
         write_manifest(
@@ -187,7 +194,7 @@ def write_kit(
             target,
             precision=precision,
             weights=weights,
-            plugins="native" if native else "none",
+            plugins=kind,
             lowered_below=".".join(map(str, NATIVE)),
             **settings.model_dump(include={"jetpack", "cpu"}),
             engines=engines,
@@ -240,11 +247,11 @@ def _engine(
     name: str,
     *,
     weights: Weights,
-    native: bool,
+    plugins: bool,
 ) -> dict[str, Any]:
     """Write the graph for newer and for older TensorRT; returns what the builder has to know."""
     source, place = bundle.folder / ONNX / onnx, kit / ONNX / onnx
-    options: dict[str, Any] = {"external_weights": weights == "external", "plugins": native}
+    options: dict[str, Any] = {"external_weights": weights == "external", "plugins": plugins}
     prepared = prepare(source, place, **options)
     lowered = place.with_suffix(".lowered.onnx")
     older = prepare(source, lowered, **options, version=version_parts(target.require_engine().version_min))
@@ -272,8 +279,7 @@ def _write_builder(
     settings: Engine,
     precision: str,
     weights: str,
-    *,
-    native: bool,
+    plugins: PluginKind,
     bounds: Mapping[str, Any] | None,
 ) -> None:
     for source, name in _BUILDER.items():
@@ -287,18 +293,14 @@ def _write_builder(
         jetpack=f", JetPack {settings.jetpack}" if settings.jetpack else "",
         version_min=settings.version_min,
         version_below=settings.version_below,
-        compiler=", its headers, and g++" if native else "",
+        compiler=", its headers, and g++" if plugins == "native" else "",
         native=".".join(map(str, NATIVE)),
         golden=_golden_text(bounds, bf16=precision == "bf16") if bounds else "",
         mended=_MENDED if bounds else _UNKNOWN,
         variable=SWITCHES,
         precision=precision,
         weights="in the engines" if weights == "embedded" else "inputs: `*.weights.json` says where their bytes lie",
-        plugins=(
-            "The CAPA nodes are plugins; the library is in the engines, and beside them as `libcapa_plugins.so`."
-            if native
-            else "They have no plugins: TensorRT's own layers compute the CAPA nodes."
-        ),
+        plugins=_PLUGINS[plugins],
     )
     (kit / "README.md").write_text(readme, encoding="utf-8")
 

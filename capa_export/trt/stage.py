@@ -1,5 +1,6 @@
 """The engine stage: a bundle's three engines, or the kit that builds them on the device, and its build there."""
 
+import os
 import platform
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from capa_export.trt import builder
 from capa_export.trt.engines import CHECKER, WORKER, build_graphs, building_environment, read_engines
 from capa_export.trt.graphs import GRAPHS
 from capa_export.trt.kit import write_kit
+from capa_export.trt.kit_device import check_device, check_version, read_version
 from capa_export.trt.kit_file import KitError, read_kit
 from capa_export.trt.kit_switch import places
 
@@ -50,12 +52,36 @@ def check_runtime(target: Target) -> None:
         return
     engine = target.require_engine()
     runtime = engine.runtime
+    if engine.built == "with-gpu":
+        _require_own_gpu(target)
     if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
         raise CapaError(
             f"target {target.name} needs {runtime}, which is not installed: {how_to_install('rtx')}, "
             "or build with --target onnx",
             ExitCode.ENGINE,
         )
+
+
+def _require_own_gpu(target: Target) -> str:
+    """The version of TensorRT here.
+
+    Raises:
+        CapaError: it is missing or another than the target takes, or this is not the target's GPU.
+    """
+    engine = target.require_engine()
+    spec = {"target": target.name, **engine.model_dump(mode="json")}
+    try:
+        check_device(spec)
+        if find_spec(engine.runtime) is None:
+            raise KitError(f"{engine.runtime} is not installed: {how_to_install('tensorrt')}")
+        check_version(spec, have := read_version(engine.runtime, os.environ))
+    except KitError as error:
+        raise CapaError(
+            f"engines for {target.name} are built where its GPU and TensorRT are: {error}; or write a kit for such a "
+            "machine with --kit",
+            ExitCode.ENGINE,
+        ) from error
+    return have
 
 
 def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -> None:
@@ -68,8 +94,9 @@ def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -
         return
     target.require_packed_weights(decoder.packed)
     _refuse_library(target, options.plugin_library)
-    if target.engine.built == "on-device":
-        choose_device_plugins(options.plugins, options.precision, decoder)
+    if target.engine.built != "here":
+        here = target.engine.built == "with-gpu"
+        choose_device_plugins(options.plugins, options.precision, decoder, python=here)
     else:
         choose_plugins(options.plugins, options.precision, decoder, options.plugin_library)
 
@@ -79,7 +106,7 @@ def _refuse_library(target: Target, library: Path | None) -> None:
     engine = target.require_engine()
     if library is None:
         return
-    if engine.built == "on-device":
+    if engine.built != "here":
         raise CapaError(
             f"--plugin-library: {target.name} compiles its own, from sources that come with the kit", ExitCode.USAGE
         )
@@ -109,6 +136,8 @@ def build_engines(
     where, reason = choose_weights(dims, precision, weights, target)
     if engine.built == "on-device":
         result = _write_kit(bundle, target, where, plugins, report)
+    elif engine.built == "with-gpu":
+        result = _build_with_gpu(bundle, target, where, plugins, report)
     else:
         result = _build_here(bundle, target, where, plugins, plugin_library, report)
     say_weights(weights, where, reason)
@@ -163,6 +192,17 @@ def _build_here(
     return result
 
 
+def _build_with_gpu(
+    bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report
+) -> dict[str, Any]:
+    """Write the kit, and build it in the bundle; its golden run is held to the gates."""
+    have = _require_own_gpu(target)
+    result = _write_kit(bundle, target, weights, plugins, report)
+    if not result["engines"] or {one["runtime"] for one in result["engines"].values()} != {have}:
+        build_kit(bundle.folder / result["kit"], home=bundle, python_plugins=True, report=report)
+    return bundle.stage(f"engine/{target.name}")["result"]
+
+
 def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: PluginWish, report: Report) -> dict[str, Any]:
     from capa_export.kernels.plugins.native import digest_sources
 
@@ -195,6 +235,7 @@ def build_kit(
     lowered: bool = False,
     out: Path | None = None,
     home: Bundle | None = None,
+    python_plugins: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Build the engines of a kit as its own `build.sh` does, and look through them for copies of weights.
@@ -210,6 +251,7 @@ def build_kit(
         lowered: in a trial, whether to take the graphs for older TensorRT.
         out: in a trial, where the engines go.
         home: the bundle that the kit lies in, if it is known.
+        python_plugins: whether it may ask for those of Python, as a kit that was not written to be sent.
         report: progress.
 
     Returns:
@@ -244,6 +286,7 @@ def build_kit(
             worker=WORKER,
             checker=CHECKER,
             write_plugins=write_sources,
+            python_plugins=python_plugins,
             environment=environment,
             say=tell,
         )

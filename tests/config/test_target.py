@@ -11,7 +11,7 @@ from capa_export.config.target import Target, load_target, version_parts
 
 def test_every_shipped_target_loads() -> None:
     targets = {name: load_target(name) for name in shipped_names("engines")}
-    assert set(targets) == {"onnx", "rtx", "spark", "orin", "thor", "h100"}
+    assert set(targets) == {"onnx", "rtx", "spark", "orin", "thor", "h100", "ada", "ampere"}
     assert targets["onnx"].engine is None
     capabilities = {name: one.require_engine().compute_capabilities for name, one in targets.items() if one.engine}
     assert capabilities == {
@@ -20,12 +20,15 @@ def test_every_shipped_target_loads() -> None:
         "orin": ("8.7",),
         "thor": ("11.0",),
         "h100": ("9.0",),
+        "ada": ("8.9",),
+        "ampere": ("8.0",),
     }
-    on_device = {name for name, one in targets.items() if one.engine and one.engine.built == "on-device"}
-    assert on_device == {"orin", "thor", "h100"}
+    built = {name: one.engine.built for name, one in targets.items() if one.engine}
+    assert {name for name, where in built.items() if where == "on-device"} == {"orin", "thor"}
+    assert {name for name, where in built.items() if where == "with-gpu"} == {"h100", "ada", "ampere"}
 
 
-@pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100"])
+@pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100", "ada", "ampere"])
 def test_limits_have_room_for_the_largest_picture(name: str) -> None:
     """With some text; and caches for the largest prompt, with some answer."""
     target = load_target(name)
@@ -47,9 +50,19 @@ def test_tensorrt_builds_on_the_device_alone(tmp_path: Path) -> None:
     text = (shipped("engines") / "orin.toml").read_text(encoding="utf-8")
     mine.write_text(text.replace('"on-device"', '"here"'), encoding="utf-8")
     with pytest.raises(
-        CapaError, match=r'engine: TensorRT builds for the GPU that it finds: built must be "on-device"'
+        CapaError, match=r'engine: TensorRT builds for the GPU that it finds: built must be "with-gpu" or "on-device"'
     ):
         load_target(str(mine))
+
+
+def test_a_kit_is_for_targets_that_are_not_built_for_everywhere() -> None:
+    h100 = load_target("h100")
+    assert h100.for_kit().require_engine().built == load_target("orin").for_kit().require_engine().built == "on-device"
+    assert h100.require_engine().built == "with-gpu"
+    with pytest.raises(CapaError, match="--kit: engines for rtx are built here, without its GPU"):
+        load_target("rtx").for_kit()
+    with pytest.raises(CapaError, match="target onnx has no engine"):
+        load_target("onnx").for_kit()
 
 
 def test_a_device_builds_for_one_gpu(tmp_path: Path) -> None:

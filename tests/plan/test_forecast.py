@@ -56,7 +56,7 @@ def test_a_step_reads_the_layers_and_the_head() -> None:
     assert decoder_bytes(packed, 2) == linear // 2 + 2 * (linear // 128) + 2 * rest
 
 
-@pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100"])
+@pytest.mark.parametrize("name", ["rtx", "spark", "orin", "thor", "h100", "ada", "ampere"])
 def test_every_shipped_device_has_its_data_sheet(name: str) -> None:
     assert all(device.bandwidth and device.tflops for device in load_target(name).devices.values())
 

@@ -116,7 +116,7 @@ def test_a_device_too_small_for_the_weights(bundle: Bundle, monkeypatch: pytest.
 
 
 def test_every_shipped_target_can_be_examined() -> None:
-    for name in ("onnx", "rtx", "spark", "orin", "thor", "h100"):
+    for name in ("onnx", "rtx", "spark", "orin", "thor", "h100", "ada", "ampere"):
         assert not [finding for finding in examine(load_target(name), None) if finding.verdict == "problem"]
 
 

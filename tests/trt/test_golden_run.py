@@ -27,38 +27,8 @@ from capa_export.trt.golden_run import differences, problem
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_file import KIT
 from capa_export.trt.kit_switch import UNCHECKED
-from tests.building import Building
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
-DRIVER = """
-#include <stdlib.h>
-#include <string.h>
-typedef unsigned long long address;
-int cuInit(unsigned flags) { return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 7; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = context; return 0; }
-int cuCtxSetCurrent(void *context) { return context ? 0 : 201; }
-int cuCtxSynchronize(void) { return 0; }
-int cuStreamCreate(void **stream, unsigned flags) { *stream = stream; return 0; }
-int cuStreamSynchronize(void *stream) { return stream ? 0 : 400; }
-int cuMemAlloc_v2(address *memory, size_t size) {
-    *memory = (address)aligned_alloc(256, (size + 255) / 256 * 256);
-    return 0;
-}
-int cuMemFree_v2(address memory) { free((void *)memory); return 0; }
-int cuMemsetD8_v2(address memory, unsigned char value, size_t size) { memset((void *)memory, value, size); return 0; }
-int cuMemcpyHtoD_v2(address target, const void *source, size_t size) { memcpy((void *)target, source, size); return 0; }
-int cuMemcpyDtoH_v2(void *target, address source, size_t size) { memcpy(target, (void *)source, size); return 0; }
-"""
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of the shipped checkpoint, whose weights are large enough to be inputs."""
-    recipe, made = load_recipe("tiny-qwen25vl"), Bundle(tmp_path_factory.mktemp("bundle") / "out")
-    Building.of(recipe, made, recipe.checkpoint, ffn=False).export()
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +45,6 @@ def change(kit: Path, how: Callable[[dict[str, Any]], object]) -> None:
     del spec["digest"]
     how(spec)
     (kit / KIT).write_text(json.dumps({**spec, "digest": digest_of(spec)}), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables of a process that takes this machine for an Orin."""
-    if (compiler := shutil.which("cc")) is None:
-        pytest.skip("needs a C compiler for the stand-in of the driver")
-    folder = tmp_path_factory.mktemp("device")
-    (folder / "cuda.c").write_text(DRIVER)
-    subprocess.run([compiler, "-shared", "-fPIC", "cuda.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
-    shutil.copyfile(Path(__file__).with_name("moving_tensorrt.py"), folder / "tensorrt.py")
-    return {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder), "PYTHON": sys.executable}
 
 
 class OnDevice:

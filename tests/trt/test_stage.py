@@ -14,21 +14,11 @@ from capa_export.base.progress import silent
 from capa_export.bundle.store import Bundle
 from capa_export.cli import main
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.recipe import load_recipe
 from capa_export.config.target import DimRange, Target, load_target
 from capa_export.run.bundled import bundled_bounds, bundled_prompter
 from capa_export.trt import kit
 from capa_export.trt.stage import build_engines
-from tests.building import Building
 from tests.targets import one_gpu
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of the shipped checkpoint, whose head size the plugins take; not calibrated, so that no FFN is a scale."""
-    recipe, made = load_recipe("tiny-qwen25vl"), Bundle(tmp_path_factory.mktemp("bundle") / "out")
-    Building.of(recipe, made, recipe.checkpoint, ffn=False).export()
-    return made
 
 
 @pytest.fixture(scope="module")
