@@ -89,12 +89,13 @@ def device_memory(
     if target.engine is None:
         held, least = _held(cache, step=1, copies=2), LIBRARIES
         return DeviceMemory(weights=onnx_runtime_bytes(dims) - least, kv_cache=held, contexts=0, runtime=least)
-    width = FORMATS[precision].num_bytes
+    width, total = FORMATS[precision].num_bytes, parameters(dims)
     return DeviceMemory(
-        weights=engine_weight_bytes(parameters(dims), width, weights),
+        weights=engine_weight_bytes(total, width, weights),
         kv_cache=_held(cache, step=CACHE_ROWS, copies=1),
         contexts=_context_bytes(dims, width, target) if contexts is None else contexts,
-        runtime=_CUDA + (_SYSTEM if target.shares_memory else 0),
+        # The embedding stays in the host's memory.
+        runtime=_CUDA + (_SYSTEM + total.embedding * width if target.shares_memory else 0),
     )
 
 
