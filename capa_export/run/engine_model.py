@@ -6,7 +6,7 @@ B = batch, S = stages, G = KV heads, P = rows of a cache, d = head size, V = voc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import numpy as np
@@ -31,8 +31,10 @@ from capa_export.run.engine import BuiltEngines, DeviceWeights, LoadedEngine, Te
 from capa_export.run.execution import Arena
 from capa_export.run.runtime import RuntimeModel
 from capa_export.run.steps import Steps, StepWork, row_bytes, stage_of
-from capa_export.run.token_steps import StepKernels, TokenChoice
 from capa_export.selectors.selector import TOWER_OUTPUTS
+
+if TYPE_CHECKING:
+    from capa_export.run.token_steps import StepKernels, TokenChoice
 
 __all__ = ["DeviceCache", "EngineModel"]
 
@@ -92,6 +94,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
         self.chooses = True
         """Whether tokens are chosen on the device; False from the first time that it cannot be done."""
         self._kernels: StepKernels | None = None
+        """Of the first answer, since they alone need Triton."""
 
     @property
     def memory(self) -> dict[str, int]:
@@ -249,7 +252,12 @@ class EngineModel(RuntimeModel[DeviceCache]):
             return None
         return self._chosen(choice, steps, cache, logits, rules, positions)
 
-    def _choice(self, steps: Steps, *, sampled: bool) -> TokenChoice:
+    def _choice(self, steps: Steps, *, sampled: bool) -> "TokenChoice":
+        from capa_export.kernels import require_triton
+
+        require_triton()
+        from capa_export.run.token_steps import StepKernels, TokenChoice
+
         if self._kernels is None:
             self._kernels = StepKernels(self._embedding, self.dtype)
         if sampled not in steps.choices:
@@ -258,7 +266,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
 
     def _chosen(
         self,
-        choice: TokenChoice,
+        choice: "TokenChoice",
         steps: Steps,
         cache: DeviceCache,
         logits: np.ndarray,

@@ -165,6 +165,15 @@ def test_where_the_device_cannot_choose_the_host_does_and_says_so_once(
     assert not driver.named("cuLaunchKernel")
 
 
+def test_without_triton_the_host_chooses(
+    engines: EngineModel, prompts: list[Prompt], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capa_export.kernels.find_spec", lambda _: None)
+    assert generate(engines, prompts) == LIMIT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tokens are chosen on the host, which is slower: kernels need triton: pip install")
+
+
 def test_an_interrupt_while_a_step_is_captured_leaves_engines_that_run(
     engines: EngineModel, driver: FakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
