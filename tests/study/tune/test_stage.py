@@ -239,7 +239,7 @@ def test_verdict(low: float, earlier: int, own: str | None, words: str, *, broke
 def test_trained_model_without_calibration(tmp_path: Path) -> None:
     """The shipped one, at a budget that its schedule meets only two layers earlier, where it is bad."""
     out = tmp_path / "x.toml"
-    arguments = ["tune", "--model", "tiny-qwen25vl", "--samples", "16", "--json"]
+    arguments = ["tune", "--model", "tiny-qwen25vl", "--samples", "32", "--json"]
     found = tuned(arguments, out, "0.25")
     assert found.own is not None and found.own.startswith("capa@0:")
     best = found.finalists[0]
