@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import CodeType
+from typing import TYPE_CHECKING
 
 from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined, Template
 from jinja2.bccache import Bucket
@@ -11,6 +11,9 @@ from markupsafe import Markup
 
 from capa_export.config.recipe import ranges
 from capa_export.report import words
+
+if TYPE_CHECKING:
+    from types import CodeType
 
 __all__ = ["TEMPLATES", "Terms", "open_template", "size"]
 
