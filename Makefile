@@ -20,7 +20,7 @@ LOCK := $(BIN)/uv pip compile --quiet pyproject.toml requirements/build.in -c co
 .PHONY: demo bed-real test test-all coverage check docs format lock wheel release clean
 
 demo: .venv/demo.stamp
-	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --target onnx --samples 100 --out out/demo
+	$(BIN)/capa-export build --model tiny-qwen25vl --ratio 0.75 --target onnx --samples 64 --out out/demo
 	$(BIN)/capa-export run out/demo --image graphs/checkpoints/tiny-qwen25vl/scene.png --prompt "How many shapes are blue?"
 
 # 93 MB from the package index, once.

@@ -66,6 +66,14 @@ class DiskState:
             (folder / name).write_bytes(content)
             os.utime(folder / name, ns=(time, time))
 
+    def is_all_of(self, folder: Path) -> bool:
+        """Whether a folder holds this and nothing else."""
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        return names == {*self.folders, *(name for name, _, _ in self.files)} and all(
+            (folder / name).stat().st_mtime_ns == time and (folder / name).read_bytes() == content
+            for name, content, time in self.files
+        )
+
 
 @dataclass(frozen=True)
 class Recording:

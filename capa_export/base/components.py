@@ -1,6 +1,8 @@
 """The software bill of materials of a process: the packages that it has loaded, as CycloneDX lists them."""
 
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageMetadata, distribution, packages_distributions
 from typing import Any
 
@@ -16,14 +18,22 @@ def bill_of_materials() -> dict[str, Any]:
 
     Packages that share a namespace with a loaded one are among them.
     """
-    owners = packages_distributions()
+    owners = _owners()
     loaded = {module.partition(".")[0] for module in list(sys.modules)}
     names = {name for module in loaded for name in owners.get(module, ())}
-    found = sorted((_component(distribution(name).metadata) for name in names), key=lambda one: one["purl"])
+    found = sorted(map(_component, names), key=lambda one: one["purl"])
     return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": found}
 
 
-def _component(metadata: PackageMetadata) -> dict[str, Any]:
+@cache
+def _owners() -> Mapping[str, list[str]]:
+    """The packages that installed top-level modules belong to, for which the files of all packages are read."""
+    return packages_distributions()
+
+
+@cache
+def _component(package: str) -> dict[str, Any]:
+    metadata = distribution(package).metadata
     name, version = metadata["Name"], metadata["Version"]
     component = {"type": "library", "name": name, "version": version}
     licences = _licences(metadata)

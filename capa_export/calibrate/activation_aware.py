@@ -3,7 +3,7 @@
 T = prompt tokens, R = tokens kept of all prompts, I = inputs of a product, O = its outputs.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +17,8 @@ from torch import Tensor
 from capa_export.base.progress import Report, silent
 from capa_export.base.weight_types import PackedLayers
 from capa_export.model.eager import Eager
-from capa_export.model.eager_plan import EagerInputs, EagerPlan
+from capa_export.model.eager_plan import EagerPlan, inputs_for
+from capa_export.model.families import Family
 from capa_export.model.lockstep import TOGETHER_BYTES, Part, Pass, WeightSource, grouped
 from capa_export.model.prompt import Prompt
 from capa_export.model.quantized.choice import PLACES, WeightChoice, layer_name
@@ -34,7 +35,7 @@ _SMALLEST = 1e-4
 _KEPT = 256
 """Tokens of all prompts on which errors are measured."""
 _OUTPUTS = 1024
-"""Outputs of a product on which factors are tried, at most."""
+"""Outputs of a product on which errors are measured, at most."""
 _OUTPUT_PROJECTION = "self_attn.o_proj"
 """Nothing is divided before it, so that it is rounded to nearest."""
 
@@ -49,12 +50,13 @@ class Activations:
     kept: list[Tensor] = field(default_factory=list[Tensor])
     """[-, I] in FP32: the inputs of some tokens of each prompt."""
 
-    def add(self, inputs_TI: Tensor, kept: Tensor) -> None:
-        """Add a prompt, and keep these of its tokens."""
+    def add(self, inputs_TI: Tensor, kept: int) -> None:
+        """Add a prompt, and keep about so many of its tokens, spread evenly; the last is among them."""
         sums = inputs_TI.abs().sum(0, dtype=torch.float64)
         self.sums = sums if self.sums is None else self.sums + sums
         self.tokens += len(inputs_TI)
-        self.kept.append(inputs_TI[kept].clone())
+        stride = -(-len(inputs_TI) // kept)
+        self.kept.append(inputs_TI[torch.arange(len(inputs_TI) - 1, -1, -stride)])
 
     @property
     def mean(self) -> Tensor:
@@ -69,7 +71,13 @@ class Activations:
 
 
 def choose_factors(
-    source: Source, prompts: Iterable[Prompt], form: PackedLayers, *, scales: bool = True, report: Report = silent
+    source: Source,
+    prompts: Iterable[Prompt],
+    form: PackedLayers,
+    *,
+    scales: bool = True,
+    plan: Callable[[Prompt], EagerPlan] = lambda _: EagerPlan(),
+    report: Report = silent,
 ) -> WeightChoice:
     """Choose the factors of all layers, and measure what rounding does to each layer's products.
 
@@ -80,6 +88,7 @@ def choose_factors(
         prompts: what the model is to see; those that fit into memory together are looked at.
         form: the type, and the inputs that share a scale.
         scales: whether factors are looked for at all, or errors of rounding to nearest only measured.
+        plan: what is pruned of a prompt meanwhile; nothing by default.
         report: told the progress.
 
     Raises:
@@ -91,25 +100,18 @@ def choose_factors(
     eager = Eager(model, search)
     size = eager.bytes_per_token
     chosen = next(iter(grouped(prompts, lambda prompt: size * len(prompt.input_ids), TOGETHER_BYTES)))
-    search.kept = [_spread(torch.from_numpy(prompt.is_visual), -(-_KEPT // len(chosen))) for prompt in chosen]
+    search.kept = -(-_KEPT // len(chosen))
     with torch.inference_mode():
-        eager.run([_seeing(eager, source, prompt) for prompt in chosen])
+        passes = (_seeing(eager, source.family, prompt, plan(prompt)) for prompt in chosen)
+        eager.run([search.following(number, one) for number, one in enumerate(passes)])
     return WeightChoice(factors=search.factors, errors=tuple(search.errors))
 
 
-def _seeing(eager: Eager, source: Source, prompt: Prompt) -> Pass[None]:
-    """The pass of a prompt through the dense model."""
+def _seeing(eager: Eager, family: Family, prompt: Prompt, plan: EagerPlan) -> Pass[None]:
+    """The pass of a prompt through the model."""
     yield "tower"
-    inputs = EagerInputs.of(source.family.eager_inputs(eager.model, prompt))
-    yield from eager.prefilling(inputs, torch.from_numpy(prompt.is_visual), EagerPlan())
-
-
-def _spread(is_visual_T: Tensor, count: int) -> Tensor:
-    """Positions of about so many tokens of a prompt, half of them text, spread evenly; the last is among them."""
-    positions = list[Tensor]()
-    for own in (is_visual_T.nonzero()[:, 0], (~is_visual_T).nonzero()[:, 0]):
-        positions.append(own.flip(0)[:: max(1, -(-2 * len(own) // max(count, 1)))])
-    return torch.cat(positions).unique()
+    inputs = inputs_for(plan, family, eager.model, prompt)
+    yield from eager.prefilling(inputs, torch.from_numpy(prompt.is_visual), plan)
 
 
 @dataclass
@@ -119,10 +121,18 @@ class _Search:
     weights: WeightSource
     form: PackedLayers
     scales: bool
-    kept: Sequence[Tensor] = ()
-    """Positions that are kept of every prompt, in the order of the prompts."""
+    kept: int = 0
+    """Tokens that are kept of every prompt."""
+    number: int = 0
+    """Of the prompt that is on its way."""
     factors: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, Any])
     errors: list[float] = field(default_factory=list[float])
+
+    def following(self, number: int, work: Pass[None]) -> Pass[None]:
+        """A prompt's pass, whose steps are known as such."""
+        for part in work:
+            yield part
+            self.number = number
 
     @contextmanager
     def holding(self, model: Any, part: Part) -> Generator[None]:
@@ -146,7 +156,9 @@ class _Search:
         def watch(name: str) -> Any:
             def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
                 found = entered[name]
-                found.add(inputs[0][0].float(), self.kept[len(found.kept)])
+                # Scores of tokens run projections of a layer once more.
+                if len(found.kept) == self.number:
+                    found.add(inputs[0][0].float(), self.kept)
 
             return layer.get_submodule(name).register_forward_pre_hook(hook)
 
@@ -160,7 +172,8 @@ class _Search:
     def _choose(self, index: int, layer: Any, entered: Mapping[str, Activations]) -> None:
         errors: list[float] = []
         for divided, readers in chain(PLACES.items(), [(None, (_OUTPUT_PROJECTION,))]):
-            weights = [layer.get_submodule(reader).weight for reader in readers]
+            whole = [layer.get_submodule(reader).weight for reader in readers]
+            weights = [weight[:: -(-len(weight) // _OUTPUTS)] for weight in whole]
             found = entered[readers[0]]
             factors = torch.ones_like(found.mean)
             if self.scales and divided is not None:
@@ -179,12 +192,11 @@ def best_factors(weights: Sequence[Tensor], activations: Activations, form: Pack
         form: the type, and the inputs that share a scale.
     """
     mean_I, rows_RI = activations.mean, activations.rows
-    tried = [weight[:: -(-len(weight) // _OUTPUTS)] for weight in weights]
     best, least = torch.ones_like(mean_I), float("inf")
     for step in range(_STEPS):
         factors_I = mean_I.pow(step / _STEPS).clamp_min(_SMALLEST)
         factors_I /= (factors_I.max() * factors_I.min()).sqrt()
-        loss = sum(_squared_error(weight, factors_I, rows_RI, form) for weight in tried)
+        loss = sum(_squared_error(weight, factors_I, rows_RI, form) for weight in weights)
         if loss < least:
             best, least = factors_I, loss
     return best

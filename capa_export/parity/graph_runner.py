@@ -25,7 +25,13 @@ class GraphRunner(OnnxModel):
         super().__init__(graphs, sliced=sliced)
         self._key: Any = None
         self._rows: list[str] = []
-        self._known: dict[tuple[Any, ...], np.ndarray] = {}
+        self._graphs: dict[str, ir.Model] = {}
+
+    def _graph(self, file: str) -> ir.Model:
+        # It is asked for at every look, and copying takes less than reading.
+        if file not in self._graphs:
+            self._graphs[file] = super()._graph(file)
+        return self._graphs[file].clone()
 
     def graph(self, file: str) -> ir.Model:
         """The graph that is run: in prefill, kept rows are inputs."""

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2.bccache import Bucket
 from markupsafe import Markup
 
 from capa_export.config.recipe import ranges
@@ -37,10 +38,27 @@ class Terms:
         return Markup("\n").join(one.format(_anchor(name), name, meaning) for name, meaning in self._used.items())
 
 
+class _Compiled(BytecodeCache):
+    """Keeps what templates were compiled to for the next page of this process, as long as their text is the same."""
+
+    def __init__(self) -> None:
+        self._codes: dict[tuple[str, str], object] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        bucket.code = self._codes.get((bucket.key, bucket.checksum))
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        self._codes[bucket.key, bucket.checksum] = bucket.code
+
+
+_COMPILED = _Compiled()
+
+
 def open_template(name: str, *folders: Path) -> Template:
     """The template of this name, for one page; it uses those in these folders and the report's own."""
     environment = Environment(
         loader=FileSystemLoader([*folders, TEMPLATES], encoding="utf-8"),
+        bytecode_cache=_COMPILED,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -151,7 +151,7 @@ class OnnxModel(RuntimeModel[KVCache]):
             path = widened
         if not changes:
             return self._connected(path)
-        model = ir.load(path)
+        model = ir.load(path) if bfloat16 else self._graph(file)
         for change in changes:
             change(model)
         return self._connected(path, ir.to_proto(model))

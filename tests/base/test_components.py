@@ -4,14 +4,16 @@ import json
 from importlib.metadata import version
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from capa_export.base import components
 from capa_export.base.components import bill_of_materials
 
 
 def test_loaded_packages_are_listed() -> None:
+    # Slow to import, and all workers would wait for it.
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     bill = bill_of_materials()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
     found = {component["name"]: component for component in bill["components"]}

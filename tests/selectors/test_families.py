@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ SCALES = {3: np.linspace(0.5, 1.5, 64)}
 QUESTION = "what color is the star ?"
 
 
+@lru_cache(maxsize=1)
+def opened(folder: Path) -> OnnxModel:
+    """Graphs for the next test too, which may ask them for another ratio."""
+    return OnnxModel(folder, threads=1)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A small random model, and its graphs with any schedule."""
@@ -40,11 +47,15 @@ class Subject:
         folder = self.folder / "-".join(f"{stage.selector}{stage.layer}" for stage in stages)
         if not folder.exists():
             write_onnx(self.source, "fp32", folder, prune_layers=list(chosen), selectors=chosen, scales=SCALES)
-        return OnnxModel(folder, threads=1)
+        return opened(folder)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        folder = self.source.checkpoint.folder
+        return Prompter(folder, folder, self.family, self.source.dims)
 
     def prompt(self, *pictures: Any) -> Prompt:
-        folder = self.source.checkpoint.folder
-        return Prompter(folder, folder, self.family, self.source.dims)(QUESTION, pictures)
+        return self.prompter(QUESTION, pictures)
 
     def compare(self, prompt: Prompt, *stages: Stage) -> None:
         keep = {stage.layer: kept_tokens(prompt.num_visual, stage.ratio) for stage in stages}

@@ -19,7 +19,6 @@ from capa_export.base.errors import CapaError
 from capa_export.base.toml import shipped
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
-from capa_export.config.target import load_target
 from capa_export.data.conversation import conversations
 from capa_export.export.graphs import write_onnx
 from capa_export.graph.decoder import decode_model, prefill_model
@@ -39,6 +38,7 @@ from tests.building import Building, answer
 from tests.conftest import noise
 from tests.graph.counting import graph_flops
 from tests.models.qwen3vl import build_image_processor, random_model, save_model
+from tests.targets import one_gpu
 
 VALUES = 3 * 2 * 16 * 16
 
@@ -389,7 +389,7 @@ def test_a_bundle_is_built_with_its_engines_and_answers(
     building = Building.of(
         recipe, Bundle(tmp_path / "out"), checkpoint, images=pictures, precision=precision, weights=weights
     )
-    report = building.build(load_target("rtx"))
+    report = building.build(one_gpu())
     assert report.passed, report.failures
     assert set(building.bundle.stage("engine/rtx")["result"]["engines"]) == {
         "visual/visual",

@@ -29,7 +29,17 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
+WAITED_FOR = {"nested loops that write", "a number that is written"}
+"""Those that the system ends after seconds, as it does others like them."""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(text, id=name, marks=pytest.mark.exhaustive if name in WAITED_FOR else ())
+        for name, text in HOSTILE.items()
+    ],
+)
 def test_a_template_that_does_harm_is_one_line(template: str) -> None:
     started = time.monotonic()
     with pytest.raises(CapaError, match=r"^the chat template does not take this conversation: ") as raised:

@@ -179,7 +179,7 @@ def test_processes_find_the_same(
     assert found == alone[1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_cluster_that_loses_a_node_finds_the_same(
     recipe: Recipe,
     checkpoint: Path,

@@ -1,0 +1,236 @@
+"""What rounding to INT4 costs, to nearest and scaled by activations, dense and with CAPA, in each order.
+
+`python -m benchmarks.rounding --out out/rounding` calibrates, asks and writes the record and the table. What --out
+holds is not calibrated again.
+
+Four orders: `rounded, then pruned` chooses weights on the dense model and calibrates CAPA on the rounded one, as
+`build` does; `pruned, then rounded` calibrates CAPA on the plain model and chooses weights on the pruned one;
+`together` chooses weights on the pruned model and calibrates on the rounded one; `apart` does neither.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks.selection.figures import conditions
+from capa_export.base.files import write_whole
+from capa_export.base.progress import progress, tracked
+from capa_export.bundle.store import Bundle
+from capa_export.calibrate.activation_aware import choose_factors
+from capa_export.calibrate.stage import calibrate
+from capa_export.calibrate.sums import Calibration
+from capa_export.config.options import BuildOptions
+from capa_export.config.quantization import looks_at_samples, rounding_group
+from capa_export.config.recipe import Recipe, load_recipe, ranges
+from capa_export.data.samples import Samples, samples_from
+from capa_export.model.agreement import DenseAnswer, agreeing, answering
+from capa_export.model.eager import Eager
+from capa_export.model.eager_plan import EagerPlan
+from capa_export.model.generation import eos_token_ids
+from capa_export.model.model import Model
+from capa_export.model.prompt import Prompt
+
+__all__ = ["main"]
+
+_RESULTS = Path(__file__).parent / "results"
+_SEEN = 32
+"""Prompts that weights are chosen on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one model is from the plain, dense one along its answers."""
+
+    rounding: str
+    method: str
+    order: str
+    scaled_layers: str
+    kl: float
+    kl_median: float
+    kl_max: float
+    top1: float
+    """Share of next tokens that are the plain, dense model's."""
+    answers: float
+    """Share of answers of which every token is."""
+
+
+class Bed:
+    """A checkpoint, its questions, and what the plain, dense model answers."""
+
+    def __init__(self, recipe: Recipe, options: BuildOptions, out: Path, asked: Samples, report: Any) -> None:
+        """Ask the plain, dense model."""
+        self.recipe, self.options, self.out, self.report = recipe, options, out, report
+        self.plain = self.model(None)
+        self.schedule = recipe.prune
+        eager, family, prompter = Eager(self.plain.eager), self.plain.family, self.plain.prompter
+        stop = eos_token_ids(self.plain.source.checkpoint.sidecars)
+        reads = EagerPlan(keep=dict.fromkeys(recipe.prune.selectors, 0), selectors=recipe.prune.selectors)
+        self.answers: list[DenseAnswer] = []
+        right = 0
+        for sample in tracked(asked, "plain, dense", asked.count, report):
+            answer = eager.run([answering(eager, family, prompter.chat(sample.turns), reads, stop)])[0]
+            said = prompter.decode([token for token in answer.tokens if token not in stop]).strip()
+            right += said.lower() == sample.answer.lower()
+            self.answers.append(answer)
+        self.right = right / len(self.answers)
+        self.calibration = self.calibrated(self.plain)
+
+    def model(self, word: str | None) -> Model:
+        """The checkpoint rounded as a word says."""
+        recipe = self.recipe.model_copy(update={"quantize": word})
+        return Model(recipe=recipe, checkpoint=recipe.checkpoint, report=self.report)
+
+    def calibrated(self, model: Model, name: str = "") -> Calibration:
+        """The calibration of a model, kept in a folder."""
+        folder = self.out / self.recipe.name / f"{model.recipe.quantize or 'plain'}{name}".replace("/", "-")
+        if model.choice is None:
+            return calibrate(model, Bundle(folder), self.options)
+        # What was chosen here is not what the stage would choose.
+        choice, model.choice = model.choice, None
+        found = replace(model, recipe=model.recipe.model_copy(update={"quantize": f"{model.recipe.quantize}/rtn"}))
+        found.take(choice)
+        model.take(choice)
+        return calibrate(found, Bundle(folder), self.options)
+
+    def pruned(self, prompt: Prompt, calibration: Calibration) -> EagerPlan:
+        """The recipe's pruning, with the scales that a calibration takes."""
+        kept = self.schedule.num_keep(prompt.image_lengths)
+        alphas = calibration.alphas(calibration.scaled_layers(self.recipe.ffn))
+        return EagerPlan(
+            keep=dict(zip(self.schedule.selectors, kept, strict=True)),
+            selectors=self.schedule.selectors,
+            min_keep_per_image=self.schedule.min_keep_per_image,
+            scales={layer: torch.from_numpy(alpha).float() for layer, alpha in alphas.items()},
+        )
+
+    def judged(self, model: Model, order: str, calibration: Calibration | None = None) -> Row:
+        """How far a model is from the plain, dense one; dense where there is no calibration."""
+        eager, name = Eager(model.eager), f"{model.recipe.quantize or 'plain'}, {order}"
+        found = [
+            eager.run([agreeing(eager, one, self.pruned(one.prompt, calibration) if calibration else EagerPlan())])[0]
+            for one in tracked(self.answers, name, len(self.answers), self.report)
+        ]
+        row = Row(
+            rounding=model.recipe.quantize or "plain",
+            method="CAPA" if calibration else "dense",
+            order=order,
+            scaled_layers=ranges(calibration.scaled_layers(self.recipe.ffn)) if calibration else "",
+            kl=fmean(one.kl for one in found),
+            kl_median=median(one.kl for one in found),
+            kl_max=max(one.kl for one in found),
+            top1=fmean(one.top1 for one in found),
+            answers=fmean(one.top1 == 1 for one in found),
+        )
+        print(row, flush=True)
+        return row
+
+    def rows(self, words: Sequence[str]) -> list[Row]:
+        """All models, each dense and in every order."""
+        found = [self.judged(self.plain, "", self.calibration)]
+        for word in words:
+            model = self.model(word)
+            own = self.calibrated(model)
+            found += [self.judged(model, ""), self.judged(model, "rounded, then pruned", own)]
+            found.append(self.judged(model, "apart", self.calibration))
+            if looks_at_samples(word):
+                pruned = self._chosen_pruned(word)
+                found.append(self.judged(pruned, "pruned, then rounded", self.calibration))
+                found.append(self.judged(pruned, "together", self.calibrated(pruned, "-pruned")))
+        return found
+
+    def _chosen_pruned(self, word: str) -> Model:
+        """The checkpoint with its weights chosen on the activations of the pruned model."""
+        group = rounding_group(word)
+        assert group is not None
+        seen = samples_from(self.options.images, self.recipe, _SEEN, split="train")
+        prompts = (self.plain.prompter.chat(sample.turns) for sample in seen)
+        model = self.model(word)
+        model.take(
+            choose_factors(self.plain.source, prompts, group, plan=lambda one: self.pruned(one, self.calibration))
+        )
+        return model
+
+
+def _table(record: dict[str, Any]) -> str:
+    """The rows of all beds in Markdown."""
+    about = record["about"]
+    lines = [
+        "# Rounding to INT4",
+        "",
+        f"`{about['command']}`, {about['date']}, {about['device']}, {about['questions']} questions a bed.",
+        "KL and next tokens along the answers of the plain, dense model; `answers` are those of which every token is",
+        "as there.",
+    ]
+    for bed in record["beds"]:
+        lines += [
+            "",
+            f"## {bed['recipe']}",
+            "",
+            f"Of the plain, dense model's answers {bed['right']:.0%} are right.",
+            "",
+        ]
+        lines += [
+            "| weights | method | order | scales in | KL | median | largest | next tokens | answers |",
+            "|" + "---|" * 9,
+        ]
+        for row in bed["rows"]:
+            figures = [f"{row[name]:.2g}" for name in ("kl", "kl_median", "kl_max")]
+            figures += [f"{row[name]:.1%}" for name in ("top1", "answers")]
+            named = [row[name] for name in ("rounding", "method", "order", "scaled_layers")]
+            lines.append(f"| {' | '.join([*named, *figures])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.rounding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="calibrations, to go on from")
+    parser.add_argument("--recipes", nargs="+", default=["tiny-qwen25vl", "tiny-llava15", "tiny-internvl3"])
+    parser.add_argument("--words", nargs="+", default=["int4:64/rtn", "int4:64", "int4:32/rtn", "int4:32"])
+    parser.add_argument("--checkpoint", type=Path, help="in place of a recipe's own")
+    parser.add_argument(
+        "--seen", type=Path, help="pictures and questions to calibrate on, where a recipe has no scenes"
+    )
+    parser.add_argument("--asked", type=Path, help="questions, where a recipe has no scenes")
+    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=60, help="prompts of a calibration")
+    options = parser.parse_args(arguments)
+    beds: list[dict[str, Any]] = []
+    digest = ""
+    with progress() as report, torch.inference_mode():
+        for name in options.recipes:
+            recipe = load_recipe(name)
+            if options.checkpoint is not None:
+                recipe = recipe.model_copy(update={"checkpoint": str(options.checkpoint)})
+            asked = samples_from(options.asked, recipe, options.questions, split="held_out")
+            build = BuildOptions(images=options.seen, samples=options.samples)
+            bed = Bed(recipe, build, options.out, asked, report)
+            digest = bed.plain.digest
+            rows = [vars(row) for row in bed.rows(options.words)]
+            beds.append({"recipe": recipe.name, "checkpoint": digest[:12], "right": bed.right, "rows": rows})
+            _write(arguments, options, digest, beds)
+
+
+def _write(arguments: Sequence[str], options: argparse.Namespace, digest: str, beds: list[dict[str, Any]]) -> None:
+    """Write the record and the table of the beds so far."""
+    command = f"python -m benchmarks.rounding {shlex.join(arguments)}"
+    about = conditions(command, checkpoint=digest, questions=options.questions, seed=0).model_dump(exclude={"seed"})
+    record = {"about": about, "beds": beds}
+    stem = f"{about['date']}-rounding{'' if options.checkpoint is None else '-real-clutter'}"
+    write_whole(_RESULTS / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    write_whole(_RESULTS / f"{stem}.md", _table(record))
+    print(_RESULTS / f"{stem}.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
