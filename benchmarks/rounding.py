@@ -28,7 +28,7 @@ from capa_export.calibrate.activation_aware import choose_factors
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
 from capa_export.config.options import BuildOptions
-from capa_export.config.quantization import looks_at_samples, rounding_group
+from capa_export.config.quantization import looks_at_samples, rounding
 from capa_export.config.recipe import Recipe, load_recipe, ranges
 from capa_export.data.samples import Samples, samples_from
 from capa_export.model.agreement import DenseAnswer, agreeing, answering
@@ -148,13 +148,13 @@ class Bed:
 
     def _chosen_pruned(self, word: str) -> Model:
         """The checkpoint with its weights chosen on the activations of the pruned model."""
-        group = rounding_group(word)
-        assert group is not None
+        form = rounding(word)
+        assert form is not None
         seen = samples_from(self.options.images, self.recipe, _SEEN, split="train")
         prompts = (self.plain.prompter.chat(sample.turns) for sample in seen)
         model = self.model(word)
         model.take(
-            choose_factors(self.plain.source, prompts, group, plan=lambda one: self.pruned(one, self.calibration))
+            choose_factors(self.plain.source, prompts, form, plan=lambda one: self.pruned(one, self.calibration))
         )
         return model
 
