@@ -1,4 +1,5 @@
 # Stamps in .venv say what is installed: a second call installs nothing.
+# The demo imports a fraction of what is installed for it: only that is compiled to bytecode, when it is imported.
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests start dozens of interpreters: without bytecode each of them would compile torch and transformers anew.
@@ -86,8 +87,8 @@ clean:
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt requirements/demo.txt
 	@echo "installing about 1.2 GB into .venv; then a build of half a minute or more, and an answer"
-	$(PIP) --require-hashes --no-deps -r requirements/demo.txt
-	$(TORCH) || echo "no torch from $(TORCH_INDEX): the package index has one, of several GB"
+	$(PIP) --no-compile --require-hashes --no-deps -r requirements/demo.txt
+	$(TORCH) --no-compile || echo "no torch from $(TORCH_INDEX): the package index has one, of several GB"
 	$(INSTALL) -e .
 	touch $@
 

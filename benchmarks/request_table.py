@@ -22,7 +22,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "- *tower* of OpenVINO GenAI holds its image processor; llama.cpp tells none of its parts.",
         "- *peak*: largest resident set of the process until then, loading included.",
         "- *CAPA*: 75 % of the visual tokens removed within the decoder, and scales in the place of linear visual",
-        "  FFNs, but in the bed `real`; CDPruner removes as many tokens before the decoder.",
+        "  FFNs, but in the bed `real`; CDPruner removes as many tokens before the decoder, and is",
+        "  ignored on LLaVA's architecture.",
+        *([f"- {report['note']}"] if "note" in report else []),
     ]
     for bed in report["beds"]:
         lines += ["", *(_sizes(bed) if not bed["questions"] else _answers(bed)), "", *_problems(bed)]

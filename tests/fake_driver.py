@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from cuda.bindings import driver as real
 
+from capa_export.base.precision import Precision
 from capa_export.bundle.store import Bundle, files_under
 from capa_export.config.recipe import load_recipe
 from capa_export.export.graphs import write_onnx
@@ -505,18 +506,23 @@ def has_driver() -> bool:
 
 
 def write_bundle(
-    source: Source, folder: Path, *, external_weights: bool = False, selector: str | None = None
+    source: Source,
+    folder: Path,
+    *,
+    precision: Precision = "fp16",
+    external_weights: bool = False,
+    selector: str | None = None,
 ) -> Bundle:
     """A bundle with real ONNX files, and plans of theirs for FakeTensorRT."""
     selectors = {} if selector is None else {PRUNE_LAYER: SelectorChoice(selector)}
-    write_onnx(source, "fp16", folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={}, selectors=selectors)
+    write_onnx(source, precision, folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={}, selectors=selectors)
     copy_sidecars(source.checkpoint, folder / "onnx")
     for name, onnx in GRAPHS.items():
         _write_engine(folder / "onnx" / onnx, folder / "engines/rtx" / f"{name}.engine", name, external_weights)
     recipe = load_recipe("qwen25vl").model_dump(mode="json")
     recipe = {**recipe, "prune": {"schedule": [{"layer": PRUNE_LAYER, "ratio": 0.75}]}}
     files = files_under(folder, "onnx")
-    record(folder, "export", files, entries={"recipe": recipe}, result={"precision": "fp16"})
+    record(folder, "export", files, entries={"recipe": recipe}, result={"precision": precision})
     result = {
         "runtime": "tensorrt-rtx",
         "compute_capabilities": ["8.6", "8.9"],

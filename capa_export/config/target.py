@@ -13,7 +13,8 @@ from capa_export.base.weight_types import WEIGHT_TYPES, PackedLayers
 
 __all__ = ["Device", "DimRange", "Engine", "Target", "load_target", "version_parts"]
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Capability = Annotated[str, Field(pattern=r"^\d{1,3}\.\d$")]
 Version = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 
@@ -23,7 +24,8 @@ class DimRange(Settings):
     min: int = Field(ge=0)
     opt: int
     """The size the kernels are tuned for."""
-    max: int
+    max: int = Field(le=2**31 - 1)
+    """TensorRT counts in 32 bits."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "DimRange":
@@ -46,9 +48,9 @@ class Engine(Settings):
     """JetPack releases that have such a runtime; None for what is no Jetson."""
     cpu: Literal["x86_64", "aarch64"] | None = None
     """Architecture of the device's CPU; None where there are devices of either."""
-    compute_capabilities: tuple[str, ...] = Field(min_length=1)
+    compute_capabilities: tuple[Capability, ...] = Field(min_length=1)
     """GPUs that one plan is for."""
-    possible_compute_capabilities: tuple[str, ...] = ()
+    possible_compute_capabilities: tuple[Capability, ...] = ()
     """All that this runtime can build our graphs for; none named where the device builds for itself."""
     precisions: tuple[Precision, ...]
     weight_types: tuple[Literal["int4", "int8", "fp8"], ...] = ()
@@ -75,6 +77,8 @@ class Engine(Settings):
             raise ValueError('TensorRT builds for the GPU that it finds: built must be "on-device"')
         if self.built == "on-device" and len(self.compute_capabilities) > 1:
             raise ValueError("a device builds for itself: compute_capabilities must name one")
+        if empty := [name for name, limits in self.dims.items() if not limits.min]:
+            raise ValueError(f"dims.{empty[0]}: TensorRT takes none of size 0: min must be at least 1")
         return self
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import CodeType
 
 from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined, Template
 from jinja2.bccache import Bucket
@@ -42,7 +43,7 @@ class _Compiled(BytecodeCache):
     """Keeps what templates were compiled to for the next page of this process, as long as their text is the same."""
 
     def __init__(self) -> None:
-        self._codes: dict[tuple[str, str], object] = {}
+        self._codes: dict[tuple[str, str], CodeType | None] = {}
 
     def load_bytecode(self, bucket: Bucket) -> None:
         bucket.code = self._codes.get((bucket.key, bucket.checksum))

@@ -15,6 +15,8 @@ GOLDEN = ("golden/golden.json", "golden/golden.safetensors")
 """Files of the golden: its runs, and their tensors."""
 VERSION = 4
 """Of what `kit.json` says."""
+_NUMBERS = r"\d{1,9}(\.\d{1,9}){0,3}"
+"""Of a version."""
 _TEXTS = ("tool", "target", "runtime", "install", "version_min", "version_below", "weights", "plugins")
 
 
@@ -53,9 +55,9 @@ def read_kit(kit: Path) -> dict[str, Any]:
 def _check_types(spec: Mapping[str, Any]) -> None:
     """Raise any error of a value where what a kit says is of another kind than what a build writes."""
     files = spec["files"]
-    for text in [*(spec[key] for key in _TEXTS), *files.values()]:
+    for text in [*(spec[key] for key in _TEXTS), spec.get("jetpack") or "", *files.values()]:
         if not text.isprintable():
-            raise ValueError(f"{text!r}")
+            raise ValueError(f"{text!r:.80}")
     if spec["plugins"] not in ("none", "native", "python"):
         raise ValueError(f"plugins {spec['plugins']!r}")
     capabilities = spec["compute_capabilities"]
@@ -65,16 +67,32 @@ def _check_types(spec: Mapping[str, Any]) -> None:
         bounds = spec["golden"]
         _ = [bounds[part][of] + 0.0 for part in ("logits", "hidden") for of in ("cosine", "norm_ratio")]
         _ = bounds["share"] + 0.0
-    for engine in spec["engines"].values():
-        _ = engine["onnx"].strip, engine["shapes"].keys(), engine["shape_inputs"].keys()
+    # The last two are in kits that are sent.
+    for key, pattern in (
+        *(("version_min", _NUMBERS), ("version_below", _NUMBERS)),
+        *(("lowered_below", _NUMBERS), ("cpu", r"\w*")),
+    ):
+        if spec.get(key) is not None and not re.fullmatch(pattern, spec[key]):
+            raise ValueError(f"{key} {spec[key]!r:.80}")
+    for name, engine in spec["engines"].items():
+        if not all(isinstance(engine.get(key, ""), str) for key in ("onnx", "lowered", "source")):
+            raise ValueError(f"graphs of {name!r:.80}")
+        if not all(type(engine[key]) is int for key in ("capa_nodes", "plugins")):
+            raise ValueError(f"nodes of {name!r:.80}")
+        for limits in (*engine["shapes"].values(), *engine["shape_inputs"].values()):
+            _, _, _ = limits
+            if not all(type(size) is int for sizes in limits for size in sizes):
+                raise ValueError(f"shapes of {name!r:.80}")
 
 
 def check_graphs(kit: Path, spec: Mapping[str, Any]) -> None:
     """Hold graphs, plugins and golden to what is in a kit that was written to be sent."""
+    if missing := [key for key in ("lowered_below", "cpu", "jetpack") if key not in spec]:
+        raise KitError(f"{kit / KIT}: says nothing of {missing[0]}: copy the kit again")
     for name, engine in spec["engines"].items():
         if "source" in engine:
             raise KitError(f"{kit / KIT}: {name}: says where it came from, as no kit that is sent: copy the kit again")
-        for graph in (engine["onnx"], engine["lowered"]):
+        for graph in (engine.get("onnx"), engine.get("lowered")):
             if graph not in spec["files"]:
                 raise KitError(f"{kit / KIT}: {graph!r} is none of the files that it lists: copy the kit again")
     if spec["golden"] is not None and not spec["files"].keys() >= set(GOLDEN):

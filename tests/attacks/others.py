@@ -136,14 +136,12 @@ TARGETS: dict[str, Attack] = {
         ("bandwidth = 34,", "bandwidth = nan,"),
         ("tflops = 5 ", "tflops = 0 "),
         ("tflops = 5 ", "tflops = 1e400 "),
-        ('"Orin Nano 4GB"', '"\\u001b[2J"'),
         ('version_min = "10.3"', 'version_min = "x"'),
         ('version_min = "10.3"', f'version_min = "{"1." * 3000}"'),
         ('compute_capabilities = ["8.7"]', "compute_capabilities = []"),
         ('compute_capabilities = ["8.7"]', 'compute_capabilities = ["8.7;x"]'),
         ('precisions = ["fp16", "bf16", "fp32"]', "precisions = []"),
         ('limits_of = "rtx"', 'limits_of = "../../x"'),
-        ('limits_of = "rtx"', 'limits_of = "orin"'),
         ("sequence = { min = 1,", "sequence = { min = 5000,"),
         ("max = 4096 }", "max = 100000000000000000000 }"),
         ("batch = { min = 1, opt = 1, max = 1 }", "batch = { min = 0, opt = 0, max = 0 }"),
@@ -223,8 +221,8 @@ _SETTINGS: dict[str, tuple[tuple[str, Any], ...]] = {
     ),
     "GPTQ": (
         *(("group_size", size) for size in (0, -2, 10**12, "x", 1.5, True)),
-        *(("desc_act", value) for value in ("yes", None, [], 10**30)),
-        *(("checkpoint_format", value) for value in ([1], {}, None, "\x1b[2J")),
+        *(("desc_act", value) for value in ("yes", [], 10**30)),
+        *(("checkpoint_format", value) for value in ([1], {}, "\x1b[2J")),
     ),
     "packed": (
         *(("config_groups", value) for value in ([], {}, {"a": 1}, None, "x")),
@@ -248,7 +246,9 @@ QUANTIZED: dict[str, Attack] = {
         "deep": lambda one: one[None],
         "half": lambda one: one[: len(one) // 2],
         "of bytes": lambda one: one.to(torch.uint8),
-        "huge": lambda one: torch.full_like(one, torch.inf if one.is_floating_point() else 2**31 - 1),
-        "negative": lambda one: torch.full_like(one, -1),
+        # Any bits are four numbers; an order, a shape and a scale have bounds.
+        **({"huge": lambda one: torch.full_like(one, torch.inf if one.is_floating_point() else 2**31 - 1)}
+            if part in ("scales", "g_idx", "weight_shape") else {}),
+        **({"negative": lambda one: torch.full_like(one, -1)} if part in ("g_idx", "weight_shape") else {}),
     }.items()
 }  # fmt: skip

@@ -92,6 +92,20 @@ def test_a_range_must_rise(tmp_path: Path) -> None:
         load_target(_edited(tmp_path, "text = { min = 1, opt = 128", "text = { min = 1, opt = 4096"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("text = { min = 1,", "text = { min = 0,", r"dims\.text: TensorRT takes none of size 0"),
+        ("text = { min = 1, opt = 128, max = 2048", f"text = {{ min = 1, opt = 128, max = {2**31}", r"dims\.text\.max"),
+        ('["8.0", "8.6", "8.9", "12.0"]', '["8.9;x"]', r"compute_capabilities"),
+        ("memory = 8", "memory = inf", "memory"),
+    ],
+)
+def test_sizes_and_devices_that_there_cannot_be(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    with pytest.raises(CapaError, match=problem):
+        load_target(_edited(tmp_path, old, new))
+
+
 def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CapaError, match=r"unknown key engine\.precision"):
         load_target(_edited(tmp_path, "[engine]", "[engine]\nprecision = 'fp16'"))

@@ -9,6 +9,7 @@ from hashlib import sha256
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -19,25 +20,31 @@ from transformers import AutoConfig
 from capa_export.base.toml import shipped
 from capa_export.bundle.confined import references
 from capa_export.bundle.manifest import encode_manifest
-from capa_export.bundle.signature import read_public_key
-from capa_export.bundle.store import MANIFEST, Bundle
+from capa_export.bundle.signature import read_private_key, read_public_key
+from capa_export.bundle.store import MANIFEST, Bundle, digest_of
 from capa_export.calibrate.sums import Calibration, LayerSums
 from capa_export.config.gates import with_gates
 from capa_export.config.pixels import PixelBounds
 from capa_export.config.recipe import judging_recipe, load_recipe, recipe_of
 from capa_export.config.target import load_target
 from capa_export.data.conversation import read_messages
+from capa_export.data.picture_files import open_picture
 from capa_export.data.samples import samples_from
 from capa_export.export.in_place import embedding_of
 from capa_export.model.checkpoint import fetch_config, open_checkpoint, open_tensors
 from capa_export.model.families import load_family, qwen25vl
 from capa_export.model.families.qwen25vl.video import _settings, _sizes
 from capa_export.model.generation import GenerationOptions, eos_token_ids, read_generation
+from capa_export.model.processors.rendering import render
+from capa_export.model.processors.resolved import read_processors
 from capa_export.model.prompt import Prompter
 from capa_export.report.schema import read_parity
 from capa_export.report.terminal import print_bundle
 from capa_export.run.decoding import TokenChooser
 from capa_export.study.compare.manifests import changes
+from capa_export.trt import builder
+from capa_export.trt.kit_file import VERSION
+from capa_export.trt.stage import build_kit
 from tests.building import Building
 from tests.recorded import record
 
@@ -89,6 +96,40 @@ def _signed_manifest(path: Path) -> None:
     for stage in bundle.manifest["stages"]:
         bundle.is_current(stage, "key")
         bundle.verify(stage)
+
+
+def _built(_: Any, task: Mapping[str, Any], _file: Path, _environment: Any, log: Path, _install: str) -> dict[str, Any]:
+    """In the place of TensorRT's own process."""
+    for file in (task["plan"], task["layers"], log):
+        Path(file).touch()
+    return {"version": "10.3", "warnings": [], "peak_rss_bytes": 1}
+
+
+def _kit(path: Path) -> None:
+    """The kit of a hostile builder, whose digest fits, on a machine that takes itself for its device."""
+    try:
+        spec = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**spec, "digest": digest_of(spec)}), encoding="utf-8")
+    except (ValueError, TypeError, RecursionError):
+        return
+    (path.parent / "m.onnx").write_bytes(_onnx())
+    pretended: dict[str, Any] = {
+        "check_device": lambda _: None,
+        "read_version": lambda *_: "10.3",
+        "find_headers": lambda *_: path.parent,
+        "_compile": lambda *_: path,
+        "_run": _built,
+    }
+    with patch.multiple(builder, **pretended):
+        build_kit(path.parent)
+
+
+def _processors(path: Path) -> None:
+    read_processors(path.parent)
+
+
+def _template(path: Path) -> None:
+    render(path.read_text(encoding="utf-8", errors="replace"), [{"role": "user", "content": []}], {})
 
 
 def _target(path: Path) -> None:
@@ -225,12 +266,69 @@ MCowBQYDK2VwAyEAO2onvM62pC1io6jQKm8Nc2UyFXcd4kOmOsBIoYtZ2ik=
 -----END PUBLIC KEY-----
 """
 
+_PRIVATE_KEY = b"""-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f
+-----END PRIVATE KEY-----
+"""
+_KIT: dict[str, Any] = {
+    "version": VERSION,
+    "tool": "capa-export",
+    "target": "orin",
+    "runtime": "tensorrt",
+    "install": "pip install tensorrt",
+    "version_min": "10.3",
+    "version_below": "12",
+    "lowered_below": "10.7",
+    "jetpack": None,
+    "cpu": None,
+    "compute_capabilities": ["8.7"],
+    "precision": "fp16",
+    "weights": "embedded",
+    "plugins": "none",
+    "golden": None,
+    "files": {"m.onnx": sha256(_onnx()).hexdigest(), "data": sha256(bytes(16)).hexdigest()},
+    "engines": {
+        "llm/tiny": {
+            "onnx": "m.onnx",
+            "lowered": "m.onnx",
+            "capa_nodes": 0,
+            "plugins": 0,
+            "shapes": {"x": [[1], [2], [4]]},
+            "shape_inputs": {},
+        }
+    },
+}
+_PROCESSORS = {
+    "tokenizer": {"chat_template": "{{ messages }}", "special_tokens": {"eos_token": "</s>"}},
+    "image_processor": {
+        "kind": "patches",
+        "do_resize": True,
+        "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 0.00392156862745098,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+}
+
 READERS: Mapping[str, Reader] = {
     "manifest": Reader(MANIFEST, _manifest, encode_manifest(_ENTRIES), "json"),
     "signed manifest": Reader(MANIFEST, _signed_manifest, _json(_ENTRIES), "json", {"x": b"x"}),
     "public key": Reader("k.pem", lambda path: read_public_key(path, path / "elsewhere"), _PUBLIC_KEY, "binary"),
     "recipe": Reader("r.toml", _recipe, _shipped("graphs/qwen25vl.toml"), "toml"),
     "target": Reader("t.toml", _target, _shipped("engines/orin.toml"), "toml"),
+    "kit": Reader("kit.json", _kit, _json(_KIT), "json", {"data": bytes(16)}),
+    "processors": Reader(
+        "processors.json", _processors, _json(_PROCESSORS), "json", {"tokenizer.json": _SIDECARS["tokenizer.json"]}
+    ),
+    "template": Reader("t.jinja", _template, b"{% for m in messages %}{{ m.role }}{% endfor %}", "binary"),
+    "picture": Reader("a.png", open_picture, _picture(), "binary"),
+    "private key": Reader("k.pem", lambda path: read_private_key(path, path / "elsewhere"), _PRIVATE_KEY, "binary"),
     "gates": Reader("g.toml", lambda path: with_gates(_SAMPLES.parity, path), b"[fp16]\ncosine = 0.9\n", "toml"),
     "qwen25vl config": Reader("config.json", _dims("qwen25vl"), _config("qwen2_5_vl", out_hidden_size=8192), "json"),
     "qwen3vl config": Reader("config.json", _dims("qwen3vl"), _config("qwen3_vl", out_hidden_size=4096), "json"),

@@ -45,9 +45,12 @@ class Gptq:
         Raises:
             CapaError: they are of another version or of other bits.
         """
-        version = config.data.get("checkpoint_format") or "gptq"
+        version, ordered = config.data.get("checkpoint_format"), config.data.get("desc_act")
+        version = "gptq" if version in (None, "") else version
         if not isinstance(version, str) or version not in _FIRST_ZERO:
             raise config.refused("checkpoint_format", f"is {version!r:.80}, only 'gptq' and 'gptq_v2' are supported")
+        if not isinstance(ordered, bool | None):
+            raise config.refused("desc_act", f"must be true or false, not {ordered!r:.80}")
         dynamic = config.section("dynamic").data if config.data.get("dynamic") else {}
         if not all(name.startswith("-:") for name in dynamic):
             raise config.refused("dynamic", "gives layers settings of their own, which is not supported")
@@ -55,7 +58,7 @@ class Gptq:
         return cls(
             bits=num_bits(config),
             group=None if group == -1 else config.count("group_size", 128),
-            ordered=bool(config.data.get("desc_act")),
+            ordered=bool(ordered),
             first_zero=_FIRST_ZERO[version],
             not_converted=names(config, "modules_to_not_convert"),
             left_out=patterns(config, "dynamic", [f"re:{name[2:]}" for name in dynamic]),

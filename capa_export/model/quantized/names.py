@@ -44,7 +44,7 @@ def patterns(config: Section, key: str, given: Sequence[str]) -> tuple[str, ...]
             except (re.error, OverflowError, RecursionError) as error:
                 raise config.refused(key, f"{name!r:.80} is no regular expression: {error}") from error
             if backtracks(name[3:]) or len(_REPEATS.findall(name)) > _MOST_REPEATS:
-                raise config.refused(key, f"{name!r:.80} repeats too much in what it repeats, and might never end")
+                raise config.refused(key, f"{name!r:.80} repeats too much, and might never end")
     return tuple(given)
 
 

@@ -35,6 +35,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: is 'marlin'"),
     "dynamic": ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {"bits": 8}}}, "dynamic: gives layers settings"),
     "expression": ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, "is no regular expression"),
+    "checkpoint_format": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": [1]},
+        "checkpoint_format: is [1], only",
+    ),
+    "desc_act": ({"quant_method": "gptq", "bits": 4, "desc_act": "no"}, "desc_act: must be true or false, not 'no'"),
+    "endless": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:(.+)+x": {}}},
+        "repeats too much, and might never end",
+    ),
+    "many": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:" + ".*" * 9: {}}},
+        "repeats too much, and might never end",
+    ),
+    "huge": ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:a{9999999999}": {}}}, "is no regular expression"),
     "names": ({"quant_method": "awq", "bits": 4, "modules_to_not_convert": "visual"}, "must be a list of names"),
     "marlin-24": ({**PACKED, "format": "marlin-24"}, "format: is 'marlin-24', only 'pack-quantized' is supported"),
     "2 bits": (packed(num_bits=2), "weights.num_bits: is 2, only 4 and 8 are supported"),

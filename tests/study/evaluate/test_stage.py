@@ -160,8 +160,10 @@ def test_figures_that_cannot_be_written_are_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
 def test_processes_find_the_same(
+    request: pytest.FixtureRequest,
+    start: str,
     recipe: Recipe,
     checkpoint: Path,
     questions: Path,
@@ -170,6 +172,9 @@ def test_processes_find_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where they begin as a user's do, which takes them a while."""
+    if start == "fork":
+        request.getfixturevalue("forked_workers")
     # With other threads, sums may be taken in another order.
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     workers = Workers(count=2)
