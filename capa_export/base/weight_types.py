@@ -26,8 +26,8 @@ class WeightType:
     """Inputs that may share a scale, the last by default; empty where all inputs of an output have one."""
     stays: bool = False
     """Whether published weights stay in it unless `--quantize` says otherwise."""
-    first_capability: tuple[int, int] = (8, 0)
-    """The first compute capability that multiplies with it in TensorRT."""
+    first_capability: tuple[int, int] = (0, 0)
+    """The first compute capability that has it; of any that TensorRT builds for, if none is given."""
 
     @property
     def in_engines(self) -> bool:

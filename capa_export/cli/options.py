@@ -206,8 +206,8 @@ QuantizeOpt = Annotated[
     typer.Option(
         metavar="none|int4[:GROUP][/rtn]|int8|fp8|nvfp4",
         help="Weights of the decoder's layers: int4 rounds plain ones, in groups of 32, 64 or 128 inputs [128], scaled "
-        "by the samples' activations, or with /rtn to nearest; int8, fp8 and nvfp4 round to nearest, and keep those of "
-        "a checkpoint that has the type; none expands those of a quantized checkpoint [default: "
+        "by the samples' activations, or with /rtn to nearest; int8, fp8 and nvfp4 round to nearest, or keep what the "
+        "checkpoint has in the type; none expands those of a quantized checkpoint [default: "
         "as the checkpoint has them].",
         rich_help_panel=PRECISION,
     ),

@@ -6,6 +6,7 @@ import pytest
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped, shipped_names
+from capa_export.base.weight_types import NumberKind, PackedLayers
 from capa_export.config.target import Target, load_target, version_parts
 
 
@@ -149,3 +150,38 @@ def test_a_precision_the_target_does_not_list_is_refused() -> None:
     target.require_precision("fp16")
     with pytest.raises(CapaError, match="target t does not take bf16; it takes fp16"):
         target.require_precision("bf16")
+
+
+REFUSED = [
+    ("rtx", "fp8", r"does not take FP8 weights: compute capability 8\.0, 8\.6 has none; build with --quantize int4 or"),
+    (
+        "orin",
+        "int8",
+        r"does not take INT8 weights; build with --quantize int4 or --quantize none, or say in its \[engine\]",
+    ),
+    (
+        "thor",
+        "nvfp4",
+        r"does not take NVFP4 weights, which TensorRT dequantizes at every run; build with .* --target onnx",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "problem"), REFUSED)
+def test_weights_of_a_type_that_a_target_lacks_are_refused(name: str, kind: NumberKind, problem: str) -> None:
+    packed = PackedLayers(kind=kind, group=None)
+    with pytest.raises(CapaError, match=f"target {name} {problem}"):
+        load_target(name).require_packed_weights(packed)
+    for other in ("onnx", "spark"):
+        if kind != "nvfp4" or other == "onnx":
+            load_target(other).require_packed_weights(packed)
+
+
+def test_a_target_of_gpus_without_a_type_cannot_list_it(tmp_path: Path) -> None:
+    text = (shipped("engines") / "rtx.toml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace('"int8"]', '"fp8"]'), encoding="utf-8")
+    with pytest.raises(CapaError, match=r"fp8 needs compute capability 8\.9, not 8\.0, 8\.6"):
+        load_target(str(path))
+    path.write_text(path.read_text(encoding="utf-8").replace('["8.0", "8.6", "8.9", "12.0"]', '["8.9", "12.0"]', 1))
+    load_target(str(path)).require_packed_weights(PackedLayers(kind="fp8", group=None))

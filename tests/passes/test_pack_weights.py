@@ -136,7 +136,7 @@ LARGEST = {"int8": (127, 0.01), "fp8": (448, 0.01), "nvfp4": (6, 1)}
 @pytest.mark.parametrize("kind", LARGEST)
 def test_onnx_runtime_multiplies_with_every_type(kind: Any, tmp_path: Path) -> None:
     rng, (largest, size), form = np.random.default_rng(1), LARGEST[kind], WEIGHT_TYPES[kind]
-    values = rng.uniform(-largest, largest, (K, N)).astype(form.array)
+    values: Any = rng.uniform(-largest, largest, (K, N)).astype(form.array)
     group = form.groups[0] if form.groups else None
     scales = rng.uniform(0.5, 1, (N, K // (group or K))).astype(ml_dtypes.bfloat16).astype(np.float32) * size
     if kind == "nvfp4":

@@ -141,6 +141,20 @@ def test_what_is_quantized_already_is_refused(folder: Path) -> None:
         _ = opened(folder).source
 
 
+@pytest.mark.parametrize(("form", "word", "group"), [("FP8", "fp8", None), ("NVFP4", "nvfp4", 16)])
+def test_what_has_the_type_already_stays_in_it(form: str, word: Any, group: int | None, folder: Path) -> None:
+    expected = quantize(folder, FORMATS[form])
+    kept, expanded = opened(folder, word).source, opened(folder, None).source
+    assert not kept.rounds and not expanded.block_forms() and expanded.dims.decoder.packed is None
+    assert len(kept.block_forms()) == 35
+    assert kept.dims.decoder.packed == PackedLayers(kind=word, group=group)
+    for name, weight in expected.items():
+        (own,) = [tensor for other, tensor in kept.tensors.items() if name.endswith(other.removeprefix("model."))]
+        assert torch.equal(torch.from_numpy(own.mapped()), weight), name
+    with pytest.raises(CapaError, match=r"quantized already \(ModelOpt"):
+        _ = opened(folder, "int8").source
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
