@@ -15,6 +15,7 @@ ACCEPTED: dict[str, str] = {
     "do_resize False": "a picture that fits is left as it is",
     "a million names": "tensors without elements take no memory, and no graph reads them",
     "a GIF of 100,000 frames": "the first is shown",
+    "an answer without an end": "its context ends it",
     "a temperature of nothing": "the likeliest token",
     "a huge n-gram": "nothing is ever repeated that long",
     "1e-320 for --temperature": "the likeliest token",
