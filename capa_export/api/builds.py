@@ -84,8 +84,8 @@ def build(
         calibration: a finished one, a file or a bundle, in place of a run.
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, scaled
-            by the samples' activations, or to nearest where it ends in `/rtn`; `none` to expand those of a quantized
-            checkpoint; by default what the checkpoint has.
+            by the samples' activations, or to nearest where it ends in `/rtn`; `int8`, `fp8` and `nvfp4`, to nearest;
+            `none` to expand those of a quantized checkpoint; by default what the checkpoint has.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.

@@ -55,7 +55,8 @@ def find_model(
         min_keep_per_image: visual tokens that each image keeps at least.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         fp32_layers: parts in FP32.
-        quantize: what the weights of the decoder's layers are to be: `none`, or `int4[:GROUP][/rtn]`.
+        quantize: what the weights of the decoder's layers are to be: `none`, `int4[:GROUP][/rtn]`, `int8`, `fp8` or
+            `nvfp4`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
