@@ -2,8 +2,10 @@
 # The demo imports a fraction of what is installed for it: only that is compiled to bytecode, when it is imported.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests start dozens of interpreters: without bytecode each of them would compile torch and transformers anew.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+# Tests start dozens of interpreters: without bytecode each of them would compile torch and transformers anew. A worker
+# more than there are cores works while others wait.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 8))")
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # A CPU build of torch and one for each CUDA have one version and files of their own, so that no hash would fit: it comes
 # behind all that is held to its hashes. Nothing here computes with torch on a GPU: its CPU build, from PyTorch's own index,

@@ -269,7 +269,7 @@ def test_a_key_that_the_file_name_gives_is_unknown(cli: Cli, recipe: Path, tmp_p
     code, _, err = cli("plan", "-m", bad)
     assert (
         code == ExitCode.USAGE
-        and "unknown key name; known keys: calibration, checkpoint, family, ffn, fp32_layers, method, model_types"
+        and "unknown key name; known keys: auto_precision, calibration, checkpoint, family, ffn, fp32_layers, method"
         in err
     )
     bad.write_text(
