@@ -178,6 +178,19 @@ class Bundle:
             raise CapaError(f"{self.folder}: stage {name!r} has not run; `{self._command(name)}` runs it")
         return stages[name]
 
+    def said(self, name: str, key: str) -> Any:
+        """What the result of a finished stage has under a key.
+
+        Raises:
+            CapaError: the stage has not run, or its result has no such key.
+        """
+        result = self.stage(name).get("result", {})
+        if key not in result:
+            raise CapaError(
+                f"{self.folder}: stage {name!r} says nothing of {key}; `{self._command(name)}` runs it again"
+            )
+        return result[key]
+
     def _command(self, name: str) -> str:
         """The command that runs a stage."""
         stage, _, target = name.partition("/")

@@ -224,9 +224,10 @@ def _memory(target: Target, bundle: Bundle, memory: int | None) -> Iterator[Find
 
     if target.engine is None:
         return
-    dims, precision = bundled_dims(bundle), bundle.stage("export")["result"]["precision"]
-    built = bundle.manifest["stages"].get(f"engine/{target.name}", {}).get("result")
-    weights = built["weights"] if built else choose_weights(dims, precision, "auto", target, memory)[0]
+    dims, precision = bundled_dims(bundle), bundle.said("export", "precision")
+    stage = f"engine/{target.name}"
+    built = bundle.manifest["stages"].get(stage, {}).get("result")
+    weights = bundle.said(stage, "weights") if built else choose_weights(dims, precision, "auto", target, memory)[0]
     if target.engine.built == "here":
         try:
             check_engine_memory(dims, precision, weights)

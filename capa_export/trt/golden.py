@@ -126,7 +126,7 @@ def golden_bounds(bundle: Bundle) -> dict[str, Any]:
         `norm_ratio`; and the `share` of kept positions that may be others.
     """
     recipe = recipe_of(bundle.manifest, bundle.folder)
-    gate: Gate = getattr(recipe.parity, bundle.stage("export")["result"]["precision"])
+    gate: Gate = getattr(recipe.parity, bundle.said("export", "precision"))
     return {
         "logits": {"cosine": gate.cosine.limit, "norm_ratio": gate.norm_ratio.limit},
         "hidden": {"cosine": gate.hidden_cosine.limit, "norm_ratio": gate.hidden_norm_ratio.limit},

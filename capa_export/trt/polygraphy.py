@@ -87,7 +87,7 @@ def store_polygraphy(bundle: Bundle) -> None:
     Raises:
         CapaError: the graphs are bf16, or running them takes more memory than is free.
     """
-    precision = bundle.stage("export")["result"]["precision"]
+    precision = bundle.said("export", "precision")
     check_polygraphy(precision)
 
     def work(scratch: Path) -> dict[str, Any]:

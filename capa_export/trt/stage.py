@@ -131,7 +131,7 @@ def build_engines(
     _refuse_library(target, plugin_library)
     engine = target.require_engine()
     bundle.verify("export", weights=False)
-    precision, dims = bundle.stage("export")["result"]["precision"], bundled_dims(bundle)
+    precision, dims = bundle.said("export", "precision"), bundled_dims(bundle)
     target.require_packed_weights(dims.decoder.packed)
     where, reason = choose_weights(dims, precision, weights, target)
     if engine.built == "on-device":
@@ -152,7 +152,7 @@ def _build_here(
     plugin_library: Path | None,
     report: Report,
 ) -> dict[str, Any]:
-    precision = bundle.stage("export")["result"]["precision"]
+    precision = bundle.said("export", "precision")
     target.require_precision(precision)
     chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder, plugin_library)
     if not _has_engines(bundle, target, weights):
@@ -351,14 +351,14 @@ def _record(home: Bundle, kit: str, result: dict[str, Any]) -> None:
 
 def _has_engines(bundle: Bundle, target: Target, weights: str) -> bool:
     """Whether a build for this target has been through, with weights in the same place."""
-    record = bundle.manifest["stages"].get(f"engine/{target.name}")
-    return record is not None and record["result"]["weights"] == weights
+    stage = f"engine/{target.name}"
+    return stage in bundle.manifest["stages"] and bundle.said(stage, "weights") == weights
 
 
 def _check_room(bundle: Bundle, weights: Weights) -> None:
     """Refuse engines that memory or disk has no room for."""
     dims = bundled_dims(bundle)
-    precision = bundle.stage("export")["result"]["precision"]
+    precision = bundle.said("export", "precision")
     check_engine_memory(dims, precision, weights)
     if weights == "embedded":
         check_engine_disk(dims, precision, bundle.folder)

@@ -12,6 +12,7 @@ import pytest
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.bundle.lock import LOCK
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of
+from tests.recorded import record
 
 
 def write(text: str) -> Any:
@@ -203,3 +204,12 @@ def test_the_locked_file_itself_is_never_written(tmp_path: Path) -> None:
     with Bundle(tmp_path).claimed():
         # Windows would refuse it.
         assert (tmp_path / LOCK).stat().st_size == 0
+
+
+def test_a_result_that_lacks_what_is_asked_for_is_one_line(tmp_path: Path) -> None:
+    bundle = record(tmp_path, "export", [], result={"precision": "fp16"})
+    assert bundle.said("export", "precision") == "fp16"
+    with pytest.raises(
+        CapaError, match=r"stage 'export' says nothing of weights; `capa-export build .*` runs it again"
+    ):
+        bundle.said("export", "weights")
