@@ -4,11 +4,14 @@ T = prompt tokens, D = hidden size, X = text tokens.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from serve import now
 
 from capa_export.base.toml import shipped_names
 from capa_export.config.recipe import Recipe, load_recipe
@@ -20,7 +23,7 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.model.prompt import Prompt, Prompter
 from capa_export.model.source import Source
 
-__all__ = ["hf_inputs", "opened", "prompter_of", "write_feed", "write_questions"]
+__all__ = ["AskedPicture", "ask_about", "hf_inputs", "opened", "prompter_of", "write_feed", "write_questions"]
 
 _TEXT = 48
 _BEFORE = 4
@@ -54,6 +57,39 @@ def hf_inputs(source: Source, prompter: Prompter, prompt: Prompt, image: Image.I
     if "image_grid_thw" in processed:
         arrays["mm_token_type_ids"] = prompt.is_visual[None].astype(np.int32)
     return arrays
+
+
+@dataclass(frozen=True)
+class AskedPicture:
+    """A question about a picture from its file, ready for a Hugging Face model; moments in seconds."""
+
+    prompt: Prompt
+    arrays: dict[str, np.ndarray]
+    began: float
+    opened: float
+    processed: float
+    twice: float
+    """Seconds behind `processed`: pixels are processed once more, as nobody else has to."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of decoding the file, and of the processor."""
+        return {"file": 1e3 * (self.opened - self.began), "processor": 1e3 * (self.processed - self.opened)}
+
+    def milliseconds(self, moments: Iterable[float]) -> list[float]:
+        """Since it began, without what was done twice."""
+        return [1e3 * (moment - self.began - self.twice) for moment in moments]
+
+
+def ask_about(source: Source, prompter: Prompter, picture: str, question: str) -> AskedPicture:
+    """Read a picture and make a prompt of it."""
+    began = now()
+    image = Image.open(picture).convert("RGB")
+    opened = now()
+    prompt = prompter(question, [image])
+    processed = now()
+    arrays = hf_inputs(source, prompter, prompt, image)
+    return AskedPicture(prompt, arrays, began, opened, processed, now() - processed)
 
 
 def write_feed(source: Source, path: Path, *, visual_tokens: int, ratio: float) -> dict[str, int]:

@@ -64,8 +64,7 @@ class _Clock(BaseStreamer):
 
 def ask(checkpoint: Path, _: Path, variant: str) -> Ask:
     """`generate` as it is, or with tower and decoder compiled by `torch.compile`."""
-    from PIL import Image
-    from subject import hf_inputs, opened, prompter_of
+    from subject import ask_about, opened, prompter_of
 
     model, (_, source) = _load(checkpoint), opened(checkpoint)
     prompter = prompter_of(source)
@@ -79,15 +78,8 @@ def ask(checkpoint: Path, _: Path, variant: str) -> Ask:
 
     @torch.inference_mode()
     def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
-        began = now()
-        image = Image.open(picture).convert("RGB")
-        opened = now()
-        prompt = prompter(question, [image])
-        processed = now()
-        arrays = hf_inputs(source, prompter, prompt, image)
-        ids = torch.from_numpy(prompt.input_ids)[None]
-        # The picture is processed once for tokens and pixels where transformers' own processor is at hand.
-        twice = now() - processed
+        asked = ask_about(source, prompter, picture, question)
+        ids = torch.from_numpy(asked.prompt.input_ids)[None]
         clock = _Clock()
         out = model.generate(
             input_ids=ids,
@@ -97,14 +89,10 @@ def ask(checkpoint: Path, _: Path, variant: str) -> Ask:
             do_sample=False,
             repetition_penalty=1.0,
             streamer=clock,
-            **{name: torch.from_numpy(value) for name, value in arrays.items()},
+            **{name: torch.from_numpy(value) for name, value in asked.arrays.items()},
         )
-        milliseconds = [1e3 * (moment - began - twice) for moment in clock.times[1:]]
-        parts = {
-            "file": 1e3 * (opened - began),
-            "processor": 1e3 * (processed - opened),
-            "tower": 1e3 * (at["seen"] - at["begun"]),
-        }
+        milliseconds = asked.milliseconds(clock.times[1:])
+        parts = {**asked.parts, "tower": 1e3 * (at["seen"] - at["begun"])}
         return {
             "text": prompter.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True),
             "milliseconds": milliseconds,

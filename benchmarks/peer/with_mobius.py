@@ -1,6 +1,8 @@
 """mobius-onnx: three graphs."""
 
+import itertools
 import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +27,81 @@ def prefill(_: Path, out: Path, feed: Feed) -> Prefills:
     return prefills(out / "decoder" / "model.onnx", int(feed["head_dim"]), feed)
 
 
+class _Graphs:
+    """Vision tower, embedding and decoder on ONNX Runtime."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tower, self._embedding = (
+            session(folder / name / "model.onnx") for name in ("vision_encoder", "embedding")
+        )
+        self._decoder = DecoderSession(folder / "decoder" / "model.onnx")
+
+    def features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of a picture, from what Hugging Face's tower is fed."""
+        return self._tower.run(None, {entry.name: inputs[entry.name] for entry in self._tower.get_inputs()})[0]
+
+    def tokens(
+        self, features: np.ndarray, input_ids: np.ndarray, positions: np.ndarray, next_position: int, head_dim: int
+    ) -> Iterator[int]:
+        """The likeliest one after the other, without end; each is computed when it is asked for."""
+        cache = self._decoder.empty_cache(head_dim)
+        logits, cache = self._decoder(self._embed(input_ids, features), positions, cache, 0)
+        for count in itertools.count():
+            token = int(logits.argmax())
+            yield token
+            step = np.full((len(positions), 1), next_position + count)
+            embeds = self._embed(np.array([token]), features[:0])
+            logits, cache = self._decoder(embeds, step, cache, len(input_ids) + count)
+
+    def _embed(self, ids: np.ndarray, features: np.ndarray) -> np.ndarray:
+        return self._embedding.run(None, {"input_ids": ids[None], "image_features": features})[0]
+
+
 def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:
-    """Vision tower, embedding and decoder, greedily."""
-    tower, embedding = (session(out / name / "model.onnx") for name in ("vision_encoder", "embedding"))
-    decoder = DecoderSession(out / "decoder" / "model.onnx")
-    wanted = [entry.name for entry in tower.get_inputs()]
+    """Greedily."""
+    graphs = _Graphs(out)
     tokens = []
     for question in questions(folder):
-        features = tower.run(None, {name: question[f"hf.{name}"] for name in wanted})[0]
-
-        def embed(ids: np.ndarray, features: np.ndarray = features) -> np.ndarray:
-            return embedding.run(None, {"input_ids": ids[None], "image_features": features})[0]
-
-        ids, positions = question["input_ids"], question["position_ids"]
-        cache = decoder.empty_cache(int(question["head_dim"]))
-        logits, cache = decoder(embed(ids), positions, cache, 0)
-        said = [int(logits.argmax())]
-        while len(said) < _NUM_TOKENS and said[-1] not in question["eos_token_ids"]:
-            num_past = len(ids) + len(said) - 1
-            place = int(question["next_position"]) + len(said) - 1
-            step = np.full((len(positions), 1), place)
-            logits, cache = decoder(embed(np.array(said[-1:]), features[:0]), step, cache, num_past)
-            said.append(int(logits.argmax()))
-        tokens.append(said)
+        features = graphs.features({name.removeprefix("hf."): array for name, array in question.items()})
+        places = (question[name] for name in ("input_ids", "position_ids"))
+        said = graphs.tokens(features, *places, int(question["next_position"]), int(question["head_dim"]))
+        tokens.append(list(_until(said, question["eos_token_ids"], _NUM_TOKENS)))
     return {"dense": {"tokens": tokens}}
 
 
+def _until(tokens: Iterable[int], stop: Container[int], limit: int) -> Iterator[int]:
+    """As many tokens at most, the one that ends an answer included."""
+    for token in itertools.islice(tokens, limit):
+        yield token
+        if token in stop:
+            return
+
+
 def ask(checkpoint: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - there is one.
-    """Vision tower, embedding and decoder on ONNX Runtime; runs in this project's environment."""
-    from PIL import Image
-    from subject import hf_inputs, opened, prompter_of
+    """Greedily; runs in this project's environment."""
+    from subject import ask_about, opened, prompter_of
 
     from capa_export.model.generation import eos_token_ids
 
     _, source = opened(checkpoint)
-    prompter, stop = prompter_of(source), eos_token_ids(checkpoint)
-    tower, embedding = (session(out / name / "model.onnx") for name in ("vision_encoder", "embedding"))
-    decoder = DecoderSession(out / "decoder" / "model.onnx")
+    prompter, stop, graphs = prompter_of(source), eos_token_ids(checkpoint), _Graphs(out)
 
     def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
-        began = now()
-        image = Image.open(picture).convert("RGB")
-        opened = now()
-        prompt = prompter(question, [image])
-        processed = now()
-        arrays = hf_inputs(source, prompter, prompt, image)
-        twice = now() - processed
-        features = tower.run(None, {entry.name: arrays[entry.name] for entry in tower.get_inputs()})[0]
+        asked = ask_about(source, prompter, picture, question)
+        begun = now()
+        features = graphs.features(asked.arrays)
         seen = now()
-
-        def embed(ids: np.ndarray, features: np.ndarray) -> np.ndarray:
-            return embedding.run(None, {"input_ids": ids[None], "image_features": features})[0]
-
-        cache = decoder.empty_cache(source.dims.decoder.head_dim)
-        logits, cache = decoder(embed(prompt.input_ids, features), prompt.position_ids, cache, 0)
-        said, times = [int(logits.argmax())], [now()]
-        while len(said) < tokens and (exact or said[-1] not in stop):
-            step = np.full((len(prompt.position_ids), 1), prompt.next_position + len(said) - 1)
-            num_past = len(prompt.input_ids) + len(said) - 1
-            logits, cache = decoder(embed(np.array(said[-1:]), features[:0]), step, cache, num_past)
-            said.append(int(logits.argmax()))
+        prompt = asked.prompt
+        places = (prompt.input_ids, prompt.position_ids, prompt.next_position, source.dims.decoder.head_dim)
+        said, times = [], []
+        for token in _until(graphs.tokens(features, *places), () if exact else stop, tokens):
+            said.append(token)
             times.append(now())
         return {
             "text": prompter.decode([token for token in said if token not in stop]),
-            "milliseconds": [1e3 * (moment - began - twice) for moment in times],
-            "file": 1e3 * (opened - began),
-            "processor": 1e3 * (processed - opened),
-            "tower": 1e3 * (seen - processed - twice),
+            "milliseconds": asked.milliseconds(times),
+            **asked.parts,
+            "tower": 1e3 * (seen - begun),
             "prefill": 1e3 * (times[0] - seen),
         }
 

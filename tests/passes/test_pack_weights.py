@@ -72,6 +72,16 @@ def bound(model: ir.Model, values: dict[str, Any]) -> ir.Model:
     return model
 
 
+def opened(model: ir.Model, fused: Path) -> onnxruntime.InferenceSession:
+    """A session as `run` opens it, which writes what became of the graph."""
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.optimized_model_filepath = str(fused)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
@@ -92,12 +102,7 @@ def test_products_that_read_the_same_input_share_what_is_made_of_it(tmp_path: Pa
     values = {f"{name}_{part}": array for name, own in parts.items() for part, array in own.items()}
     whole = rng.standard_normal((16, N)).astype(np.float32)
     bound(model, {**values, "first_input_scale": factors, "bias": bias, "whole": whole})
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = opened(model, tmp_path / "fused.onnx")
     x = rng.standard_normal((T, K)).astype(np.float32)
     weights = [
         one["packed"] * np.repeat(one["scale"], GROUP, 0) + np.repeat(one["zero"], GROUP, 0) for one in parts.values()
@@ -154,12 +159,7 @@ def test_onnx_runtime_multiplies_with_every_type(kind: Any, tmp_path: Path) -> N
     for name, array in {**stored, **others, "whole": whole}.items():
         value = model.graph.initializers[name]
         value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = opened(model, tmp_path / "fused.onnx")
     x = rng.standard_normal((T, K)).astype(np.float32)
     (y,) = session.run(["y"], {"x": x})
     assert isinstance(y, np.ndarray)
