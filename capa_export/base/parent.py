@@ -41,7 +41,10 @@ def tied(command: Sequence[str | Path]) -> list[str | Path]:
 
 def main(parent: str, *command: str) -> int:
     """Run a command in a process group of its own, all of which ends when the process that asks for it does."""
-    own, endings = os.getpid(), (signal.SIGTERM, signal.SIGINT)
+    own = os.getpid()
+    # A command in the background of a script ignores Ctrl-C, and so does what it starts.
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    endings = [signal.SIGTERM] if ignores else [signal.SIGTERM, signal.SIGINT]
     end_with(int(parent), "SIGTERM")
     # Until there is a group to end.
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)

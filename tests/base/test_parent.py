@@ -35,6 +35,19 @@ def test_all_of_it_ends_when_it_is_told_to(tmp_path: Path, ending: signal.Signal
     assert have_ended(started)
 
 
+def test_ctrl_c_is_ignored_where_the_one_that_asks_ignores_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command = tied(["/bin/sh", "-c", "echo begun; read line; exit 7"])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            process.communicate(b"go on\n")
+        assert process.returncode == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -9 $$", -9), ("kill -6 $$", -6), ("true", 0)])
 def test_how_it_ended_is_passed_on(script: str, code: int) -> None:
     run = subprocess.run(
