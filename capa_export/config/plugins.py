@@ -36,7 +36,9 @@ class Plugins:
 NO_PLUGINS = Plugins("none")
 
 
-def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, library: Path | None) -> Plugins:
+def choose_plugins(
+    wish: PluginWish, precision: str, decoder: DecoderDims, library: Path | None, *, extra: str = "rtx"
+) -> Plugins:
     """What is wished for, or for `auto` the library if one is given, or Python where Triton is installed.
 
     Args:
@@ -44,6 +46,7 @@ def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, libra
         precision: of the graphs.
         decoder: whose nodes they compute.
         library: what `capa-export plugins build` wrote.
+        extra: of this package, which brings Triton along with the runtime.
 
     Raises:
         CapaError: the wish cannot be met, or contradicts the library.
@@ -67,8 +70,8 @@ def choose_plugins(wish: PluginWish, precision: str, decoder: DecoderDims, libra
     if find_spec("triton") is not None:
         return Plugins("python")
     if wish == "python":
-        raise CapaError(f"--plugins python needs triton: {how_to_install('rtx')}", ExitCode.ENGINE)
-    return Plugins("none", reason=f"triton is not installed: {how_to_install('rtx')}")
+        raise CapaError(f"--plugins python needs triton: {how_to_install(extra)}", ExitCode.ENGINE)
+    return Plugins("none", reason=f"triton is not installed: {how_to_install(extra)}")
 
 
 def _check_library(path: Path) -> None:
@@ -102,7 +105,7 @@ def choose_device_plugins(wish: PluginWish, precision: str, decoder: DecoderDims
         CapaError: the wish cannot be met.
     """
     if python and wish in ("auto", "python"):
-        return choose_plugins(wish, precision, decoder, None)
+        return choose_plugins(wish, precision, decoder, None, extra="tensorrt")
     if wish == "python":
         raise CapaError("--plugins python: a device builds with native plugins, or none", ExitCode.USAGE)
     if wish == "native" and find_spec("triton") is None:

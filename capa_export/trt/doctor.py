@@ -1,5 +1,6 @@
 """Looks, before anything is built or run, for all that would fail late."""
 
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from capa_export.plan.device_memory import choose_weights, device_memory, device
 from capa_export.plan.flops import kv_cache
 from capa_export.trt.builder import SWITCHES, switches
 from capa_export.trt.graphs import GRAPHS
+from capa_export.trt.kit_device import read_version
+from capa_export.trt.kit_file import KitError
 
 __all__ = ["Finding", "examine"]
 
@@ -99,10 +102,11 @@ def _tools(target: Target) -> Iterator[Finding]:
 def _own_runtime(engine: Engine, wanted: str) -> Finding:
     """The runtime that builds here."""
     try:
-        have = version(engine.runtime)
+        # TensorRT comes in packages of several names, one for each CUDA, with one module.
+        have = version(engine.runtime) if engine.built == "here" else read_version(engine.runtime, os.environ)
     except PackageNotFoundError:
-        if engine.built == "here":
-            return Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
+        return Finding("runtime", "problem", f"{engine.runtime} is not installed", how_to_install("rtx"))
+    except KitError:
         detail = f"{engine.runtime} is not installed: build --kit writes a kit for a machine that has {wanted}"
         return Finding("runtime", "note", detail, how_to_install("tensorrt"))
     fits = version_parts(engine.version_min) <= version_parts(have) < version_parts(engine.version_below)
@@ -124,7 +128,12 @@ def _kernels(target: Target) -> Iterator[Finding]:
     if target.engine is None:
         return
     if find_spec("triton") is None:
-        yield Finding("kernels", "note", "triton is not installed: no plugins", how_to_install("rtx"))
+        yield Finding(
+            "kernels",
+            "note",
+            "triton is not installed: no plugins",
+            how_to_install("tensorrt" if target.engine.built == "with-gpu" else "rtx"),
+        )
     else:
         from capa_export.kernels.compile import COMPUTE_CAPABILITIES
 
@@ -134,9 +143,8 @@ def _kernels(target: Target) -> Iterator[Finding]:
         else:
             yield Finding("kernels", "ok", f"cubins for SM {', '.join(wanted)}")
     if target.engine.built != "here":
-        yield Finding(
-            "native plugins", "ok", "the kit holds their sources; its build.sh needs TensorRT's headers and g++"
-        )
+        held = "the kit holds their sources; its build.sh" if target.engine.built == "on-device" else "--plugins native"
+        yield Finding("native plugins", "ok", f"{held} needs TensorRT's headers and g++")
         return
     try:
         folder, tensorrt = find_headers(None, platform.machine())

@@ -108,7 +108,7 @@ def check_graphs(kit: Path, spec: Mapping[str, Any], *, python: bool = False) ->
 
 
 def check_places(folder: Path, names: Iterable[str]) -> None:
-    """Raise where a name is none of a file in a folder, or a link there leads out of it; it need not exist."""
+    """Raise where a name is none of a file in a folder, or what is there is no file; it need not exist."""
     for name in names:
         path = PurePosixPath(name)
         if (
@@ -122,6 +122,8 @@ def check_places(folder: Path, names: Iterable[str]) -> None:
         inside, real = (Path(os.path.realpath(one)) for one in (folder, folder / name))
         if not real.is_relative_to(inside):
             raise KitError(f"{folder / name}: is a link that leads outside of {folder}: put a file in its place")
+        if real.exists() and not real.is_file() and not real.is_dir():
+            raise KitError(f"{folder / name}: is a pipe, a socket or a device: put a file in its place")
 
 
 def check_files(kit: Path, files: Mapping[str, str]) -> None:

@@ -101,10 +101,11 @@ def _finish(kit: Path, names: list[str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        # A pipe, too, which nobody may wait for.
+        path.unlink(missing_ok=True)
 
 
 def _sync_parents(kit: Path, names: list[str]) -> None:

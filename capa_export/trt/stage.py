@@ -197,6 +197,7 @@ def _build_with_gpu(
 ) -> dict[str, Any]:
     """Write the kit, and build it in the bundle; its golden run is held to the gates."""
     have = _require_own_gpu(target)
+    _check_room(bundle, weights)
     result = _write_kit(bundle, target, weights, plugins, report)
     if not result["engines"] or {one["runtime"] for one in result["engines"].values()} != {have}:
         build_kit(bundle.folder / result["kit"], home=bundle, python_plugins=True, report=report)
@@ -216,7 +217,8 @@ def _write_kit(bundle: Bundle, target: Target, weights: Weights, plugins: Plugin
         digests = write_kit(bundle, target, scratch / folder, weights=weights, plugins=plugins, report=report)
         sha256 = {f"{folder}/{name}": digest for name, digest in digests.items()}
         seen = _largest_pictures(target)
-        return {"kit": folder, "weights": weights, "pictures": seen, "engines": {}, "sha256": sha256}
+        built = target.require_engine().built
+        return {"kit": folder, "built": built, "weights": weights, "pictures": seen, "engines": {}, "sha256": sha256}
 
     return run_stage(bundle, f"engine/{target.name}", key, [folder], work)
 

@@ -120,6 +120,18 @@ def test_every_shipped_target_can_be_examined() -> None:
         assert not [finding for finding in examine(load_target(name), None) if finding.verdict == "problem"]
 
 
+def test_a_servers_tensorrt_is_known_by_its_module_and_its_plugins_need_no_headers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "read_version", lambda *_: "10.13.3")
+    server = examine(load_target("h100"), None)
+    assert (found(server, "runtime").verdict, found(server, "runtime").remedy) == ("ok", "")
+    assert found(server, "native plugins").detail == "--plugins native needs TensorRT's headers and g++"
+    assert "its build.sh needs" in found(examine(load_target("orin"), None), "native plugins").detail
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert "[tensorrt]" in found(examine(load_target("h100"), None), "kernels").remedy
+
+
 def test_no_gpu_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise CapaError("no GPU: the NVIDIA driver (libcuda) is not installed")

@@ -1,5 +1,6 @@
 """Engines that a device builds: cut short anywhere, they are those before or the new ones, and never some of each."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,21 @@ def test_leftovers_that_lead_elsewhere(alone: Path, tmp_path: Path, name: str) -
     with pytest.raises(KitError, match="is a link that leads outside"):
         build(alone)
     assert files_of(victim) == before
+
+
+@pytest.mark.parametrize("name", ["llm/prefill.engine", "llm/prefill.log", "golden.log", f"llm/prefill{UNCHECKED}"])
+def test_a_pipe_in_the_place_of_what_is_written_is_refused(alone: Path, name: str) -> None:
+    (alone / name).unlink(missing_ok=True)
+    os.mkfifo(alone / name)
+    with pytest.raises(KitError, match=f"{name}: is a pipe, a socket or a device: put a file in its place"):
+        build(alone)
+
+
+@pytest.mark.parametrize("name", [".built", ".building"])
+def test_a_pipe_in_the_place_of_a_leftover_goes(alone: Path, name: str) -> None:
+    os.mkfifo(alone / name)
+    build(alone)
+    assert {*engines(alone).values()} == {b"new plan"}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
