@@ -63,9 +63,11 @@ def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
     folder = bundle.folder / "engines" / target
     gpu = require_gpu()
     if not result["engines"]:
+        to_build = (
+            f"{bundle.folder} --target {target}" if result.get("built") == "with-gpu" else f"{folder} --on-device"
+        )
         raise CapaError(
-            f"{folder}: is a kit whose engines were not built here: capa-export engine {folder} --on-device",
-            ExitCode.ENGINE,
+            f"{folder}: is a kit whose engines were not built here: capa-export engine {to_build}", ExitCode.ENGINE
         )
     if "runtime" not in result:
         raise CapaError(f"{folder}: built by an older capa-export: build the engines again", ExitCode.ENGINE)

@@ -3,7 +3,8 @@
 B = batch, S = stages, G = KV heads, P = rows of a cache, d = head size, V = vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
 
     def load(self, prompt: Prompt) -> None:  # noqa: ARG002 - as above.
         _ = self._embedding
+        self._load_kernels()
 
     def features(self, picture: Picture) -> dict[str, np.ndarray]:
         feed, sizes = {PIXEL_VALUES: picture.patches.astype(self.dtype)}, {"tokens": picture.num_tokens}
@@ -242,27 +244,41 @@ class EngineModel(RuntimeModel[DeviceCache]):
     ) -> Iterator[np.ndarray] | None:
         steps = cache.steps
         assert steps is not None, "batch() makes room"
-        if not self.chooses or len({(rule.numbers, rule.top_k) for rule in rules}) > 1:
+        if len({(rule.numbers, rule.top_k, rule.key is None) for rule in rules}) > 1:
             return None
+        choice = self._choice(steps, sampled=rules[0].key is not None)
+        return choice and self._chosen(choice, steps, cache, logits, rules, positions)
+
+    def _load_kernels(self) -> "StepKernels | None":
+        """The kernels around a step, with the embedding where they read it; None where the host chooses tokens."""
+        if self._kernels is None and self.chooses:
+            with self._host_chooses_instead():
+                from capa_export.kernels import require_triton
+
+                require_triton()
+                from capa_export.run.token_steps import StepKernels
+
+                self._kernels = StepKernels(self._embedding, self.dtype)
+        return self._kernels
+
+    def _choice(self, steps: Steps, *, sampled: bool) -> "TokenChoice | None":
+        """What chooses tokens of these steps; None where the host does."""
+        kernels = self._load_kernels()
+        if kernels is not None and sampled not in steps.choices and self.chooses:
+            from capa_export.run.token_steps import TokenChoice
+
+            with self._host_chooses_instead():
+                steps.choices[sampled] = TokenChoice(kernels, steps, sampled=sampled)
+        return steps.choices.get(sampled) if self.chooses else None
+
+    @contextmanager
+    def _host_chooses_instead(self) -> Generator[None]:
+        """Where the kernels cannot be had, say so once."""
         try:
-            choice = self._choice(steps, sampled=rules[0].key is not None)
+            yield
         except CapaError as error:
             self.chooses = False
             say(f"tokens are chosen on the host, which is slower: {error}")
-            return None
-        return self._chosen(choice, steps, cache, logits, rules, positions)
-
-    def _choice(self, steps: Steps, *, sampled: bool) -> "TokenChoice":
-        from capa_export.kernels import require_triton
-
-        require_triton()
-        from capa_export.run.token_steps import StepKernels, TokenChoice
-
-        if self._kernels is None:
-            self._kernels = StepKernels(self._embedding, self.dtype)
-        if sampled not in steps.choices:
-            steps.choices[sampled] = TokenChoice(self._kernels, steps, sampled=sampled)
-        return steps.choices[sampled]
 
     def _chosen(
         self,

@@ -25,7 +25,7 @@ Feed = Mapping[str, np.ndarray]
 
 _DTYPES = {name: ir.DataType.from_numpy(np.dtype(dtype)) for name, dtype in NUMPY_TYPES.items()}
 _TYPES = {dtype: name for name, dtype in _DTYPES.items()}
-_FEW_BITS = {ir.DataType[kind.onnx] for kind in WEIGHT_TYPES.values()} | {ir.DataType.FLOAT8E4M3FN}
+_FEW_BITS = {ir.DataType[kind.onnx] for kind in WEIGHT_TYPES.values()}
 
 
 @dataclass(frozen=True)

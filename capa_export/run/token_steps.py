@@ -139,8 +139,7 @@ class TokenChoice:
         marks = np.zeros((batch, vocabulary), np.int32)
         for row, rule in zip(marks, rules, strict=True):
             for tokens, mark in ((rule.seen, SEEN), (rule.never, NEVER)):
-                known = np.array(tokens, np.int64)
-                row[known[(known >= 0) & (known < vocabulary)]] |= mark
+                row[[token for token in tokens if 0 <= token < vocabulary]] |= mark
         penalty, temperature, *others = rules[0].numbers
         # The kernel that embeds a token goes on by one.
         places = np.broadcast_to(np.array(positions) - 1, (self._axes, batch))
@@ -152,7 +151,7 @@ class TokenChoice:
             ("marks", marks, np.int32),
             ("numbers", [penalty, max(temperature, COLDEST), *others], np.float32),
             ("said", [0] * batch, np.int32),
-            ("top_k", [rules[0].top_k], np.int32),
+            ("top_k", [min(rules[0].top_k, vocabulary)], np.int32),
             ("keys", [rule.key or 0 for rule in rules], np.uint64),
         ):
             self._stream.upload(buffers[name], np.ascontiguousarray(values, dtype))

@@ -75,10 +75,14 @@ def test_no_tensorrt(built: Bundle, driver: FakeDriver, monkeypatch: pytest.Monk
 def test_a_kit_whose_engines_were_not_built(
     built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path
 ) -> None:
-    kit = changed(built, tmp_path, kit="engines/rtx", engines={})
+    kit = changed(built, tmp_path / "device", kit="engines/rtx", engines={})
     error = refused(kit, driver)
     assert error.code == ExitCode.ENGINE
-    assert "is a kit whose engines were not built here: capa-export engine" in str(error)
+    remedy = f"capa-export engine {kit.folder}/engines/rtx --on-device"
+    assert str(error).endswith(f"is a kit whose engines were not built here: {remedy}")
+    # What may have plugins in Python is built in its bundle alone.
+    kit = changed(built, tmp_path / "server", kit="engines/rtx", built="with-gpu", engines={})
+    assert str(refused(kit, driver)).endswith(f"capa-export engine {kit.folder} --target rtx")
 
 
 def test_engines_of_an_older_release(built: Bundle, driver: FakeDriver, trt: FakeTensorRT, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ SETTINGS = [
     {},
     {"repetition_penalty": 1.3, "suppress_tokens": [5, 6]},
     {"do_sample": True, "temperature": 1.5},
+    {"do_sample": True, "top_k": 2**40, "suppress_tokens": [5, 2**70]},
     {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
 ]
 
