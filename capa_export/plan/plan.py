@@ -287,7 +287,7 @@ def _refusals(
     device = plan["device"]
     if device["given"] is not None and device["total"] > device["given"]:
         refusals.append(_no_room(device, target))
-    builds_here = target.engine is not None and target.engine.built == "here"
+    builds_here = target.engine is not None and target.engine.built != "on-device"
     if builds_here and f"engine/{target.name}" not in done:
         refusals += filter(None, [_engine_refusal(dims, precision, plan["weights"])])
     remedies = {
