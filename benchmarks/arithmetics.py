@@ -63,6 +63,8 @@ class Verdict:
     schedule: str
     precision: str
     arithmetic: str
+    samples: int
+    """Prompts."""
     products: int
     """Of matrices, in half precision, that were emulated."""
     passed: bool
@@ -160,11 +162,13 @@ def _schedule(bed: str, name: str) -> str:
 def _judged(bed: str, out: Path, samples: int, names: Sequence[str]) -> Iterator[Verdict]:
     """The verdicts on one bed's bundles; those that were given before are read."""
     known = out / f"{bed}.jsonl"
-    found = [Verdict(**json.loads(line)) for line in known.read_text().splitlines()] if known.exists() else []
+    read = [Verdict(**json.loads(line)) for line in known.read_text().splitlines()] if known.exists() else []
+    schedules = [_schedule(bed, name) for name in names]
+    found = [verdict for verdict in read if verdict.samples == samples and verdict.schedule in schedules]
     yield from found
     calibration = out / bed
     calibrate(**_model(bed), out=calibration, samples=_CALIBRATED_ON)
-    for schedule in (_schedule(bed, name) for name in names):
+    for schedule in schedules:
         for precision, arithmetics in _ARITHMETICS.items():
             left = {name for name in arithmetics if (bed, name) != _TOO_SLOW} - {
                 one.arithmetic for one in found if (one.schedule, one.precision) == (schedule, precision)
@@ -184,7 +188,7 @@ def _judged(bed: str, out: Path, samples: int, names: Sequence[str]) -> Iterator
                             **_model(bed), samples=samples, accept_method_loss=True
                         )
                     verdict = Verdict(
-                        bed, schedule, precision, name, products.count, report.passed, tuple(report.failures)
+                        bed, schedule, precision, name, samples, products.count, report.passed, tuple(report.failures)
                     )
                     print(f"{bed} {schedule} {precision} {name}: {verdict.failures or 'passed'}", file=sys.stderr)
                     with known.open("a") as file:
@@ -230,10 +234,10 @@ def main(arguments: Sequence[str]) -> None:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": version("torch"),
         "onnxruntime": version("onnxruntime"),
-        "samples": given.samples,
         "verdicts": [asdict(verdict) for verdict in found],
     }
-    write_whole(_RESULTS / f"{day}-arithmetics.json", json.dumps(record, indent=1) + "\n")
+    beds = "".join(f"-{bed}" for bed in given.bed or ())
+    write_whole(_RESULTS / f"{day}-arithmetics{beds}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class System:
 
 SYSTEMS = (
     System(REFERENCE, "hf_eager", "sdpa"),
-    System("HF, torch.compile", "hf_eager", "compiled"),
+    System("HF, decoder compiled", "hf_eager", "compiled"),
     System("capa-export, dense", "capa_export", files="dense"),
     System("capa-export, CAPA", "capa_export", files="capa"),
     System("capa-export, INT4, dense", "capa_export", files="dense-int4"),

@@ -63,7 +63,7 @@ class _Clock(BaseStreamer):
 
 
 def ask(checkpoint: Path, _: Path, variant: str) -> Ask:
-    """`generate` as it is, or with tower and decoder compiled by `torch.compile`."""
+    """`generate` as it is, or with the decoder compiled by `torch.compile`."""
     from subject import ask_about, opened, prompter_of
 
     model, (_, source) = _load(checkpoint), opened(checkpoint)
