@@ -9,7 +9,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # A CPU build of torch and one for each CUDA have one version and files of their own, so that no hash would fit: it comes
 # behind all that is held to its hashes. Nothing here computes with torch on a GPU: its CPU build, from PyTorch's own index,
-# is a tenth of the other. `make TORCH_INDEX=https://pypi.org/simple` takes that, with the CUDA libraries it asks for.
+# is a tenth of the other. `make TORCH_INDEX=https://pypi.org/simple`, in a tree without a .venv, takes that.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL := $(PIP) -c constraints.txt --no-build-isolation
 TORCH := $(PIP) -c constraints.txt --no-deps --retries 1 --index-url $(TORCH_INDEX) torch
