@@ -6,6 +6,7 @@ python benchmarks/kernels.py
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,8 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from capa_export.kernels import OPERATORS
+from capa_export.kernels import OPERATORS, STEP_OPERATORS
 from capa_export.kernels.compile import COMPUTE_CAPABILITIES, CompiledKernel, compile_kernels
+from capa_export.kernels.operator import Operator
 
 _RESULTS = Path(__file__).parent / "results"
 _TEXT = 48
@@ -56,12 +58,15 @@ def _sizes(tokens: int) -> Any:
         head_size=128,
         projection=28 * 128,
         rotary_size=64,
+        vocabulary=152064,
+        axes=3,
+        stages=2,
     )
 
 
-def _roofline(tokens: int) -> list[dict[str, Any]]:
+def _roofline(operators: Sequence[Operator], tokens: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for operator in OPERATORS:
+    for operator in operators:
         cost = operator.cost(_sizes(tokens))
         floors = {
             name: {"memory": cost.bytes / chip.gigabytes_per_second / 1e3, "compute": cost.flops / chip.teraflops / 1e6}
@@ -71,7 +76,7 @@ def _roofline(tokens: int) -> list[dict[str, Any]]:
             {
                 "operator": operator.name,
                 "tokens": tokens,
-                "kept": _sizes(tokens).kept,
+                "kept": min(_sizes(tokens).kept, tokens),
                 "bytes": cost.bytes,
                 "flops": cost.flops,
                 "floor_microseconds": {name: round(max(floor.values()), 4) for name, floor in floors.items()},
@@ -128,7 +133,8 @@ Per compute capability: registers per thread, KiB of shared memory per block, an
 
 ## The floor
 
-A decoder of hidden size 3584, 28 query heads, 4 KV heads, head size 128; {_TEXT} tokens are text. Every input is read
+A decoder of hidden size 3584, 28 query heads, 4 KV heads, head size 128 and 152,064 tokens in its vocabulary; {_TEXT}
+tokens of a prompt are text, and what stands beside a step of decode has one. Every input is read
 once and every output written once, in fp16, at the published bandwidth; arithmetic runs at the published rate of the
 tensor cores. The floor is the longer of the two, in microseconds; c marks where that is arithmetic.
 
@@ -145,7 +151,7 @@ def main() -> None:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling kernels", total=None)
         kernels = compile_kernels(
-            OPERATORS,
+            (*OPERATORS, *STEP_OPERATORS),
             COMPUTE_CAPABILITIES,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -166,7 +172,10 @@ def main() -> None:
         "kernels": [
             {name: getattr(one, name) for name in figures} | {"image_bytes": len(one.image)} for one in kernels
         ],
-        "roofline": [row for tokens in (1072, 16432) for row in _roofline(tokens)],
+        "roofline": [
+            *(row for tokens in (1072, 16432) for row in _roofline(OPERATORS, tokens)),
+            *_roofline(STEP_OPERATORS, 1),
+        ],
         "chips": {name: vars(chip) for name, chip in CHIPS.items()},
     }
     path = _RESULTS / f"{arguments.date}-kernels.json"

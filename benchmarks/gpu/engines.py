@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -25,8 +26,10 @@ from capa_export.export.graphs import DENSE
 from capa_export.kernels.cuda import require_gpu
 from capa_export.kernels.plugins.native import build_library
 from capa_export.passes.lower import NATIVE
+from capa_export.run.decoding import TokenRule
 from capa_export.run.engine import BuiltEngines
-from capa_export.run.engine_model import EngineModel
+from capa_export.run.engine_model import DeviceCache, EngineModel
+from capa_export.run.runtime import PrefillRun
 from capa_export.trt.engines import build_graphs
 
 __all__ = ["NATIVE_VARIANTS", "VARIANTS", "Variant", "cases", "target_for"]
@@ -166,13 +169,12 @@ def _measured(name: str, graphs: ReferenceGraphs, variant: Variant, model: Engin
     def prefill(keep: int) -> dict[str, float]:
         return {"ms": wall_milliseconds(lambda: model.prefill(given, [keep], embeds), _ROUNDS)}
 
-    def decode(keep: int, *, graph: bool) -> dict[str, float]:
+    def decode(keep: int, *, graph: bool = True, chosen: bool = False) -> dict[str, float]:
         model.captures = graph
-        cache = model.batch([model.prefill(given, [keep], embeds).cache], _STEPS)
-        seconds: list[float] = []
-        for step in range(_STEPS - 1):
+        steps, seconds = _steps(model, model.prefill(given, [keep], embeds), chosen=chosen), list[float]()
+        for _ in range(_STEPS - 1):
             started = time.perf_counter()
-            _, cache = model.append(cache, [[0]], [given.next_position + step])
+            next(steps)
             seconds.append(time.perf_counter() - started)
         if graph and not model.captures:
             raise AssertionError("a step was not captured")
@@ -185,4 +187,20 @@ def _measured(name: str, graphs: ReferenceGraphs, variant: Variant, model: Engin
         removed = f"ratio {ratio:g}"
         yield f"{name}: prefill, {removed}", partial(prefill, keep)
         yield f"{name}: decode, {removed}", partial(decode, keep, graph=False)
-        yield f"{name}: decode, {removed}, CUDA graph", partial(decode, keep, graph=True)
+        yield f"{name}: decode, {removed}, CUDA graph", partial(decode, keep)
+        yield f"{name}: decode, {removed}, CUDA graph, tokens chosen on the GPU", partial(decode, keep, chosen=True)
+
+
+def _steps(model: EngineModel, run: PrefillRun[DeviceCache], *, chosen: bool) -> Iterator[object]:
+    """Steps behind a prefill: of tokens that the device chooses, or of those that the host brings."""
+    cache, position = model.batch([run.cache], _STEPS), prompt().next_position
+    if chosen:
+        said = model.choose(cache, run.logits[None], [TokenRule()], [position])
+        if said is None:
+            skip("tokens are chosen on the host")
+        # What the prompt itself is answered with takes no step.
+        next(said)
+        yield from said
+    for step in count():
+        logits, cache = model.append(cache, [[0]], [position + step])
+        yield logits

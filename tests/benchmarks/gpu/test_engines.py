@@ -1,6 +1,7 @@
 """The benchmark's engines, what they are held against, and the peers beside them."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 import torch
 
 from capa_export.base.errors import CapaError
+from capa_export.kernels import cuda
+from capa_export.model.source import Source
 from capa_export.parity.trace import Trace
+from capa_export.run.engine import require_engines
+from tests.computing_driver import ComputingDriver
+from tests.fake_driver import compile_from_ptx
+from tests.fake_tensorrt import FakeTensorRT, write_bundle
 from tests.models.qwen25vl import random_model, save_model
 
 
@@ -111,3 +118,43 @@ def test_peers_compiled_or_not_decode_alike(module: Callable[[str], Any], model:
     (seconds, own), (_, other) = plain.decode(3), compiled.decode(3)
     assert len(seconds) == 3
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> ComputingDriver:
+    """A stand-in for the GPU that computes, and TensorRT-RTX in its place."""
+    driver = ComputingDriver()
+    monkeypatch.setattr("capa_export.kernels.plugins.launcher.compile_kernels", compile_from_ptx)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTensorRT(driver))
+    return driver
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_engines_are_measured_with_tokens_of_either_side(
+    module: Callable[[str], Any],
+    source: Source,
+    computing: ComputingDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_kernels: bool,  # noqa: FBT001
+) -> None:
+    """Every case runs, and steps of tokens that the device chooses launch the kernels."""
+    engines = module("engines")
+    for name in ("workload", "engines"):
+        monkeypatch.setattr(module(name), "NUM_VISUAL", 64)
+    for name, count in {"_STEPS": 5, "_WARM_UP": 2, "_ROUNDS": 1, "_RATIOS": (0.75,)}.items():
+        monkeypatch.setattr(engines, name, count)
+    bundle = write_bundle(source, tmp_path)
+    computing.open(bundle.folder / "onnx")
+    model = engines.EngineModel(require_engines(bundle, "rtx"))
+    model.chooses = has_kernels
+    [parity, *measures] = engines._measured("tiny", None, engines.VARIANTS[2], model)
+    assert parity[0].endswith("against ONNX Runtime")
+    rows = list(module("cases").rows(measures))
+    chosen = rows.pop()
+    assert [row["result"]["ms"] > 0 for row in rows] == [True] * 3
+    if has_kernels:
+        assert chosen["result"]["ms"] > 0 and computing.named("cuLaunchKernel")
+    else:
+        assert chosen["skipped"] == "tokens are chosen on the host" and not computing.named("cuLaunchKernel")
