@@ -1,7 +1,6 @@
 """The benchmark for GPUs, imported as files, as it runs on a machine that lacks most packages."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,6 @@
 """What is timed on a GPU computes what the graphs compute, and how its time is taken."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
