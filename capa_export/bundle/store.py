@@ -1,45 +1,38 @@
 """The bundle folder: what is in it, what made it, and whether it still is what was built."""
 
-import errno
 import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from capa_export.base.errors import CapaError, ExitCode, NotFiniteError
-from capa_export.base.files import PARTIAL, file_digest, fingerprint, remove, replacing
+from capa_export.base.errors import CapaError
+from capa_export.base.files import file_digest, fingerprint, remove, replacing
 from capa_export.base.progress import say
 from capa_export.bundle.confined import ONNX, confined
-from capa_export.bundle.lock import locked
 from capa_export.bundle.manifest import MANIFEST, VERSION, digest_of, encode_manifest, parse_manifest
-from capa_export.bundle.replacement import COMMIT, SCRATCH, commit, is_committed, leftovers, sweep
+from capa_export.bundle.replacement import SCRATCH, commit, is_committed, leftovers
 from capa_export.bundle.signature import check_signature, read_public_key, signature_of
 from capa_export.bundle.stamps import Stamps
 from capa_export.bundle.verification import files_of, is_same, recorded_files, verify_files
+from capa_export.bundle.workplace import Workplace
 
 __all__ = ["MANIFEST", "ONNX", "PARITY", "REPORT", "Bundle", "digest_of", "file_digest", "files_under", "run_stage"]
 
 PARITY = "parity.json"
 REPORT = "report.html"
-_UNFINISHED = ".unfinished"
-_OWN = (PARTIAL, _UNFINISHED, COMMIT)
-"""Endings of the names of what an interruption leaves behind, which makes no folder somebody's own."""
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Workplace):
     """A folder with a manifest; every stage's outputs are recorded with the key of what they were made from.
 
     Digests show what changed since it was built, the manifest's own included. They say nothing about who built it:
     whoever can write the folder can write digests that fit. A signature of the manifest does.
     """
 
-    folder: Path
     read_all: bool = False
     """Whether to read even files whose size, time and inode are as they were when they were last read."""
     signing: bool = False
@@ -246,7 +239,7 @@ class Bundle:
             for other, kept in self.manifest["stages"].items()
             if other == name or not other.startswith(tuple(outdates))
         }
-        drops = [path.name for path in [self._unfinished(name)] if path.exists()]
+        drops = [path.name for path in [self.unfinished_folder(name)] if path.exists()]
         self.replace(outputs, drops=drops, **about, stages={**stages, name: record})
 
     def verify(self, *names: str, weights: bool = True) -> int:
@@ -282,105 +275,6 @@ class Bundle:
         with Stamps.of(self.folder, read_all=self.read_all) as stamps:
             return not all(is_same(self.folder, record, file, stamps) for file in files_of(record))
 
-    @contextmanager
-    def scratch(self, *outputs: str) -> Generator[Path]:
-        """A folder for outputs of the bundle, which vanishes when the block ends, unless they took their places.
-
-        Raises:
-            CapaError: the folder is somebody's own, or cannot be written, or the disk is full.
-        """
-        scratch = self.folder / SCRATCH
-        for output in outputs:
-            confined(self.folder, output)
-        with self.claimed():
-            try:
-                remove(scratch)
-                scratch.mkdir()
-                yield scratch
-            except OSError as error:
-                if error.errno not in _DISK_ERRORS:
-                    raise
-                raise CapaError(
-                    f"{self.folder}: {error.strerror}; free some space and run the same command again", ExitCode.EXPORT
-                ) from error
-            finally:
-                remove(scratch)
-
-    @contextmanager
-    def claimed(self) -> Generator[None]:
-        """Keep other processes from writing into the folder until the block ends; blocks may be nested.
-
-        What an interruption left behind is put in order first.
-
-        Raises:
-            CapaError: the folder is somebody's own, or cannot be written, or another process is at work in it.
-        """
-        self._refuse_foreign()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CapaError(f"{self.folder}: {error.strerror}; choose a folder that can be written") from error
-        try:
-            with locked(self.folder) as outermost:
-                if outermost:
-                    sweep(self.folder)
-                yield
-        finally:
-            with suppress(OSError):
-                # Only succeeds where nothing was made.
-                self.folder.rmdir()
-
-    def _tidy(self) -> None:
-        """Remove what is left of commands that were killed, unless one is at work."""
-        with suppress(CapaError), self.claimed():
-            pass
-
-    def _refuse_foreign(self) -> None:
-        try:
-            foreign = [path for path in self.folder.iterdir() if not path.name.endswith(_OWN)]
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise CapaError(f"{self.folder}: {error.strerror}; choose another folder") from error
-        if foreign and not (self.folder / MANIFEST).is_file() and not is_committed(self.folder):
-            raise CapaError(
-                f"{self.folder}: holds {foreign[0].name} and no {MANIFEST}; choose an empty or a new folder",
-                ExitCode.USAGE,
-            )
-
-    @contextmanager
-    def unfinished(self, name: str, key: object) -> Generator[Path]:
-        """A folder for work on a stage that outlives an interruption, until the stage is recorded.
-
-        A failure leaves it as well, unless nothing is in it or the model was found to be at fault.
-
-        Args:
-            name: of the stage.
-            key: of the work; what was begun with another one is dropped.
-        """
-        folder, begun = self._unfinished(name), self._begun(name, key)
-        if not begun.is_file():
-            remove(folder)
-            folder.mkdir(parents=True)
-            begun.touch()
-        try:
-            yield folder
-        except CapaError as error:
-            if isinstance(error, NotFiniteError) or list(folder.iterdir()) == [begun]:
-                remove(folder)
-            raise
-
-    def interrupted(self, name: str, key: object) -> Path | None:
-        """The folder of work that `unfinished` began with the same key, if there is one."""
-        return self._unfinished(name) if self._begun(name, key).is_file() else None
-
-    def _begun(self, name: str, key: object) -> Path:
-        """The file that holds the key of unfinished work on a stage."""
-        return self._unfinished(name) / digest_of(key)
-
-    def _unfinished(self, name: str) -> Path:
-        return self.folder / f".{name.replace('/', '-')}{_UNFINISHED}"
-
     def run_stage(
         self,
         name: str,
@@ -405,7 +299,7 @@ class Bundle:
             if entries := about():
                 self.update(**entries)
             elif leftovers(self.folder):
-                self._tidy()
+                self.tidy()
             return self.stage(name), False
         self.require_unsigned()
         from capa_export.base.machine import measured
