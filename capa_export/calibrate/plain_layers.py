@@ -55,7 +55,9 @@ def choose_plain(
         tried.append((len(chosen.plain), _kl(eager, answers, len(chosen.plain), report)))
         return tried[-1][1] <= model.recipe.quantization_budget
 
-    return replace(with_rounded(largest_within(len(worst), within)), tried=tuple(tried))
+    return replace(
+        with_rounded(largest_within(len(worst), within)), tried=tuple(tried), budget=model.recipe.quantization_budget
+    )
 
 
 def _streamed(source: Source) -> Eager:

@@ -9,7 +9,7 @@ from capa_export.base.progress import say
 from capa_export.bundle.store import Bundle, run_stage
 from capa_export.calibrate.measurement import measure_samples
 from capa_export.calibrate.scaled_sets import EFFECT
-from capa_export.calibrate.sums import CALIBRATION, Calibration
+from capa_export.calibrate.sums import CALIBRATION, ROUNDING, Calibration, check_owner
 from capa_export.calibrate.unfinished import UnfinishedSums
 from capa_export.calibrate.weights import choose_weights
 from capa_export.config.options import BuildOptions
@@ -20,7 +20,7 @@ from capa_export.model.generation import eos_token_ids
 from capa_export.model.memory import calibration_bytes, exceeds_memory, require_eager_memory
 from capa_export.model.model import Model
 
-__all__ = ["adopt_calibration", "calibrate", "check_owner", "with_effect"]
+__all__ = ["adopt_calibration", "calibrate", "with_effect"]
 
 _CODE = ("capa_export.calibrate.measurement",)
 """Modules whose code a stored calibration depends on."""
@@ -44,7 +44,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
         calibration = Calibration.load(options.calibration)
         check_owner(calibration, model, options.calibration)
         with bundle.claimed():
-            adopt_calibration(bundle, calibration)
+            adopt_calibration(bundle, calibration, model.recipe)
             model.record_digests(bundle)
         if not calibration.measured(model.recipe.ffn):
             return with_effect(model, bundle, options)
@@ -64,7 +64,7 @@ def calibrate(model: Model, bundle: Bundle, options: BuildOptions) -> Calibratio
                 say(f"{'':<14}goes on where it was interrupted, as with {option}")
             calibration = measure_samples(model, samples, options.workers, unfinished, by_layer=by_layer)
         calibration.save(scratch / CALIBRATION)
-        return calibration.summary(recipe.ffn)
+        return {**calibration.summary(recipe.ffn), ROUNDING: recipe.rounding}
 
     with bundle.claimed():
         about: Any = {"outdates": ["effect", "validate"], "about": lambda: {"hashed": model.hashed}}
@@ -130,12 +130,12 @@ def _eager(model: Model, options: BuildOptions, *, told: bool) -> Any:
     return Eager(hollow_model(model.source, weights), weights)
 
 
-def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
-    """Put a calibration made elsewhere into a bundle."""
+def adopt_calibration(bundle: Bundle, calibration: Calibration, recipe: Recipe | None = None) -> None:
+    """Put a calibration made elsewhere, under a recipe if that is known, into a bundle."""
 
     def work(scratch: Path) -> dict[str, Any]:
         calibration.save(scratch / CALIBRATION)
-        return {"samples": calibration.samples, "adopted": True}
+        return {"samples": calibration.samples, "adopted": True, **({ROUNDING: recipe.rounding} if recipe else {})}
 
     key = ["adopted", calibration.digest()]
     run_stage(bundle, "calibrate", key, [CALIBRATION], work, outdates=["effect", "validate"])
@@ -146,16 +146,6 @@ def adopt_calibration(bundle: Bundle, calibration: Calibration) -> None:
             return {"layers": effect.chosen.layers, "adopted": True}
 
         run_stage(bundle, "effect", ["adopted", effect.model_dump(mode="json")], [EFFECT], copy)
-
-
-def check_owner(calibration: Calibration, model: Model, path: Path) -> None:
-    """Refuse a calibration whose alpha belongs to other weights.
-
-    Raises:
-        CapaError: it was measured on another checkpoint.
-    """
-    if calibration.checkpoint_digest != model.digest:
-        raise CapaError(f"{path}: measured on another checkpoint than {model.checkpoint}; calibrate this one")
 
 
 def _check_workers(model: Model, options: BuildOptions) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,9 +23,24 @@ from capa_export.bundle.store import digest_of
 from capa_export.calibrate.scaled_sets import EFFECT, FfnEffect
 from capa_export.config.recipe import FFN
 
-__all__ = ["CALIBRATION", "SINK_THRESHOLD", "Calibration", "LayerSums", "merged", "scales_digest", "summed"]
+if TYPE_CHECKING:
+    from capa_export.model.model import Model
+
+__all__ = [
+    "CALIBRATION",
+    "ROUNDING",
+    "SINK_THRESHOLD",
+    "Calibration",
+    "LayerSums",
+    "check_owner",
+    "merged",
+    "scales_digest",
+    "summed",
+]
 
 CALIBRATION = "calibration.safetensors"
+ROUNDING = "rounding"
+"""Key, in what the stage says, of what was asked for the weights that it measured."""
 SINK_THRESHOLD = 20.0
 """phi above which a token is an attention sink (VisAttnSink, arXiv 2503.03321; CAPA uses the same)."""
 
@@ -261,6 +276,16 @@ class Calibration:
         return calibration
 
 
+def check_owner(calibration: Calibration, model: "Model", path: Path) -> None:
+    """Refuse a calibration whose alpha belongs to other weights.
+
+    Raises:
+        CapaError: it was measured on another checkpoint.
+    """
+    if calibration.checkpoint_digest != model.digest:
+        raise CapaError(f"{path}: measured on another checkpoint than {model.checkpoint}; calibrate this one")
+
+
 def merged(parts: Sequence[Calibration]) -> Calibration:
     """One calibration from several runs, whatever their order, since every figure is a sum or a maximum.
 
@@ -272,7 +297,10 @@ def merged(parts: Sequence[Calibration]) -> Calibration:
     if len({part.digest() for part in parts}) < len(parts):
         raise CapaError("the same calibration is given twice; its samples would count twice")
     if any(part.checkpoint_digest != first.checkpoint_digest for part in parts):
-        raise CapaError("calibrations of different checkpoints do not merge")
+        raise CapaError(
+            "calibrations of different checkpoints do not merge, nor those of weights that are rounded otherwise; "
+            "`--quantize int4/rtn` rounds alike on every machine"
+        )
     return summed(parts)
 
 

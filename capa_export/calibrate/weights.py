@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.base.code import versions
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say, tracked
 from capa_export.bundle.store import Bundle, digest_of, run_stage
+from capa_export.calibrate.sums import Calibration, check_owner
 from capa_export.config.options import BuildOptions
 from capa_export.config.quantization import looks_at_samples, rounding
 from capa_export.config.recipe import ranges
@@ -42,9 +44,7 @@ def take_choice(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
 def _subject(model: Model) -> str:
     """A digest of the weights, and of what they are to be rounded to."""
-    recipe = model.recipe
-    budget = recipe.quantization_budget if recipe.auto_precision else None
-    return digest_of([model.digests, recipe.quantize, budget])
+    return digest_of([model.digests, model.recipe.rounding])
 
 
 def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
@@ -58,10 +58,14 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     form = rounding(model.recipe.quantize)
     if model.choice is not None or form is None or not model.recipe.decided_by_samples:
         return
+    if not model.source.rounds:
+        raise CapaError(
+            f"--auto-precision: {model.checkpoint} is quantized already, and stays as it is; leave it away",
+            ExitCode.USAGE,
+        )
     model.remember_digests(bundle)
     if options.calibration is not None:
-        given = options.calibration if options.calibration.is_dir() else options.calibration.parent
-        choice = WeightChoice.load(given / CHOICE)
+        choice = _given(model, options.calibration)
         _run(model, bundle, ["adopted", choice.digest()], lambda: choice)
         return
     count = min(_SAMPLES, options.samples or model.recipe.calibration.samples)
@@ -89,6 +93,21 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     _run(model, bundle, [made_by, model.prompt_settings, samples.digest(), *judged], choose)
     if model.choice is not None and model.choice.tried:
         _say_plain(model.choice, model.recipe.quantization_budget)
+
+
+def _given(model: Model, calibration: Path) -> WeightChoice:
+    """The choice beside a calibration, found to be of this model and what its recipe asks for."""
+    path = (calibration if calibration.is_dir() else calibration.parent) / CHOICE
+    if calibration.is_dir() and path.exists():
+        Bundle.open(calibration).verify(QUANTIZE)
+    choice, budget = WeightChoice.load(path), model.recipe.rounding["budget"]
+    if choice.budget != budget:
+        asked = ["without --auto-precision" if one is None else f"for {one:g} nats" for one in (choice.budget, budget)]
+        raise CapaError(f"{path}: weights were chosen {asked[0]}, not {asked[1]}; ask for the same, or calibrate again")
+    taken = model.with_recipe(model.recipe)
+    taken.take(choice)
+    check_owner(Calibration.load(calibration), taken, calibration)
+    return choice
 
 
 def _say_plain(choice: WeightChoice, budget: float) -> None:

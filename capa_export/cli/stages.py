@@ -143,7 +143,14 @@ def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
     from capa_export.calibrate.stage import adopt_calibration
     from capa_export.calibrate.sums import Calibration, merged
     from capa_export.config.recipe import FFN, load_recipe
+    from capa_export.model.quantized.choice import CHOICE
 
+    for part in parts:
+        if ((part if part.is_dir() else part.parent) / CHOICE).exists():
+            raise CapaError(
+                f"{part}: its weights were chosen by samples, so that it fits no other machine's; calibrate each with "
+                "--quantize int4/rtn to add them up"
+            )
     calibration = merged([Calibration.load(part) for part in parts])
     adopt_calibration(Bundle(out), calibration)
     return calibration.summary(load_recipe(recipe).ffn if recipe else FFN())

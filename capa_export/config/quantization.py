@@ -28,7 +28,7 @@ Quantization = Literal[
 Samples decide what INT4 weights are rounded to; behind `/rtn` (round to nearest), and of other types, they are rounded
 as they are.
 """
-_WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::(\d+))?(/rtn)?")
+_WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::([1-9][0-9]*))?(/rtn)?")
 
 
 def parse_quantization(word: str) -> Quantization:

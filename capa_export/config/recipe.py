@@ -88,6 +88,11 @@ class Recipe(Settings):
         """Whether samples decide what weights are rounded to."""
         return looks_at_samples(self.quantize) or self.auto_precision
 
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """All that is asked for the weights of the decoder's layers."""
+        return {"quantize": self.quantize, "budget": self.quantization_budget if self.auto_precision else None}
+
     def with_options(
         self,
         *,
@@ -138,13 +143,18 @@ class Recipe(Settings):
             changed["fp32_layers"] = tuple(dict.fromkeys(fp32_layers))
         if quantize is not None:
             changed["quantize"] = parse_quantization(quantize)
+            if quantize == "none":
+                changed["auto_precision"] = False
         if auto_precision:
             changed["auto_precision"] = True
-            if changed.get("quantize", self.quantize) in (None, "none"):
-                raise CapaError(
-                    "--auto-precision says which layers --quantize leaves as they are; say --quantize int4 too",
-                    ExitCode.USAGE,
-                )
+        if changed.get("auto_precision", self.auto_precision) and changed.get("quantize", self.quantize) in (
+            None,
+            "none",
+        ):
+            asks = "--auto-precision" if auto_precision else f"recipe {self.name}: auto_precision"
+            raise CapaError(
+                f"{asks} says which layers --quantize leaves as they are; say --quantize int4 too", ExitCode.USAGE
+            )
         return self.model_copy(update=changed)
 
     def for_any_target(self) -> "Recipe":

@@ -11,8 +11,8 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.calibrate.audit import audit
-from capa_export.calibrate.stage import check_owner, with_effect
-from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
+from capa_export.calibrate.stage import with_effect
+from capa_export.calibrate.sums import CALIBRATION, Calibration, check_owner, scales_digest
 from capa_export.calibrate.weights import take_choice
 from capa_export.config.options import BuildOptions
 from capa_export.export.folder import write_folder

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capa_export.bundle.store import MANIFEST, Bundle
-from capa_export.calibrate.sums import CALIBRATION, Calibration, scales_digest
+from capa_export.calibrate.sums import CALIBRATION, ROUNDING, Calibration, scales_digest
 from capa_export.config.recipe import Recipe
 
 __all__ = ["finished_stages"]
@@ -43,7 +43,7 @@ def finished_stages(
         calibration is None
         and (folder / CALIBRATION).is_file()
         and _agrees(manifest.get("hashed"), checkpoint)
-        and _rounds_alike(manifest.get("recipe", {}), recipe)
+        and stages.get("calibrate", {}).get("result", {}).get(ROUNDING) == recipe.rounding
     ):
         done |= {"calibrate"} & stages.keys()
         calibration = folder
@@ -56,22 +56,13 @@ def finished_stages(
         and exported["alpha"] == _alpha(recipe, calibration, ffn=ffn)
         and bool(stages["export"].get("linked")) == in_place
         and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers"))
-        and _rounds_alike(recorded, recipe)
+        and Recipe.model_validate(recorded).rounding == recipe.rounding
     ):
         engines = {name for name in stages if name.startswith("engine/")}
         done |= {"export", *(name for name in engines if stages[name]["result"]["weights"] == weights)}
         if recorded == wanted:
             done |= {"validate"} & stages.keys()
     return done
-
-
-def _rounds_alike(recorded: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether weights were rounded as a recipe asks."""
-    wanted: dict[str, Any] = {"quantize": recipe.quantize, "auto_precision": recipe.auto_precision}
-    if recipe.auto_precision:
-        wanted["quantization_budget"] = recipe.quantization_budget
-    found = {"auto_precision": False, **recorded}
-    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -> bool:

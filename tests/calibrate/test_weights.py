@@ -17,6 +17,7 @@ from capa_export.model.model import Model, recorded_model
 from capa_export.model.quantized.choice import CHOICE, QUANTIZE, WeightChoice
 from tests.building import Building
 from tests.conftest import noise
+from tests.quantizing import FORMATS, quantize
 
 READERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
 
@@ -118,6 +119,61 @@ def test_a_calibration_made_elsewhere_brings_its_choice(folder: Path, tmp_path: 
     plain.calibrate()
     with pytest.raises(CapaError, match=f"{CHOICE}: no such file"):
         building(folder, tmp_path / "other", calibration=tmp_path / "plain").calibrate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "measured on another checkpoint than"),
+        ({"auto_precision": True}, "weights were chosen without --auto-precision, not for 0.02 nats; ask for the same"),
+    ],
+    ids=str,
+)
+def test_a_calibration_that_does_not_fit_costs_nothing(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other" / "checkpoint"))
+    if not changes:
+        tensors = load_file(other / "model.safetensors")
+        tensors["lm_head.weight"] *= 2
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder.parent / "picture.png", other.parent)
+    building(other, tmp_path / "made").calibrate()
+    exported = building(folder, tmp_path / "out", ffn=False)
+    exported.export()
+    before = exported.bundle.manifest
+    adopting = exported.again(calibration=tmp_path / "made")
+    adopting.recipe = adopting.recipe.model_copy(update=changes)
+    with pytest.raises(CapaError, match=problem):
+        adopting.calibrate()
+    assert exported.bundle.manifest == before
+    exported.bundle.verify(QUANTIZE, "export")
+
+
+def test_weights_that_were_chosen_apart_are_not_added_up(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building(folder, tmp_path / "made").calibrate()
+    assert main(["calibrate", "--merge", str(tmp_path / "made"), "-o", str(tmp_path / "sum")]) == ExitCode.PREFLIGHT
+    assert "calibrate each with --quantize int4/rtn to add them up" in capsys.readouterr().err
+    assert not (tmp_path / "sum").exists()
+
+
+def test_a_recipe_that_leaves_layers_plain_says_of_which_rounding() -> None:
+    recipe = load_recipe("qwen25vl").model_copy(update={"auto_precision": True})
+    with pytest.raises(CapaError, match="recipe qwen25vl: auto_precision says which layers --quantize leaves"):
+        recipe.with_options()
+    assert recipe.with_options(quantize="int4").rounding == {"quantize": "int4", "budget": 0.02}
+    assert recipe.with_options(quantize="none").rounding == {"quantize": "none", "budget": None}
+
+
+def test_layers_that_are_quantized_already_cannot_stay_plain(folder: Path, tmp_path: Path) -> None:
+    published = Path(shutil.copytree(folder, tmp_path / "published"))
+    quantize(published, FORMATS["FP8"])
+    given = building(published, tmp_path / "out", "fp8", ffn=False).again(images=folder.parent / "picture.png")
+    given.recipe = given.recipe.model_copy(update={"auto_precision": True})
+    with pytest.raises(CapaError, match=r"--auto-precision: .*published is quantized already"):
+        given.export()
 
 
 def test_other_samples_outdate_what_was_exported(folder: Path, tmp_path: Path) -> None:

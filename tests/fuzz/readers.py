@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from io import BytesIO, StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ from capa_export.model.generation import GenerationOptions, eos_token_ids, read_
 from capa_export.model.processors.rendering import render
 from capa_export.model.processors.resolved import read_processors
 from capa_export.model.prompt import Prompter
+from capa_export.model.quantized.choice import CHOICE, WeightChoice
 from capa_export.report.schema import read_parity
 from capa_export.report.terminal import print_bundle
 from capa_export.run.decoding import TokenChooser
@@ -171,9 +173,16 @@ def _config(model_type: str, **vision: Any) -> bytes:
     return json.dumps(config).encode()
 
 
-def _calibration() -> bytes:
-    from tempfile import TemporaryDirectory
+def _choice() -> bytes:
+    with TemporaryDirectory() as folder:
+        factors = {"model.layers.0.input_layernorm": np.ones(4, np.float32)}
+        WeightChoice(factors=factors, errors=(0.1,), plain=(1,), tried=((1, 0.01),), budget=0.02).save(
+            Path(folder) / "x"
+        )
+        return (Path(folder) / "x").read_bytes()
 
+
+def _calibration() -> bytes:
     with TemporaryDirectory() as folder:
         Calibration("digest", 1, [LayerSums.zeros(4)] * 2, {"layers.0": 1.0}).save(Path(folder) / "x")
         return (Path(folder) / "x").read_bytes()
@@ -354,6 +363,7 @@ READERS: Mapping[str, Reader] = {
         "json",
         {"config.json": b"{}", "model-1.safetensors": _TENSOR},
     ),
+    "choice of weights": Reader(CHOICE, WeightChoice.load, _choice(), "binary"),
     "calibration": Reader("c.safetensors", Calibration.load, _calibration(), "binary"),
     "parity": Reader("parity.json", read_parity, _json(_PARITY), "json"),
     "graph": Reader("m.onnx", _graph, _onnx(), "binary", {"data": bytes(16)}),

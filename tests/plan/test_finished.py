@@ -7,7 +7,7 @@ import pytest
 
 from capa_export.bundle.store import Bundle
 from capa_export.calibrate.scaled_sets import EFFECT
-from capa_export.calibrate.sums import CALIBRATION, Calibration, LayerSums, scales_digest
+from capa_export.calibrate.sums import CALIBRATION, ROUNDING, Calibration, LayerSums, scales_digest
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.plan.finished import finished_stages
 from tests.calibrate.effects import harmless
@@ -42,7 +42,7 @@ def bundle(tmp_path: Path, recipe: Recipe, calibration: Calibration) -> Bundle:
     measured.effect.save(bundle.folder / EFFECT)
     alpha = scales_digest(measured.alphas(measured.scaled_layers(recipe.ffn)))
     entries = {"recipe": recipe.model_dump(mode="json"), "checkpoint": hashes, "hashed": hashes}
-    record(bundle.folder, "calibrate", [CALIBRATION], entries=entries, result={})
+    record(bundle.folder, "calibrate", [CALIBRATION], entries=entries, result={ROUNDING: recipe.rounding})
     record(bundle.folder, "effect", [EFFECT], result={})
     record(bundle.folder, "export", [], result={"precision": "fp16", "alpha": alpha})
     record(bundle.folder, "engine/rtx", [], result={"weights": "embedded"})
@@ -100,3 +100,10 @@ def test_an_interrupted_export_is_not_done(bundle: Bundle, recipe: Recipe) -> No
     del stages["export"]
     bundle.update(stages=stages)
     assert done(bundle, recipe) == {"calibrate"}
+
+
+def test_what_was_only_calibrated_is_of_its_rounding(bundle: Bundle, recipe: Recipe) -> None:
+    rounded = recipe.with_options(quantize="int4:32")
+    calibrated = {**bundle.stage("calibrate"), "result": {ROUNDING: rounded.rounding}}
+    bundle.update(stages={"calibrate": calibrated})
+    assert done(bundle, rounded) == {"calibrate"} and done(bundle, recipe) == set()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from capa_export.base.errors import CapaError, ExitCode
+from capa_export.base.files import refuse_special
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, StoredTensor
 from capa_export.model.quantized.weight import Array
 
@@ -61,11 +62,8 @@ class WeightChoice:
     """Decoder layers whose weights are not rounded, ascending."""
     tried: tuple[tuple[int, float], ...] = ()
     """Numbers of plain layers that were tried, and the mean KL of the next token with them, in nats."""
-
-    def of(self, index: int) -> Mapping[str, Array]:
-        """The factors of a decoder layer by the module that is divided."""
-        named = {module: layer_name(index, module) for module in PLACES}
-        return {module: self.factors[name] for module, name in named.items() if name in self.factors}
+    budget: float | None = None
+    """Nats that they were to keep to; None where no layer was to stay plain."""
 
     def with_plain(self, plain: Sequence[int]) -> "WeightChoice":
         """The same with these layers plain."""
@@ -83,7 +81,7 @@ class WeightChoice:
         Raises:
             CapaError: the file cannot be written.
         """
-        about = {"version": 1, "errors": self.errors, "plain": self.plain, "tried": self.tried}
+        about = {"version": 1, "errors": self.errors, "plain": self.plain, "tried": self.tried, "budget": self.budget}
         try:
             save_file(dict(self.factors), path, metadata={"capa_quantization": json.dumps(about, sort_keys=True)})
         except SafetensorError as error:
@@ -97,6 +95,7 @@ class WeightChoice:
         Raises:
             CapaError: the file is missing or damaged.
         """
+        refuse_special(path)
         try:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["capa_quantization"])
@@ -104,15 +103,19 @@ class WeightChoice:
                 for name, values in factors.items():
                     if values.dtype != np.float32 or values.ndim != 1 or not (np.isfinite(values) & (values > 0)).all():
                         raise ValueError(f"factors of {name} are not positive FP32 numbers")
+                plain = tuple(map(int, about["plain"]))
+                if min(plain, default=0) < 0 or len(set(plain)) < len(plain):
+                    raise ValueError("plain layers are no layers")
                 return cls(
                     factors=factors,
                     errors=tuple(map(float, about["errors"])),
-                    plain=tuple(map(int, about["plain"])),
+                    plain=plain,
                     tried=tuple((int(count), float(kl)) for count, kl in about["tried"]),
+                    budget=None if about["budget"] is None else float(about["budget"]),
                 )
         except FileNotFoundError as error:
             raise CapaError(f"{path}: no such file; `capa-export calibrate` writes one") from error
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
             raise CapaError(f"{path}: says nothing of how weights are rounded ({error}); calibrate again") from error
 
 
@@ -199,9 +202,11 @@ def scaled(tensors: Mapping[str, StoredTensor], choice: WeightChoice) -> Mapping
     for name, chosen in choice.factors.items():
         if name in plain:
             continue
-        factors = chosen
-        stem = name.removesuffix(next(module for module in PLACES if name.endswith(module)))
-        weight = tensors[f"{name}.weight"]
+        factors, weight = chosen, tensors.get(f"{name}.weight")
+        module = next((module for module in PLACES if name.endswith(f".{module}")), None)
+        if weight is None or module is None:
+            raise CapaError(f"{CHOICE}: has factors of {name:.80}, which this checkpoint lacks; calibrate this one")
+        stem = name.removesuffix(module)
         if weight.shape[0] != len(factors):
             raise CapaError(
                 f"{weight.path}: {weight.name} has {weight.shape[0]} outputs, their factors are {len(factors)}"
@@ -213,7 +218,7 @@ def scaled(tensors: Mapping[str, StoredTensor], choice: WeightChoice) -> Mapping
             outputs[f"{name}.weight"] = 1 / factors
         if f"{name}.bias" in tensors:
             outputs[f"{name}.bias"] = 1 / factors
-        inputs |= {f"{stem}{reader}.weight": factors for reader in PLACES[name.removeprefix(stem)]}
+        inputs |= {f"{stem}{reader}.weight": factors for reader in PLACES[module]}
     for name in outputs.keys() | inputs.keys():
         about: dict[str, Any] = {**_in_fp32(tensors[name]), "plain": tensors[name], "digest": digest}
         changed[name] = _FactoredTensor(outputs=outputs.get(name), inputs=inputs.get(name), **about)

@@ -14,7 +14,7 @@ import numpy as np
 from capa_export.base.errors import CapaError
 from capa_export.base.weight_types import PackedLayers
 from capa_export.model.checkpoint import StoredTensor
-from capa_export.model.quantized.choice import WeightChoice, awaiting_choice, scaled
+from capa_export.model.quantized.choice import CHOICE, WeightChoice, awaiting_choice, scaled
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
@@ -125,6 +125,8 @@ def rounded(
             )
     method = "scaled by activations" if waits or (choice is not None and choice.factors) else "rounded to nearest"
     plain = () if choice is None else choice.plain
+    if unknown := set(plain) - {int(match[1]) for match in chosen.values()}:
+        raise CapaError(f"{CHOICE}: leaves layer {min(unknown)} plain, which this checkpoint lacks; calibrate this one")
     if waits:
         tensors = awaiting_choice(tensors, list(chosen))
     elif choice is not None:

@@ -12,9 +12,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import PackedLayers
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.quantized.choice import CHOICE, PLACES, WeightChoice, layer_name, scaled
+from capa_export.model.quantized.rounded import rounded
 from capa_export.model.source import Source
 from capa_export.model.streamed import read_model
 from tests.models import FAMILIES
@@ -92,16 +94,18 @@ def test_numbers_too_small_for_fp16_keep_their_factor_of_one(source: Source) -> 
 
 
 def test_a_file_holds_all_of_it_and_a_damaged_one_is_refused(source: Source, tmp_path: Path) -> None:
-    choice = replace(drawn(source), errors=(0.1, 0.2), plain=(1,), tried=((0, 0.5), (1, 0.01)))
+    choice = replace(drawn(source), errors=(0.1, 0.2), plain=(1,), tried=((0, 0.5), (1, 0.01)), budget=0.1)
     choice.save(tmp_path / CHOICE)
     found = WeightChoice.load(tmp_path / CHOICE)
     assert found.digest() == choice.digest()
-    assert (found.errors, found.plain, found.tried) == (choice.errors, choice.plain, choice.tried)
+    assert replace(found, factors={}) == replace(choice, factors={})
     with pytest.raises(CapaError, match="no such file"):
         WeightChoice.load(tmp_path / "other")
     factors = load_file(tmp_path / CHOICE)
     next(iter(factors.values()))[3] = -1
-    save_file(factors, tmp_path / CHOICE, {"capa_quantization": '{"errors": [], "plain": [], "tried": []}'})
+    save_file(
+        factors, tmp_path / CHOICE, {"capa_quantization": '{"errors": [], "plain": [], "tried": [], "budget": null}'}
+    )
     with pytest.raises(CapaError, match="are not positive FP32 numbers"):
         WeightChoice.load(tmp_path / CHOICE)
     (tmp_path / CHOICE).write_bytes(b"nothing")
@@ -112,3 +116,8 @@ def test_a_file_holds_all_of_it_and_a_damaged_one_is_refused(source: Source, tmp
 def test_factors_of_another_model_are_refused(source: Source) -> None:
     with pytest.raises(CapaError, match="outputs, their factors are 3"):
         scaled(source.tensors, WeightChoice(factors={layer_name(0, "input_layernorm"): np.ones(3, np.float32)}))
+    for name in (layer_name(9, "input_layernorm"), layer_name(0, "mlp.down_proj"), "nothing"):
+        with pytest.raises(CapaError, match=f"factors of {name}, which this checkpoint lacks"):
+            scaled(source.tensors, WeightChoice(factors={name: np.ones(64, np.float32)}))
+    with pytest.raises(CapaError, match="leaves layer 7 plain, which this checkpoint lacks"):
+        rounded(source.tensors, PackedLayers(kind="int4", group=32), WeightChoice(plain=(1, 7)))

@@ -16,7 +16,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import shipped
 from capa_export.base.weight_types import PackedLayers
 from capa_export.bundle.store import Bundle
-from capa_export.calibrate.stage import check_owner
+from capa_export.calibrate.sums import check_owner
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
@@ -120,6 +120,7 @@ def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Pa
     ("word", "problem"),
     [
         ("int4:48", "--quantize int4:48: groups of 48 are multiplied nowhere; take one of 32, 64, 128"),
+        ("int4:032", "--quantize int4:032: must be none, int4"),
         ("int5", "--quantize int5: must be none, int4, int8, fp8, nvfp4, or int4 with a group, as int4:64; int4 may"),
         ("fp8/rtn", "--quantize fp8/rtn: fp8 is always rounded to nearest; say it alone"),
         ("fp8:32", "--quantize fp8:32: FP8 has one scale an output; say fp8 alone"),
@@ -209,7 +210,10 @@ def test_calibration_and_export_are_those_of_the_rounded_model(building: Buildin
     assert building.bundle.stage("export")["result"]["packing"] is None
 
 
-@pytest.mark.parametrize(("precision", "word"), [("fp16", WORD), ("bf16", "fp8"), ("fp16", "nvfp4"), ("fp32", "int8")])
+@pytest.mark.parametrize(
+    ("precision", "word"),
+    [("fp16", WORD), ("bf16", WORD), ("fp32", WORD), ("bf16", "fp8"), ("fp16", "nvfp4"), ("fp32", "int8")],
+)
 def test_layer_by_layer_and_with_parts_in_fp32(building: Building, precision: Any, word: str) -> None:
     fp32_layers = () if precision == "fp32" else ("1.mlp",)
     building.recipe = building.recipe.with_options(fp32_layers=fp32_layers, quantize=word)
