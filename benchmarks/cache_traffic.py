@@ -9,7 +9,7 @@ tensor counts with what it grows by when the cache does. FFN and vocabulary are 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -109,15 +109,30 @@ def _graph(family: str, checkpoint: str) -> tuple[ir.Model, DecoderDims]:
 
 
 def _layers(model: ir.Model, variant: Variant, folder: Path) -> list[Layer]:
-    file, files = folder / "model.onnx", {part: str(folder / part) for part in ("plan", "layers", "result")}
     variant.change(model)
     # Prompts, tokens, and rows or blocks: at least, usually and at most.
-    sizes = {"batch": (1, 1, 1), "step": (1, 1, 1), "past": (1, 1024, 8192), "past_blocks": (1, 4, 32)}
+    single = (1, 1, 1)
+    sizes = {"batch": single, "step": single, "past": (1, 1024, 8192), "past_blocks": (1, 4, 32)}
     if variant.static:
-        sizes = {"batch": (1, 1, 1), "step": (1, 1, 1), "past": (_ROWS,) * 3}
+        sizes = {"batch": single, "step": single, "past": (_ROWS, _ROWS, _ROWS)}
         for value in (*model.graph.inputs, *model.graph.outputs):
             if is_cache(str(value.name)) and value.shape is not None:
                 value.shape = ir.Shape([1, *(one if isinstance(one, int) else _ROWS for one in value.shape[1:])])
+    return built_layers(model, sizes, folder, "8.9")
+
+
+def built_layers(
+    model: ir.Model, sizes: Mapping[str, tuple[int, int, int]], folder: Path, capability: str
+) -> list[Layer]:
+    """The layers of an engine for one compute capability, by TensorRT-RTX.
+
+    Args:
+        model: saved into the folder.
+        sizes: of its symbolic dimensions: at least, usually and at most.
+        folder: empty.
+        capability: as `8.9`.
+    """
+    file, files = folder / "model.onnx", {part: str(folder / part) for part in ("plan", "layers", "result")}
     shapes = {
         name: [[one if isinstance(one, int) else sizes[one][end] for one in shape] for end in range(3)]
         for name, shape in ((str(value.name), _named(value)) for value in model.graph.inputs)
@@ -128,7 +143,7 @@ def _layers(model: ir.Model, variant: Variant, folder: Path) -> list[Layer]:
         "runtime": "tensorrt_rtx",
         "version_min": "1.7",
         "version_below": "2",
-        "compute_capabilities": ["8.9"],
+        "compute_capabilities": [capability],
         "plugins": {"kind": "none", "count": 0, "library": None},
         "onnx": str(file),
         "beside": str(file),
@@ -140,7 +155,7 @@ def _layers(model: ir.Model, variant: Variant, folder: Path) -> list[Layer]:
     subprocess.run(worker, capture_output=True, check=False)
     result = json.loads(Path(files["result"]).read_text(encoding="utf-8"))
     if "error" in result:
-        raise SystemExit(f"{variant.name}: {result['error']}")
+        raise SystemExit(result["error"])
     return parse_layers(Path(files["layers"]).read_text(encoding="utf-8"))
 
 
