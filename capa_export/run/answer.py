@@ -83,7 +83,7 @@ class VisionLanguageModel:
     def runtime(self) -> RuntimeModel[Any]:
         """The model in its runtime, loaded when the first prompt is there."""
         if self._built is None:
-            return OnnxModel(self.bundle.folder / ONNX, provider=self.provider)
+            return OnnxModel(self.bundle.folder / ONNX, provider=self.provider, exact=False)
         from capa_export.run.engine_model import EngineModel
 
         return EngineModel(self._built)

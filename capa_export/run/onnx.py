@@ -62,6 +62,8 @@ class OnnxModel(RuntimeModel[KVCache]):
         threads: of ONNX Runtime; 0 for its own choice.
         sliced: whether no more than a layer's weights are to be in memory.
         provider: of ONNX Runtime.
+        exact: whether products with INT8 weights are computed in FP32. On a CPU ONNX Runtime then dequantizes these at
+            every run, and takes tens of times longer than where it may round what enters to INT8, a scale for 32 each.
 
     Raises:
         CapaError: it is not installed here.
@@ -75,6 +77,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         threads: int = 0,
         sliced: bool = False,
         provider: Provider = "cpu",
+        exact: bool = True,
     ) -> None:
         require_provider(provider)
         self.provider: Provider = provider
@@ -82,7 +85,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         self.unwritten = None if isinstance(graphs, Path) else graphs
         self.folder = graphs if isinstance(graphs, Path) else Path()
         self.sliced = sliced or self.unwritten is not None
-        self.threads, self.prefill_file = threads, prefill
+        self.threads, self.prefill_file, self.exact = threads, prefill, exact
         self._scratch = TemporaryDirectory(prefix="capa-export-")
         self._sessions: dict[str, tuple[Any, bool]] = {}
         """File -> session, and whether its attention runs in tiles."""
@@ -165,8 +168,11 @@ class OnnxModel(RuntimeModel[KVCache]):
         # Errors come as exceptions; the log would say them a second time.
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # INT4 weights are multiplied in FP32: by default, what enters is rounded to INT8.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # INT4 weights are multiplied in FP32, of level 1: by default, of level 4, what enters is rounded to INT8.
+        rounds = not self.exact and _has_int8(path)
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if rounds else "1")
+        # With a scale that another product has, too, one of INT8 is not taken for one.
+        disabled = ["ConstantSharing"] if rounds else None
         if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         if self.sliced:
@@ -176,7 +182,9 @@ class OnnxModel(RuntimeModel[KVCache]):
             options.enable_cpu_mem_arena = False
         source = str(path) if model is None else model.SerializeToString()
         try:
-            session = onnxruntime.InferenceSession(source, options, providers=used_provider(self.provider))
+            session = onnxruntime.InferenceSession(
+                source, options, providers=used_provider(self.provider), disabled_optimizers=disabled
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
         check_used(self.provider, session, path)
@@ -335,6 +343,13 @@ def _is_bfloat16(path: Path) -> bool:
 
     inputs = _proto(path).graph.input
     return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
+
+
+def _has_int8(path: Path) -> bool:
+    """Whether weights in the ONNX file at `path` are INT8."""
+    import onnx
+
+    return any(weight.data_type == onnx.TensorProto.INT8 for weight in _proto(path).graph.initializer)
 
 
 def _on_host(cache: KVCache) -> KVCache:

@@ -44,6 +44,20 @@ def test_a_batch_generates_what_each_prompt_does_alone(trained: tuple[OnnxModel,
     assert answers(onnx, prompts, []) == alone
 
 
+@pytest.mark.parametrize(("word", "rounds"), [("int8", True), ("int4:32/rtn", False)])
+def test_only_beside_int8_weights_is_what_enters_rounded_and_only_where_it_may(
+    trained: tuple[OnnxModel, list[Prompt]], tmp_path: Path, word: str, *, rounds: bool
+) -> None:
+    """By less than a scale for 32 numbers of 8 bits does, which is half a step of 1/127 of the largest each."""
+    prompt = trained[1][0]
+    source = Source.of(open_checkpoint(load_recipe("tiny-qwen25vl").checkpoint), qwen25vl, word)
+    write_onnx(source, "fp32", tmp_path, prune_layers=(2,), scales={})
+    keep = [prompt.num_visual]
+    exact, usual = (OnnxModel(tmp_path, threads=1, exact=one).prefill(prompt, keep).logits for one in (True, False))
+    error = np.linalg.norm(usual - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.02 if rounds else error == 0, error
+
+
 def test_caches_that_stay_on_the_device_give_the_same_answers(
     trained: tuple[OnnxModel, list[Prompt]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ class Side:
         folder = bundle.folder / ONNX
         recipe = recipe_of(bundle.manifest, bundle.folder)
         prompter = bundled_prompter(bundle, trust_remote_code=trust_remote_code)
-        return cls(bundle, recipe, prompter, OnnxModel(folder), eos_token_ids(folder / "llm"))
+        return cls(bundle, recipe, prompter, OnnxModel(folder, exact=False), eos_token_ids(folder / "llm"))
 
     def prefill(self, prompt: Prompt, embeds: Mapping[str, np.ndarray]) -> PrefillRun[KVCache]:
         return self.model.prefill(prompt, self.recipe.prune.num_keep(prompt.image_lengths), embeds)

@@ -56,7 +56,7 @@ class _OpenBundle:
             )
         self.prune = recipe_of(bundle.manifest, bundle.folder).prune
         self.prompter = bundled_prompter(bundle, bounds=given.bounds, trust_remote_code=given.trust_remote_code)
-        self.model = OnnxModel(given.folder / ONNX, threads=_threads(), provider=given.provider)
+        self.model = OnnxModel(given.folder / ONNX, threads=_threads(), provider=given.provider, exact=False)
         self.stop = eos_token_ids(given.folder / ONNX / "llm")
 
     def answers(self, question: Question, wanted: Sequence[str]) -> list[Answer]:
