@@ -32,7 +32,7 @@ def build(
     """
     check_runtime(target)
     check_wishes(model, options)
-    check_engines(model.source.dims.decoder, target, options)
+    check_engines(model.source.dims, target, options)
     options = _with_room(model, bundle, target, options)
     with bundle.claimed():
         if options.in_place:

@@ -46,6 +46,7 @@ def build(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     auto_fp32: bool = False,
@@ -86,6 +87,7 @@ def build(
         quantize: what the weights of the decoder's layers are to be: `int4` or `int4:GROUP` for plain ones, scaled
             by the samples' activations, or to nearest where it ends in `/rtn`; `int8`, `fp8` and `nvfp4`, to nearest;
             `none` to expand those of a quantized checkpoint; by default what the checkpoint has.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
@@ -125,6 +127,7 @@ def build(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -207,6 +210,7 @@ def plan(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     target: str = "rtx",
@@ -230,6 +234,7 @@ def plan(
         calibration: a finished one.
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32.
@@ -250,6 +255,7 @@ def plan(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

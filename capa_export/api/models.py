@@ -37,6 +37,7 @@ def find_model(
     ffn_budget: float | None = None,
     fp32_layers: Sequence[str] | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -57,6 +58,7 @@ def find_model(
         fp32_layers: parts in FP32.
         quantize: what the weights of the decoder's layers are to be: `none`, `int4[:GROUP][/rtn]`, `int8`, `fp8` or
             `nvfp4`.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -76,6 +78,7 @@ def find_model(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

@@ -24,6 +24,7 @@ def calibrate(
     revision: str | None = None,
     ffn_budget: float | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     images: AnyPath | None = None,
     samples: int | None = None,
@@ -44,6 +45,7 @@ def calibrate(
         revision: of a hub id.
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         quantize: what the weights of the decoder's layers are to be in the build that the calibration is for.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         images: pictures and questions; the recipe's scenes where there are none.
@@ -66,6 +68,7 @@ def calibrate(
         revision=revision,
         ffn_budget=ffn_budget,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -95,6 +98,7 @@ def export(
     calibration: AnyPath | None = None,
     precision: Precision = "fp16",
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
@@ -121,6 +125,7 @@ def export(
         calibration: a finished one, in place of the one in `out`.
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32.
@@ -151,6 +156,7 @@ def export(
         ffn_budget=ffn_budget,
         fp32_layers=fp32_layers,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

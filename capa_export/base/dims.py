@@ -54,6 +54,8 @@ class DecoderDims:
     """First layers behind which visual tokens gain features of their own from the vision tower."""
     packed: PackedLayers | None = None
     """What graphs hold the weights of the layers in; None where they are plain."""
+    packed_head: PackedLayers | None = None
+    """What they hold the weight of the LM head in."""
 
     @property
     def longest(self) -> int:
@@ -99,6 +101,12 @@ class ModelDims(Generic[V]):
     vision: V
     image_token_id: int
     """Token that stands in the prompt for every visual token."""
+
+    @property
+    def packings(self) -> Mapping[str, PackedLayers]:
+        """What graphs hold weights of few bits in, by the option that decides it."""
+        named = {"--quantize": self.decoder.packed, "--quantize-head": self.decoder.packed_head}
+        return {option: packed for option, packed in named.items() if packed is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,10 @@ def take_choice(model: Model, bundle: Bundle, options: BuildOptions) -> None:
 
 def _subject(model: Model) -> str:
     """A digest of the weights, and of what they are to be rounded to."""
-    return digest_of([model.digests, model.recipe.rounding])
+    recipe = model.recipe
+    # What layers cost is measured in front of the head that there will be; factors do not depend on it.
+    asked = recipe if recipe.auto_precision else recipe.model_copy(update={"quantize_head": "none"})
+    return digest_of([model.digests, asked.rounding])
 
 
 def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
@@ -58,7 +61,7 @@ def choose_weights(model: Model, bundle: Bundle, options: BuildOptions) -> None:
     form = rounding(model.recipe.quantize)
     if model.choice is not None or form is None or not model.recipe.decided_by_samples:
         return
-    if not model.source.rounds:
+    if not model.source.rounds_layers:
         raise CapaError(
             f"--auto-precision: {model.checkpoint} is quantized already, and stays as it is; leave it away",
             ExitCode.USAGE,

@@ -52,6 +52,7 @@ __all__ = [
     "PluginsOpt",
     "PrecisionOpt",
     "ProviderOpt",
+    "QuantizeHeadOpt",
     "QuantizeOpt",
     "RatioOpt",
     "RayOpt",
@@ -209,6 +210,15 @@ QuantizeOpt = Annotated[
         "by the samples' activations, or with /rtn to nearest; int8, fp8 and nvfp4 round to nearest, or keep what the "
         "checkpoint has in the type; none expands those of a quantized checkpoint [default: "
         "as the checkpoint has them].",
+        rich_help_panel=PRECISION,
+    ),
+]
+QuantizeHeadOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|int8|int4[:GROUP]|fp8",
+        help="Weight of the LM head, rounded to nearest, whatever --quantize makes of the layers; an embedding that "
+        "shares it stays as it is [default: none].",
         rich_help_panel=PRECISION,
     ),
 ]

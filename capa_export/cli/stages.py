@@ -41,6 +41,7 @@ from capa_export.cli.options import (
     PluginsOpt,
     PrecisionOpt,
     ProviderOpt,
+    QuantizeHeadOpt,
     QuantizeOpt,
     RatioOpt,
     RayOpt,
@@ -70,6 +71,7 @@ def calibrate(
     revision: RevisionOpt = None,
     ffn_budget: FfnBudgetOpt = None,
     quantize: QuantizeOpt = None,
+    quantize_head: QuantizeHeadOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
@@ -98,7 +100,7 @@ def calibrate(
     """Measure which visual FFNs are linear, and their scales."""
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget, quantize)
-        chosen += (auto_precision,)
+        chosen += (quantize_head, auto_precision)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -118,6 +120,7 @@ def calibrate(
                 revision=revision,
                 ffn_budget=ffn_budget,
                 quantize=quantize,
+                quantize_head=quantize_head,
                 auto_precision=auto_precision,
                 images=images,
                 samples=samples,
@@ -173,6 +176,7 @@ def export(
     calibration: CalibrationOpt = None,
     precision: PrecisionOpt = "fp16",
     quantize: QuantizeOpt = None,
+    quantize_head: QuantizeHeadOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -210,6 +214,7 @@ def export(
             calibration=calibration,
             precision=precision,
             quantize=quantize,
+            quantize_head=quantize_head,
             auto_precision=auto_precision,
             fp32_layers=words(fp32_layers),
             min_pixels=min_pixels,

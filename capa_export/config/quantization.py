@@ -1,13 +1,22 @@
-"""How the weights of a decoder's layers are quantized, as `--quantize` and recipes say it."""
+"""What weights are rounded to, as `--quantize`, `--quantize-head` and recipes say it."""
 
 import re
+from collections.abc import Mapping
 from typing import Literal, cast
 
 from capa_export.base.dims import DecoderDims
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.weight_types import WEIGHT_TYPES, NumberKind, PackedLayers
 
-__all__ = ["Quantization", "check_groups", "looks_at_samples", "parse_quantization", "rounding"]
+__all__ = [
+    "HeadQuantization",
+    "Quantization",
+    "check_groups",
+    "looks_at_samples",
+    "parse_head_quantization",
+    "parse_quantization",
+    "rounding",
+]
 
 Quantization = Literal[
     "none",
@@ -28,6 +37,9 @@ Quantization = Literal[
 Samples decide what INT4 weights are rounded to; behind `/rtn` (round to nearest), and of other types, they are rounded
 as they are.
 """
+HeadQuantization = Literal["none", "int4", "int4:32", "int4:64", "int4:128", "int8", "fp8"]
+"""What the weight of the LM head is rounded to, to nearest; none leaves it as the checkpoint has it."""
+_HEAD_TYPES = ("int8", "int4", "fp8")
 _WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::([1-9][0-9]*))?(/rtn)?")
 
 
@@ -46,17 +58,42 @@ def parse_quantization(word: str) -> Quantization:
         )
     if match and match[3] and match[1] != "int4":
         raise CapaError(f"--quantize {word}: {match[1]} is always rounded to nearest; say it alone", ExitCode.USAGE)
-    if match and match[2]:
-        kind = WEIGHT_TYPES[match[1]]
-        if len(kind.groups) < 2:
-            size = f"groups of {kind.groups[0]}" if kind.groups else "one scale an output"
-            raise CapaError(f"--quantize {word}: {kind.name} has {size}; say {match[1]} alone", ExitCode.USAGE)
-        if int(match[2]) not in kind.groups:
-            known = ", ".join(map(str, kind.groups))
-            raise CapaError(
-                f"--quantize {word}: groups of {match[2]} are multiplied nowhere; take one of {known}", ExitCode.USAGE
-            )
+    if match:
+        _check_group("--quantize", match)
     return cast("Quantization", word)
+
+
+def parse_head_quantization(word: str) -> HeadQuantization:
+    """The word of `--quantize-head`, found to be one that is known.
+
+    Raises:
+        CapaError: it is not.
+    """
+    match, option = _WORD.fullmatch(word), "--quantize-head"
+    if word != "none" and (match is None or match[1] not in _HEAD_TYPES or match[3]):
+        known = ", ".join(_HEAD_TYPES)
+        raise CapaError(
+            f"{option} {word}: must be none, {known}, or int4 with a group, as int4:64; a head is rounded to nearest",
+            ExitCode.USAGE,
+        )
+    if match:
+        _check_group(option, match)
+    return cast("HeadQuantization", word)
+
+
+def _check_group(option: str, match: re.Match[str]) -> None:
+    """Refuse a group that the type does not have."""
+    if not match[2]:
+        return
+    kind = WEIGHT_TYPES[match[1]]
+    if len(kind.groups) < 2:
+        size = f"groups of {kind.groups[0]}" if kind.groups else "one scale an output"
+        raise CapaError(f"{option} {match[0]}: {kind.name} has {size}; say {match[1]} alone", ExitCode.USAGE)
+    if int(match[2]) not in kind.groups:
+        known = ", ".join(map(str, kind.groups))
+        raise CapaError(
+            f"{option} {match[0]}: groups of {match[2]} are multiplied nowhere; take one of {known}", ExitCode.USAGE
+        )
 
 
 def rounding(word: str | None) -> PackedLayers | None:
@@ -75,20 +112,36 @@ def looks_at_samples(word: str | None) -> bool:
     return match is not None and match[1] == "int4" and match[3] is None
 
 
-def check_groups(word: str | None, decoder: DecoderDims) -> None:
-    """Refuse groups that do not divide the inputs of every layer whose weights are to be rounded.
+def check_groups(layers: str | None, head: str, decoder: DecoderDims) -> None:
+    """Refuse groups that do not divide the inputs of every weight that is to be rounded.
+
+    Args:
+        layers: what those of the decoder's layers are to be.
+        head: what that of the LM head is to be.
+        decoder: of the model.
 
     Raises:
-        CapaError: they do not.
+        CapaError: they do not, or two numbers of 4 bits do not make an octet.
     """
-    form, attended = rounding(word), decoder.num_heads * decoder.head_dim
+    sizes = {"hidden_size": decoder.hidden_size}
+    attended = {"the heads together": decoder.num_heads * decoder.head_dim}
+    _check_divides("--quantize", layers, {**sizes, **attended, "intermediate_size": decoder.intermediate_size})
+    _check_divides("--quantize-head", head, sizes)
+    if (form := rounding(head)) is not None and form.type.bits == 4 and decoder.vocab_size % 2:
+        raise CapaError(
+            f"--quantize-head {head}: vocab_size is {decoder.vocab_size}, and numbers of 4 bits go by twos; take int8",
+            ExitCode.USAGE,
+        )
+
+
+def _check_divides(option: str, word: str | None, sizes: Mapping[str, int]) -> None:
+    form = rounding(word)
     if form is None or form.group is None:
         return
-    sizes = {"hidden_size": decoder.hidden_size, "the heads together": attended}
-    for name, size in {**sizes, "intermediate_size": decoder.intermediate_size}.items():
+    for name, size in sizes.items():
         if size % form.group:
             raise CapaError(
-                f"--quantize {word}: groups of {form.group} inputs do not divide {name}, {size}; choose another group, "
+                f"{option} {word}: groups of {form.group} inputs do not divide {name}, {size}; choose another group, "
                 "as int4:32, or leave it away",
                 ExitCode.USAGE,
             )

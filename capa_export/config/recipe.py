@@ -10,7 +10,13 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.toml import Settings, first_problem, read_toml, shipped, shipped_names
 from capa_export.config.gates import Parity
 from capa_export.config.pixels import PixelBounds
-from capa_export.config.quantization import Quantization, looks_at_samples, parse_quantization
+from capa_export.config.quantization import (
+    HeadQuantization,
+    Quantization,
+    looks_at_samples,
+    parse_head_quantization,
+    parse_quantization,
+)
 from capa_export.config.schedule import Method, Prune, stage_text
 
 __all__ = [
@@ -76,6 +82,8 @@ class Recipe(Settings):
     """Parts computed in FP32 whatever the precision, as `--fp32-layers` takes them; the audit adds its own."""
     quantize: Quantization | None = None
     """What the weights of the decoder's layers are, as `--quantize` takes it; None for what the checkpoint has."""
+    quantize_head: HeadQuantization = "none"
+    """What the weight of the LM head is rounded to, as `--quantize-head` takes it."""
     auto_precision: bool = False
     """Whether the fewest decoder layers stay as they are that bring what rounding costs within the budget."""
     quantization_budget: float = Field(default=0.02, ge=0)
@@ -90,8 +98,19 @@ class Recipe(Settings):
 
     @property
     def rounding(self) -> dict[str, Any]:
-        """All that is asked for the weights of the decoder's layers."""
-        return {"quantize": self.quantize, "budget": self.quantization_budget if self.auto_precision else None}
+        """All that is asked for the weights."""
+        layers = {"quantize": self.quantize, "budget": self.quantization_budget if self.auto_precision else None}
+        return layers if self.quantize_head == "none" else {**layers, "head": self.quantize_head}
+
+    @property
+    def rounding_words(self) -> str:
+        """The options that round weights."""
+        said = {"--quantize": self.quantize, "--quantize-head": self.quantize_head}
+        return " and ".join(f"{option} {word}" for option, word in said.items() if word not in (None, "none"))
+
+    def unrounded(self) -> "Recipe":
+        """This recipe with the checkpoint's weights as they are."""
+        return self.model_copy(update={"quantize": None, "quantize_head": "none"})
 
     def with_options(
         self,
@@ -104,6 +123,7 @@ class Recipe(Settings):
         ffn_budget: float | None = None,
         fp32_layers: Sequence[str] | None = None,
         quantize: str | None = None,
+        quantize_head: str | None = None,
         auto_precision: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -145,6 +165,8 @@ class Recipe(Settings):
             changed["quantize"] = parse_quantization(quantize)
             if quantize == "none":
                 changed["auto_precision"] = False
+        if quantize_head is not None:
+            changed["quantize_head"] = parse_head_quantization(quantize_head)
         if auto_precision:
             changed["auto_precision"] = True
         if changed.get("auto_precision", self.auto_precision) and changed.get("quantize", self.quantize) in (

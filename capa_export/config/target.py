@@ -1,6 +1,7 @@
 """A target: what one kind of device gets. Read from `engines/<name>.toml` or from the user's own file."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,16 +154,23 @@ class Target(Settings):
                 ExitCode.USAGE,
             )
 
-    def require_packed_weights(self, packed: PackedLayers | None) -> None:
+    def require_packed_weights(self, packings: Mapping[str, PackedLayers]) -> None:
         """Refuse weights of few bits of a type that the target does not list.
+
+        Args:
+            packings: by the option that decides them.
 
         Raises:
             CapaError: the engine of this target would not multiply with them.
         """
-        if packed is None or self.engine is None or packed.kind in self.engine.weight_types:
+        for option, packed in packings.items():
+            self._require_packed(option, packed)
+
+    def _require_packed(self, option: str, packed: PackedLayers) -> None:
+        if self.engine is None or packed.kind in self.engine.weight_types:
             return
         refused = f"target {self.name} does not take {packed.type.name} weights"
-        others = " or ".join(f"--quantize {kind}" for kind in (*self.engine.weight_types, "none"))
+        others = " or ".join(f"{option} {kind}" for kind in (*self.engine.weight_types, "none"))
         if not packed.type.in_engines:
             raise CapaError(
                 f"{refused}, which TensorRT dequantizes at every run; build with {others}, or with --target onnx",

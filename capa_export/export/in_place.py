@@ -37,7 +37,7 @@ class Shards:
             CapaError: most weights are of another precision, some are quantized, or one lies where its dtype cannot
                 be read.
         """
-        if (quantized := quantization(checkpoint.tensors.values())) is not None:
+        if (quantized := quantization(checkpoint.tensors)) is not None:
             raise CapaError(
                 f"{checkpoint.folder}: {quantized} are expanded to {precision} as they are written; "
                 "leave --weights in-place away"

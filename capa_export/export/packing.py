@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from capa_export.base.weight_types import WEIGHT_TYPES
 from capa_export.config.recipe import ranges
-from capa_export.model.quantized.tensor import QuantizedTensor, quantization
+from capa_export.model.quantized.tensor import HEAD, QuantizedTensor, quantization
 from capa_export.model.source import Source
 from capa_export.passes.pack_weights import packed_forms
 
@@ -24,11 +24,12 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
         source: the checkpoint.
         prefill: the graph of prompts, as it was written.
     """
-    said = quantization(source.tensors.values())
+    said = quantization(source.tensors)
     if said is None:
         return None
     forms = packed_forms(ir.load(prefill).graph)
     reasons = [_why(source, tensor) for name, tensor in source.quantized.items() if name not in forms]
+    head = forms.pop(HEAD, None)
     return {
         "layers": said,
         "packed": len(forms),
@@ -36,6 +37,7 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
         "type": next((form.kind for form in forms.values()), None),
         "group": next((form.group for form in forms.values()), None),
         "expanded": dict(sorted(Counter(reasons).items())),
+        "head": None if head is None else {"type": head.kind, "group": head.group},
     }
 
 
@@ -48,6 +50,8 @@ def _why(source: Source, tensor: QuantizedTensor) -> str:
 def packing_words(packing: dict[str, Any], precision: str) -> str:
     """The same in words."""
     kept = [f"{packing['packed']} kept in {WEIGHT_TYPES[packing['type']].bits} bits"] if packing["packed"] else []
+    if head := packing.get("head"):
+        kept.append(f"the LM head kept in {WEIGHT_TYPES[head['type']].bits} bits")
     gone = [f"{count} expanded to {precision} ({reason})" for reason, count in packing["expanded"].items()]
     plain = f"; decoder layers {ranges(packing['plain'])} stay {precision}" if packing.get("plain") else ""
     return f"{packing['layers']}: {', '.join([*kept, *gone])}{plain}; inputs not quantized"

@@ -40,7 +40,7 @@ def check_wishes(model: Model, options: BuildOptions) -> None:
     model.check_pictures()
     if options.in_place and model.source.rounds:
         raise CapaError(
-            f"--weights in-place reads the checkpoint's own weights, and --quantize {model.source.quantize} rounds "
+            f"--weights in-place reads the checkpoint's own weights, and {model.recipe.rounding_words} rounds "
             "them; leave one of the two away",
             ExitCode.USAGE,
         )
@@ -112,7 +112,7 @@ def _export(model: Model, bundle: Bundle, options: BuildOptions) -> None:
                 "revision": model.revision,
                 "files": model.fingerprints,
                 "sha256": digests(),
-                "quantization": quantization(model.source.checkpoint.tensors.values()),
+                "quantization": quantization(model.source.checkpoint.tensors),
             },
             "calibration_samples": calibration.samples if calibration else 0,
             **({"hashed": model.hashed} if digests() else {}),

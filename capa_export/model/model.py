@@ -81,7 +81,8 @@ class Model:
                 "give a folder"
             )
         checkpoint = open_checkpoint(self.checkpoint, revision=self.revision)
-        return Source.of(checkpoint, self.family, self.recipe.quantize, self.choice)
+        recipe = self.recipe
+        return Source.of(*(checkpoint, self.family, recipe.quantize, self.choice), quantize_head=recipe.quantize_head)
 
     @property
     def checkpoint_source(self) -> str:
@@ -147,7 +148,9 @@ class Model:
         """One digest of config and weights, and of what these are rounded to."""
         if not self.source.rounds:
             return digest_of(self.digests)
-        decided = [] if self.choice is None else [self.choice.digest()]
+        decided: list[Any] = [] if self.choice is None else [self.choice.digest()]
+        if self.recipe.quantize_head != "none":
+            decided.append({"head": self.recipe.quantize_head})
         return digest_of([self.digests, self.recipe.quantize, *decided])
 
     def made(self, bundle: Bundle) -> bool:

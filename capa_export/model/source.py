@@ -15,13 +15,12 @@ from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.choice import WeightChoice
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
-from capa_export.model.quantized.rounded import RoundedTensor, rounded
-from capa_export.model.quantized.tensor import QuantizedTensor
+from capa_export.model.quantized.rounded import RoundedTensor, rounded, rounded_alone
+from capa_export.model.quantized.tensor import HEAD, QuantizedTensor
 
 __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
 
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -35,13 +34,19 @@ class Source:
     tensors: Mapping[str, StoredTensor]
     """Tensors by the graph's names."""
     quantize: str | None = None
-    """How a recipe has the weights quantized."""
+    """What a recipe has the weights of the decoder's layers be."""
     choice: WeightChoice | None = None
     """What samples decided of the weights that are rounded."""
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, family: Family, quantize: str | None = None, choice: WeightChoice | None = None
+        cls,
+        checkpoint: Checkpoint,
+        family: Family,
+        quantize: str | None = None,
+        choice: WeightChoice | None = None,
+        *,
+        quantize_head: str = "none",
     ) -> "Source":
         """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
@@ -51,6 +56,7 @@ class Source:
             quantize: as `config.quantization` has it.
             choice: what samples decided; where they were to decide and did not, weights that are to be rounded cannot
                 be read.
+            quantize_head: what the weight of the LM head is to be. The embedding stays as it is where they share one.
 
         Raises:
             CapaError: the checkpoint is another architecture or in another format, or lacks something; or its weights
@@ -62,21 +68,34 @@ class Source:
         dims = family.model_dims(checkpoint.config, where=str(checkpoint.folder / "config.json"))
         tensors = checkpoint.renamed(family.RENAMES)
         _check_depth(checkpoint, dims, [canonical_name(name, family.RENAMES) for name in checkpoint.names])
+        check_groups(quantize, quantize_head, dims.decoder)
         if (form := rounding(quantize)) is not None:
-            check_groups(quantize, dims.decoder)
             tensors = rounded(tensors, form, choice, waits=choice is None and looks_at_samples(quantize))
         if dims.decoder.ties_missing_head:
             tensors = tied(tensors)
+        if (form := rounding(quantize_head)) is not None:
+            tensors = rounded_alone(tensors, [HEAD], form, option="--quantize-head")
         source = cls(checkpoint, family, dims, tensors, quantize, choice)
-        kept = next(iter(source.block_forms().values()), None)
-        packed = None if kept is None else PackedLayers(kind=kept.kind, group=kept.group)
-        return replace(source, dims=replace(dims, decoder=replace(dims.decoder, packed=packed)))
+        forms = dict(source.block_forms())
+        head, layers = _held(forms.pop(HEAD, None)), _held(next(iter(forms.values()), None))
+        decoder = replace(dims.decoder, packed=layers, packed_head=head)
+        return replace(source, dims=replace(dims, decoder=decoder))
 
     @property
     def rounds(self) -> bool:
         """Whether weights are rounded that the checkpoint has plain."""
-        published = any(not isinstance(tensor, RoundedTensor) for tensor in self.quantized.values())
-        return rounding(self.quantize) is not None and not published
+        return self.rounds_layers or self.head_alone
+
+    @property
+    def rounds_layers(self) -> bool:
+        """Whether those of the decoder's layers are."""
+        layers = (tensor for name, tensor in self.quantized.items() if name != HEAD)
+        return rounding(self.quantize) is not None and all(isinstance(tensor, RoundedTensor) for tensor in layers)
+
+    @property
+    def head_alone(self) -> bool:
+        """Whether the head's is, which then is another than the embedding's even where the config ties them."""
+        return isinstance(self.tensors.get(HEAD), RoundedTensor)
 
     @property
     def quantized(self) -> Mapping[str, QuantizedTensor]:
@@ -90,12 +109,18 @@ class Source:
 
     def form_of(self, tensor: QuantizedTensor) -> BlockForm | str:
         """How graphs hold a quantized tensor in few bits, or why they do not."""
+        if isinstance(tensor, RoundedTensor):
+            return tensor.block_form()
         if self.quantize == "none":
             return "as asked"
         form, asked = tensor.block_form(), rounding(self.quantize)
         if isinstance(form, str) or WEIGHT_TYPES[form.kind].stays or (asked and asked.kind == form.kind):
             return form
         return f"{WEIGHT_TYPES[form.kind].name} stays where --quantize {form.kind} is given"
+
+
+def _held(form: BlockForm | None) -> PackedLayers | None:
+    return None if form is None else PackedLayers(kind=form.kind, group=form.group)
 
 
 def _check_depth(checkpoint: Checkpoint, dims: ModelDims[Any], names: Sequence[str]) -> None:

@@ -223,6 +223,8 @@ def _hollow(source: Source) -> Any:
         config = getattr(transformers, source.family.ARCHITECTURE).config_class.from_pretrained(
             folder, local_files_only=True
         )
+        if source.head_alone:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with _NoWeights():
             model = transformers.AutoModelForImageTextToText.from_config(
                 config, dtype=torch.float32, attn_implementation=ATTENTION

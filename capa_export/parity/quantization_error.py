@@ -36,7 +36,7 @@ def measure_quantization(oracle: Oracle, model: Model, prompts: "Samples", repor
     """
     if not model.source.rounds:
         return None
-    full = replace(model, recipe=model.recipe.model_copy(update={"quantize": None}))
+    full = replace(model, recipe=model.recipe.unrounded())
     weights = StoredWeights(full.source)
     whole = Eager(hollow_model(full.source, weights), weights)
     found: list[Agreement] = []
@@ -47,7 +47,7 @@ def measure_quantization(oracle: Oracle, model: Model, prompts: "Samples", repor
         answers = whole.run(passes)
         found += oracle.eager.run([agreeing(oracle.eager, answer, EagerPlan()) for answer in answers])
     return QuantizationError(
-        weights=quantization(model.source.tensors.values()) or "",
+        weights=quantization(model.source.tensors) or "",
         prompts=len(found),
         kl=fmean(one.kl for one in found),
         kl_max=max(one.kl for one in found),

@@ -103,27 +103,34 @@ def device_memory(
 
 
 def engine_weight_bytes(total: Parameters, width: int, weights: Weights) -> int:
-    """Bytes of weights on the device; prefill and decode each hold the decoder's where they do not share them."""
+    """Bytes of weights on the device; prefill and decode each hold the decoder's where they do not share them.
+
+    A head of few bits they never share.
+    """
     copies = 2 if weights == "embedded" else 1
-    return copies * decoder_bytes(total, width) + total.vision * width
+    heads = 2 if total.head_bits else copies
+    return copies * total.bytes_of_layers(width) + heads * total.bytes_of_head(width) + total.vision * width
 
 
 def decoder_bytes(total: Parameters, width: int) -> int:
     """Bytes of a decoder graph's weights; `width` is that of a number that is not packed."""
-    return total.bytes_of_layers(width) + (total.lm_head or total.embedding) * width
+    return total.bytes_of_layers(width) + total.bytes_of_head(width)
 
 
 def decoder_parameters(total: Parameters) -> int:
     """Parameters of a decoder graph; a tied head is stored for the graphs once more."""
-    return total.decoder + (total.lm_head or total.embedding)
+    return total.decoder + total.head
 
 
 def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
     """Peak of running a bundle's graphs in ONNX Runtime on the CPU; prefill and decode each hold the decoder."""
-    total = parameters(dims)
-    plain = 2 * (decoder_parameters(total) - total.packed) + total.vision
-    packed = 0.0 if dims.decoder.packed is None else _PER_PACKED_PARAMETER[dims.decoder.packed.kind] * 2 * total.packed
-    return LIBRARIES + int(_PER_ONNX_PARAMETER * plain + packed)
+    total, plain = parameters(dims), _PER_ONNX_PARAMETER
+    layers, head = (
+        plain if form is None else _PER_PACKED_PARAMETER[form.kind]
+        for form in (dims.decoder.packed, dims.decoder.packed_head)
+    )
+    decoder = plain * (total.decoder - total.packed) + layers * total.packed + head * total.head
+    return LIBRARIES + int(2 * decoder + plain * total.vision)
 
 
 def _held(cache: KVCacheSize, *, step: int, copies: int) -> int:

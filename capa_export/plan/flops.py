@@ -119,6 +119,10 @@ class Parameters:
     """Their scales that are plain numbers."""
     lm_head: int
     """0 when tied."""
+    head_bits: int
+    """Bits of a number of the head in a graph that holds it in few; 0 where it is plain."""
+    head_scales: int
+    """Its scales then."""
     vision: int
     total: int
     bytes: dict[str, int]
@@ -131,6 +135,15 @@ class Parameters:
             width: bytes of a number that is not packed.
         """
         return (self.decoder - self.packed + self.packed_scales) * width + self.packed_bytes
+
+    @property
+    def head(self) -> int:
+        """Those of the head in a graph, which has one of its own where it is tied."""
+        return self.lm_head or self.embedding
+
+    def bytes_of_head(self, width: int) -> int:
+        """Bytes of the head in a graph, as `bytes_of_layers` counts."""
+        return self.head * self.head_bits // 8 + self.head_scales * width if self.head_bits else self.head * width
 
 
 def flops(
@@ -312,6 +325,7 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         scales = linear // form.group if form.group else decoder.num_layers * outputs
         if not form.type.in_engines:
             packed_bytes, scales = packed_bytes + scales, 0
+    head = decoder.packed_head
     return Parameters(
         embedding=embedding,
         decoder=layers,
@@ -319,6 +333,8 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         packed_bytes=packed_bytes,
         packed_scales=scales,
         lm_head=lm_head,
+        head_bits=0 if head is None else head.type.bits,
+        head_scales=0 if head is None else embedding // head.group if head.group else decoder.vocab_size,
         vision=dims.vision.num_parameters,
         total=total,
         bytes={name: form.num_bytes * total for name, form in FORMATS.items()},

@@ -101,13 +101,14 @@ def dry_run(
     where = f"{checkpoint}: config.json"
     form = find_format(config, where)
     dims = load_family(recipe.family).model_dims(config, where=where)
-    check_groups(recipe.quantize, dims.decoder)
+    check_groups(recipe.quantize, recipe.quantize_head, dims.decoder)
     packed = rounding(recipe.quantize)
     if packed is None and recipe.quantize != "none" and (group := int4_group(form)) is not None:
         packed = PackedLayers(kind="int4", group=group)
+    decoder = replace(dims.decoder, packed=packed, packed_head=rounding(recipe.quantize_head))
+    dims = replace(dims, decoder=decoder)
     if target is not None:
-        target.require_packed_weights(packed)
-    dims = replace(dims, decoder=replace(dims.decoder, packed=packed))
+        target.require_packed_weights(dims.packings)
     check_layers(recipe, dims.decoder.num_layers)
     room_options: dict[str, Any] = {
         "target": target,

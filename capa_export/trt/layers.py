@@ -133,14 +133,18 @@ def weight_copies(layers: Sequence[Layer], weights: set[str]) -> list[Layer]:
     """Layers that read a large constant, or an input named in `weights`, and write as much as they read of it.
 
     A multiplication reads a whole weight too, but what it writes has the size of the activations; and a plugin reads
-    its weights where they lie.
+    its weights where they lie. A vector, as the scales of a head's outputs are, is no weight.
     """
+
+    def is_weight(one: Tensor) -> bool:
+        size = prod(one.shape)
+        return size * _ITEM_BYTES.get(one.dtype, 1) >= MIN_WEIGHT_BYTES and max(one.shape, default=1) < size
 
     def copies(layer: Layer) -> bool:
         if layer.type == "custom_layer":
             return False
         read = [one for one in layer.inputs if one.name in weights] + list(layer.constants)
-        sizes = [prod(one.shape) for one in read if prod(one.shape) * _ITEM_BYTES.get(one.dtype, 1) >= MIN_WEIGHT_BYTES]
+        sizes = [prod(one.shape) for one in read if is_weight(one)]
         written = [prod(one.shape) for one in layer.outputs if min(one.shape, default=-1) > 0]
         return any(out >= size for size in sizes for out in written)
 

@@ -10,7 +10,7 @@ from posixpath import normpath
 from typing import Any
 
 from capa_export.base.code import versions
-from capa_export.base.dims import DecoderDims
+from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode, how_to_install
 from capa_export.base.progress import Report, say, silent
 from capa_export.bundle.confined import confined, references
@@ -84,7 +84,7 @@ def _require_own_gpu(target: Target) -> str:
     return have
 
 
-def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -> None:
+def check_engines(dims: ModelDims[Any], target: Target, options: BuildOptions) -> None:
     """Refuse, before anything is run, engines that could not be built.
 
     Raises:
@@ -92,13 +92,13 @@ def check_engines(decoder: DecoderDims, target: Target, options: BuildOptions) -
     """
     if target.engine is None:
         return
-    target.require_packed_weights(decoder.packed)
+    target.require_packed_weights(dims.packings)
     _refuse_library(target, options.plugin_library)
     if target.engine.built != "here":
         here = target.engine.built == "with-gpu"
-        choose_device_plugins(options.plugins, options.precision, decoder, python=here)
+        choose_device_plugins(options.plugins, options.precision, dims.decoder, python=here)
     else:
-        choose_plugins(options.plugins, options.precision, decoder, options.plugin_library)
+        choose_plugins(options.plugins, options.precision, dims.decoder, options.plugin_library)
 
 
 def _refuse_library(target: Target, library: Path | None) -> None:
@@ -132,7 +132,7 @@ def build_engines(
     engine = target.require_engine()
     bundle.verify("export", weights=False)
     precision, dims = bundle.said("export", "precision"), bundled_dims(bundle)
-    target.require_packed_weights(dims.decoder.packed)
+    target.require_packed_weights(dims.packings)
     where, reason = choose_weights(dims, precision, weights, target)
     if engine.built == "on-device":
         result = _write_kit(bundle, target, where, plugins, report)

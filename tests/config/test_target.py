@@ -171,10 +171,10 @@ REFUSED = [
 def test_weights_of_a_type_that_a_target_lacks_are_refused(name: str, kind: NumberKind, problem: str) -> None:
     packed = PackedLayers(kind=kind, group=None)
     with pytest.raises(CapaError, match=f"target {name} {problem}"):
-        load_target(name).require_packed_weights(packed)
+        load_target(name).require_packed_weights({"--quantize": packed})
     for other in ("onnx", "spark"):
         if kind != "nvfp4" or other == "onnx":
-            load_target(other).require_packed_weights(packed)
+            load_target(other).require_packed_weights({"--quantize": packed})
 
 
 def test_a_target_of_gpus_without_a_type_cannot_list_it(tmp_path: Path) -> None:
@@ -184,4 +184,4 @@ def test_a_target_of_gpus_without_a_type_cannot_list_it(tmp_path: Path) -> None:
     with pytest.raises(CapaError, match=r"fp8 needs compute capability 8\.9, not 8\.0, 8\.6"):
         load_target(str(path))
     path.write_text(path.read_text(encoding="utf-8").replace('["8.0", "8.6", "8.9", "12.0"]', '["8.9", "12.0"]', 1))
-    load_target(str(path)).require_packed_weights(PackedLayers(kind="fp8", group=None))
+    load_target(str(path)).require_packed_weights({"--quantize": PackedLayers(kind="fp8", group=None)})

@@ -20,18 +20,21 @@ from tests.parity.test_bisect import SCALES, Exported, recorded, write_onnx
 from tests.quantizing import FORMATS, quantize
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
+HEAD = "lm_head.weight"
 AWQ_SLOTS = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @pytest.fixture(scope="module")
 def healthy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("packed")
-    checkpoint = save_model(folder / "checkpoint", random_model())
+    # Numbers of 4 bits go by twos, and a head has as many outputs as there are tokens.
+    checkpoint = save_model(folder / "checkpoint", random_model(vocab_size=72))
     recipe = load_recipe("qwen25vl")
     if request.param in FORMATS:
         quantize(checkpoint, FORMATS[request.param])
     else:
-        recipe = recipe.with_options(quantize=request.param)
+        quantized, _, head = request.param.partition(", head ")
+        recipe = recipe.with_options(quantize=quantized, quantize_head=head or None)
     model = Model(recipe=recipe, checkpoint=str(checkpoint))
     options: dict[str, Any] = {"prune_layers": (2,), "scales": SCALES}
     for precision in ("fp16", "fp32"):
@@ -112,12 +115,39 @@ FAULTS = {
 }
 
 
+HEAD_FAULTS = {
+    "nibbles swapped": (
+        change(packed_name(HEAD), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
+        "none, head int4:32",
+    ),
+    "neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1, 0)), "int4:32/rtn, head int4:32"),
+    "INT8: neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1)), "none, head int8"),
+    "INT8: scale of scales ignored": (change(outer_name(HEAD), np.ones_like), "none, head int8"),
+    "FP8: bits of E5M2": (change(packed_name(HEAD), as_e5m2), "none, head fp8"),
+}
+
+
 def failures(exported: Exported, folder: Path) -> list[str]:
     found = compare_onnx(folder, "fp16", exported.records, load_recipe("qwen25vl"))
     return [check.failure for error in found.export_error for check in error.checks if check.failure]
 
 
-@pytest.mark.parametrize("healthy", ["AutoAWQ", "int4:32/rtn", "GPTQ desc_act", "int8", "fp8", "nvfp4"], indirect=True)
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        "AutoAWQ",
+        "int4:32/rtn",
+        "GPTQ desc_act",
+        "int8",
+        "fp8",
+        "nvfp4",
+        "none, head int4:32",
+        "int4:32/rtn, head int4:32",
+        "none, head int8",
+        "none, head fp8",
+    ],
+    indirect=True,
+)
 def test_a_healthy_export_passes(healthy: Exported) -> None:
     assert failures(healthy, healthy.folder / "fp16") == []
     assert not healthy.bisected(healthy.folder / "fp16").node
@@ -131,3 +161,15 @@ def test_a_fault_is_seen_and_its_layer_named(healthy: Exported, fault: str, tmp_
     assert (found.graph, found.layer, found.block) == ("llm/prefill.onnx", "layers.1", "mlp"), found.sentence
     assert "down_proj" in found.node
     assert WEIGHT in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("healthy", "fault"), [(of, name) for name, (_, of) in HEAD_FAULTS.items()], indirect=["healthy"]
+)
+def test_a_fault_of_the_head_is_seen_and_the_head_named(healthy: Exported, fault: str, tmp_path: Path) -> None:
+    folder = healthy.with_fault(tmp_path / "onnx", HEAD_FAULTS[fault][0])
+    assert failures(healthy, folder)
+    found = healthy.bisected(folder)
+    assert (found.graph, found.layer, found.block) == ("llm/prefill.onnx", "", "lm_head"), found.sentence
+    assert found.node.startswith("lm_head/")
+    assert HEAD in found.sentence

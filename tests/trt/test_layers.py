@@ -31,8 +31,11 @@ def test_a_weight_copy_is_told_from_a_multiplication() -> None:
     assert [tensor.name for tensor in layers[1].inputs] == ["x", "w"]
     assert weight_copies(layers, {"w"}) == layers[:1]
     assert weight_copies(layers, set()) == [], "moving activations is no copy of a weight"
-    constant = parse_layers(_COPY.replace("Inputs: [ {", "Constants: [ {").replace(", Constants: []", ", Inputs: []"))
+    text = _COPY.replace("Inputs: [ {", "Constants: [ {").replace(", Constants: []", ", Inputs: []")
+    constant = parse_layers(text)
     assert weight_copies(constant, set()) == constant
+    scales = text.replace("Dimensions: [512,1024]", "Dimensions: [1,524288]")
+    assert parse_layers(scales)[0].constants[0].shape == (1, 524288) and not weight_copies(parse_layers(scales), set())
 
 
 @pytest.mark.parametrize("text", ["", f"Layers:\n{_GEMM}\n"])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,11 @@ from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
-__all__ = ["RoundedTensor", "nearest", "rounded"]
+__all__ = ["RoundedTensor", "nearest", "rounded", "rounded_alone"]
 
 _LINEARS = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
-"""Names of the weights of a decoder's layers; vision tower, embedding and LM head stay as they are."""
+"""Names of the weights of a decoder's layers."""
+_NEAREST = "rounded to nearest"
 _SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
 """The smallest FP16 number with all of its bits, for groups of zeros and of numbers near them."""
@@ -34,7 +35,7 @@ class RoundedTensor(QuantizedTensor):
 
     plain: StoredTensor
     form: PackedLayers
-    method: str = "rounded to nearest"
+    method: str
 
     @property
     def format_name(self) -> str:
@@ -119,11 +120,8 @@ def rounded(
         if isinstance(tensor := tensors[name], QuantizedTensor):
             if not form.type.stays and tensor.quantized().kind == form.kind:
                 return tensors
-            raise CapaError(
-                f"{tensor.path}: the checkpoint is quantized already ({tensor.format_name}); leave --quantize away, "
-                "or take the checkpoint it was made from"
-            )
-    method = "scaled by activations" if waits or (choice is not None and choice.factors) else "rounded to nearest"
+            raise _quantized_already(tensor, "--quantize")
+    method = "scaled by activations" if waits or (choice is not None and choice.factors) else _NEAREST
     plain = () if choice is None else choice.plain
     if unknown := set(plain) - {int(match[1]) for match in chosen.values()}:
         raise CapaError(f"{CHOICE}: leaves layer {min(unknown)} plain, which this checkpoint lacks; calibrate this one")
@@ -133,6 +131,38 @@ def rounded(
         tensors = scaled(tensors, choice)
     weights = {name: _of(tensors[name], form, method) for name, match in chosen.items() if int(match[1]) not in plain}
     return MappingProxyType({**tensors, **weights})
+
+
+def rounded_alone(
+    tensors: Mapping[str, StoredTensor], names: Iterable[str], form: PackedLayers, *, option: str
+) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint with these rounded to nearest, whatever becomes of the others.
+
+    One that stands for several names, as a tied head does, is rounded where it has one of these.
+
+    Args:
+        tensors: by canonical name.
+        names: of weights; those that are not there are passed over.
+        form: the type, and the inputs that share a scale; they divide those of every weight.
+        option: that asks for it.
+
+    Raises:
+        CapaError: one of them is quantized already.
+    """
+    weights: dict[str, RoundedTensor] = {}
+    for name in names:
+        if (plain := tensors.get(name)) is not None:
+            if isinstance(plain, QuantizedTensor):
+                raise _quantized_already(plain, option)
+            weights[name] = _of(plain, form, _NEAREST)
+    return MappingProxyType({**tensors, **weights})
+
+
+def _quantized_already(tensor: QuantizedTensor, option: str) -> CapaError:
+    return CapaError(
+        f"{tensor.path}: the checkpoint is quantized already ({tensor.format_name}); leave {option} away, "
+        "or take the checkpoint it was made from"
+    )
 
 
 def _of(plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:

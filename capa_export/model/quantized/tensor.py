@@ -1,13 +1,16 @@
 """A quantized weight in the place of a checkpoint's tensor."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from capa_export.model.checkpoint import CHUNK_ELEMENTS, StoredTensor
 from capa_export.model.quantized.packed import BlockForm, block_form
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
-__all__ = ["QuantizedTensor", "quantization"]
+__all__ = ["HEAD", "QuantizedTensor", "quantization"]
+
+HEAD = "lm_head.weight"
+"""The graph's name of the LM head's weight, with which its stored names end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,9 @@ class QuantizedTensor(StoredTensor):
         return (flat[start : start + size] for start in range(0, flat.size, size))
 
 
-def quantization(tensors: Iterable[StoredTensor]) -> str | None:
-    """What the quantized ones among these are, in words; None where there are none."""
-    weights = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
-    return f"{len(weights)} layers of {weights[0].format_name}" if weights else None
+def quantization(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What the quantized ones among a checkpoint's tensors are, in words; None where there are none."""
+    weights = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
+    heads = [f"the LM head in {weights.pop(name).format_name}" for name in list(weights) if name.endswith(HEAD)]
+    layers = [f"{len(weights)} layers of {next(iter(weights.values())).format_name}"] if weights else []
+    return " and ".join([*layers, *heads]) or None

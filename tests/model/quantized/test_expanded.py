@@ -140,10 +140,10 @@ def test_a_layer_is_read_when_it_runs(copy: Callable[[str], Path]) -> None:
 def test_what_the_weights_were_is_said_and_their_files_count(copy: Callable[[str], Path]) -> None:
     folder = copy("qwen25vl")
     plain = open_checkpoint(str(folder))
-    assert quantization(Source.of(plain, load_family("qwen25vl")).tensors.values()) is None
+    assert quantization(Source.of(plain, load_family("qwen25vl")).tensors) is None
     quantize(folder, FORMATS["NVFP4"])
     model = opened(folder, "qwen25vl")
-    assert quantization(model.source.tensors.values()) == "35 layers of ModelOpt NVFP4, groups of 16"
+    assert quantization(model.source.tensors) == "35 layers of ModelOpt NVFP4, groups of 16"
     assert set(model.fingerprints) == {"config.json", "hf_quant_config.json", "model.safetensors"}
     with pytest.raises(CapaError, match=r"35 layers of ModelOpt NVFP4.* are expanded to fp16.*--weights in-place"):
         Shards(model.source.checkpoint, "fp16")
@@ -274,7 +274,7 @@ def test_a_layer_that_the_config_leaves_out_is_not_quantized(
     folder = copy("qwen25vl")
     quantize(folder, FORMATS[form], re.compile(r"layers\.\d+\.mlp\.(?:up|down)_proj\.weight$"))
     change_config(folder, **settings)
-    assert quantization(opened(folder, "qwen25vl").source.checkpoint.tensors.values()) is not None
+    assert quantization(opened(folder, "qwen25vl").source.checkpoint.tensors) is not None
     folder = copy("qwen25vl")
     quantize(folder, FORMATS[form])
     change_config(folder, **settings)

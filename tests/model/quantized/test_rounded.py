@@ -64,7 +64,7 @@ def test_the_eager_model_has_the_nearest_numbers_and_all_else_as_it_was(folder: 
             assert ((after[name] - weight).abs() <= 0.51 * step).all()
         else:
             assert torch.equal(after[name], weight), name
-    assert quantization(model.source.tensors.values()) == "35 layers of INT4, rounded to nearest, groups of 32"
+    assert quantization(model.source.tensors) == "35 layers of INT4, rounded to nearest, groups of 32"
 
 
 def nearest_of(kind: str, row: list[float], top: float) -> list[float]:
@@ -98,7 +98,7 @@ def test_every_type_has_its_nearest_numbers(kind: str, group: int | None, named:
     # A number between two has either; in FP32 and in FP64 its quotient is not the same.
     assert ((found - expected).abs() > 1e-6 * expected.abs()).float().mean() < 2e-3
     assert 0 < (found - whole).norm() / whole.norm() < {"int8": 0.01, "fp8": 0.04, "nvfp4": 0.12}[kind]
-    assert quantization(source.tensors.values()) == f"35 layers of {kind.upper()}, rounded to nearest, {named}"
+    assert quantization(source.tensors) == f"35 layers of {kind.upper()}, rounded to nearest, {named}"
     assert source.dims.decoder.packed == PackedLayers(kind=kind, group=group)  # pyright: ignore[reportArgumentType]
 
 
