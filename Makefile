@@ -74,7 +74,7 @@ lock: .venv/dev.stamp
 	$(LOCK) $(addprefix --no-emit-package ,triton cuda-bindings cuda-pathfinder) -o requirements/demo.txt
 	$(LOCK) --extra dev --extra rtx -o requirements/dev.txt
 	{ printf '# Licences\n\nOf the packages that users install, as these say themselves; written by `make lock`.\n\n' && \
-	  $(BIN)/pip-licenses --from=mixed --format=markdown --packages torch cryptography cffi pycparser \
+	  $(BIN)/pip-licenses --from=mixed --format=markdown --with-system --packages torch cryptography cffi pycparser \
 		triton cuda-bindings cuda-pathfinder nvidia-nvfatbin tensorrt_rtx tensorrt_rtx_cu13 \
 		tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs \
 		$$(sed -n 's/^\([a-z0-9_.-]*\)==.*/\1/p' requirements/demo.txt | sort -u); } > docs/licences.md

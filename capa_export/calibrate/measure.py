@@ -24,6 +24,7 @@ from capa_export.data.samples import Sample, Samples
 from capa_export.model.eager_plan import EagerInputs
 from capa_export.model.families import Family
 from capa_export.model.prompt import Prompter
+from capa_export.model.threads import worthwhile_threads
 
 __all__ = ["Measurement", "calibrate", "measure", "measuring", "watching_ffns"]
 
@@ -81,7 +82,7 @@ def measure(model: Any, family: Family, prompter: Prompter, sample: Sample, chec
     prompt = prompter.chat(sample.turns)
     is_visual = torch.from_numpy(prompt.is_visual)
     with measuring(model) as measurement:
-        with torch.no_grad():
+        with torch.no_grad(), worthwhile_threads(model):
             inputs = EagerInputs.of(family.eager_inputs(model, prompt))
             text(**inputs.arguments(is_visual), use_cache=False)
         measurement.add(is_visual, damaged)

@@ -1,5 +1,6 @@
 """The command line. Heavy imports live inside the commands, so that `--help` answers at once."""
 
+import gc
 import os
 import sys
 import traceback
@@ -65,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Threads that wait by spinning take several times as long on a machine that is busy otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What libraries make when they are imported stays: to look through all of it time and again takes half a second.
+    gc.set_threshold(50_000)
     # Its warnings are about things that its own users do; what concerns ours is said by us.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.lockstep import RESIDENT, TOGETHER_BYTES, Pass, WeightSource, grouped, run_pass, together
+from capa_export.model.threads import worthwhile_threads
 from capa_export.selectors.selector import (
     TOKEN_AXIS,
     PromptInput,
@@ -74,7 +76,8 @@ class Eager:
 
     def run(self, passes: Sequence[Pass[T]]) -> list[T]:
         """Results of several passes that go through the model together, each part of it held once for all of them."""
-        return run_pass(together(passes), partial(self.weights.holding, self.model))
+        with worthwhile_threads(self.model):
+            return run_pass(together(passes), partial(self.weights.holding, self.model))
 
     @property
     def bytes_per_token(self) -> int:
@@ -140,9 +143,7 @@ class Eager:
         for index, layer in enumerate(self.text.layers):
             yield index
             normed = layer.input_layernorm(tokens.hidden)
-            mixed, _ = layer.self_attn(
-                normed, attention_mask=None, position_embeddings=tokens.rotary, past_key_values=cache
-            )
+            mixed, _ = _attend(layer.self_attn, normed, tokens.rotary, cache)
             tokens = replace(tokens, hidden=tokens.hidden + mixed)
             of_attention: dict[str, Tensor] = {}
             stored = cache.layers[index]
@@ -181,12 +182,7 @@ class Eager:
         rotary = self.text.rotary_emb(embeds, position_ids)
         for index, layer in enumerate(self.text.layers):
             yield index
-            mixed, _ = layer.self_attn(
-                layer.input_layernorm(hidden),
-                attention_mask=None,
-                position_embeddings=rotary,
-                past_key_values=cache,
-            )
+            mixed, _ = _attend(layer.self_attn, layer.input_layernorm(hidden), rotary, cache)
             hidden = hidden + mixed
             hidden = (hidden + layer.mlp(layer.post_attention_layernorm(hidden))).to(embeds.dtype)
             if watch is not None:
@@ -254,15 +250,25 @@ class _LayerTokens:
         )
 
 
+def _attend(attention: Any, normed: Tensor, rotary: Sequence[Tensor], cache: Any) -> tuple[Tensor, Any]:
+    """An attention module's output, and its weights where its implementation has them."""
+    named = {_cache_argument(type(attention)): cache}
+    return attention(normed, attention_mask=None, position_embeddings=rotary, **named)
+
+
+@lru_cache
+def _cache_argument(attention: type[Any]) -> str:
+    """The name of the cache among the arguments of an attention module: another from transformers 5.24 on."""
+    return "cache" if "cache" in signature(attention.forward).parameters else "past_key_values"
+
+
 def _of_attention(
     attention: Any, normed: Tensor, rotary: Sequence[Tensor], keys: Tensor, values: Tensor
 ) -> dict[str, Tensor]:
     """The FP32 views of an attention that a selector may read: see `TensorView`."""
     with _attention_weights(attention.config):
         last = tuple(table[:, -1:] for table in rotary)
-        _, weights = attention(
-            normed[:, -1:], attention_mask=None, position_embeddings=last, past_key_values=_FrozenCache(keys, values)
-        )
+        _, weights = _attend(attention, normed[:, -1:], last, _FrozenCache(keys, values))
 
     def heads(project: Any, norm: str) -> Tensor:
         split_HTd = project(normed.to(project.weight.dtype))[0].unflatten(-1, (-1, values.shape[-1])).transpose(0, 1)

@@ -30,8 +30,8 @@ def lowered(model: Any, dtype: torch.dtype, fp32_layers: Sequence[str] = ()) -> 
     """
     copy = deepcopy(model)
     for module in copy.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _RoundedLinear
+        if type(module) in _ROUNDED:
+            module.__class__ = _ROUNDED[type(module)]
     units = [parse_unit(word) for word in fp32_layers]
     wide: list[nn.Module] = []
     for tower in (False, True):
@@ -58,6 +58,31 @@ class _RoundedLinear(nn.Linear):
         bias = cast("Tensor | None", self.bias)
         bias = None if bias is None else bias.float()
         return nn.functional.linear(input.float(), self.weight.float(), bias).to(self.weight.dtype)
+
+
+class _RoundedPatches(nn.Module):
+    """A convolution that is summed in FP32 and rounded once, as `_RoundedLinear` is."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 - as above.
+        conv = super()._conv_forward  # pyright: ignore[reportAttributeAccessIssue]  # Of the convolution it is mixed into.
+        if weight.dtype == torch.float32:
+            return conv(input, weight, bias)
+        return conv(input.float(), weight.float(), None if bias is None else bias.float()).to(weight.dtype)
+
+
+class _RoundedConv2d(_RoundedPatches, nn.Conv2d):
+    pass
+
+
+class _RoundedConv3d(_RoundedPatches, nn.Conv3d):
+    pass
+
+
+_ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _RoundedLinear,
+    nn.Conv2d: _RoundedConv2d,
+    nn.Conv3d: _RoundedConv3d,
+}
 
 
 def _put_in_fp32(model: Any, units: Sequence[Unit], dtype: torch.dtype, *, tower: bool) -> Iterator[nn.Module]:

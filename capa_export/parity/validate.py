@@ -21,6 +21,7 @@ from capa_export.graph.contract import LOGITS, kept_name
 from capa_export.model.eager_plan import EagerInputs
 from capa_export.model.lockstep import TOGETHER_BYTES, grouped
 from capa_export.model.prompt import Prompt, Prompter
+from capa_export.model.threads import worthwhile_threads
 from capa_export.parity.export_error import ExportErrorMeter
 from capa_export.parity.oracle import Oracle
 from capa_export.parity.probe import ProbedModel
@@ -368,7 +369,7 @@ def _same_kept(trace: Trace, other: Trace) -> bool:
 def dense_logits(oracle: Oracle, prompt: Prompt, tokens: Sequence[int]) -> np.ndarray:
     """Logits [S, V] of the Hugging Face decoder's own forward pass over a prompt and the S - 1 tokens behind it."""
     answer = torch.tensor([tokens], dtype=torch.long)
-    with oracle.weights.holding_all(oracle.model):
+    with oracle.weights.holding_all(oracle.model), worthwhile_threads(oracle.model):
         text = oracle.model.model.language_model
         inputs = EagerInputs.of(oracle.family.eager_inputs(oracle.model, prompt))
         positions = inputs.next_position + torch.arange(answer.shape[1])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from capa_export.model.eager import Eager, EagerPrefill
+from capa_export.model.eager import Eager, EagerPrefill, _cache_argument
 from capa_export.model.eager_plan import EagerInputs, EagerPlan
 from capa_export.model.families import qwen25vl
 from capa_export.model.prompt import Prompt, Prompter
@@ -50,6 +50,29 @@ def test_dense_answer_equals_generate(model: Any, prompt: Prompt) -> None:
         tokens.append(int(logits.argmax()))
         logits = Eager(model).step(run, tokens[-1], prompt.next_position + step)
     assert generated[0, ids.shape[1] :].tolist() == tokens
+
+
+def test_attention_that_renamed_its_cache_is_given_it(
+    model: Any, prompt: Prompt, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As from transformers 5.24 on, where the old name is taken with a warning and is to be gone in 5.40."""
+    plan = EagerPlan(keep={2: 3})
+    expected = prefill(model, prompt, plan)
+    attention = type(model.model.language_model.layers[0].self_attn)
+    forward, name = attention.forward, _cache_argument(attention)
+
+    def renamed(self: Any, hidden_states: torch.Tensor, cache: Any = None, **others: Any) -> Any:
+        return forward(self, hidden_states, **{name: cache}, **others)
+
+    monkeypatch.setattr(attention, "forward", renamed)
+    _cache_argument.cache_clear()
+    found = prefill(model, prompt, plan)
+    step = Eager(model).step(found, 5, prompt.next_position)
+    monkeypatch.undo()
+    _cache_argument.cache_clear()
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(step, Eager(model).step(expected, 5, prompt.next_position))
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 
 
 def test_score_is_the_norm_of_what_the_layer_writes(model: Any, prompt: Prompt) -> None:

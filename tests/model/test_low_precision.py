@@ -71,6 +71,16 @@ def test_without_islands_only_weights_are_lowered(case: Case) -> None:
     assert set(dtypes(half, family, prompt).values()) == {HALF}
 
 
+def test_patches_are_summed_in_fp32_and_rounded_once(case: Case) -> None:
+    half = lowered(case[0], HALF)
+    embedding = next(module for module in half.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    random = torch.Generator().manual_seed(0)
+    patches = torch.randn((4, embedding.in_channels, *embedding.kernel_size), generator=random).to(HALF)
+    plain = deepcopy(embedding).float()
+    with torch.no_grad():
+        assert torch.equal(embedding(patches), plain(patches.float()).to(HALF))
+
+
 def test_branches_compute_in_fp32_with_their_norms(case: Case) -> None:
     model, family, prompt = case
     half = lowered(model, HALF, ["2.self_attn", "3.mlp", "visual.0.attn", "visual.1.mlp"])
