@@ -82,6 +82,7 @@ def test_another_recipe_runs_again(bundle: Bundle, recipe: Recipe) -> None:
     assert done(bundle, recipe.with_options(fp32_layers=["2.mlp"])) == {"calibrate"}
     # Calibration belongs to the weights as they are rounded.
     assert done(bundle, recipe.with_options(quantize="int4:32")) == set()
+    assert done(bundle, recipe.with_options(quantize_head="int8")) == set()
     eta = [recipe.model_copy(update={"ffn": recipe.ffn.model_copy(update={"eta": eta})}) for eta in (0.6, 0.8)]
     assert [done(bundle, one) for one in eta] == [{"calibrate"}] * 2
 
