@@ -47,6 +47,7 @@ def build(
     precision: Precision = "fp16",
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     auto_fp32: bool = False,
@@ -88,6 +89,7 @@ def build(
             by the samples' activations, or to nearest where it ends in `/rtn`; `int8`, `fp8` and `nvfp4`, to nearest;
             `none` to expand those of a quantized checkpoint; by default what the checkpoint has.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32, as `5.mlp`; the audit adds its own.
@@ -128,6 +130,7 @@ def build(
         fp32_layers=fp32_layers,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -211,6 +214,7 @@ def plan(
     precision: Precision = "fp16",
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     target: str = "rtx",
@@ -235,6 +239,7 @@ def plan(
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32.
@@ -256,6 +261,7 @@ def plan(
         fp32_layers=fp32_layers,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

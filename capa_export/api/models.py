@@ -38,6 +38,7 @@ def find_model(
     fp32_layers: Sequence[str] | None = None,
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -59,6 +60,7 @@ def find_model(
         quantize: what the weights of the decoder's layers are to be: `none`, `int4[:GROUP][/rtn]`, `int8`, `fp8` or
             `nvfp4`.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -79,6 +81,7 @@ def find_model(
         fp32_layers=fp32_layers,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

@@ -25,6 +25,7 @@ def calibrate(
     ffn_budget: float | None = None,
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     images: AnyPath | None = None,
     samples: int | None = None,
@@ -46,6 +47,7 @@ def calibrate(
         ffn_budget: nats that scales in the place of visual FFNs may cost, in place of the recipe's.
         quantize: what the weights of the decoder's layers are to be in the build that the calibration is for.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         images: pictures and questions; the recipe's scenes where there are none.
@@ -69,6 +71,7 @@ def calibrate(
         ffn_budget=ffn_budget,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -99,6 +102,7 @@ def export(
     precision: Precision = "fp16",
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     fp32_layers: Sequence[str] | None = None,
     min_pixels: int | None = None,
@@ -126,6 +130,7 @@ def export(
         precision: of weights and activations.
         quantize: what the weights of the decoder's layers are to be.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         fp32_layers: parts in FP32.
@@ -157,6 +162,7 @@ def export(
         fp32_layers=fp32_layers,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

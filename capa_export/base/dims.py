@@ -1,6 +1,6 @@
 """The dimensions of a model that every stage needs, and the reading of `config.json`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -81,6 +81,11 @@ class VisionDims(Protocol):
         """Number of weights, biases and norm scales, projector included."""
         ...
 
+    @property
+    def block_products(self) -> Sequence[tuple[int, int]]:
+        """Outputs and inputs of every matrix product with a weight in a block."""
+        ...
+
     def flops(self, num_visual: int) -> int:
         """FLOPs of one picture that becomes `num_visual` visual tokens."""
         ...
@@ -102,10 +107,17 @@ class ModelDims(Generic[V]):
     image_token_id: int
     """Token that stands in the prompt for every visual token."""
 
+    packed_vision: PackedLayers | None = None
+    """What graphs hold the weights of the vision tower's blocks in; None where they are plain."""
+
     @property
     def packings(self) -> Mapping[str, PackedLayers]:
         """What graphs hold weights of few bits in, by the option that decides it."""
-        named = {"--quantize": self.decoder.packed, "--quantize-head": self.decoder.packed_head}
+        named = {
+            "--quantize": self.decoder.packed,
+            "--quantize-head": self.decoder.packed_head,
+            "--quantize-vision": self.packed_vision,
+        }
         return {option: packed for option, packed in named.items() if packed is not None}
 
 

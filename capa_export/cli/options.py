@@ -54,6 +54,7 @@ __all__ = [
     "ProviderOpt",
     "QuantizeHeadOpt",
     "QuantizeOpt",
+    "QuantizeVisionOpt",
     "RatioOpt",
     "RayOpt",
     "RevisionOpt",
@@ -219,6 +220,15 @@ QuantizeHeadOpt = Annotated[
         metavar="none|int8|int4[:GROUP]|fp8",
         help="Weight of the LM head, rounded to nearest, whatever --quantize makes of the layers; an embedding that "
         "shares it stays as it is [default: none].",
+        rich_help_panel=PRECISION,
+    ),
+]
+QuantizeVisionOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|int8|fp8",
+        help="Weights of the vision tower's blocks, rounded to nearest; what merges and projects their outputs stays "
+        "as it is [default: none].",
         rich_help_panel=PRECISION,
     ),
 ]

@@ -43,6 +43,7 @@ from capa_export.cli.options import (
     ProviderOpt,
     QuantizeHeadOpt,
     QuantizeOpt,
+    QuantizeVisionOpt,
     RatioOpt,
     RayOpt,
     RevisionOpt,
@@ -72,6 +73,7 @@ def calibrate(
     ffn_budget: FfnBudgetOpt = None,
     quantize: QuantizeOpt = None,
     quantize_head: QuantizeHeadOpt = None,
+    quantize_vision: QuantizeVisionOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
@@ -100,7 +102,7 @@ def calibrate(
     """Measure which visual FFNs are linear, and their scales."""
     if merge:
         chosen = (images, samples, checkpoint, revision, workers, ray, min_pixels, max_pixels, ffn_budget, quantize)
-        chosen += (quantize_head, auto_precision)
+        chosen += (quantize_head, quantize_vision, auto_precision)
         if not parts or any(chosen) or layer_by_layer is not None:
             raise CapaError(
                 "--merge takes calibrations as arguments, and nothing else but --out and --model", ExitCode.USAGE
@@ -121,6 +123,7 @@ def calibrate(
                 ffn_budget=ffn_budget,
                 quantize=quantize,
                 quantize_head=quantize_head,
+                quantize_vision=quantize_vision,
                 auto_precision=auto_precision,
                 images=images,
                 samples=samples,
@@ -177,6 +180,7 @@ def export(
     precision: PrecisionOpt = "fp16",
     quantize: QuantizeOpt = None,
     quantize_head: QuantizeHeadOpt = None,
+    quantize_vision: QuantizeVisionOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     fp32_layers: Fp32LayersOpt = None,
     min_pixels: MinPixelsOpt = None,
@@ -215,6 +219,7 @@ def export(
             precision=precision,
             quantize=quantize,
             quantize_head=quantize_head,
+            quantize_vision=quantize_vision,
             auto_precision=auto_precision,
             fp32_layers=words(fp32_layers),
             min_pixels=min_pixels,

@@ -11,10 +11,12 @@ from capa_export.base.weight_types import WEIGHT_TYPES, NumberKind, PackedLayers
 __all__ = [
     "HeadQuantization",
     "Quantization",
+    "VisionQuantization",
     "check_groups",
     "looks_at_samples",
     "parse_head_quantization",
     "parse_quantization",
+    "parse_vision_quantization",
     "rounding",
 ]
 
@@ -39,7 +41,9 @@ as they are.
 """
 HeadQuantization = Literal["none", "int4", "int4:32", "int4:64", "int4:128", "int8", "fp8"]
 """What the weight of the LM head is rounded to, to nearest; none leaves it as the checkpoint has it."""
-_HEAD_TYPES = ("int8", "int4", "fp8")
+VisionQuantization = Literal["none", "int8", "fp8"]
+"""What the weights of the vision tower's blocks are rounded to, to nearest."""
+_HEAD_TYPES, _VISION_TYPES = ("int8", "int4", "fp8"), ("int8", "fp8")
 _WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::([1-9][0-9]*))?(/rtn)?")
 
 
@@ -79,6 +83,18 @@ def parse_head_quantization(word: str) -> HeadQuantization:
     if match:
         _check_group(option, match)
     return cast("HeadQuantization", word)
+
+
+def parse_vision_quantization(word: str) -> VisionQuantization:
+    """The word of `--quantize-vision`, found to be one that is known.
+
+    Raises:
+        CapaError: it is not.
+    """
+    if word != "none" and word not in _VISION_TYPES:
+        known = " or ".join(_VISION_TYPES)
+        raise CapaError(f"--quantize-vision {word}: must be none, {known}", ExitCode.USAGE)
+    return cast("VisionQuantization", word)
 
 
 def _check_group(option: str, match: re.Match[str]) -> None:

@@ -13,9 +13,11 @@ from capa_export.config.pixels import PixelBounds
 from capa_export.config.quantization import (
     HeadQuantization,
     Quantization,
+    VisionQuantization,
     looks_at_samples,
     parse_head_quantization,
     parse_quantization,
+    parse_vision_quantization,
 )
 from capa_export.config.schedule import Method, Prune, stage_text
 
@@ -84,6 +86,8 @@ class Recipe(Settings):
     """What the weights of the decoder's layers are, as `--quantize` takes it; None for what the checkpoint has."""
     quantize_head: HeadQuantization = "none"
     """What the weight of the LM head is rounded to, as `--quantize-head` takes it."""
+    quantize_vision: VisionQuantization = "none"
+    """What the weights of the vision tower's blocks are rounded to, as `--quantize-vision` takes it."""
     auto_precision: bool = False
     """Whether the fewest decoder layers stay as they are that bring what rounding costs within the budget."""
     quantization_budget: float = Field(default=0.02, ge=0)
@@ -100,17 +104,22 @@ class Recipe(Settings):
     def rounding(self) -> dict[str, Any]:
         """All that is asked for the weights."""
         layers = {"quantize": self.quantize, "budget": self.quantization_budget if self.auto_precision else None}
-        return layers if self.quantize_head == "none" else {**layers, "head": self.quantize_head}
+        others = {"head": self.quantize_head, "vision": self.quantize_vision}
+        return {**layers, **{part: word for part, word in others.items() if word != "none"}}
 
     @property
     def rounding_words(self) -> str:
         """The options that round weights."""
-        said = {"--quantize": self.quantize, "--quantize-head": self.quantize_head}
+        said = {
+            "--quantize": self.quantize,
+            "--quantize-head": self.quantize_head,
+            "--quantize-vision": self.quantize_vision,
+        }
         return " and ".join(f"{option} {word}" for option, word in said.items() if word not in (None, "none"))
 
     def unrounded(self) -> "Recipe":
         """This recipe with the checkpoint's weights as they are."""
-        return self.model_copy(update={"quantize": None, "quantize_head": "none"})
+        return self.model_copy(update={"quantize": None, "quantize_head": "none", "quantize_vision": "none"})
 
     def with_options(
         self,
@@ -124,6 +133,7 @@ class Recipe(Settings):
         fp32_layers: Sequence[str] | None = None,
         quantize: str | None = None,
         quantize_head: str | None = None,
+        quantize_vision: str | None = None,
         auto_precision: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -167,6 +177,8 @@ class Recipe(Settings):
                 changed["auto_precision"] = False
         if quantize_head is not None:
             changed["quantize_head"] = parse_head_quantization(quantize_head)
+        if quantize_vision is not None:
+            changed["quantize_vision"] = parse_vision_quantization(quantize_vision)
         if auto_precision:
             changed["auto_precision"] = True
         if changed.get("auto_precision", self.auto_precision) and changed.get("quantize", self.quantize) in (

@@ -76,6 +76,6 @@ def write_folder(
         "precision": precision,
         "not_for_genai": not_genai,
         "needs_transformers": needs_transformers,
-        "packing": packing(source, folder / "llm" / "prefill.onnx"),
+        "packing": packing(source, folder),
         "searched_for_nan": not in_place,
     }

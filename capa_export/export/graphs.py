@@ -106,7 +106,7 @@ def write_onnx(
     shards = Shards(source.checkpoint, precision) if in_place else None
     if shards is None:
         check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
-    packed = _pack(parts["llm"], source)
+    packed = _pack(parts, source)
     extra, sizes = _alphas(scales), dict[str, Any]()
     for part, models in parts.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def graphs_in_fp32(
     """
     dtype = PRECISIONS["fp32"]
     parts = _graphs(source, dtype, prune_layers, selectors, min_keep_per_image, sorted(scales), (), dense=True)
-    packed = _pack(parts["llm"], source)
+    packed = _pack(parts, source)
     models = {f"{part}/{name}": model for part, named in parts.items() for name, model in named.items()}
     bind_lazily([*models.values()], source.tensors, dtype=dtype, extra=_alphas(scales), packed=packed)
     return Graphs(models, source.tensors[EMBEDDING])
@@ -200,15 +200,19 @@ def _graphs(
     return parts
 
 
-def _pack(models: Mapping[str, ir.Model], source: Source) -> dict[str, QuantizedTensor]:
-    """Let numbers of few bits stand for weights in all of the decoder's graphs, where they can; returns the weights."""
+def _pack(parts: Mapping[str, Mapping[str, ir.Model]], source: Source) -> dict[str, QuantizedTensor]:
+    """Let numbers of few bits stand for weights in all graphs, where they can; returns the weights.
+
+    Those of a vision tower do so only where they are rounded here.
+    """
     packed = source.block_forms()
-    for model in models.values():
+    models = [*parts["llm"].values(), *(parts["visual"].values() if source.rounded_tower else ())]
+    for model in models:
         weights = {name: model.graph.initializers.get(name) for name in packed}
         packed = {name: packed[name] for name, value in weights.items() if value is None or only_gemm_reads(value)}
     known: dict[bytes, str] = {}
     pack = PackWeightsPass({name: _form(name, form, known) for name, form in packed.items()})
-    for model in models.values():
+    for model in models:
         pack(model)
     return {name: source.quantized[name] for name in packed}
 

@@ -17,18 +17,19 @@ __all__ = ["packing", "packing_words"]
 _SCORED = "a score reads them whole"
 
 
-def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
+def packing(source: Source, folder: Path) -> dict[str, Any] | None:
     """How the quantized layers of a checkpoint stand in the graphs; None where it has none.
 
     Args:
         source: the checkpoint.
-        prefill: the graph of prompts, as it was written.
+        folder: of the graphs, as they were written.
     """
     said = quantization(source.tensors)
     if said is None:
         return None
-    forms = packed_forms(ir.load(prefill).graph)
-    reasons = [_why(source, tensor) for name, tensor in source.quantized.items() if name not in forms]
+    forms = packed_forms(ir.load(folder / "llm" / "prefill.onnx").graph)
+    tower = packed_forms(ir.load(folder / "visual" / "model.onnx").graph) if source.rounded_tower else {}
+    reasons = [_why(source, tensor) for name, tensor in source.quantized.items() if name not in forms | tower]
     head = forms.pop(HEAD, None)
     return {
         "layers": said,
@@ -38,6 +39,7 @@ def packing(source: Source, prefill: Path) -> dict[str, Any] | None:
         "group": next((form.group for form in forms.values()), None),
         "expanded": dict(sorted(Counter(reasons).items())),
         "head": None if head is None else {"type": head.kind, "group": head.group},
+        "vision": {"packed": len(tower), "type": next(iter(tower.values())).kind} if tower else None,
     }
 
 
@@ -52,6 +54,8 @@ def packing_words(packing: dict[str, Any], precision: str) -> str:
     kept = [f"{packing['packed']} kept in {WEIGHT_TYPES[packing['type']].bits} bits"] if packing["packed"] else []
     if head := packing.get("head"):
         kept.append(f"the LM head kept in {WEIGHT_TYPES[head['type']].bits} bits")
+    if tower := packing.get("vision"):
+        kept.append(f"{tower['packed']} of the vision tower kept in {WEIGHT_TYPES[tower['type']].bits} bits")
     gone = [f"{count} expanded to {precision} ({reason})" for reason, count in packing["expanded"].items()]
     plain = f"; decoder layers {ranges(packing['plain'])} stay {precision}" if packing.get("plain") else ""
     return f"{packing['layers']}: {', '.join([*kept, *gone])}{plain}; inputs not quantized"

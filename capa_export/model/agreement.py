@@ -67,10 +67,20 @@ def answering(
 
 
 @torch.no_grad()
-def agreeing(eager: Eager, dense: DenseAnswer, plan: EagerPlan) -> Pass[Agreement]:
-    """The pass of a changed model along dense's answer."""
-    is_visual = torch.from_numpy(dense.prompt.is_visual)
-    _, logits = yield from eager.following(dense.inputs, is_visual, plan, dense.tokens[:-1])
+def agreeing(eager: Eager, dense: DenseAnswer, plan: EagerPlan, family: Family | None = None) -> Pass[Agreement]:
+    """The pass of a changed model along dense's answer.
+
+    Args:
+        eager: the model.
+        dense: what was asked, and dense's answer.
+        plan: of the pass.
+        family: of a model whose vision tower is changed, too; without it pictures are what dense's made of them.
+    """
+    is_visual, inputs = torch.from_numpy(dense.prompt.is_visual), dense.inputs
+    if family is not None:
+        yield "tower"
+        inputs = inputs_for(plan, family, eager.model, dense.prompt)
+    _, logits = yield from eager.following(inputs, is_visual, plan, dense.tokens[:-1])
     pairs = list(zip(dense.logits, logits, strict=True))
     kl = [kl_divergence(wanted_V, own_V) for wanted_V, own_V in pairs]
     hits = [int(own_V.argmax()) == token for (_, own_V), token in zip(pairs, dense.tokens, strict=True)]

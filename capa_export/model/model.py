@@ -82,7 +82,11 @@ class Model:
             )
         checkpoint = open_checkpoint(self.checkpoint, revision=self.revision)
         recipe = self.recipe
-        return Source.of(*(checkpoint, self.family, recipe.quantize, self.choice), quantize_head=recipe.quantize_head)
+        return Source.of(
+            *(checkpoint, self.family, recipe.quantize, self.choice),
+            quantize_head=recipe.quantize_head,
+            quantize_vision=recipe.quantize_vision,
+        )
 
     @property
     def checkpoint_source(self) -> str:
@@ -149,8 +153,8 @@ class Model:
         if not self.source.rounds:
             return digest_of(self.digests)
         decided: list[Any] = [] if self.choice is None else [self.choice.digest()]
-        if self.recipe.quantize_head != "none":
-            decided.append({"head": self.recipe.quantize_head})
+        others = {"head": self.recipe.quantize_head, "vision": self.recipe.quantize_vision}
+        decided += [{part: word} for part, word in others.items() if word != "none"]
         return digest_of([self.digests, self.recipe.quantize, *decided])
 
     def made(self, bundle: Bundle) -> bool:

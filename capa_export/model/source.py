@@ -15,7 +15,7 @@ from capa_export.model.families import Family, LayoutFamily
 from capa_export.model.quantized.choice import WeightChoice
 from capa_export.model.quantized.expanded import expanded
 from capa_export.model.quantized.packed import BlockForm
-from capa_export.model.quantized.rounded import RoundedTensor, rounded, rounded_alone
+from capa_export.model.quantized.rounded import RoundedTensor, rounded, rounded_alone, tower_products
 from capa_export.model.quantized.tensor import HEAD, QuantizedTensor
 
 __all__ = ["EMBEDDING", "HEAD", "Source", "tied"]
@@ -47,6 +47,7 @@ class Source:
         choice: WeightChoice | None = None,
         *,
         quantize_head: str = "none",
+        quantize_vision: str = "none",
     ) -> "Source":
         """Read the dimensions and name the tensors; quantized weights stand expanded among them.
 
@@ -57,6 +58,7 @@ class Source:
             choice: what samples decided; where they were to decide and did not, weights that are to be rounded cannot
                 be read.
             quantize_head: what the weight of the LM head is to be. The embedding stays as it is where they share one.
+            quantize_vision: what the weights of the vision tower's blocks are to be.
 
         Raises:
             CapaError: the checkpoint is another architecture or in another format, or lacks something; or its weights
@@ -75,21 +77,31 @@ class Source:
             tensors = tied(tensors)
         if (form := rounding(quantize_head)) is not None:
             tensors = rounded_alone(tensors, [HEAD], form, option="--quantize-head")
+        if (form := rounding(quantize_vision)) is not None:
+            names = tower_products(tensors, dims.vision.num_blocks)
+            tensors = rounded_alone(tensors, [*names], form, option="--quantize-vision")
         source = cls(checkpoint, family, dims, tensors, quantize, choice)
         forms = dict(source.block_forms())
+        vision = [forms.pop(name) for name in source.rounded_tower]
         head, layers = _held(forms.pop(HEAD, None)), _held(next(iter(forms.values()), None))
         decoder = replace(dims.decoder, packed=layers, packed_head=head)
-        return replace(source, dims=replace(dims, decoder=decoder))
+        tower = _held(next(iter(vision), None))
+        return replace(source, dims=replace(dims, decoder=decoder, packed_vision=tower))
 
     @property
     def rounds(self) -> bool:
         """Whether weights are rounded that the checkpoint has plain."""
-        return self.rounds_layers or self.head_alone
+        return self.rounds_layers or self.head_alone or bool(self.rounded_tower)
+
+    @property
+    def rounded_tower(self) -> Sequence[str]:
+        """The names of the vision tower's weights that are rounded."""
+        return [name for name, tensor in self.quantized.items() if tensor.of_tower]
 
     @property
     def rounds_layers(self) -> bool:
         """Whether those of the decoder's layers are."""
-        layers = (tensor for name, tensor in self.quantized.items() if name != HEAD)
+        layers = (tensor for name, tensor in self.quantized.items() if name != HEAD and not tensor.of_tower)
         return rounding(self.quantize) is not None and all(isinstance(tensor, RoundedTensor) for tensor in layers)
 
     @property

@@ -40,12 +40,13 @@ def measure_quantization(oracle: Oracle, model: Model, prompts: "Samples", repor
     weights = StoredWeights(full.source)
     whole = Eager(hollow_model(full.source, weights), weights)
     found: list[Agreement] = []
+    sees_anew = oracle.family if model.source.rounded_tower else None
     asked = tracked(prompts, "validate: quantization", prompts.count, report)
     prompted = (oracle.prompter.chat(sample.turns) for sample in asked)
     for group in whole.grouped(prompted, lambda prompt: len(prompt.input_ids) + STEPS, caches=1):
         passes = [answering(whole, oracle.family, prompt, EagerPlan(), oracle.eos_token_ids) for prompt in group]
         answers = whole.run(passes)
-        found += oracle.eager.run([agreeing(oracle.eager, answer, EagerPlan()) for answer in answers])
+        found += oracle.eager.run([agreeing(oracle.eager, answer, EagerPlan(), sees_anew) for answer in answers])
     return QuantizationError(
         weights=quantization(model.source.tensors) or "",
         prompts=len(found),

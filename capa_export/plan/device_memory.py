@@ -109,7 +109,7 @@ def engine_weight_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """
     copies = 2 if weights == "embedded" else 1
     heads = 2 if total.head_bits else copies
-    return copies * total.bytes_of_layers(width) + heads * total.bytes_of_head(width) + total.vision * width
+    return copies * total.bytes_of_layers(width) + heads * total.bytes_of_head(width) + total.bytes_of_tower(width)
 
 
 def decoder_bytes(total: Parameters, width: int) -> int:
@@ -130,7 +130,9 @@ def onnx_runtime_bytes(dims: ModelDims[Any]) -> int:
         for form in (dims.decoder.packed, dims.decoder.packed_head)
     )
     decoder = plain * (total.decoder - total.packed) + layers * total.packed + head * total.head
-    return LIBRARIES + int(2 * decoder + plain * total.vision)
+    form = dims.packed_vision
+    tower = total.packed_vision * (0.0 if form is None else _PER_PACKED_PARAMETER[form.kind])
+    return LIBRARIES + int(2 * decoder + plain * (total.vision - total.packed_vision) + tower)
 
 
 def _held(cache: KVCacheSize, *, step: int, copies: int) -> int:

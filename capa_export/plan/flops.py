@@ -124,6 +124,10 @@ class Parameters:
     head_scales: int
     """Its scales then."""
     vision: int
+    packed_vision: int
+    """Those of the vision tower that graphs hold in 8 bits."""
+    vision_scales: int
+    """Their scales."""
     total: int
     bytes: dict[str, int]
     """Bytes of `total`, by precision."""
@@ -135,6 +139,10 @@ class Parameters:
             width: bytes of a number that is not packed.
         """
         return (self.decoder - self.packed + self.packed_scales) * width + self.packed_bytes
+
+    def bytes_of_tower(self, width: int) -> int:
+        """Bytes of the vision tower, as `bytes_of_layers` counts."""
+        return (self.vision - self.packed_vision + self.vision_scales) * width + self.packed_vision
 
     @property
     def head(self) -> int:
@@ -326,6 +334,7 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         if not form.type.in_engines:
             packed_bytes, scales = packed_bytes + scales, 0
     head = decoder.packed_head
+    tower = () if dims.packed_vision is None else dims.vision.num_blocks * tuple(dims.vision.block_products)
     return Parameters(
         embedding=embedding,
         decoder=layers,
@@ -336,6 +345,8 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         head_bits=0 if head is None else head.type.bits,
         head_scales=0 if head is None else embedding // head.group if head.group else decoder.vocab_size,
         vision=dims.vision.num_parameters,
+        packed_vision=sum(outputs * inputs for outputs, inputs in tower),
+        vision_scales=sum(outputs for outputs, _ in tower),
         total=total,
         bytes={name: form.num_bytes * total for name, form in FORMATS.items()},
     )

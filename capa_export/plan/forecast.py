@@ -102,7 +102,7 @@ def forecasts(
             way: forecast(
                 AnswerWork(
                     vision_flops=dims.vision.flops(prefill.num_visual),
-                    vision_bytes=width * total.vision,
+                    vision_bytes=total.bytes_of_tower(width),
                     prefill_flops=flops.total,
                     step_bytes=decoder_bytes(total, width),
                     cache_bytes=held,

@@ -106,7 +106,7 @@ def dry_run(
     if packed is None and recipe.quantize != "none" and (group := int4_group(form)) is not None:
         packed = PackedLayers(kind="int4", group=group)
     decoder = replace(dims.decoder, packed=packed, packed_head=rounding(recipe.quantize_head))
-    dims = replace(dims, decoder=decoder)
+    dims = replace(dims, decoder=decoder, packed_vision=rounding(recipe.quantize_vision))
     if target is not None:
         target.require_packed_weights(dims.packings)
     check_layers(recipe, dims.decoder.num_layers)
@@ -217,7 +217,7 @@ def room(
 def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: bool) -> dict[str, int]:
     """Bytes by kind of file; `engines` is where they find their weights, None where none are built."""
     files = {
-        "onnx weights": decoder_bytes(total, width) + total.vision * width,
+        "onnx weights": decoder_bytes(total, width) + total.bytes_of_tower(width),
         "embedding.safetensors": total.embedding * width,
     }
     if in_place:
@@ -379,7 +379,7 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
 
 def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Peak of the largest build; each engine has a process of its own."""
-    embedded = max(decoder_bytes(total, width), total.vision * width) if weights == "embedded" else 0
+    embedded = max(decoder_bytes(total, width), total.bytes_of_tower(width)) if weights == "embedded" else 0
     return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
 
 

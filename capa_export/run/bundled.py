@@ -53,7 +53,10 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     if packing.get("packed"):
         packed = PackedLayers(kind=packing.get("type", "int4"), group=packing["group"])
     packed_head = None if head is None else PackedLayers(kind=head["type"], group=head["group"])
-    return replace(dims, decoder=replace(dims.decoder, packed=packed, packed_head=packed_head))
+    tower = packing.get("vision")
+    packed_vision = None if tower is None else PackedLayers(kind=tower["type"], group=None)
+    decoder = replace(dims.decoder, packed=packed, packed_head=packed_head)
+    return replace(dims, decoder=decoder, packed_vision=packed_vision)
 
 
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:

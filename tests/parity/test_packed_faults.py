@@ -33,8 +33,9 @@ def healthy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param in FORMATS:
         quantize(checkpoint, FORMATS[request.param])
     else:
-        quantized, _, head = request.param.partition(", head ")
-        recipe = recipe.with_options(quantize=quantized, quantize_head=head or None)
+        quantized, *others = request.param.split(", ")
+        asked = dict(other.split(" ") for other in others)
+        recipe = recipe.with_options(quantize=quantized, **{f"quantize_{part}": word for part, word in asked.items()})
     model = Model(recipe=recipe, checkpoint=str(checkpoint))
     options: dict[str, Any] = {"prune_layers": (2,), "scales": SCALES}
     for precision in ("fp16", "fp32"):
@@ -127,6 +128,13 @@ HEAD_FAULTS = {
 }
 
 
+TOWER = "visual.blocks.1.mlp.down_proj.weight"
+TOWER_FAULTS = {
+    "INT8: neighbour's scales": (change(scale_name(TOWER), lambda s: np.roll(s, 1)), "none, vision int8"),
+    "FP8: bits of E5M2": (change(packed_name(TOWER), as_e5m2), "none, vision fp8"),
+}
+
+
 def failures(exported: Exported, folder: Path) -> list[str]:
     found = compare_onnx(folder, "fp16", exported.records, load_recipe("qwen25vl"))
     return [check.failure for error in found.export_error for check in error.checks if check.failure]
@@ -145,6 +153,8 @@ def failures(exported: Exported, folder: Path) -> list[str]:
         "int4:32/rtn, head int4:32",
         "none, head int8",
         "none, head fp8",
+        "none, vision int8",
+        "none, vision fp8",
     ],
     indirect=True,
 )
@@ -173,3 +183,15 @@ def test_a_fault_of_the_head_is_seen_and_the_head_named(healthy: Exported, fault
     assert (found.graph, found.layer, found.block) == ("llm/prefill.onnx", "", "lm_head"), found.sentence
     assert found.node.startswith("lm_head/")
     assert HEAD in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("healthy", "fault"), [(of, name) for name, (_, of) in TOWER_FAULTS.items()], indirect=["healthy"]
+)
+def test_a_fault_of_the_tower_is_seen_and_its_block_named(healthy: Exported, fault: str, tmp_path: Path) -> None:
+    folder = healthy.with_fault(tmp_path / "onnx", TOWER_FAULTS[fault][0], file="visual/model.onnx")
+    found = healthy.bisected(folder)
+    assert (found.graph, found.layer, found.block) == ("visual/model.onnx", "visual.blocks.1", "mlp"), found.sentence
+    assert failures(healthy, folder)
+    assert "down_proj" in found.node
+    assert TOWER in found.sentence

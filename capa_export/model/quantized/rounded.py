@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,12 @@ from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
-__all__ = ["RoundedTensor", "nearest", "rounded", "rounded_alone"]
+__all__ = ["RoundedTensor", "nearest", "rounded", "rounded_alone", "tower_products"]
 
 _LINEARS = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 """Names of the weights of a decoder's layers."""
+_TOWER = re.compile(r"(?:visual|vision_tower)\.(?:blocks|encoder\.layers?)\.(\d+)\..+\.weight")
+"""Names of the weights of a vision tower's blocks, norms among them; what merges and projects is behind these."""
 _NEAREST = "rounded to nearest"
 _SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
@@ -36,6 +38,11 @@ class RoundedTensor(QuantizedTensor):
     plain: StoredTensor
     form: PackedLayers
     method: str
+    graph_name: str
+
+    @property
+    def of_tower(self) -> bool:
+        return _TOWER.fullmatch(self.graph_name) is not None
 
     @property
     def format_name(self) -> str:
@@ -129,7 +136,9 @@ def rounded(
         tensors = awaiting_choice(tensors, list(chosen))
     elif choice is not None:
         tensors = scaled(tensors, choice)
-    weights = {name: _of(tensors[name], form, method) for name, match in chosen.items() if int(match[1]) not in plain}
+    weights = {
+        name: _of(name, tensors[name], form, method) for name, match in chosen.items() if int(match[1]) not in plain
+    }
     return MappingProxyType({**tensors, **weights})
 
 
@@ -154,8 +163,16 @@ def rounded_alone(
         if (plain := tensors.get(name)) is not None:
             if isinstance(plain, QuantizedTensor):
                 raise _quantized_already(plain, option)
-            weights[name] = _of(plain, form, _NEAREST)
+            weights[name] = _of(name, plain, form, _NEAREST)
     return MappingProxyType({**tensors, **weights})
+
+
+def tower_products(tensors: Mapping[str, StoredTensor], num_blocks: int) -> Iterator[str]:
+    """The names of the weights that so many of the first blocks of a vision tower multiply with."""
+    for name, tensor in tensors.items():
+        match = _TOWER.fullmatch(name)
+        if match is not None and int(match[1]) < num_blocks and len(tensor.shape) == 2:
+            yield name
 
 
 def _quantized_already(tensor: QuantizedTensor, option: str) -> CapaError:
@@ -165,7 +182,7 @@ def _quantized_already(tensor: QuantizedTensor, option: str) -> CapaError:
     )
 
 
-def _of(plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:
+def _of(name: str, plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:
     return RoundedTensor(
         name=plain.name,
         path=plain.path,
@@ -176,4 +193,5 @@ def _of(plain: StoredTensor, form: PackedLayers, method: str) -> RoundedTensor:
         plain=plain,
         form=form,
         method=method,
+        graph_name=name,
     )

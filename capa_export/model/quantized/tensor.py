@@ -18,6 +18,11 @@ class QuantizedTensor(StoredTensor):
     """The weight of a linear layer, of few bits; it is decoded whenever it is read."""
 
     @property
+    def of_tower(self) -> bool:
+        """Whether it was asked for as one of the vision tower's, apart from the decoder's layers."""
+        return False
+
+    @property
     def format_name(self) -> str:
         """What its numbers are, in words."""
         raise NotImplementedError
@@ -48,5 +53,7 @@ def quantization(tensors: Mapping[str, StoredTensor]) -> str | None:
     """What the quantized ones among a checkpoint's tensors are, in words; None where there are none."""
     weights = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
     heads = [f"the LM head in {weights.pop(name).format_name}" for name in list(weights) if name.endswith(HEAD)]
+    tower = [weights.pop(name).format_name for name in list(weights) if weights[name].of_tower]
     layers = [f"{len(weights)} layers of {next(iter(weights.values())).format_name}"] if weights else []
-    return " and ".join([*layers, *heads]) or None
+    tower = [f"{len(tower)} products of the vision tower in {tower[0]}"] if tower else []
+    return " and ".join([*layers, *heads, *tower]) or None

@@ -1,6 +1,6 @@
 """The dimensions of InternVL3 and InternVL3.5, read from `config.json`, and what their vision tower costs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -88,6 +88,12 @@ class VisionDims:
     def num_blocks(self) -> int:
         """Transformer blocks that the graph runs."""
         return self.depth
+
+    @property
+    def block_products(self) -> Sequence[tuple[int, int]]:
+        """Outputs and inputs of the products with weights in a block."""
+        d, f = self.hidden_size, self.intermediate_size
+        return (*[(d, d)] * 4, (f, d), (d, f))
 
     @property
     def num_parameters(self) -> int:

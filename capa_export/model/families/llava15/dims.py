@@ -1,6 +1,6 @@
 """LLaVA-1.5's dimensions, read from `config.json`, and what its vision tower costs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,12 @@ class VisionDims:
     def num_blocks(self) -> int:
         """Transformer blocks that the graph runs."""
         return self.num_run_layers
+
+    @property
+    def block_products(self) -> Sequence[tuple[int, int]]:
+        """Outputs and inputs of the products with weights in a block."""
+        d, f = self.hidden_size, self.intermediate_size
+        return (*[(d, d)] * 4, (f, d), (d, f))
 
     @property
     def num_parameters(self) -> int:

@@ -1,6 +1,6 @@
 """Qwen2.5-VL's dimensions, read from `config.json`, and what its vision tower costs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -62,6 +62,12 @@ class VisionDims:
     def num_blocks(self) -> int:
         """Transformer blocks that the graph runs."""
         return self.depth
+
+    @property
+    def block_products(self) -> Sequence[tuple[int, int]]:
+        """Outputs and inputs of the products with weights in a block."""
+        d, f = self.hidden_size, self.intermediate_size
+        return ((3 * d, d), (d, d), (f, d), (f, d), (d, f))
 
     @property
     def num_parameters(self) -> int:
