@@ -30,7 +30,7 @@ def build(
         CapaError: something stands in the way of a stage, which is found before the first where it can be; or a stage
             failed, and those before it are kept.
     """
-    check_runtime(target)
+    check_runtime(target, ", or build with --target onnx")
     check_wishes(model, options)
     check_engines(model.source.dims, target, options)
     options = _with_room(model, bundle, target, options)

@@ -66,10 +66,9 @@ def test_what_is_asked_for_is_locked_at_the_versions_of_the_constraints(lock: st
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="what 3.10 alone needs is not listed")
 def test_the_licence_of_each_package_of_the_demo_is_listed() -> None:
-    listed = re.findall(
-        r"^\| (\S+) +\| \S+ +\| (.+?) +\|$", (ROOT / "docs" / "licences.md").read_text("utf-8"), re.MULTILINE
-    )
-    licences = {canonicalize_name(name): licence for name, licence in listed}
+    text = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) +\| \S+ +\| (.+?) +\|$", text, re.MULTILINE)
+    licences = {canonicalize_name(name): licence for name, licence in rows}
     locked = pins((ROOT / "requirements" / "demo.txt").read_text(encoding="utf-8"))
     assert locked.keys() - licences.keys() == set()
     assert "UNKNOWN" not in licences.values()

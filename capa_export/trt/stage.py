@@ -46,8 +46,8 @@ _KIT_CODE = (
 """Modules whose code a kit depends on: that which writes it, and that which is in it."""
 
 
-def check_runtime(target: Target) -> None:
-    """Refuse a target whose builder is not installed, before anything is run."""
+def check_runtime(target: Target, instead: str = "") -> None:
+    """Refuse a target whose builder is not installed, before anything is run; `instead` ends the message."""
     if target.engine is None:
         return
     engine = target.require_engine()
@@ -56,8 +56,7 @@ def check_runtime(target: Target) -> None:
         _require_own_gpu(target)
     if engine.built == "here" and find_spec(runtime.replace("-", "_")) is None:
         raise CapaError(
-            f"target {target.name} needs {runtime}, which is not installed: {how_to_install('rtx')}, "
-            "or build with --target onnx",
+            f"target {target.name} needs {runtime}, which is not installed: {how_to_install('rtx')}{instead}",
             ExitCode.ENGINE,
         )
 
@@ -157,6 +156,7 @@ def _build_here(
     chosen = choose_plugins(plugins, precision, bundled_dims(bundle).decoder, plugin_library)
     if not _has_engines(bundle, target, weights):
         # Before the weights are read, which takes as long as they are large.
+        check_runtime(target)
         _check_room(bundle, weights)
     bundle.verify("export")
     folder = f"engines/{target.name}"

@@ -34,6 +34,9 @@ def test_a_build_without_engines_and_an_answer(tmp_path: Path) -> None:
     scene = Path(__file__).parents[2] / "graphs" / "checkpoints" / "tiny-qwen25vl" / "scene.png"
     asked = run("run", out, "--image", str(scene), "--prompt", "How many shapes are blue?")
     assert (asked.returncode, asked.stdout.strip()) == (0, "2"), asked.stderr
+    refused = run("engine", out, "--target", "rtx")
+    needs = f"error: target rtx needs tensorrt-rtx, which is not installed: {HINT}"
+    assert (refused.returncode, refused.stderr.strip()) == (5, needs)
 
 
 def test_the_doctor_says_what_is_missing() -> None:
