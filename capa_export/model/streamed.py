@@ -23,6 +23,8 @@ __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", 
 
 DECODER, HEAD = "model.language_model.", "lm_head."
 """Prefixes of the parameters of the decoder and of the head."""
+_DRAWS = {"kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"}
+"""Functions of torch.nn.init, which call themselves with `tensor=` where something else may stand for them."""
 _DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType[form.onnx]: getattr(torch, form.array) for form in FORMATS.values()
 }
@@ -191,7 +193,11 @@ class _NoWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        named = kwargs or {}
+        # To draw random numbers for what holds none takes longer than all the rest.
+        if getattr(named.get("tensor"), "is_meta", False) and func.__name__ in _DRAWS:
+            return named["tensor"]
+        return func(*args, **{**named, **({"device": "meta"} if func is torch.empty else {})})
 
 
 def hollow_model(source: Source, weights: "StoredWeights") -> Any:

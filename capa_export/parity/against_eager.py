@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from capa_export.parity.records import Records
     from capa_export.parity.validate import Comparison
     from capa_export.run.engine import BuiltEngines
+    from capa_export.run.onnx import Sessions
 
 __all__ = ["AgainstEager"]
 
@@ -89,15 +90,20 @@ class AgainstEager(Validation):
             # What the bundle holds; before it, where that is not FP32, the same graphs in FP32.
             fp32 = oracle.onnx if self.precision == "fp32" else reference
             records = write_records(kept, oracle, self.prompts, recipe.parity.steps, report)
+            # Two models share most of these graphs; they are as large as the weights, and none is to stay open.
+            opened: Sessions | None = None if fp32 == oracle.onnx else {}
             compared = [
                 compare_prompts(model.prompter, bundled, self.prompts, self._changed_sidecars()),
-                dense := compare_dense(oracle, records, recipe, report),
+                dense := compare_dense(oracle, records, recipe, report, sessions=opened),
                 capa := compare_onnx(
                     *(fp32, "fp32", records, recipe, report),
                     sliced=sliced,
                     provider=self.options.provider if fp32 == oracle.onnx else "cpu",
+                    sessions=opened,
                 ),
             ]
+            if opened is not None:
+                opened.clear()
             if fp32 != oracle.onnx:
                 compared.append(compare_onnx(oracle.onnx, self.precision, records, recipe, report, **shipped))
             if self.built is not None:

@@ -29,7 +29,7 @@ from capa_export.parity.records import Noise, Record, Records, forced_plan, trac
 from capa_export.parity.selection import SelectionMeter, comparable_kept
 from capa_export.parity.trace import Trace
 from capa_export.report.schema import PROMPTS, Check, ExportError, Selection
-from capa_export.run.onnx import OnnxModel
+from capa_export.run.onnx import OnnxModel, Sessions
 from capa_export.run.runtime import RuntimeModel
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def compare_onnx(
     *,
     sliced: bool = False,
     provider: Provider = "cpu",
+    sessions: Sessions | None = None,
 ) -> Comparison:
     """Compare ONNX files with eager CAPA in FP32, and in their own precision.
 
@@ -88,11 +89,12 @@ def compare_onnx(
         report: told the progress.
         sliced: whether to hold no more than a layer's weights in memory.
         provider: of ONNX Runtime.
+        sessions: those that `compare_dense` left open of the same graphs.
     """
     what = f"{precision} ONNX"
     meters = _meters(what, precision, records, recipe)
     selection = _selection_meter(what, precision, records, recipe)
-    plain = OnnxModel(graphs, sliced=sliced, provider=provider)
+    plain = OnnxModel(graphs, sliced=sliced, provider=provider, sessions=sessions)
     probed, clock = ProbedModel(graphs, sliced=sliced, provider=provider), _Clock()
     index = 0
     for group in _groups(plain, tracked(records, f"validate: {what}", len(records), report)):
@@ -200,9 +202,20 @@ def make_replay(oracle: Oracle) -> Replay:
     return replay
 
 
-def compare_dense(oracle: Oracle, records: Records, recipe: Recipe, report: Report = silent) -> Comparison:
-    """Compare the FP32 graphs, with nothing removed and no FFN scales, with the dense model's own forward pass."""
-    model, clock = OnnxModel(oracle.fp32_onnx, prefill=DENSE), _Clock()
+def compare_dense(
+    oracle: Oracle, records: Records, recipe: Recipe, report: Report = silent, *, sessions: Sessions | None = None
+) -> Comparison:
+    """Compare the FP32 graphs, with nothing removed and no FFN scales, with the dense model's own forward pass.
+
+    Args:
+        oracle: the model, and the graphs.
+        records: the oracle's records of the prompts.
+        recipe: the schedule, and the gates.
+        report: told the progress.
+        sessions: gets those of the graphs that the pruned model shares: all but prefill's.
+    """
+    sessions = {} if sessions is None else sessions
+    model, clock = OnnxModel(oracle.fp32_onnx, prefill=DENSE, sessions=sessions), _Clock()
     meter = ExportErrorMeter("fp32 ONNX, nothing removed", "dense eager fp32", recipe.parity.fp32)
     stages = len(recipe.prune.schedule)
     for group in _groups(model, tracked(records, "validate: dense", len(records), report)):
@@ -212,6 +225,7 @@ def compare_dense(oracle: Oracle, records: Records, recipe: Recipe, report: Repo
             everything = [np.arange(len(record.prompt.input_ids))] * stages
             reference = Trace(dense_logits(oracle, record.prompt, record.tokens), everything)
             meter.add(trace, reference)
+    sessions.pop(f"llm/{DENSE}", None)
     return Comparison((meter.result(),), milliseconds=clock.medians())
 
 

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
     from capa_export.export.graphs import Graphs
 
-__all__ = ["OnnxModel"]
+__all__ = ["OnnxModel", "Sessions"]
+
+Sessions = dict[str, tuple[Any, bool]]
+"""File -> session, and whether its attention runs in tiles."""
 
 NUMPY_TYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
@@ -64,6 +67,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         provider: of ONNX Runtime.
         exact: whether products with INT8 weights are computed in FP32. On a CPU ONNX Runtime then dequantizes these at
             every run, and takes tens of times longer than where it may round what enters to INT8, a scale for 32 each.
+        sessions: by file, those that another model has opened of the same graphs with the same options.
 
     Raises:
         CapaError: it is not installed here.
@@ -78,6 +82,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         sliced: bool = False,
         provider: Provider = "cpu",
         exact: bool = True,
+        sessions: "Sessions | None" = None,
     ) -> None:
         require_provider(provider)
         self.provider: Provider = provider
@@ -87,8 +92,7 @@ class OnnxModel(RuntimeModel[KVCache]):
         self.sliced = sliced or self.unwritten is not None
         self.threads, self.prefill_file, self.exact = threads, prefill, exact
         self._scratch = TemporaryDirectory(prefix="capa-export-")
-        self._sessions: dict[str, tuple[Any, bool]] = {}
-        """File -> session, and whether its attention runs in tiles."""
+        self._sessions: Sessions = {} if sessions is None else sessions
         self._attention: dict[tuple[str, object], int] = {}
 
     @property

@@ -29,7 +29,7 @@ from capa_export.parity.validate import (
     make_replay,
 )
 from capa_export.report.schema import ExportError, Selection
-from capa_export.run.onnx import OnnxModel
+from capa_export.run.onnx import OnnxModel, Sessions
 from tests.conftest import noise
 
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64)}
@@ -81,8 +81,12 @@ def figure(row: ExportError | Selection, name: str) -> float:
 
 
 def test_a_healthy_export_passes(oracle: Oracle, records: Records) -> None:
-    dense = compare_dense(oracle, records, RECIPE)
-    fp32 = compare_onnx(oracle.fp32_onnx, "fp32", records, RECIPE)
+    opened: Sessions = {}
+    dense = compare_dense(oracle, records, RECIPE, sessions=opened)
+    shared = dict(opened)
+    assert set(shared) == {"visual/model.onnx", "llm/decode.onnx"}
+    fp32 = compare_onnx(oracle.fp32_onnx, "fp32", records, RECIPE, sessions=opened)
+    assert set(opened) == {*shared, "llm/prefill.onnx"} and opened.items() >= shared.items()
     fp16 = compare_onnx(oracle.onnx, "fp16", records, RECIPE)
     assert [failures(one) for one in (dense, fp32, fp16)] == [[], [], []]
     assert [row.reference for row in fp16.export_error] == ["eager CAPA fp32", "eager CAPA fp16"]

@@ -11,7 +11,6 @@ import onnx_ir as ir
 import pytest
 
 from capa_export.base.errors import CapaError
-from capa_export.base.toml import shipped
 from capa_export.config.parts import check_units, parse_unit
 from capa_export.config.plugins import Plugins
 from capa_export.export.graphs import write_onnx
@@ -31,6 +30,7 @@ from capa_export.trt.doctor import _graph
 from capa_export.trt.engines import build_graphs
 from tests.conftest import noise
 from tests.models import FAMILIES
+from tests.models.shortened import first_layers
 from tests.passes.test_lower import inputs, run
 from tests.targets import one_gpu
 
@@ -309,15 +309,14 @@ def test_runs_with_attention_in_tiles(
     [
         (RESIDUAL, "python"),
         pytest.param(("2.self_attn", "3.mlp", "visual.1"), "python", marks=pytest.mark.exhaustive),
-        (("2", "5", "visual.0.attn"), "python"),
-        (("2", "5", "visual.0.attn"), "none"),
+        (("2", "4", "visual.0.attn"), "python"),
+        (("2", "4", "visual.0.attn"), "none"),
     ],
 )
 def test_tensorrt_builds_it(tmp_path: Path, units: tuple[str, ...], plugins: Any) -> None:
-    """Of the shipped checkpoint, whose head size the plugins take; layer 2 prunes, and layer 5 has a scale."""
-    family = load_family("qwen25vl")
-    of = Source.of(open_checkpoint(str(shipped("graphs") / "checkpoints/tiny-qwen25vl")), family)
-    write_onnx(of, "fp16", tmp_path, prune_layers=(2,), scales={5: np.ones(192)}, fp32_layers=units)
+    """Of a trained checkpoint, whose head size the plugins take; layer 2 prunes, and layer 4 has a scale."""
+    of = Source.of(open_checkpoint(str(first_layers(tmp_path / "checkpoint"))), load_family("qwen25vl"))
+    write_onnx(of, "fp16", tmp_path, prune_layers=(2,), scales={4: np.ones(192)}, fp32_layers=units)
     # In the others is no CAPA node: without plugins they are what they were before.
     graphs = {f"{graph}.onnx": graph for graph in (GRAPHS if plugins != "none" else GRAPHS[:1])}
     built = build_graphs(

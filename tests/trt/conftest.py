@@ -10,6 +10,7 @@ import pytest
 from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import load_recipe
 from tests.building import Building
+from tests.models.shortened import first_layers
 
 _DRIVER = """
 #include <stdlib.h>
@@ -40,9 +41,10 @@ int cuMemcpyDtoH_v2(void *target, address source, size_t size) { memcpy(target, 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of the shipped checkpoint, which plugins take, and whose weights can be inputs; no FFN is a scale."""
-    recipe, made = load_recipe("tiny-qwen25vl"), Bundle(tmp_path_factory.mktemp("bundle") / "out")
-    Building.of(recipe, made, recipe.checkpoint, ffn=False).export()
+    """Of a trained checkpoint, which plugins take, and whose weights can be inputs; no FFN is a scale."""
+    folder = tmp_path_factory.mktemp("bundle")
+    made = Bundle(folder / "out")
+    Building.of(load_recipe("tiny-qwen25vl"), made, first_layers(folder / "checkpoint"), ffn=False).export()
     return made
 
 
