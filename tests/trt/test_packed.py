@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from capa_export.bundle.store import ONNX, Bundle
+from capa_export.bundle.store import Bundle
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
-from capa_export.plan.device_memory import choose_weights
-from capa_export.trt.engines import build_graphs
+from capa_export.trt.stage import build_engines
 from tests.building import Building
 from tests.models.qwen25vl import random_model, save_model
 from tests.quantizing import FORMATS, quantize
@@ -48,16 +47,12 @@ def test_every_packed_weight_is_part_of_a_product(
     building = Building.of(Recipe.model_validate(data), Bundle(tmp_path / "out"), folder, ffn=False)
     building.export()
     # The layers of a model whose head alone is packed may be shared.
-    wish: Any = "auto" if num_packed > 1 else "external"
-    weights, _ = choose_weights(building.model.source.dims, "fp16", wish, load_target(target))
-    assert weights == ("embedded" if num_packed > 1 else "external")
-    # The vision tower's weights are as they were.
-    graphs = {f"llm/{engine}.onnx": engine for engine in ("prefill", "decode")}
-    onnx, engines = building.bundle.folder / ONNX, tmp_path / "engines"
-    built = build_graphs(onnx, graphs, engines, load_target(target), weights=weights)
-    for engine in graphs.values():
-        assert built[engine]["weight_copies"] == 0
-        path = engines / f"{engine}.layers.json"
+    weights = "auto" if num_packed > 1 else "external"
+    options: Any = {"report": building.report, "plugins": "none", "weights": weights}
+    result = build_engines(building.bundle, load_target(target), **options)
+    assert result["weights"] == ("embedded" if num_packed > 1 else "external")
+    for engine in ("prefill", "decode"):
+        path = building.bundle.folder / f"engines/{target}/llm/{engine}.layers.json"
         layers = json.loads(path.read_text(encoding="utf-8"))
         dequantizing = [one for one in layers if any("DequantizeLinear" in node for node in one["onnx"])]
         assert {one["type"] for one in dequantizing} == {"runtime_fusion"}
