@@ -68,6 +68,7 @@ SYSTEMS = (
     System("OpenVINO GenAI, INT4, CDPruner", "openvino", "75", "openvino-int4"),
     System("mobius-onnx on ONNX Runtime", "mobius", files="mobius"),
     System("onnxruntime-genai", "genai", files="genai"),
+    System("onnxruntime-genai, INT4", "genai", files="genai-int4"),
     System("llama.cpp, mtmd", "llama_cpp", files="llama"),
 )
 
