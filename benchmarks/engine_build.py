@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="as random_checkpoint.py writes it")
     parser.add_argument("--model", default="qwen25vl", help="recipe")
     parser.add_argument("--weights", choices=("embedded", "external"), default="embedded")
-    parser.add_argument("--targets", nargs="+", choices=_BUILT_HERE, default=_BUILT_HERE)
+    parser.add_argument("--targets", nargs="*", choices=_BUILT_HERE, default=_BUILT_HERE, help="may be none")
     parser.add_argument("--plugins", nargs="+", choices=("none", "python"), default=("none", "python"))
     parser.add_argument("--plugin-library", type=Path, help="for native plugins")
     arguments, options = parser.parse_known_args()
