@@ -87,9 +87,11 @@ def _rows(entry: Mapping[str, Any]) -> Iterator[list[str]]:
 def _label(name: str, variant: str) -> str:
     """A row's first cell."""
     shown = name.replace(_OURS, f"**{_OURS}**")
-    if variant == "dense":
-        return f"{shown}, nothing removed" if name.startswith(_OURS) else shown
-    return f"{shown}, CDPruner" if name.startswith("OpenVINO") and variant == "pruned" else f"{shown}, {variant}"
+    if name.startswith("OpenVINO"):
+        variant = variant.replace("pruned", "CDPruner")
+    if name.startswith(_OURS):
+        variant = variant.replace("dense", "nothing removed")
+    return shown if variant == "dense" else f"{shown}, {variant}"
 
 
 def _ignored(answers: Mapping[str, Any], variant: str) -> bool:
