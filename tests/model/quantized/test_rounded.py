@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_every_type_has_its_nearest_numbers(kind: str, group: int | None, named:
     assert 0 < (found - whole).norm() / whole.norm() < {"int8": 0.01, "fp8": 0.04, "nvfp4": 0.12}[kind]
     assert quantization(source.tensors) == f"35 layers of {kind.upper()}, rounded to nearest, {named}"
     assert source.dims.decoder.packed == PackedLayers(kind=kind, group=group)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("word", ["int4:32/rtn", "int8", "fp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_read_is_what_its_numbers_stand_for(word: str, dtype: torch.dtype, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    stored = file.read_bytes()
+    tensors = opened(folder, word).source.quantized
+    assert len(tensors) == 35
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor.mapped(), tensor.quantized().dequantized()), name
+    # The elements were mapped, and rounded where they are.
+    assert file.read_bytes() == stored
 
 
 def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
