@@ -3,14 +3,15 @@
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
 python benchmarks/engine_build.py /tmp/qwen25vl-7b --weights external > benchmarks/results/engine-build-qwen25vl-7b.json
 
-With --plugin-library FILE, which `capa-export plugins build` writes, native plugins too. The bundle is not calibrated:
-its plugins are those of the layer that prunes. Needs the checkpoint's size of free disk, and with embedded weights
-twice that.
+What it does not know goes to `export`, as --quantize int4. With --plugin-library FILE, which `capa-export plugins
+build` writes, native plugins too. The bundle is not calibrated: its plugins are those of the layer that prunes. Needs
+the checkpoint's size of free disk, and with embedded weights twice that.
 """
 
 import argparse
 import json
 import os
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,29 +39,32 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="as random_checkpoint.py writes it")
     parser.add_argument("--model", default="qwen25vl", help="recipe")
     parser.add_argument("--weights", choices=("embedded", "external"), default="embedded")
+    parser.add_argument("--targets", nargs="*", choices=_BUILT_HERE, default=_BUILT_HERE, help="may be none")
+    parser.add_argument("--plugins", nargs="+", choices=("none", "python"), default=("none", "python"))
     parser.add_argument("--plugin-library", type=Path, help="for native plugins")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
 
     checkpoint, library, weights = arguments.checkpoint.resolve(), arguments.plugin_library, arguments.weights
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(),
-        "command": f"benchmarks/engine_build.py {checkpoint.name} --model {arguments.model} --weights {weights}"
-        + (" --plugin-library FILE" if library else ""),
+        "command": " ".join(["benchmarks/engine_build.py", checkpoint.name, *sys.argv[2:]]),
         "load_before": round(os.getloadavg()[0], 1),
         "targets": {},
     }
-    plugins: dict[str, list[str | Path]] = {"none": ["--plugins", "none"], "python": ["--plugins", "python"]}
+    plugins: dict[str, list[str | Path]] = {kind: ["--plugins", kind] for kind in arguments.plugins}
     if library:
         plugins["native"] = ["--plugin-library", library.resolve()]
     with TemporaryDirectory(dir=checkpoint.parent, prefix="engine-build-") as folder:
         bundle = Path(folder) / "bundle"
-        export(arguments.model, checkpoint, bundle)
-        for target in _BUILT_HERE:
+        result["export"] = export(arguments.model, checkpoint, bundle, *options)
+        written = [path for path in bundle.rglob("*") if path.is_file()]
+        result["export"]["bytes"] = {str(path.relative_to(bundle)): path.stat().st_size for path in written}
+        for target in arguments.targets:
             # A library for this machine is none for a device of another CPU.
-            fitting = {kind: options for kind, options in plugins.items() if target == "rtx" or kind != "native"}
+            fitting = {kind: words for kind, words in plugins.items() if target == "rtx" or kind != "native"}
             result["targets"][target] = {
-                kind: _engines(bundle, target, "--weights", weights, *options) for kind, options in fitting.items()
+                kind: _engines(bundle, target, "--weights", weights, *words) for kind, words in fitting.items()
             }
     print(json.dumps(result, indent=2))
 

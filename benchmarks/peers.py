@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,8 @@ class Peer:
     requirements: tuple[str, ...] = ()
     """Requirements of the peer's environment; it runs in this one where there are none."""
     exports: bool = True
+    weights: str = ""
+    """`int4` or `fp16`; FP32 where there is nothing."""
     scope: str = "yes"
     """The table's entry on what it exports."""
 
@@ -58,35 +61,40 @@ def _same(*packages: str) -> tuple[str, ...]:
     return tuple(f"{package}=={version(package).partition('+')[0]}" for package in packages)
 
 
+_OURS = ("with_capa_export.py", ("capa-export", "onnxruntime"))
+_MOBIUS = (
+    "with_mobius.py",
+    ("mobius-onnx", "onnxruntime"),
+    ("mobius-onnx==0.1.0", *_same("torch", "transformers", "onnxruntime")),
+)
+_GENAI = (
+    "with_genai.py",
+    ("onnxruntime-genai", "onnxruntime"),
+    ("onnxruntime-genai==0.18.0", *_same("torch", "transformers", "onnxruntime", "onnx-ir")),
+)
+_OPENVINO = (
+    "with_openvino.py",
+    ("openvino-genai", "optimum-intel", "transformers"),
+    # transformers: optimum-intel 2.2 takes Qwen2.5-VL from no later one.
+    ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "transformers==4.57.6", *_same("torch")),
+)
 PEERS = (
-    Peer("capa-export", "with_capa_export.py", ("capa-export", "onnxruntime")),
+    Peer("capa-export", *_OURS),
+    Peer("capa-export, FP16", *_OURS, weights="fp16"),
+    Peer("capa-export, INT4", *_OURS, weights="int4"),
     Peer("HF eager", "with_hf_eager.py", ("transformers", "torch"), exports=False),
-    Peer(
-        "mobius-onnx",
-        "with_mobius.py",
-        ("mobius-onnx", "onnxruntime"),
-        ("mobius-onnx==0.1.0", *_same("torch", "transformers", "onnxruntime")),
-    ),
-    Peer(
-        "onnxruntime-genai builder",
-        "with_genai.py",
-        ("onnxruntime-genai", "onnxruntime"),
-        ("onnxruntime-genai==0.18.0", *_same("torch", "transformers", "onnxruntime", "onnx-ir")),
-        scope="decoder only",
-    ),
+    Peer("mobius-onnx", *_MOBIUS),
+    Peer("mobius-onnx, INT4", *_MOBIUS, weights="int4"),
+    Peer("onnxruntime-genai builder", *_GENAI, scope="decoder only"),
+    Peer("onnxruntime-genai builder, INT4", *_GENAI, weights="int4", scope="decoder only"),
     Peer(
         "optimum-onnx",
         "with_optimum.py",
         ("optimum-onnx", "transformers"),
         ("optimum-onnx[onnxruntime]==0.1.0", *_same("torch")),
     ),
-    Peer(
-        "OpenVINO GenAI",
-        "with_openvino.py",
-        ("openvino-genai", "optimum-intel", "transformers"),
-        # transformers: optimum-intel 2.2 takes Qwen2.5-VL from no later one.
-        ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "transformers==4.57.6", *_same("torch")),
-    ),
+    Peer("OpenVINO GenAI", *_OPENVINO),
+    Peer("OpenVINO GenAI, INT4", *_OPENVINO, weights="int4"),
 )
 
 
@@ -111,7 +119,8 @@ class PeerSteps:
         return self.folder / f"{name}.log"
 
     def exported(self, peer: Peer) -> Path:
-        return self.folder / Path(peer.adapter).stem.removeprefix("with_")
+        name = Path(peer.adapter).stem.removeprefix("with_")
+        return self.folder / (f"{name}-{peer.weights}" if peer.weights else name)
 
     def command(self, python: str, peer: Peer, verb: str, *paths: Path) -> list[str]:
         """An adapter's command line."""
@@ -312,7 +321,8 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
                 worker.close()
     found: dict[str, Any] = {name: {"error": worker.error} for name, worker in workers.items()}
     logits = {name: worker.first for name, worker in workers.items() if worker.error is None}
-    reference = np.array(logits["HF eager"]["sdpa"]) if "HF eager" in logits else None
+    # Ours is held against Hugging Face's elsewhere, and its expanded weights against the formats' specifications.
+    reference = logits.get("HF eager", {}).get("sdpa") or logits["capa-export"]["dense"]
     for name, variants in logits.items():
         rows = {}
         for variant, values in variants.items():
@@ -323,9 +333,9 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
                 "wall_ms": round(1e3 * median(wall), 2),
                 "runs": len(wall),
             }
-            if reference is not None and variant not in {"pruned", "sdpa"}:
-                difference = np.abs(np.array(values) - reference).max() / np.abs(reference).max()
-                rows[variant]["logits_from_hf"] = float(f"{difference:.2g}")
+            if not re.search("pruned|behind", variant) and values is not reference:
+                difference = np.abs(np.subtract(values, reference)).max() / np.abs(reference).max()
+                rows[variant]["logits_from_reference"] = float(f"{difference:.2g}")
         found[name] = {"error": None, "variants": rows}
     return found
 

@@ -2,7 +2,8 @@
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen25vl-7b
 
-With --tokenizer it is laid out as it is published, as benchmarks/published.py says.
+With --tokenizer it is laid out as it is published, as benchmarks/published.py says; with --awq the decoder's layers
+are in AutoAWQ's layout, four bits in groups of 128.
 """
 
 import argparse
@@ -19,6 +20,21 @@ import torch
 import transformers
 
 _PIECE = 1 << 22
+_DECODER_LINEAR = re.compile(
+    r"(?!visual|vision).*layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
+)
+_GROUP = 128
+_AWQ = {
+    "quant_method": "awq",
+    "version": "gemm",
+    "bits": 4,
+    "group_size": _GROUP,
+    "zero_point": True,
+    "modules_to_not_convert": ["visual", "vision_tower", "multi_modal_projector"],
+}
+_BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+Tensor = tuple[str, str, list[int]]
+"""Name, type and shape."""
 
 
 def _qwen25vl(
@@ -147,44 +163,65 @@ def _published(name: str, model_type: str) -> str:
     return name
 
 
-def write(config: dict[str, Any], folder: Path, shard_bytes: int = 4 << 30) -> None:
+def _stored(name: str, shape: list[int], *, awq: bool) -> list[Tensor]:
+    """The tensors that stand for one: itself, or a decoder's weight [out, in] in AutoAWQ's three parts."""
+    if not awq or not _DECODER_LINEAR.fullmatch(name):
+        return [(name, "BF16", shape)]
+    (outputs, inputs), module = shape, name.removesuffix("weight")
+    groups = inputs // _GROUP
+    parts = {"qweight": [inputs, outputs // 8], "qzeros": [groups, outputs // 8], "scales": [groups, outputs]}
+    return [(module + part, "F16" if part == "scales" else "I32", size) for part, size in parts.items()]
+
+
+def _size(tensor: Tensor) -> int:
+    _, dtype, shape = tensor
+    return _BYTES[dtype] * prod(shape)
+
+
+def write(config: dict[str, Any], folder: Path, shard_bytes: int = 4 << 30, *, awq: bool = False) -> None:
     """Write the folder, shard by shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    shards: list[list[tuple[str, list[int]]]] = [[]]
+    written = {**config, "quantization_config": _AWQ} if awq else config
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    shards: list[list[Tensor]] = [[]]
     size = 0
-    for name, shape in shapes(config):
-        if size + 2 * prod(shape) > shard_bytes and shards[-1]:
+    for tensor in [part for name, shape in shapes(config) for part in _stored(name, shape, awq=awq)]:
+        if size + _size(tensor) > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
-        shards[-1].append((name, shape))
-        size += 2 * prod(shape)
+        shards[-1].append(tensor)
+        size += _size(tensor)
     rng, weight_map = np.random.default_rng(0), {}
     for index, tensors in enumerate(shards, 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape in tensors:
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + 2 * prod(shape)]}
-            offset += 2 * prod(shape)
+        for name, dtype, shape in tensors:
+            end = offset + _size((name, dtype, shape))
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
             weight_map[name] = file
         text = json.dumps(header).encode()
         # As safetensors pads it.
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in tensors:
-                for values in _values(rng, name, shape):
+            for tensor in tensors:
+                for values in _values(rng, *tensor):
                     out.write(values.tobytes())
-    total = sum(2 * prod(shape) for tensors in shards for _, shape in tensors)
+    total = sum(_size(tensor) for tensors in shards for tensor in tensors)
     listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
 
 
-def _values(rng: np.random.Generator, name: str, shape: list[int]) -> Iterator[np.ndarray]:
+def _values(rng: np.random.Generator, name: str, dtype: str, shape: list[int]) -> Iterator[np.ndarray]:
     """Elements in pieces: norms of one, biases of zero, and matrices that keep the size of what they multiply.
 
-    These are drawn from 65,536 normal values, which is several times faster than drawing each anew.
+    These are drawn from 65,536 normal values, which is several times faster than drawing each anew. Four bits are
+    drawn evenly, and zero points are 7 or 8.
     """
+    if dtype != "BF16":
+        yield _awq_values(rng, name.rpartition(".")[2], shape)
+        return
     if len(shape) == 1:
         yield np.full(shape, 0 if name.endswith("bias") else 1, ml_dtypes.bfloat16)
         return
@@ -194,13 +231,22 @@ def _values(rng: np.random.Generator, name: str, shape: list[int]) -> Iterator[n
         yield table[rng.integers(0, 1 << 16, min(_PIECE, prod(shape) - start), dtype=np.uint16)]
 
 
+def _awq_values(rng: np.random.Generator, part: str, shape: list[int]) -> np.ndarray:
+    """A whole part; the standard deviation of sixteen even numbers is the root of 255/12."""
+    if part == "scales":
+        return np.full(shape, 0.7 * (shape[0] * _GROUP * 255 / 12) ** -0.5, np.float16)
+    words = rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+    return words if part == "qweight" else np.uint32(0x77777777) + (words & np.uint32(0x11111111))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=CONFIGS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, help="Folder with the true tokenizer's files.")
+    parser.add_argument("--awq", action="store_true", help="The decoder's layers in four bits, as AutoAWQ stores them.")
     arguments = parser.parse_args()
-    write(CONFIGS[arguments.model], arguments.out)
+    write(CONFIGS[arguments.model], arguments.out, awq=arguments.awq)
     if arguments.tokenizer is not None:
         from published import dress
 

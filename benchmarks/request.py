@@ -62,12 +62,15 @@ SYSTEMS = (
     System("capa-export, CAPA", "capa_export", files="capa"),
     System("capa-export, INT4, dense", "capa_export", files="dense-int4"),
     System("capa-export, INT4, CAPA", "capa_export", files="capa-int4"),
+    System("capa-export, INT4, head INT8, dense", "capa_export", files="dense-int4-head8"),
+    System("capa-export, INT4, head INT8, CAPA", "capa_export", files="capa-int4-head8"),
     System("OpenVINO GenAI", "openvino", "0", "openvino"),
     System("OpenVINO GenAI, CDPruner", "openvino", "75", "openvino"),
     System("OpenVINO GenAI, INT4", "openvino", "0", "openvino-int4"),
     System("OpenVINO GenAI, INT4, CDPruner", "openvino", "75", "openvino-int4"),
     System("mobius-onnx on ONNX Runtime", "mobius", files="mobius"),
     System("onnxruntime-genai", "genai", files="genai"),
+    System("onnxruntime-genai, INT4", "genai", files="genai-int4"),
     System("llama.cpp, mtmd", "llama_cpp", files="llama"),
 )
 
@@ -216,9 +219,10 @@ def _files(work: Path, bed: Bed, system: System, timeout: float) -> tuple[Path, 
         return llama_cpp(work, bed.checkpoint, name)
     if system.adapter != "capa_export":
         return peer_export(work, system.adapter, bed.checkpoint, name, 3 * timeout)
-    kind, _, quantize = system.files.partition("-")
+    kind, *weights = system.files.split("-")
     schedule = {"dense": bed.dense, "capa": bed.capa}[kind]
-    options = {"recipe": bed.recipe, "quantize": bed.int4 if quantize else None, "images": bed.images}
+    quantized = {"int4": ("quantize", bed.int4), "head8": ("quantize_head", "int8")}
+    options = {"recipe": bed.recipe, "images": bed.images, **dict(quantized[word] for word in weights)}
     return kept(work / name, lambda out: bundle(bed.checkpoint, schedule, out=out, **options)), None
 
 

@@ -57,11 +57,18 @@ def write_whole(folder: Path, tokenizer: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def bundle(
-    checkpoint: Path, schedule: str, *, recipe: str, quantize: str | None, images: Path | None, out: Path
-) -> None:
-    """An FP32 bundle of this project, calibrated where the schedule leaves FFNs to the calibration."""
-    options = {"recipe": recipe, "quantize": quantize}
+def bundle(checkpoint: Path, schedule: str, *, recipe: str, images: Path | None, out: Path, **quantized: str) -> None:
+    """An FP32 bundle of this project, calibrated where the schedule leaves FFNs to the calibration.
+
+    Args:
+        checkpoint: a local folder.
+        schedule: as `--schedule` takes it.
+        recipe: a name or a path.
+        images: what the calibration looks at; nothing for the recipe's own.
+        out: receives the bundle.
+        quantized: `quantize` and `quantize_head`, as `build` takes them.
+    """
+    options = {"recipe": recipe, **quantized}
     if not schedule.endswith("/full"):
         stages.calibrate(str(checkpoint), out=out, images=images, samples=4, **options)
     stages.export(str(checkpoint), out=out, schedule=schedule, precision="fp32", images=images, **options)

@@ -2,8 +2,9 @@
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen --tokenizer qwen3/package/models
 python benchmarks/true_size_build.py /tmp/qwen --out /tmp/bundle > benchmarks/results/true-size-build-qwen25vl-7b.json
+python benchmarks/true_size_build.py /tmp/qwen --out /tmp/int4 --quantize int4 > ...
 
-Needs free disk for the bundle, which is as large as the checkpoint in FP16.
+What it does not know goes to `build`. Needs free disk for the bundle, which is as large as the checkpoint in FP16.
 """
 
 import argparse
@@ -102,7 +103,9 @@ def run(command: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def stages(bundle: Path) -> dict[str, Any]:
-    """Each stage's entry in the manifest, and the bytes that it left."""
+    """Each finished stage's entry in the manifest, and the bytes that it left."""
+    if not (bundle / "capa_manifest.json").exists():
+        return {}
     manifest = json.loads((bundle / "capa_manifest.json").read_text(encoding="utf-8"))
     return {
         name: {
@@ -120,20 +123,15 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=2, help="Prompts of calibration and of validation.")
-    parser.add_argument("--max-pixels", type=int, help="Largest area of a picture, as `build` takes it.")
-    parser.add_argument("--target", default="rtx")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         pictures(Path(folder), 4)
         count = str(arguments.samples)
         build = [CAPA_EXPORT, "build", str(arguments.checkpoint), "--images", folder, "--ratio", "0.75"]
-        build += ["--target", arguments.target, "--samples", count, "--validation-samples", count]
+        build += ["--samples", count, "--validation-samples", count]
         # The weights are random, and keep no answer.
-        build += [
-            "--accept-method-loss",
-            *(["--max-pixels", str(arguments.max_pixels)] if arguments.max_pixels else []),
-        ]
+        build += ["--accept-method-loss", *options]
         built = run([*build, "--out", str(arguments.out)], arguments.out.parent)
         ask = [CAPA_EXPORT, "run", str(arguments.out), "--image", f"{folder}/0.jpg", "--prompt", "What is this?"]
         asked = run([*ask, "--max-new-tokens", "2"], arguments.out.parent)

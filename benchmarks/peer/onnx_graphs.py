@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from serve import THREADS, Feed, Prefills
+from serve import DECODE, THREADS, Feed, Prefills
 
 __all__ = ["DecoderSession", "prefills", "session"]
 
 
-def session(path: Path) -> Any:
-    """A session on the CPU."""
+def session(path: Path, **settings: str) -> Any:
+    """A session on the CPU, with settings of ONNX Runtime's by the last part of their names."""
     options = onnxruntime.SessionOptions()
+    for name, value in settings.items():
+        options.add_session_config_entry(f"session.{name}", value)
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -56,7 +58,10 @@ class DecoderSession:
 
 
 def prefills(path: Path, head_dim: int, feed: Feed) -> Prefills:
-    """A dense prefill of the graph at `path`."""
+    """A dense prefill of the graph at `path`, and a step of decode behind it."""
     decoder = DecoderSession(path)
     cache = decoder.empty_cache(head_dim)
-    return {"dense": lambda: decoder(feed["inputs_embeds"], feed["position_ids"], cache, 0)[0]}
+    embeds, positions = feed["inputs_embeds"], feed["position_ids"]
+    _, filled = decoder(embeds, positions, cache, 0)
+    step = embeds[:, -1:], positions[:, -1:] + 1, filled, embeds.shape[1]
+    return {"dense": lambda: decoder(embeds, positions, cache, 0)[0], f"{DECODE}dense": lambda: decoder(*step)[0]}

@@ -18,15 +18,20 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["THREADS", "Ask", "Feed", "Prefills", "main", "now", "peak_memory", "questions"]
+__all__ = ["DECODE", "THREADS", "Ask", "Feed", "Prefills", "main", "now", "peak_memory"]
+__all__ += ["quantized", "questions", "weights_of"]
 
+STEPS = 8
+"""Of decode that are timed together."""
+DECODE = "decode behind "
+"""Begins the name of a step of decode, which goes on with that of a prefill."""
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """Of every runtime."""
 
 Feed = Mapping[str, np.ndarray]
 """`inputs_embeds` [1, T, D] FP32, `position_ids` [axes, T], `text_positions` [X], and `num_keep` [1]."""
 Prefills = Mapping[str, Callable[[], np.ndarray]]
-"""Variant -> one prefill, which returns the logits [V] of the last position."""
+"""Variant -> one prefill, or the step of decode behind it, which returns the logits [V] of the last position."""
 
 Ask = Callable[..., dict[str, Any]]
 """`picture`, `question`, `tokens` and `exact`, whether an end counts as a token like others -> `text`, `milliseconds`
@@ -42,6 +47,16 @@ def peak_memory() -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024
+
+
+def weights_of(out: Path) -> str:
+    """What the folder's name says of the weights in it: `genai-int4` holds INT4, and `genai` FP32."""
+    return out.name.rpartition("-")[2] if out.name.endswith(("-int4", "-fp16")) else "fp32"
+
+
+def quantized(checkpoint: Path) -> bool:
+    """Whether its weights are stored in few bits."""
+    return "quantization_config" in json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
 
 
 def questions(folder: Path) -> list[dict[str, Any]]:
@@ -84,8 +99,12 @@ def main(
         # The first run of each plans and allocates; its logits are held against the others'.
         send({name: np.asarray(run(), np.float64).ravel().tolist() for name, run in runs.items()})
         for line in sys.stdin:
+            name = line.strip()
+            times = STEPS if name.startswith(DECODE) else 1
             wall, processor = time.perf_counter(), time.process_time()
-            runs[line.strip()]()
-            send([time.perf_counter() - wall, time.process_time() - processor])
+            for _ in range(times):
+                runs[name]()
+            ended = time.perf_counter(), time.process_time()
+            send([(ended[0] - wall) / times, (ended[1] - processor) / times])
     else:
         sys.exit(f"NotImplementedError: no {verb} for this peer")

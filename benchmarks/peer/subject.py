@@ -14,6 +14,7 @@ from PIL import Image
 from serve import now
 
 from capa_export.base.toml import shipped_names
+from capa_export.config.quantization import Quantization
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.schedule import kept_tokens
 from capa_export.data.samples import samples_from
@@ -30,7 +31,7 @@ _BEFORE = 4
 """Text tokens in front of the picture."""
 
 
-def opened(checkpoint: Path) -> tuple[Recipe, Source]:
+def opened(checkpoint: Path, quantize: Quantization | None = None) -> tuple[Recipe, Source]:
     """A checkpoint with the recipe of its folder's name, or else its family's; the prune layer fits the decoder."""
     found = open_checkpoint(str(checkpoint))
     recipes = [load_recipe(name) for name in shipped_names("graphs")]
@@ -38,7 +39,7 @@ def opened(checkpoint: Path) -> tuple[Recipe, Source]:
     fitting = [recipe for recipe in recipes if load_family(recipe.family).ARCHITECTURE in architectures]
     for recipe in sorted(fitting, key=lambda recipe: recipe.name != checkpoint.name):
         if recipe.name in {checkpoint.name, recipe.family}:
-            source = Source.of(found, load_family(recipe.family))
+            source = Source.of(found, load_family(recipe.family), quantize)
             layer = min(recipe.prune.schedule[0].layer, source.dims.decoder.num_layers // 2)
             return recipe.with_options(prune_layer=layer), source
     raise SystemExit(f"{checkpoint}: no recipe for {', '.join(architectures)}")

@@ -1,35 +1,80 @@
-"""Runs this project, in FP32 like its peers, pruning without FFN scales."""
+"""Runs this project, in FP32 like its peers, in FP16, or with INT4 weights, pruning without FFN scales."""
 
+from collections.abc import Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx_graphs import session
-from serve import THREADS, Ask, Feed, Prefills, main, now, questions
+from serve import DECODE, THREADS, Ask, Feed, Prefills, main, now, quantized, questions, weights_of
 from subject import opened
 
+from capa_export.config.quantization import parse_quantization
 from capa_export.export.graphs import write_onnx
+from capa_export.graph.contract import INPUTS_EMBEDS, PAST_LENGTHS, POSITION_IDS, past_of
 from capa_export.model.sidecars import copy_sidecars
+from capa_export.run.onnx import NUMPY_TYPES
+
+_EXACT = {"qdq_matmulnbits_accuracy_level": "1"}
+"""As `run` has it: what enters INT4 products is not rounded."""
+_ROUNDED = {"qdq_matmulnbits_accuracy_level": "4"}
+"""ONNX Runtime's own choice, and the peers'."""
 
 
 def export(checkpoint: Path, out: Path) -> None:
     """Vision tower, prefill and decode."""
-    recipe, source = opened(checkpoint)
-    write_onnx(source, "fp32", out, prune_layers=[stage.layer for stage in recipe.prune.schedule], scales={})
+    recipe, source = opened(checkpoint, "none")
+    precision = "fp16" if weights_of(out) == "fp16" else "fp32"
+    if weights_of(out) == "int4":
+        dims = source.dims.decoder
+        group = gcd(128, dims.hidden_size, dims.intermediate_size, dims.num_heads * dims.head_dim)
+        # Rounded to nearest, as the peers do it; a checkpoint of four bits keeps them.
+        recipe, source = opened(checkpoint, None if quantized(checkpoint) else parse_quantization(f"int4:{group}/rtn"))
+    write_onnx(source, precision, out, prune_layers=[stage.layer for stage in recipe.prune.schedule], scales={})
     copy_sidecars(source.checkpoint, out)
 
 
 def prefill(_: Path, out: Path, feed: Feed) -> Prefills:
-    """The prefill graph with every visual token kept, and with those of the ratio."""
-    opened_session = session(out / "llm" / "prefill.onnx")
-    names = [entry.name for entry in opened_session.get_inputs()]
+    """The prefill graph with every visual token kept and with those of the ratio, and a step of decode behind each."""
+    runs = _runs(out, feed, _EXACT)
+    if weights_of(out) != "int4":
+        return runs
+    rounded = _runs(out, feed, _ROUNDED)
+    return {**runs, **{f"{name}, inputs rounded": run for name, run in rounded.items()}}
 
-    def run(num_keep: np.ndarray) -> np.ndarray:
-        values = {**feed, "num_keep": num_keep}
-        every = [entry.name for entry in opened_session.get_outputs()]
-        return opened_session.run(every, {name: values[name] for name in names})[0]
 
-    return {"dense": lambda: run(feed["num_visual"]), "pruned": lambda: run(feed["num_keep"])}
+def _runs(out: Path, feed: Feed, settings: Mapping[str, str]) -> Prefills:
+    fill, step = (session(out / "llm" / f"{name}.onnx", **settings) for name in ("prefill", "decode"))
+
+    def run(opened_session: Any, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = {
+            entry.name: values[entry.name].astype(NUMPY_TYPES[entry.type]) for entry in opened_session.get_inputs()
+        }
+        names = [entry.name for entry in opened_session.get_outputs()]
+        return dict(zip(names, opened_session.run(names, given), strict=True))
+
+    def filled(num_keep: np.ndarray) -> dict[str, np.ndarray]:
+        return run(fill, {**feed, "num_keep": num_keep})
+
+    def behind(num_keep: np.ndarray) -> dict[str, np.ndarray]:
+        """Decode's inputs."""
+        result = filled(num_keep)
+        lengths = [len(feed["text_positions"]) + int(count) for count in (feed["num_visual"][0], num_keep[0])]
+        return {
+            **past_of(result),
+            INPUTS_EMBEDS: feed[INPUTS_EMBEDS][:, -1:],
+            POSITION_IDS: feed[POSITION_IDS][:, None, -1:] + 1,
+            PAST_LENGTHS: np.array(lengths)[:, None],
+        }
+
+    dense, pruned = (behind(feed[name]) for name in ("num_visual", "num_keep"))
+    return {
+        "dense": lambda: filled(feed["num_visual"])["logits"][0],
+        "pruned": lambda: filled(feed["num_keep"])["logits"][0],
+        f"{DECODE}dense": lambda: run(step, dense)["logits"][0],
+        f"{DECODE}pruned": lambda: run(step, pruned)["logits"][0],
+    }
 
 
 def answer(checkpoint: Path, out: Path, folder: Path) -> dict[str, Any]:

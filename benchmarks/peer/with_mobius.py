@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 from onnx_graphs import DecoderSession, prefills, session
-from serve import Ask, Feed, Prefills, main, now, questions
+from serve import Ask, Feed, Prefills, main, now, quantized, questions, weights_of
 
 _NUM_TOKENS = 4
+_DECODER = Path("decoder", "model.onnx")
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Export as `mobius build` does."""
+    """Export as `mobius build` does; it quantizes nothing, and keeps four bits that a checkpoint has."""
+    if weights_of(out) == "int4" and not quantized(checkpoint):
+        sys.exit("NotImplementedError: `mobius build` has no option that quantizes")
     from mobius.__main__ import main as mobius
 
     sys.argv = ["mobius", "build", "--config", str(checkpoint), "--dtype", "f32", str(out)]
@@ -24,17 +27,17 @@ def export(checkpoint: Path, out: Path) -> None:
 
 def prefill(_: Path, out: Path, feed: Feed) -> Prefills:
     """The decoder graph."""
-    return prefills(out / "decoder" / "model.onnx", int(feed["head_dim"]), feed)
+    return prefills(out / _DECODER, int(feed["head_dim"]), feed)
 
 
-class _Graphs:
+class Graphs:
     """Vision tower, embedding and decoder on ONNX Runtime."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, decoder: Path) -> None:
         self._tower, self._embedding = (
             session(folder / name / "model.onnx") for name in ("vision_encoder", "embedding")
         )
-        self._decoder = DecoderSession(folder / "decoder" / "model.onnx")
+        self._decoder = DecoderSession(decoder)
 
     def features(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Of a picture, from what Hugging Face's tower is fed."""
@@ -59,7 +62,7 @@ class _Graphs:
 
 def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:
     """Greedily."""
-    graphs = _Graphs(out)
+    graphs = Graphs(out, out / _DECODER)
     tokens = []
     for question in questions(folder):
         features = graphs.features({name.removeprefix("hf."): array for name, array in question.items()})
@@ -79,12 +82,17 @@ def _until(tokens: Iterable[int], stop: Container[int], limit: int) -> Iterator[
 
 def ask(checkpoint: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - there is one.
     """Greedily; runs in this project's environment."""
+    return asking(checkpoint, Graphs(out, out / _DECODER))
+
+
+def asking(checkpoint: Path, graphs: Graphs) -> Ask:
+    """Answers of graphs that take turns."""
     from subject import ask_about, opened, prompter_of
 
     from capa_export.model.generation import eos_token_ids
 
     _, source = opened(checkpoint)
-    prompter, stop, graphs = prompter_of(source), eos_token_ids(checkpoint), _Graphs(out)
+    prompter, stop = prompter_of(source), eos_token_ids(checkpoint)
 
     def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
         asked = ask_about(source, prompter, picture, question)

@@ -1,12 +1,13 @@
 """OpenVINO GenAI on what optimum-intel exports, with and without CDPruner."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serve import THREADS, Ask, Feed, Prefills, main, now, questions
+from serve import DECODE, THREADS, Ask, Feed, Prefills, main, now, questions, weights_of
 from transformers4 import downgraded
 
 _PRUNES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -25,13 +26,7 @@ def export(checkpoint: Path, out: Path) -> None:
     from optimum.commands.optimum_cli import main as optimum
 
     sys.argv = ["optimum-cli", "export", "openvino", "-m", str(downgraded(checkpoint, out))]
-    sys.argv += [
-        "--task",
-        "image-text-to-text",
-        "--weight-format",
-        "int4" if out.name.endswith("int4") else "fp32",
-        str(out),
-    ]
+    sys.argv += ["--task", "image-text-to-text", "--weight-format", weights_of(out), str(out)]
     optimum()
 
 
@@ -40,26 +35,35 @@ def prefill(checkpoint: Path, out: Path, feed: Feed) -> Prefills:
     import openvino
 
     compiled = openvino.Core().compile_model(out / "openvino_language_model.xml", "CPU", _CPU)
-    request = compiled.create_infer_request()
+    request, filled = compiled.create_infer_request(), compiled.create_infer_request()
     names = {name for entry in compiled.inputs for name in entry.names}
     positions = feed["position_ids"]
 
-    def run(rows: np.ndarray) -> np.ndarray:
+    def inferred(request: openvino.InferRequest, rows: np.ndarray, positions: np.ndarray, num_past: int) -> np.ndarray:
         inputs = {
             "inputs_embeds": feed["inputs_embeds"][:, rows],
-            "attention_mask": np.ones((1, len(rows)), np.int64),
-            "position_ids": positions[:, None, rows] if len(positions) > 1 else positions[:, rows],
+            "attention_mask": np.ones((1, num_past + len(rows)), np.int64),
+            "position_ids": positions[:, None] if len(positions) > 1 else positions,
             "beam_idx": np.zeros(1, np.int32),
         }
-        request.reset_state()
         return request.infer({name: inputs[name] for name in inputs if name in names})["logits"][0, -1]
 
+    def run(rows: np.ndarray) -> np.ndarray:
+        request.reset_state()
+        return inferred(request, rows, positions[:, rows], 0)
+
+    def step() -> np.ndarray:
+        return inferred(filled, every[-1:], positions[:, -1:] + 1, next(lengths))
+
     every = np.arange(feed["inputs_embeds"].shape[1])
+    inferred(filled, every, positions, 0)
+    # It keeps the tokens of steps.
+    lengths = itertools.count(len(every))
     if json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"] not in _PRUNES:
-        return {"dense": lambda: run(every)}
+        return {"dense": lambda: run(every), f"{DECODE}dense": step}
     text = feed["text_positions"]
     kept = np.sort(np.r_[text, np.setdiff1d(every, text)[: int(feed["num_keep"][0])]])
-    return {"dense": lambda: run(every), "pruned": lambda: run(kept)}
+    return {"dense": lambda: run(every), "pruned": lambda: run(kept), f"{DECODE}dense": step}
 
 
 def answer(_: Path, out: Path, folder: Path) -> dict[str, Any]:

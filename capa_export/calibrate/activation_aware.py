@@ -22,7 +22,7 @@ from capa_export.model.families import Family
 from capa_export.model.lockstep import TOGETHER_BYTES, Part, Pass, WeightSource, grouped
 from capa_export.model.prompt import Prompt
 from capa_export.model.quantized.choice import PLACES, WeightChoice, layer_name
-from capa_export.model.quantized.rounded import nearest
+from capa_export.model.quantized.rounded import as_rounded
 from capa_export.model.source import Source
 from capa_export.model.streamed import StoredWeights, hollow_model
 
@@ -209,8 +209,6 @@ def relative_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, form: 
 
 
 def _squared_error(weight_OI: Tensor, factors_I: Tensor, rows_RI: Tensor, form: PackedLayers) -> float:
-    values, scales, outer = nearest((weight_OI * factors_I).numpy(), form)
-    rounded_OI = torch.from_numpy(values.astype(np.float32)).unflatten(1, (scales.shape[1], -1))
-    rounded_OI *= torch.from_numpy(scales.astype(np.float32))[..., None] * outer
-    change_OI = (rounded_OI.flatten(1) / factors_I).sub_(weight_OI)
+    rounded_OI = torch.from_numpy(as_rounded((weight_OI * factors_I).numpy(), form))
+    change_OI = rounded_OI.div_(factors_I).sub_(weight_OI)
     return float((rows_RI @ change_OI.T).square().sum(dtype=torch.float64))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +26,7 @@ from capa_export.model.families import require_selection
 from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.source import EMBEDDING, Source
+from capa_export.model.tensors import unbound
 from capa_export.passes.fp32_parts import FP32PartsPass
 from capa_export.passes.pack_weights import PackedForm, PackWeightsPass, input_scale_name, only_gemm_reads
 from capa_export.selectors.selector import TOWER_OUTPUTS, SelectorChoice
@@ -104,9 +106,9 @@ def write_onnx(
         source, dtype, prune_layers, selectors, min_keep_per_image, sorted(scales), fp32_layers, dense=dense
     )
     shards = Shards(source.checkpoint, precision) if in_place else None
-    if shards is None:
-        check_disk(folder, int(source.checkpoint.num_parameters * dtype.itemsize))
     packed = _pack(parts, source)
+    if shards is None:
+        check_disk(folder, _bytes_to_write(parts, source, dtype))
     extra, sizes = _alphas(scales), dict[str, Any]()
     for part, models in parts.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -198,6 +200,20 @@ def _graphs(
         for model in (model for models in parts.values() for model in models.values()):
             widen(model)
     return parts
+
+
+def _bytes_to_write(parts: Mapping[str, Mapping[str, ir.Model]], source: Source, dtype: ir.DataType) -> int:
+    """Bytes of all weights that graphs wait for, each part's once, and of the embedding."""
+    total = prod(source.tensors[EMBEDDING].shape) * dtype.itemsize if EMBEDDING in source.tensors else 0
+    for models in parts.values():
+        waiting = {value.name: value for model in models.values() for value in unbound(model)}
+        total += sum(_bytes_of(value, dtype) for value in waiting.values())
+    return ceil(total)
+
+
+def _bytes_of(value: ir.Value, dtype: ir.DataType) -> float:
+    assert value.shape is not None
+    return prod(value.shape.numpy()) * (value.dtype or dtype).itemsize
 
 
 def _pack(parts: Mapping[str, Mapping[str, ir.Model]], source: Source) -> dict[str, QuantizedTensor]:

@@ -173,7 +173,7 @@ OURS = {
     "scope": "yes",
     "export": {"error": None, "seconds": 1.0, "peak_memory_bytes": 5e8, "bytes": 24e6},
     "tensorrt_rtx": {"prefill.onnx": None, "decode.onnx": "Scan: no reason given"},
-    "prefill": prefill(dense=100.0, pruned=40.0),
+    "prefill": prefill(**{"dense": 100.0, "pruned": 40.0, "decode behind dense": 10.0, "decode behind pruned": 8.0}),
     "answers": {"error": None, "variants": {"dense": {"accuracy": 1.0}, "pruned": {"accuracy": 0.5}}},
 }
 
@@ -188,17 +188,26 @@ def test_a_row_compares_like_with_like(markdown: Any) -> None:
     peer = OURS | {"prefill": prefill(dense=150.0, pruned=30.0), "answers": {"error": None, "variants": answers}}
     text = markdown(report(**{"capa-export": OURS, "OpenVINO GenAI": peer | {"tensorrt_rtx": {}}}))
     ours = row(text, r"**capa-export**, nothing removed")
-    assert ours[1:] == ["yes", "1.0", "0.50", "24.0", "1 of 2", "100.0", "1.00", "-", "100.0 %"]
+    assert ours[1:] == ["yes", "1.0", "0.50", "24.0", "1 of 2", "100.0", "1.00", "-", "10.0", "1.00", "100.0 %"]
     assert row(text, "OpenVINO GenAI")[5:8] == ["no ONNX", "150.0", "1.50"]
-    assert row(text, "OpenVINO GenAI, CDPruner")[6:] == ["30.0", "0.75", "-", "75.0 %"]
+    assert row(text, "OpenVINO GenAI, CDPruner")[6:] == ["30.0", "0.75", "-", "-", "-", "75.0 %"]
     assert "- capa-export, TensorRT-RTX, decode.onnx: `Scan: no reason given`" in text
+
+
+def test_steps_of_int4_stand_beside_their_prefill(markdown: Any) -> None:
+    times = {"dense": 80.0, "decode behind dense": 2.5, "pruned, inputs rounded": 20.0}
+    peer = OURS | {"answers": {"error": None, "variants": {}}}
+    peer["prefill"] = prefill(**times, **{"decode behind pruned, inputs rounded": 2.0})
+    text = markdown(report(**{"capa-export": OURS, "capa-export, INT4": peer}))
+    assert row(text, "**capa-export**, INT4, nothing removed")[6:] == ["80.0", "0.80", "-", "2.5", "0.25", "-"]
+    assert row(text, "**capa-export**, INT4, pruned, inputs rounded")[6:] == ["20.0", "0.50", "-", "2.0", "0.25", "-"]
 
 
 def test_pruning_that_does_nothing_is_not_shown_as_pruning(markdown: Any) -> None:
     answers = {name: {"accuracy": 1.0, "prompt_tokens": 80.0} for name in ("dense", "pruned")}
     peer = OURS | {"answers": {"error": None, "variants": answers}}
     text = markdown(report(**{"capa-export": OURS, "OpenVINO GenAI": peer}))
-    assert row(text, "OpenVINO GenAI, CDPruner")[6:] == ["-", "-", "-", "ignored"]
+    assert row(text, "OpenVINO GenAI, CDPruner")[6:] == ["-", "-", "-", "-", "-", "ignored"]
     assert "the prompt stays at 80 tokens" in text
 
 

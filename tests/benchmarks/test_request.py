@@ -105,7 +105,7 @@ def test_this_project_and_transformers_answer_alike(tmp_path: Path) -> None:
     )
     out = kept(
         tmp_path / "dense",
-        lambda path: bundle(checkpoint, bed.dense, recipe=bed.recipe, quantize=None, images=None, out=path),
+        lambda path: bundle(checkpoint, bed.dense, recipe=bed.recipe, images=None, out=path),
     )
     systems = [System(REFERENCE, "hf_eager", "sdpa"), System("ours", "capa_export", files="dense")]
     files = {REFERENCE: (checkpoint, None), "ours": (out, None)}

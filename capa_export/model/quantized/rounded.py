@@ -19,13 +19,15 @@ from capa_export.model.quantized.packed import BlockForm
 from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.quantized.weight import Array, QuantizedWeight
 
-__all__ = ["RoundedTensor", "nearest", "rounded", "rounded_alone", "tower_products"]
+__all__ = ["RoundedTensor", "as_rounded", "nearest", "rounded", "rounded_alone", "tower_products"]
 
 _LINEARS = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 """Names of the weights of a decoder's layers."""
 _TOWER = re.compile(r"(?:visual|vision_tower)\.(?:blocks|encoder\.layers?)\.(\d+)\..+\.weight")
 """Names of the weights of a vision tower's blocks, norms among them; what merges and projects is behind these."""
 _NEAREST = "rounded to nearest"
+_WHOLE = ("int4", "int8")
+"""Types of whole numbers."""
 _SMALLEST_FP8, _LARGEST_FP8 = 2.0**-9, 448.0
 _SMALLEST_SCALE = 2.0**-14
 """The smallest FP16 number with all of its bits, for groups of zeros and of numbers near them."""
@@ -63,6 +65,10 @@ class RoundedTensor(QuantizedTensor):
             outer_scale=outer,
         )
 
+    def mapped(self) -> Array:
+        # A pass through a model that does not fit into memory rounds every weight.
+        return as_rounded(self.plain.mapped().astype(np.float32, copy=False), self.form)
+
     def block_form(self) -> BlockForm:
         return BlockForm(kind=self.form.kind, group=self.form.group)
 
@@ -71,7 +77,7 @@ class RoundedTensor(QuantizedTensor):
 @lru_cache(maxsize=1)
 def _rounded(plain: StoredTensor, form: PackedLayers) -> tuple[Array, Array, float]:
     """What `nearest` gives of a weight."""
-    return nearest(plain.mapped().astype(np.float32), form)
+    return nearest(plain.mapped().astype(np.float32, copy=False), form)
 
 
 def nearest(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
@@ -81,6 +87,32 @@ def nearest(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
         weight: [out, in] in FP32, whose memory is used up.
         form: the type, and the inputs that share a scale.
     """
+    grouped, scales, outer = _in_scales(weight, form)
+    with np.errstate(invalid="ignore"):
+        values = grouped.astype(np.int8 if form.kind == "int4" else form.type.array)
+    return values.reshape(weight.shape), scales, outer
+
+
+def as_rounded(weight: Array, form: PackedLayers) -> Array:
+    """What the nearest numbers of a weight stand for, [out, in] in FP32, in the weight's own memory.
+
+    Args:
+        weight: [out, in] in FP32.
+        form: the type, and the inputs that share a scale.
+    """
+    grouped, scales, outer = _in_scales(weight, form)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if form.kind not in _WHOLE:
+            grouped[:] = grouped.astype(form.type.array)
+        grouped *= (scales.astype(np.float32) * np.float32(outer))[..., None]
+    return weight
+
+
+def _in_scales(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
+    """A weight's groups [out, groups, -] in units of their scales, in its own memory, the scales, and that of these.
+
+    Numbers of whole types are rounded, others have yet to be.
+    """
     grouped = weight.reshape(weight.shape[0], -1, form.group or weight.shape[1])
     largest = np.float32(form.type.largest)
     # What is not finite shows in the scales, or in FP8 numbers, which are searched for it when they are written.
@@ -88,10 +120,9 @@ def nearest(weight: Array, form: PackedLayers) -> tuple[Array, Array, float]:
         scales, outer = _scales(np.abs(grouped).max(-1) / largest, form)
         grouped /= (scales.astype(np.float32) * np.float32(outer))[..., None]
         np.clip(grouped, -largest, largest, out=grouped)
-        if form.kind in ("int4", "int8"):
+        if form.kind in _WHOLE:
             np.rint(grouped, out=grouped)
-        values = grouped.astype(np.int8 if form.kind == "int4" else form.type.array)
-        return values.reshape(weight.shape), scales, outer
+    return grouped, scales, outer
 
 
 def _scales(wanted: Array, form: PackedLayers) -> tuple[Array, float]:

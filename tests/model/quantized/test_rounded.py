@@ -3,10 +3,12 @@
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -20,6 +22,7 @@ from capa_export.calibrate.sums import check_owner
 from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe
 from capa_export.config.target import load_target
+from capa_export.export import graphs
 from capa_export.model.model import Model
 from capa_export.model.quantized.tensor import quantization
 from capa_export.passes.pack_weights import packed_forms
@@ -100,6 +103,41 @@ def test_every_type_has_its_nearest_numbers(kind: str, group: int | None, named:
     assert 0 < (found - whole).norm() / whole.norm() < {"int8": 0.01, "fp8": 0.04, "nvfp4": 0.12}[kind]
     assert quantization(source.tensors) == f"35 layers of {kind.upper()}, rounded to nearest, {named}"
     assert source.dims.decoder.packed == PackedLayers(kind=kind, group=group)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("word", ["int4:32/rtn", "int8", "fp8", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_read_is_what_its_numbers_stand_for(word: str, dtype: torch.dtype, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    stored = file.read_bytes()
+    tensors = opened(folder, word).source.quantized
+    assert len(tensors) == 35
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor.mapped(), tensor.quantized().dequantized()), name
+    # The elements were mapped, and rounded where they are.
+    assert file.read_bytes() == stored
+
+
+@pytest.mark.parametrize("word", [None, "int4:32/rtn", "int8", "nvfp4"])
+def test_the_disk_is_asked_for_what_is_written(
+    word: str | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(graphs, "check_disk", lambda _, size: asked.append(size))
+    building = Building.of(opened(folder, word).recipe, Bundle(tmp_path / "out"), folder, ffn=False)
+    building.export()
+    onnx = tmp_path / "out" / "onnx"
+    models = {path: ir.load(path) for path in onnx.rglob("*.onnx")}
+    values = [(path.parent, value.const_value) for path, model in models.items() for value in _weights(model)]
+    stored = {(folder, tensor.offset): tensor.length for folder, tensor in values}
+    assert asked == [sum(stored.values()) + load_file(onnx / "llm" / "embedding.safetensors")["embedding"].nbytes]
+
+
+def _weights(model: ir.Model) -> Iterator[Any]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value
 
 
 def test_zeros_stay_and_what_is_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
