@@ -13,6 +13,7 @@ from capa_export.cli.options import (
     OUTPUT,
     PRUNING,
     QUESTIONS,
+    AutoPrecisionOpt,
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -21,6 +22,7 @@ from capa_export.cli.options import (
     MinPixelsOpt,
     ModelOpt,
     ProviderOpt,
+    QuantizeOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -107,6 +109,8 @@ def evaluate(
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    quantize: QuantizeOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     provider: ProviderOpt = "cpu",
@@ -118,10 +122,11 @@ def evaluate(
 ) -> None:
     """Compare methods with the dense model on questions."""
     bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
-    if bundle is not None and any((model, checkpoint, revision, calibration, images, samples)):
+    own = (model, checkpoint, revision, calibration, images, samples, quantize, auto_precision)
+    if bundle is not None and any(own):
         raise CapaError(
-            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images and --samples are for "
-            "a checkpoint",
+            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images, --samples, --quantize "
+            "and --auto-precision are for a checkpoint",
             ExitCode.USAGE,
         )
     if bundle is None and provider != "cpu":
@@ -174,6 +179,8 @@ def evaluate(
                 images=images,
                 samples=samples,
                 calibration=calibration,
+                quantize=quantize,
+                auto_precision=auto_precision,
                 **asked,
                 progress=report,
             )
