@@ -78,7 +78,8 @@ class Source:
         source = cls(checkpoint, family, dims, tensors, quantize, choice)
         forms = dict(source.block_forms())
         head, layers = _held(forms.pop(HEAD, None)), _held(next(iter(forms.values()), None))
-        decoder = replace(dims.decoder, packed=layers, packed_head=head)
+        plain = 0 if choice is None else len(choice.plain)
+        decoder = replace(dims.decoder, packed=layers, num_plain=plain, packed_head=head)
         return replace(source, dims=replace(dims, decoder=decoder))
 
     @property

@@ -49,11 +49,11 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
     dims = family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
     packing = bundle.manifest["stages"].get("export", {}).get("result", {}).get("packing") or {}
-    packed, head = None, packing.get("head")
+    packed, head, plain = None, packing.get("head"), len(packing.get("plain", ()))
     if packing.get("packed"):
         packed = PackedLayers(kind=packing.get("type", "int4"), group=packing["group"])
     packed_head = None if head is None else PackedLayers(kind=head["type"], group=head["group"])
-    return replace(dims, decoder=replace(dims.decoder, packed=packed, packed_head=packed_head))
+    return replace(dims, decoder=replace(dims.decoder, packed=packed, num_plain=plain, packed_head=packed_head))
 
 
 def bundled_prompter(bundle: Bundle, *, bounds: PixelBounds | None = None, trust_remote_code: bool = False) -> Prompter:
