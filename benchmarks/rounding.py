@@ -1,7 +1,8 @@
 """What rounding to INT4 costs, to nearest and scaled by activations, dense and with CAPA, in each order.
 
 `python -m benchmarks.rounding --out out/rounding` calibrates, asks and writes the record and the table. What --out
-holds is not calibrated again.
+holds is neither calibrated nor asked again: with --orders several processes share the work, and a last one without it
+writes them.
 
 Four orders: `rounded, then pruned` chooses weights on the dense model and calibrates CAPA on the rounded one, as
 `build` does; `pruned, then rounded` calibrates CAPA on the plain model and chooses weights on the pruned one;
@@ -26,10 +27,11 @@ from benchmarks.selection.figures import conditions
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress, tracked
 from capa_export.base.statistics import Difference, difference_of_means, difference_of_shares
-from capa_export.bundle.store import Bundle
+from capa_export.bundle.store import Bundle, digest_of
 from capa_export.calibrate.activation_aware import choose_factors
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
+from capa_export.calibrate.weights import choose_weights
 from capa_export.config.options import BuildOptions
 from capa_export.config.quantization import looks_at_samples, rounding
 from capa_export.config.recipe import Recipe, load_recipe, ranges
@@ -46,8 +48,16 @@ __all__ = ["main"]
 _RESULTS = Path(__file__).parent / "results"
 _SEEN = 32
 """Prompts that weights are chosen on."""
-_BUILT = "rounded, then pruned"
-"""The order of a build."""
+_ORDERS = {
+    "dense": "",
+    "built": "rounded, then pruned",
+    "apart": "apart",
+    "pruned": "pruned, then rounded",
+    "together": "together",
+}
+"""What `--orders` takes -> what the page says."""
+_BUILT = _ORDERS["built"]
+_CHOSEN_PRUNED = ("pruned", "together")
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Bed:
         """Ask the plain, dense model."""
         self.recipe, self.options, self.out, self.report = recipe, options, out, report
         self.plain = self.model(None)
+        self.held: tuple[str, bool, Model] | None = None
         self.schedule = recipe.prune
         eager, family, prompter = Eager(self.plain.eager), self.plain.family, self.plain.prompter
         self.stop = eos_token_ids(self.plain.source.checkpoint.sidecars)
@@ -101,7 +112,7 @@ class Bed:
 
     def calibrated(self, model: Model, name: str = "") -> Calibration:
         """The calibration of a model, kept in a folder."""
-        folder = self.out / self.recipe.name / f"{model.recipe.quantize or 'plain'}{name}".replace("/", "-")
+        folder = self._folder(model, name)
         if model.choice is None:
             return calibrate(model, Bundle(folder), self.options)
         # What was chosen here is not what the stage would choose.
@@ -110,6 +121,9 @@ class Bed:
         found.take(choice)
         model.take(choice)
         return calibrate(found, Bundle(folder), self.options)
+
+    def _folder(self, model: Model, name: str = "") -> Path:
+        return self.out / self.recipe.name / f"{model.recipe.quantize or 'plain'}{name}".replace("/", "-")
 
     def pruned(self, prompt: Prompt, calibration: Calibration) -> EagerPlan:
         """The recipe's pruning, with the scales that a calibration takes."""
@@ -122,7 +136,30 @@ class Bed:
             scales={layer: torch.from_numpy(alpha).float() for layer, alpha in alphas.items()},
         )
 
-    def judged(self, model: Model, order: str, calibration: Calibration | None = None) -> Row:
+    def row(self, word: str | None, order: str) -> Row:
+        """The figures of one model, from an earlier run where `--out` has them; a word of None rounds nothing."""
+        path = self.out / self.recipe.name / "rows" / f"{word or 'plain'}-{order}.json".replace("/", "-")
+        key = digest_of([self.plain.digest, self.wanted, self.options.samples])
+        if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+            return Row(**kept["row"])
+        model = self.plain if word is None else self._rounded(word, pruned=order in _CHOSEN_PRUNED)
+        calibration = None if order == "dense" else self.calibration
+        if order in ("built", "together"):
+            calibration = self.calibrated(model, "-pruned" * (order == "together"))
+        found = self._judged(model, "" if word is None else _ORDERS[order], calibration)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"key": key, "row": vars(found)}) + "\n")
+        return found
+
+    def _rounded(self, word: str, *, pruned: bool) -> Model:
+        """A rounded model, its weights chosen on the dense or on the pruned one; the last is held."""
+        if self.held is None or self.held[:2] != (word, pruned):
+            model = self._chosen_pruned(word) if pruned else self.model(word)
+            choose_weights(model, Bundle(self._folder(model)), self.options)
+            self.held = word, pruned, model
+        return self.held[2]
+
+    def _judged(self, model: Model, order: str, calibration: Calibration | None) -> Row:
         """How far a model is from the plain, dense one; dense where there is no calibration."""
         eager, name = Eager(model.eager), f"{model.recipe.quantize or 'plain'}, {order}"
         found: list[Agreement] = []
@@ -164,19 +201,13 @@ class Bed:
         said = self.plain.prompter.decode([token for token in tokens if token not in self.stop])
         return said.strip().lower() == wanted.lower()
 
-    def rows(self, words: Sequence[str]) -> Iterator[Row]:
+    def rows(self, words: Sequence[str], orders: Sequence[str]) -> Iterator[Row]:
         """All models, each dense and in every order."""
-        yield self.judged(self.plain, "", self.calibration)
+        yield self.row(None, "apart")
         for word in words:
-            model = self.model(word)
-            own = self.calibrated(model)
-            yield self.judged(model, "")
-            yield self.judged(model, _BUILT, own)
-            yield self.judged(model, "apart", self.calibration)
-            if looks_at_samples(word):
-                pruned = self._chosen_pruned(word)
-                yield self.judged(pruned, "pruned, then rounded", self.calibration)
-                yield self.judged(pruned, "together", self.calibrated(pruned, "-pruned"))
+            for order in orders:
+                if looks_at_samples(word) or order not in _CHOSEN_PRUNED:
+                    yield self.row(word, order)
 
     def _chosen_pruned(self, word: str) -> Model:
         """The checkpoint with its weights chosen on the activations of the pruned model."""
@@ -264,6 +295,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--asked", type=Path, help="questions, where a recipe has no scenes")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--samples", type=int, default=60, help="prompts of a calibration")
+    parser.add_argument("--orders", nargs="+", choices=_ORDERS, help="those alone, and nothing is written but to --out")
     options = parser.parse_args(arguments)
     beds: list[dict[str, Any]] = []
     with progress() as report, torch.inference_mode():
@@ -278,9 +310,10 @@ def main(arguments: Sequence[str]) -> None:
             about = {"recipe": recipe.name, "checkpoint": bed.plain.digest[:12], "questions": len(bed.answers)}
             rows: list[dict[str, Any]] = []
             beds.append({**about, "right": bed.right, "rows": rows})
-            for row in bed.rows(options.words):
+            for row in bed.rows(options.words, options.orders or [*_ORDERS]):
                 rows.append(vars(row))
-                _write(arguments, options, bed.plain.digest, beds)
+                if options.orders is None:
+                    _write(arguments, options, bed.plain.digest, beds)
 
 
 def _write(arguments: Sequence[str], options: argparse.Namespace, digest: str, beds: list[dict[str, Any]]) -> None:
