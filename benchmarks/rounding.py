@@ -26,7 +26,7 @@ import torch
 from benchmarks.selection.figures import conditions
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress, tracked
-from capa_export.base.statistics import Difference, difference_of_means, difference_of_shares
+from capa_export.base.statistics import difference_of_means, difference_of_shares
 from capa_export.bundle.store import Bundle, digest_of
 from capa_export.calibrate.activation_aware import choose_factors
 from capa_export.calibrate.stage import calibrate
@@ -80,6 +80,11 @@ class Row:
     kls: Sequence[float]
     """By question, to four digits."""
     rights: Sequence[bool]
+
+    @property
+    def name(self) -> str:
+        """What a page calls it."""
+        return ", ".join(filter(None, (self.rounding, self.method, self.order)))
 
 
 class Bed:
@@ -253,31 +258,36 @@ def _table(record: dict[str, Any]) -> str:
             "",
             "| first | minus second | KL | right answers, points |",
             "|" + "---|" * 4,
-            *(f"| {' | '.join(each)} |" for each in _compared(bed["rows"])),
+            *(
+                f"| {pair['first']} | {pair['second']} | {_words(pair['kl'], '+.2g')} "
+                f"| {_words(pair['right'], '+.1f', 100)} |"
+                for pair in bed["pairs"]
+            ),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _compared(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
-    """Orders against that of a build, scaled against to nearest, and a build against what it rounds, in words."""
-    by_name = {(row["rounding"], row["method"], row["order"]): row for row in rows}
-    for (word, method, order), row in by_name.items():
-        nearest = (f"{word}/rtn", method, order)
-        others = [("plain", method, "")] if order in ("", _BUILT) else [(word, method, _BUILT)]
-        for other in [*others, *([nearest] if word != "plain" else [])]:
-            if other != (word, method, order) and other in by_name:
-                second = by_name[other]
-                kl = difference_of_means(row["kls"], second["kls"])
-                right = difference_of_shares(row["rights"], second["rights"])
-                named = (", ".join(filter(None, name)) for name in ((word, method, order), other))
-                first_name, second_name = named
-                yield first_name, second_name, _words(kl, "+.2g"), _words(right, "+.1f", 100)
+def _pairs(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Orders against that of a build, scaled against to nearest, and a build against what it rounds."""
+    by_name = {row.name: row for row in rows}
+    for row in rows:
+        nearest = replace(row, rounding=f"{row.rounding}/rtn").name
+        built = replace(row, rounding="plain", order="") if row.order in ("", _BUILT) else replace(row, order=_BUILT)
+        for other in sorted({built.name, nearest} & by_name.keys() - {row.name}):
+            second = by_name[other]
+            yield {
+                "name": f"{row.name} - {other}",
+                "first": row.name,
+                "second": other,
+                "kl": difference_of_means(row.kls, second.kls).model_dump(),
+                "right": difference_of_shares(row.rights, second.rights).model_dump(),
+            }
 
 
-def _words(found: Difference, form: str, unit: float = 1) -> str:
+def _words(found: Mapping[str, float], form: str, unit: float = 1) -> str:
     """A difference with its interval, marked where 0 is outside."""
-    value, low, high = (format(unit * each, form) for each in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]{' *' if found.low > 0 or found.high < 0 else ''}"
+    value, low, high = (format(unit * found[name], form) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]{' *' if found['low'] > 0 or found['high'] < 0 else ''}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -308,12 +318,11 @@ def main(arguments: Sequence[str]) -> None:
             build = BuildOptions(images=options.seen, samples=options.samples)
             bed = Bed(recipe, build, options.out, asked, report)
             about = {"recipe": recipe.name, "checkpoint": bed.plain.digest[:12], "questions": len(bed.answers)}
-            rows: list[dict[str, Any]] = []
-            beds.append({**about, "right": bed.right, "rows": rows})
-            for row in bed.rows(options.words, options.orders or [*_ORDERS]):
-                rows.append(vars(row))
-                if options.orders is None:
-                    _write(arguments, options, bed.plain.digest, beds)
+            rows = list(bed.rows(options.words, options.orders or [*_ORDERS]))
+            named = [{"name": row.name, **vars(row)} for row in rows]
+            beds.append({**about, "right": bed.right, "rows": named, "pairs": [*_pairs(rows)]})
+            if options.orders is None:
+                _write(arguments, options, bed.plain.digest, beds)
 
 
 def _write(arguments: Sequence[str], options: argparse.Namespace, digest: str, beds: list[dict[str, Any]]) -> None:
