@@ -80,7 +80,7 @@ def plain_layers(folder: Path | None, recipe: Recipe, checkpoint: Mapping[str, A
         return None
     manifest = Bundle(folder).manifest
     decided, hashed = manifest["stages"].get(QUANTIZE, {}).get("result"), manifest.get("hashed")
-    if decided is None or not _agrees(hashed, checkpoint):
+    if decided is None or hashed is None or not _agrees(hashed, checkpoint):
         return None
     return decided["plain"] if decided["of"] == digest_of([hashed["sha256"], recipe.rounding]) else None
 
