@@ -38,6 +38,7 @@ def evaluate(
     samples: int | None = None,
     calibration: AnyPath | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -66,6 +67,7 @@ def evaluate(
         calibration: a finished one, a file or a bundle, in place of a run.
         quantize: what the weights of the decoder's layers are to be, as `build` takes it; dense is then the dense model
             with these weights.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -90,6 +92,7 @@ def evaluate(
         *(checkpoint, recipe),
         revision=revision,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -132,6 +135,7 @@ def tune(
     samples: int = 128,
     calibration: AnyPath | None = None,
     quantize: str | None = None,
+    quantize_head: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -152,6 +156,7 @@ def tune(
         calibration: a finished one, a file or a bundle, in place of a run.
         quantize: what the weights of the decoder's layers are to be, as `build` takes it; schedules are held against
             the dense model with these weights, and the recipe that is written says so.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -178,6 +183,7 @@ def tune(
         *(checkpoint, recipe),
         revision=revision,
         quantize=quantize,
+        quantize_head=quantize_head,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

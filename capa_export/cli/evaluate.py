@@ -22,6 +22,7 @@ from capa_export.cli.options import (
     MinPixelsOpt,
     ModelOpt,
     ProviderOpt,
+    QuantizeHeadOpt,
     QuantizeOpt,
     RayOpt,
     RevisionOpt,
@@ -110,6 +111,7 @@ def evaluate(
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
     quantize: QuantizeOpt = None,
+    quantize_head: QuantizeHeadOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -122,11 +124,11 @@ def evaluate(
 ) -> None:
     """Compare methods with the dense model on questions."""
     bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
-    own = (model, checkpoint, revision, calibration, images, samples, quantize, auto_precision)
+    own = (model, checkpoint, revision, calibration, images, samples, quantize, quantize_head, auto_precision)
     if bundle is not None and any(own):
         raise CapaError(
-            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images, --samples, --quantize "
-            "and --auto-precision are for a checkpoint",
+            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images, --samples, "
+            "--quantize, --quantize-head and --auto-precision are for a checkpoint",
             ExitCode.USAGE,
         )
     if bundle is None and provider != "cpu":
@@ -180,6 +182,7 @@ def evaluate(
                 samples=samples,
                 calibration=calibration,
                 quantize=quantize,
+                quantize_head=quantize_head,
                 auto_precision=auto_precision,
                 **asked,
                 progress=report,

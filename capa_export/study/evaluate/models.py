@@ -138,7 +138,7 @@ def eager_model(
 
 def _notes(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
     """What all methods share, in sentences: quantized weights, and the scales of visual FFNs."""
-    weights = quantization(model.source.tensors.values())
+    weights = quantization(model.source.tensors)
     notes = (f"weights of all, dense too: {weights}",) if weights else ()
     if calibration is None:
         return notes
