@@ -18,7 +18,7 @@ from capa_export.plan.device_memory import decoder_bytes
 from capa_export.plan.flops import flops, kv_cache, parameters
 from capa_export.plan.forecast import AnswerWork, forecast
 
-__all__ = ["PAGE", "page", "write_page"]
+__all__ = ["PAGE", "QWEN3VL", "page", "write_page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "forecast.md"
 _TEXT = 27
@@ -51,7 +51,7 @@ _PUBLISHED = (
 )
 
 
-def _qwen3vl(hidden: int, inner: int, layers: int, heads: int, *, tied: bool, **vision: int) -> ModelDims[Any]:
+def _qwen3vl(hidden: int, inner: int, layers: int, heads: int, *, tied: bool, **vision: Any) -> dict[str, Any]:
     text = {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -63,12 +63,24 @@ def _qwen3vl(hidden: int, inner: int, layers: int, heads: int, *, tied: bool, **
         "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     }
     config = {"model_type": "qwen3_vl", "tie_word_embeddings": tied, "text_config": text}
-    return load_family("qwen3vl").model_dims({**config, "vision_config": {"out_hidden_size": hidden, **vision}})
+    return {**config, "vision_config": {"out_hidden_size": hidden, **vision}}
+
+
+_SMALL: dict[str, Any] = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+QWEN3VL = {
+    "Qwen3-VL-2B": _qwen3vl(2048, 6144, 28, 16, tied=True, **_SMALL),
+    "Qwen3-VL-4B": _qwen3vl(2560, 9728, 36, 32, tied=True, **_SMALL),
+    "Qwen3-VL-8B": _qwen3vl(4096, 12288, 36, 32, tied=False),
+}
+"""Name -> `config.json`, as far as it decides a graph."""
 
 
 def _models() -> dict[str, ModelDims[Any]]:
-    small: dict[str, Any] = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
-    small["deepstack_visual_indexes"] = [5, 11, 17]
     seven = {
         "model_type": "qwen2_5_vl",
         "hidden_size": 3584,
@@ -81,9 +93,7 @@ def _models() -> dict[str, ModelDims[Any]]:
         "vision_config": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584},
     }
     return {
-        "Qwen3-VL-2B": _qwen3vl(2048, 6144, 28, 16, tied=True, **small),
-        "Qwen3-VL-4B": _qwen3vl(2560, 9728, 36, 32, tied=True, **small),
-        "Qwen3-VL-8B": _qwen3vl(4096, 12288, 36, 32, tied=False),
+        **{name: load_family("qwen3vl").model_dims(config) for name, config in QWEN3VL.items()},
         "Qwen2.5-VL-7B": load_family("qwen25vl").model_dims(seven),
     }
 

@@ -1,18 +1,21 @@
 """What rounding to INT4 costs, to nearest and scaled by activations, dense and with CAPA, in each order.
 
 `python -m benchmarks.rounding --out out/rounding` calibrates, asks and writes the record and the table. What --out
-holds is not calibrated again.
+holds is neither calibrated nor asked again: with --orders several processes share the work, and a last one without it
+writes them.
 
 Four orders: `rounded, then pruned` chooses weights on the dense model and calibrates CAPA on the rounded one, as
 `build` does; `pruned, then rounded` calibrates CAPA on the plain model and chooses weights on the pruned one;
 `together` chooses weights on the pruned model and calibrates on the rounded one; `apart` does neither.
+
+The record has the figures of every question; the page compares orders, and scaling with rounding to nearest, in pairs.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -23,15 +26,17 @@ import torch
 from benchmarks.selection.figures import conditions
 from capa_export.base.files import write_whole
 from capa_export.base.progress import progress, tracked
-from capa_export.bundle.store import Bundle
+from capa_export.base.statistics import difference_of_means, difference_of_shares
+from capa_export.bundle.store import Bundle, digest_of
 from capa_export.calibrate.activation_aware import choose_factors
 from capa_export.calibrate.stage import calibrate
 from capa_export.calibrate.sums import Calibration
+from capa_export.calibrate.weights import choose_weights
 from capa_export.config.options import BuildOptions
 from capa_export.config.quantization import looks_at_samples, rounding
 from capa_export.config.recipe import Recipe, load_recipe, ranges
 from capa_export.data.samples import Samples, samples_from
-from capa_export.model.agreement import DenseAnswer, agreeing, answering
+from capa_export.model.agreement import STEPS, Agreement, DenseAnswer, agreeing, answering
 from capa_export.model.eager import Eager
 from capa_export.model.eager_plan import EagerPlan
 from capa_export.model.generation import eos_token_ids
@@ -43,6 +48,16 @@ __all__ = ["main"]
 _RESULTS = Path(__file__).parent / "results"
 _SEEN = 32
 """Prompts that weights are chosen on."""
+_ORDERS = {
+    "dense": "",
+    "built": "rounded, then pruned",
+    "apart": "apart",
+    "pruned": "pruned, then rounded",
+    "together": "together",
+}
+"""What `--orders` takes -> what the page says."""
+_BUILT = _ORDERS["built"]
+_CHOSEN_PRUNED = ("pruned", "together")
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,16 @@ class Row:
     """Share of next tokens that are the plain, dense model's."""
     answers: float
     """Share of answers of which every token is."""
+    right: float
+    """Share of right answers."""
+    kls: Sequence[float]
+    """By question, to four digits."""
+    rights: Sequence[bool]
+
+    @property
+    def name(self) -> str:
+        """What a page calls it."""
+        return ", ".join(filter(None, (self.rounding, self.method, self.order)))
 
 
 class Bed:
@@ -69,18 +94,20 @@ class Bed:
         """Ask the plain, dense model."""
         self.recipe, self.options, self.out, self.report = recipe, options, out, report
         self.plain = self.model(None)
+        self.held: tuple[str, bool, Model] | None = None
         self.schedule = recipe.prune
         eager, family, prompter = Eager(self.plain.eager), self.plain.family, self.plain.prompter
-        stop = eos_token_ids(self.plain.source.checkpoint.sidecars)
+        self.stop = eos_token_ids(self.plain.source.checkpoint.sidecars)
         reads = EagerPlan(keep=dict.fromkeys(recipe.prune.selectors, 0), selectors=recipe.prune.selectors)
         self.answers: list[DenseAnswer] = []
-        right = 0
+        self.wanted: list[str] = []
         for sample in tracked(asked, "plain, dense", asked.count, report):
-            answer = eager.run([answering(eager, family, prompter.chat(sample.turns), reads, stop)])[0]
-            said = prompter.decode([token for token in answer.tokens if token not in stop]).strip()
-            right += said.lower() == sample.answer.lower()
-            self.answers.append(answer)
-        self.right = right / len(self.answers)
+            self.answers.append(eager.run([answering(eager, family, prompter.chat(sample.turns), reads, self.stop)])[0])
+            self.wanted.append(sample.answer)
+        rights = [
+            self._is_right(answer.tokens, wanted) for answer, wanted in zip(self.answers, self.wanted, strict=True)
+        ]
+        self.right = fmean(rights)
         self.calibration = self.calibrated(self.plain)
 
     def model(self, word: str | None) -> Model:
@@ -90,7 +117,7 @@ class Bed:
 
     def calibrated(self, model: Model, name: str = "") -> Calibration:
         """The calibration of a model, kept in a folder."""
-        folder = self.out / self.recipe.name / f"{model.recipe.quantize or 'plain'}{name}".replace("/", "-")
+        folder = self._folder(model, name)
         if model.choice is None:
             return calibrate(model, Bundle(folder), self.options)
         # What was chosen here is not what the stage would choose.
@@ -99,6 +126,9 @@ class Bed:
         found.take(choice)
         model.take(choice)
         return calibrate(found, Bundle(folder), self.options)
+
+    def _folder(self, model: Model, name: str = "") -> Path:
+        return self.out / self.recipe.name / f"{model.recipe.quantize or 'plain'}{name}".replace("/", "-")
 
     def pruned(self, prompt: Prompt, calibration: Calibration) -> EagerPlan:
         """The recipe's pruning, with the scales that a calibration takes."""
@@ -111,40 +141,78 @@ class Bed:
             scales={layer: torch.from_numpy(alpha).float() for layer, alpha in alphas.items()},
         )
 
-    def judged(self, model: Model, order: str, calibration: Calibration | None = None) -> Row:
+    def row(self, word: str | None, order: str) -> Row:
+        """The figures of one model, from an earlier run where `--out` has them; a word of None rounds nothing."""
+        path = self.out / self.recipe.name / "rows" / f"{word or 'plain'}-{order}.json".replace("/", "-")
+        key = digest_of([self.plain.digest, self.wanted, self.options.samples])
+        if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+            return Row(**kept["row"])
+        model = self.plain if word is None else self._rounded(word, pruned=order in _CHOSEN_PRUNED)
+        calibration = None if order == "dense" else self.calibration
+        if order in ("built", "together"):
+            calibration = self.calibrated(model, "-pruned" * (order == "together"))
+        found = self._judged(model, "" if word is None else _ORDERS[order], calibration)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"key": key, "row": vars(found)}) + "\n")
+        return found
+
+    def _rounded(self, word: str, *, pruned: bool) -> Model:
+        """A rounded model, its weights chosen on the dense or on the pruned one; the last is held."""
+        if self.held is None or self.held[:2] != (word, pruned):
+            model = self._chosen_pruned(word) if pruned else self.model(word)
+            choose_weights(model, Bundle(self._folder(model)), self.options)
+            self.held = word, pruned, model
+        return self.held[2]
+
+    def _judged(self, model: Model, order: str, calibration: Calibration | None) -> Row:
         """How far a model is from the plain, dense one; dense where there is no calibration."""
         eager, name = Eager(model.eager), f"{model.recipe.quantize or 'plain'}, {order}"
-        found = [
-            eager.run([agreeing(eager, one, self.pruned(one.prompt, calibration) if calibration else EagerPlan())])[0]
-            for one in tracked(self.answers, name, len(self.answers), self.report)
-        ]
+        found: list[Agreement] = []
+        rights: list[bool] = []
+        pairs = list(zip(self.answers, self.wanted, strict=True))
+        for dense, wanted in tracked(pairs, name, len(pairs), self.report):
+            plan = self.pruned(dense.prompt, calibration) if calibration else EagerPlan()
+            found.append(eager.run([agreeing(eager, dense, plan)])[0])
+            said = dense.tokens if found[-1].top1 == 1 else self._said(eager, dense, plan)
+            rights.append(self._is_right(said, wanted))
+        kls = [float(f"{one.kl:.4g}") for one in found]
         row = Row(
             rounding=model.recipe.quantize or "plain",
             method="CAPA" if calibration else "dense",
             order=order,
             scaled_layers=ranges(calibration.scaled_layers(self.recipe.ffn)) if calibration else "",
-            kl=fmean(one.kl for one in found),
-            kl_median=median(one.kl for one in found),
-            kl_max=max(one.kl for one in found),
+            kl=fmean(kls),
+            kl_median=median(kls),
+            kl_max=max(kls),
             top1=fmean(one.top1 for one in found),
             answers=fmean(one.top1 == 1 for one in found),
+            right=fmean(rights),
+            kls=kls,
+            rights=rights,
         )
-        print(row, flush=True)
+        print(replace(row, kls=(), rights=()), flush=True)
         return row
 
-    def rows(self, words: Sequence[str]) -> list[Row]:
+    def _said(self, eager: Eager, dense: DenseAnswer, plan: EagerPlan) -> Sequence[int]:
+        """The tokens that a model says itself, as many as of the plain, dense one are looked at."""
+        run = eager.prefill(dense.inputs, torch.from_numpy(dense.prompt.is_visual), plan)
+        tokens = [int(run.logits.argmax())]
+        while len(tokens) < STEPS and tokens[-1] not in self.stop:
+            tokens.append(int(eager.step(run, tokens[-1], run.next_position + len(tokens) - 1).argmax()))
+        return tokens
+
+    def _is_right(self, tokens: Sequence[int], wanted: str) -> bool:
+        """Whether tokens are the answer that was wanted, in upper or lower case."""
+        said = self.plain.prompter.decode([token for token in tokens if token not in self.stop])
+        return said.strip().lower() == wanted.lower()
+
+    def rows(self, words: Sequence[str], orders: Sequence[str]) -> Iterator[Row]:
         """All models, each dense and in every order."""
-        found = [self.judged(self.plain, "", self.calibration)]
+        yield self.row(None, "apart")
         for word in words:
-            model = self.model(word)
-            own = self.calibrated(model)
-            found += [self.judged(model, ""), self.judged(model, "rounded, then pruned", own)]
-            found.append(self.judged(model, "apart", self.calibration))
-            if looks_at_samples(word):
-                pruned = self._chosen_pruned(word)
-                found.append(self.judged(pruned, "pruned, then rounded", self.calibration))
-                found.append(self.judged(pruned, "together", self.calibrated(pruned, "-pruned")))
-        return found
+            for order in orders:
+                if looks_at_samples(word) or order not in _CHOSEN_PRUNED:
+                    yield self.row(word, order)
 
     def _chosen_pruned(self, word: str) -> Model:
         """The checkpoint with its weights chosen on the activations of the pruned model."""
@@ -165,7 +233,7 @@ def _table(record: dict[str, Any]) -> str:
     lines = [
         "# Rounding to INT4",
         "",
-        f"`{about['command']}`, {about['date']}, {about['device']}, {about['questions']} questions a bed.",
+        f"`{about['command']}`, {about['date']}, {about['device']}.",
         "KL and next tokens along the answers of the plain, dense model; `answers` are those of which every token is",
         "as there.",
     ]
@@ -174,19 +242,52 @@ def _table(record: dict[str, Any]) -> str:
             "",
             f"## {bed['recipe']}",
             "",
-            f"Of the plain, dense model's answers {bed['right']:.0%} are right.",
+            f"{bed['questions']} questions, of which the plain, dense model answers {bed['right']:.0%} right.",
             "",
-        ]
-        lines += [
-            "| weights | method | order | scales in | KL | median | largest | next tokens | answers |",
-            "|" + "---|" * 9,
+            "| weights | method | order | scales in | KL | median | largest | next tokens | answers | right |",
+            "|" + "---|" * 10,
         ]
         for row in bed["rows"]:
             figures = [f"{row[name]:.2g}" for name in ("kl", "kl_median", "kl_max")]
-            figures += [f"{row[name]:.1%}" for name in ("top1", "answers")]
+            figures += [f"{row[name]:.1%}" for name in ("top1", "answers", "right")]
             named = [row[name] for name in ("rounding", "method", "order", "scaled_layers")]
             lines.append(f"| {' | '.join([*named, *figures])} |")
+        lines += [
+            "",
+            "In pairs of the same questions, with 95 % intervals; `*` where 0 is not in it:",
+            "",
+            "| first | minus second | KL | right answers, points |",
+            "|" + "---|" * 4,
+            *(
+                f"| {pair['first']} | {pair['second']} | {_words(pair['kl'], '+.2g')} "
+                f"| {_words(pair['right'], '+.1f', 100)} |"
+                for pair in bed["pairs"]
+            ),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _pairs(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Orders against that of a build, scaled against to nearest, and a build against what it rounds."""
+    by_name = {row.name: row for row in rows}
+    for row in rows:
+        nearest = replace(row, rounding=f"{row.rounding}/rtn").name
+        built = replace(row, rounding="plain", order="") if row.order in ("", _BUILT) else replace(row, order=_BUILT)
+        for other in sorted({built.name, nearest} & by_name.keys() - {row.name}):
+            second = by_name[other]
+            yield {
+                "name": f"{row.name} - {other}",
+                "first": row.name,
+                "second": other,
+                "kl": difference_of_means(row.kls, second.kls).model_dump(),
+                "right": difference_of_shares(row.rights, second.rights).model_dump(),
+            }
+
+
+def _words(found: Mapping[str, float], form: str, unit: float = 1) -> str:
+    """A difference with its interval, marked where 0 is outside."""
+    value, low, high = (format(unit * found[name], form) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]{' *' if found['low'] > 0 or found['high'] < 0 else ''}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -204,21 +305,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--asked", type=Path, help="questions, where a recipe has no scenes")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--samples", type=int, default=60, help="prompts of a calibration")
+    parser.add_argument("--orders", nargs="+", choices=_ORDERS, help="those alone, and nothing is written but to --out")
     options = parser.parse_args(arguments)
     beds: list[dict[str, Any]] = []
-    digest = ""
     with progress() as report, torch.inference_mode():
         for name in options.recipes:
             recipe = load_recipe(name)
             if options.checkpoint is not None:
                 recipe = recipe.model_copy(update={"checkpoint": str(options.checkpoint)})
-            asked = samples_from(options.asked, recipe, options.questions, split="held_out")
+            split = "held_out" if options.asked is None else "train"
+            asked = samples_from(options.asked, recipe, options.questions, split=split)
             build = BuildOptions(images=options.seen, samples=options.samples)
             bed = Bed(recipe, build, options.out, asked, report)
-            digest = bed.plain.digest
-            rows = [vars(row) for row in bed.rows(options.words)]
-            beds.append({"recipe": recipe.name, "checkpoint": digest[:12], "right": bed.right, "rows": rows})
-            _write(arguments, options, digest, beds)
+            about = {"recipe": recipe.name, "checkpoint": bed.plain.digest[:12], "questions": len(bed.answers)}
+            rows = list(bed.rows(options.words, options.orders or [*_ORDERS]))
+            named = [{"name": row.name, **vars(row)} for row in rows]
+            beds.append({**about, "right": bed.right, "rows": named, "pairs": [*_pairs(rows)]})
+            if options.orders is None:
+                _write(arguments, options, bed.plain.digest, beds)
 
 
 def _write(arguments: Sequence[str], options: argparse.Namespace, digest: str, beds: list[dict[str, Any]]) -> None:
@@ -227,9 +331,8 @@ def _write(arguments: Sequence[str], options: argparse.Namespace, digest: str, b
     about = conditions(command, checkpoint=digest, questions=options.questions, seed=0).model_dump(exclude={"seed"})
     record = {"about": about, "beds": beds}
     stem = f"{about['date']}-rounding{'' if options.checkpoint is None else '-real-clutter'}"
-    write_whole(_RESULTS / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    write_whole(_RESULTS / f"{stem}.json", json.dumps(record) + "\n")
     write_whole(_RESULTS / f"{stem}.md", _table(record))
-    print(_RESULTS / f"{stem}.md")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ def evaluate(
     images: AnyPath | None = None,
     samples: int | None = None,
     calibration: AnyPath | None = None,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
+    auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     workers: int | None = None,
@@ -62,6 +65,11 @@ def evaluate(
         images: pictures and questions of the calibration; the recipe's scenes where there are none.
         samples: prompts of the calibration, in place of the recipe's number.
         calibration: a finished one, a file or a bundle, in place of a run.
+        quantize: what the weights of the decoder's layers are to be, as `build` takes it; dense is then the dense model
+            with these weights.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         workers: processes that share the questions.
@@ -83,6 +91,9 @@ def evaluate(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        quantize=quantize,
+        quantize_head=quantize_head,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
@@ -91,7 +102,8 @@ def evaluate(
     parsed = parse_methods(methods or product_of_methods(model.recipe))
     given = {"--calibration": calibration, "--images": images, "--samples": samples}
     unread = next((option for option, value in given.items() if value is not None), None)
-    if unread and all(method.ffn == "full" for method in parsed.values()):
+    samples_decide = model.recipe.decided_by_samples or any(method.ffn != "full" for method in parsed.values())
+    if unread and not samples_decide:
         raise CapaError(f"{unread}: no method replaces visual FFNs; name one with /scale, or drop it", ExitCode.USAGE)
     questions = questions_from(
         Path(data),
@@ -122,6 +134,9 @@ def tune(
     images: AnyPath | None = None,
     samples: int = 128,
     calibration: AnyPath | None = None,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
+    auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
@@ -139,6 +154,11 @@ def tune(
         images: pictures and questions; the recipe's scenes where there are none.
         samples: prompts to tune on.
         calibration: a finished one, a file or a bundle, in place of a run.
+        quantize: what the weights of the decoder's layers are to be, as `build` takes it; schedules are held against
+            the dense model with these weights, and the recipe that is written says so.
+        quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
+            recipe's budget.
         min_pixels: least area that a picture is resized to.
         max_pixels: largest area.
         trust_remote_code: whether the checkpoint's own Python may run.
@@ -162,6 +182,9 @@ def tune(
     model = find_model(
         *(checkpoint, recipe),
         revision=revision,
+        quantize=quantize,
+        quantize_head=quantize_head,
+        auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,

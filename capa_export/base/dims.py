@@ -54,6 +54,8 @@ class DecoderDims:
     """First layers behind which visual tokens gain features of their own from the vision tower."""
     packed: PackedLayers | None = None
     """What graphs hold the weights of the layers in; None where they are plain."""
+    num_plain: int = 0
+    """Layers that are plain all the same."""
     packed_head: PackedLayers | None = None
     """What they hold the weight of the LM head in."""
 

@@ -13,6 +13,7 @@ from capa_export.cli.options import (
     OUTPUT,
     PRUNING,
     QUESTIONS,
+    AutoPrecisionOpt,
     CalibrationOpt,
     CheckpointOpt,
     ImagesOpt,
@@ -21,6 +22,8 @@ from capa_export.cli.options import (
     MinPixelsOpt,
     ModelOpt,
     ProviderOpt,
+    QuantizeHeadOpt,
+    QuantizeOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -107,6 +110,9 @@ def evaluate(
     calibration: CalibrationOpt = None,
     images: ImagesOpt = None,
     samples: SamplesOpt = None,
+    quantize: QuantizeOpt = None,
+    quantize_head: QuantizeHeadOpt = None,
+    auto_precision: AutoPrecisionOpt = False,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
     provider: ProviderOpt = "cpu",
@@ -118,10 +124,11 @@ def evaluate(
 ) -> None:
     """Compare methods with the dense model on questions."""
     bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
-    if bundle is not None and any((model, checkpoint, revision, calibration, images, samples)):
+    own = (model, checkpoint, revision, calibration, images, samples, quantize, quantize_head, auto_precision)
+    if bundle is not None and any(own):
         raise CapaError(
-            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images and --samples are for "
-            "a checkpoint",
+            "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images, --samples, "
+            "--quantize, --quantize-head and --auto-precision are for a checkpoint",
             ExitCode.USAGE,
         )
     if bundle is None and provider != "cpu":
@@ -174,6 +181,9 @@ def evaluate(
                 images=images,
                 samples=samples,
                 calibration=calibration,
+                quantize=quantize,
+                quantize_head=quantize_head,
+                auto_precision=auto_precision,
                 **asked,
                 progress=report,
             )

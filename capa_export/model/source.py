@@ -84,7 +84,8 @@ class Source:
         forms = dict(source.block_forms())
         vision = [forms.pop(name) for name in source.rounded_tower]
         head, layers = _held(forms.pop(HEAD, None)), _held(next(iter(forms.values()), None))
-        decoder = replace(dims.decoder, packed=layers, packed_head=head)
+        plain = 0 if choice is None else len(choice.plain)
+        decoder = replace(dims.decoder, packed=layers, num_plain=plain, packed_head=head)
         tower = _held(next(iter(vision), None))
         return replace(source, dims=replace(dims, decoder=decoder, packed_vision=tower))
 

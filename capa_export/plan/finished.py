@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capa_export.bundle.store import MANIFEST, Bundle
+from capa_export.bundle.store import MANIFEST, Bundle, digest_of
 from capa_export.calibrate.sums import CALIBRATION, ROUNDING, Calibration, scales_digest
 from capa_export.config.recipe import Recipe
+from capa_export.model.quantized.choice import QUANTIZE
 
-__all__ = ["finished_stages"]
+__all__ = ["finished_stages", "plain_layers"]
 
 
 def finished_stages(
@@ -63,6 +64,25 @@ def finished_stages(
         if recorded == wanted:
             done |= {"validate"} & stages.keys()
     return done
+
+
+def plain_layers(folder: Path | None, recipe: Recipe, checkpoint: Mapping[str, Any]) -> list[int] | None:
+    """The decoder layers that samples left plain in a bundle; None where they have yet to decide.
+
+    Args:
+        folder: the bundle's; it need not exist.
+        recipe: with the command line's choices in it.
+        checkpoint: as `finished_stages` takes it.
+    """
+    if not recipe.auto_precision:
+        return []
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    manifest = Bundle(folder).manifest
+    decided, hashed = manifest["stages"].get(QUANTIZE, {}).get("result"), manifest.get("hashed")
+    if decided is None or hashed is None or not _agrees(hashed, checkpoint):
+        return None
+    return decided["plain"] if decided["of"] == digest_of([hashed["sha256"], recipe.rounding]) else None
 
 
 def _agrees(recorded: Mapping[str, Any] | None, checkpoint: Mapping[str, Any]) -> bool:

@@ -329,8 +329,10 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
     packed, packed_bytes, scales = 0, 0, 0
     if (form := decoder.packed) is not None:
         outputs = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim + 2 * (size + inner)
-        packed, packed_bytes = linear, linear * form.type.bits // 8
-        scales = linear // form.group if form.group else decoder.num_layers * outputs
+        num_packed = decoder.num_layers - decoder.num_plain
+        packed = linear // decoder.num_layers * num_packed
+        packed_bytes = packed * form.type.bits // 8
+        scales = packed // form.group if form.group else num_packed * outputs
         if not form.type.in_engines:
             packed_bytes, scales = packed_bytes + scales, 0
     head = decoder.packed_head

@@ -32,7 +32,7 @@ from capa_export.plan.device_memory import (
     engine_weight_bytes,
     onnx_runtime_bytes,
 )
-from capa_export.plan.finished import finished_stages
+from capa_export.plan.finished import finished_stages, plain_layers
 from capa_export.plan.flops import (
     KVCacheSize,
     Parameters,
@@ -105,7 +105,12 @@ def dry_run(
     packed = rounding(recipe.quantize)
     if packed is None and recipe.quantize != "none" and (group := int4_group(form)) is not None:
         packed = PackedLayers(kind="int4", group=group)
-    decoder = replace(dims.decoder, packed=packed, packed_head=rounding(recipe.quantize_head))
+    known = {"source": full_source(checkpoint), "revision": revision}
+    plain = plain_layers(out, recipe, known)
+    num_plain = len(plain or ())
+    packed = None if num_plain == dims.decoder.num_layers else packed
+    head = rounding(recipe.quantize_head)
+    decoder = replace(dims.decoder, packed=packed, num_plain=num_plain, packed_head=head)
     dims = replace(dims, decoder=decoder, packed_vision=rounding(recipe.quantize_vision))
     if target is not None:
         target.require_packed_weights(dims.packings)
@@ -114,7 +119,7 @@ def dry_run(
         "target": target,
         "ffn": ffn,
         "calibration": calibration,
-        "checkpoint": {"source": full_source(checkpoint), "revision": revision},
+        "checkpoint": known,
         **options,
     }
     if calibration is None and out is not None and (out / CALIBRATION).exists():
@@ -146,6 +151,7 @@ def dry_run(
         ],
         "linear_layers": list(linear),
         "linear_layers_from": basis,
+        "plain_layers": plain,
         "parameters": asdict(parameters(dims)),
         "prefill": asdict(prefill),
         "decode": asdict(decode_flops(dims.decoder, **sizes)),

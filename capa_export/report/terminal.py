@@ -234,6 +234,10 @@ def print_plan(plan: dict[str, Any]) -> None:
     basis = plan["linear_layers_from"]
     layers = basis if basis == UNKNOWN else f"layers {ranges(plan['linear_layers'])}; from {basis}"
     print_line(f"visual FFNs replaced: {layers}")
+    if plan["plain_layers"] is None:
+        print_line("all layers are counted as rounded; those that --auto-precision leaves plain add to sizes and times")
+    elif plan["plain_layers"]:
+        print_line(f"layers {ranges(plan['plain_layers'])} stay {plan['precision']}")
     prefill, kv, decode = plan["prefill"], plan["kv_cache"], plan["decode"]
     table = make_table("", "dense", "CAPA", "times less")
     rows = [

@@ -49,13 +49,13 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     family = load_family(recipe_of(bundle.manifest, bundle.folder).family)
     dims = family.model_dims(fetch_config(str(folder)), where=str(folder / "config.json"))
     packing = bundle.manifest["stages"].get("export", {}).get("result", {}).get("packing") or {}
-    packed, head = None, packing.get("head")
+    packed, head, plain = None, packing.get("head"), len(packing.get("plain", ()))
     if packing.get("packed"):
         packed = PackedLayers(kind=packing.get("type", "int4"), group=packing["group"])
     packed_head = None if head is None else PackedLayers(kind=head["type"], group=head["group"])
     tower = packing.get("vision")
     packed_vision = None if tower is None else PackedLayers(kind=tower["type"], group=None)
-    decoder = replace(dims.decoder, packed=packed, packed_head=packed_head)
+    decoder = replace(dims.decoder, packed=packed, num_plain=plain, packed_head=packed_head)
     return replace(dims, decoder=decoder, packed_vision=packed_vision)
 
 

@@ -4,6 +4,8 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -12,11 +14,16 @@ from capa_export import CapaError
 from capa_export.api.stages import export
 from capa_export.base.errors import ExitCode
 from capa_export.bundle.store import Bundle
+from capa_export.calibrate.sums import Calibration
 from capa_export.cli.evaluate import evaluate as evaluate_command
 from capa_export.cli.tune import tune as tune_command
+from capa_export.config.quantization import Quantization
 from capa_export.config.recipe import Recipe, load_recipe
+from capa_export.config.schedule import parse_method
+from capa_export.data.samples import samples_from
 from capa_export.study.evaluate.schema import Evaluation
 from capa_export.study.evaluate.stage import EVALUATION
+from capa_export.study.tune.agreement import Judge
 from capa_export.study.tune.recipe_file import write_recipe
 from tests.building import Building
 from tests.conftest import noise
@@ -100,6 +107,24 @@ def test_a_checkpoint_is_evaluated(recipe: Path, questions: Path, tmp_path: Path
     assert ("evaluate", 2, 2) in told
 
 
+def test_rounded_weights_are_evaluated(recipe: Path, questions: Path, pictures: Path, tmp_path: Path) -> None:
+    """Samples decide of them though every FFN stays, and answers of other weights are no answers of these."""
+
+    def found(out: str, quantize: str | None, **options: Any) -> Evaluation:
+        given = {"recipe": str(recipe), "methods": ["capa@1:0.5/full"], "limit": 2, "max_new_tokens": 2}
+        return capa_export.evaluate(data=questions, out=tmp_path / out, quantize=quantize, **given, **options)
+
+    plain, nearest = found("plain", None), found("nearest", "int4:32/rtn")
+    scaled = found("scaled", "int4:32", images=pictures, samples=2)
+    assert plain.notes == ()
+    assert nearest.notes == ("weights of all, dense too: 35 layers of INT4, rounded to nearest, groups of 32",)
+    assert scaled.notes == ("weights of all, dense too: 35 layers of INT4, scaled by activations, groups of 32",)
+    head = found("head", None, quantize_head="int8")
+    assert len({run.methods[1].kl for run in (plain, nearest, scaled, head)}) == 4
+    with pytest.raises(CapaError, match="of another model"):
+        found("plain", "int8")
+
+
 def test_a_bundle_is_evaluated(bundle: Path, questions: Path, tmp_path: Path, told: Told, is_quiet: Quiet) -> None:
     """By its own schedule, where no method is given."""
     found = capa_export.open(bundle).evaluate(str(questions), out=tmp_path / "out", max_new_tokens=2, progress=told)
@@ -111,7 +136,9 @@ def test_a_bundle_is_evaluated(bundle: Path, questions: Path, tmp_path: Path, to
     assert ("evaluate", 3, 3) in told
 
 
+@pytest.mark.parametrize("quantize", [None, "int4:32"])
 def test_a_recipe_is_tuned(
+    quantize: Quantization | None,
     recipe: Path,
     checkpoint: Path,
     pictures: Path,
@@ -120,7 +147,9 @@ def test_a_recipe_is_tuned(
     is_quiet: Quiet,
 ) -> None:
     calibrated = Bundle(tmp_path / "calibrated")
-    Building.of(load_recipe(str(recipe)), calibrated, checkpoint, images=pictures, samples=2).calibrate()
+    own = load_recipe(str(recipe)).model_copy(update={"quantize": quantize})
+    building = Building.of(own, calibrated, checkpoint, images=pictures, samples=2)
+    building.calibrate()
     out = tmp_path / "tuned.toml"
     found = capa_export.tune(
         recipe=str(recipe),
@@ -128,6 +157,7 @@ def test_a_recipe_is_tuned(
         out=str(out),
         images=pictures,
         calibration=calibrated.folder,
+        quantize=quantize,
         command=["tune", "a b"],
         progress=told,
     )
@@ -135,7 +165,13 @@ def test_a_recipe_is_tuned(
     best = next(row for row in found.finalists if row.method == found.chosen)
     assert best.flops <= found.budget == 0.6
     assert out.read_text().startswith("# Made by capa-export tune 'a b'\n")
-    assert load_recipe(str(out)).checkpoint == str(checkpoint)
+    written = load_recipe(str(out))
+    assert (written.checkpoint, written.quantize) == (str(checkpoint), quantize)
+    # The finalists' figures are those of the weights that were asked for, on the samples that came last.
+    method = parse_method(best.method)
+    judge = Judge(building.model, Calibration.load(calibrated.folder), [stage.selector for stage in method.stages])
+    last = list(samples_from(pictures, own, found.samples, split="train"))[-found.judges :]
+    assert best.kl == pytest.approx(fmean(judge.agreement(method, judge.run_dense(sample)).kl for sample in last))
     assert told
 
 
@@ -180,6 +216,9 @@ def test_a_bundle_takes_what_a_checkpoint_takes() -> None:
     own = inspect.signature(capa_export.Bundle.evaluate).parameters
     # A checkpoint is asked in PyTorch.
     assert own.keys() - whole.keys() == {"self", "provider"}
-    assert whole.keys() - own.keys() == {"checkpoint", "recipe", "revision", "images", "samples", "calibration"}
+    assert whole.keys() - own.keys() == {
+        *("checkpoint", "recipe", "revision", "images", "samples", "calibration"),
+        *("quantize", "quantize_head", "auto_precision"),
+    }
     for name in own.keys() & whole.keys():
         assert own[name].default == whole[name].default, name

@@ -15,6 +15,8 @@ from capa_export.cli import main
 from capa_export.config.recipe import Recipe, load_recipe, ranges
 from capa_export.model.model import Model, recorded_model
 from capa_export.model.quantized.choice import CHOICE, QUANTIZE, WeightChoice
+from capa_export.plan.plan import dry_run
+from capa_export.run.bundled import bundled_dims
 from tests.building import Building
 from tests.conftest import noise
 from tests.quantizing import FORMATS, quantize
@@ -84,8 +86,12 @@ def test_the_layers_that_stay_plain_are_said_and_recorded(
 ) -> None:
     kept = building(folder, tmp_path / "out", "int4:32/rtn", ffn=False)
     kept.recipe = kept.recipe.model_copy(update={"auto_precision": True, "quantization_budget": 0.0})
+    unknown = planned(kept)
+    assert unknown["plain_layers"] is None
     kept.export()
     assert kept.bundle.stage("export")["result"]["packing"] is None
+    whole = planned(kept)
+    assert whole["files"] == planned(building(folder, tmp_path / "plain", "none"))["files"]
     chosen = building(folder, tmp_path / "out", "int4:32/rtn", ffn=False)
     first = kept.bundle.stage(QUANTIZE)["result"]["tried"][0][1]
     chosen.recipe = kept.recipe.model_copy(update={"quantization_budget": 0.5 * first})
@@ -94,11 +100,30 @@ def test_the_layers_that_stay_plain_are_said_and_recorded(
     assert 0 < len(plain) < 5
     packing = chosen.bundle.stage("export")["result"]["packing"]
     assert packing["plain"] == plain and packing["packed"] == 7 * (5 - len(plain)) - (2 not in plain)
+    known = planned(chosen)
+    assert known["plain_layers"] == plain
+    least, some, most = (plan["files"]["onnx weights"] for plan in (unknown, known, whole))
+    assert some - least == (most - least) * len(plain) // 5 > 0
+    assert bundled_dims(chosen.bundle).decoder.num_plain == recorded_model(chosen.bundle).source.dims.decoder.num_plain
     found = chosen.validate()
     assert found.passed, [check.failure for error in found.export_error for check in error.checks]
     words = capsys.readouterr().err
     assert f"layers {ranges(plain)} stay plain: KL" in words and f"decoder layers {ranges(plain)} stay fp16" in words
     assert recorded_model(chosen.bundle).digest == chosen.model.digest
+
+
+def planned(asked: Building) -> dict[str, Any]:
+    return dry_run(asked.recipe, asked.checkpoint, asked.bundle.folder, "fp16", ffn=False)
+
+
+def test_a_plan_says_that_layers_may_stay_plain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(folder), "--model", "qwen25vl", "--prune-layer", "2", "--target", "onnx"]
+    words = "all layers are counted as rounded; those that --auto-precision leaves plain add to sizes and times"
+    for more in ([], ["--quantize", "int4:32"]):
+        assert main([*command, *more]) == ExitCode.OK
+        assert words not in capsys.readouterr().out
+    assert main([*command, "--quantize", "int4:32", "--auto-precision"]) == ExitCode.OK
+    assert words in capsys.readouterr().out
 
 
 def test_auto_precision_without_rounding_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

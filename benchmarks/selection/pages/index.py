@@ -25,7 +25,7 @@ _TITLE = """# What the selectors do to answers
 Every selector on the same held-out questions about drawn scenes, on the families' own architectures made small, with 64
 visual tokens a picture. They tell methods apart; they are no forecast for a large model. [What follows from
 it](../findings.md), in a page; [a published decoder](real.md) that was taught to see is measured apart, and [what CAPA
-saves](flops.md) is counted."""
+saves](flops.md) is counted, as is [which model fits which board](boards.md)."""
 _READING = """Asked are, in turn, the colour of a shape, the shape of a colour, whether something is there, what has the
 same colour, a number of two small digits, how many shapes have a colour, which of two shapes that are alike is further
 up, and which of two pictures shows what; and the first four kinds once more where glyphs fill every free cell.

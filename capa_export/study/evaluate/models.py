@@ -20,6 +20,7 @@ from capa_export.config.schedule import Method, parse_method, schedule_text, sta
 from capa_export.model.files import check_files
 from capa_export.model.memory import require_eager_memory
 from capa_export.model.model import Model
+from capa_export.model.quantized.tensor import quantization
 from capa_export.run.bundled import require_memory
 from capa_export.run.providers import require_provider
 from capa_export.selectors.selector import load_selector
@@ -131,16 +132,19 @@ def eager_model(
         keys={name: key(method) for name, method in methods.items()},
         prepare=EagerAnswers(model=opened, methods=methods, calibration=calibration, max_new_tokens=max_new_tokens),
         max_new_tokens=max_new_tokens,
-        notes=_notes_on_ffns(model, calibration),
+        notes=_notes(model, calibration),
     )
 
 
-def _notes_on_ffns(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
+def _notes(model: Model, calibration: Calibration | None) -> tuple[str, ...]:
+    """What all methods share, in sentences: quantized weights, and the scales of visual FFNs."""
+    weights = quantization(model.source.tensors)
+    notes = (f"weights of all, dense too: {weights}",) if weights else ()
     if calibration is None:
-        return ()
+        return notes
     ffn = model.recipe.ffn
     linear = f"visual FFNs are linear (cosine > {ffn.eta:g}) in layers {ranges(calibration.linear_layers(ffn.eta))}"
-    return (linear, *([calibration.effect.words] if calibration.effect else []))
+    return (*notes, linear, *([calibration.effect.words] if calibration.effect else []))
 
 
 def check_fits(model: Model, method: Method) -> None:

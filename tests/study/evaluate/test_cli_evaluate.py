@@ -162,6 +162,11 @@ def lines_of(out: Path) -> list[str]:
         (["x", "--checkpoint", "y"], "the checkpoint is given twice: x, and --checkpoint y"),
         ([".", "--model", "y"], "a bundle runs as it is"),
         ([".", "--checkpoint", "y"], "a bundle runs as it is"),
+        ([".", "--quantize", "none"], "--quantize-head and --auto-precision are for a checkpoint"),
+        ([".", "--quantize-head", "int8"], "--quantize-head and --auto-precision are for a checkpoint"),
+        ([".", "--auto-precision"], "--quantize-head and --auto-precision are for a checkpoint"),
+        (["--model", "qwen25vl", "--quantize", "int2"], "--quantize int2: must be none, "),
+        (["--model", "qwen25vl", "--auto-precision"], "--auto-precision says which layers --quantize leaves"),
         (["--model", "qwen25vl", "--method", "dense", "--ratio", "0.5"], "--method says it all"),
         (["--model", "qwen25vl", "--method", "dens"], "'dens' is no stage"),
         (["x"], "x: no such folder"),
@@ -173,6 +178,10 @@ def lines_of(out: Path) -> list[str]:
             )
             for option in ("--samples", "--images", "--calibration")
             for method in ("dense", "capa@2:0.75/full")
+        ),
+        (
+            ["--model", "qwen25vl", "--method", "dense", "--quantize", "int4/rtn", "--samples", "1"],
+            "error: --samples: no method replaces visual FFNs;",
         ),
     ],
 )
