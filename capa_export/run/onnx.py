@@ -65,8 +65,9 @@ class OnnxModel(RuntimeModel[KVCache]):
         threads: of ONNX Runtime; 0 for its own choice.
         sliced: whether no more than a layer's weights are to be in memory.
         provider: of ONNX Runtime.
-        exact: whether products with INT8 weights are computed in FP32. On a CPU ONNX Runtime then dequantizes these at
-            every run, and takes tens of times longer than where it may round what enters to INT8, a scale for 32 each.
+        exact: whether products with INT4 and INT8 weights are computed in FP32. On a CPU these otherwise round what
+            enters to INT8, 32 numbers with one scale, as is ONNX Runtime's default: of INT4 they then take half as
+            long, and of INT8, which it dequantizes at every run else, a hundredth.
         sessions: by file, those that another model has opened of the same graphs with the same options.
 
     Raises:
@@ -172,11 +173,9 @@ class OnnxModel(RuntimeModel[KVCache]):
         # Errors come as exceptions; the log would say them a second time.
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # INT4 weights are multiplied in FP32, of level 1: by default, of level 4, what enters is rounded to INT8.
-        rounds = not self.exact and _has_int8(path)
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if rounds else "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if self.exact else "4")
         # With a scale that another product has, too, one of INT8 is not taken for one.
-        disabled = ["ConstantSharing"] if rounds else None
+        disabled = None if self.exact or not _has_int8(path) else ["ConstantSharing"]
         if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         if self.sliced:

@@ -44,8 +44,8 @@ def test_a_batch_generates_what_each_prompt_does_alone(trained: tuple[OnnxModel,
     assert answers(onnx, prompts, []) == alone
 
 
-@pytest.mark.parametrize(("word", "rounds"), [("int8", True), ("int4:32/rtn", False)])
-def test_only_beside_int8_weights_is_what_enters_rounded_and_only_where_it_may(
+@pytest.mark.parametrize(("word", "rounds"), [("int8", True), ("int4:32/rtn", True), ("fp8", False)])
+def test_what_meets_whole_numbers_is_rounded_and_only_where_it_may_be(
     trained: tuple[OnnxModel, list[Prompt]], tmp_path: Path, word: str, *, rounds: bool
 ) -> None:
     """By less than a scale for 32 numbers of 8 bits does, which is half a step of 1/127 of the largest each."""
