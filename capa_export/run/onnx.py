@@ -14,6 +14,7 @@ import numpy as np
 
 from capa_export.base.errors import CapaError, first_line
 from capa_export.config.provider import Provider
+from capa_export.config.target import version_parts
 from capa_export.graph.contract import (
     DEEPSTACK_EMBEDS,
     INPUTS_EMBEDS,
@@ -43,6 +44,8 @@ __all__ = ["OnnxModel", "Sessions"]
 Sessions = dict[str, tuple[Any, bool]]
 """File -> session, and whether its attention runs in tiles."""
 
+_SUMS_IN_FP32 = (1, 25)
+"""ONNX Runtime that computes FP16 attention in FP32 of its own accord."""
 NUMPY_TYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -138,16 +141,19 @@ class OnnxModel(RuntimeModel[KVCache]):
     def _session(self, file: str, *, in_tiles: bool = False) -> Any:
         path = self.folder / file
         bfloat16 = self.unwritten is None and _is_bfloat16(path)
-        if not (bfloat16 or in_tiles or self.sliced or self._changes(file)):
+        wide = self.provider == "cpu" and version_parts(_runtime_version()) < _SUMS_IN_FP32
+        if not (bfloat16 or in_tiles or wide or self.sliced or self._changes(file)):
             return self._connected(path)
         # Slow to import, and seldom needed to run a bundle.
         import onnx_ir as ir
 
         from capa_export.passes.tile_attention import TileAttentionPass
+        from capa_export.passes.wide_attention import WideAttentionPass
         from capa_export.passes.widen_bf16 import WidenBF16Pass, widen
         from capa_export.run.sliced import SlicedSession
 
-        changes = [*([TileAttentionPass()] if in_tiles else []), *self._changes(file)]
+        passes = [*([WideAttentionPass()] if wide else []), *([TileAttentionPass()] if in_tiles else [])]
+        changes = [*passes, *self._changes(file)]
         if self.sliced:
             model = self._graph(file)
             for change in [*([WidenBF16Pass()] if bfloat16 else []), *changes]:
@@ -338,6 +344,12 @@ def _proto(path: Path) -> "onnx.ModelProto":
     import onnx
 
     return onnx.load(path, load_external_data=False)
+
+
+def _runtime_version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__
 
 
 def _is_bfloat16(path: Path) -> bool:
