@@ -66,7 +66,7 @@ def bundle(checkpoint: Path, schedule: str, *, recipe: str, images: Path | None,
         recipe: a name or a path.
         images: what the calibration looks at; nothing for the recipe's own.
         out: receives the bundle.
-        quantized: `quantize` and `quantize_head`, as `build` takes them.
+        quantized: `quantize`, `quantize_head` and `quantize_vision`, as `build` takes them.
     """
     options = {"recipe": recipe, **quantized}
     if not schedule.endswith("/full"):
