@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, cast
 
 from capa_export.base.dims import DecoderDims
@@ -9,6 +10,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.weight_types import WEIGHT_TYPES, NumberKind, PackedLayers
 
 __all__ = [
+    "TYPES",
     "HeadQuantization",
     "Quantization",
     "VisionQuantization",
@@ -43,7 +45,10 @@ HeadQuantization = Literal["none", "int4", "int4:32", "int4:64", "int4:128", "in
 """What the weight of the LM head is rounded to, to nearest; none leaves it as the checkpoint has it."""
 VisionQuantization = Literal["none", "int8", "fp8"]
 """What the weights of the vision tower's blocks are rounded to, to nearest."""
-_HEAD_TYPES, _VISION_TYPES = ("int8", "int4", "fp8"), ("int8", "fp8")
+TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"--quantize": (*WEIGHT_TYPES,), "--quantize-head": ("int8", "int4", "fp8"), "--quantize-vision": ("int8", "fp8")}
+)
+"""The types that each option takes."""
 _WORD = re.compile(rf"({'|'.join(WEIGHT_TYPES)})(?::([1-9][0-9]*))?(/rtn)?")
 
 
@@ -74,8 +79,8 @@ def parse_head_quantization(word: str) -> HeadQuantization:
         CapaError: it is not.
     """
     match, option = _WORD.fullmatch(word), "--quantize-head"
-    if word != "none" and (match is None or match[1] not in _HEAD_TYPES or match[3]):
-        known = ", ".join(_HEAD_TYPES)
+    if word != "none" and (match is None or match[1] not in TYPES[option] or match[3]):
+        known = ", ".join(TYPES[option])
         raise CapaError(
             f"{option} {word}: must be none, {known}, or int4 with a group, as int4:64; a head is rounded to nearest",
             ExitCode.USAGE,
@@ -91,9 +96,9 @@ def parse_vision_quantization(word: str) -> VisionQuantization:
     Raises:
         CapaError: it is not.
     """
-    if word != "none" and word not in _VISION_TYPES:
-        known = " or ".join(_VISION_TYPES)
-        raise CapaError(f"--quantize-vision {word}: must be none, {known}", ExitCode.USAGE)
+    option = "--quantize-vision"
+    if word != "none" and word not in TYPES[option]:
+        raise CapaError(f"{option} {word}: must be none, {' or '.join(TYPES[option])}", ExitCode.USAGE)
     return cast("VisionQuantization", word)
 
 

@@ -11,6 +11,7 @@ from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.precision import Precision
 from capa_export.base.toml import Settings, read_toml, shipped, shipped_names
 from capa_export.base.weight_types import WEIGHT_TYPES, PackedLayers
+from capa_export.config.quantization import TYPES
 
 __all__ = ["Device", "DimRange", "Engine", "Target", "load_target", "version_parts"]
 
@@ -170,7 +171,8 @@ class Target(Settings):
         if self.engine is None or packed.kind in self.engine.weight_types:
             return
         refused = f"target {self.name} does not take {packed.type.name} weights"
-        others = " or ".join(f"{option} {kind}" for kind in (*self.engine.weight_types, "none"))
+        kinds = [kind for kind in self.engine.weight_types if kind in TYPES[option]]
+        others = " or ".join(f"{option} {kind}" for kind in (*kinds, "none"))
         if not packed.type.in_engines:
             raise CapaError(
                 f"{refused}, which TensorRT dequantizes at every run; build with {others}, or with --target onnx",

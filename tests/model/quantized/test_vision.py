@@ -68,7 +68,7 @@ def test_the_eager_model_has_the_nearest_numbers_in_its_blocks_and_all_else_as_i
     [
         (["--quantize-vision", "int4"], "--quantize-vision int4: must be none, int8 or fp8"),
         (["--quantize-vision", "fp8"], "target rtx does not take FP8 weights: compute capability 8.0"),
-        (["--quantize-vision", "int8", "--target", "orin"], "build with --quantize-vision int4 or"),
+        (["--quantize-vision", "int8", "--target", "orin"], "build with --quantize-vision none, or"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(
