@@ -172,7 +172,8 @@ def _beds(work: Path, options: argparse.Namespace) -> list[Bed]:
     ]
     if options.real:
         folder = options.real.with_name("bed-real-questions") / "clutter"
-        asked = _asked(folder if folder.exists() else options.real.with_name("clutter"), options.questions)
+        folder = folder if folder.exists() else options.real.with_name("clutter")
+        asked = _asked(folder, options.questions)
         recipe = str(ROOT / "benchmarks" / "real" / "real.toml")
         beds.append(
             Bed(
@@ -181,7 +182,7 @@ def _beds(work: Path, options: argparse.Namespace) -> list[Bed]:
                 recipe,
                 "capa@12:0/full",
                 "capa@12:0.75/full",
-                None,
+                folder.with_name("clutter-calibration") / "scenes.jsonl",
                 "a published decoder taught to see",
                 "int4:64",
                 asked,
