@@ -22,6 +22,7 @@ from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.scenes import SHAPES
 from tests.conftest import noise
+from tests.quantizing import FORMATS, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -147,6 +148,31 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.exhaustive
+def test_the_jetson_tutorial_builds_a_kit_of_a_checkpoint_published_in_four_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the download and the device: the shipped checkpoint in AutoAWQ's layout stands where the 7B would."""
+    blocks = re.findall(r"```sh\n(.*?)```", doc("tutorials/jetson.md"), flags=re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    plan, doctor, build = ([*line[1:]] for line in lines if line[0] == "capa-export")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(load_recipe("tiny-qwen25vl").checkpoint, build[1])
+    quantize(tmp_path / build[1], FORMATS["AutoAWQ"])
+    pictures = tmp_path / build[build.index("--images") + 1]
+    pictures.mkdir()
+    for index in range(2):
+        noise(224, 140, index).save(pictures / f"{index}.png")
+    assert main(plan) == 0
+    assert "weights embedded: INT4 weights are multiplied as they are stored" in capsys.readouterr().out
+    assert main(doctor) == 0
+    assert main([*build, "--validation-samples", "4"]) == 0
+    said = capsys.readouterr()
+    assert "parity: passed" in said.out and "kept in 4 bits" in said.err
+    (copied,) = (line[2] for line in lines if line[0] == "scp")
+    assert (tmp_path / copied / "build.sh").is_file()
 
 
 @pytest.mark.parametrize("page", ["jetson", "your-data"])
