@@ -66,6 +66,12 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert set(re.findall(r"`([\w-]+)`", named[2])) == wrong
 
 
+def all_commands(tutorial: str) -> list[list[str]]:
+    """The words of each command of a tutorial."""
+    blocks = re.findall(r"```sh\n(.*?)```", doc(f"tutorials/{tutorial}.md"), flags=re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 @pytest.mark.giant
 def test_the_commands_for_your_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -151,12 +157,11 @@ def test_readme_is_short() -> None:
 
 
 @pytest.mark.exhaustive
-def test_the_jetson_tutorial_builds_a_kit_of_a_checkpoint_published_in_four_bits(
+def test_the_tutorials_run_but_for_the_download_and_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the download and the device: the shipped checkpoint in AutoAWQ's layout stands where the 7B would."""
-    blocks = re.findall(r"```sh\n(.*?)```", doc("tutorials/jetson.md"), flags=re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    """The shipped checkpoint in AutoAWQ's layout stands where the 7B would."""
+    lines = all_commands("jetson")
     plan, doctor, build = ([*line[1:]] for line in lines if line[0] == "capa-export")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(load_recipe("tiny-qwen25vl").checkpoint, build[1])
@@ -174,12 +179,21 @@ def test_the_jetson_tutorial_builds_a_kit_of_a_checkpoint_published_in_four_bits
     (copied,) = (line[2] for line in lines if line[0] == "scp")
     assert (tmp_path / copied / "build.sh").is_file()
 
+    page = doc("tutorials/your-data.md")
+    for kind, file in (("json", "questions.jsonl"), ("toml", "gates.toml")):
+        (text,) = re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)
+        Path(file).write_text(text, encoding="utf-8")
+    shutil.copy(front.PICTURE, "cat.jpg")
+    evaluate, validate = ([*line[1:]] for line in all_commands("your-data"))
+    assert main([*evaluate, "--samples", "11"]) == 0
+    assert "random@2:0.75" in capsys.readouterr().out
+    assert main([validate[0], build[build.index("--out") + 1], *validate[2:], "--samples", "4"]) == 0
+    assert "0.9995" in Path("out/orin/parity.json").read_text(encoding="utf-8")
+
 
 @pytest.mark.parametrize("page", ["jetson", "your-data"])
 def test_the_tutorials_commands_have_the_options_they_name(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = doc(f"tutorials/{page}.md").replace("\\\n", " ")
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
-    own = [shlex.split(line)[1:] for line in lines if line.startswith("capa-export ")]
+    own = [line[1:] for line in all_commands(page) if line[0] == "capa-export"]
     assert len(own) > 1
     for verb, *words in own:
         assert main([verb, "--help"]) == 0
