@@ -11,7 +11,6 @@ from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError
 from capa_export.base.machine import available_memory
 from capa_export.base.precision import FORMATS
-from capa_export.base.weight_types import PackedLayers
 from capa_export.calibrate.sums import CALIBRATION, Calibration
 from capa_export.config.quantization import check_groups, rounding
 from capa_export.config.recipe import Recipe, check_layers
@@ -22,7 +21,7 @@ from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
-from capa_export.model.quantized.formats import find_format, int4_group
+from capa_export.model.quantized.formats import find_format, held
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     choose_weights,
@@ -103,8 +102,8 @@ def dry_run(
     dims = load_family(recipe.family).model_dims(config, where=where)
     check_groups(recipe.quantize, recipe.quantize_head, dims.decoder)
     packed = rounding(recipe.quantize)
-    if packed is None and recipe.quantize != "none" and (group := int4_group(form)) is not None:
-        packed = PackedLayers(kind="int4", group=group)
+    if form is not None and recipe.quantize != "none":
+        packed = held(form, packed)
     known = {"source": full_source(checkpoint), "revision": revision}
     plain = plain_layers(out, recipe, known)
     num_plain = len(plain or ())

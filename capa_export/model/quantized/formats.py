@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import Section
-from capa_export.base.weight_types import WEIGHT_TYPES
+from capa_export.base.weight_types import PackedLayers
 from capa_export.model.quantized import modelopt
 from capa_export.model.quantized.awq import Awq
 from capa_export.model.quantized.compressed_tensors import PackQuantized
@@ -13,7 +13,7 @@ from capa_export.model.quantized.fp8_blocks import Fp8Blocks
 from capa_export.model.quantized.gptq import Gptq
 from capa_export.model.quantized.parts import Format
 
-__all__ = ["FOREIGN", "HF_QUANT_CONFIG", "KEY", "TEXT_SECTIONS", "find_format", "int4_group"]
+__all__ = ["FOREIGN", "HF_QUANT_CONFIG", "KEY", "TEXT_SECTIONS", "find_format", "held"]
 
 KEY = "quantization_config"
 """Key of the settings in `config.json`."""
@@ -64,14 +64,26 @@ def find_format(config: Mapping[str, Any], where: str, beside: Section | None = 
     return published
 
 
-def int4_group(form: Format | None) -> int | None:
-    """Inputs that share a scale, where graphs hold a format's numbers as they are, as far as its settings say."""
-    group = None
+def held(form: Format, asked: PackedLayers | None) -> PackedLayers | None:
+    """What graphs hold a format's numbers in as they are, as far as its settings say; None where these are expanded.
+
+    Args:
+        form: of the checkpoint.
+        asked: a type that is to stay; nothing where only INT4 does.
+    """
+    found = None
     if isinstance(form, Awq | modelopt.Int4Awq):
-        group = form.group
-    elif isinstance(form, Gptq | PackQuantized):
-        group = form.group if form.bits == 4 and not (isinstance(form, Gptq) and form.ordered) else None
-    return group if group in WEIGHT_TYPES["int4"].groups else None
+        found = PackedLayers(kind="int4", group=form.group)
+    elif isinstance(form, Gptq | PackQuantized) and not (isinstance(form, Gptq) and form.ordered):
+        found = PackedLayers(kind="int4" if form.bits == 4 else "int8", group=form.group)
+    elif isinstance(form, modelopt.Fp8):
+        found = PackedLayers(kind="fp8", group=None)
+    elif isinstance(form, modelopt.Nvfp4):
+        found = PackedLayers(kind="nvfp4", group=form.group)
+    if found is None or not (found.type.stays if asked is None else asked.kind == found.kind):
+        return None
+    fits = found.group in found.type.groups if found.type.groups else found.group is None
+    return found if fits else None
 
 
 def _read(settings: Section) -> Format:

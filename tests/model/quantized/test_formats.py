@@ -2,14 +2,20 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capa_export.base.dims import Section
 from capa_export.base.errors import CapaError
-from capa_export.model.quantized.formats import find_format
-from tests.quantizing import FORMATS
+from capa_export.config.quantization import rounding
+from capa_export.model.checkpoint import open_checkpoint
+from capa_export.model.families import qwen25vl
+from capa_export.model.quantized.formats import find_format, held
+from capa_export.model.source import Source
+from tests.quantizing import FORMATS, quantize
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 PACKED: Any = FORMATS["packed"].config
@@ -128,3 +134,21 @@ def test_modelopts_group_may_stand_with_its_weights() -> None:
     found = find_format({"quantization_config": config}, "config.json")
     assert found is not None
     assert found.name == "ModelOpt INT4 AWQ, groups of 64"
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        *((name, None) for name in FORMATS if FORMATS[name].config and name not in ("GPTQ by channel", "packed order")),
+        *((name, "int8") for name in ("GPTQ 8 bits", "packed 8 bits", "packed tensor")),
+        *((name, "fp8") for name in ("FP8 in config.json", "FP8 blocks")),
+        ("AutoAWQ", "none"),
+    ],
+)
+def test_a_plan_takes_for_packed_what_an_export_keeps(checkpoint: Path, tmp_path: Path, name: str, word: Any) -> None:
+    """Of one scale a channel, and of another order of inputs that no setting names, only the weights tell."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    quantize(folder, FORMATS[name])
+    form = find_format(json.loads((folder / "config.json").read_text(encoding="utf-8")), "config.json")
+    kept = Source.of(open_checkpoint(str(folder)), qwen25vl, word).dims.decoder.packed
+    assert form is not None and kept == (None if word == "none" else held(form, rounding(word)))
