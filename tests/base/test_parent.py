@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def test_all_of_it_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
     assert ended_with_parent(f"FOLDER = {str(tmp_path)!r}\n{STARTING}", tmp_path, 2)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_all_of_it_ends_when_it_is_told_to(tmp_path: Path, ending: signal.Signals) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)

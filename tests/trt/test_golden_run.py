@@ -138,7 +138,7 @@ def golden_of(built: OnDevice, scratch: Path, engine: str, how: str) -> str:
     [
         ("visual", "rolled", r"visual/visual\.engine .*: image_features: cosine "),
         ("prefill", "rolled", r"llm/prefill\.engine .*: logits: cosine "),
-        ("prefill", "scaled", r"logits: norm off by 0\.0996 where the golden takes 0\.01 or less"),
+        ("prefill", "scaled", r"logits: norm off by 0\.(?:099|100)\d where the golden takes 0\.01 or less"),
         ("prefill", "nan", "logits: cosine nan"),
         ("prefill", "unwritten", "logits: cosine nan"),
         ("prefill", "others", r"kept_positions\.0: \d+ of \d+ are others"),
