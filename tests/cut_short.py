@@ -46,7 +46,7 @@ def killed_at(work: Work, point: int) -> bool:
         changes += 1
 
     code = _in_fork(lambda: (_before_changes(before), work()))
-    assert code in (0, _KILLED), "the work failed"
+    assert code in (0, _KILLED), f"the work failed with {code}"
     return code == _KILLED
 
 
@@ -111,7 +111,8 @@ def recorded(work: Work, folder: Path, file: Path) -> Recording:
         states = list(disk.states_without_power())
         file.write_bytes(pickle.dumps(Recording(killed, set(states), states[-1])))
 
-    assert _in_fork(record) == 0, "the work failed"
+    code = _in_fork(record)
+    assert code == 0, f"the work failed with {code}"
     return pickle.loads(file.read_bytes())  # noqa: S301 - the fork's own.
 
 
