@@ -119,7 +119,7 @@ def _places(name: str, layers: Sequence[str]) -> str:
 
 def read_latest(results: Path = RESULTS) -> dict[str, FigureRecord[RealFigures]]:
     """The last record of each sort of scenes."""
-    last = {scenes: sorted(results.glob(f"*-real-{scenes}.json"))[-1:] for scenes in SCENES}
+    last = {scenes: sorted(results.glob(f"????-??-??-real-{scenes}.json"))[-1:] for scenes in SCENES}
     return {scenes: read_record(path, RealFigures) for scenes, paths in last.items() for path in paths}
 
 
