@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import flops
+from benchmarks import boards, flops
 from benchmarks.real import page as real_page
 from benchmarks.selection import __main__ as benchmark
 from benchmarks.selection.bed import questions_drawn
@@ -220,7 +220,8 @@ def test_labels_do_not_lie_on_each_other() -> None:
 
 
 def test_results_in_git_are_what_their_figures_say() -> None:
-    files = render(DOCS) | real_page.render() | {"flops.md": flops.page(flops.counted())}
+    counted = {"flops.md": flops.page(flops.counted()), "boards.md": boards.page(boards.counted())}
+    files = render(DOCS) | real_page.render() | counted
     pages = [path for pattern in ("*.md", "*.svg") for path in DOCS.glob(pattern)]
     assert {path.name: path.read_text(encoding="utf-8") for path in pages} == files
 
