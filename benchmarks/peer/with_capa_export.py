@@ -115,8 +115,8 @@ def ask(_: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - the bundle s
     # Its parts by the clock of the others.
     answering.time = SimpleNamespace(perf_counter=now)
     model = capa_export.open(out).load()
-    # Loaded when the first prompt is there, and then with as many threads as ONNX Runtime likes.
-    model.runtime = OnnxModel(out / "onnx", threads=THREADS)
+    # As `run` opens it: when the first prompt is there, and with as many threads as ONNX Runtime likes.
+    model.runtime = OnnxModel(out / "onnx", threads=THREADS, exact=False)
 
     def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:
         options = GenerationOptions(greedy=True, repetition_penalty=1.0, max_new_tokens=tokens)
