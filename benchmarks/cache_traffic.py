@@ -258,12 +258,17 @@ def _times(model: dict[str, Any], bandwidth: float) -> str:
     return " -> ".join(f"{passes * model['cache_bytes'] / bandwidth / 1e6:.2f}" for passes in ways)
 
 
+def written(result: Mapping[str, Any], name: str, page: str) -> str:
+    """Keep a result and its page under the day's name; returns the page."""
+    stem = RESULTS / f"{result['date']}-{name}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    return page
+
+
 def main() -> None:
     result = measured()
-    stem = RESULTS / f"{result['date']}-cache-traffic"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(page(result), encoding="utf-8")
-    print(page(result))
+    print(written(result, "cache-traffic", page(result)))
 
 
 if __name__ == "__main__":

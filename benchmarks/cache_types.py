@@ -6,7 +6,6 @@ It needs tensorrt_rtx and no GPU: of an engine, the layer that reads the past sa
 ONNX Runtime's steps are timed on one thread, one after the other, beside those of a past in FP16.
 """
 
-import json
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import parser
 
-from benchmarks.cache_traffic import RESULTS, built_layers
+from benchmarks.cache_traffic import built_layers, written
 from benchmarks.selection.pages.words import table
 from capa_export.trt.layers import Layer
 
@@ -138,10 +137,7 @@ tokens before it. ONNX Runtime {result["onnxruntime"]}: milliseconds of one thre
 
 def main() -> None:
     result = measured()
-    stem = RESULTS / f"{result['date']}-cache-types"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(page(result), encoding="utf-8")
-    print(page(result))
+    print(written(result, "cache-types", page(result)))
 
 
 if __name__ == "__main__":
