@@ -322,7 +322,7 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
     found: dict[str, Any] = {name: {"error": worker.error} for name, worker in workers.items()}
     logits = {name: worker.first for name, worker in workers.items() if worker.error is None}
     # Ours is held against Hugging Face's elsewhere, and its expanded weights against the formats' specifications.
-    reference = logits.get("HF eager", {}).get("sdpa") or logits["capa-export"]["dense"]
+    reference = logits.get("HF eager", {}).get("sdpa") or logits.get("capa-export", {}).get("dense")
     for name, variants in logits.items():
         rows = {}
         for variant, values in variants.items():
@@ -333,7 +333,7 @@ def _prefills(run: PeerSteps, commands: dict[str, list[str]], seconds: float, ro
                 "wall_ms": round(1e3 * median(wall), 2),
                 "runs": len(wall),
             }
-            if not re.search("pruned|behind", variant) and values is not reference:
+            if reference is not None and values is not reference and not re.search("pruned|behind", variant):
                 difference = np.abs(np.subtract(values, reference)).max() / np.abs(reference).max()
                 rows[variant]["logits_from_reference"] = float(f"{difference:.2g}")
         found[name] = {"error": None, "variants": rows}

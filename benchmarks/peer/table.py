@@ -46,7 +46,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "  scales, by CDPruner before it; CDPruner's own work is not in the milliseconds.",
         "- *decode*: a step behind that prefill, mean of eight.",
         "- *inputs rounded*: ONNX Runtime may round to INT8 what enters a product of INT4, as it does by default and",
-        "  as the others have it; `capa-export run` does not, with INT4 alone.",
+        "  as the others and `capa-export run` have it; `validate` does not.",
         "- *logits*: largest difference from HF eager's, or from capa-export's in FP32 where it does not run, relative",
         "  to the largest logit.",
         "- *accuracy*: held-out questions about drawn scenes.",

@@ -17,9 +17,9 @@ from capa_export.model.sidecars import copy_sidecars
 from capa_export.run.onnx import NUMPY_TYPES
 
 _EXACT = {"qdq_matmulnbits_accuracy_level": "1"}
-"""As `run` has it: what enters INT4 products is not rounded."""
+"""As `validate` has it: what enters INT4 products is not rounded."""
 _ROUNDED = {"qdq_matmulnbits_accuracy_level": "4"}
-"""ONNX Runtime's own choice, and the peers'."""
+"""ONNX Runtime's own choice, as `run` has it, and the peers'."""
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -115,7 +115,7 @@ def ask(_: Path, out: Path, variant: str) -> Ask:  # noqa: ARG001 - the bundle s
     # Its parts by the clock of the others.
     answering.time = SimpleNamespace(perf_counter=now)
     model = capa_export.open(out).load()
-    # As `run` opens it: when the first prompt is there, and with as many threads as ONNX Runtime likes.
+    # As `run` opens it, but now, and with as many threads as the peers have.
     model.runtime = OnnxModel(out / "onnx", threads=THREADS, exact=False)
 
     def run(*, picture: str, question: str, tokens: int, exact: bool) -> dict[str, Any]:

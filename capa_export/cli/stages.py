@@ -155,7 +155,7 @@ def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
         if ((part if part.is_dir() else part.parent) / CHOICE).exists():
             raise CapaError(
                 f"{part}: its weights were chosen by samples, so that it fits no other machine's; calibrate each with "
-                "--quantize int4/rtn to add them up"
+                "--quantize int4/rtn, without --auto-precision, to add them up"
             )
     calibration = merged([Calibration.load(part) for part in parts])
     adopt_calibration(Bundle(out), calibration)

@@ -197,9 +197,9 @@ def _build_with_gpu(
 ) -> dict[str, Any]:
     """Write the kit, and build it in the bundle; its golden run is held to the gates."""
     have = _require_own_gpu(target)
-    _check_room(bundle, weights)
     result = _write_kit(bundle, target, weights, plugins, report)
     if not result["engines"] or {one["runtime"] for one in result["engines"].values()} != {have}:
+        _check_room(bundle, weights)
         build_kit(bundle.folder / result["kit"], home=bundle, python_plugins=True, report=report)
     return bundle.stage(f"engine/{target.name}")["result"]
 

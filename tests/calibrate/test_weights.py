@@ -180,7 +180,7 @@ def test_weights_that_were_chosen_apart_are_not_added_up(
 ) -> None:
     building(folder, tmp_path / "made").calibrate()
     assert main(["calibrate", "--merge", str(tmp_path / "made"), "-o", str(tmp_path / "sum")]) == ExitCode.PREFLIGHT
-    assert "calibrate each with --quantize int4/rtn to add them up" in capsys.readouterr().err
+    assert "calibrate each with --quantize int4/rtn, without --auto-precision, to add" in capsys.readouterr().err
     assert not (tmp_path / "sum").exists()
 
 
