@@ -149,10 +149,9 @@ def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
     from capa_export.calibrate.stage import adopt_calibration
     from capa_export.calibrate.sums import Calibration, merged
     from capa_export.config.recipe import FFN, load_recipe
-    from capa_export.model.quantized.choice import CHOICE
 
     for part in parts:
-        if ((part if part.is_dir() else part.parent) / CHOICE).exists():
+        if _chosen_by_samples(part):
             raise CapaError(
                 f"{part}: its weights were chosen by samples, so that it fits no other machine's; calibrate each with "
                 "--quantize int4/rtn, without --auto-precision, to add them up"
@@ -160,6 +159,21 @@ def _merged(parts: list[Path], out: Path, recipe: str | None) -> dict[str, Any]:
     calibration = merged([Calibration.load(part) for part in parts])
     adopt_calibration(Bundle(out), calibration)
     return calibration.summary(load_recipe(recipe).ffn if recipe else FFN())
+
+
+def _chosen_by_samples(calibration: Path) -> bool:
+    """Whether samples decided the weights that a calibration, in a bundle or a file of its own, is of."""
+    from capa_export.bundle.store import MANIFEST, Bundle
+    from capa_export.calibrate.sums import ROUNDING
+    from capa_export.config.quantization import looks_at_samples
+    from capa_export.model.quantized.choice import CHOICE
+
+    folder = calibration if calibration.is_dir() else calibration.parent
+    if (folder / MANIFEST).is_file():
+        stage = Bundle(folder).manifest["stages"].get("calibrate", {})
+        if (asked := stage.get("result", {}).get(ROUNDING)) is not None:
+            return looks_at_samples(asked["quantize"]) or asked["budget"] is not None
+    return (folder / CHOICE).exists()
 
 
 def export(

@@ -1,4 +1,4 @@
-"""What weights are rounded to, as `--quantize`, `--quantize-head` and recipes say it."""
+"""What weights are rounded to, as `--quantize`, `--quantize-head`, `--quantize-vision` and recipes say it."""
 
 import re
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ from typing import Any
 
 from capa_export.bundle.store import MANIFEST, Bundle, digest_of
 from capa_export.calibrate.sums import CALIBRATION, ROUNDING, Calibration, scales_digest
-from capa_export.config.recipe import Recipe
+from capa_export.config.recipe import Recipe, recipe_of
 from capa_export.model.quantized.choice import QUANTIZE
 
 __all__ = ["finished_stages", "plain_layers"]
@@ -57,7 +57,7 @@ def finished_stages(
         and exported["alpha"] == _alpha(recipe, calibration, ffn=ffn)
         and bool(stages["export"].get("linked")) == in_place
         and all(recorded.get(key) == wanted[key] for key in ("prune", "fp32_layers"))
-        and Recipe.model_validate(recorded).rounding == recipe.rounding
+        and recipe_of(manifest, folder).rounding == recipe.rounding
     ):
         engines = {name for name in stages if name.startswith("engine/")}
         done |= {"export", *(name for name in engines if stages[name]["result"]["weights"] == weights)}

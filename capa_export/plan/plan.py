@@ -8,7 +8,7 @@ from typing import Any
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.disk import check_disk, free_bytes
-from capa_export.base.errors import CapaError
+from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.base.precision import FORMATS
 from capa_export.calibrate.sums import CALIBRATION, Calibration
@@ -103,7 +103,12 @@ def dry_run(
     check_groups(recipe.quantize, recipe.quantize_head, dims.decoder)
     packed = rounding(recipe.quantize)
     if form is not None and recipe.quantize != "none":
-        packed = held(form, packed)
+        packed = held(form, packed, where)
+        if recipe.auto_precision:
+            raise CapaError(
+                f"--auto-precision: {checkpoint} is quantized already, and stays as it is; leave it away",
+                ExitCode.USAGE,
+            )
     known = {"source": full_source(checkpoint), "revision": revision}
     plain = plain_layers(out, recipe, known)
     num_plain = len(plain or ())

@@ -182,6 +182,10 @@ def test_weights_that_were_chosen_apart_are_not_added_up(
     assert main(["calibrate", "--merge", str(tmp_path / "made"), "-o", str(tmp_path / "sum")]) == ExitCode.PREFLIGHT
     assert "calibrate each with --quantize int4/rtn, without --auto-precision, to add" in capsys.readouterr().err
     assert not (tmp_path / "sum").exists()
+    # What lies there from before is not what the calibration is of.
+    building(folder, tmp_path / "made", "int4:32/rtn").calibrate()
+    assert (tmp_path / "made" / CHOICE).exists()
+    assert main(["calibrate", "--merge", str(tmp_path / "made"), "-o", str(tmp_path / "sum")]) == 0
 
 
 def test_a_recipe_that_leaves_layers_plain_says_of_which_rounding() -> None:

@@ -60,4 +60,6 @@ def test_only_an_older_runtime_gets_it(
     found = OnnxModel(graphs, threads=1).prefill(prompt, [4])
     assert bool(called) == wide
     assert np.array_equal(found.kept[0], expected.kept[0])
-    np.testing.assert_allclose(found.logits, expected.logits, rtol=0, atol=4e-3 * np.abs(expected.logits).max())
+    # FP16 rounds in two places more.
+    tolerance = 4e-3 if graphs.name.startswith("fp16") else 1e-6
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=0, atol=tolerance * np.abs(expected.logits).max())

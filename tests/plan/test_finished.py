@@ -87,6 +87,11 @@ def test_another_recipe_runs_again(bundle: Bundle, recipe: Recipe) -> None:
     assert [done(bundle, one) for one in eta] == [{"calibrate"}] * 2
 
 
+def test_a_bundle_of_an_earlier_version_is_read(bundle: Bundle, recipe: Recipe) -> None:
+    bundle.update(recipe={**bundle.manifest["recipe"], "visual_tokens": 64})
+    assert done(bundle, recipe) == ALL - {"validate"}
+
+
 def test_a_calibration_in_place_of_a_run(bundle: Bundle, recipe: Recipe, tmp_path: Path) -> None:
     for folder in (None, tmp_path / "none"):
         assert done(folder, recipe, calibration=bundle.folder) == {"calibrate"}

@@ -5,7 +5,8 @@ from types import MappingProxyType
 from typing import Any
 
 from capa_export.base.dims import Section
-from capa_export.base.weight_types import PackedLayers
+from capa_export.base.errors import CapaError
+from capa_export.base.weight_types import NumberKind, PackedLayers
 from capa_export.model.quantized import modelopt
 from capa_export.model.quantized.awq import Awq
 from capa_export.model.quantized.compressed_tensors import PackQuantized
@@ -64,26 +65,38 @@ def find_format(config: Mapping[str, Any], where: str, beside: Section | None = 
     return published
 
 
-def held(form: Format, asked: PackedLayers | None) -> PackedLayers | None:
+def held(form: Format, asked: PackedLayers | None, where: str) -> PackedLayers | None:
     """What graphs hold a format's numbers in as they are, as far as its settings say; None where these are expanded.
 
     Args:
         form: of the checkpoint.
         asked: a type that is to stay; nothing where only INT4 does.
+        where: name of its settings in error messages.
+
+    Raises:
+        CapaError: another type is asked for than the checkpoint has, or one that stays without being asked for.
     """
-    found = None
-    if isinstance(form, Awq | modelopt.Int4Awq):
-        found = PackedLayers(kind="int4", group=form.group)
-    elif isinstance(form, Gptq | PackQuantized) and not (isinstance(form, Gptq) and form.ordered):
-        found = PackedLayers(kind="int4" if form.bits == 4 else "int8", group=form.group)
-    elif isinstance(form, modelopt.Fp8):
-        found = PackedLayers(kind="fp8", group=None)
-    elif isinstance(form, modelopt.Nvfp4):
-        found = PackedLayers(kind="nvfp4", group=form.group)
-    if found is None or not (found.type.stays if asked is None else asked.kind == found.kind):
-        return None
-    fits = found.group in found.type.groups if found.type.groups else found.group is None
-    return found if fits else None
+    kind, group = _numbers(form)
+    if asked is not None and (asked.type.stays or asked.kind != kind):
+        raise CapaError(
+            f"{where}: the checkpoint is quantized already ({form.name}); leave --quantize away, or take the "
+            "checkpoint it was made from"
+        )
+    found = PackedLayers(kind=kind, group=group)
+    fits = group in found.type.groups if found.type.groups else group is None
+    ordered = isinstance(form, Gptq) and form.ordered
+    stays = asked is not None or found.type.stays
+    return found if fits and stays and not ordered and not isinstance(form, Fp8Blocks) else None
+
+
+def _numbers(form: Format) -> tuple[NumberKind, int | None]:
+    """The type of a format's numbers, and the inputs that share a scale."""
+    if isinstance(form, Gptq | PackQuantized):
+        return "int4" if form.bits == 4 else "int8", form.group
+    if isinstance(form, modelopt.Fp8 | Fp8Blocks):
+        return "fp8", None
+    assert isinstance(form, Awq | modelopt.Int4Awq | modelopt.Nvfp4), form
+    return "nvfp4" if isinstance(form, modelopt.Nvfp4) else "int4", form.group
 
 
 def _read(settings: Section) -> Format:

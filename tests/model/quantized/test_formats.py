@@ -11,10 +11,12 @@ import pytest
 from capa_export.base.dims import Section
 from capa_export.base.errors import CapaError
 from capa_export.config.quantization import rounding
+from capa_export.config.recipe import load_recipe
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import qwen25vl
 from capa_export.model.quantized.formats import find_format, held
 from capa_export.model.source import Source
+from capa_export.plan.plan import dry_run
 from tests.quantizing import FORMATS, quantize
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -151,4 +153,18 @@ def test_a_plan_takes_for_packed_what_an_export_keeps(checkpoint: Path, tmp_path
     quantize(folder, FORMATS[name])
     form = find_format(json.loads((folder / "config.json").read_text(encoding="utf-8")), "config.json")
     kept = Source.of(open_checkpoint(str(folder)), qwen25vl, word).dims.decoder.packed
-    assert form is not None and kept == (None if word == "none" else held(form, rounding(word)))
+    assert form is not None and kept == (None if word == "none" else held(form, rounding(word), "config.json"))
+
+
+@pytest.mark.parametrize(("name", "word"), [("AutoAWQ", "int4:32"), ("AutoAWQ", "int8"), ("FP8 blocks", "nvfp4")])
+def test_a_plan_refuses_what_an_export_refuses(checkpoint: Path, tmp_path: Path, name: str, word: Any) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    quantize(folder, FORMATS[name])
+    for refuse in (
+        lambda: Source.of(open_checkpoint(str(folder)), qwen25vl, word),
+        lambda: dry_run(
+            load_recipe("qwen25vl").with_options(quantize=word), str(folder), out=None, precision="fp16", ffn=False
+        ),
+    ):
+        with pytest.raises(CapaError, match=r"the checkpoint is quantized already .*; leave --quantize away, or take"):
+            refuse()
