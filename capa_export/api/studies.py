@@ -39,6 +39,7 @@ def evaluate(
     calibration: AnyPath | None = None,
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -68,6 +69,7 @@ def evaluate(
         quantize: what the weights of the decoder's layers are to be, as `build` takes it; dense is then the dense model
             with these weights.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -93,6 +95,7 @@ def evaluate(
         revision=revision,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
@@ -136,6 +139,7 @@ def tune(
     calibration: AnyPath | None = None,
     quantize: str | None = None,
     quantize_head: str | None = None,
+    quantize_vision: str | None = None,
     auto_precision: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -157,6 +161,7 @@ def tune(
         quantize: what the weights of the decoder's layers are to be, as `build` takes it; schedules are held against
             the dense model with these weights, and the recipe that is written says so.
         quantize_head: what the weight of the LM head is to be: `none`, `int8`, `int4[:GROUP]` or `fp8`.
+        quantize_vision: what the weights of the vision tower's blocks are to be: `none`, `int8` or `fp8`.
         auto_precision: whether the fewest decoder layers stay as they are that bring what `quantize` costs within the
             recipe's budget.
         min_pixels: least area that a picture is resized to.
@@ -184,6 +189,7 @@ def tune(
         revision=revision,
         quantize=quantize,
         quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
         auto_precision=auto_precision,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

@@ -24,6 +24,7 @@ from capa_export.cli.options import (
     ProviderOpt,
     QuantizeHeadOpt,
     QuantizeOpt,
+    QuantizeVisionOpt,
     RayOpt,
     RevisionOpt,
     SamplesOpt,
@@ -112,6 +113,7 @@ def evaluate(
     samples: SamplesOpt = None,
     quantize: QuantizeOpt = None,
     quantize_head: QuantizeHeadOpt = None,
+    quantize_vision: QuantizeVisionOpt = None,
     auto_precision: AutoPrecisionOpt = False,
     min_pixels: MinPixelsOpt = None,
     max_pixels: MaxPixelsOpt = None,
@@ -124,11 +126,12 @@ def evaluate(
 ) -> None:
     """Compare methods with the dense model on questions."""
     bundle = None if source is None or _is_checkpoint(Path(source).expanduser()) else Path(source)
-    own = (model, checkpoint, revision, calibration, images, samples, quantize, quantize_head, auto_precision)
+    own = (model, checkpoint, revision, calibration, images, samples, auto_precision)
+    own += (quantize, quantize_head, quantize_vision)
     if bundle is not None and any(own):
         raise CapaError(
             "a bundle runs as it is: --model, --checkpoint, --revision, --calibration, --images, --samples, "
-            "--quantize, --quantize-head and --auto-precision are for a checkpoint",
+            "--quantize, --quantize-head, --quantize-vision and --auto-precision are for a checkpoint",
             ExitCode.USAGE,
         )
     if bundle is None and provider != "cpu":
@@ -183,6 +186,7 @@ def evaluate(
                 calibration=calibration,
                 quantize=quantize,
                 quantize_head=quantize_head,
+                quantize_vision=quantize_vision,
                 auto_precision=auto_precision,
                 **asked,
                 progress=report,

@@ -119,8 +119,8 @@ def test_rounded_weights_are_evaluated(recipe: Path, questions: Path, pictures: 
     assert plain.notes == ()
     assert nearest.notes == ("weights of all, dense too: 35 layers of INT4, rounded to nearest, groups of 32",)
     assert scaled.notes == ("weights of all, dense too: 35 layers of INT4, scaled by activations, groups of 32",)
-    head = found("head", None, quantize_head="int8")
-    assert len({run.methods[1].kl for run in (plain, nearest, scaled, head)}) == 4
+    head, tower = found("head", None, quantize_head="int8"), found("tower", None, quantize_vision="int8")
+    assert len({run.methods[1].kl for run in (plain, nearest, scaled, head, tower)}) == 5
     with pytest.raises(CapaError, match="of another model"):
         found("plain", "int8")
 
@@ -218,7 +218,7 @@ def test_a_bundle_takes_what_a_checkpoint_takes() -> None:
     assert own.keys() - whole.keys() == {"self", "provider"}
     assert whole.keys() - own.keys() == {
         *("checkpoint", "recipe", "revision", "images", "samples", "calibration"),
-        *("quantize", "quantize_head", "auto_precision"),
+        *("quantize", "quantize_head", "quantize_vision", "auto_precision"),
     }
     for name in own.keys() & whole.keys():
         assert own[name].default == whole[name].default, name
