@@ -147,8 +147,7 @@ def built_layers(
         "plugins": {"kind": "none", "count": 0, "library": None},
         "onnx": str(file),
         "beside": str(file),
-        "shapes": shapes,
-        "shape_inputs": {},
+        "profiles": [{"shapes": shapes, "shape_inputs": {}}],
     }
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     worker = [sys.executable, "-m", "capa_export.trt.worker", str(folder / "task.json")]

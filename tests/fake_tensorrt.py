@@ -6,6 +6,7 @@ of their activations from outside.
 
 import ctypes
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
 from capa_export.model.sidecars import copy_sidecars
 from capa_export.model.source import Source
 from capa_export.passes.cache_blocks import CacheBlocksPass
+from capa_export.passes.join_decode import JoinDecodePass
 from capa_export.selectors.selector import SelectorChoice
+from capa_export.trt.graphs import JOINED, served_graphs
 from tests.fake_driver import FakeDriver
 from tests.recorded import record
 from tests.trt.moving_tensorrt import ExecutionContextAllocationStrategy as Strategy
@@ -39,7 +42,7 @@ _LIMITS = {
     "step": (1, 1),
 }
 
-_ACTIVATIONS = {"visual/visual": 3000, "llm/prefill": 2000, "llm/decode": 1000}
+_ACTIVATIONS = {"visual/visual": 3000, "llm/prefill": 2000, "llm/decode": 1000, "llm/decoder": 2000}
 """Bytes that an engine needs between inputs and outputs."""
 _ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8}
 _ALIGNMENT = 256
@@ -122,11 +125,9 @@ class FakeConfig:
 class FakeEngine:
     """An ICudaEngine."""
 
-    num_optimization_profiles = 1
-
     def __init__(self, trt: FakeTensorRT, logger: Any, plan: dict[str, Any]) -> None:
         self.trt, self.logger, self.plan, self.tensors = trt, logger, plan, plan["tensors"]
-        self.device_memory_size_v2 = plan["activations"]
+        self.device_memory_size_v2, self.num_optimization_profiles = plan["activations"], plan["profiles"]
         self.names = list(self.tensors)
         self.num_io_tensors = len(self.names)
         self.get_tensor_name = self.names.__getitem__
@@ -146,11 +147,14 @@ class FakeEngine:
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation(self.tensors[name]["host"])
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name]["shape"])
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
-        return self.tensors[name]["limits"]
+        return self.tensors[name]["limits"][profile]
 
     def get_tensor_profile_values(self, profile: int, name: str) -> list[list[int]]:
-        return self.tensors[name]["limits"]
+        return self.tensors[name]["limits"][profile]
 
     def create_runtime_config(self) -> FakeConfig:
         return FakeConfig()
@@ -212,7 +216,7 @@ class FakeContext:
         if not tensor["input"]:
             return self._refuse(f"{name} is no input")
         if not tensor["host"]:
-            least, _, most = tensor["limits"]
+            least, _, most = tensor["limits"][self.active_optimization_profile]
             if len(shape) != len(least) or not all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True)):
                 return self._refuse(f"{name}: {shape} does not satisfy the profile")
         self.shapes[name] = shape
@@ -232,14 +236,13 @@ class FakeContext:
         return [
             name
             for name, tensor in inputs.items()
-            if (tensor["limits"][0] != tensor["limits"][2] and name not in self.shapes)
+            if (-1 in self.engine.get_tensor_shape(name) and name not in self.shapes)
             or (tensor["host"] and name not in self.addresses)
         ]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        tensor = self.engine.tensors[name]
         # What TensorRT cannot tell from the inputs is -1.
-        return self.shapes.get(name, tuple(size if isinstance(size, int) else -1 for size in tensor["shape"]))
+        return self.shapes.get(name, self.engine.get_tensor_shape(name))
 
     def execute_async_v3(self, stream: int) -> bool:
         driver, name = self.engine.trt.driver, self.engine.plan["name"]
@@ -258,7 +261,8 @@ class FakeContext:
                 driver.check(self.addresses[tensor], num_bytes)
                 continue
             values = (ctypes.c_int64 * (num_bytes // 8)).from_address(self.addresses[tensor])
-            if not all(a <= n <= b for a, n, b in zip(entry["limits"][0], values, entry["limits"][2], strict=True)):
+            least, _, most = entry["limits"][self.active_optimization_profile]
+            if not all(a <= n <= b for a, n, b in zip(least, values, most, strict=True)):
                 return self._refuse(f"{tensor}: {list(values)} does not satisfy the profile")
         shapes = str(sorted(self.shapes.items()))
         if driver.capturing is not None and (self.engine.trt.fails_while_capturing or shapes not in self.ran):
@@ -277,14 +281,16 @@ def write_bundle(
     *,
     precision: Precision = "fp16",
     external_weights: bool = False,
+    joined: bool = False,
     selector: str | None = None,
 ) -> Bundle:
-    """A bundle with real ONNX files, and plans of theirs for FakeTensorRT."""
+    """A bundle with real ONNX files, and plans of theirs for FakeTensorRT; one may be prefill and decode."""
     selectors = {} if selector is None else {PRUNE_LAYER: SelectorChoice(selector)}
     write_onnx(source, precision, folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={}, selectors=selectors)
     copy_sidecars(source.checkpoint, folder / "onnx")
-    for name, onnx in GRAPHS.items():
-        _write_engine(folder / "onnx" / onnx, folder / "engines/rtx" / f"{name}.engine", name, external_weights)
+    served = served_graphs(JOINED if joined else {graph: name for name, graph in GRAPHS.items()})
+    for name, graphs in served.items():
+        _write_engine(folder / "onnx", graphs, folder / "engines/rtx" / f"{name}.engine", name, external_weights)
     recipe = load_recipe("qwen25vl").model_dump(mode="json")
     recipe = {**recipe, "prune": {"schedule": [{"layer": PRUNE_LAYER, "ratio": 0.75}]}}
     files = files_under(folder, "onnx")
@@ -293,19 +299,26 @@ def write_bundle(
         "runtime": "tensorrt-rtx",
         "compute_capabilities": ["8.6", "8.9"],
         "plugins": {"kind": "none", "library_sha256": None},
-        "engines": {name: {"onnx": onnx, "runtime": FakeTensorRT.__version__} for name, onnx in GRAPHS.items()},
+        "engines": {
+            name: {"onnx": graphs[0], "serves": graphs, "runtime": FakeTensorRT.__version__}
+            for name, graphs in served.items()
+        },
     }
     return record(folder, "engine/rtx", files_under(folder, "engines"), result=result)
 
 
-def _limits(size: int | str) -> Any:
+def _limits(size: int | str, *, step: bool | None) -> Any:
+    """Of a size, in prefill and in a step of an engine that is both."""
     length = counted_in_blocks(str(size))
+    if step is not None and isinstance(size, str) and (length is None) == step:
+        return 1, 1
     return _LIMITS.get(str(size), (size, size)) if length is None else [-(-n // CACHE_ROWS) for n in _LIMITS[length]]
 
 
-def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -> None:  # noqa: FBT001
-    model = ir.load(onnx)
-    CacheBlocksPass()(model)
+def _write_engine(onnx: Path, served: Sequence[str], engine: Path, name: str, external_weights: bool) -> None:  # noqa: FBT001
+    model = ir.load(onnx / served[0])
+    (JoinDecodePass() if len(served) > 1 else CacheBlocksPass())(model)
+    steps = (False, True) if len(served) > 1 else (None,)
     graph = model.graph
     stored = {weight: value.const_value for weight, value in graph.initializers.items() if external_weights}
     table = {
@@ -318,16 +331,19 @@ def _write_engine(onnx: Path, engine: Path, name: str, external_weights: bool) -
         assert value.shape is not None and value.dtype is not None and value.name is not None
         shape = [str(size.value) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
         host = value.name == "num_keep"
-        ranges = [_LIMITS["num_keep"] if host else _limits(size) for size in shape]
+        ranges = [
+            [((0, 0) if step else _LIMITS["num_keep"]) if host else _limits(size, step=step) for size in shape]
+            for step in steps
+        ]
         tensors[value.name] = {
             "dtype": {"FLOAT16": "HALF", "BFLOAT16": "BF16"}.get(value.dtype.name, value.dtype.name),
             "shape": shape,
             "input": not value.is_graph_output(),
             "host": host,
-            "limits": [[least for least, _ in ranges], [], [most for _, most in ranges]],
+            "limits": [[[least for least, _ in ends], [], [most for _, most in ends]] for ends in ranges],
         }
     engine.parent.mkdir(parents=True, exist_ok=True)
-    plan = {"name": name, "tensors": tensors, "activations": _ACTIVATIONS[name]}
+    plan = {"name": name, "tensors": tensors, "activations": _ACTIVATIONS[name], "profiles": len(served)}
     engine.write_text(json.dumps(plan), encoding="utf-8")
     if table:
         entries = {

@@ -98,9 +98,8 @@ def cases(work: Path, runtime: Literal["tensorrt-rtx", "tensorrt"], variants: tu
                 skip(str(error))
             costs = _build(graphs.folder, folder, target, variant, plugins)
             record = {"kind": plugins.kind, "library_sha256": None}
-            engines = BuiltEngines(
-                folder=folder, onnx=graphs.folder, files=variant.files, plugins=record, trt=trt, gpu=gpu
-            )
+            serving = {graph: (name, 0) for name, graph in variant.files.items()}
+            engines = BuiltEngines(folder=folder, onnx=graphs.folder, serving=serving, plugins=record, trt=trt, gpu=gpu)
             built.append(EngineModel(engines))
             return costs
 

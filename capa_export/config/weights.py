@@ -4,6 +4,6 @@ from typing import Literal
 
 __all__ = ["Weights", "WeightsWish"]
 
-Weights = Literal["embedded", "external"]
-"""In the engine, or inputs of its network that engines share."""
-WeightsWish = Literal["auto", "embedded", "external"]
+Weights = Literal["embedded", "joined", "external"]
+"""In each engine; in one engine that is prefill and decode; or inputs of the networks, which engines share."""
+WeightsWish = Literal["auto", "embedded", "joined", "external"]

@@ -103,9 +103,9 @@ def cache_length(length: Literal["sequence", "past", "total"], stages: int) -> s
 
 
 def cache_stages(length: str) -> int:
-    """How many stages have pruned a cache of this length, of decode's past."""
+    """How many stages have pruned a cache of this length, of decode's past or prefill's present."""
     stages = 0
-    while cache_length("past", stages) != length:
+    while length not in (cache_length("past", stages), cache_length("sequence", stages)):
         stages += 1
     return stages
 

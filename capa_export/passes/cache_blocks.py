@@ -1,10 +1,9 @@
 """Makes of decode the graph that engines run: one token behind a cache that is read once, and never copied.
 
 The cache has a fixed room, in blocks; a step returns the new token's keys and values alone, and whoever runs it writes
-them behind the rows that count. TensorRT copies keys and values that it is to concatenate, transpose, or multiply in a
-number that it does not know to be a multiple of eight; what is written here, it reads where it lies.
+them behind the rows that count.
 
-B = batch, G = KV heads, N = blocks, W = rows of a block, C = N * W, r = query heads of a KV head, d = head size.
+B = batch, G = KV heads, N = blocks, W = rows of a block, d = head size.
 """
 
 import onnx_ir as ir
@@ -14,63 +13,20 @@ from capa_export.graph.contract import (
     CACHE_ROWS,
     PAST_LENGTHS,
     block_count,
-    cache_stages,
     is_cache,
     is_past,
     is_present,
 )
+from capa_export.passes.behind_cache import heads_of, text_behind_cache
 from capa_export.passes.stand_ins import replace_by_bodies
 
 __all__ = ["CacheBlocksPass", "step_shapes"]
 
 _STEP = "step"
 
-# The products of queries and keys are summed in FP32, elementwise: a matrix product would round them, or transpose the
-# keys.
 _ATTENTION = """
 Attention (query, past_key, past_value, key, value, past_lengths) => (y) {{
-    grouped = Constant <value_ints = [0, {groups}, 1, {repeats}, {head_size}]> ()
-    query_BG1rd = Reshape (query, grouped)
-    query_wide = Cast <to = 1> (query_BG1rd)
-    rows = Constant <value_ints = [0, {groups}, -1, 1, {head_size}]> ()
-    past_key_BGC1d = Reshape (past_key, rows)
-    past_key_wide = Cast <to = 1> (past_key_BGC1d)
-    last_axis = Constant <value_ints = [-1]> ()
-    past_products = Mul (past_key_wide, query_wide)
-    past_scores_BGCr = ReduceSum <keepdims = 0> (past_products, last_axis)
-    repeat_axis = Constant <value_ints = [3]> ()
-    key_BG11d = Unsqueeze (key, repeat_axis)
-    key_wide = Cast <to = 1> (key_BG11d)
-    products = Mul (key_wide, query_wide)
-    scores_BG1r = ReduceSum <keepdims = 0> (products, last_axis)
-    stage = Constant <value_ints = [{stage}]> ()
-    lengths_1B = Gather <axis = 0> (past_lengths, stage)
-    per_prompt = Constant <value_ints = [-1, 1, 1, 1]> ()
-    lengths_B111 = Reshape (lengths_1B, per_prompt)
-    num_blocks = Shape <start = 2, end = 3> (past_key)
-    block = Constant <value_int = {block}> ()
-    one = Constant <value_int = 1> ()
-    zero = Constant <value_int = 0> ()
-    num_rows = Mul (num_blocks, block)
-    scalar_rows = Squeeze (num_rows)
-    row_C = Range (zero, scalar_rows, one)
-    inner = Constant <value_ints = [-1, 1]> ()
-    row_C1 = Reshape (row_C, inner)
-    counts_B1C1 = Less (row_C1, lengths_B111)
-    lowest = Constant <value_float = -65504.0> ()
-    none = Constant <value_float = 0.0> ()
-    mask_B1C1 = Where (counts_B1C1, none, lowest)
-    visible_BGCr = Add (past_scores_BGCr, mask_B1C1)
-    both = Concat <axis = 2> (visible_BGCr, scores_BG1r)
-    weights = Softmax <axis = 2> (both)
-    row_axis = Constant <value_ints = [2]> ()
-    first = Constant <value_ints = [0]> ()
-    last = Constant <value_ints = [-1]> ()
-    end = Constant <value_ints = [9223372036854775807]> ()
-    past_weights_BGCr = Slice (weights, first, last, row_axis)
-    weight_BG1r = Slice (weights, last, end, row_axis)
-    {weigh}
-    weight_BGr1 = Transpose <perm = [0, 1, 3, 2]> (weight_BG1r)
+    {behind_cache}
     value_wide = Cast <to = 1> (value)
     weighted_BGrd = Mul (weight_BGr1, value_wide)
     mixed_BGrd = Add (past_mixed_BGrd, weighted_BGrd)
@@ -78,26 +34,6 @@ Attention (query, past_key, past_value, key, value, past_lengths) => (y) {{
     heads = Constant <value_ints = [0, {heads}, 1, {head_size}]> ()
     y = Reshape (narrow, heads)
 }}
-"""
-# Block by block, so that many of a GPU's processors have a part of one head's rows.
-_WEIGH_GROUPED = """
-    past_weights_narrow = CastLike (past_weights_BGCr, query)
-    blocks = Constant <value_ints = [0, {groups}, -1, {block}, {repeats}]> ()
-    past_weights_BGNWr = Reshape (past_weights_narrow, blocks)
-    past_weights_BGNrW = Transpose <perm = [0, 1, 2, 4, 3]> (past_weights_BGNWr)
-    {widen}mixed_BGNrd = MatMul (past_weights_BGNrW, {past_value})
-    mixed_wide = Cast <to = 1> (mixed_BGNrd)
-    past_mixed_BGrd = ReduceSum <keepdims = 0> (mixed_wide, row_axis)
-"""
-# A product of one row would be made another kernel's, behind a copy of the values.
-_WEIGH_SINGLE = """
-    blocks = Constant <value_ints = [0, {groups}, -1, {block}, 1]> ()
-    past_weights_BGNW1 = Reshape (past_weights_BGCr, blocks)
-    past_value_wide = Cast <to = 1> (past_value)
-    past_weighted = Mul (past_weights_BGNW1, past_value_wide)
-    block_axes = Constant <value_ints = [2, 3]> ()
-    past_mixed_BGd = ReduceSum <keepdims = 0> (past_weighted, block_axes)
-    past_mixed_BGrd = Unsqueeze (past_mixed_BGd, row_axis)
 """
 
 
@@ -178,30 +114,12 @@ def _stored(value: ir.Value) -> ir.Value:
 
 
 def _body(node: ir.Node, past_key: ir.Value) -> str:
-    assert node.attributes.get_float("scale", 0.0) == 1.0
-    assert past_key.shape is not None
-    _, groups, length, head_size = past_key.shape
-    query = node.inputs[0]
-    assert query is not None and query.shape is not None
-    heads = query.shape[1]
-    assert isinstance(heads, int) and isinstance(groups, int) and isinstance(length, ir.SymbolicDim)
-    repeats = heads // groups
-    sizes: dict[str, object] = {
-        "heads": heads,
-        "groups": groups,
-        "repeats": repeats,
-        "head_size": head_size,
-        "block": CACHE_ROWS,
-        "stage": cache_stages(str(length.value)),
-    }
-    weigh = _WEIGH_GROUPED if repeats > 1 else _WEIGH_SINGLE
-    # In a part in FP32 the cache is not.
+    heads, _, head_size = heads_of(node)
+    query, length = node.inputs[0], past_key.shape and past_key.shape[2]
+    assert query is not None and isinstance(length, ir.SymbolicDim)
     same = query.dtype == past_key.dtype
-    sizes |= {
-        "widen": "" if same else "past_value_wide = CastLike (past_value, query)\n    ",
-        "past_value": "past_value" if same else "past_value_wide",
-    }
-    return _ATTENTION.format(weigh=weigh.format(**sizes), **sizes)
+    behind_cache = text_behind_cache(node, str(length.value), query="query", key="key", narrow=same)
+    return _ATTENTION.format(behind_cache=behind_cache, heads=heads, head_size=head_size)
 
 
 def _return(graph: ir.Graph, grown: ir.Value, fresh: ir.Value) -> None:

@@ -13,6 +13,7 @@ from capa_export.graph.functions import DOMAIN, FUNCTIONS, PLUGIN
 from capa_export.passes.cache_blocks import CacheBlocksPass
 from capa_export.passes.distinct_inputs import DistinctInputsPass
 from capa_export.passes.external_weights import ExternalWeightsPass, movable_weights
+from capa_export.passes.join_decode import JoinDecodePass
 from capa_export.passes.lower import NATIVE, LowerPass
 
 __all__ = ["DecomposableAttentionPass", "InlineBodiesPass", "Prepared", "prepare"]
@@ -34,7 +35,13 @@ class Prepared:
 
 
 def prepare(
-    onnx: Path, out: Path, *, external_weights: bool, plugins: bool, version: tuple[int, ...] | None = None
+    onnx: Path,
+    out: Path,
+    *,
+    external_weights: bool,
+    plugins: bool,
+    joined: bool = False,
+    version: tuple[int, ...] | None = None,
 ) -> Prepared:
     """Write `out`, which finds its weights from the folder of `onnx`; reads no weight.
 
@@ -43,6 +50,7 @@ def prepare(
         out: the file to write.
         external_weights: whether large weights become inputs of the network.
         plugins: whether the CAPA nodes become plugin layers.
+        joined: whether prefill is to be decode as well.
         version: of the TensorRT that reads it; None for TensorRT-RTX, which knows all our operators.
 
     Raises:
@@ -60,7 +68,7 @@ def prepare(
             "export again, or build with --plugins none",
             ExitCode.ENGINE,
         )
-    passes: list[ir.passes.PassBase] = [CacheBlocksPass()]
+    passes: list[ir.passes.PassBase] = [JoinDecodePass() if joined else CacheBlocksPass()]
     if version is not None and version < NATIVE:
         passes += [LowerPass(version), InlineBodiesPass(plugins=plugins)]
     passes += [DecomposableAttentionPass(), DistinctInputsPass()]

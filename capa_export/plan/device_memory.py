@@ -105,10 +105,10 @@ def device_memory(
 def engine_weight_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Bytes of weights on the device; prefill and decode each hold the decoder's where they do not share them.
 
-    A head of few bits they never share.
+    A head of few bits they share in one engine alone.
     """
     copies = 2 if weights == "embedded" else 1
-    heads = 2 if total.head_bits else copies
+    heads = 2 if total.head_bits and weights == "external" else copies
     return copies * total.bytes_of_layers(width) + heads * total.bytes_of_head(width) + total.bytes_of_tower(width)
 
 
@@ -190,18 +190,17 @@ def choose_weights(
         )
     if asked != "auto":
         return asked, "as asked"
-    if packed:
-        name = packed.type.name
-        return (
-            "embedded",
-            f"{name} weights are multiplied as they are stored only where the engine has them as constants",
-        )
+    # Weights of few bits are multiplied as they are stored only where an engine has them as constants.
+    shared: Weights = "joined" if packed else "external"
     total, width = parameters(dims), FORMATS[precision].num_bytes
-    twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", "external"))
+    twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", shared))
+    if packed and target.require_engine().built == "with-gpu":
+        return "embedded", "a server answers prompts side by side, and an engine that is prefill and decode takes one"
     if decoder_bytes(total, width) > EMBEDDED_LIMIT:
-        return "external", f"{once / 1e9:.1f} GB that the engines share; embedded, {twice / 1e9:.1f} GB"
+        how = "in one engine that is prefill and decode" if packed else "that the engines share"
+        return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB"
     if memory is not None and twice + _context_bytes(dims, width, target) + _CUDA > memory:
-        return "external", f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
+        return shared, f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
     return "embedded", f"a decoder of {decoder_bytes(total, width) / 1e9:.2g} GB is small enough to hold twice"
 
 

@@ -232,7 +232,9 @@ def _files(total: Parameters, width: int, engines: Weights | None, *, in_place: 
     }
     if in_place:
         files = dict.fromkeys(files, 0)
-    return {**files, _ENGINES: engine_weight_bytes(total, width, engines)} if engines == "embedded" else files
+    return (
+        {**files, _ENGINES: engine_weight_bytes(total, width, engines)} if engines in ("embedded", "joined") else files
+    )
 
 
 def _memory(dims: ModelDims[Any], precision: str, engines: Weights | None) -> dict[str, int]:
@@ -360,13 +362,14 @@ def check_engine_memory(dims: ModelDims[Any], precision: str, weights: Weights) 
         raise CapaError(refusal)
 
 
-def check_engine_disk(dims: ModelDims[Any], precision: str, folder: Path) -> None:
-    """Refuse engines with embedded weights that the disk cannot hold.
+def check_engine_disk(dims: ModelDims[Any], precision: str, weights: Weights, folder: Path) -> None:
+    """Refuse engines with weights in them that the disk cannot hold.
 
     Raises:
         CapaError: it has less free space than they take.
     """
-    check_disk(folder, engine_weight_bytes(parameters(dims), FORMATS[precision].num_bytes, "embedded"))
+    if weights != "external":
+        check_disk(folder, engine_weight_bytes(parameters(dims), FORMATS[precision].num_bytes, weights))
 
 
 def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> str | None:
@@ -389,7 +392,7 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
 
 def _engine_bytes(total: Parameters, width: int, weights: Weights) -> int:
     """Peak of the largest build; each engine has a process of its own."""
-    embedded = max(decoder_bytes(total, width), total.bytes_of_tower(width)) if weights == "embedded" else 0
+    embedded = max(decoder_bytes(total, width), total.bytes_of_tower(width)) if weights != "external" else 0
     return _TENSORRT + int(_PER_EMBEDDED_BYTE * embedded)
 
 

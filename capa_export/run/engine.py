@@ -17,7 +17,7 @@ import onnx_ir as ir
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
 from capa_export.bundle.store import ONNX, Bundle
-from capa_export.graph.contract import CACHE_ROWS, NUM_KEEP, counted_in_blocks
+from capa_export.graph.contract import CACHE_ROWS, NUM_KEEP, POSITION_IDS, counted_in_blocks
 from capa_export.graph.functions import DOMAIN
 from capa_export.kernels.cuda import Buffer, Gpu, Stream, enter_context, require_gpu
 from capa_export.passes.cache_blocks import step_shapes
@@ -44,8 +44,8 @@ class BuiltEngines:
     folder: Path
     onnx: Path
     """The bundle's `onnx` folder."""
-    files: Mapping[str, str]
-    """ONNX file of each engine, by the engine's name."""
+    serving: Mapping[str, tuple[str, int]]
+    """By ONNX file the name of the engine that serves it, and with which of its profiles."""
     plugins: Mapping[str, Any]
     """The plugins' entry in the engine stage's record."""
     trt: Any
@@ -93,8 +93,12 @@ def require_engines(bundle: Bundle, target: str) -> BuiltEngines:
     return BuiltEngines(
         folder=folder,
         onnx=bundle.folder / ONNX,
-        # A kit counts its own files from beside its folder of graphs.
-        files={name: entry["onnx"].removeprefix(f"{ONNX}/") for name, entry in result["engines"].items()},
+        serving={
+            # A kit counts its own files from beside its folder of graphs.
+            graph.removeprefix(f"{ONNX}/"): (name, profile)
+            for name, entry in result["engines"].items()
+            for profile, graph in enumerate(entry.get("serves", [entry["onnx"]]))
+        },
         plugins=result["plugins"],
         trt=trt,
         gpu=gpu,
@@ -108,6 +112,8 @@ class TensorRTRuntime:
         self.built, self.trt = built, built.trt
         self._log = _logger(built.trt)
         self._runtime = built.trt.Runtime(self._log)
+        self._engines: dict[Path, Any] = {}
+        self._kernels: dict[Path, KernelCache] = {}
         self._load_plugins(built.plugins)
 
     def _load_plugins(self, plugins: Mapping[str, Any]) -> None:
@@ -117,8 +123,21 @@ class TensorRTRuntime:
             # The library is in the engines, as what was hashed when they were built.
             self._runtime.engine_host_code_allowed = True
 
-    def deserialize(self, path: Path) -> Any:
-        """An ICudaEngine; the file is mapped, not read into memory."""
+    def engine(self, path: Path) -> Any:
+        """An ICudaEngine, loaded once."""
+        if path not in self._engines:
+            self._engines[path] = self._deserialize(path)
+        return self._engines[path]
+
+    def kernels(self, path: Path, config: Any) -> KernelCache | None:
+        """The kernels compiled for an engine, which contexts of this configuration use; None if they cannot be kept."""
+        if path not in self._kernels:
+            self._kernels[path] = KernelCache(path, config.create_runtime_cache())
+        kernels = self._kernels[path]
+        return kernels if config.set_runtime_cache(kernels.cache) else None
+
+    def _deserialize(self, path: Path) -> Any:
+        """The file is mapped, not read into memory."""
         self.forget()
         enter_context()
         try:
@@ -224,14 +243,16 @@ class DeviceWeights:
 
 
 class LoadedEngine:
-    """A loaded engine, and the facts about its inputs and outputs."""
+    """A loaded engine as what serves one graph, and the facts about its inputs and outputs."""
 
-    def __init__(self, runtime: TensorRTRuntime, name: str, weights: DeviceWeights, *, one_shape: bool = False) -> None:
+    def __init__(
+        self, runtime: TensorRTRuntime, graph: str, weights: DeviceWeights, *, one_shape: bool = False
+    ) -> None:
         """Load an engine and the weights it reads.
 
         Args:
             runtime: TensorRT.
-            name: of the engine, as `llm/prefill`.
+            graph: that it serves, as `llm/prefill.onnx`.
             weights: on the device; what is missing is uploaded.
             one_shape: whether each execution will run many times in one shape, worth compiling kernels for it.
 
@@ -239,17 +260,23 @@ class LoadedEngine:
             CapaError: the engine does not load, or the GPU has no room.
         """
         built, trt = runtime.built, runtime.trt
+        name, self.profile = built.serving[graph]
         self.path = built.folder / f"{name}.engine"
         self.runtime = runtime
-        self._engine = runtime.deserialize(self.path)
+        self._engine = runtime.engine(self.path)
         self._config = self._runtime_config(trt, one_shape=one_shape)
-        self._shapes = step_shapes(ir.load(built.onnx / built.files[name]).graph)
+        self._shapes = step_shapes(ir.load(built.onnx / graph).graph)
         self.weights = weights.of(self.path)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.dtypes = {name: _DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
-        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT and name not in self.weights]
-        self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT and name not in self.weights]
+        outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self.inputs, self.outputs = ([name for name in some if name in self._shapes] for some in (inputs, outputs))
+        self.blank_inputs, self.blank_outputs = (
+            {name: self._least(name) for name in some if name not in self._shapes} for some in (inputs, outputs)
+        )
+        """Shapes of what the graph has not, where the engine serves another too: zeros, and what nobody reads."""
         self.on_host = {name for name in names if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST}
         self.limits = self._limits()
 
@@ -264,9 +291,7 @@ class LoadedEngine:
         if one_shape:
             # TensorRT-RTX would compile them while a graph with its kernels for any shape is captured and replayed.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        self.kernels = KernelCache(self.path, config.create_runtime_cache())
-        if not config.set_runtime_cache(self.kernels.cache):
-            self.kernels = None
+        self.kernels = self.runtime.kernels(self.path, config)
         return config
 
     def execution(self, stream: Stream, activations: Buffer) -> Execution:
@@ -295,6 +320,14 @@ class LoadedEngine:
         """An error with what TensorRT said first."""
         return self.runtime.failure(f"{self.path}: {what}")
 
+    def _least(self, name: str) -> tuple[int, ...]:
+        return tuple(abs(size) for size in self._engine.get_tensor_shape(name))
+
+    def bound_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape as the engine takes it: where prefill and decode share one, the positions of a step have no batch."""
+        rank = len(self._engine.get_tensor_shape(name))
+        return shape if len(shape) == rank else (*shape[: rank - 1], prod(shape[rank - 1 :]))
+
     def _limits(self) -> dict[str, tuple[int, int]]:
         """Smallest and largest size of each symbolic dimension; lengths where it counts blocks.
 
@@ -304,7 +337,10 @@ class LoadedEngine:
         limits: dict[str, tuple[int, int]] = {}
         for name in self.inputs:
             if name not in self.on_host:
-                smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+                smallest, _, largest = self._engine.get_tensor_profile_shape(name, self.profile)
+                if name == POSITION_IDS:
+                    # As many as embeddings.
+                    continue
                 if len(smallest) != len(self._shapes[name]):
                     raise CapaError(f"{self.path}: built by an older capa-export: build the engines again")
                 for size, least, most in zip(self._shapes[name], smallest, largest, strict=True):
@@ -352,14 +388,17 @@ class LoadedEngine:
         found = [(f"dimension {name}", size, *self.limits[name]) for name, size in sizes.items() if name in self.limits]
         if NUM_KEEP in self.on_host:
             # The arguments are swapped in the bindings' own documentation.
-            smallest, _, largest = self._engine.get_tensor_profile_values(0, NUM_KEEP)
+            smallest, _, largest = self._engine.get_tensor_profile_values(self.profile, NUM_KEEP)
             found += [(NUM_KEEP, *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]
         for what, size, least, most in found:
             if not least <= size <= most:
-                raise CapaError(
-                    f"{self.path}: takes {least} to {most} of {what}, not {size}; use smaller or fewer pictures or a "
-                    "shorter answer, or widen the target's limits and build the engines again"
+                remedy = (
+                    "use smaller or fewer pictures or a shorter answer, or widen the target's limits and build the "
+                    "engines again"
                 )
+                if self.blank_inputs and what == "dimension batch":
+                    remedy = "ask one by one, or build the engines with --weights embedded"
+                raise CapaError(f"{self.path}: takes {least} to {most} of {what}, not {size}; {remedy}")
 
     def num_bytes(self, name: str, shape: Sequence[int]) -> int:
         """Bytes of a tensor in this shape."""

@@ -64,7 +64,7 @@ class DeviceCache:
 
 
 class EngineModel(RuntimeModel[DeviceCache]):
-    """A bundle's three engines on the first GPU."""
+    """A bundle's engines on the first GPU."""
 
     def __init__(self, built: BuiltEngines) -> None:
         """Load the engines and upload their weights.
@@ -76,9 +76,9 @@ class EngineModel(RuntimeModel[DeviceCache]):
         self._stream = Stream()
         self._weights = DeviceWeights(self._stream)
         runtime = TensorRTRuntime(built)
-        self._visual = LoadedEngine(runtime, "visual/visual", self._weights)
-        self._prefill = LoadedEngine(runtime, "llm/prefill", self._weights)
-        self._decode = LoadedEngine(runtime, "llm/decode", self._weights, one_shape=True)
+        self._visual = LoadedEngine(runtime, "visual/model.onnx", self._weights)
+        self._prefill = LoadedEngine(runtime, "llm/prefill.onnx", self._weights)
+        self._decode = LoadedEngine(runtime, "llm/decode.onnx", self._weights, one_shape=True)
         self._engines = (self._visual, self._prefill, self._decode)
         # One after the other on one stream, they are never at work together.
         self._activations = Buffer(max(engine.activation_bytes for engine in self._engines))
@@ -102,7 +102,7 @@ class EngineModel(RuntimeModel[DeviceCache]):
         """Bytes on the device; embedded weights are in the plans, and those that engines share in `weights`."""
         return {
             "weights": self._weights.num_bytes,
-            "plans": sum(engine.plan_bytes for engine in self._engines),
+            "plans": sum({engine.path: engine.plan_bytes for engine in self._engines}.values()),
             "contexts": self._activations.num_bytes,
             "kv_cache": self._arena.num_bytes,
         }

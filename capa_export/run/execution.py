@@ -81,12 +81,32 @@ class Execution:
         self._values: dict[str, np.ndarray] = {}
         """Inputs that the engine reads from host memory, which must stay where they are."""
         # Only an engine's first context has a profile by itself; and shapes are set within a profile.
-        if not context.set_optimization_profile_async(0, int(stream.handle)):
+        if not context.set_optimization_profile_async(engine.profile, int(stream.handle)):
             raise engine.failure("does not take its own profile")
         assert activations.num_bytes >= engine.activation_bytes and not activations.address % ALIGNMENT
         context.set_device_memory(activations.address, activations.num_bytes)
         for name, buffer in engine.weights.items():
             self._set_address(name, buffer.address)
+        self._bind_blanks()
+
+    def _bind_blanks(self) -> None:
+        """Let what the graph has not be read as zeros, all from one place, and be written to where nobody reads."""
+        engine = self.engine
+        inputs, outputs = engine.blank_inputs, engine.blank_outputs
+        on_device = {name: shape for name, shape in (inputs | outputs).items() if name not in engine.on_host}
+        if not inputs:
+            return
+        room = max(engine.num_bytes(name, shape) for name, shape in on_device.items())
+        self._zeros, self._unread = Buffer(room), Buffer(room)
+        self._stream.zero(self._zeros)
+        for name, shape in inputs.items():
+            if not self._context.set_input_shape(name, shape):
+                raise engine.failure(f"does not take {name} of shape {shape}")
+        for name in inputs.keys() & engine.on_host:
+            self._values[name] = _aligned(np.zeros(inputs[name], engine.dtypes[name]))
+            self._set_address(name, self._values[name].ctypes.data)
+        for name in on_device:
+            self._set_address(name, (self._zeros if name in inputs else self._unread).address)
 
     def bind(
         self,
@@ -111,8 +131,9 @@ class Execution:
         shapes = {name: engine.shape(name, sizes) for name in (*engine.inputs, *engine.outputs)}
         for name in engine.inputs:
             assert name not in feed or feed[name].dtype == engine.dtypes[name], name
-            if not context.set_input_shape(name, shapes[name]):
-                raise engine.failure(f"does not take {name} of shape {shapes[name]}")
+            shape = engine.bound_shape(name, shapes[name])
+            if not context.set_input_shape(name, shape):
+                raise engine.failure(f"does not take {name} of shape {shape}")
             if name in engine.on_host:
                 self._values[name] = _aligned(feed[name])
                 self._set_address(name, self._values[name].ctypes.data)
@@ -122,8 +143,8 @@ class Execution:
             if name in engine.on_host:
                 continue
             # A shape that TensorRT takes for larger would be written past the end.
-            known = tuple(context.get_tensor_shape(name))
-            assert all(size in (-1, length) for size, length in zip(known, shape, strict=True)), (name, known, shape)
+            known, wanted = tuple(context.get_tensor_shape(name)), engine.bound_shape(name, shape)
+            assert all(size in (-1, length) for size, length in zip(known, wanted, strict=True)), (name, known, shape)
             buffers[name] = given.get(name) or Buffer(engine.num_bytes(name, shape))
             assert buffers[name].num_bytes >= engine.num_bytes(name, shape), name
             self._set_address(name, buffers[name].address)

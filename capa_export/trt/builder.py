@@ -232,8 +232,8 @@ def build_engines(
         say: told what is being done.
 
     Yields:
-        An engine's name; and its `onnx`, `capa_nodes`, `plan`, `seconds`, `bytes` and what the building process says,
-        when it is whole.
+        An engine's name; and its `onnx`, `serves`, `capa_nodes`, `plan`, `seconds`, `bytes` and what the building
+        process says, when it is whole.
 
     Raises:
         KitError: TensorRT refused or crashed; the log stays.
@@ -257,10 +257,9 @@ def build_engines(
                     "library": library and str(library),
                     "count": engine["plugins"],
                 },
-                "shapes": engine["shapes"],
-                "shape_inputs": engine["shape_inputs"],
+                "profiles": list(engine["profiles"].values()),
             }
-            switched = {} if SWITCHES in environment else _switched(spec, engine["shapes"], say)
+            switched = {} if SWITCHES in environment else _switched(spec, engine["profiles"], say)
             try:
                 result = _run(
                     worker, task, Path(scratch, "task.json"), {**environment, **switched}, log, spec["install"]
@@ -272,7 +271,7 @@ def build_engines(
             # The plan comes last: where it is, the rest is.
             Path(files["plan"]).replace(path)
             seconds = round(time.monotonic() - start, 3)
-            said = {key: engine[key] for key in ("onnx", "capa_nodes")}
+            said = {**{key: engine[key] for key in ("onnx", "capa_nodes")}, "serves": list(engine["profiles"])}
             yield name, {**result, **said, "plan": path, "seconds": seconds, "bytes": path.stat().st_size}
 
 
@@ -299,7 +298,7 @@ def _check_golden(
         "golden": [str(kit / name) for name in GOLDEN],
         "engines": {
             name: {
-                "onnx": entry["onnx"].partition("/")[2],
+                "serves": list(entry["profiles"]),
                 "plan": str(folder / f"{name}.engine"),
                 "weights": str(kit / tables[name]) if tables[name] in spec["files"] else None,
             }
@@ -355,11 +354,11 @@ def switches(version: Sequence[int], capability: str, *, one_prompt: bool) -> st
     )
 
 
-def _switched(spec: Mapping[str, Any], shapes: Mapping[str, Any], say: Say) -> dict[str, str]:
+def _switched(spec: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]], say: Say) -> dict[str, str]:
     """The variable that an engine is built with; nothing for TensorRT-RTX, which is not known to need it."""
     if spec["runtime"] != "tensorrt":
         return {}
-    one_prompt = any(least[:1] == [1] for least, *_ in shapes.values())
+    one_prompt = any(least[:1] == [1] for limits in profiles.values() for least, *_ in limits["shapes"].values())
     found = switches(numbers_of(spec["version_min"]), spec["gpus"][0], one_prompt=one_prompt)
     if found:
         say(f"{SWITCHES}={found}")

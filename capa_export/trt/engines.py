@@ -14,7 +14,7 @@ from capa_export.config.target import Target
 from capa_export.config.weights import Weights
 from capa_export.kernels.plugins.alias import ensure_parser_library
 from capa_export.trt import builder
-from capa_export.trt.graphs import write_graphs
+from capa_export.trt.graphs import served_graphs, write_graphs
 from capa_export.trt.kit_file import KIT, KitError, read_kit
 from capa_export.trt.layers import read_engine
 
@@ -42,7 +42,7 @@ def build_graphs(
 
     Args:
         onnx: folder of the graphs.
-        graphs: name of the engine of each graph.
+        graphs: name of the engine of each graph; prefill and decode may have one, which is then both.
         folder: the kit, which must not exist yet. Of every engine it gets `NAME.engine`, `NAME.layers.json`,
             `NAME.log` and, with external weights, `NAME.weights.json`.
         target: the device; supplies the limits of every dimension.
@@ -76,7 +76,7 @@ def build_graphs(
         for log in logs.values():
             log.unlink(missing_ok=True)
         raise
-    for name in (KIT, *graphs):
+    for name in (KIT, *(served[0] for served in served_graphs(graphs).values())):
         (folder / name).unlink()
     return engines
 

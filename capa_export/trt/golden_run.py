@@ -61,19 +61,23 @@ def _findings(trt: Any, task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         importlib.import_module("capa_export.kernels.plugins.python_plugins").register(trt)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = task["plugins"] == "native"
-    by_graph = {entry["onnx"]: (name, entry) for name, entry in task["engines"].items()}
+    by_graph = {
+        graph: (name, entry, profile)
+        for name, entry in task["engines"].items()
+        for profile, graph in enumerate(entry["serves"])
+    }
     engine: _Engine | None = None
     cache: dict[str, list[bytes]] = {}
     wrong, moved = False, False
     for run in golden.runs:
-        name, entry = by_graph[run["onnx"]]
+        name, entry, profile = by_graph[run["onnx"]]
         if _takes_cache(run) and wrong:
             continue
         if engine is None or engine.name != name:
             # The memory of the last engine first.
             engine = None
             engine = _Engine(trt, runtime, driver, log, name, entry)
-        outputs = engine.run(golden, run, cache)
+        outputs = engine.run(golden, run, cache, profile)
         wrong = False
         for output, key in run["outputs"].items():
             memory, dtype = outputs[output]
@@ -280,10 +284,10 @@ class _Engine:
         self._dtypes = {tensor: self._engine.get_tensor_dtype(tensor).name for tensor in names}
         self._inputs = [one for one in names if self._engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
         self._outputs = [one for one in names if one not in self._inputs]
-        self._given(self._context.set_optimization_profile_async(0, driver.stream), "does not take its own profile")
         self._activations = _Memory(driver, self._engine.device_memory_size_v2)
         self._context.set_device_memory(self._activations.address, self._activations.num_bytes)
         self._weights = self._uploaded(Path(entry["weights"])) if entry["weights"] else {}
+        self._serves_several = len(entry["serves"]) > 1
 
     def _given(self, answer: Any, what: str) -> Any:
         """What TensorRT answers, unless it refuses."""
@@ -308,7 +312,7 @@ class _Engine:
         self._given(self._context.set_tensor_address(name, address), f"does not take the memory of {name}")
 
     def run(
-        self, golden: _Golden, run: Mapping[str, Any], cache: Mapping[str, list[bytes]]
+        self, golden: _Golden, run: Mapping[str, Any], cache: Mapping[str, list[bytes]], profile: int
     ) -> dict[str, tuple[_Memory, str]]:
         """Execute a run of the golden; returns the memory of every output, and its type.
 
@@ -316,7 +320,10 @@ class _Engine:
             golden: with the inputs.
             run: the run.
             cache: rows of each head that the runs before left, by the names of inputs.
+            profile: of the engine, for the run's graph; what that has not is zeros, and of the smallest shape.
         """
+        taken = self._context.set_optimization_profile_async(profile, self._driver.stream)
+        self._given(taken, "does not take its own profile")
         # A step returns its own row alone.
         shapes = {
             name: (*shape[:2], 1, shape[3]) if _takes_cache(run) else tuple(shape)
@@ -329,10 +336,17 @@ class _Engine:
             if name in cache:
                 held.append(self._in_blocks(name, cache[name], shapes[name][3]))
                 continue
-            if name not in run["inputs"]:
+            least = tuple(abs(size) for size in self._engine.get_tensor_shape(name))
+            if name in run["inputs"]:
+                stored, shape, data = golden.tensor(run["inputs"][name])
+                # The positions of a step have no batch where prefill and decode share an engine.
+                shape = (*shape[: len(least) - 1], prod(shape[len(least) - 1 :]))
+                data = _encoded(data, stored, self._dtypes[name])
+            elif self._serves_several:
+                stored, shape = self._dtypes[name], least
+                data = bytes(prod(shape) * _ITEM_BYTES[stored])
+            else:
                 raise GoldenError(f"{self.name}.engine: takes {name}, of which the golden has no value")
-            stored, shape, data = golden.tensor(run["inputs"][name])
-            data = _encoded(data, stored, self._dtypes[name])
             if len(data) != prod(shape) * _ITEM_BYTES[self._dtypes[name]]:
                 raise GoldenError(f"{self.name}.engine: takes {name} as {self._dtypes[name]}, the golden has {stored}")
             self._shape(name, shape)
@@ -351,8 +365,11 @@ class _Engine:
         self._given(not missing, f"lacks {missing}")
         outputs: dict[str, tuple[_Memory, str]] = {}
         for name in self._outputs:
-            shape = shapes[name] if name in shapes else golden.tensor(run["outputs"][name])[1]
             known = tuple(self._context.get_tensor_shape(name))
+            if name in shapes or name in run["outputs"] or not self._serves_several:
+                shape = shapes[name] if name in shapes else golden.tensor(run["outputs"][name])[1]
+            else:
+                shape = tuple(abs(size) for size in known)
             fits = len(known) == len(shape) and all(a in (-1, b) for a, b in zip(known, shape, strict=True))
             # Of another shape it would be written past the end.
             self._given(fits, f"makes {name} of shape {known} where the golden has {shape}")

@@ -18,12 +18,23 @@ from capa_export.config.weights import Weights
 from capa_export.graph.contract import CACHE_ROWS, counted_in_blocks
 from capa_export.passes.cache_blocks import step_shapes
 from capa_export.passes.for_tensorrt import prepare
+from capa_export.passes.join_decode import JoinDecodePass
 from capa_export.trt.kit_file import KIT, VERSION
 
-__all__ = ["GRAPHS", "find_limits", "write_graphs", "write_manifest", "write_weights"]
+__all__ = [
+    "GRAPHS",
+    "JOINED",
+    "find_profiles",
+    "served_graphs",
+    "write_graphs",
+    "write_manifest",
+    "write_weights",
+]
 
 GRAPHS = {"visual/model.onnx": "visual/visual", "llm/prefill.onnx": "llm/prefill", "llm/decode.onnx": "llm/decode"}
 """Engine of each graph."""
+JOINED = {**GRAPHS, "llm/prefill.onnx": "llm/decoder", "llm/decode.onnx": "llm/decoder"}
+"""The same where one engine is both, and holds their weights once."""
 
 _INSTALL = {
     "tensorrt-rtx": how_to_install("rtx"),
@@ -45,7 +56,7 @@ def write_graphs(
 
     Args:
         onnx: folder of the graphs.
-        graphs: name of the engine of each graph.
+        graphs: name of the engine of each graph; prefill and decode may have one, which is then both.
         kit: the folder, which must not exist yet.
         target: the device; supplies the limits of every dimension.
         weights: whether the large weights are in the engines, or inputs of the networks.
@@ -58,11 +69,17 @@ def write_graphs(
     target.require_engine()
     kit.mkdir(parents=True)
     engines: dict[str, Any] = {}
-    for graph, name in graphs.items():
+    for name, served in served_graphs(graphs).items():
+        graph = served[0]
         source, place = onnx / graph, kit / graph
-        limits = find_limits(source, target)
+        profiles = find_profiles(onnx, served, target)
         place.parent.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(source, place, external_weights=weights == "external", plugins=plugins != "none")
+        prepared = prepare(
+            *(source, place),
+            joined=len(served) > 1,
+            external_weights=weights == "external",
+            plugins=plugins != "none",
+        )
         if weights == "external":
             write_weights(kit / f"{name}.weights.json", source, (home or kit) / name, prepared.weights)
         engines[name] = {
@@ -70,43 +87,73 @@ def write_graphs(
             "source": str(source),
             "capa_nodes": prepared.num_nodes,
             "plugins": prepared.num_plugins,
-            **limits,
+            "profiles": profiles,
         }
     write_manifest(kit, target, weights=weights, plugins=plugins, engines=engines, files={}, golden=None)
 
 
-def find_limits(onnx: Path, target: Target) -> dict[str, dict[str, list[list[int]]]]:
-    """Smallest, usual and largest shape of every input, and the same of the values of those which are sizes.
+def served_graphs(graphs: Mapping[str, str]) -> dict[str, list[str]]:
+    """The graphs that each engine serves, by a profile each; it is made of the first."""
+    served: dict[str, list[str]] = {}
+    for graph, engine in graphs.items():
+        served.setdefault(engine, []).append(graph)
+    return served
+
+
+def find_profiles(onnx: Path, served: Sequence[str], target: Target) -> dict[str, dict[str, Any]]:
+    """Limits of each profile of an engine, by the graph that it serves.
+
+    `shapes` are the smallest, usual and largest shape of every input, `shape_inputs` the same of the values of those
+    which are sizes. Of an engine that is both, prefill runs behind one block of a cache, and decode is a prompt of one
+    token, which is text.
+
+    Args:
+        onnx: folder of the graphs.
+        served: the graphs, that which the engine is made of first.
+        target: the device.
 
     Raises:
-        CapaError: the graph cannot be read, its weights are missing, or the target has no limits for a dimension.
+        CapaError: a graph cannot be read, its weights are missing, or the target has no limits for a dimension.
     """
+    model = _read(onnx / served[0])
+    if len(served) > 1:
+        JoinDecodePass()(model)
+    inputs = {value.name for value in model.graph.inputs}
+    shapes = {name: shape for name, shape in step_shapes(model.graph).items() if name in inputs}
+    profiles: dict[str, dict[str, Any]] = {}
+    for index, graph in enumerate(served):
+
+        def limits(size: int | str, *, decodes: bool = index > 0) -> DimRange:
+            rows = counted_in_blocks(size) if isinstance(size, str) else None
+            if isinstance(size, int) or (len(served) > 1 and (rows is None) == decodes):
+                fixed = size if isinstance(size, int) else 1
+                return DimRange(min=fixed, opt=fixed, max=fixed)
+            if rows is None:
+                return target.dim(size)
+            least, usual, most = (-(-count // CACHE_ROWS) for count in target.dim(rows).model_dump().values())
+            return DimRange(min=least, opt=usual, max=most)
+
+        values = target.require_engine().values
+        if index > 0:
+            values = dict.fromkeys(values, DimRange(min=0, opt=0, max=0))
+        profiles[graph] = {
+            "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
+            "shape_inputs": {
+                name: _ends([values[name]] * prod(map(int, shape))) for name, shape in shapes.items() if name in values
+            },
+        }
+    return profiles
+
+
+def _read(onnx: Path) -> ir.Model:
     try:
-        graph = ir.load(onnx).graph
+        model = ir.load(onnx)
     except Exception as error:
         raise CapaError(f"{onnx}: cannot be read as ONNX: {error}", ExitCode.ENGINE) from error
-    for value in graph.initializers.values():
+    for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and not Path(value.const_value.path).is_file():
             raise CapaError(f"{onnx}: its weights are missing: {value.const_value.path}", ExitCode.ENGINE)
-
-    def limits(size: int | str) -> DimRange:
-        if isinstance(size, int):
-            return DimRange(min=size, opt=size, max=size)
-        rows = counted_in_blocks(size)
-        if rows is None:
-            return target.dim(size)
-        least, usual, most = (-(-count // CACHE_ROWS) for count in target.dim(rows).model_dump().values())
-        return DimRange(min=least, opt=usual, max=most)
-
-    inputs = {value.name for value in graph.inputs}
-    shapes = {name: shape for name, shape in step_shapes(graph).items() if name in inputs}
-    values = target.require_engine().values
-    return {
-        "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
-        "shape_inputs": {
-            name: _ends([values[name]] * prod(map(int, shape))) for name, shape in shapes.items() if name in values
-        },
-    }
+    return model
 
 
 def _ends(ranges: Sequence[DimRange]) -> list[list[int]]:

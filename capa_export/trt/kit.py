@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.builder import CHECKER, SWITCHES, WORKER
 from capa_export.trt.golden import golden_bounds, run_golden, write_golden
-from capa_export.trt.graphs import GRAPHS, find_limits, write_manifest, write_weights
+from capa_export.trt.graphs import GRAPHS, JOINED, find_profiles, served_graphs, write_manifest, write_weights
 from capa_export.trt.kit_file import KIT
 from capa_export.trt.kit_switch import UNCHECKED
 from capa_export.trt.polygraphy import INPUTS, POLYGRAPHY, PolygraphyKit, write_polygraphy
@@ -62,7 +62,7 @@ wrong is said in one line, with exit code 5, before anything is built. `./build.
 | `onnx/` | the graphs, and their weights. `*.lowered.onnx` are for TensorRT before {native} |
 | `plugins/` | sources of the plugin library, kernels included, if the engines have plugins |
 | `golden/` | what the graphs make of one prompt: vision, prefill and two steps of decode, if it is there |
-| `visual/visual.engine`, `llm/prefill.engine`, `llm/decode.engine` | what it makes, with a log each |
+| {engines} | what it makes, with a log each |
 
 The engines are for precision {precision}; their weights are {weights}. {plugins}
 
@@ -92,7 +92,7 @@ _UNKNOWN = "and see whether the engines answer as the bundle does: this kit has 
 
 _GOLDEN = """## The golden run
 
-Before an engine gets its name, all three are run on what is in `golden/`. Logits and features must lie as close to
+Before an engine gets its name, all of them are run on what is in `golden/`. Logits and features must lie as close to
 those of the golden as the gates of the bundle's recipe ask of every prompt: logits by {logits}, features
 by {hidden}. The same token must come first, unless two tie, and one in {share} of the kept
 positions may be another. `kit.json` has these bounds. Where one fails, `build.sh` ends with exit code 5 and names
@@ -112,6 +112,11 @@ bf16 graphs are stored in FP32. {polygraphy}
 """
 
 
+_WEIGHTS: Mapping[Weights, str] = {
+    "embedded": "in the engines",
+    "joined": "in the engines, those of the decoder once, in one that is prefill and decode",
+    "external": "inputs: `*.weights.json` says where their bytes lie",
+}
 _PLUGINS = {
     "native": "The CAPA nodes are plugins; the library is in the engines, and beside them as `libcapa_plugins.so`.",
     "python": "The CAPA nodes are plugins in Python: capa-export builds and runs these engines, `build.sh` does not.",
@@ -163,8 +168,8 @@ def write_kit(
         report("kit: graphs", 0, 3)
         known = _link_weights(bundle, kit)
         engines = {
-            name: _engine(bundle, target, kit, onnx, name, weights=weights, plugins=kind != "none")
-            for onnx, name in GRAPHS.items()
+            name: _engine(bundle, target, kit, served, name, weights=weights, plugins=kind != "none")
+            for name, served in served_graphs(JOINED if weights == "joined" else GRAPHS).items()
         }
         if native:
             report("kit: plugins", 1, 3)
@@ -186,7 +191,7 @@ def write_kit(
         else:
             needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
             say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
-        _write_builder(kit, target.name, settings, precision, weights, kind, bounds)
+        _write_builder(kit, target.name, settings, precision, weights, kind, engines, bounds)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}
         write_manifest(
@@ -243,15 +248,20 @@ def _engine(
     bundle: Bundle,
     target: Target,
     kit: Path,
-    onnx: str,
+    served: Sequence[str],
     name: str,
     *,
     weights: Weights,
     plugins: bool,
 ) -> dict[str, Any]:
     """Write the graph for newer and for older TensorRT; returns what the builder has to know."""
+    onnx = served[0]
     source, place = bundle.folder / ONNX / onnx, kit / ONNX / onnx
-    options: dict[str, Any] = {"external_weights": weights == "external", "plugins": plugins}
+    options: dict[str, Any] = {
+        "external_weights": weights == "external",
+        "plugins": plugins,
+        "joined": len(served) > 1,
+    }
     prepared = prepare(source, place, **options)
     lowered = place.with_suffix(".lowered.onnx")
     older = prepare(source, lowered, **options, version=version_parts(target.require_engine().version_min))
@@ -263,7 +273,7 @@ def _engine(
         "lowered": lowered.relative_to(kit).as_posix(),
         "capa_nodes": prepared.num_nodes,
         "plugins": prepared.num_plugins,
-        **find_limits(source, target),
+        "profiles": find_profiles(bundle.folder / ONNX, served, target),
     }
 
 
@@ -278,8 +288,9 @@ def _write_builder(
     target: str,
     settings: Engine,
     precision: str,
-    weights: str,
+    weights: Weights,
     plugins: PluginKind,
+    engines: Iterable[str],
     bounds: Mapping[str, Any] | None,
 ) -> None:
     for source, name in _BUILDER.items():
@@ -299,8 +310,9 @@ def _write_builder(
         mended=_MENDED if bounds else _UNKNOWN,
         variable=SWITCHES,
         precision=precision,
-        weights="in the engines" if weights == "embedded" else "inputs: `*.weights.json` says where their bytes lie",
+        weights=_WEIGHTS[weights],
         plugins=_PLUGINS[plugins],
+        engines=", ".join(f"`{name}.engine`" for name in engines),
     )
     (kit / "README.md").write_text(readme, encoding="utf-8")
 

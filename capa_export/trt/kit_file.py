@@ -13,7 +13,7 @@ __all__ = ["GOLDEN", "KIT", "VERSION", "KitError", "check_files", "check_graphs"
 KIT = "kit.json"
 GOLDEN = ("golden/golden.json", "golden/golden.safetensors")
 """Files of the golden: its runs, and their tensors."""
-VERSION = 4
+VERSION = 5
 """Of what `kit.json` says."""
 _NUMBERS = r"\d{1,9}(\.\d{1,9}){0,3}"
 """Of a version."""
@@ -79,7 +79,10 @@ def _check_types(spec: Mapping[str, Any]) -> None:
             raise ValueError(f"graphs of {name!r:.80}")
         if not all(type(engine[key]) is int for key in ("capa_nodes", "plugins")):
             raise ValueError(f"nodes of {name!r:.80}")
-        for limits in (*engine["shapes"].values(), *engine["shape_inputs"].values()):
+        profiles = [engine["profiles"][graph] for graph in engine["profiles"]]
+        if not profiles:
+            raise ValueError(f"profiles of {name!r:.80}")
+        for limits in (ends for one in profiles for key in ("shapes", "shape_inputs") for ends in one[key].values()):
             _, _, _ = limits
             if not all(type(size) is int for sizes in limits for size in sizes):
                 raise ValueError(f"shapes of {name!r:.80}")

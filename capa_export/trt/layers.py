@@ -11,7 +11,7 @@ from typing import Any
 
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.progress import say
-from capa_export.graph.contract import is_past
+from capa_export.graph.contract import is_past, is_present
 from capa_export.passes.external_weights import MIN_WEIGHT_BYTES
 
 __all__ = ["Layer", "Tensor", "cache_copies", "parse_layers", "read_engine", "weight_copies"]
@@ -77,6 +77,7 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
     types = Counter(layer.type for layer in layers)
     return {
         "onnx": built["onnx"],
+        "serves": built["serves"],
         "bytes": built["bytes"],
         "seconds": built["seconds"],
         "peak_memory_bytes": built["peak_rss_bytes"],
@@ -95,7 +96,8 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
 def _activation_bytes(log: Path) -> int | None:
     """What an execution context takes at the largest shapes; None where the runtime does not say."""
     said = re.findall(r"Total Activation Memory: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
-    return int(said[-1]) if said else None
+    # Of each profile.
+    return max(map(int, said)) if said else None
 
 
 def parse_layers(text: str) -> list[Layer]:
@@ -152,7 +154,7 @@ def weight_copies(layers: Sequence[Layer], weights: set[str]) -> list[Layer]:
 
 
 def cache_copies(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers that read a past input and write as many numbers of the size of a head.
+    """Layers that read a past input and write as many numbers of the size of a head, but for the new tokens' own.
 
     How many blocks and prompts there are is known at run time only, and what is copied may have these as one dimension
     or the rows of all blocks as one; scores have no dimension of a head's size, and what attention returns has no rows.
@@ -178,5 +180,5 @@ def cache_copies(layers: Sequence[Layer]) -> list[Layer]:
         for layer in layers
         if layer.type not in ("custom_layer", "gemm")
         and any(is_past(one.name) for one in layer.inputs)
-        and any(has_rows(one.shape) for one in layer.outputs)
+        and any(has_rows(one.shape) for one in layer.outputs if not is_present(one.name))
     ]

@@ -12,12 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from capa_export.base.code import versions
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
 from capa_export.bundle.store import ONNX, Bundle, run_stage
 from capa_export.graph.contract import NUM_KEEP
+from capa_export.passes.join_decode import filled
 from capa_export.plan.device_memory import onnx_runtime_bytes
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt.golden import Run, golden_bounds, in_blocks, run_golden
@@ -26,6 +28,8 @@ from capa_export.trt.graphs import GRAPHS
 __all__ = ["INPUTS", "POLYGRAPHY", "PolygraphyKit", "check_polygraphy", "store_polygraphy", "write_polygraphy"]
 
 POLYGRAPHY = "polygraphy"
+_NAMES = {graph: PurePosixPath(engine).name for graph, engine in GRAPHS.items()}
+"""What the files of each graph are called."""
 INPUTS = "kit_inputs.py"
 """File of a kit that adds the weights to a graph's inputs, where they are inputs."""
 
@@ -70,6 +74,10 @@ class PolygraphyKit:
     """Whether the graphs have nodes that ONNX Runtime does not know."""
     native: str
     """The first TensorRT that takes the graphs which are not lowered."""
+
+    def engine_of(self, graph: str) -> str:
+        """Name of the engine that serves a graph."""
+        return next(name for name, engine in self.engines.items() if graph in engine["profiles"])
 
 
 def check_polygraphy(precision: str) -> None:
@@ -117,15 +125,14 @@ def write_polygraphy(
     folder.mkdir(parents=True)
     first = {file: (inputs, outputs) for file, inputs, outputs in reversed(runs)}
     commands: dict[str, list[str]] = {}
-    for file, engine in GRAPHS.items():
+    for file, name in _NAMES.items():
         # A kit's decode is the engines', a bundle's is as it is exported.
-        inputs, outputs = in_blocks(*first[file]) if kit else first[file]
-        name = PurePosixPath(engine).name
+        inputs, outputs = _of_engine(folder.parents[1], kit, file, *first[file]) if kit else first[file]
         (folder / f"{name}.inputs.json").write_text(json.dumps([_encoded(inputs)]), encoding="utf-8")
         (folder / f"{name}.outputs.json").write_text(json.dumps(_results(outputs)), encoding="utf-8")
-        limits = kit.engines[engine] if kit else _fixed(inputs)
+        limits = kit.engines[kit.engine_of(file)]["profiles"][file] if kit else _fixed(inputs)
         (folder / f"{name}.shapes").write_text(_shapes(limits) + "\n", encoding="utf-8")
-        for section, command in _commands(file, engine, bounds, kit):
+        for section, command in _commands(file, name, bounds, kit):
             commands.setdefault(section, []).append(command)
     note = _LINKS
     if kit:
@@ -137,6 +144,18 @@ def write_polygraphy(
     (folder / "README.md").write_text(
         _README.format(where=where, note=note, commands="\n\n".join(sections)), encoding="utf-8"
     )
+
+
+def _of_engine(
+    folder: Path, kit: PolygraphyKit, file: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A run of a graph as the engine of a kit has it that serves it."""
+    blocks, rows = in_blocks(inputs, outputs)
+    entry = kit.engines[kit.engine_of(file)]
+    if len(entry["profiles"]) == 1:
+        return blocks, rows
+    graph = ir.load(folder / entry["onnx"]).graph
+    return filled(graph.inputs, blocks), filled(graph.outputs, rows)
 
 
 def _encoded(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -176,11 +195,9 @@ def _shapes(limits: Mapping[str, Any]) -> str:
     )
 
 
-def _commands(
-    file: str, engine: str, bounds: Mapping[str, Any], kit: PolygraphyKit | None
-) -> Iterator[tuple[str, str]]:
+def _commands(file: str, name: str, bounds: Mapping[str, Any], kit: PolygraphyKit | None) -> Iterator[tuple[str, str]]:
     """The commands of a graph, and the section that each is for."""
-    name, onnx = PurePosixPath(engine).name, PurePosixPath(ONNX, file)
+    onnx = PurePosixPath(kit.engines[kit.engine_of(file)]["onnx"] if kit else f"{ONNX}/{file}")
     home = PurePosixPath("golden", POLYGRAPHY) if kit else PurePosixPath(POLYGRAPHY)
     inputs = f"--load-inputs {home / name}.inputs.json"
     if kit and kit.external:
@@ -194,7 +211,10 @@ def _commands(
     if kit is None or not kit.plugins:
         yield "onnxrt", f"polygraphy run {runs_here} --onnxrt {inputs} {outputs} {close}"
     if kit:
-        strategy = "--model-type engine --trt --allocation-strategy runtime"
+        engine = kit.engine_of(file)
+        profiles = list(kit.engines[engine]["profiles"])
+        profile = f" --optimization-profile {profiles.index(file)}" if len(profiles) > 1 else ""
+        strategy = f"--model-type engine --trt --allocation-strategy runtime{profile}"
         yield "engine", f"polygraphy run {engine}.engine {strategy} {inputs} {outputs} {close}"
     yield "trt", f"polygraphy run {onnx} {trt} {inputs} {outputs} {close}"
     if kit is None or not kit.plugins:

@@ -26,7 +26,7 @@ from capa_export.plan.plan import check_engine_disk, check_engine_memory
 from capa_export.run.bundled import bundled_dims
 from capa_export.trt import builder
 from capa_export.trt.engines import CHECKER, WORKER, build_graphs, building_environment, read_engines
-from capa_export.trt.graphs import GRAPHS
+from capa_export.trt.graphs import GRAPHS, JOINED
 from capa_export.trt.kit import write_kit
 from capa_export.trt.kit_device import check_device, check_version, read_version
 from capa_export.trt.kit_file import KitError, read_kit
@@ -168,19 +168,20 @@ def _build_here(
         _check_room(bundle, weights)
         built = count()
         # Outside the scratch folder, since it must outlive a failed build.
+        graphs = JOINED if weights == "joined" else GRAPHS
         logs = {
-            name: confined(bundle.folder, f"{name.replace('/', '-')}.{target.name}.log") for name in GRAPHS.values()
+            name: confined(bundle.folder, f"{name.replace('/', '-')}.{target.name}.log") for name in graphs.values()
         }
         engines = build_graphs(
             bundle.folder / ONNX,
-            GRAPHS,
+            graphs,
             scratch / folder,
             target,
             weights=weights,
             plugins=chosen,
             home=bundle.folder / folder,
             logs=logs,
-            say=lambda _: report(f"engines for {target.name}", next(built), len(GRAPHS)),
+            say=lambda _: report(f"engines for {target.name}", next(built), len(logs)),
         )
         settings = target.require_engine().model_dump(include={"runtime", "compute_capabilities"}, mode="json")
         seen = _largest_pictures(target)
@@ -362,5 +363,4 @@ def _check_room(bundle: Bundle, weights: Weights) -> None:
     dims = bundled_dims(bundle)
     precision = bundle.said("export", "precision")
     check_engine_memory(dims, precision, weights)
-    if weights == "embedded":
-        check_engine_disk(dims, precision, bundle.folder)
+    check_engine_disk(dims, precision, weights, bundle.folder)

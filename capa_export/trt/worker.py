@@ -72,7 +72,8 @@ def _build(trt: Any, spec: dict[str, Any]) -> dict[str, Any]:
     if plugins == "native":
         # Only in the engine that needs it: a second one with the same library would not load beside it.
         config.plugins_to_serialize = [spec["plugins"]["library"]]
-    config.add_optimization_profile(_profile(builder, network, spec))
+    for limits in spec["profiles"]:
+        config.add_optimization_profile(_profile(builder, network, limits))
     with Path(spec["plan"]).open("wb") as file:
         _write_plan(trt, builder, network, config, file, log)
     Path(spec["layers"]).write_text(log.layers, encoding="utf-8")
@@ -165,17 +166,17 @@ def _first_line(messages: "Sequence[str]", otherwise: str) -> str:
     return next((line for message in messages for line in message.splitlines() if line.strip()), otherwise)
 
 
-def _profile(builder: Any, network: Any, spec: dict[str, Any]) -> Any:
+def _profile(builder: Any, network: Any, limits: dict[str, Any]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if tensor.is_shape_tensor:
-            if tensor.name not in spec["shape_inputs"]:
+            if tensor.name not in limits["shape_inputs"]:
                 raise BuildError(f"the values of input {tensor.name} are sizes: give their range")
-            profile.set_shape_input(tensor.name, *spec["shape_inputs"][tensor.name])
+            profile.set_shape_input(tensor.name, *limits["shape_inputs"][tensor.name])
         else:
             # Weights that became inputs have one shape.
-            profile.set_shape(tensor.name, *spec["shapes"].get(tensor.name, [tuple(tensor.shape)] * 3))
+            profile.set_shape(tensor.name, *limits["shapes"].get(tensor.name, [tuple(tensor.shape)] * 3))
     return profile
 
 

@@ -302,8 +302,7 @@ _KIT: dict[str, Any] = {
             "lowered": "m.onnx",
             "capa_nodes": 0,
             "plugins": 0,
-            "shapes": {"x": [[1], [2], [4]]},
-            "shape_inputs": {},
+            "profiles": {"m.onnx": {"shapes": {"x": [[1], [2], [4]]}, "shape_inputs": {}}},
         }
     },
 }

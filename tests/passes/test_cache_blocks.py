@@ -32,8 +32,9 @@ def in_blocks(path: Path, *, lowered: bool = False) -> Path:
     return out
 
 
-def feeds(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def feeds(path: Path, prompts: int = 2) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The same random step for decode as it is exported, and for engines."""
+    lengths = LENGTHS[:, :prompts]
     random = np.random.default_rng(0)
     plain: dict[str, np.ndarray] = {}
     blocks: dict[str, np.ndarray] = {}
@@ -41,25 +42,26 @@ def feeds(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     (stages,) = (value.shape[0] for value in graph.inputs if value.name == "past_lengths")
     for value in graph.inputs:
         if value.name == "past_lengths":
-            plain[value.name] = blocks[value.name] = LENGTHS[:stages]
+            plain[value.name] = blocks[value.name] = lengths[:stages]
         elif value.name == "position_ids":
-            plain[value.name] = blocks[value.name] = np.broadcast_to([[700], [400]], (value.shape[0], 2, 1)).copy()
+            positions = np.array([[700], [400]])[:prompts]
+            plain[value.name] = blocks[value.name] = np.broadcast_to(positions, (value.shape[0], prompts, 1)).copy()
         elif not is_past(value.name):
-            rows = random.standard_normal((2, 1, value.shape[2])).astype(value.dtype.numpy())
+            rows = random.standard_normal((prompts, 1, value.shape[2])).astype(value.dtype.numpy())
             plain[value.name] = blocks[value.name] = rows
         else:
             _, heads, length, head_size = value.shape
-            own = LENGTHS[{"past": 0, "past_kept_0": 1, "past_kept_1": 2}[str(length.value)]]
+            own = lengths[{"past": 0, "past_kept_0": 1, "past_kept_1": 2}[str(length.value)]]
             count = -(-own.max() // CACHE_ROWS)
             dtype = value.dtype.numpy()
             # Whatever finite numbers stand where no rows count.
-            plain[value.name] = np.full((2, heads, own.max(), head_size), 37, dtype)
-            blocks[value.name] = np.full((2, heads, count * CACHE_ROWS, head_size), -53, dtype)
+            plain[value.name] = np.full((prompts, heads, own.max(), head_size), 37, dtype)
+            blocks[value.name] = np.full((prompts, heads, count * CACHE_ROWS, head_size), -53, dtype)
             for index, rows in enumerate(own):
                 cached = random.standard_normal((heads, rows, head_size)).astype(dtype)
                 plain[value.name][index, :, own.max() - rows :] = cached
                 blocks[value.name][index, :, :rows] = cached
-            blocks[value.name] = blocks[value.name].reshape(2, heads, count, CACHE_ROWS, head_size)
+            blocks[value.name] = blocks[value.name].reshape(prompts, heads, count, CACHE_ROWS, head_size)
     return plain, blocks
 
 

@@ -67,7 +67,7 @@ class _Network:
     """It shows no inputs, so that nobody has to read the graph before it is run."""
 
     num_layers = num_inputs = 0
-    plan: dict[str, str]
+    plan: dict[str, Any]
 
 
 class OnnxParser:
@@ -79,7 +79,8 @@ class OnnxParser:
     def parse(self, model: bytes, beside: str) -> bool:
         named = os.environ.get("MISCOMPILED", "none") in beside
         wrong = named and "fc_h_fusion=off" not in os.environ.get("__LUNOWUD", "")
-        self._network.plan = {"onnx": beside, "wrong": os.environ.get("MISCOMPILED_AS", "rolled") if wrong else ""}
+        reason = os.environ.get("MISCOMPILED_AS", "rolled") if wrong else ""
+        self._network.plan = {"onnx": beside, "wrong": reason}
         return True
 
 
@@ -93,14 +94,14 @@ class Builder:
         return _Network()
 
     def create_builder_config(self) -> Any:
-        nothing = dict.fromkeys(("clear_flag", "add_optimization_profile"), lambda _: None)
-        return SimpleNamespace(**nothing)
+        profiles: list[Any] = []
+        return SimpleNamespace(clear_flag=lambda _: None, add_optimization_profile=profiles.append, profiles=profiles)
 
     def create_optimization_profile(self) -> Any:
         return None
 
     def build_serialized_network(self, network: _Network, config: Any) -> bytes:
-        return json.dumps(network.plan).encode()
+        return json.dumps({**network.plan, "profiles": len(config.profiles)}).encode()
 
 
 class Runtime:
@@ -122,7 +123,7 @@ class Runtime:
 class _Engine:
     device_memory_size_v2 = _ACTIVATIONS
 
-    def __init__(self, log: Any, plan: dict[str, str]) -> None:
+    def __init__(self, log: Any, plan: dict[str, Any]) -> None:
         self.log, self.plan = log, plan
         self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
         self.inputs = {one.name: one for one in self.session.get_inputs()}
@@ -140,6 +141,9 @@ class _Engine:
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation.HOST if name == "num_keep" else TensorLocation.DEVICE
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
+
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> "_Context":
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         return _Context(self)
@@ -153,7 +157,8 @@ class _Context:
         self._profile, self._memory = False, 0
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self._profile = index == 0 and stream != 0
+        self._profile = 0 <= index < self._engine.plan["profiles"] and stream != 0
+        self._shapes.clear()
         return self._profile
 
     def set_device_memory(self, address: int, num_bytes: int) -> None:
@@ -176,7 +181,7 @@ class _Context:
         return [name for name in self._engine.inputs if name not in given or name not in self._addresses]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else -1 for size in self._engine.tensors[name].shape)
+        return self._engine.get_tensor_shape(name)
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self._memory and stream

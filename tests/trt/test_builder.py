@@ -145,8 +145,9 @@ def test_a_kit_holds_no_copy_of_the_weights(tmp_path: Path) -> None:
     engine = read_kit(kit)["engines"]["tiny"]
     assert engine["source"] == str(graph)
     sequence = target.dim("sequence")
-    assert engine["shapes"]["x"] == [[1, size, 256] for size in (sequence.min, sequence.opt, sequence.max)]
-    assert engine["shape_inputs"] == {"num_keep": [[0, 0], [64, 64], [512, 512]]}
+    limits = engine["profiles"][graph.name]
+    assert limits["shapes"]["x"] == [[1, size, 256] for size in (sequence.min, sequence.opt, sequence.max)]
+    assert limits["shape_inputs"] == {"num_keep": [[0, 0], [64, 64], [512, 512]]}
 
 
 def test_fp32_attention_builds_without_a_fused_kernel(tmp_path: Path, build: Build) -> None:

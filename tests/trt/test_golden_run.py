@@ -105,7 +105,9 @@ def test_weights_that_are_inputs_are_uploaded(bundle: Bundle, device: dict[str, 
     write_kit(bundle, load_target("orin"), kit, plugins="none", weights="external")
     for name in ENGINES:
         onnx = kit / kit_file.read_kit(kit)["engines"][name]["lowered"]
-        (kit / f"{name}.engine").write_text(json.dumps({"onnx": str(onnx), "wrong": ""}), encoding="utf-8")
+        (kit / f"{name}.engine").write_text(
+            json.dumps({"onnx": str(onnx), "wrong": "", "profiles": 1}), encoding="utf-8"
+        )
     said: list[str] = []
     given = kit, [str(kit / builder.CHECKER)], tmp_path, {**os.environ, **device}, said.append
     builder._check_golden(kit, kit_file.read_kit(kit), *given)

@@ -88,8 +88,10 @@ def test_a_kit_lists_all_that_is_in_it(kit: Path) -> None:
     assert spec["engines"].keys() == set(ENGINES)
     assert (spec["target"], spec["compute_capabilities"], spec["cpu"]) == ("orin", ["8.7"], "aarch64")
     assert (spec["plugins"], spec["precision"], spec["weights"]) == ("none", "fp16", "embedded")
-    assert spec["engines"]["llm/prefill"]["shape_inputs"] == {"num_keep": [[0], [256], [3136]]}
-    assert spec["engines"]["llm/decode"]["shapes"]["inputs_embeds"] == [[1, 1, 64]] * 3
+    assert spec["engines"]["llm/prefill"]["profiles"]["llm/prefill.onnx"]["shape_inputs"] == {
+        "num_keep": [[0], [256], [3136]]
+    }
+    assert spec["engines"]["llm/decode"]["profiles"]["llm/decode.onnx"]["shapes"]["inputs_embeds"] == [[1, 1, 64]] * 3
 
 
 def test_weights_are_not_copied(bundle: Bundle, kit: Path) -> None:

@@ -14,7 +14,7 @@ from capa_export.base.errors import CapaError
 from capa_export.bundle.store import digest_of, file_digest
 from capa_export.config.target import Target
 from capa_export.trt import builder
-from capa_export.trt.graphs import find_limits, write_manifest
+from capa_export.trt.graphs import find_profiles, write_manifest
 from capa_export.trt.kit_file import KIT, KitError
 from capa_export.trt.stage import build_kit
 from tests.targets import one_gpu
@@ -36,7 +36,8 @@ def write_kit(folder: Path, target: Target, *engines: str) -> Path:
     shutil.copyfile(builder.__file__, folder / "builder.py")
     shutil.copyfile(Path(builder.__file__).with_name("worker.py"), folder / builder.WORKER)
     names = ["onnx/tiny.onnx", "onnx/tiny.onnx.data", "builder.py", builder.WORKER]
-    entry = {"onnx": names[0], "lowered": names[0], "capa_nodes": 1, "plugins": 0} | find_limits(graph, target)
+    profiles = find_profiles(graph.parent, [graph.name], target)
+    entry = {"onnx": names[0], "lowered": names[0], "capa_nodes": 1, "plugins": 0, "profiles": profiles}
     write_manifest(
         folder,
         target,

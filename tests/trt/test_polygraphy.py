@@ -151,7 +151,7 @@ def test_reduce_takes_a_graph_apart(polygraphy: Polygraphy, bundle: Bundle, read
 def test_a_kit_has_its_own_limits(kit: Path) -> None:
     shapes = (kit / "golden" / POLYGRAPHY / "prefill.shapes").read_text(encoding="utf-8")
     spec = json.loads((kit / "kit.json").read_text(encoding="utf-8"))
-    _, _, largest = spec["engines"]["llm/prefill"]["shapes"]["inputs_embeds"]
+    _, _, largest = spec["engines"]["llm/prefill"]["profiles"]["llm/prefill.onnx"]["shapes"]["inputs_embeds"]
     assert f"inputs_embeds:{json.dumps(largest, separators=(',', ':'))}" in shapes.partition("--trt-max-shapes")[2]
     assert "num_keep:[3136]" in shapes
     assert f"golden/{POLYGRAPHY}/kit_inputs.py" in spec["files"]

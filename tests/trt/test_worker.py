@@ -88,7 +88,8 @@ def test_tensorrt_is_started_with_its_switches_unless_they_are_given(
     monkeypatch.setattr(builder, "_run", run)
     environment = {} if given is None else {SWITCHES: given}
     shapes = {"inputs_embeds": [[1, 1, 8], [1, 1, 8], [4, 1, 8]]}
-    engine = {"onnx": "x", "plugins": 0, "shapes": shapes, "shape_inputs": {}, "capa_nodes": 0}
+    profiles = {"x": {"shapes": shapes, "shape_inputs": {}}}
+    engine = {"onnx": "x", "plugins": 0, "profiles": profiles, "capa_nodes": 0}
     spec = {
         "runtime": "tensorrt",
         "version_min": "10.13.3",

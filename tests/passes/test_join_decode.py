@@ -1,0 +1,110 @@
+"""Prefill that is decode as well: what it computes as either, and what TensorRT-RTX makes of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from capa_export.graph.contract import CACHE_ROWS, is_past, is_present, past_name
+from capa_export.passes.join_decode import JoinDecodePass
+from capa_export.passes.lower import LowerPass
+from tests.models import FAMILIES
+from tests.passes.test_cache_blocks import feeds
+from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, graphs, inputs, run
+
+__all__ = ["graphs"]
+
+
+def joined(folder: Path, *, lowered: bool = False) -> Path:
+    """The graph, beside prefill and over its weights."""
+    model = ir.load(folder / "llm/prefill.onnx")
+    assert JoinDecodePass()(model).modified
+    assert not lowered or LowerPass(JETPACK_6)(model).modified
+    out = folder / "llm" / ("lowered-joined.onnx" if lowered else "joined.onnx")
+    ir.save(model, out)
+    return out
+
+
+def of_a_prompt(path: Path, prompt: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A prompt behind caches of which no row counts, whatever finite numbers stand there."""
+    feed = dict(prompt)
+    for value in ir.load(path).graph.inputs:
+        if value.name not in feed:
+            shape = [1 if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+            feed[value.name] = np.full(shape, 0 if value.name == "past_lengths" else 19, value.dtype.numpy())
+    return feed
+
+
+def of_a_token(path: Path, step: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One token behind caches in blocks, as a prompt of one that is text."""
+    feed: dict[str, np.ndarray] = {}
+    for value in ir.load(path).graph.inputs:
+        name = str(value.name)
+        if name == "position_ids":
+            feed[name] = step[name][:, 0]
+        elif name in step:
+            feed[name] = step[name]
+        else:
+            # No visual token is kept, and the one that there is is text.
+            shape = [1 if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
+            feed[name] = np.zeros(shape, value.dtype.numpy())
+    return feed
+
+
+def assert_close(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float) -> None:
+    for name, value in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
+        error = np.abs(actual[name].astype(np.float64) - value.astype(np.float64)).max()
+        limit = tolerance * np.abs(value).max()
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_what_prefill_makes_of_it(graphs: Graphs, family: str, precision: str) -> None:
+    folder = graphs(family, precision)
+    prompt = inputs(folder / "llm/prefill.onnx")
+    expected = run(folder / "llm/prefill.onnx", prompt)
+    actual = run(path := joined(folder), of_a_prompt(path, prompt))
+    assert actual.keys() == expected.keys()
+    # To the last bit: its own part counts 1, and the cache gives 0.
+    assert_close(actual, expected, 0)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 2e-3)])
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_is_what_decode_makes_of_it(
+    graphs: Graphs,
+    family: str,
+    lowered: bool,  # noqa: FBT001
+    precision: str,
+    tolerance: float,
+) -> None:
+    folder = graphs(family, precision)
+    plain, blocks = feeds(folder / "llm/decode.onnx", prompts=1)
+    expected = run(folder / "llm/decode.onnx", plain)
+    actual = run(path := joined(folder, lowered=lowered), of_a_token(path, blocks))
+    steps = {name: value[:, :, -1:] if is_present(name) else value for name, value in expected.items()}
+    assert_close(actual, steps, tolerance)
+    kept = [value for name, value in actual.items() if name not in expected]
+    assert all(value.tolist() == [0] for value in kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_but_attention_reads_the_cache(graphs: Graphs, family: str) -> None:
+    path = joined(graphs(family, "fp16"), lowered=True)
+    onnx.checker.check_model(str(path), full_check=True)
+    graph = ir.load(path).graph
+    assert {node.op_type for node in graph if node.domain == ""} <= IMPORTED
+    pasts = [value for value in graph.inputs if is_past(str(value.name))]
+    assert all({use.node.op_type for use in value.uses()} <= {"Reshape", "Shape", "MatMul", "Cast"} for value in pasts)
+    assert {value.name for value in pasts} == {
+        past_name(str(one.name)) for one in graph.outputs if is_present(one.name)
+    }
+    shapes = {str(value.name): [str(size) for size in value.shape][2] for value in pasts}
+    assert shapes["past_key_values.0.key"] == "past_blocks"
+    assert all(value.shape[3] == CACHE_ROWS for value in pasts)
