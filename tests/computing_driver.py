@@ -10,8 +10,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from capa_export.passes.cache_blocks import CacheBlocksPass
+from capa_export.passes.join_decode import JoinDecodePass
+from capa_export.trt.graphs import GRAPHS, JOINED, served_graphs
 from tests.fake_driver import FakeDriver
-from tests.fake_tensorrt import GRAPHS
 from tests.kernels.ptx.launch import launch
 from tests.kernels.ptx.memory import GlobalMemory
 from tests.kernels.ptx.parse import Kernel, parse
@@ -27,11 +28,11 @@ class ComputingDriver(FakeDriver):
         self.data: dict[int, np.ndarray] = {}
         self.sessions: dict[str, Any] = {}
 
-    def open(self, onnx: Path) -> None:
-        """Take the graphs of a bundle."""
-        for engine, file in GRAPHS.items():
+    def open(self, onnx: Path, *, joined: bool = False) -> None:
+        """Take the graphs of a bundle, of which prefill may be decode as well."""
+        for engine, (file, *others) in served_graphs(JOINED if joined else GRAPHS).items():
             model = ir.load(onnx / file)
-            CacheBlocksPass()(model)
+            (JoinDecodePass() if others else CacheBlocksPass())(model)
             place = (onnx / file).with_suffix(".engine.onnx")
             ir.save(model, place)
             options = onnxruntime.SessionOptions()

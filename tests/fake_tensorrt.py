@@ -24,6 +24,7 @@ from capa_export.model.source import Source
 from capa_export.passes.cache_blocks import CacheBlocksPass
 from capa_export.passes.join_decode import JoinDecodePass
 from capa_export.selectors.selector import SelectorChoice
+from capa_export.trt.graphs import GRAPHS as ENGINES
 from capa_export.trt.graphs import JOINED, served_graphs
 from tests.fake_driver import FakeDriver
 from tests.recorded import record
@@ -288,7 +289,7 @@ def write_bundle(
     selectors = {} if selector is None else {PRUNE_LAYER: SelectorChoice(selector)}
     write_onnx(source, precision, folder / "onnx", prune_layers=(PRUNE_LAYER,), scales={}, selectors=selectors)
     copy_sidecars(source.checkpoint, folder / "onnx")
-    served = served_graphs(JOINED if joined else {graph: name for name, graph in GRAPHS.items()})
+    served = served_graphs(JOINED if joined else ENGINES)
     for name, graphs in served.items():
         _write_engine(folder / "onnx", graphs, folder / "engines/rtx" / f"{name}.engine", name, external_weights)
     recipe = load_recipe("qwen25vl").model_dump(mode="json")

@@ -292,7 +292,7 @@ def _check_device(
     device.require_precision(precision)
     if device.engine:
         device.require_engine()
-    elif weights == "external":
-        raise CapaError(f"--weights external: target {device.name} has no engine to share them", ExitCode.USAGE)
+    elif weights in ("joined", "external"):
+        raise CapaError(f"--weights {weights}: target {device.name} has no engine to share them", ExitCode.USAGE)
     elif plugins != "auto" or plugin_library is not None:
         raise CapaError(f"--plugins: target {device.name} has no engine to put them in", ExitCode.USAGE)

@@ -241,9 +241,13 @@ AutoPrecisionOpt = Annotated[
         rich_help_panel=PRECISION,
     ),
 ]
-_AUTO = "auto takes embedded where the decoder has at most 1 GiB"
+_AUTO = "auto takes embedded where the decoder has at most 1 GiB, and joined beyond it for weights of few bits"
 WeightsOpt = Annotated[
-    WeightsWish, typer.Option(help=f"In the engines, or inputs that engines share; {_AUTO}.", rich_help_panel=ENGINE)
+    WeightsWish,
+    typer.Option(
+        help=f"In each engine, in one that is prefill and decode, or inputs that engines share; {_AUTO}.",
+        rich_help_panel=ENGINE,
+    ),
 ]
 _IN_PLACE = "the checkpoint's own files, hard-linked where --precision is theirs: not read, so not searched for NaN"
 ExportWeightsOpt = Annotated[
@@ -251,9 +255,10 @@ ExportWeightsOpt = Annotated[
     typer.Option(help=f"In a copy, or in-place: {_IN_PLACE}.", rich_help_panel=PRECISION),
 ]
 BuildWeightsOpt = Annotated[
-    Literal["auto", "embedded", "external", "in-place"],
+    Literal["auto", "embedded", "joined", "external", "in-place"],
     typer.Option(
-        help=f"In the engines, or inputs that engines share: from a copy, or in-place: {_IN_PLACE}; {_AUTO}.",
+        help="In each engine, in one that is prefill and decode (joined), or inputs that engines share (external): from "
+        f"a copy, or in-place: {_IN_PLACE}; {_AUTO}.",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import CapaError, ExitCode
@@ -26,6 +26,7 @@ __all__ = [
     "engine_weight_bytes",
     "onnx_runtime_bytes",
     "say_weights",
+    "shared_weights",
 ]
 
 EMBEDDED_LIMIT = 1 << 30
@@ -190,9 +191,7 @@ def choose_weights(
         )
     if asked != "auto":
         return asked, "as asked"
-    # Weights of few bits are multiplied as they are stored only where an engine has them as constants.
-    shared: Weights = "joined" if packed else "external"
-    total, width = parameters(dims), FORMATS[precision].num_bytes
+    total, width, shared = parameters(dims), FORMATS[precision].num_bytes, shared_weights(dims)
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", shared))
     if packed and target.require_engine().built == "with-gpu":
         return "embedded", "a server answers prompts side by side, and an engine that is prefill and decode takes one"
@@ -202,6 +201,14 @@ def choose_weights(
     if memory is not None and twice + _context_bytes(dims, width, target) + _CUDA > memory:
         return shared, f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
     return "embedded", f"a decoder of {decoder_bytes(total, width) / 1e9:.2g} GB is small enough to hold twice"
+
+
+def shared_weights(dims: ModelDims[Any]) -> Literal["joined", "external"]:
+    """Where prefill and decode have their weights once.
+
+    Those of few bits are multiplied as they are stored only where an engine has them as constants.
+    """
+    return "external" if dims.decoder.packed is None else "joined"
 
 
 def say_weights(asked: str, weights: str, because: str) -> None:

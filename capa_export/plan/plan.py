@@ -30,6 +30,7 @@ from capa_export.plan.device_memory import (
     devices_with_room,
     engine_weight_bytes,
     onnx_runtime_bytes,
+    shared_weights,
 )
 from capa_export.plan.finished import finished_stages, plain_layers
 from capa_export.plan.flops import (
@@ -265,11 +266,11 @@ def _device(
         return device_memory(dims, precision, weights or "external", target, cache).total
 
     held = device_memory(dims, precision, weights or "external", target, cache)
-    may_share = dims.decoder.packed is None
+    shared = shared_weights(dims)
     remedies = {
-        "--weights external": needed(precision, "external") if may_share and weights == "embedded" else held.total,
+        f"--weights {shared}": needed(precision, shared) if weights == "embedded" else held.total,
         "--precision fp16": needed("fp16", weights) if precision == "fp32" else held.total,
-        "both --precision fp16 and --weights external": needed("fp16", "external") if may_share else held.total,
+        f"both --precision fp16 and --weights {shared}": needed("fp16", shared),
     }
     enough = [option for option, size in remedies.items() if memory is not None and size <= memory < held.total]
     return {

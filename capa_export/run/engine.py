@@ -386,7 +386,7 @@ class LoadedEngine:
             CapaError: a dimension or a number of kept tokens is outside its limits.
         """
         found = [(f"dimension {name}", size, *self.limits[name]) for name, size in sizes.items() if name in self.limits]
-        if NUM_KEEP in self.on_host:
+        if NUM_KEEP in self.on_host.intersection(self.inputs):
             # The arguments are swapped in the bindings' own documentation.
             smallest, _, largest = self._engine.get_tensor_profile_values(self.profile, NUM_KEEP)
             found += [(NUM_KEEP, *of_stage) for of_stage in zip(num_keep, smallest, largest, strict=True)]

@@ -1,6 +1,7 @@
 """What engines hold on their device, against what TensorRT reported; and which devices have room."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from capa_export.base.dims import ModelDims
 from capa_export.base.errors import ExitCode
+from capa_export.base.weight_types import PackedLayers
 from capa_export.cli import main
 from capa_export.config.target import load_target
 from capa_export.model.families import load_family
@@ -69,6 +71,20 @@ def test_embedded_weights_hold_the_decoder_twice() -> None:
     decoder = 2 * decoder_parameters(parameters(SEVEN))
     assert held(SEVEN, "embedded").weights - held(SEVEN).weights == decoder
     assert held(SEVEN, "embedded").weights / 1e9 == pytest.approx(29.6, abs=0.05)
+
+
+def test_one_engine_that_is_prefill_and_decode_holds_weights_of_few_bits_once() -> None:
+    packed = replace(SEVEN, decoder=replace(SEVEN.decoder, packed=PackedLayers(kind="int4", group=128)))
+    assert held(packed, "joined").weights == held(packed, "external").weights < 0.6 * held(packed, "embedded").weights
+    assert choose_weights(packed, "fp16", "auto", RTX) == (
+        "joined",
+        "5.8 GB in one engine that is prefill and decode; embedded, 10.3 GB",
+    )
+    # A server answers prompts side by side, and small decoders may be there twice.
+    assert choose_weights(packed, "fp16", "auto", load_target("h100"))[0] == "embedded"
+    few = replace(SMALL, decoder=replace(SMALL.decoder, packed=packed.decoder.packed))
+    assert choose_weights(few, "fp16", "auto", RTX)[0] == "embedded"
+    assert choose_weights(few, "fp16", "auto", RTX, memory=1_500_000_000)[0] == "joined"
 
 
 def test_the_cache_is_held_as_prefill_left_it_and_once_for_decode() -> None:

@@ -68,14 +68,61 @@ def test_an_answer_on_engines_is_that_of_onnx_runtime(
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_one_engine_that_is_prefill_and_decode_answers_as_two(
+    source: Source,
+    prompter: Prompter,
+    driver: ComputingDriver,
+    trt: FakeTensorRT,
+    tmp_path: Path,
+    precision: Precision,
+) -> None:
+    """One prompt after the other, of which the last has no picture; and several side by side are refused."""
+    bundle = write_bundle(source, tmp_path, precision=precision, joined=True)
+    driver.open(bundle.folder / "onnx", joined=True)
+    engines, onnx = EngineModel(require_engines(bundle, "rtx")), OnnxModel(bundle.folder / "onnx", threads=1)
+    assert engines.memory["plans"] == sum(path.stat().st_size for path in bundle.folder.rglob("*.engine"))
+    prompts = [prompter("what color is the star ?", [noise(448, 448)]), prompter("what ?", [])]
+    keep = [[254 - len(prompts[0].text_positions)], [0]]
+    for prompt, kept in zip(prompts, keep, strict=True):
+        own, other = (_answer(model, [prompt], [kept]) for model in (engines, onnx))
+        for found, wanted in zip(own, other, strict=True):
+            tolerance = {"fp16": 2e-3, "fp32": 1e-6}[precision]
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    assert driver.named("cuGraphLaunch")
+    with pytest.raises(
+        CapaError, match="takes 1 to 1 of dimension batch, not 2; ask one by one, or build the engines w"
+    ):
+        engines.check(prompts, keep, 4)
+
+
+def test_tokens_are_chosen_on_the_device_of_one_engine_too(
+    source: Source, prompter: Prompter, driver: ComputingDriver, trt: FakeTensorRT, tmp_path: Path
+) -> None:
+    bundle = write_bundle(source, tmp_path, joined=True)
+    driver.open(bundle.folder / "onnx", joined=True)
+    engines = EngineModel(require_engines(bundle, "rtx"))
+    prompt = prompter("what color is the star ?", [noise(84, 84)])
+
+    def said() -> list[list[int | None]]:
+        run = engines.prefill(prompt, [prompt.num_visual // 4])
+        return list(greedy(engines, [prompt], [run], [], STEPS))
+
+    chosen = said()
+    assert driver.named("cuLaunchKernel")
+    driver.calls.clear()
+    engines.chooses = False
+    assert chosen == said() and not driver.named("cuLaunchKernel")
+
+
 def _answer(model: Any, prompts: list[Prompt], keep: list[list[int]]) -> list[np.ndarray]:
-    """Logits [2, V] of prefill and every step; the tokens are the same whatever they are."""
+    """Logits [B, V] of prefill and every step; the tokens are the same whatever they are."""
     runs = [model.prefill(prompt, kept) for prompt, kept in zip(prompts, keep, strict=True)]
     logits = [np.stack([run.logits for run in runs])]
     cache = model.batch([run.cache for run in runs], STEPS + 1)
     for step in range(STEPS):
         positions = [prompt.next_position + step for prompt in prompts]
-        result, cache = model.append(cache, [[7 + step], [9 + step]], positions)
+        result, cache = model.append(cache, [[7 + step], [9 + step]][: len(prompts)], positions)
         logits.append(result.copy())
     return logits
 

@@ -119,6 +119,24 @@ def test_weights_that_are_inputs_are_uploaded(bundle: Bundle, device: dict[str, 
         builder._check_golden(kit, kit_file.read_kit(kit), *given)
 
 
+def test_one_engine_is_run_as_prefill_and_as_decode(bundle: Bundle, device: dict[str, str], tmp_path: Path) -> None:
+    write_kit(bundle, load_target("orin"), tmp_path / "kit", plugins="none", weights="joined")
+    change(tmp_path / "kit", lambda spec: spec.update(cpu=platform.machine()))
+    on_device = OnDevice(tmp_path / "kit", device)
+    code, lines = on_device.build()
+    assert code == 0, lines
+    assert sorted(on_device.engines) == ["decoder.engine", "visual.engine"]
+    said = lines[lines.index("running the golden") + 2 :]
+    assert [line.rpartition(": ")[0] for line in said] == [
+        "llm/decoder.engine: logits",
+        "llm/decoder.engine: kept_positions.0",
+        *["llm/decoder.engine: logits"] * 2,
+    ]
+    assert all(close(line) for line in said)
+    code, lines = on_device.build(MISCOMPILED="prefill", MISCOMPILED_AS="scaled")
+    assert code == builder.FAILED and "llm/decoder.engine computes something else than the golden: logits" in lines[-1]
+
+
 def golden_of(built: OnDevice, scratch: Path, engine: str, how: str) -> str:
     """Why the golden run refuses engines of which one is wrong in a way."""
     for name in ENGINES:
