@@ -46,8 +46,10 @@ time to the first token is a lower bound. CAPA is as the model's recipe has it, 
 lists. In INT8 and INT4, the decoder's layers are in [few bits](../quantized.md); tower, embedding and LM head are in
 FP16.
 
-Engines of prefill and decode share weights of FP16, and hold those of few bits each for itself. So INT8 takes {int8} %
-of the memory of FP16, and INT4 {int4} %; what both save is time at each token."""
+Engines of prefill and decode share weights of FP16; those of few bits are in [one engine that is
+both](../quantized.md#one-engine-that-is-prefill-and-decode), where the decoder has more than 1 GiB. INT8 takes {int8} %
+of the memory of FP16, and INT4 {int4} %, tower, LM head and system included; both save time at each token besides.
+"""
 
 
 def counted() -> list[dict[str, Any]]:

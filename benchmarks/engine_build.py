@@ -11,6 +11,7 @@ the checkpoint's size of free disk, and with embedded weights twice that.
 import argparse
 import json
 import os
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from real_size import CAPA_EXPORT, PREFLIGHT, export, machine, measured
 
 _BUILT_HERE = ("rtx", "spark")
 """The other targets build on the device."""
-_KEPT = ("seconds", "peak_memory_bytes", "bytes", "layers", "custom_layers", "weight_copies")
+_KEPT = ("seconds", "peak_memory_bytes", "bytes", "activation_bytes", "layers", "custom_layers", "weight_copies")
 
 
 def _engines(bundle: Path, target: str, *options: str | Path) -> dict[str, Any]:
@@ -31,14 +32,25 @@ def _engines(bundle: Path, target: str, *options: str | Path) -> dict[str, Any]:
         return cost
     manifest = json.loads((bundle / "capa_manifest.json").read_text(encoding="utf-8"))
     engines = manifest["stages"][f"engine/{target}"]["result"]["engines"]
-    return {**cost, "engines": {name: {key: row[key] for key in _KEPT} for name, row in engines.items()}}
+    logs = bundle / "engines" / target
+    kept = {
+        name: {**{key: row[key] for key in _KEPT}, "weights_on_device": _weights_on_device(logs / f"{name}.log")}
+        for name, row in engines.items()
+    }
+    return {**cost, "engines": kept}
+
+
+def _weights_on_device(log: Path) -> int | None:
+    """Bytes that TensorRT says the weights of an engine take."""
+    said = re.findall(r"Total Weights Memory: (\d+) bytes", log.read_text(encoding="utf-8", errors="replace"))
+    return int(said[-1]) if said else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="as random_checkpoint.py writes it")
     parser.add_argument("--model", default="qwen25vl", help="recipe")
-    parser.add_argument("--weights", choices=("embedded", "external"), default="embedded")
+    parser.add_argument("--weights", choices=("embedded", "joined", "external"), default="embedded")
     parser.add_argument("--targets", nargs="*", choices=_BUILT_HERE, default=_BUILT_HERE, help="may be none")
     parser.add_argument("--plugins", nargs="+", choices=("none", "python"), default=("none", "python"))
     parser.add_argument("--plugin-library", type=Path, help="for native plugins")

@@ -257,7 +257,7 @@ ExportWeightsOpt = Annotated[
 BuildWeightsOpt = Annotated[
     Literal["auto", "embedded", "joined", "external", "in-place"],
     typer.Option(
-        help="In each engine, in one that is prefill and decode (joined), or inputs that engines share (external): from "
+        help="In each engine, in one that is prefill and decode (joined), or inputs that both share (external): from "
         f"a copy, or in-place: {_IN_PLACE}; {_AUTO}.",
         rich_help_panel=ENGINE,
     ),

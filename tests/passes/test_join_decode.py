@@ -8,9 +8,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from capa_export.export.graphs import write_onnx
 from capa_export.graph.contract import CACHE_ROWS, is_past, is_present, past_name
-from capa_export.passes.join_decode import JoinDecodePass
+from capa_export.model.source import Source
+from capa_export.passes.join_decode import JoinDecodePass, filled
 from capa_export.passes.lower import LowerPass
+from capa_export.selectors.selector import SelectorChoice, load_selector, selectors
 from tests.models import FAMILIES
 from tests.passes.test_cache_blocks import feeds
 from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, graphs, inputs, run
@@ -30,28 +33,13 @@ def joined(folder: Path, *, lowered: bool = False) -> Path:
 
 def of_a_prompt(path: Path, prompt: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A prompt behind caches of which no row counts, whatever finite numbers stand there."""
-    feed = dict(prompt)
-    for value in ir.load(path).graph.inputs:
-        if value.name not in feed:
-            shape = [1 if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
-            feed[value.name] = np.full(shape, 0 if value.name == "past_lengths" else 19, value.dtype.numpy())
-    return feed
+    feed = filled(ir.load(path).graph.inputs, prompt)
+    return {name: np.full_like(array, 19) if is_past(name) else array for name, array in feed.items()}
 
 
 def of_a_token(path: Path, step: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One token behind caches in blocks, as a prompt of one that is text."""
-    feed: dict[str, np.ndarray] = {}
-    for value in ir.load(path).graph.inputs:
-        name = str(value.name)
-        if name == "position_ids":
-            feed[name] = step[name][:, 0]
-        elif name in step:
-            feed[name] = step[name]
-        else:
-            # No visual token is kept, and the one that there is is text.
-            shape = [1 if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
-            feed[name] = np.zeros(shape, value.dtype.numpy())
-    return feed
+    """A token behind caches, as a prompt of one: no visual token is kept, and that which there is is text."""
+    return filled(ir.load(path).graph.inputs, step)
 
 
 def assert_close(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float) -> None:
@@ -108,3 +96,17 @@ def test_nothing_but_attention_reads_the_cache(graphs: Graphs, family: str) -> N
     shapes = {str(value.name): [str(size) for size in value.shape][2] for value in pasts}
     assert shapes["past_key_values.0.key"] == "past_blocks"
     assert all(value.shape[3] == CACHE_ROWS for value in pasts)
+
+
+@pytest.mark.parametrize("selector", selectors())
+def test_every_selector_keeps_the_one_token_of_a_step(source: Source, tmp_path: Path, selector: str) -> None:
+    layer = -1 if load_selector(selector).place == "input" else 2
+    chosen = {layer: SelectorChoice(selector)}
+    write_onnx(source, "fp32", tmp_path, prune_layers=(layer,), scales={}, selectors=chosen)
+    plain, blocks = feeds(tmp_path / "llm/decode.onnx", prompts=1)
+    expected = run(tmp_path / "llm/decode.onnx", plain)
+    path = joined(tmp_path)
+    actual = run(path, of_a_token(path, blocks))
+    steps = {name: value[:, :, -1:] if is_present(name) else value for name, value in expected.items()}
+    assert_close(actual, steps, 1e-6)
+    assert actual["kept_positions.0"].tolist() == [0]
