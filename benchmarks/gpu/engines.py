@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from capa_export.base.errors import CapaError
 from capa_export.config.plugins import PluginKind, Plugins
 from capa_export.config.schedule import kept_tokens
 from capa_export.config.target import Target, load_target, version_parts
+from capa_export.config.weights import Weights
 from capa_export.export.graphs import DENSE
 from capa_export.kernels.cuda import require_gpu
 from capa_export.kernels.plugins.native import build_library
@@ -31,6 +32,7 @@ from capa_export.run.engine import BuiltEngines
 from capa_export.run.engine_model import DeviceCache, EngineModel
 from capa_export.run.runtime import PrefillRun
 from capa_export.trt.engines import build_graphs
+from capa_export.trt.graphs import GRAPHS, JOINED, served_graphs
 
 __all__ = ["NATIVE_VARIANTS", "VARIANTS", "Variant", "cases", "target_for"]
 
@@ -45,7 +47,7 @@ class Variant:
     """A way to build the engines."""
 
     plugins: PluginKind
-    weights: Literal["embedded", "external"]
+    weights: Weights
     dense: bool = False
     """Prefill with full FFNs; it is told to keep all."""
 
@@ -58,10 +60,15 @@ class Variant:
         return (0.0,) if self.dense else _RATIOS
 
     @property
+    def engines(self) -> Mapping[str, str]:
+        """Engine of each graph."""
+        return JOINED if self.weights == "joined" else GRAPHS
+
+    @property
     def files(self) -> dict[str, str]:
-        """ONNX file of each engine."""
-        prefill = f"llm/{DENSE}" if self.dense else "llm/prefill.onnx"
-        return {"visual/visual": "visual/model.onnx", "llm/prefill": prefill, "llm/decode": "llm/decode.onnx"}
+        """Engine of each ONNX file that it is built from."""
+        dense = {"llm/prefill.onnx": f"llm/{DENSE}"} if self.dense else {}
+        return {dense.get(graph, graph): engine for graph, engine in self.engines.items()}
 
 
 VARIANTS = (
@@ -71,6 +78,7 @@ VARIANTS = (
     Variant("python", "external"),
     Variant("none", "external", dense=True),
     Variant("none", "external"),
+    Variant("none", "joined"),
 )
 NATIVE_VARIANTS = (Variant("native", "embedded"),)
 """Apart: these plugins have the names of those in Python, and a process knows one of a name."""
@@ -98,7 +106,8 @@ def cases(work: Path, runtime: Literal["tensorrt-rtx", "tensorrt"], variants: tu
                 skip(str(error))
             costs = _build(graphs.folder, folder, target, variant, plugins)
             record = {"kind": plugins.kind, "library_sha256": None}
-            serving = {graph: (name, 0) for name, graph in variant.files.items()}
+            served = served_graphs(variant.engines).items()
+            serving = {graph: (name, profile) for name, own in served for profile, graph in enumerate(own)}
             engines = BuiltEngines(folder=folder, onnx=graphs.folder, serving=serving, plugins=record, trt=trt, gpu=gpu)
             built.append(EngineModel(engines))
             return costs
@@ -142,10 +151,12 @@ def _plugins(kind: PluginKind, capability: str, work: Path) -> Plugins:
 def _build(onnx: Path, folder: Path, target: Target, variant: Variant, plugins: Plugins) -> dict[str, Any]:
     """The engines of a variant; those without CAPA nodes are links to a first variant's with the same weights."""
     costs: dict[str, Any] = {}
-    for home, names in (folder, ["llm/prefill"]), (folder.with_name(variant.weights), ["visual/visual", "llm/decode"]):
+    prefill = variant.engines["llm/prefill.onnx"]
+    others = sorted({*variant.engines.values()} - {prefill})
+    for home, names in (folder, [prefill]), (folder.with_name(variant.weights), others):
         if not all((home / f"{name}.engine").exists() for name in names):
             shutil.rmtree(home, ignore_errors=True)
-            graphs = {variant.files[name]: name for name in names}
+            graphs = {graph: name for graph, name in variant.files.items() if name in names}
             built = build_graphs(onnx, graphs, home, target, weights=variant.weights, plugins=plugins)
             for name, engine in built.items():
                 costs[f"{name}_s"], costs[f"{name}_MB"] = engine["seconds"], engine["bytes"] / 1e6

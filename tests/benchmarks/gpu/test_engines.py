@@ -101,7 +101,7 @@ def test_engines_are_built_for_one_gpu(workload: Any, module: Callable[[str], An
         costs[variant] = engines._build(
             graphs.folder, folder, target, variant, engines._plugins(variant.plugins, "8.9", tmp_path)
         )
-        assert all((folder / f"{name}.engine").is_file() for name in variant.files)
+        assert all((folder / f"{name}.engine").is_file() for name in variant.engines.values())
         weights = json.loads((folder / "llm" / "decode.weights.json").read_text(encoding="utf-8"))
         assert all((folder / "llm" / entry["file"]).is_file() for entry in weights.values())
     first, second = costs.values()
@@ -130,7 +130,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> ComputingDriver:
     return driver
 
 
-@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize(("has_kernels", "variant"), [(True, 2), (False, 2), (True, 6)])
 def test_engines_are_measured_with_tokens_of_either_side(
     module: Callable[[str], Any],
     source: Source,
@@ -138,6 +138,7 @@ def test_engines_are_measured_with_tokens_of_either_side(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     has_kernels: bool,  # noqa: FBT001
+    variant: int,
 ) -> None:
     """Every case runs, and steps of tokens that the device chooses launch the kernels."""
     engines = module("engines")
@@ -145,11 +146,12 @@ def test_engines_are_measured_with_tokens_of_either_side(
         monkeypatch.setattr(module(name), "NUM_VISUAL", 64)
     for name, count in {"_STEPS": 5, "_WARM_UP": 2, "_ROUNDS": 1, "_RATIOS": (0.75,)}.items():
         monkeypatch.setattr(engines, name, count)
-    bundle = write_bundle(source, tmp_path)
-    computing.open(bundle.folder / "onnx")
+    joined = engines.VARIANTS[variant].weights == "joined"
+    bundle = write_bundle(source, tmp_path, joined=joined)
+    computing.open(bundle.folder / "onnx", joined=joined)
     model = engines.EngineModel(require_engines(bundle, "rtx"))
     model.chooses = has_kernels
-    [parity, *measures] = engines._measured("tiny", None, engines.VARIANTS[2], model)
+    [parity, *measures] = engines._measured("tiny", None, engines.VARIANTS[variant], model)
     assert parity[0].endswith("against ONNX Runtime")
     rows = list(module("cases").rows(measures))
     chosen = rows.pop()
