@@ -45,7 +45,7 @@ def test_an_engine_without_a_list_of_layers_is_said(
     engine = tmp_path / "decode"
     engine.with_suffix(".layers.txt").write_text(text, encoding="utf-8")
     engine.with_suffix(".log").write_text("", encoding="utf-8")
-    built = dict.fromkeys(("onnx", "bytes", "seconds", "peak_rss_bytes", "capa_nodes", "version"))
+    built = dict.fromkeys(("onnx", "serves", "bytes", "seconds", "peak_rss_bytes", "capa_nodes", "version"))
     read_engine(engine, {**built, "warnings": []}, tmp_path / "none")
     said = "lists no layers, so whether weights or caches are copied is not known"
     assert (said in capsys.readouterr().err) == (text == "")
@@ -86,6 +86,13 @@ def test_a_layer_that_copies_a_cache_is_found(case: str) -> None:
 @pytest.mark.parametrize("case", _CACHE_READS)
 def test_a_layer_that_reads_a_cache_is_none_that_copies_it(case: str) -> None:
     assert not cache_copies(parse_layers(_of_cache(*_CACHE_READS[case])))
+
+
+def test_rows_of_a_prompts_own_are_no_copy() -> None:
+    """Of an engine that is prefill too: the layer that makes them may read a cache."""
+    line = _of_cache("past_key_values.0.key", "1,4,1,256,128", "1,4,-1,128")
+    assert cache_copies(parse_layers(line))
+    assert not cache_copies(parse_layers(line.replace("Name: y,", "Name: present.0.key,")))
 
 
 def test_a_product_of_blocks_that_look_like_rows_is_no_copy() -> None:
