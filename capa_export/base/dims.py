@@ -92,8 +92,13 @@ class VisionDims(Protocol):
         """FLOPs of one picture that becomes `num_visual` visual tokens."""
         ...
 
-    def activations(self, limit: Callable[[str], int]) -> int:
-        """Most numbers that the tower's engine holds at once; `limit` gives the largest size of a named dimension."""
+    def activations(self, limit: Callable[[str], int], *, embedded: bool) -> int:
+        """Most numbers that the tower's engine holds at once.
+
+        Args:
+            limit: gives the largest size of a named dimension.
+            embedded: whether the weights are in the engine.
+        """
         ...
 
 

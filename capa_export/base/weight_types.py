@@ -55,6 +55,8 @@ class PackedLayers:
     kind: NumberKind
     group: int | None
     """Inputs that share a scale; None where all inputs of an output do."""
+    has_zeros: bool = False
+    """Whether groups have zero points, each as a number beside its scale."""
 
     @property
     def type(self) -> WeightType:

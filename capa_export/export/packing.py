@@ -37,6 +37,7 @@ def packing(source: Source, folder: Path) -> dict[str, Any] | None:
         "plain": [] if source.choice is None else list(source.choice.plain),
         "type": next((form.kind for form in forms.values()), None),
         "group": next((form.group for form in forms.values()), None),
+        "zeros": any(form.has_zeros for form in forms.values()),
         "expanded": dict(sorted(Counter(reasons).items())),
         "head": None if head is None else {"type": head.kind, "group": head.group},
         "vision": {"packed": len(tower), "type": next(iter(tower.values())).kind} if tower else None,

@@ -133,7 +133,7 @@ class Source:
 
 
 def _held(form: BlockForm | None) -> PackedLayers | None:
-    return None if form is None else PackedLayers(kind=form.kind, group=form.group)
+    return None if form is None else PackedLayers(kind=form.kind, group=form.group, has_zeros=form.has_zeros)
 
 
 def _check_depth(checkpoint: Checkpoint, dims: ModelDims[Any], names: Sequence[str]) -> None:

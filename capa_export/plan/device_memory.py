@@ -97,7 +97,7 @@ def device_memory(
     return DeviceMemory(
         weights=engine_weight_bytes(total, width, weights),
         kv_cache=_held(cache, step=CACHE_ROWS, copies=1),
-        contexts=_context_bytes(dims, width, target) if contexts is None else contexts,
+        contexts=_context_bytes(dims, width, weights, target) if contexts is None else contexts,
         # The embedding stays in the host's memory.
         runtime=_CUDA + (_SYSTEM + total.embedding * width if target.shares_memory else 0),
     )
@@ -145,8 +145,11 @@ def _held(cache: KVCacheSize, *, step: int, copies: int) -> int:
     return held
 
 
-def _context_bytes(dims: ModelDims[Any], width: int, target: Target) -> int:
-    """Activations of the hungriest engine; within 7% of what TensorRT-RTX 1.7 reports for decoders of 1B to 8B."""
+def _context_bytes(dims: ModelDims[Any], width: int, weights: Weights, target: Target) -> int:
+    """Activations of the hungriest engine; within 7% of what TensorRT-RTX 1.7 reports for decoders of 1B to 8B.
+
+    Products with weights of few bits are fused with less of what is around them, and zero points add a product to each.
+    """
     decoder, engine = dims.decoder, target.require_engine()
 
     def limit(name: str) -> int:
@@ -155,8 +158,12 @@ def _context_bytes(dims: ModelDims[Any], width: int, target: Target) -> int:
     kept = max((one.max for one in engine.values.values()), default=0)
     tokens = max(limit("sequence"), kept + limit("text"))
     projected = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
-    prefill = tokens * (2 * decoder.intermediate_size + projected + 3 * decoder.hidden_size)
-    return max(prefill, dims.vision.activations(limit)) * width + _CONTEXT
+    inner, outer = 2, 3
+    if (form := decoder.packed) is not None:
+        inner, outer = 5 if form.has_zeros else 3, 4 if form.group else 5
+    prefill = tokens * (inner * decoder.intermediate_size + projected + outer * decoder.hidden_size)
+    tower = dims.vision.activations(limit, embedded=weights != "external")
+    return max(prefill, tower) * width + _CONTEXT
 
 
 def devices_with_room(target: Target, needed: int) -> dict[str, bool]:
@@ -198,7 +205,7 @@ def choose_weights(
     if decoder_bytes(total, width) > EMBEDDED_LIMIT:
         how = "in one engine that is prefill and decode" if packed else "that the engines share"
         return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB"
-    if memory is not None and twice + _context_bytes(dims, width, target) + _CUDA > memory:
+    if memory is not None and twice + _context_bytes(dims, width, "embedded", target) + _CUDA > memory:
         return shared, f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
     return "embedded", f"a decoder of {decoder_bytes(total, width) / 1e9:.2g} GB is small enough to hold twice"
 

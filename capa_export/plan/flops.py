@@ -116,7 +116,7 @@ class Parameters:
     packed_bytes: int
     """Bytes of their numbers, and of scales that are FP8."""
     packed_scales: int
-    """Their scales that are plain numbers."""
+    """Their scales that are plain numbers, and zero points."""
     lm_head: int
     """0 when tied."""
     head_bits: int
@@ -333,6 +333,7 @@ def parameters(dims: ModelDims[Any]) -> Parameters:
         packed = linear // decoder.num_layers * num_packed
         packed_bytes = packed * form.type.bits // 8
         scales = packed // form.group if form.group else num_packed * outputs
+        scales *= 2 if form.has_zeros else 1
         if not form.type.in_engines:
             packed_bytes, scales = packed_bytes + scales, 0
     head = decoder.packed_head

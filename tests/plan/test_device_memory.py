@@ -67,6 +67,19 @@ def test_contexts_are_what_tensorrt_reports_and_little_more(dims: ModelDims[Any]
     assert max(reported) <= held(dims).contexts <= 1.07 * max(reported)
 
 
+def test_contexts_over_weights_of_few_bits_take_more() -> None:
+    """7B in AutoAWQ's layout, as reported; and a decoder of 12 layers, whose tower would not be the hungriest."""
+    awq = replace(SEVEN, decoder=replace(SEVEN.decoder, packed=PackedLayers(kind="int4", group=128, has_zeros=True)))
+    assert 2386034688 <= held(awq, "joined").contexts <= 1.07 * 2386034688
+    small = replace(SMALL, vision=replace(SMALL.vision, hidden_size=64, intermediate_size=64))
+    for packed, reported in (
+        (PackedLayers(kind="int4", group=128), 131748352),
+        (PackedLayers(kind="int8", group=None), 139997696),
+    ):
+        dims = replace(small, decoder=replace(SMALL.decoder, packed=packed))
+        assert reported <= held(dims, "joined").contexts <= 1.07 * reported + (16 << 20)
+
+
 def test_embedded_weights_hold_the_decoder_twice() -> None:
     decoder = 2 * decoder_parameters(parameters(SEVEN))
     assert held(SEVEN, "embedded").weights - held(SEVEN).weights == decoder

@@ -82,7 +82,8 @@ def held(form: Format, asked: PackedLayers | None, where: str) -> PackedLayers |
             f"{where}: the checkpoint is quantized already ({form.name}); leave --quantize away, or take the "
             "checkpoint it was made from"
         )
-    found = PackedLayers(kind=kind, group=group)
+    has_zeros = isinstance(form, Awq) or (isinstance(form, Gptq | PackQuantized) and not form.symmetric)
+    found = PackedLayers(kind=kind, group=group, has_zeros=has_zeros)
     fits = group in found.type.groups if found.type.groups else group is None
     ordered = isinstance(form, Gptq) and form.ordered
     stays = asked is not None or found.type.stays

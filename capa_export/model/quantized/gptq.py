@@ -33,6 +33,8 @@ class Gptq:
     group: int | None
     ordered: bool
     """Whether groups are of inputs in the order of their activations."""
+    symmetric: bool
+    """Whether zero points are said to be in the middle, where they cost nothing."""
     first_zero: int
     not_converted: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -59,6 +61,7 @@ class Gptq:
             bits=num_bits(config),
             group=None if group == -1 else config.count("group_size", 128),
             ordered=bool(ordered),
+            symmetric=config.data.get("sym") is not False,
             first_zero=_FIRST_ZERO[version],
             not_converted=names(config, "modules_to_not_convert"),
             left_out=patterns(config, "dynamic", [f"re:{name[2:]}" for name in dynamic]),

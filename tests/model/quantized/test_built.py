@@ -59,7 +59,7 @@ def test_a_bundle_has_its_four_bits_and_says_so(building: Building, capsys: pyte
     np.testing.assert_allclose(held(building, f"{NAME}_packed") * scales + zeros, expected, rtol=0, atol=1e-4)
     (told,) = [record["result"]["packing"] for record in [building.bundle.stage("export")]]
     assert (told["packed"], told["group"], told["expanded"]) == (34, GROUP, {"a score reads them whole": 1})
-    assert bundled_dims(building.bundle).decoder.packed == PackedLayers(kind="int4", group=GROUP)
+    assert bundled_dims(building.bundle).decoder.packed == PackedLayers(kind="int4", group=GROUP, has_zeros=True)
     answers = answer(building.bundle, [[Turn("user", ["what ?"])]], options=GenerationOptions(max_new_tokens=3))
     assert answers[0]["answer"]
 
@@ -100,7 +100,8 @@ def test_a_plan_reads_the_config_and_refuses_what_a_build_would(building: Buildi
     packed = dry_run(building.recipe, str(folder), **options)
     layers = 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     assert packed["parameters"]["packed"] == layers
-    less = 2 * layers - layers // 2 - 2 * (layers // GROUP)
+    # Each group has a scale and a zero point.
+    less = 2 * layers - layers // 2 - 2 * 2 * (layers // GROUP)
     assert packed["files"]["onnx weights"] == plain["files"]["onnx weights"] - less
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "bitsandbytes"

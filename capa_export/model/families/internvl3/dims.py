@@ -106,7 +106,7 @@ class VisionDims:
         projector = 2 * self.shuffled_size + self.shuffled_size * out + out + out * out + out
         return embeddings + self.depth * block + 2 * d * self.final_norm + projector
 
-    def activations(self, limit: Callable[[str], int]) -> int:
+    def activations(self, limit: Callable[[str], int], *, embedded: bool) -> int:  # noqa: ARG002 - measured of weights that are inputs.
         """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
 
         One width of the FFN and five of the block a position.

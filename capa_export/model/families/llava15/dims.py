@@ -90,7 +90,7 @@ class VisionDims:
         projector = d * out + out * out + (2 * out if self.projector_bias else 0)
         return embeddings + 4 * d + self.num_layers * layer + projector
 
-    def activations(self, limit: Callable[[str], int]) -> int:
+    def activations(self, limit: Callable[[str], int], *, embedded: bool) -> int:  # noqa: ARG002 - measured of weights that are inputs.
         """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
 
         One width of the FFN and five of the block a position.

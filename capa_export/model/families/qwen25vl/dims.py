@@ -77,13 +77,13 @@ class VisionDims:
         merger = d + merged * merged + merged + merged * self.out_hidden_size + self.out_hidden_size
         return d * self.patch_values + self.depth * block + merger
 
-    def activations(self, limit: Callable[[str], int]) -> int:
+    def activations(self, limit: Callable[[str], int], *, embedded: bool) -> int:
         """Numbers that an engine holds at once, as TensorRT-RTX 1.7 reports.
 
-        Two widths of the FFN and seven of the block a patch, 4% too many.
+        Two widths of the FFN and seven of the block a patch, 4% too many; nine where weights are embedded.
         """
         patches = self.spatial_merge_size**2 * limit("frames") * limit("rows") * limit("cols")
-        return patches * (2 * self.intermediate_size + 7 * self.hidden_size)
+        return patches * (2 * self.intermediate_size + (9 if embedded else 7) * self.hidden_size)
 
     def flops(self, num_visual: int) -> int:
         """FLOPs of a picture, as square as it can be, that becomes `num_visual` tokens."""
