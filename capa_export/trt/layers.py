@@ -84,7 +84,8 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
         "layers": len(layers),
         "layers_by_type": dict(sorted(types.items())),
         "custom_layers": types["custom_layer"],
-        "capa_nodes": built["capa_nodes"],
+        # Each profile has them.
+        "capa_nodes": built["capa_nodes"] * len(built["serves"]),
         "weight_copies": len(copies),
         "cache_copies": len(copied),
         "activation_bytes": _activation_bytes(engine.with_suffix(".log")),
