@@ -13,19 +13,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capa_export.base.progress import talk
-from capa_export.bundle.store import Bundle
-from capa_export.kernels import cuda
-from capa_export.model.checkpoint import open_checkpoint
-from capa_export.model.families import qwen25vl
-from capa_export.model.prompt import Prompter
-from capa_export.model.source import Source
-from tests.models.qwen25vl import random_model, save_model
-from tests.recorded import record
 
+# Fixtures load the libraries: the process that hands out the tests reads this module too, and runs none of them.
 if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from capa_export.bundle.store import Bundle
+    from capa_export.model.prompt import Prompter
+    from capa_export.model.source import Source
     from tests.fake_driver import FakeDriver
     from tests.fake_tensorrt import FakeTensorRT
 
@@ -51,23 +48,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def model() -> Qwen2_5_VLForConditionalGeneration:
+def model() -> "Qwen2_5_VLForConditionalGeneration":
+    from tests.models.qwen25vl import random_model
+
     return random_model()
 
 
 @pytest.fixture(scope="session")
 def checkpoint(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FP32, one shard. Tests copy it before they change it."""
+    from tests.models.qwen25vl import save_model
+
     return save_model(tmp_path_factory.mktemp("checkpoint"), model)
 
 
 @pytest.fixture(scope="session")
-def source(checkpoint: Path) -> Source:
+def source(checkpoint: Path) -> "Source":
+    from capa_export.model.checkpoint import open_checkpoint
+    from capa_export.model.families import qwen25vl
+    from capa_export.model.source import Source
+
     return Source.of(open_checkpoint(str(checkpoint)), qwen25vl)
 
 
 @pytest.fixture(scope="session")
-def prompter(checkpoint: Path, source: Source) -> Prompter:
+def prompter(checkpoint: Path, source: "Source") -> "Prompter":
+    from capa_export.model.families import qwen25vl
+    from capa_export.model.prompt import Prompter
+
     return Prompter(checkpoint, checkpoint, qwen25vl, source.dims)
 
 
@@ -77,8 +85,10 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def recorded(bundle: Bundle) -> None:
+def recorded(bundle: "Bundle") -> None:
     """Make the manifest say that the export is what was built."""
+    from tests.recorded import record
+
     entry = dict(bundle.stage("export"))
     names = [*entry.pop("files")]
     entry.pop("linked")
@@ -88,6 +98,7 @@ def recorded(bundle: Bundle) -> None:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> "FakeDriver":
     """Stands where CUDA's driver would: for call order, never for numerics."""
+    from capa_export.kernels import cuda
     from tests.fake_driver import FakeDriver, compile_from_ptx
 
     fake = FakeDriver()

@@ -58,6 +58,7 @@ def test_the_gate_file_holds_the_defaults_it_says_it_holds(tmp_path: Path) -> No
     assert read_toml(path, GateFile).compare.model_copy(update={"prefill_slowdown": None}) == Limits()
 
 
+@pytest.mark.giant
 @pytest.mark.slow
 def test_the_commands_build_validate_and_catch_the_fault(tmp_path: Path) -> None:
     (tmp_path / "ci").mkdir()

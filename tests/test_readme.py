@@ -16,12 +16,12 @@ import pytest
 
 import capa_export
 from benchmarks import front
-from capa_export.api.bundle import Bundle
 from capa_export.base.errors import ExitCode
 from capa_export.cli import main
 from capa_export.config.recipe import load_recipe
 from capa_export.data.scenes import SHAPES
 from tests.conftest import noise
+from tests.models.shortened import first_layers
 from tests.quantizing import FORMATS, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,9 @@ def commands(text: str, section: str = "") -> list[list[str]]:
 
 @pytest.mark.giant
 @pytest.mark.slow
-def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_the_demo_prints_what_the_readme_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (command,) = commands(README, "Try it")
     # As from a shell: inside `make test`, make would talk of the folders it enters.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -54,8 +56,16 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
     _, visual, answer, *_ = shown[1].splitlines()
     assert done.stdout.splitlines()[-1] == answer
     assert visual in done.stderr.splitlines()
-    # The picture at the head shows what this bundle's model answers.
-    found = Bundle(ROOT / "out" / "demo").explain(front.QUESTION, [front.PICTURE], page=tmp_path / "explain.html")
+    # The tutorial builds the same from Python, and asks it what the picture at the head shows.
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(front.PICTURE, "scene.png")
+    names: dict[str, Any] = {"capa_export": capa_export}
+    for block in python_blocks()[1:]:
+        exec(block.replace("out/python", str(ROOT / "out" / "demo")), names)  # noqa: S102 - it is the page's code that is tested.
+    printed = capsys.readouterr().out
+    assert printed.startswith(answer) and f"\ncapa@2:0.75 {answer}\n" in printed
+    found = names["found"]
+    assert found.question == front.QUESTION
     drawn = json.loads((front.FOLDER / "kept.json").read_text(encoding="utf-8"))
     answers = {method.method: method.answer for method in found.methods}
     assert answers == {method["method"]: method["answer"] for method in drawn["methods"]}
@@ -64,6 +74,10 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path) -> None:
     named = re.search(r"of (\w+) methods at the same ratio, (.*?)\s+miscount", README, flags=re.DOTALL)
     assert named is not None and named[1] == "twelve" and len(answers) == 13
     assert set(re.findall(r"`([\w-]+)`", named[2])) == wrong
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)
 
 
 def all_commands(tutorial: str) -> list[list[str]]:
@@ -79,9 +93,9 @@ def test_the_commands_for_your_own_checkpoint(
     install, build, run = commands(README, "On an RTX card")
     assert install[:2] == ["pip", "install"]
     monkeypatch.chdir(tmp_path)
-    # The shipped checkpoint is of the same architecture: it stands where the user's would.
+    # The first layers of the shipped checkpoint are of the same architecture: they stand where the user's would.
     checkpoint, pictures = (tmp_path / build[build.index(before) + 1] for before in ("build", "--images"))
-    shutil.copytree(load_recipe("tiny-qwen25vl").checkpoint, checkpoint)
+    first_layers(checkpoint)
     pictures.mkdir(parents=True)
     for index in range(2):
         noise(224, 140, index).save(pictures / f"{index}.png")
@@ -107,12 +121,6 @@ def test_the_commands_for_your_own_checkpoint(
                 assert main(["engine", "out/qwen", "--target", target]) == 0
                 assert (tmp_path / "out/qwen/engines" / target / "build.sh").is_file()
                 assert command[2] == f"{other[-1]}/engines/{target}"
-    shutil.copy(front.PICTURE, "scene.png")
-    names: dict[str, Any] = {"capa_export": capa_export}
-    for block in re.findall(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)[1:]:
-        exec(block.replace("out/python", "out/qwen"), names)  # noqa: S102 - it is the page's code that is tested.
-    assert "\ncapa@3:0.75 2\n" in capsys.readouterr().out
-
     evaluate, explain, tune = commands(doc("methods.md"))
     questions = [{"image": "cat.jpg", "question": f"what color is the {shape} ?", "answer": "red"} for shape in SHAPES]
     Path(evaluate[evaluate.index("--data") + 1]).write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
@@ -203,9 +211,7 @@ def test_the_tutorials_commands_have_the_options_they_name(page: str, capsys: py
 
 
 def test_python_tutorial_builds_with_arguments_that_there_are() -> None:
-    first = re.search(r"```python\n(.*?)```", doc("tutorials/python.md"), flags=re.DOTALL)
-    assert first is not None
-    (call,) = (node for node in ast.walk(ast.parse(first[1])) if isinstance(node, ast.Call))
+    (call,) = (node for node in ast.walk(ast.parse(python_blocks()[0])) if isinstance(node, ast.Call))
     signature(capa_export.build).bind(**{word.arg: None for word in call.keywords if word.arg})
 
 

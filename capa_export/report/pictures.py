@@ -57,6 +57,7 @@ def overlay(picture: Image.Image, rows: int, cols: int, kept: Collection[int], s
 
 def data_uri(picture: Image.Image) -> str:
     """A picture as the `data:` address of a PNG, to stand in the page itself."""
-    # 256 colours take a third of the bytes.
-    picture.quantize(256).save(data := BytesIO(), "PNG", optimize=True)
+    # 256 colours take a third of the bytes. A median cut keeps a drawing's, and takes a second over a photograph's.
+    method = Image.Quantize.MEDIANCUT if picture.getcolors(256) else Image.Quantize.FASTOCTREE
+    picture.quantize(256, method).save(data := BytesIO(), "PNG", optimize=True)
     return f"data:image/png;base64,{b64encode(data.getvalue()).decode()}"

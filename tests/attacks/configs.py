@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
-from tests.attacks.victims import Attack, Victim
+from tests.attacks.victims import Attack, Victim, beginning
 
 __all__ = ["KEYS", "SIZES", "TYPES", "TYPES_OF_VALUES"]
 
@@ -64,7 +64,7 @@ SIZES: dict[str, Attack] = {
         }.items()
     },
     **{
-        f"{command}: processor {key} {str(value)[:20]}": _processor(key, value, command)
+        f"{command}: processor {key} {beginning(value)}": _processor(key, value, command)
         for command in ("export", "plan")
         for key, value in {
             "patch_size": 10**6,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.attacks.victims import Attack, Victim
+from tests.attacks.victims import Attack, Victim, beginning
 
 __all__ = ["FOLDERS", "MANIFESTS", "PLACES", "PROCESSORS", "RECIPES", "STRANGE", "WEIGHTS"]
 
@@ -239,7 +239,7 @@ def _processors(*path: Any, to: Any) -> Attack:
 
 
 PROCESSORS: dict[str, Attack] = {
-    f"{key} {str(value)[:20]}": _processors("image_processor", key, to=value)
+    f"{key} {beginning(value)}": _processors("image_processor", key, to=value)
     for key, values in {
         "size": ({"shortest_edge": 10**12, "longest_edge": 10**12}, {"height": 10**6, "width": 10**6}, {}, "x"),
         "patch_size": (10**6, 0, -1, 1.5),

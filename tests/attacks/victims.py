@@ -11,7 +11,7 @@ from capa_export.bundle.manifest import encode_manifest
 from capa_export.bundle.store import MANIFEST, Bundle
 from tests.conftest import recorded
 
-__all__ = ["Attack", "Victim", "changed_json"]
+__all__ = ["Attack", "Victim", "beginning", "changed_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,11 @@ class Victim:
 
 
 Attack = Callable[[Victim], list[object]]
+
+
+def beginning(value: object) -> str:
+    """The first characters of a value, which may be a list of a million numbers."""
+    return str(value[:9] if isinstance(value, list) else value)[:20]
 
 
 def changed_json(path: Path, change: Callable[[Any], Any]) -> None:

@@ -171,7 +171,10 @@ def test_all_that_is_left_out_is_there() -> None:
 
 # This package.
 
-DIGESTS = {stage: digest_code(*names) for stage, names in STAGES.items()}
+
+@pytest.fixture(scope="module")
+def digests() -> Mapping[str, str]:
+    return {stage: digest_code(*names) for stage, names in STAGES.items()}
 
 
 @pytest.fixture
@@ -181,18 +184,20 @@ def package(tmp_path: Path) -> Path:
     return shutil.copytree(source, tmp_path / "capa_export", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def test_an_installed_package_has_the_digests_of_the_checkout(package: Path) -> None:
+def test_an_installed_package_has_the_digests_of_the_checkout(package: Path, digests: Mapping[str, str]) -> None:
     script = (
         "import json, sys; from capa_export.base.code import digest_code; "
         "json.dump({stage: digest_code(*names) for stage, names in json.load(sys.stdin).items()}, sys.stdout)"
     )
     command = [sys.executable, "-c", script]
     output = subprocess.check_output(command, input=json.dumps(STAGES), cwd=package.parent, text=True)
-    assert json.loads(output) == DIGESTS
+    assert json.loads(output) == digests
 
 
 @pytest.fixture
-def rerun(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]:
+def rerun(
+    package: Path, digests: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], set[str]]]:
     """The stages that the copy as it is would run again."""
     where = SimpleNamespace(submodule_search_locations=[str(package)])
     monkeypatch.setattr(code, "find_spec", lambda _: where)
@@ -203,7 +208,7 @@ def rerun(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
     def rerun() -> set[str]:
         forget()
-        return {stage for stage, names in STAGES.items() if digest_code(*names) != DIGESTS[stage]}
+        return {stage for stage, names in STAGES.items() if digest_code(*names) != digests[stage]}
 
     yield rerun
     forget()

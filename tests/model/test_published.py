@@ -262,15 +262,16 @@ def _compare(folder: Path, family: str, processor: Any) -> set[str]:
     bundle = folder.with_name("bundle")
     copy_sidecars(Checkpoint(folder=folder, config=config, tensors={}), bundle)
     refused: set[str] = set()
-    for prompter in (Prompter(folder, folder, module, dims), Prompter(bundle / "llm", bundle / "visual", module, dims)):
-        for name, conversation in CONVERSATIONS.items():
-            turns = [Turn(role, parts) for role, parts in conversation]
-            try:
-                input_ids, pixels = _expected(processor, conversation)
-                _check_pixels(pixels, processor, dims)
-            except (TypeError, ValueError):
-                refused.add(name)
-                continue
+    prompters = Prompter(folder, folder, module, dims), Prompter(bundle / "llm", bundle / "visual", module, dims)
+    for name, conversation in CONVERSATIONS.items():
+        turns = [Turn(role, parts) for role, parts in conversation]
+        try:
+            input_ids, pixels = _expected(processor, conversation)
+            _check_pixels(pixels, processor, dims)
+        except (TypeError, ValueError):
+            refused.add(name)
+            continue
+        for prompter in prompters:
             prompt = prompter.chat(turns)
             np.testing.assert_array_equal(prompt.input_ids, input_ids)
             assert bool(prompt.pictures) == (pixels is not None)

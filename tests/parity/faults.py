@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tests.parity.graph_faults import attention, tokens, weights
 from tests.parity.graph_faults.edit import mixed
 
-__all__ = ["FAULTS", "HARMLESS", "Fault"]
+__all__ = ["FAULTS", "HARMLESS", "KINDS", "Fault"]
 
 _ALL = math.inf
 _PREFILL, _DECODE, _VISUAL = "llm/prefill.onnx", "llm/decode.onnx", "visual/model.onnx"
@@ -119,6 +119,9 @@ FAULTS = (
     Fault("visual/preprocessor_config.json", image_mean_off, "1/255", 255, 1e-3),
 )
 """Of a Qwen2.5-VL with a stage and two linear layers."""
+
+KINDS = [*{fault.plant: fault for fault in reversed(FAULTS)}.values()]
+"""Each kind in the first file that has it; what decode repeats of prefill waits for `make test-all`."""
 
 HARMLESS = (
     Fault(_PREFILL, tokens.last_alpha_dropped, "channels", _ALL, 1),

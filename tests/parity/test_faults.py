@@ -25,7 +25,7 @@ from capa_export.run.onnx import OnnxModel
 from tests.building import Building
 from tests.conftest import noise
 from tests.parity.builds import asked
-from tests.parity.faults import FAULTS, HARMLESS, Fault
+from tests.parity.faults import FAULTS, HARMLESS, KINDS, Fault
 
 PRUNE = Prune(schedule=(Stage(layer=2, ratio=0.75),))
 SCALES = {1: np.linspace(0.5, 1.5, 64), 3: np.linspace(1.5, 0.6, 64), 4: np.linspace(0.7, 1.2, 64)}
@@ -112,7 +112,7 @@ FIRST_OF_FILE = [*{fault.file: fault for fault in reversed(FAULTS)}.values()]
         pytest.param(
             *(precision, fault),
             id=f"{precision}-{fault.name}",
-            marks=() if precision == "fp16" or fault in FIRST_OF_FILE else pytest.mark.exhaustive,
+            marks=() if fault in {"fp16": KINDS, "fp32": FIRST_OF_FILE}[precision] else pytest.mark.exhaustive,
         )
         for precision in ("fp32", "fp16")
         for fault in FAULTS

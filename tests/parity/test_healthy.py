@@ -16,8 +16,8 @@ def alarms(healthy: Build) -> list[str]:
     return [check.failure for entry in entries for check in entry.checks if check.failure]
 
 
-_ALL_KINDS = 12 * 2
-"""Seeds that have every family in every precision, twice."""
+_ALL_KINDS = 12
+"""Seeds that have every family in every precision."""
 
 
 @pytest.mark.slow

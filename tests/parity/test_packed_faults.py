@@ -28,7 +28,7 @@ AWQ_SLOTS = [0, 2, 4, 6, 1, 3, 5, 7]
 def healthy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("packed")
     # Numbers of 4 bits go by twos, and a head has as many outputs as there are tokens.
-    checkpoint = save_model(folder / "checkpoint", random_model(vocab_size=72))
+    checkpoint = save_model(folder / "checkpoint", random_model(vocab_size=72, num_hidden_layers=4))
     recipe = load_recipe("qwen25vl")
     if request.param in FORMATS:
         quantize(checkpoint, FORMATS[request.param])
@@ -93,19 +93,20 @@ def as_e5m2(numbers: Any) -> Any:
     return numbers.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).view(ml_dtypes.float8_e5m2)
 
 
+INT4 = "int4:32/rtn, head int4:32"
+INT8 = "int8, head int8, vision int8"
+FP8 = "fp8, head fp8, vision fp8"
+
 FAULTS = {
-    "INT8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), "int8"),
-    "INT8: scales of the wrong axis": (by_inputs, "int8"),
-    "FP8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), "fp8"),
-    "FP8: bits of E5M2": (change(packed_name(WEIGHT), as_e5m2), "fp8"),
+    "INT8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), INT8),
+    "INT8: scales of the wrong axis": (by_inputs, INT8),
+    "FP8: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1)), FP8),
+    "FP8: bits of E5M2": (change(packed_name(WEIGHT), as_e5m2), FP8),
     "NVFP4: nibbles swapped": (change(packed_name(WEIGHT), in_other_half), "nvfp4"),
     "NVFP4: neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "nvfp4"),
     "NVFP4: outer scale ignored": (change(outer_name(WEIGHT), np.ones_like), "nvfp4"),
-    "nibbles swapped": (
-        change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
-        "int4:32/rtn",
-    ),
-    "neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), "int4:32/rtn"),
+    "nibbles swapped": (change(packed_name(WEIGHT), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), INT4),
+    "neighbour's scales": (change(scale_name(WEIGHT), lambda s: np.roll(s, 1, 0)), INT4),
     "a scale less": (change(scale_name(WEIGHT), lambda s: np.where(np.arange(s.shape[1]) == 9, 0, s)), "AutoAWQ"),
     "zero off by one": (zero_off_by_one, "AutoAWQ"),
     "AWQ order ignored": (change(packed_name(WEIGHT), by_slots), "AutoAWQ"),
@@ -117,21 +118,18 @@ FAULTS = {
 
 
 HEAD_FAULTS = {
-    "nibbles swapped": (
-        change(packed_name(HEAD), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)),
-        "none, head int4:32",
-    ),
-    "neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1, 0)), "int4:32/rtn, head int4:32"),
-    "INT8: neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1)), "none, head int8"),
-    "INT8: scale of scales ignored": (change(outer_name(HEAD), np.ones_like), "none, head int8"),
-    "FP8: bits of E5M2": (change(packed_name(HEAD), as_e5m2), "none, head fp8"),
+    "nibbles swapped": (change(packed_name(HEAD), lambda q: q.reshape(-1, 2)[:, ::-1].reshape(q.shape)), INT4),
+    "neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1, 0)), INT4),
+    "INT8: neighbour's scales": (change(scale_name(HEAD), lambda s: np.roll(s, 1)), INT8),
+    "INT8: scale of scales ignored": (change(outer_name(HEAD), np.ones_like), INT8),
+    "FP8: bits of E5M2": (change(packed_name(HEAD), as_e5m2), FP8),
 }
 
 
 TOWER = "visual.blocks.1.mlp.down_proj.weight"
 TOWER_FAULTS = {
-    "INT8: neighbour's scales": (change(scale_name(TOWER), lambda s: np.roll(s, 1)), "none, vision int8"),
-    "FP8: bits of E5M2": (change(packed_name(TOWER), as_e5m2), "none, vision fp8"),
+    "INT8: neighbour's scales": (change(scale_name(TOWER), lambda s: np.roll(s, 1)), INT8),
+    "FP8: bits of E5M2": (change(packed_name(TOWER), as_e5m2), FP8),
 }
 
 
@@ -140,24 +138,7 @@ def failures(exported: Exported, folder: Path) -> list[str]:
     return [check.failure for error in found.export_error for check in error.checks if check.failure]
 
 
-@pytest.mark.parametrize(
-    "healthy",
-    [
-        "AutoAWQ",
-        "int4:32/rtn",
-        "GPTQ desc_act",
-        "int8",
-        "fp8",
-        "nvfp4",
-        "none, head int4:32",
-        "int4:32/rtn, head int4:32",
-        "none, head int8",
-        "none, head fp8",
-        "none, vision int8",
-        "none, vision fp8",
-    ],
-    indirect=True,
-)
+@pytest.mark.parametrize("healthy", ["AutoAWQ", "GPTQ desc_act", INT4, INT8, FP8, "nvfp4"], indirect=True)
 def test_a_healthy_export_passes(healthy: Exported) -> None:
     assert failures(healthy, healthy.folder / "fp16") == []
     assert not healthy.bisected(healthy.folder / "fp16").node

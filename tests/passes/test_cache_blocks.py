@@ -131,8 +131,15 @@ def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
 
 @pytest.mark.trt
 @pytest.mark.slow
-@pytest.mark.parametrize("lowered", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "lowered"),
+    [
+        *((family, False) for family in FAMILIES),
+        # One with as many KV heads as query heads, and one with fewer.
+        *(("llava15", True), ("qwen25vl", True)),
+        *(pytest.param(family, True, marks=pytest.mark.exhaustive) for family in ("internvl3", "qwen3vl")),
+    ],
+)
 def test_no_layer_copies_a_cache(graphs: Graphs, family: str, tmp_path: Path, *, lowered: bool) -> None:
     """As it is exported, and as kits have it for older TensorRT."""
     path = graphs(family, "fp16") / "llm/decode.onnx"

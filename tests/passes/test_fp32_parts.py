@@ -307,10 +307,13 @@ def test_runs_with_attention_in_tiles(
 @pytest.mark.parametrize(
     ("units", "plugins"),
     [
-        (RESIDUAL, "python"),
-        pytest.param(("2.self_attn", "3.mlp", "visual.1"), "python", marks=pytest.mark.exhaustive),
-        (("2", "4", "visual.0.attn"), "python"),
-        (("2", "4", "visual.0.attn"), "none"),
+        *(
+            # Some of each alone, and other parts than these.
+            pytest.param(units, "python", marks=pytest.mark.exhaustive)
+            for units in (RESIDUAL, ("2.self_attn", "3.mlp", "visual.1"), ("2", "4", "visual.0.attn"))
+        ),
+        ((*RESIDUAL, "2", "4", "visual.0.attn"), "python"),
+        ((*RESIDUAL, "2", "4", "visual.0.attn"), "none"),
     ],
 )
 def test_tensorrt_builds_it(tmp_path: Path, units: tuple[str, ...], plugins: Any) -> None:

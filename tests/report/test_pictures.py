@@ -38,9 +38,22 @@ def test_nothing_kept_and_all_kept() -> None:
     assert (np.asarray(overlay(red, 2, 4, range(8)))[2:-2, 2:-2] == (255, 0, 0)).all()
 
 
-def test_a_picture_stands_in_the_page() -> None:
-    picture = Image.new("RGB", (20, 10), (1, 2, 3))
+def shown(picture: Image.Image) -> Image.Image:
+    """What a page shows of a picture."""
     kind, _, data = data_uri(picture).partition(",")
     again = Image.open(BytesIO(b64decode(data)))
-    assert (kind, again.format, again.size) == ("data:image/png;base64", "PNG", (20, 10))
-    assert again.convert("RGB").getpixel((3, 3)) == (1, 2, 3)
+    assert (kind, again.format, again.size) == ("data:image/png;base64", "PNG", picture.size)
+    return again.convert("RGB")
+
+
+def test_a_drawing_stands_in_the_page_as_it_is() -> None:
+    assert shown(Image.new("RGB", (20, 10), (1, 2, 3))).getpixel((3, 3)) == (1, 2, 3)
+
+
+def test_a_photograph_stands_in_the_page_nearly_as_it_is() -> None:
+    """A colour of the palette stands for those of a cube whose sides are 16 of 255."""
+    ramps = [Image.linear_gradient("L").rotate(angle).resize((140, 84)) for angle in (0, 90)]
+    photograph = Image.merge("RGB", (*ramps, Image.new("L", (140, 84), 99)))
+    assert len(photograph.getcolors(1 << 20) or ()) > 5000
+    error = np.asarray(shown(photograph), np.float32) - np.asarray(photograph)
+    assert np.abs(error).max() <= 8

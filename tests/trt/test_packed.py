@@ -31,7 +31,7 @@ def checkpoint_of_many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int4:32/rtn", "rtx", "Int4", "int4:32", 35, "joined"),
         ("AutoAWQ", "rtx", "Int4", "none", 34, "embedded"),
         ("int8", "rtx", "Int8", "int8", 35, "joined"),
-        ("int8", "rtx", "Int8", "int8", 35, "embedded"),
+        pytest.param(*("int8", "rtx", "Int8", "int8", 35, "embedded"), marks=pytest.mark.exhaustive),
         ("fp8", "spark", "FP8", "fp8", 35, "embedded"),
         # The layers of a model whose head alone is packed may be shared.
         ("none", "rtx", "Int8", "int8", 1, "external"),

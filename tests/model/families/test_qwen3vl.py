@@ -378,7 +378,11 @@ def recipe() -> Recipe:
     return Recipe(**data)
 
 
-@pytest.mark.parametrize(("precision", "weights"), [("fp16", "embedded"), ("bf16", "external")])
+@pytest.mark.parametrize(
+    ("precision", "weights"),
+    # Engines of FP16 with its weights in them are built of every family by the tests of `lower`.
+    [pytest.param("fp16", "embedded", marks=pytest.mark.exhaustive), ("bf16", "external")],
+)
 def test_a_bundle_is_built_with_its_engines_and_answers(
     recipe: Recipe, checkpoint: Path, tmp_path: Path, precision: Any, weights: Any
 ) -> None:

@@ -250,7 +250,10 @@ def test_calibration_and_export_are_those_of_the_rounded_model(building: Buildin
 
 @pytest.mark.parametrize(
     ("precision", "word"),
-    [("fp16", WORD), ("bf16", WORD), ("fp32", WORD), ("bf16", "fp8"), ("fp16", "nvfp4"), ("fp32", "int8")],
+    [
+        *(("fp16", WORD), ("bf16", "fp8"), ("fp16", "nvfp4"), ("fp32", "int8")),
+        *(pytest.param(precision, WORD, marks=pytest.mark.exhaustive) for precision in ("bf16", "fp32")),
+    ],
 )
 def test_layer_by_layer_and_with_parts_in_fp32(building: Building, precision: Any, word: str) -> None:
     fp32_layers = () if precision == "fp32" else ("1.mlp",)
