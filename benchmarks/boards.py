@@ -46,10 +46,11 @@ time to the first token is a lower bound. CAPA is as the model's recipe has it, 
 lists. In INT8 and INT4, the decoder's layers are in [few bits](../quantized.md); tower, embedding and LM head are in
 FP16.
 
-Engines of prefill and decode share weights of FP16; those of few bits are in [one engine that is
-both](../quantized.md#one-engine-that-is-prefill-and-decode), where the decoder has more than 1 GiB. INT8 takes {int8} %
-of the memory of FP16, and INT4 {int4} %, tower, LM head and system included; both save time at each token besides.
-"""
+Engines of prefill and decode share weights of FP16. Those of few bits are in [one engine that is
+both](../quantized.md#one-engine-that-is-prefill-and-decode) on RTX and Spark, where the decoder has more than 1 GiB; on
+Orin and Thor they are counted twice, since nobody has seen whether the TensorRT there holds them once. INT8 takes
+{int8} % of the memory of FP16, and INT4 {int4} %, tower, LM head and system included; both save time at each token
+besides."""
 
 
 def counted() -> list[dict[str, Any]]:

@@ -241,11 +241,12 @@ AutoPrecisionOpt = Annotated[
         rich_help_panel=PRECISION,
     ),
 ]
-_AUTO = "auto takes embedded where the decoder has at most 1 GiB, and joined beyond it for weights of few bits"
+_AUTO = "auto takes embedded where the decoder has at most 1 GiB, and joined beyond it for few bits on TensorRT-RTX"
 WeightsOpt = Annotated[
     WeightsWish,
     typer.Option(
-        help=f"In each engine, in one that is prefill and decode, or inputs that engines share; {_AUTO}.",
+        help="In each engine, in one that is prefill and decode (joined), or inputs that both share (external); "
+        f"{_AUTO}.",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -30,9 +30,9 @@ _ATTENTION = """
 Attention (own, query, past_key, past_value, key, past_lengths) => (y) {{
     token_axis = Constant <value_ints = [2]> ()
     newest = Constant <value_ints = [-1]> ()
-    past_any = Constant <value_ints = [9223372036854775807]> ()
-    query_last = Slice (query, newest, past_any, token_axis)
-    key_last = Slice (key, newest, past_any, token_axis)
+    behind_all = Constant <value_ints = [9223372036854775807]> ()
+    query_last = Slice (query, newest, behind_all, token_axis)
+    key_last = Slice (key, newest, behind_all, token_axis)
     {behind_cache}
     per_head = Constant <value_ints = [0, {heads}, 1, 1]> ()
     weight_BH11 = Reshape (weight_BGr1, per_head)
@@ -53,11 +53,14 @@ class JoinDecodePass(ir.passes.InPlacePass):
     keys and values come out as a prompt's do, for whoever runs it to write them behind the others.
 
     Requires that prefill's Attention nodes are its layers' in their order, with queries that are scaled already.
-    Ensures that the inputs of prefill stay, and those of decode that it lacks come behind them.
+    Ensures that the inputs of prefill stay, and those of decode that it lacks come behind them. A second run changes
+    nothing.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
+        if any(value.name == PAST_LENGTHS for value in graph.inputs):
+            return ir.passes.PassResult(model, modified=False)
         presents = {str(value.name): value for value in graph.outputs if is_present(str(value.name))}
         attentions = [node for node in graph if node.op_type == "Attention"]
         assert len(presents) == 2 * len(attentions)

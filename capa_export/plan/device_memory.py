@@ -36,6 +36,7 @@ Beyond it the second copy takes more than an eighth of the smallest card, and bu
 TensorRT-RTX 1.7, engines with the weights in them against engines that share them took 22 s and 1.6 GB of memory
 against 16 s and 0.9 GB where the decoder has 0.27 GB, and 133 s and 16.6 GB against 31 s and 0.7 GB where it has 6.2.
 """
+_ONE_PROMPT = ", which takes one prompt at a time"
 _ANSWER = 64
 """Tokens of an answer that a cache has room for."""
 _CONTEXT = 16 << 20
@@ -197,16 +198,19 @@ def choose_weights(
             ExitCode.USAGE,
         )
     if asked != "auto":
-        return asked, "as asked"
+        return asked, f"as asked{_ONE_PROMPT if asked == 'joined' else ''}"
     total, width, shared = parameters(dims), FORMATS[precision].num_bytes, shared_weights(dims)
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", shared))
-    if packed and target.require_engine().built == "with-gpu":
-        return "embedded", "a server answers prompts side by side, and an engine that is prefill and decode takes one"
-    if decoder_bytes(total, width) > EMBEDDED_LIMIT:
-        how = "in one engine that is prefill and decode" if packed else "that the engines share"
-        return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB"
+    how = f"in one engine that is prefill and decode{_ONE_PROMPT}" if packed else "that the engines share"
     if memory is not None and twice + _context_bytes(dims, width, "embedded", target) + _CUDA > memory:
-        return shared, f"{twice / 1e9:.1f} GB in the engines would not fit {memory / 1e9:g} GB"
+        return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB would not fit {memory / 1e9:g} GB"
+    if packed and target.require_engine().runtime != "tensorrt-rtx":
+        return "embedded", (
+            f"{twice / 1e9:.1f} GB; whether TensorRT holds weights of few bits once where one engine is prefill and "
+            f"decode was not tried: --weights joined, {once / 1e9:.1f} GB if it does"
+        )
+    if decoder_bytes(total, width) > EMBEDDED_LIMIT:
+        return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB"
     return "embedded", f"a decoder of {decoder_bytes(total, width) / 1e9:.2g} GB is small enough to hold twice"
 
 
@@ -219,6 +223,6 @@ def shared_weights(dims: ModelDims[Any]) -> Literal["joined", "external"]:
 
 
 def say_weights(asked: str, weights: str, because: str) -> None:
-    """Say where the engines' weights go and why, unless the user said it."""
-    if asked == "auto":
+    """Say where the engines' weights go and why, unless the user said it and it has no consequences."""
+    if asked == "auto" or weights == "joined":
         say(f"{'weights':<14}{weights}: {because}")

@@ -323,7 +323,10 @@ def _refusals(
     makers = {_ENGINES: f"engine/{target.name}", _REFERENCE: "validate"}
     files = {**plan["files"], _REFERENCE: copy}
     missing = {name: n for name, n in files.items() if makers.get(name, "export") not in done}
-    return refusals + _disk_refusals(missing, out, may_share=dims.decoder.packed is None)
+    shared = shared_weights(dims)
+    width = FORMATS[precision].num_bytes
+    held = engine_weight_bytes(parameters(dims), width, shared) if shared == "joined" else 0
+    return refusals + _disk_refusals(missing, out, shared, held)
 
 
 def _no_room(device: Mapping[str, Any], target: Target) -> str:
@@ -338,16 +341,16 @@ def _no_room(device: Mapping[str, Any], target: Target) -> str:
     )
 
 
-def _disk_refusals(missing: Mapping[str, int], out: Path, *, may_share: bool) -> list[str]:
-    """Why the disk has no room for the files that are missing, by kind; `may_share` says whether engines may."""
+def _disk_refusals(missing: Mapping[str, int], out: Path, shared: Weights, held: int) -> list[str]:
+    """Why the disk has no room for the missing files, by kind; engines that share weights take `held` bytes."""
     needed, free = sum(missing.values()), free_bytes(out)
     if needed <= free:
         return []
-    remedies = {_ENGINES: "build with --weights external", _REFERENCE: "pass --layer-by-layer"}
+    remedies = {_ENGINES: (f"build with --weights {shared}", held), _REFERENCE: ("pass --layer-by-layer", 0)}
     less = "".join(
-        f", or {remedy}, which takes {(needed - missing[name]) / 1e9:.1f} GB"
-        for name, remedy in remedies.items()
-        if missing.get(name) and (may_share or name != _ENGINES)
+        f", or {remedy}, which takes {(needed - missing[name] + still) / 1e9:.1f} GB"
+        for name, (remedy, still) in remedies.items()
+        if missing.get(name, 0) > still
     )
     copy = ", and their copy in FP32 while they are validated," if missing.get(_REFERENCE) else ""
     sizes = f"{needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
@@ -380,10 +383,11 @@ def _engine_refusal(dims: ModelDims[Any], precision: str, weights: Weights) -> s
     needed, available = _engine_bytes(total, width, weights), available_memory()
     if needed <= available:
         return None
-    external = _engine_bytes(total, width, "external")
+    other: Weights = "embedded" if total.packed else "external"
+    less = _engine_bytes(total, width, other)
     remedy = (
-        f"build with --weights external, which takes {external / 1e9:.1f} GB"
-        if weights == "embedded" and external <= available and not total.packed
+        f"build with --weights {other}, which takes {less / 1e9:.1f} GB"
+        if other != weights and less <= available
         else "end other programs, or build on a larger machine"
     )
     return (

@@ -51,8 +51,9 @@ def bundled_dims(bundle: Bundle) -> ModelDims[Any]:
     packing = bundle.manifest["stages"].get("export", {}).get("result", {}).get("packing") or {}
     packed, head, plain = None, packing.get("head"), len(packing.get("plain", ()))
     if packing.get("packed"):
-        kind, has_zeros = packing.get("type", "int4"), packing.get("zeros", False)
-        packed = PackedLayers(kind=kind, group=packing["group"], has_zeros=has_zeros)
+        kind = packing.get("type", "int4")
+        # An earlier version did not say it.
+        packed = PackedLayers(kind=kind, group=packing["group"], has_zeros=packing.get("zeros", kind == "int4"))
     packed_head = None if head is None else PackedLayers(kind=head["type"], group=head["group"])
     tower = packing.get("vision")
     packed_vision = None if tower is None else PackedLayers(kind=tower["type"], group=None)

@@ -336,11 +336,9 @@ class LoadedEngine:
         """
         limits: dict[str, tuple[int, int]] = {}
         for name in self.inputs:
-            if name not in self.on_host:
+            # There are as many positions as embeddings.
+            if name not in self.on_host and name != POSITION_IDS:
                 smallest, _, largest = self._engine.get_tensor_profile_shape(name, self.profile)
-                if name == POSITION_IDS:
-                    # As many as embeddings.
-                    continue
                 if len(smallest) != len(self._shapes[name]):
                     raise CapaError(f"{self.path}: built by an older capa-export: build the engines again")
                 for size, least, most in zip(self._shapes[name], smallest, largest, strict=True):
@@ -397,7 +395,7 @@ class LoadedEngine:
                     "engines again"
                 )
                 if self.blank_inputs and what == "dimension batch":
-                    remedy = "ask one by one, or build the engines with --weights embedded"
+                    remedy = "ask one by one, as it is prefill and decode"
                 raise CapaError(f"{self.path}: takes {least} to {most} of {what}, not {size}; {remedy}")
 
     def num_bytes(self, name: str, shape: Sequence[int]) -> int:

@@ -284,6 +284,8 @@ class _Engine:
         self._dtypes = {tensor: self._engine.get_tensor_dtype(tensor).name for tensor in names}
         self._inputs = [one for one in names if self._engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
         self._outputs = [one for one in names if one not in self._inputs]
+        self._profile = 0
+        self._given(self._context.set_optimization_profile_async(0, driver.stream), "does not take its own profile")
         self._activations = _Memory(driver, self._engine.device_memory_size_v2)
         self._context.set_device_memory(self._activations.address, self._activations.num_bytes)
         self._weights = self._uploaded(Path(entry["weights"])) if entry["weights"] else {}
@@ -322,8 +324,10 @@ class _Engine:
             cache: rows of each head that the runs before left, by the names of inputs.
             profile: of the engine, for the run's graph; what that has not is zeros, and of the smallest shape.
         """
-        taken = self._context.set_optimization_profile_async(profile, self._driver.stream)
-        self._given(taken, "does not take its own profile")
+        if profile != self._profile:
+            taken = self._context.set_optimization_profile_async(profile, self._driver.stream)
+            self._given(taken, "does not take its own profile")
+            self._profile = profile
         # A step returns its own row alone.
         shapes = {
             name: (*shape[:2], 1, shape[3]) if _takes_cache(run) else tuple(shape)

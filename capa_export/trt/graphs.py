@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -120,29 +120,36 @@ def find_profiles(onnx: Path, served: Sequence[str], target: Target) -> dict[str
         JoinDecodePass()(model)
     inputs = {value.name for value in model.graph.inputs}
     shapes = {name: shape for name, shape in step_shapes(model.graph).items() if name in inputs}
-    profiles: dict[str, dict[str, Any]] = {}
-    for index, graph in enumerate(served):
-
-        def limits(size: int | str, *, decodes: bool = index > 0) -> DimRange:
-            rows = counted_in_blocks(size) if isinstance(size, str) else None
-            if isinstance(size, int) or (len(served) > 1 and (rows is None) == decodes):
-                fixed = size if isinstance(size, int) else 1
-                return DimRange(min=fixed, opt=fixed, max=fixed)
-            if rows is None:
-                return target.dim(size)
-            least, usual, most = (-(-count // CACHE_ROWS) for count in target.dim(rows).model_dump().values())
-            return DimRange(min=least, opt=usual, max=most)
-
-        values = target.require_engine().values
-        if index > 0:
-            values = dict.fromkeys(values, DimRange(min=0, opt=0, max=0))
-        profiles[graph] = {
-            "shapes": {name: _ends([limits(size) for size in shape]) for name, shape in shapes.items()},
+    values = target.require_engine().values
+    none = dict.fromkeys(values, DimRange(min=0, opt=0, max=0))
+    joined = len(served) > 1
+    return {
+        graph: {
+            "shapes": {
+                name: _ends([_limits(size, target, whose if joined else "any") for size in shape])
+                for name, shape in shapes.items()
+            },
             "shape_inputs": {
-                name: _ends([values[name]] * prod(map(int, shape))) for name, shape in shapes.items() if name in values
+                name: _ends([(none if joined and whose == "token" else values)[name]] * prod(map(int, shape)))
+                for name, shape in shapes.items()
+                if name in values
             },
         }
-    return profiles
+        for graph, whose in zip(served, ("prompt", "token"), strict=False)
+    }
+
+
+def _limits(size: int | str, target: Target, whose: Literal["any", "prompt", "token"]) -> DimRange:
+    """Limits of a dimension: of an engine's only graph, or of a prompt or a token in one that is prefill and decode."""
+    rows = counted_in_blocks(size) if isinstance(size, str) else None
+    if isinstance(size, str) and whose == ("token" if rows is None else "prompt"):
+        size = 1
+    if isinstance(size, int):
+        return DimRange(min=size, opt=size, max=size)
+    if rows is None:
+        return target.dim(size)
+    least, usual, most = (-(-count // CACHE_ROWS) for count in target.dim(rows).model_dump().values())
+    return DimRange(min=least, opt=usual, max=most)
 
 
 def _read(onnx: Path) -> ir.Model:

@@ -83,9 +83,9 @@ def read_engine(engine: Path, built: Mapping[str, Any], weights: Path) -> dict[s
         "peak_memory_bytes": built["peak_rss_bytes"],
         "layers": len(layers),
         "layers_by_type": dict(sorted(types.items())),
-        "custom_layers": types["custom_layer"],
         # Each profile has them.
-        "capa_nodes": built["capa_nodes"] * len(built["serves"]),
+        "custom_layers": types["custom_layer"] // len(built["serves"]),
+        "capa_nodes": built["capa_nodes"],
         "weight_copies": len(copies),
         "cache_copies": len(copied),
         "activation_bytes": _activation_bytes(engine.with_suffix(".log")),

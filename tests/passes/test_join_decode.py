@@ -98,6 +98,13 @@ def test_nothing_but_attention_reads_the_cache(graphs: Graphs, family: str) -> N
     assert all(value.shape[3] == CACHE_ROWS for value in pasts)
 
 
+def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
+    model = ir.load(joined(graphs("qwen25vl", "fp16")))
+    text = ir.to_proto(model).SerializeToString()
+    assert not JoinDecodePass()(model).modified
+    assert ir.to_proto(model).SerializeToString() == text
+
+
 @pytest.mark.parametrize("selector", selectors())
 def test_every_selector_keeps_the_one_token_of_a_step(source: Source, tmp_path: Path, selector: str) -> None:
     layer = -1 if load_selector(selector).place == "input" else 2

@@ -91,10 +91,12 @@ def test_one_engine_that_is_prefill_and_decode_holds_weights_of_few_bits_once() 
     assert held(packed, "joined").weights == held(packed, "external").weights < 0.6 * held(packed, "embedded").weights
     assert choose_weights(packed, "fp16", "auto", RTX) == (
         "joined",
-        "5.8 GB in one engine that is prefill and decode; embedded, 10.3 GB",
+        "5.8 GB in one engine that is prefill and decode, which takes one prompt at a time; embedded, 10.3 GB",
     )
-    # A server answers prompts side by side, and small decoders may be there twice.
-    assert choose_weights(packed, "fp16", "auto", load_target("h100"))[0] == "embedded"
+    # Small decoders may be there twice; and of TensorRT nobody knows whether one engine holds them once.
+    where, why = choose_weights(packed, "fp16", "auto", load_target("orin"))
+    assert where == "embedded" and "was not tried: --weights joined, 5.8 GB if it does" in why
+    assert choose_weights(packed, "fp16", "auto", load_target("orin"), memory=8_000_000_000)[0] == "joined"
     few = replace(SMALL, decoder=replace(SMALL.decoder, packed=packed.decoder.packed))
     assert choose_weights(few, "fp16", "auto", RTX)[0] == "embedded"
     assert choose_weights(few, "fp16", "auto", RTX, memory=1_500_000_000)[0] == "joined"

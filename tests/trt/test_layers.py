@@ -45,8 +45,8 @@ def test_an_engine_without_a_list_of_layers_is_said(
     engine = tmp_path / "decode"
     engine.with_suffix(".layers.txt").write_text(text, encoding="utf-8")
     engine.with_suffix(".log").write_text("", encoding="utf-8")
-    built = dict.fromkeys(("onnx", "bytes", "seconds", "peak_rss_bytes", "version"))
-    read_engine(engine, {**built, "serves": ["decode"], "capa_nodes": 0, "warnings": []}, tmp_path / "none")
+    built = dict.fromkeys(("onnx", "bytes", "seconds", "peak_rss_bytes", "capa_nodes", "version"))
+    read_engine(engine, {**built, "serves": ["decode"], "warnings": []}, tmp_path / "none")
     said = "lists no layers, so whether weights or caches are copied is not known"
     assert (said in capsys.readouterr().err) == (text == "")
 
