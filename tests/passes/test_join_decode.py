@@ -15,8 +15,8 @@ from capa_export.passes.join_decode import JoinDecodePass, filled
 from capa_export.passes.lower import LowerPass
 from capa_export.selectors.selector import SelectorChoice, load_selector, selectors
 from tests.models import FAMILIES
-from tests.passes.test_cache_blocks import feeds
-from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, graphs, inputs, run
+from tests.passes.test_cache_blocks import feeds, new_rows
+from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, assert_close, graphs, inputs, run
 
 __all__ = ["graphs"]
 
@@ -40,14 +40,6 @@ def of_a_prompt(path: Path, prompt: Mapping[str, np.ndarray]) -> dict[str, np.nd
 def of_a_token(path: Path, step: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A token behind caches, as a prompt of one: no visual token is kept, and that which there is is text."""
     return filled(ir.load(path).graph.inputs, step)
-
-
-def assert_close(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float) -> None:
-    for name, value in expected.items():
-        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
-        error = np.abs(actual[name].astype(np.float64) - value.astype(np.float64)).max()
-        limit = tolerance * np.abs(value).max()
-        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -76,8 +68,7 @@ def test_a_token_is_what_decode_makes_of_it(
     plain, blocks = feeds(folder / "llm/decode.onnx", prompts=1)
     expected = run(folder / "llm/decode.onnx", plain)
     actual = run(path := joined(folder, lowered=lowered), of_a_token(path, blocks))
-    steps = {name: value[:, :, -1:] if is_present(name) else value for name, value in expected.items()}
-    assert_close(actual, steps, tolerance)
+    assert_close(actual, new_rows(expected), tolerance)
     kept = [value for name, value in actual.items() if name not in expected]
     assert all(value.tolist() == [0] for value in kept)
 
@@ -114,6 +105,5 @@ def test_every_selector_keeps_the_one_token_of_a_step(source: Source, tmp_path: 
     expected = run(tmp_path / "llm/decode.onnx", plain)
     path = joined(tmp_path)
     actual = run(path, of_a_token(path, blocks))
-    steps = {name: value[:, :, -1:] if is_present(name) else value for name, value in expected.items()}
-    assert_close(actual, steps, 1e-6)
+    assert_close(actual, new_rows(expected), 1e-6)
     assert actual["kept_positions.0"].tolist() == [0]
