@@ -38,8 +38,8 @@ _FAILED_ONCE = {(7, 1000), (7, 3000), (9, 300), (11, 1000)}
 """Seeds and factors whose builds were called wrong for noise that is the eager model's own."""
 _OF_THE_PROCESSOR = pytest.mark.xfail(
     strict=False,
-    reason="refused on some processors: a token for which the massive channel happens to cancel is so short that one draw "
-    "of the eager model's rounding does not say how far rounding may turn it",
+    reason="refused on some processors: a token for which the massive channel happens to cancel is so short that one "
+    "draw of the eager model's rounding does not say how far rounding may turn it",
 )
 
 
