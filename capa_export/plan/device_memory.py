@@ -36,7 +36,7 @@ Beyond it the second copy takes more than an eighth of the smallest card, and bu
 TensorRT-RTX 1.7, engines with the weights in them against engines that share them took 22 s and 1.6 GB of memory
 against 16 s and 0.9 GB where the decoder has 0.27 GB, and 133 s and 16.6 GB against 31 s and 0.7 GB where it has 6.2.
 """
-_ONE_PROMPT = ", which takes one prompt at a time"
+_JOINED = "in one engine that is prefill and decode, which takes one prompt at a time"
 _ANSWER = 64
 """Tokens of an answer that a cache has room for."""
 _CONTEXT = 16 << 20
@@ -198,10 +198,10 @@ def choose_weights(
             ExitCode.USAGE,
         )
     if asked != "auto":
-        return asked, f"as asked{_ONE_PROMPT if asked == 'joined' else ''}"
+        return asked, f"as asked, {_JOINED}" if asked == "joined" else "as asked"
     total, width, shared = parameters(dims), FORMATS[precision].num_bytes, shared_weights(dims)
     twice, once = (engine_weight_bytes(total, width, where) for where in ("embedded", shared))
-    how = f"in one engine that is prefill and decode{_ONE_PROMPT}" if packed else "that the engines share"
+    how = _JOINED if packed else "that the engines share"
     if memory is not None and twice + _context_bytes(dims, width, "embedded", target) + _CUDA > memory:
         return shared, f"{once / 1e9:.1f} GB {how}; embedded, {twice / 1e9:.1f} GB would not fit {memory / 1e9:g} GB"
     if packed and target.require_engine().runtime != "tensorrt-rtx":
