@@ -42,7 +42,7 @@ _ANSWER = 64
 _CONTEXT = 16 << 20
 """Bytes that an execution context takes at least; decode's, of any model, takes no more."""
 _CUDA = 500_000_000
-"""CUDA's own context and the kernels of three engines."""
+"""CUDA's own context and the kernels of the engines."""
 _SYSTEM = 1_500_000_000
 """Bytes of the system and of this program, where CPU and GPU share the memory."""
 _PER_ONNX_PARAMETER = 4.4

@@ -1,4 +1,4 @@
-"""The engine stage: a bundle's three engines, or the kit that builds them on the device, and its build there."""
+"""The engine stage: a bundle's engines, or the kit that builds them on the device, and its build there."""
 
 import os
 import platform
