@@ -49,7 +49,8 @@ class Gate(Settings):
     own_noise_ratio: Bound | None = None
     """How many times the eager model's own figure in this precision may be reached where that is beyond a bound of
     relative error, cosine, norm ratio or KL; of cosine's distance from 1 and of KL, which grow with the square of an
-    error, the square of it. Absent, those bounds are absolute."""
+    error, the square of it. A hidden state may also be off by as many times the median difference of its layer, however
+    short it is. Absent, those bounds are absolute."""
     flip_distance: Bound
     """How far from the cut a token may lie that is kept on one side only: relative lead of its score."""
     flip_noise_ratio: Bound | None = None

@@ -3,6 +3,7 @@
 S = steps, V = vocabulary, L = decoder layers, R = sampled prompt positions, D = hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from statistics import NormalDist
@@ -24,9 +25,11 @@ class VectorDistance:
     """Largest | |own| / |reference| - 1 |."""
     length: float = 0.0
     """Largest |own - reference| / |reference|: how far the norms would be apart if the difference lay along one."""
+    differences: list[float] = field(default_factory=list[float])
+    """|own - reference| of each pair."""
 
-    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
-        """Count pairs of rows."""
+    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray, within: float = 0.0) -> None:
+        """Count pairs of rows; those whose difference is no longer than `within` only in `differences`."""
         if not len(reference_XD):
             # The last token is never dropped: a reference without it has overflowed.
             self.cosine, self.norm_ratio, self.length = -inf, inf, inf
@@ -35,10 +38,15 @@ class VectorDistance:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)
             ratio = np.abs(norm / wanted - 1)
-            length = np.linalg.norm(own_XD - reference_XD, axis=-1) / wanted
-        self.cosine = -worse(-self.cosine, float(-cosine.min()))
-        self.norm_ratio = worse(self.norm_ratio, float(ratio.max()))
-        self.length = worse(self.length, float(length.max()))
+            difference = np.linalg.norm(own_XD - reference_XD, axis=-1)
+            length = difference / wanted
+        self.differences += np.ravel(difference).tolist()
+        # A NaN is not within anything.
+        counted = ~(difference <= within)
+        if counted.any():
+            self.cosine = -worse(-self.cosine, float(-cosine[counted].min()))
+            self.norm_ratio = worse(self.norm_ratio, float(ratio[counted].max()))
+            self.length = worse(self.length, float(length[counted].max()))
 
 
 @dataclass
@@ -84,8 +92,14 @@ class Distance:
         draws = NormalDist().inv_cdf(1 - 0.5 / len(self.squares)) ** 2
         return max(1.0, draws) * self.spread * float(np.mean(self.squares)) / 2
 
-    def add_states(self, own: Trace, reference: Trace) -> None:
-        """Count the vision tower's output and the hidden states of one prompt, where both traces hold them."""
+    def add_states(self, own: Trace, reference: Trace, within: Sequence[float] = ()) -> None:
+        """Count the vision tower's output and the hidden states of one prompt, where both traces hold them.
+
+        Args:
+            own: the trace to measure.
+            reference: the trace to measure from.
+            within: [L] lengths of a difference that turn no token's state and change no norm of one; none if empty.
+        """
         if own.features is not None and reference.features is not None:
             self.features = self.features or VectorDistance()
             self.features.add(own.features.astype(np.float64), reference.features.astype(np.float64))
@@ -93,9 +107,10 @@ class Distance:
         if own.hidden is None or reference.hidden is None:
             return
         self.layers = self.layers or [VectorDistance() for _ in reference.hidden]
-        for vectors, own_XD, wanted_XD in zip(self.layers, own.hidden, reference.hidden, strict=True):
+        rooms = within or [0.0] * len(self.layers)
+        for vectors, own_XD, wanted_XD, room in zip(self.layers, own.hidden, reference.hidden, rooms, strict=True):
             seen = ~np.isnan(wanted_XD[:, 0])
-            vectors.add(own_XD[seen].astype(np.float64), wanted_XD[seen].astype(np.float64))
+            vectors.add(own_XD[seen].astype(np.float64), wanted_XD[seen].astype(np.float64), room)
         errors = _relative_errors(own.hidden, reference.hidden, len(reference.logits))
         errors[~np.isfinite(errors)] = inf
         self.layer_errors = np.maximum(self.layer_errors, errors) if len(self.layer_errors) else errors

@@ -59,7 +59,7 @@ class ExportErrorMeter:
             same &= self._add_logits(own, wanted)
         self.same_tokens += same
         if states is not None:
-            self.distance.add_states(states, reference)
+            self.distance.add_states(states, reference, self._within())
 
     def _add_logits(self, own_V: np.ndarray, wanted_V: np.ndarray) -> bool:
         """Count one step; whether the likeliest token is the reference's, but for the last bits."""
@@ -73,6 +73,18 @@ class ExportErrorMeter:
             self.top1_counted += 1
             self.top1_wrong += not own <= clear
         return own <= last_bits
+
+    def _within(self) -> list[float]:
+        """[L] How long a difference of a token's state is excused, however short the state itself.
+
+        Where large addends cancel, a state is short, and its direction is chance of the precision: what the eager model
+        shows of that one token is a single draw, what it shows of all tokens of the layer is not.
+        """
+        ratio = self.gate.own_noise_ratio
+        if ratio is None:
+            return []
+        # Noise without a number excuses nothing.
+        return [ratio.limit * typical if isfinite(typical) else 0.0 for typical in self.noise.hidden_difference]
 
     @property
     def times_the_noise(self) -> float:

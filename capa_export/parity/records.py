@@ -73,6 +73,8 @@ class Noise:
     hidden_cosine: tuple[float, ...] = ()
     """The same of a token's hidden state that leaves each layer."""
     hidden_norm_ratio: tuple[float, ...] = ()
+    hidden_difference: tuple[float, ...] = ()
+    """Median length of the difference of a token's hidden state that leaves each layer."""
     features_cosine: float = 1.0
     """The same of the vision tower's output."""
     features_norm_ratio: float = 0.0
@@ -360,6 +362,7 @@ class _NoiseMeter:
             norm_ratio=seen.logits.length,
             hidden_cosine=tuple(layer.cosine for layer in seen.layers),
             hidden_norm_ratio=tuple(layer.length for layer in seen.layers),
+            hidden_difference=tuple(float(np.median(layer.differences)) for layer in seen.layers),
             features_cosine=features.cosine,
             features_norm_ratio=features.length,
             scores=tuple(self._scores.tolist()),

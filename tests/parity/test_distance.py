@@ -23,6 +23,19 @@ def test_one_wrong_vector_of_many_counts() -> None:
         assert (seen.cosine, seen.norm_ratio, seen.length) == pytest.approx(wanted)
 
 
+def test_pairs_within_a_difference_are_not_counted() -> None:
+    reference = np.array([[0.1, 0.0], [5.0, 0.0], [5.0, 0.0]])
+    own = reference + np.array([[0.0, 0.3], [0.4, 0.0], [0.0, 0.0]])
+    seen = VectorDistance()
+    seen.add(own, reference, within=0.35)
+    assert (seen.cosine, seen.norm_ratio, seen.length) == pytest.approx((1, 0.08, 0.08))
+    assert seen.differences == pytest.approx([0.3, 0.4, 0.0])
+    seen.add(own, reference, within=0.45)
+    assert seen.norm_ratio == pytest.approx(0.08)
+    seen.add(np.full((1, 2), np.nan), reference[:1], within=np.inf)
+    assert (seen.cosine, seen.norm_ratio) == (-np.inf, np.inf)
+
+
 @pytest.mark.parametrize(
     ("row", "error"),
     [

@@ -193,6 +193,37 @@ def test_the_layer_furthest_beyond_its_own_limit_counts() -> None:
     assert found["hidden norm ratio"].at_most == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize(
+    ("typical", "caught"),
+    [
+        # Four times the typical difference of this layer is longer than the short state's; shorter; of another layer;
+        # or there is no saying.
+        ((0.0, 0.26), set()),
+        ((0.0, 0.24), {"hidden cosine", "hidden norm ratio"}),
+        ((0.26, 0.0), {"hidden cosine", "hidden norm ratio"}),
+        ((0.0, np.inf), {"hidden cosine", "hidden norm ratio"}),
+        ((0.0, np.nan), {"hidden cosine", "hidden norm ratio"}),
+        ((), {"hidden cosine", "hidden norm ratio"}),
+    ],
+)
+def test_a_short_state_may_turn_as_far_as_differences_of_its_layer_are_long(
+    typical: tuple[float, ...], caught: set[str]
+) -> None:
+    short, long = np.array([0.6, 0.0]), np.array([100.0, 0.0])
+    reference = np.array([[short, long], [short, long]])
+    own = reference.copy()
+    own[1, 0] = 0.0, 0.8
+    # The long one is off by more, and within the bounds.
+    own[1, 1] += 1.5
+    states, wanted = (Trace(LOGITS, [], hidden=hidden) for hidden in (own, reference))
+    meter = ExportErrorMeter("x", "y", GATE, Noise(1e-3, hidden_difference=typical))
+    meter.add(states, wanted, states)
+    assert set(failing(meter)) == caught
+    absolute = ExportErrorMeter("x", "y", GATE.model_copy(update={"own_noise_ratio": None}), meter.noise)
+    absolute.add(states, wanted, states)
+    assert set(failing(absolute)) == {"hidden cosine", "hidden norm ratio"}
+
+
 @pytest.mark.parametrize("noise", [np.inf, np.nan])
 def test_noise_without_a_number_excuses_no_layer(noise: float) -> None:
     hidden = np.ones((1, 3, 4))
