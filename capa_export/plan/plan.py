@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from capa_export.base.dims import ModelDims
+from capa_export.base.dims import ModelDims, Section
 from capa_export.base.disk import check_disk, free_bytes
 from capa_export.base.errors import CapaError, ExitCode
 from capa_export.base.machine import available_memory
@@ -16,12 +16,12 @@ from capa_export.config.quantization import check_groups, rounding
 from capa_export.config.recipe import Recipe, check_layers
 from capa_export.config.target import Target
 from capa_export.config.weights import Weights, WeightsWish
-from capa_export.model.checkpoint import fetch_config
+from capa_export.model.checkpoint import fetch_config, fetch_json
 from capa_export.model.families import load_family
 from capa_export.model.hub import full_source
 from capa_export.model.lockstep import TOGETHER_BYTES
 from capa_export.model.memory import LIBRARIES, calibration_bytes, validation_bytes
-from capa_export.model.quantized.formats import find_format, held
+from capa_export.model.quantized.formats import HF_QUANT_CONFIG, find_format, held
 from capa_export.model.visual_tokens import visual_tokens
 from capa_export.plan.device_memory import (
     choose_weights,
@@ -100,7 +100,9 @@ def dry_run(
     """
     config = fetch_config(checkpoint, revision=revision)
     where = f"{checkpoint}: config.json"
-    form = find_format(config, where)
+    beside = fetch_json(checkpoint, (HF_QUANT_CONFIG,), revision=revision).get(HF_QUANT_CONFIG)
+    settings = None if beside is None else Section(beside, f"{checkpoint}: {HF_QUANT_CONFIG}", "")
+    form = find_format(config, where, settings)
     dims = load_family(recipe.family).model_dims(config, where=where)
     check_groups(recipe.quantize, recipe.quantize_head, dims.decoder)
     packed = rounding(recipe.quantize)

@@ -22,6 +22,7 @@ from capa_export.plan.device_memory import (
     onnx_runtime_bytes,
 )
 from capa_export.plan.flops import kv_cache, parameters
+from tests.quantizing import FORMATS
 
 RTX = load_target("rtx")
 
@@ -200,6 +201,28 @@ def test_a_plan_says_which_devices_have_room(checkpoint_7b: Path, capsys: pytest
     assert "has room: AGX Orin 32GB (32 GB), AGX Orin 64GB (64 GB)" in shown
     assert "too small: Orin Nano 4GB (4 GB), Orin Nano 8GB (8 GB), " in shown
     assert "weights external: 15.5 GB that the engines share; embedded, 29.6 GB" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("AutoAWQ", ["-t", "rtx"]), ("INT4 AWQ", ["-t", "rtx"]), ("NVFP4", ["-t", "onnx", "--quantize", "nvfp4"])],
+)
+def test_a_plan_counts_published_weights_of_few_bits_wherever_their_settings_lie(
+    checkpoint_7b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str]
+) -> None:
+    """AutoAWQ's in `config.json`, ModelOpt's in a file beside it."""
+    packer = FORMATS[name]
+    config = json.loads((checkpoint_7b / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization_config": dict(packer.config)} if packer.config else {}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if packer.beside:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(packer.beside), encoding="utf-8")
+    main(["plan", "--model", "qwen25vl", "--checkpoint", str(tmp_path), *options, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    few = PackedLayers(kind="nvfp4" if name == "NVFP4" else "int4", group=16, has_zeros=name == "AutoAWQ")
+    wanted = parameters(replace(SEVEN, decoder=replace(SEVEN.decoder, packed=few)))
+    assert found["parameters"]["packed_bytes"] == wanted.packed_bytes
+    assert found["files"]["onnx weights"] < 7e9
 
 
 def test_a_plan_counts_this_machine(
