@@ -25,11 +25,9 @@ class VectorDistance:
     """Largest | |own| / |reference| - 1 |."""
     length: float = 0.0
     """Largest |own - reference| / |reference|: how far the norms would be apart if the difference lay along one."""
-    differences: list[float] = field(default_factory=list[float])
-    """|own - reference| of each pair."""
 
-    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray, within: float = 0.0) -> None:
-        """Count pairs of rows; those whose difference is no longer than `within` only in `differences`."""
+    def add(self, own_XD: np.ndarray, reference_XD: np.ndarray) -> None:
+        """Count pairs of rows."""
         if not len(reference_XD):
             # The last token is never dropped: a reference without it has overflowed.
             self.cosine, self.norm_ratio, self.length = -inf, inf, inf
@@ -38,15 +36,10 @@ class VectorDistance:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             cosine = (own_XD * reference_XD).sum(-1) / (norm * wanted)
             ratio = np.abs(norm / wanted - 1)
-            difference = np.linalg.norm(own_XD - reference_XD, axis=-1)
-            length = difference / wanted
-        self.differences += np.ravel(difference).tolist()
-        # A NaN is not within anything.
-        counted = ~(difference <= within)
-        if counted.any():
-            self.cosine = -worse(-self.cosine, float(-cosine[counted].min()))
-            self.norm_ratio = worse(self.norm_ratio, float(ratio[counted].max()))
-            self.length = worse(self.length, float(length[counted].max()))
+            length = np.linalg.norm(own_XD - reference_XD, axis=-1) / wanted
+        self.cosine = -worse(-self.cosine, float(-cosine.min()))
+        self.norm_ratio = worse(self.norm_ratio, float(ratio.max()))
+        self.length = worse(self.length, float(length.max()))
 
 
 @dataclass
@@ -67,6 +60,10 @@ class Distance:
     features: VectorDistance | None = None
     features_error: float = 0.0
     layers: list[VectorDistance] = field(default_factory=list)
+    beyond: list[VectorDistance] = field(default_factory=list)
+    """The same of those states alone that differ by more than they may, whatever their own length."""
+    differences: list[list[float]] = field(default_factory=list)
+    """Per layer, how long the difference of each state is."""
     layer_errors: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """[L]"""
 
@@ -98,7 +95,7 @@ class Distance:
         Args:
             own: the trace to measure.
             reference: the trace to measure from.
-            within: [L] lengths of a difference that turn no token's state and change no norm of one; none if empty.
+            within: [L] how long a state's difference may be without being counted in `beyond`; 0 where empty.
         """
         if own.features is not None and reference.features is not None:
             self.features = self.features or VectorDistance()
@@ -106,11 +103,19 @@ class Distance:
             self.features_error = worse(self.features_error, _relative_error(own.features, reference.features))
         if own.hidden is None or reference.hidden is None:
             return
-        self.layers = self.layers or [VectorDistance() for _ in reference.hidden]
-        rooms = within or [0.0] * len(self.layers)
-        for vectors, own_XD, wanted_XD, room in zip(self.layers, own.hidden, reference.hidden, rooms, strict=True):
+        if not self.layers:
+            self.layers, self.beyond = ([VectorDistance() for _ in reference.hidden] for _ in range(2))
+            self.differences = [[] for _ in reference.hidden]
+        for layer, (own_XD, wanted_XD) in enumerate(zip(own.hidden, reference.hidden, strict=True)):
             seen = ~np.isnan(wanted_XD[:, 0])
-            vectors.add(own_XD[seen].astype(np.float64), wanted_XD[seen].astype(np.float64), room)
+            pair = own_XD[seen].astype(np.float64), wanted_XD[seen].astype(np.float64)
+            self.layers[layer].add(*pair)
+            lengths = np.linalg.norm(pair[0] - pair[1], axis=-1)
+            self.differences[layer] += lengths.tolist()
+            # A NaN is not within anything.
+            far = ~(lengths <= (within[layer] if within else 0.0))
+            if far.any() or not seen.any():
+                self.beyond[layer].add(*(vectors[far] for vectors in pair))
         errors = _relative_errors(own.hidden, reference.hidden, len(reference.logits))
         errors[~np.isfinite(errors)] = inf
         self.layer_errors = np.maximum(self.layer_errors, errors) if len(self.layer_errors) else errors

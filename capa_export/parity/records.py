@@ -362,7 +362,7 @@ class _NoiseMeter:
             norm_ratio=seen.logits.length,
             hidden_cosine=tuple(layer.cosine for layer in seen.layers),
             hidden_norm_ratio=tuple(layer.length for layer in seen.layers),
-            hidden_difference=tuple(float(np.median(layer.differences)) for layer in seen.layers),
+            hidden_difference=tuple(float(np.median(lengths)) for lengths in seen.differences),
             features_cosine=features.cosine,
             features_norm_ratio=features.length,
             scores=tuple(self._scores.tolist()),

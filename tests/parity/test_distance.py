@@ -23,17 +23,24 @@ def test_one_wrong_vector_of_many_counts() -> None:
         assert (seen.cosine, seen.norm_ratio, seen.length) == pytest.approx(wanted)
 
 
-def test_pairs_within_a_difference_are_not_counted() -> None:
-    reference = np.array([[0.1, 0.0], [5.0, 0.0], [5.0, 0.0]])
-    own = reference + np.array([[0.0, 0.3], [0.4, 0.0], [0.0, 0.0]])
-    seen = VectorDistance()
-    seen.add(own, reference, within=0.35)
-    assert (seen.cosine, seen.norm_ratio, seen.length) == pytest.approx((1, 0.08, 0.08))
-    assert seen.differences == pytest.approx([0.3, 0.4, 0.0])
-    seen.add(own, reference, within=0.45)
-    assert seen.norm_ratio == pytest.approx(0.08)
-    seen.add(np.full((1, 2), np.nan), reference[:1], within=np.inf)
-    assert (seen.cosine, seen.norm_ratio) == (-np.inf, np.inf)
+def test_states_within_a_difference_are_told_from_those_beyond() -> None:
+    hidden = np.array([[[0.1, 0.0], [5.0, 0.0], [np.nan, 0.0], [5.0, 0.0]]])
+    reference, seen = Trace(LOGITS, [], hidden=hidden), Distance()
+    own = hidden + np.array([[0.0, 0.3], [0.4, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    for room in (0.35, 0.45):
+        seen.add_states(Trace(LOGITS, [], hidden=own), reference, [room])
+    (every,), (beyond,) = seen.layers, seen.beyond
+    assert (every.cosine, every.norm_ratio) == pytest.approx((0.1**0.5, 10**0.5 - 1))
+    assert (beyond.cosine, beyond.norm_ratio) == pytest.approx((1, 0.08))
+    assert seen.differences == [pytest.approx([0.3, 0.4, 0.0] * 2)]
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(np.nan, 1.0), (1.0, np.nan)])
+def test_what_is_not_finite_is_beyond_any_difference(own: float, wanted: float) -> None:
+    traces = (Trace(LOGITS, [], hidden=np.full((1, 2, 3), value)) for value in (own, wanted))
+    seen = Distance()
+    seen.add_states(*traces, [np.inf])
+    assert [(one.cosine, one.norm_ratio) for one in (*seen.layers, *seen.beyond)] == [(-np.inf, np.inf)] * 2
 
 
 @pytest.mark.parametrize(
