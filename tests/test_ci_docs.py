@@ -60,6 +60,7 @@ def test_the_gate_file_holds_the_defaults_it_says_it_holds(tmp_path: Path) -> No
 
 @pytest.mark.giant
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_commands_build_validate_and_catch_the_fault(tmp_path: Path) -> None:
     (tmp_path / "ci").mkdir()
     (tmp_path / "ci/fault.py").write_text(block("A fault, to see that the gate holds", "python"), encoding="utf-8")

@@ -42,6 +42,7 @@ def commands(text: str, section: str = "") -> list[list[str]]:
 
 @pytest.mark.giant
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_prints_what_the_readme_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def all_commands(tutorial: str) -> list[list[str]]:
 
 
 @pytest.mark.giant
+@pytest.mark.exhaustive
 def test_the_commands_for_your_own_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

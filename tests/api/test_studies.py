@@ -136,7 +136,7 @@ def test_a_bundle_is_evaluated(bundle: Path, questions: Path, tmp_path: Path, to
     assert ("evaluate", 3, 3) in told
 
 
-@pytest.mark.parametrize("quantize", [None, "int4:32"])
+@pytest.mark.parametrize("quantize", [pytest.param(None, marks=pytest.mark.exhaustive), "int4:32"])
 def test_a_recipe_is_tuned(
     quantize: Quantization | None,
     recipe: Path,

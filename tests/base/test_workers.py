@@ -131,6 +131,7 @@ def slow_writer(log: Path) -> Callable[[int], int]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_lost_node_loses_nothing(two_nodes: tuple[Any, Any], tmp_path: Path) -> None:
     cluster, second = two_nodes
     log = tmp_path / "log"

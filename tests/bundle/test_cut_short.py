@@ -200,8 +200,8 @@ def changed(tmp_path: Path, shard: Path, stages: Sequence[Stage], before: Sequen
     return Change(stages, shard, tmp_path)
 
 
-def slow(*stages: Stage, before: Sequence[Stage] = STAGES) -> Any:
-    return pytest.param(stages, before, marks=pytest.mark.slow)
+def slow(*stages: Stage, before: Sequence[Stage] = STAGES, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
+    return pytest.param(stages, before, marks=[pytest.mark.slow, *marks])
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,9 @@ def slow(*stages: Stage, before: Sequence[Stage] = STAGES) -> Any:
         ((export,), STAGES),
         ((note,), STAGES),
         ((export,), ()),
-        slow(calibrate, before=()),
-        *map(slow, (calibrate, kit, validate, golden)),
+        # These are replaced as what `export` writes is.
+        slow(calibrate, before=(), marks=[pytest.mark.exhaustive]),
+        *(slow(stage, marks=[pytest.mark.exhaustive]) for stage in (calibrate, kit, validate, golden)),
         slow(engine, note),
     ],
     ids=lambda stages: "+".join(stage.__name__ for stage in stages) or "none",

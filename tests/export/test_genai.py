@@ -120,13 +120,14 @@ def same(folder: Path, prompts: Sequence[Prompt], num_keep: int | None, precisio
 @pytest.mark.parametrize(
     ("name", "precision", "selector", "linear"),
     [
-        ("tiny-qwen25vl", "fp32", None, ()),
+        # `make test` keeps one of each family, and one of them without a selector.
+        pytest.param(*("tiny-qwen25vl", "fp32", None, ()), marks=pytest.mark.exhaustive),
         ("tiny-qwen25vl", "fp16", "divprune", (2, 5, 6)),
-        ("tiny-qwen25vl", "fp32", "cdpruner", ()),
-        ("tiny-llava15", "fp32", "divprune", (3,)),
+        pytest.param(*("tiny-qwen25vl", "fp32", "cdpruner", ()), marks=pytest.mark.exhaustive),
+        pytest.param(*("tiny-llava15", "fp32", "divprune", (3,)), marks=pytest.mark.exhaustive),
         ("tiny-llava15", "fp16", "vispruner", ()),
         ("tiny-internvl3", "fp32", None, (4,)),
-        ("tiny-internvl3", "fp32", "dart", (4,)),
+        pytest.param(*("tiny-internvl3", "fp32", "dart", (4,)), marks=pytest.mark.exhaustive),
     ],
 )
 def test_genai_generates_what_our_runtime_does(
@@ -267,6 +268,7 @@ for folder, question in json.loads(sys.argv[1]).items():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_script_of_the_docs_answers_without_this_package(tmp_path: Path) -> None:
     """Of each family, one after the other in one interpreter, whose imports take longer than the answers."""
     doc = (Path(__file__).resolve().parents[2] / "docs" / "genai.md").read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from capa_export.trt.stage import build_engines
 from tests.building import Building
 from tests.conftest import noise
 from tests.models.qwen25vl import random_model, save_model
+from tests.products import once_each
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALES = {2: np.linspace(0.5, 1.5, 64)}
@@ -76,8 +77,7 @@ def answers(folder: Path, prompter: Prompter) -> list[np.ndarray]:
     return [run.logits, first, second, *run.kept]
 
 
-@pytest.mark.parametrize("head", ["untied", "tied"])
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("precision", "head"), once_each(DTYPES, ["untied", "tied"]))
 def test_the_same_numbers_as_a_copy_and_no_tensor_written(precision: str, head: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "checkpoint", precision, tied=head == "tied")
     source = source_of(checkpoint)
@@ -299,7 +299,7 @@ def test_a_copied_bundle_is_known_by_its_times_or_its_digests(building: Building
         Bundle.open(digested).verify("export")
 
 
-@pytest.mark.parametrize("weights", ["embedded", "external"])
+@pytest.mark.parametrize("weights", [pytest.param("embedded", marks=pytest.mark.exhaustive), "external"])
 def test_engines_are_built_from_the_shards(building: Building, tmp_path: Path, weights: Any) -> None:
     before = state(tmp_path / "checkpoint")
     building = building.again(ffn=False)

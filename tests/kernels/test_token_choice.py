@@ -100,7 +100,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("given", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [
+        # The defaults, and every setting among others.
+        pytest.param(given, marks=pytest.mark.exhaustive if len(given) in (1, 2) else ())
+        for given in SETTINGS
+    ],
+    ids=str,
+)
 def test_samples_are_the_host_s(given: dict[str, Any]) -> None:
     """Without ties, and with so many that they decide which tokens are likely enough."""
     checked(*case(1025, do_sample=True, **given))

@@ -130,7 +130,10 @@ BOTH = {"text_rows_not_merged", "cache_not_gathered", "score_over_visual_keys", 
         pytest.param(
             *(fault, precision),
             id=f"{precision}-{fault.name}",
-            marks=() if fault in KINDS else pytest.mark.exhaustive,
+            # Each kind once: in FP32 where it is planted in both, and no sentence is awaited of FP16.
+            marks=()
+            if fault in KINDS and precision == ("fp32" if fault.plant.__name__ in BOTH - WORDS.keys() else "fp16")
+            else pytest.mark.exhaustive,
         )
         for precision in ("fp16", "fp32")
         for fault in GRAPHS

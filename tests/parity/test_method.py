@@ -137,7 +137,10 @@ def test_nothing_removed_is_dense(oracle: Oracle) -> None:
     assert found.words[0].startswith("No visual token was removed")
 
 
-@pytest.mark.parametrize(("answering", "ratio", "apart_at"), [("trained", 0.9, {None, 0}), ("oracle", 0.75, {0, 1})])
+@pytest.mark.parametrize(
+    ("answering", "ratio", "apart_at"),
+    [("trained", 0.9, {None, 0}), pytest.param("oracle", 0.75, {0, 1}, marks=pytest.mark.exhaustive)],
+)
 def test_figures_are_those_of_the_answers(
     answering: str, ratio: float, apart_at: set[int | None], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ from capa_export.passes.cache_blocks import CacheBlocksPass, step_shapes
 from capa_export.passes.lower import LowerPass
 from capa_export.trt.engines import build_graphs
 from tests.models import FAMILIES
-from tests.passes.test_lower import IMPORTED, JETPACK_6, Graphs, assert_close, graphs, run
+from tests.passes.test_lower import IMPORTED, JETPACK_6, TOLERANCES, Graphs, assert_close, graphs, run
+from tests.products import once_each
 from tests.targets import one_gpu
 
 __all__ = ["graphs"]
@@ -71,9 +72,9 @@ def new_rows(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 # As of lowered graphs: FP32 sums in another order, and FP16 rounds after softmax where ONNX Runtime's kernels do not.
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 2e-3)])
-@pytest.mark.parametrize("lowered", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "lowered", "precision", "tolerance"), once_each(FAMILIES, [False, True], TOLERANCES.items())
+)
 def test_computes_what_decode_does(
     graphs: Graphs,
     family: str,
@@ -134,10 +135,13 @@ def test_a_second_run_changes_nothing(graphs: Graphs) -> None:
 @pytest.mark.parametrize(
     ("family", "lowered"),
     [
-        *((family, False) for family in FAMILIES),
-        # One with as many KV heads as query heads, and one with fewer.
-        *(("llava15", True), ("qwen25vl", True)),
-        *(pytest.param(family, True, marks=pytest.mark.exhaustive) for family in ("internvl3", "qwen3vl")),
+        # One with as many KV heads as query heads lowered, and one with fewer as it is.
+        pytest.param(
+            *(family, lowered),
+            marks=() if (family, lowered) in {("llava15", True), ("qwen25vl", False)} else pytest.mark.exhaustive,
+        )
+        for lowered in (False, True)
+        for family in FAMILIES
     ],
 )
 def test_no_layer_copies_a_cache(graphs: Graphs, family: str, tmp_path: Path, *, lowered: bool) -> None:

@@ -19,6 +19,7 @@ from capa_export.model.source import Source
 from capa_export.passes.lower import LowerPass
 from capa_export.trt.engines import build_graphs
 from tests.models import FAMILIES
+from tests.products import once_each
 from tests.targets import one_gpu
 
 JETPACK_6 = (10, 3)
@@ -151,11 +152,12 @@ def assert_close(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.nda
         assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
 
 
-# FP32: the same operations, summed in another order. FP16: both round after softmax, norms and rotation, where ONNX
-# Runtime's own kernels round once less; the last layers' caches have gone through all of them.
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 2e-3)])
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("family", FAMILIES)
+TOLERANCES = {"fp32": 1e-6, "fp16": 2e-3}
+"""FP32: the same operations, summed in another order. FP16: both round after softmax, norms and rotation, where ONNX
+Runtime's own kernels round once less; the last layers' caches have gone through all of them."""
+
+
+@pytest.mark.parametrize(("family", "graph", "precision", "tolerance"), once_each(FAMILIES, GRAPHS, TOLERANCES.items()))
 def test_computes_the_same(graphs: Graphs, family: str, graph: str, precision: str, tolerance: float) -> None:
     path = graphs(family, precision) / f"{graph}.onnx"
     feed = inputs(path)
@@ -240,8 +242,7 @@ def test_norms_of_large_values_do_not_overflow(dtype: type, tmp_path: Path) -> N
 
 @pytest.mark.trt
 @pytest.mark.slow
-@pytest.mark.parametrize("graph", ["llm/prefill", "visual/model"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "graph"), once_each(FAMILIES, ["llm/prefill", "visual/model"]))
 def test_builds_with_every_attention_in_one_kernel(graphs: Graphs, family: str, graph: str, tmp_path: Path) -> None:
     path = graphs(family, "fp16") / f"{graph}.onnx"
     num_attentions = sum(node.op_type == "Attention" for node in ir.load(path).graph)

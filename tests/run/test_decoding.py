@@ -23,6 +23,7 @@ from capa_export.run.decoding import TokenChooser, generate
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
+from tests.products import once_each
 
 NOWHERE = Path("generation_config.json")
 VOCABULARY, STOP = 40, [3, 7]
@@ -130,19 +131,18 @@ def answers(
     return [[token for step in steps if (token := step[row]) is not None] for row in range(len(prompts))]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"repetition_penalty": 1.3},
-        {"repetition_penalty": 0.8},
-        {"repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
-        # One token left: sampled, and all the same no matter of chance.
-        {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05},
-        {"do_sample": True, "top_k": 1, "suppress_tokens": [5, 6]},
-    ],
-    ids=str,
-)
+GIVEN = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8},
+    {"repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
+    # One token left: sampled, and all the same no matter of chance.
+    {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05},
+    {"do_sample": True, "top_k": 1, "suppress_tokens": [5, 6]},
+]
+
+
+@pytest.mark.parametrize(("case", "given"), once_each(FAMILIES, GIVEN), ids=str, indirect=["case"], scope="module")
 def test_what_is_not_pruned_answers_as_generate_does(case: Case, given: dict[str, Any]) -> None:
     family, model, onnx, prompts = case
     limit = 12

@@ -15,6 +15,7 @@ from capa_export.model.source import Source
 from capa_export.run.onnx import OnnxModel
 from tests.conftest import noise
 from tests.models import FAMILIES
+from tests.products import once_each
 
 TOKENS = [5, 6, 7]
 
@@ -59,7 +60,9 @@ def answers(model: OnnxModel, prompts: list[Prompt]) -> list[tuple[np.ndarray, l
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("made", "precision"), once_each(FAMILIES, ["fp32", "fp16", "bf16"]), indirect=["made"], scope="module"
+)
 def test_slices_are_the_whole(made: Made, precision: str) -> None:
     folder, prompts = made.written(precision), made.prompts()
     own, whole = answers(OnnxModel(folder, sliced=True), prompts), answers(OnnxModel(folder), prompts)

@@ -21,6 +21,7 @@ from capa_export.selectors.selector import SelectorChoice, load_selector, select
 from tests.agreement import compare
 from tests.conftest import noise
 from tests.models import internvl3, llava15, qwen3vl, qwen25vl
+from tests.products import once_each
 
 ELIGIBLE: Mapping[str, Any] = {"qwen25vl": qwen25vl, "llava15": llava15, "internvl3": internvl3}
 SCALES = {3: np.linspace(0.5, 1.5, 64)}
@@ -89,9 +90,7 @@ def stage(name: str, ratio: float, layer: int = 2) -> Stage:
     return Stage(selector=name, ratio=ratio, **given)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.75])
-@pytest.mark.parametrize("name", selectors())
-@pytest.mark.parametrize("family", ELIGIBLE)
+@pytest.mark.parametrize(("family", "name", "ratio"), once_each(ELIGIBLE, selectors(), [0.5, 0.75]))
 def test_the_graph_keeps_and_says_what_the_eager_model_does(make: Make, family: str, name: str, ratio: float) -> None:
     subject = make(family)
     subject.compare(subject.prompt(noise(112, 112)), stage(name, ratio))

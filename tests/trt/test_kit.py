@@ -26,6 +26,7 @@ from capa_export.trt.layers import cache_copies, parse_layers, weight_copies
 from capa_export.trt.stage import build_kit
 from tests.building import Building
 from tests.headers import headers_of_tensorrt
+from tests.products import once_each
 
 ENGINES = ("visual/visual", "llm/prefill", "llm/decode")
 
@@ -370,8 +371,7 @@ def native_kit(wide: Bundle, orin: Target, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.trt
 @pytest.mark.slow
-@pytest.mark.parametrize("lowered", [False, True])
-@pytest.mark.parametrize("plugins", ["none", "native"])
+@pytest.mark.parametrize(("plugins", "lowered"), once_each(["none", "native"], [False, True]))
 def test_a_bare_python_builds_the_kit(
     request: pytest.FixtureRequest, bare_python: dict[str, str], tmp_path: Path, plugins: str, *, lowered: bool
 ) -> None:

@@ -28,13 +28,14 @@ def checkpoint_of_many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("form", "target", "dtype", "head", "num_packed", "weights"),
     [
-        ("int4:32/rtn", "rtx", "Int4", "int4:32", 35, "joined"),
+        # `make test` keeps numbers of each type, and weights joined and embedded.
+        pytest.param(*("int4:32/rtn", "rtx", "Int4", "int4:32", 35, "joined"), marks=pytest.mark.exhaustive),
         ("AutoAWQ", "rtx", "Int4", "none", 34, "embedded"),
         ("int8", "rtx", "Int8", "int8", 35, "joined"),
         pytest.param(*("int8", "rtx", "Int8", "int8", 35, "embedded"), marks=pytest.mark.exhaustive),
         ("fp8", "spark", "FP8", "fp8", 35, "embedded"),
         # The layers of a model whose head alone is packed may be shared.
-        ("none", "rtx", "Int8", "int8", 1, "external"),
+        pytest.param(*("none", "rtx", "Int8", "int8", 1, "external"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_packed_weight_is_part_of_a_product(

@@ -33,6 +33,7 @@ def command(variables: dict[str, str], *words: str) -> tuple[int, str, list[str]
     return run.returncode, run.stdout, run.stderr.splitlines()
 
 
+@pytest.mark.exhaustive
 def test_with_gpu_and_tensorrt_engines_are_built_here_and_held_to_the_golden(
     bundle: Bundle, device: dict[str, str]
 ) -> None:

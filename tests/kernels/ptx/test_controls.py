@@ -69,7 +69,14 @@ def error_of(variant: str, kernel: Kernel) -> str:
     return ""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OTHERS = {"attention_logits.fp32.32", "written_squares.fp16.32", "gather_rows.fp32", "merge_rows.fp16"}
+"""Kernels that lose their barriers in the other precision, too, wait for `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(variant, marks=pytest.mark.exhaustive if variant in OTHERS else ()) for variant in VARIANTS],
+)
 def test_the_loss_of_a_barrier_is_seen_but_of_those_that_are_not_needed(variant: str) -> None:
     kernel = parsed(variant, "8.0")
     assert error_of(variant, kernel) == ""

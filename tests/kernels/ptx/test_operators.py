@@ -12,8 +12,10 @@ from tests.kernels.test_contribution_score import case as score_case
 from tests.kernels.test_token_gather import bits as gather_bits
 from tests.kernels.test_topk_keep import prompts
 from tests.kernels.test_visual_scale import case as scale_case
+from tests.products import once_each
 
-REALS = pytest.mark.parametrize("real", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+NAMES: dict[object, str] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+REALS = pytest.mark.parametrize("real", NAMES, ids=NAMES.get)
 TEXT = torch.inf
 
 RTOL = 4e-6
@@ -35,8 +37,7 @@ def check_score(inputs: dict[str, torch.Tensor], scale: float = 0.125) -> None:
     check(contribution_score, inputs, RTOL, scale=scale)
 
 
-@REALS
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize(("head_size", "real"), once_each(HEAD_SIZES, NAMES), ids=NAMES.get)
 def test_contribution_score_of_every_head_size(head_size: int, real: torch.dtype) -> None:
     check_score(score_case(4, 2, head_size, tokens=45, hidden_size=144, num_text=3, real=real))
 

@@ -13,7 +13,11 @@ from tests.models import FAMILIES
 
 
 @pytest.mark.parametrize(
-    ("family", "word"), [("internvl3", "int4:32"), ("llava15", "int4:32/rtn"), ("qwen3vl", "int4:32/rtn")]
+    ("family", "word"),
+    [
+        ("internvl3", "int4:32"),
+        *(pytest.param(family, "int4:32/rtn", marks=pytest.mark.exhaustive) for family in ("llava15", "qwen3vl")),
+    ],
 )
 def test_a_build_passes_its_gates(family: str, word: str, tmp_path: Path) -> None:
     folder = FAMILIES[family].save_model(tmp_path / "checkpoint", FAMILIES[family].random_model())

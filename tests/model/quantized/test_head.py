@@ -145,7 +145,11 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("form", KEPT)
+@pytest.mark.parametrize(
+    "form",
+    # In four bits, too, and layer by layer.
+    [pytest.param(form, marks=() if form == "int4:32/rtn" else pytest.mark.exhaustive) for form in KEPT],
+)
 def test_a_bundle_has_its_head_in_few_bits_and_says_so(
     form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +185,14 @@ def test_the_layers_of_a_quantized_checkpoint_are_expanded_without_it(folder: Pa
     assert bundled_dims(building.bundle).packings == {"--quantize-head": PackedLayers(kind="int4", group=32)}
 
 
-@pytest.mark.parametrize("family", ["internvl3", "llava15", "qwen3vl"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(pytest.param(family, marks=pytest.mark.exhaustive) for family in ("internvl3", "llava15")),
+        # Its head is the embedding.
+        "qwen3vl",
+    ],
+)
 def test_every_family_has_it(family: str, tmp_path: Path) -> None:
     made = FAMILIES[family].random_model(**({"tie_word_embeddings": True} if family == "qwen3vl" else {}))
     folder = FAMILIES[family].save_model(tmp_path / "checkpoint", made)

@@ -104,8 +104,10 @@ def building_of(folder: Path, tmp_path: Path, family: str, **options: Any) -> Bu
     [
         ("qwen25vl", {"quantize": "int4:32/rtn", "quantize_head": "int8", "quantize_vision": "int8"}),
         ("qwen3vl", {"quantize_vision": "fp8"}),
-        ("internvl3", {"quantize_vision": "int8"}),
-        ("llava15", {"quantize_vision": "int8", "fp32_layers": ("visual.1.mlp",)}),
+        pytest.param("internvl3", {"quantize_vision": "int8"}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            *("llava15", {"quantize_vision": "int8", "fp32_layers": ("visual.1.mlp",)}), marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_build_passes_its_gates(

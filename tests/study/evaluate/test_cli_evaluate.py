@@ -90,6 +90,7 @@ def test_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on(
     checkpoint: Path,
     questions: Path,

@@ -236,6 +236,7 @@ def test_verdict(low: float, earlier: int, own: str | None, words: str, *, broke
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trained_model_without_calibration(tmp_path: Path) -> None:
     """The shipped one, at a budget that its schedule meets only two layers earlier, where it is bad."""
     out = tmp_path / "x.toml"
