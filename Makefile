@@ -34,7 +34,8 @@ bed-real: .venv/dev.stamp
 test: .venv/dev.stamp
 	$(PYTEST) --ignore=tests/benchmarks -m "not exhaustive"
 
-# What `make test` leaves out: training, peers, benchmarks and the real bed, of which 93 MB come from the package index.
+# What `make test` leaves out: training, peers, benchmarks and the real bed, of which 93 MB come from the package index;
+# whole runs of what the pages show; and of products of parameters what shows no value anew.
 test-all: .venv/dev.stamp
 	$(PYTEST) tests/benchmarks
 	$(PYTEST) --ignore=tests/benchmarks -m exhaustive
