@@ -1,7 +1,7 @@
 """The whole answer as a user waits for it: picture file in, last token out, by parts, beside the peers.
 
 python -m benchmarks.request --work /tmp/request --tokenizer qwen3/package/models --real out/bed-real \
-    --out benchmarks/results/2026-11-30-request
+    --out benchmarks/results/2026-12-01-request
 
 Every system is loaded in a process of its own, with one thread, and they take turns: each answers the same question
 about the same picture, one after the other, in another order each round. Times are the processor's, which other work on
