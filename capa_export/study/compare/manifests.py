@@ -28,10 +28,14 @@ def sizes(reference: Bundle, candidate: Bundle) -> Iterator[FileSize]:
 
 
 def engines(reference: Bundle, candidate: Bundle) -> Iterator[EngineChange]:
-    """The engines of the targets that both have engines for; a kit has none yet."""
+    """The engines of the targets that both have engines for, by name; a kit has none yet."""
     one, other = (_engine_facts(bundle) for bundle in (reference, candidate))
-    both = (name for name in one if name in other)
-    return (EngineChange(engine=name, reference=one[name], candidate=other[name]) for name in both)
+    both = [target for target in one if target in other]
+    names = dict.fromkeys((target, name) for target in both for name in (*one[target], *other[target]))
+    return (
+        EngineChange(engine=f"{target}/{name}", reference=one[target].get(name), candidate=other[target].get(name))
+        for target, name in names
+    )
 
 
 def _facts(bundle: Bundle) -> dict[str, Any]:
@@ -72,9 +76,13 @@ def _engine_results(bundle: Bundle) -> dict[str, dict[str, Any]]:
     return {name.removeprefix(_ENGINE): record["result"] for name, record in stages if name.startswith(_ENGINE)}
 
 
-def _engine_facts(bundle: Bundle) -> dict[str, EngineFacts]:
+def _engine_facts(bundle: Bundle) -> dict[str, dict[str, EngineFacts]]:
+    """Targets that have engines -> names -> facts."""
     return {
-        f"{target}/{engine}": EngineFacts(**{key: facts[key] for key in EngineFacts.model_fields})
+        target: {
+            name: EngineFacts(**{key: facts[key] for key in EngineFacts.model_fields})
+            for name, facts in result["engines"].items()
+        }
         for target, result in _engine_results(bundle).items()
-        for engine, facts in result["engines"].items()
+        if result["engines"]
     }

@@ -101,12 +101,12 @@ class EngineFacts(Settings):
 
 
 class EngineChange(Settings):
-    """An engine that both have for the same target."""
+    """An engine of a target that both have engines for; one side lacks it where its decoder is one engine or two."""
 
     engine: str
     """Name of the engine, as `rtx/llm/prefill`."""
-    reference: EngineFacts
-    candidate: EngineFacts
+    reference: EngineFacts | None
+    candidate: EngineFacts | None
 
 
 class BundleComparison(Settings):

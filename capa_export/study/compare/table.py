@@ -49,8 +49,8 @@ def _rows(found: BundleComparison) -> Iterator[tuple[str, str, str, str]]:
             yield f"{size.file} MB", _megabytes(size.reference), _megabytes(size.candidate), ""
     for engine in found.engines:
         for fact, name in (("bytes", "MB"), ("layers", "layers"), ("custom_layers", "custom layers")):
-            one, other = (getattr(side, fact) for side in (engine.reference, engine.candidate))
-            written = _megabytes if fact == "bytes" else str
+            one, other = (side and getattr(side, fact) for side in (engine.reference, engine.candidate))
+            written = _megabytes if fact == "bytes" else _short
             yield f"{engine.engine} {name}", written(one), written(other), ""
 
 

@@ -20,6 +20,7 @@ from capa_export.parity.records import write_records
 from capa_export.study.compare.bundles import compare
 from capa_export.study.compare.manifests import engines
 from capa_export.study.compare.schema import BundleComparison
+from capa_export.study.compare.table import compare_table
 from tests.recorded import record
 from tests.study.compare.conftest import Exported, note_validation, overwrite, rerecord
 
@@ -175,7 +176,9 @@ def test_speed_is_asked_for_only_where_a_limit_is_given(compared: Comparison, sp
     assert first.startswith("vision time") and second.startswith("prefill time")
 
 
-def test_engines_of_one_target_are_compared(reference: Bundle, pictures: Path, tmp_path: Path) -> None:
+def test_engines_of_one_target_are_compared(
+    reference: Bundle, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundles = [Bundle(Path(shutil.copytree(reference.folder, tmp_path / name))) for name in ("a", "b")]
     for bundle, layers in zip(bundles, (9, 12), strict=True):
         facts = {"onnx": "llm/prefill.onnx", "bytes": 1000, "layers": layers, "custom_layers": 3, "weight_copies": 0}
@@ -183,8 +186,18 @@ def test_engines_of_one_target_are_compared(reference: Bundle, pictures: Path, t
         record(bundle.folder, "engine/rtx", [], result=result, seconds=0.0, peak_memory_bytes=0)
     found = compare(*bundles, images=pictures)
     (engine,) = found.engines
+    assert engine.reference is not None and engine.candidate is not None
     assert (engine.engine, engine.reference.layers, engine.candidate.layers) == ("rtx/llm/prefill", 9, 12)
     assert not list(engines(reference, bundles[1]))
+    # One engine that is prefill and decode has a name of its own.
+    joined = {"runtime": "tensorrt-rtx", "weights": "joined", "engines": {"llm/decoder": facts}}
+    record(bundles[1].folder, "engine/rtx", [], result=joined, seconds=0.0, peak_memory_bytes=0)
+    found = compare(*map(Bundle, (bundle.folder for bundle in bundles)), images=pictures)
+    sides = [(one.engine, one.reference is None, one.candidate is None) for one in found.engines]
+    assert sides == [("rtx/llm/prefill", False, True), ("rtx/llm/decoder", True, False)]
+    compare_table(found)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rtx/llm/decoder", "layers", "none", "12"] in shown and ["rtx/llm/prefill", "layers", "9", "none"] in shown
 
 
 def test_bundles_of_other_models_are_refused_in_one_line(
