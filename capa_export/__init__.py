@@ -18,6 +18,7 @@ Examples:
     ```
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from capa_export.run.answer import VisionLanguageModel
 
 __version__ = "0.1.0"
+
+# From 1.29 on ONNX Runtime tells Microsoft of each graph that is opened, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "Bundle",
