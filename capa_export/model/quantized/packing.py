@@ -24,7 +24,7 @@ def unpacked(words: Array, bits: int, order: Sequence[int] | None = None) -> Arr
         numbers[..., 0::2], numbers[..., 1::2] = octets & 15, octets >> 4
     if order is None:
         return numbers
-    return numbers.reshape(-1, len(order))[:, order].reshape(numbers.shape)
+    return np.take(numbers.reshape(-1, len(order)), order, axis=1).reshape(numbers.shape)
 
 
 def signed(numbers: Array, bits: int) -> Array:

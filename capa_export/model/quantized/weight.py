@@ -11,6 +11,8 @@ from capa_export.base.weight_types import NumberKind
 __all__ = ["Array", "QuantizedWeight"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
+_ROWS = 64
+"""Rows that are dequantized at a time, for the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,14 +45,20 @@ class QuantizedWeight:
 
     def dequantized(self) -> Array:
         """The weight [out, in] in FP32, by inputs in their own order."""
-        # Row by row even where the values lie column by column.
-        numbers = np.ascontiguousarray(self.read_values()).astype(np.float32)
+        values = self.read_values()
+        numbers = np.empty(values.shape, np.float32)
         scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
-        for group in range(scales.shape[1]):
-            columns = numbers[:, group * self.group_size : (group + 1) * self.group_size]
+        groups, inputs = scales.shape[1], values.shape[1]
+        for start in range(0, len(values), _ROWS):
+            rows = slice(start, start + _ROWS)
+            filled = np.zeros((len(values[rows]), groups * self.group_size), np.float32)
+            # Row by row even where the values lie column by column.
+            filled[:, :inputs] = np.ascontiguousarray(values[rows])
+            grouped = filled.reshape(-1, groups, self.group_size)
             if self.zero_points is not None:
-                columns -= self.zero_points[:, group, None].astype(np.float32)
-            columns *= scales[:, group, None]
+                grouped -= self.zero_points[rows, :, None].astype(np.float32)
+            grouped *= scales[rows, :, None]
+            numbers[rows] = filled[:, :inputs]
         if self.input_order is not None:
             ordered = np.empty_like(numbers)
             ordered[:, self.input_order] = numbers
