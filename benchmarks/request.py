@@ -62,6 +62,8 @@ SYSTEMS = (
     System("capa-export, CAPA", "capa_export", files="capa"),
     System("capa-export, INT4, dense", "capa_export", files="dense-int4"),
     System("capa-export, INT4, CAPA", "capa_export", files="capa-int4"),
+    System("capa-export, INT4 and its head, dense", "capa_export", files="dense-int4-head4"),
+    System("capa-export, INT4 and its head, CAPA", "capa_export", files="capa-int4-head4"),
     System("capa-export, INT4, the rest INT8, dense", "capa_export", files="dense-int4-int8"),
     System("capa-export, INT4, the rest INT8, CAPA", "capa_export", files="capa-int4-int8"),
     System("OpenVINO GenAI", "openvino", "0", "openvino"),
@@ -222,7 +224,11 @@ def _files(work: Path, bed: Bed, system: System, timeout: float) -> tuple[Path, 
         return peer_export(work, system.adapter, bed.checkpoint, name, 3 * timeout)
     kind, *weights = system.files.split("-")
     schedule = {"dense": bed.dense, "capa": bed.capa}[kind]
-    quantized = {"int4": {"quantize": bed.int4}, "int8": {"quantize_head": "int8", "quantize_vision": "int8"}}
+    quantized = {
+        "int4": {"quantize": bed.int4},
+        "head4": {"quantize_head": bed.int4},
+        "int8": {"quantize_head": "int8", "quantize_vision": "int8"},
+    }
     options: dict[str, Any] = {"recipe": bed.recipe, "images": bed.images}
     for word in weights:
         options |= quantized[word]
