@@ -1,6 +1,9 @@
 """The canonical form of a quantized weight, into which every format is decoded."""
 
+import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +15,7 @@ __all__ = ["Array", "QuantizedWeight"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _ROWS = 64
-"""Rows that are dequantized at a time, for the processor's cache."""
+"""Rows that a thread dequantizes at a time, for the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,8 @@ class QuantizedWeight:
         numbers = np.empty(values.shape, np.float32)
         scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
         groups, inputs = scales.shape[1], values.shape[1]
-        for start in range(0, len(values), _ROWS):
+
+        def fill(start: int) -> None:
             rows = slice(start, start + _ROWS)
             filled = np.zeros((len(values[rows]), groups * self.group_size), np.float32)
             # Row by row even where the values lie column by column.
@@ -59,6 +63,9 @@ class QuantizedWeight:
                 grouped -= self.zero_points[rows, :, None].astype(np.float32)
             grouped *= scales[rows, :, None]
             numbers[rows] = filled[:, :inputs]
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            deque(threads.map(fill, range(0, len(values), _ROWS)), maxlen=0)
         if self.input_order is not None:
             ordered = np.empty_like(numbers)
             ordered[:, self.input_order] = numbers
