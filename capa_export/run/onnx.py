@@ -185,8 +185,6 @@ class OnnxModel(RuntimeModel[KVCache]):
         if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         if self.sliced:
-            # A slice runs a few times: a packed copy of its weights is not worth its memory.
-            options.add_session_config_entry("session.disable_prepacking", "1")
             # Each output that is kept would keep the whole arena of its slice.
             options.enable_cpu_mem_arena = False
         source = str(path) if model is None else model.SerializeToString()
