@@ -68,9 +68,9 @@ class OnnxModel(RuntimeModel[KVCache]):
         threads: of ONNX Runtime; 0 for its own choice.
         sliced: whether no more than a layer's weights are to be in memory.
         provider: of ONNX Runtime.
-        exact: whether products with INT4 and INT8 weights are computed in FP32. On a CPU these otherwise round what
-            enters to INT8, 32 numbers with one scale, as is ONNX Runtime's default: of INT4 they then take half as
-            long, and of INT8, which it dequantizes at every run else, a hundredth.
+        exact: whether products with weights of few bits are computed in FP32. On a CPU those with INT4 and INT8
+            otherwise round what enters to INT8, 32 numbers with one scale, as is ONNX Runtime's default: of INT4 they
+            then take half as long; INT8 is not held in FP32, nor FP8, which is dequantized at every run.
         sessions: by file, those that another model has opened of the same graphs with the same options.
 
     Raises:
@@ -180,8 +180,14 @@ class OnnxModel(RuntimeModel[KVCache]):
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if self.exact else "4")
+        held = _weight_types(model or _proto(path))
         # With a scale that another product has, too, one of INT8 is not taken for one.
-        disabled = None if self.exact or not _has_int8(path) else ["ConstantSharing"]
+        disabled = None if self.exact or "INT8" not in held else ["ConstantSharing"]
+        if self.exact and self.provider == "cpu" and held & {"INT8", "FLOAT8E4M3FN"}:
+            # No kernel multiplies these with FP32: they are dequantized here, and not at every run.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            # In order for its products, a slice's would be in memory twice.
+            options.add_session_config_entry("session.disable_prepacking", "1" if self.sliced else "0")
         if model is not None and self.unwritten is None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         if self.sliced:
@@ -344,6 +350,13 @@ def _proto(path: Path) -> "onnx.ModelProto":
     return onnx.load(path, load_external_data=False)
 
 
+def _weight_types(model: "onnx.ModelProto") -> set[str]:
+    """ONNX's names of the types that weights have."""
+    import onnx
+
+    return {onnx.TensorProto.DataType.Name(weight.data_type) for weight in model.graph.initializer}
+
+
 def _runtime_version() -> str:
     import onnxruntime
 
@@ -356,13 +369,6 @@ def _is_bfloat16(path: Path) -> bool:
 
     inputs = _proto(path).graph.input
     return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
-
-
-def _has_int8(path: Path) -> bool:
-    """Whether weights in the ONNX file at `path` are INT8."""
-    import onnx
-
-    return any(weight.data_type == onnx.TensorProto.INT8 for weight in _proto(path).graph.initializer)
 
 
 def _on_host(cache: KVCache) -> KVCache:
