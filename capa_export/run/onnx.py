@@ -68,9 +68,10 @@ class OnnxModel(RuntimeModel[KVCache]):
         threads: of ONNX Runtime; 0 for its own choice.
         sliced: whether no more than a layer's weights are to be in memory.
         provider: of ONNX Runtime.
-        exact: whether products with weights of few bits are computed in FP32. On a CPU those with INT4 and INT8
-            otherwise round what enters to INT8, 32 numbers with one scale, as is ONNX Runtime's default: of INT4 they
-            then take half as long; INT8 is not held in FP32, nor FP8, which is dequantized at every run.
+        exact: whether products with weights of few bits are computed in FP32, which on a CPU holds INT8 and FP8 in
+            FP32, dequantized as the file is opened. Else what enters products with INT4 and INT8 is rounded to INT8,
+            32 numbers with one scale, as is ONNX Runtime's default: of INT4 they then take half as long. FP8, for
+            which it has no kernel, is then dequantized at every run.
         sessions: by file, those that another model has opened of the same graphs with the same options.
 
     Raises:
