@@ -113,7 +113,7 @@ def photograph(bundle: Path, browser: str, folder: Path = FOLDER) -> list[Path]:
             ]
             subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
             with Image.open(raw) as picture:
-                picture.convert("RGB").quantize(256).save(path, "PNG", optimize=True)
+                picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, "PNG", optimize=True)
         written.append(path)
     return written
 
