@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.forecast import QWEN3VL
 from benchmarks.random_checkpoint import CONFIGS
 from benchmarks.selection.pages.words import table
 from capa_export.base.errors import CapaError
@@ -25,7 +24,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
 _MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Qwen2.5-VL-3B": ("qwen25vl", CONFIGS["qwen25vl-3b"]),
     "Qwen2.5-VL-7B": ("qwen25vl", CONFIGS["qwen25vl-7b"]),
-    **{name: ("qwen3vl", config) for name, config in QWEN3VL.items()},
+    "Qwen3-VL-2B": ("qwen3vl", CONFIGS["qwen3vl-2b"]),
+    "Qwen3-VL-4B": ("qwen3vl", CONFIGS["qwen3vl-4b"]),
+    "Qwen3-VL-8B": ("qwen3vl", CONFIGS["qwen3vl-8b"]),
     "InternVL3-2B": ("internvl3", CONFIGS["internvl3-2b"]),
     "InternVL3-8B": ("internvl3", CONFIGS["internvl3-8b"]),
     "LLaVA-1.5-7B": ("llava15", CONFIGS["llava15-7b"]),

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.random_checkpoint import CONFIGS
 from benchmarks.selection.pages.words import table
-from capa_export.base.dims import ModelDims
 from capa_export.base.weight_types import PackedLayers
 from capa_export.config.target import load_target
 from capa_export.model.families import load_family
@@ -18,7 +18,7 @@ from capa_export.plan.device_memory import decoder_bytes
 from capa_export.plan.flops import flops, kv_cache, parameters
 from capa_export.plan.forecast import AnswerWork, forecast
 
-__all__ = ["PAGE", "QWEN3VL", "page", "write_page"]
+__all__ = ["PAGE", "page", "write_page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "forecast.md"
 _TEXT = 27
@@ -51,57 +51,19 @@ _PUBLISHED = (
 )
 
 
-def _qwen3vl(hidden: int, inner: int, layers: int, heads: int, *, tied: bool, **vision: Any) -> dict[str, Any]:
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-    }
-    config = {"model_type": "qwen3_vl", "tie_word_embeddings": tied, "text_config": text}
-    return {**config, "vision_config": {"out_hidden_size": hidden, **vision}}
-
-
-_SMALL: dict[str, Any] = {
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "deepstack_visual_indexes": [5, 11, 17],
+_MODELS = {
+    "Qwen2.5-VL-7B": ("qwen25vl", CONFIGS["qwen25vl-7b"]),
+    "Qwen3-VL-2B": ("qwen3vl", CONFIGS["qwen3vl-2b"]),
+    "Qwen3-VL-4B": ("qwen3vl", CONFIGS["qwen3vl-4b"]),
+    "Qwen3-VL-8B": ("qwen3vl", CONFIGS["qwen3vl-8b"]),
 }
-QWEN3VL = {
-    "Qwen3-VL-2B": _qwen3vl(2048, 6144, 28, 16, tied=True, **_SMALL),
-    "Qwen3-VL-4B": _qwen3vl(2560, 9728, 36, 32, tied=True, **_SMALL),
-    "Qwen3-VL-8B": _qwen3vl(4096, 12288, 36, 32, tied=False),
-}
-"""Name -> `config.json`, as far as it decides a graph."""
-
-
-def _models() -> dict[str, ModelDims[Any]]:
-    seven = {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vision_config": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584},
-    }
-    return {
-        **{name: load_family("qwen3vl").model_dims(config) for name, config in QWEN3VL.items()},
-        "Qwen2.5-VL-7B": load_family("qwen25vl").model_dims(seven),
-    }
+"""Name -> its family and its config."""
 
 
 def _rows() -> Iterator[list[str]]:
-    models = _models()
     for one in _PUBLISHED:
-        dims = models[one.model]
+        family, config = _MODELS[one.model]
+        dims = load_family(family).model_dims(config)
         dims = replace(dims, decoder=replace(dims.decoder, packed=PackedLayers(kind="int4", group=128)))
         sizes: dict[str, Any] = {"num_visual": one.visual, "num_text": _TEXT, "schedule": ()}
         total = parameters(dims)

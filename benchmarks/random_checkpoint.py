@@ -58,6 +58,39 @@ def _qwen25vl(
     }
 
 
+def _qwen3vl(hidden: int, inner: int, layers: int, heads: int, *, tied: bool, **vision: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": tied,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5e6,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+            "tie_word_embeddings": tied,
+        },
+        "vision_config": {"model_type": "qwen3_vl", "out_hidden_size": hidden, **vision},
+    }
+
+
+_SMALLER_TOWER: dict[str, Any] = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+"""Of Qwen3-VL-2B and 4B; the 8B's is what transformers has by default."""
+
+
 def _internvl3(hidden: int, inner: int, layers: int, heads: int, groups: int) -> dict[str, Any]:
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -108,6 +141,9 @@ CONFIGS = {
         num_heads=4,
         fullatt_block_indexes=[7],
     ),
+    "qwen3vl-2b": _qwen3vl(2048, 6144, 28, 16, tied=True, **_SMALLER_TOWER),
+    "qwen3vl-4b": _qwen3vl(2560, 9728, 36, 32, tied=True, **_SMALLER_TOWER),
+    "qwen3vl-8b": _qwen3vl(4096, 12288, 36, 32, tied=False),
     "llava15-7b": {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -149,6 +185,8 @@ def shapes(config: dict[str, Any]) -> list[tuple[str, list[int]]]:
 
 def _published(name: str, model_type: str) -> str:
     """The name under which the authors' checkpoints hold a tensor."""
+    if model_type == "qwen3_vl":
+        return name
     rules = [(r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")]
     if model_type != "qwen2_5_vl":
         rules = [

@@ -1,9 +1,11 @@
-"""Random checkpoints in AutoAWQ's layout are read as such, with weights of the size of plain ones."""
+"""Random checkpoints are read as what they stand for; in AutoAWQ's layout weights have the size of plain ones."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import Qwen3VLForConditionalGeneration
 
 from benchmarks.random_checkpoint import CONFIGS, write
 from capa_export.model.checkpoint import open_checkpoint
@@ -34,3 +36,13 @@ def test_weights_keep_the_size_of_what_they_multiply(tmp_path: Path, *, awq: boo
         weight = source.tensors[f"model.layers.1.{name}.weight"].mapped().astype(np.float32)
         assert weight.std() == pytest.approx(0.7 * inputs**-0.5, rel=0.05)
         assert abs(weight.mean()) < 0.1 * weight.std()
+
+
+def test_qwen3_vl_has_the_names_of_transformers(tmp_path: Path) -> None:
+    config = CONFIGS["qwen3vl-2b"]
+    tower = {**config["vision_config"], **TOWER, "deepstack_visual_indexes": [0]}
+    write({**config, "text_config": {**config["text_config"], **SMALL}, "vision_config": tower}, tmp_path)
+    _, read = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (read["missing_keys"] or read["unexpected_keys"] or read["mismatched_keys"])
+    written = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+    assert "model.language_model.layers.2.self_attn.q_norm.weight" in written
