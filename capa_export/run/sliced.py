@@ -190,8 +190,15 @@ def _with_inputs(model: ir.Model, weights: Iterable[str]) -> ir.Model:
 
 
 def _fed_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:
-    """The lazy weights that are plain numbers."""
-    return {name: tensor for name, tensor in _lazy_weights(model).items() if tensor.dtype not in _FEW_BITS}
+    """The lazy weights but those of few bits, and what dequantizes these: ONNX Runtime fuses constants alone."""
+    lazy, values = _lazy_weights(model), model.graph.initializers
+    packed = (values[name] for name, tensor in lazy.items() if tensor.dtype in _FEW_BITS)
+    dequantizing = {node for value in packed for node, _ in value.uses()}
+    return {
+        name: tensor
+        for name, tensor in lazy.items()
+        if tensor.dtype not in _FEW_BITS and dequantizing.isdisjoint(node for node, _ in values[name].uses())
+    }
 
 
 def _lazy_weights(model: ir.Model) -> dict[str, ir.LazyTensor]:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from capa_export.export.graphs import write_onnx
+from capa_export.export.graphs import Graphs, graphs_in_fp32, write_onnx
 from capa_export.model.checkpoint import open_checkpoint
 from capa_export.model.families import load_family
 from capa_export.model.prompt import Prompter
@@ -17,16 +17,17 @@ from tests.conftest import noise
 from tests.models import FAMILIES
 
 
-@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("where", ["whole", "sliced", "not written"])
 @pytest.mark.parametrize("weights", ["int4:32/rtn", "int8", "fp8"])
-def test_no_run_dequantizes_a_weight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, *, sliced: bool
-) -> None:
+def test_no_run_dequantizes_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, where: str) -> None:
     family = FAMILIES["qwen25vl"]
     checkpoint = family.save_model(tmp_path / "checkpoint", family.random_model())
     source = Source.of(open_checkpoint(str(checkpoint)), load_family("qwen25vl"), weights)
-    graphs = tmp_path / "graphs"
-    write_onnx(source, "fp16", graphs, prune_layers=(1,), scales={}, selectors={}, min_keep_per_image=1)
+    options: dict[str, Any] = {"prune_layers": (1,), "scales": {}, "selectors": {}, "min_keep_per_image": 1}
+    if where == "not written":
+        graphs: Path | Graphs = graphs_in_fp32(source, **options)
+    else:
+        write_onnx(source, "fp16", graphs := tmp_path / "graphs", **options)
     prompt = Prompter(checkpoint, checkpoint, source.family, source.dims)("what is it ?", [noise(140, 112, 1)])
 
     connect, opened = onnxruntime.InferenceSession, list[Path]()
@@ -37,7 +38,7 @@ def test_no_run_dequantizes_a_weight(
         return connect(graph, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    model = OnnxModel(graphs, sliced=sliced)
+    model = OnnxModel(graphs, sliced=where != "whole")
     run = model.prefill(prompt, [prompt.num_visual // 2])
     model.step(model.batch([run.cache], 1), 5, prompt.next_position)
 
