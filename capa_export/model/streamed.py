@@ -17,6 +17,7 @@ from capa_export.base.progress import Report, silent
 from capa_export.model.checkpoint import StoredTensor, canonical_name
 from capa_export.model.eager_attention import ATTENTION
 from capa_export.model.lockstep import Part
+from capa_export.model.quantized.tensor import QuantizedTensor
 from capa_export.model.source import Source
 
 __all__ = ["DECODER", "HEAD", "EmbeddingRows", "StoredWeights", "hollow_model", "read_model"]
@@ -81,9 +82,12 @@ class StoredWeights:
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter's weights."""
         stored = self.of(name, shape)
-        mapped = torch.from_numpy(stored.mapped().reshape(-1).view(np.uint8)).view(_DTYPES[stored.dtype])
         spare = self._spare[stored.shape, dtype]
         weights = spare.pop() if spare else torch.empty(stored.shape, dtype=dtype)
+        if isinstance(stored, QuantizedTensor) and dtype == torch.float32:
+            stored.write(weights.numpy())
+            return weights
+        mapped = torch.from_numpy(stored.mapped().reshape(-1).view(np.uint8)).view(_DTYPES[stored.dtype])
         return weights.copy_(mapped.view(stored.shape))
 
     def load(self, module: nn.Module, parameters: Mapping[str, Tensor], prefix: str) -> None:

@@ -17,7 +17,7 @@ from capa_export.model.checkpoint import Checkpoint, StoredTensor, read_json
 from capa_export.model.quantized.formats import FOREIGN, HF_QUANT_CONFIG, KEY, TEXT_SECTIONS, find_format
 from capa_export.model.quantized.parts import Format, Parts
 from capa_export.model.quantized.tensor import QuantizedTensor
-from capa_export.model.quantized.weight import QuantizedWeight
+from capa_export.model.quantized.weight import Array, QuantizedWeight
 from capa_export.model.sidecars import scratch_folder, sidecars, write_json
 
 __all__ = ["ExpandedTensor", "check_scales", "expanded"]
@@ -45,6 +45,9 @@ class ExpandedTensor(QuantizedTensor):
 
     def quantized(self) -> QuantizedWeight:
         return self.form.decode(self.parts)
+
+    def write(self, out: Array) -> None:
+        self.quantized().dequantized(out)
 
 
 def check_scales(tensors: Iterable[StoredTensor]) -> None:

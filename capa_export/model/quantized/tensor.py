@@ -43,6 +43,10 @@ class QuantizedTensor(StoredTensor):
         """The weight [out, in] in FP32, in memory of its own."""
         return self.quantized().dequantized()
 
+    def write(self, out: Array) -> None:
+        """Write the weight [out, in] to an array in FP32."""
+        out[...] = self.mapped()
+
     def chunks(self, size: int = CHUNK_ELEMENTS) -> Iterator[Array]:
         """Yield the elements in storage order, flat, `size` at a time."""
         flat = self.mapped().reshape(-1)

@@ -14,8 +14,8 @@ from capa_export.base.weight_types import NumberKind
 __all__ = ["Array", "QuantizedWeight"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
-_ROWS = 64
-"""Rows that a thread dequantizes at a time, for the processor's cache."""
+_ROWS, _COLUMNS = 64, 256
+"""Rows that a thread dequantizes at a time, and columns of them that it reads, for the processor's caches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,30 +46,37 @@ class QuantizedWeight:
     input_scale: float | None = None
     """Scale that the format quantizes the layer's input with; the weight does not depend on it."""
 
-    def dequantized(self) -> Array:
-        """The weight [out, in] in FP32, by inputs in their own order."""
+    def dequantized(self, out: Array | None = None) -> Array:
+        """The weight [out, in] in FP32, by inputs in their own order.
+
+        Args:
+            out: receives it, contiguous; by default new memory, which takes a system as long to give.
+        """
         values = self.read_values()
-        numbers = np.empty(values.shape, np.float32)
         scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
-        groups, inputs = scales.shape[1], values.shape[1]
+        (outputs, inputs), groups = values.shape, scales.shape[1]
+        columns = groups * self.group_size
+        weight = np.empty((outputs, inputs), np.float32) if out is None else out
+        as_stored = self.input_order is None and columns == inputs
+        numbers = weight if as_stored else np.empty((outputs, columns), np.float32)
 
         def fill(start: int) -> None:
             rows = slice(start, start + _ROWS)
-            filled = np.zeros((len(values[rows]), groups * self.group_size), np.float32)
-            # Row by row even where the values lie column by column.
-            filled[:, :inputs] = np.ascontiguousarray(values[rows])
+            filled = numbers[rows]
+            for first in range(0, inputs, _COLUMNS):
+                part = slice(first, min(first + _COLUMNS, inputs))
+                # Row by row even where the values lie column by column.
+                filled[:, part] = np.ascontiguousarray(values[rows, part])
+            filled[:, inputs:] = 0
             grouped = filled.reshape(-1, groups, self.group_size)
             if self.zero_points is not None:
                 grouped -= self.zero_points[rows, :, None].astype(np.float32)
             grouped *= scales[rows, :, None]
-            numbers[rows] = filled[:, :inputs]
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            deque(threads.map(fill, range(0, len(values), _ROWS)), maxlen=0)
-        if self.input_order is not None:
-            ordered = np.empty_like(numbers)
-            ordered[:, self.input_order] = numbers
-            numbers = ordered
+            deque(threads.map(fill, range(0, outputs, _ROWS)), maxlen=0)
+        if not as_stored:
+            weight[:, slice(None) if self.input_order is None else self.input_order] = numbers[:, :inputs]
         if self.pre_scale is not None:
-            numbers *= self.pre_scale.astype(np.float32)
-        return numbers
+            weight *= self.pre_scale.astype(np.float32)
+        return weight
