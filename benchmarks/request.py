@@ -41,6 +41,8 @@ _QUESTION = "What is in this picture?"
 _ANSWER_TOKENS = 6
 _SEED = 29
 """Of held-out scenes."""
+_WARM_UP = 4
+"""Tokens of the answer that is not counted; what compiles does so until its third step."""
 REFERENCE = "HF eager"
 
 
@@ -257,9 +259,10 @@ def _measured(
                 replies, row["error"] = _session(command, log, lines, options.timeout)
                 said[system.name].append(replies)
     for name, row in rows.items():
-        if row["error"] is None:
-            mine, reference = said[name], said.get(REFERENCE, [])
-            row.update(_scored(bed, mine[0]) if bed.questions else _sizes(options, mine, reference))
+        if not bed.questions:
+            row.update(_sizes(options, said[name], said.get(REFERENCE, [])))
+        elif row["error"] is None:
+            row.update(_scored(bed, said[name][0]))
     return {"bed": bed.name, "about": bed.about, "questions": len(bed.questions), "systems": rows}
 
 
@@ -277,20 +280,21 @@ def _command(work: Path, bed: Bed, system: System, out: Path) -> tuple[list[str]
 def _session(
     command: Sequence[str], log: Path, lines: Sequence[Mapping[str, Any]], timeout: float
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """What a system says to each line, but to the first, which warms it up; and why it stopped."""
+    """What a system says until it fails, to each line but the first, which warms it up; and why it failed, and when."""
     worker = Worker(command, log, timeout)
     try:
-        replies = [worker.run(json.dumps(line)) for line in lines]
+        replies = [reply for line in lines if (reply := worker.run(json.dumps(line))) is not None]
     finally:
         with suppress(OSError):
             worker.close()
-    return replies[1:], worker.error
+    when = f" (answer {len(replies)} of {len(lines) - 1})" if replies else ""
+    return replies[1:], None if worker.error is None else worker.error + when
 
 
 def _pictures_of(work: Path, options: argparse.Namespace, turn: int) -> list[dict[str, Any]]:
     """A picture of every size; of the largest in the first round alone. No picture comes twice: some keep a prompt."""
     sizes = [visual for visual in sorted(options.visual_tokens) if turn == 0 or visual < max(SIDES)]
-    asked = [(min(sizes), 0, 2), *((visual, turn + 1, max(TOKENS)) for visual in sizes)]
+    asked = [(min(sizes), 0, _WARM_UP), *((visual, turn + 1, max(TOKENS)) for visual in sizes)]
     return [
         {
             "picture": str(
@@ -317,11 +321,13 @@ def _sizes(
     rounds: Sequence[Sequence[dict[str, Any]]],
     reference: Sequence[Sequence[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """The times of a system at each size, and how many times longer HF eager takes."""
+    """The times of a system at each size that it answered, and how many times longer HF eager takes."""
     found: dict[str, Any] = {}
     for place, visual in enumerate(sorted(options.visual_tokens)):
         mine = [replies[place] for replies in rounds if place < len(replies)]
         theirs = [replies[place] for replies in reference if place < len(replies)]
+        if not mine:
+            break
         found[str(visual)] = _times(mine, TOKENS)
         if theirs:
             found[str(visual)]["hf_eager_over_this"] = {str(count): _ratio(theirs, mine, count) for count in TOKENS}

@@ -62,15 +62,24 @@ def test_a_system_that_fails_says_why(tmp_path: Path) -> None:
     assert error is None
     assert [(one["milliseconds"], one["text"]) for one in replies] == [([2.0, 4.0], "dense")] * 2
     assert all(one["peak_memory_bytes"] > 1 << 20 for one in replies)
-    _, error = request._session(command, tmp_path / "log", [line, line | {"question": "too much"}, line], 60)
-    assert error == "MemoryError: no room"
+    replies, error = request._session(command, tmp_path / "log", [line, line, line | {"question": "too much"}], 60)
+    assert error == "MemoryError: no room (answer 2 of 2)"
+    assert [one["milliseconds"] for one in replies] == [[2.0, 4.0]]
+
+
+def test_a_system_keeps_the_sizes_that_it_answered(tmp_path: Path) -> None:
+    options = request.parsed(["--work", str(tmp_path)])
+    whole = [reply(100, 10, max(request.TOKENS))] * 3
+    assert list(request._sizes(options, [whole[:2]], [whole])["visual_tokens"]) == ["256", "1024"]
+    assert request._sizes(options, [[]], [whole]) == {"visual_tokens": {}}
+    assert request._sizes(options, [], [whole]) == {"visual_tokens": {}}
 
 
 @pytest.mark.parametrize("turn", [0, 1])
 def test_no_picture_is_shown_twice_in_a_session(tmp_path: Path, turn: int) -> None:
     options = request.parsed(["--work", str(tmp_path), "--visual-tokens", "256", "1024"])
     lines = request._pictures_of(tmp_path, options, turn)
-    assert [line["tokens"] for line in lines] == [2, 64, 64]
+    assert [line["tokens"] for line in lines] == [4, 64, 64]
     assert len({line["picture"] for line in lines}) == 3
     assert [Image.open(line["picture"]).size for line in lines] == [(448, 448), (448, 448), (896, 896)]
 
