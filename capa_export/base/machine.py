@@ -1,5 +1,6 @@
 """Wall time and peak memory of a piece of work."""
 
+import ctypes
 import os
 import platform
 import sys
@@ -9,7 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["Cost", "available_memory", "measured", "processor"]
+__all__ = ["Cost", "available_memory", "freed_at_once", "measured", "processor"]
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's `mallopt`."""
 
 
 @dataclass
@@ -58,6 +63,25 @@ def available_memory(root: Path = Path("/")) -> int:
             reclaimable = cached["active_file"] + cached["inactive_file"]
             left.append(int((group / limit).read_text()) - int((group / used).read_text()) + reclaimable)
     return max(min(left), 0)
+
+
+@contextmanager
+def freed_at_once() -> Generator[None]:
+    """Have glibc give memory back as the block frees it, in pieces of 1 MiB or more; others do so of their own accord.
+
+    Once something large was freed, glibc keeps freed pieces of up to 32 MiB for whoever asks next, and what is held in
+    between keeps them from the system for good. Behind the block it does so again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:

@@ -79,4 +79,4 @@ def _graphs_go_by_layer(bundle: Bundle, options: ValidationOptions) -> bool:
     if options.layer_by_layer is not None:
         return options.layer_by_layer
     # As they are and opened up, side by side.
-    return 2 * onnx_runtime_bytes(bundled_dims(bundle)) > available_memory()
+    return 2 * onnx_runtime_bytes(bundled_dims(bundle), exact=True) > available_memory()

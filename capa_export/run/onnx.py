@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capa_export.base.errors import CapaError, first_line
+from capa_export.base.machine import freed_at_once
 from capa_export.config.provider import Provider
 from capa_export.config.target import version_parts
 from capa_export.graph.contract import (
@@ -196,9 +197,11 @@ class OnnxModel(RuntimeModel[KVCache]):
             options.enable_cpu_mem_arena = False
         source = str(path) if model is None else model.SerializeToString()
         try:
-            session = onnxruntime.InferenceSession(
-                source, options, providers=used_provider(self.provider), disabled_optimizers=disabled
-            )
+            # It copies weights in its own order, one by one.
+            with freed_at_once():
+                session = onnxruntime.InferenceSession(
+                    source, options, providers=used_provider(self.provider), disabled_optimizers=disabled
+                )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class.
             raise CapaError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
         check_used(self.provider, session, path)

@@ -175,7 +175,8 @@ def write_kit(
             report("kit: plugins", 1, 3)
             _write_plugins(kit / "plugins", settings)
         bounds: dict[str, Any] | None = None
-        if onnx_runtime_bytes(dims) <= available_memory():
+        needed, free = onnx_runtime_bytes(dims, exact=True), available_memory()
+        if needed <= free:
             report("kit: golden", 2, 3)
             (kit / "golden").mkdir()
             runs, bounds = run_golden(bundle), golden_bounds(bundle)
@@ -189,8 +190,8 @@ def write_kit(
                 if external:
                     shutil.copyfile(Path(__file__).with_name(INPUTS), kit / "golden" / POLYGRAPHY / INPUTS)
         else:
-            needed, free = onnx_runtime_bytes(dims) / 1e9, available_memory() / 1e9
-            say(f"{'':<14}no golden: running the graphs takes {needed:.1f} GB of memory, {free:.1f} GB are free")
+            told = f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            say(f"{'':<14}no golden: running the graphs takes {told}")
         _write_builder(kit, target.name, settings, precision, weights, kind, engines, bounds)
         files = sorted(path for path in kit.rglob("*") if path.is_file())
         digests = {name: known.get(name) or file_digest(kit / name) for name in _names(files, kit)}

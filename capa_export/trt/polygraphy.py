@@ -99,7 +99,7 @@ def store_polygraphy(bundle: Bundle) -> None:
     check_polygraphy(precision)
 
     def work(scratch: Path) -> dict[str, Any]:
-        needed, free = onnx_runtime_bytes(bundled_dims(bundle)), available_memory()
+        needed, free = onnx_runtime_bytes(bundled_dims(bundle), exact=True), available_memory()
         if needed > free:
             raise CapaError(
                 f"--polygraphy: running the graphs takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
