@@ -48,14 +48,17 @@ def test_a_batch_generates_what_each_prompt_does_alone(trained: tuple[OnnxModel,
 def test_what_meets_whole_numbers_is_rounded_and_only_where_it_may_be(
     trained: tuple[OnnxModel, list[Prompt]], tmp_path: Path, word: str, *, rounds: bool
 ) -> None:
-    """By less than a scale for 32 numbers of 8 bits does, which is half a step of 1/127 of the largest each."""
+    """By less than a scale for 32 numbers of 8 bits does, which is half a step of 1/127 of the largest each.
+
+    What was dequantized as the file was opened may be summed in another order than what is at every run.
+    """
     prompt = trained[1][0]
     source = Source.of(open_checkpoint(load_recipe("tiny-qwen25vl").checkpoint), qwen25vl, word)
     write_onnx(source, "fp32", tmp_path, prune_layers=(2,), scales={})
     keep = [prompt.num_visual]
     exact, usual = (OnnxModel(tmp_path, threads=1, exact=one).prefill(prompt, keep).logits for one in (True, False))
     error = np.linalg.norm(usual - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.02 if rounds else error == 0, error
+    assert 1e-4 < error < 0.02 if rounds else error < 1e-6, error
 
 
 def test_caches_that_stay_on_the_device_give_the_same_answers(
