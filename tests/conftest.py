@@ -47,6 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("giant") is None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sessions() -> Iterator[None]:
+    """What ONNX Runtime opened is not opened again."""
+    from capa_export.run.onnx import OnnxModel
+    from tests.opened import opened_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxModel, "_connected", opened_once(OnnxModel._connected))
+        yield
+
+
 @pytest.fixture(scope="session")
 def model() -> "Qwen2_5_VLForConditionalGeneration":
     from tests.models.qwen25vl import random_model

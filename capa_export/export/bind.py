@@ -114,7 +114,8 @@ class _SourceTensor(ir.LazyTensor):
         raise NotImplementedError
 
     def tofile(self, file: BinaryIO) -> None:
-        file.writelines(_read_ahead(self._hashed(file.tell())))
+        blocks = self._hashed(file.tell())
+        file.writelines(_read_ahead(blocks) if self.size > CHUNK_ELEMENTS else blocks)
 
     def _hashed(self, offset: int) -> Iterator[memoryview]:
         """Yield the bytes of the chunks, which are in the digest when they come out."""
