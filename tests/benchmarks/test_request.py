@@ -62,8 +62,9 @@ def test_a_system_that_fails_says_why(tmp_path: Path) -> None:
     assert error is None
     assert [(one["milliseconds"], one["text"]) for one in replies] == [([2.0, 4.0], "dense")] * 2
     assert all(one["peak_memory_bytes"] > 1 << 20 for one in replies)
-    replies, error = request._session(command, tmp_path / "log", [line, line, line | {"question": "too much"}], 60)
-    assert error == "MemoryError: no room (answer 2 of 2)"
+    lines = [line, line, line | {"question": "too much"}, line]
+    replies, error = request._session(command, tmp_path / "log", lines, 60)
+    assert error == "MemoryError: no room (answer 2 of 3)"
     assert [one["milliseconds"] for one in replies] == [[2.0, 4.0]]
 
 

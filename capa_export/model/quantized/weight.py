@@ -50,7 +50,7 @@ class QuantizedWeight:
         """The weight [out, in] in FP32, by inputs in their own order.
 
         Args:
-            out: receives it, contiguous; by default new memory, which takes a system as long to give.
+            out: receives it, contiguous; new memory by default, which can take a system as long to give.
         """
         values = self.read_values()
         scales = self.scales.astype(np.float32) * np.float32(self.outer_scale)
